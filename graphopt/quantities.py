@@ -1,0 +1,88 @@
+"""Sizes as people write them (`"8 GiB"`, `"512MB"`, `1024`), to bytes and back; and large figures for people to read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+_PREFIXES = "kMGTPE"
+_SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*(?:([kmgtpe])(i?b?)|b|bytes?)?\s*", re.IGNORECASE)
+
+
+def parse_size(value: Any) -> int:
+    """Bytes in `value`.
+
+    `"kB", "MB", "GB", ...` are powers of 1000; `"KiB", "MiB", "GiB", ...` powers of 1024, and so are the bare letters
+    (`"8G"`), as in `ls -h` and Docker. A number is bytes.
+
+    Raises:
+        ValueError: not a size, negative, or more than 16 EiB.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a size such as \"8 GiB\" or a number of bytes, found {value!r}")
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value)
+        if found is None:
+            raise ValueError(f"expected a size such as \"8 GiB\", \"512 MB\" or 1024, found {value!r}")
+        number, prefix, suffix = found.groups()
+        base = 1000 if prefix and suffix.casefold() == "b" else 1024
+        scale = base ** (_PREFIXES.casefold().index(prefix.casefold()) + 1) if prefix else 1
+        number = number.replace("_", "")
+        # Whole numbers stay exact: a float holds only 53 bits.
+        size = int(number) * scale if number.isdigit() else round(float(number) * scale)
+    else:
+        if value != value or value in (float("inf"), float("-inf")) or value != int(value):
+            raise ValueError(f"expected a whole number of bytes, found {value!r}")
+        size = int(value)
+    if not 0 <= size <= 2**64:
+        raise ValueError(f"a size lies between 0 and 16 EiB, found {value!r}")
+    return size
+
+
+def exact_size(size: int) -> str:
+    """The shortest text that `parse_size` reads back as exactly `size`: `"8 GiB"`, `"512 MB"`, `"1023 B"`."""
+    units = [(1, "B")]
+    for power, prefix in enumerate(_PREFIXES, start=1):
+        units += [(1000**power, f"{prefix}B"), (1024**power, f"{prefix.upper()}iB")]
+    whole = [(size // scale, unit) for scale, unit in units if size % scale == 0] if size else [(0, "B")]
+    count, unit = min(whole, key=lambda item: item[0])
+    return f"{count} {unit}"
+
+
+def show_size(size: float) -> str:
+    """About three figures, for people: `"1.31 GiB"`, `"512 B"`, `"-3.2 MiB"`."""
+    sign, size = ("-", -size) if size < 0 else ("", size)
+    if size < 1024:
+        return f"{sign}{size:.0f} B"
+    for prefix in _PREFIXES:
+        size /= 1024
+        if size < 999.5 or prefix == _PREFIXES[-1]:
+            break
+    return f"{sign}{_three(size)} {prefix.upper()}iB"
+
+
+def show_count(count: float) -> str:
+    """About three figures with a decimal prefix: `"1.73 M"` parameters, `"23.0 G"` FLOPs; whole below 10,000."""
+    sign, count = ("-", -count) if count < 0 else ("", count)
+    if count < 10_000:
+        return f"{sign}{count:,.0f}"
+    for prefix in _PREFIXES:
+        count /= 1000
+        if count < 999.5 or prefix == _PREFIXES[-1]:
+            break
+    return f"{sign}{_three(count)} {prefix}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+#: A pydantic field in bytes; `"8 GiB"` in TOML, an int in Python, and `"8 GiB"` again in the resolved spec.
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(exact_size, return_type=str),
+    WithJsonSchema({"type": ["string", "integer"], "description": "a size: \"8 GiB\", \"512 MB\", or bytes"}),
+]
