@@ -1,0 +1,264 @@
+"""Emission: the flat graph becomes the module that trains, with its sections outlined.
+
+Passes rewrite one flat graph. What has to run as a unit (a stretch under no_grad, a checkpointed one, a locally supervised one) is declared
+as a `Section` and becomes a nested module only here, after all passes. The parameters stay where they are: a section's body shares
+leaf modules with the root and is not registered, and tensors that the graph reads itself are read by the root and passed in.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphopt.errors import PassError
+from graphopt.trace.graph import Graph, Origin, TrainingModule
+
+
+@dataclass(frozen=True)
+class Section:
+    """A stretch of the flat graph that runs as one unit in the emitted module.
+
+    Attributes:
+        name: unique; the wrapper becomes `sections.<name>`.
+        nodes: in any order; their activations must flow out of the stretch only forward (no way out and back in).
+        wrap: makes the module that runs it from its body. The wrapper's forward takes the body's inputs and returns the body's
+            output: a tensor, or a tuple where several leave. With `target` it takes the target before those, and
+            returns `(output, local_loss)`; the loss is None in eval mode.
+        by: name of the pass.
+        target: whether the wrapper wants the training target.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    wrap: Callable[[fx.GraphModule], nn.Module]
+    by: str
+    target: bool = False
+
+
+class Body:
+    """Holds a section's graph module without registering it: its leaf modules are registered once, at the root."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the leaf modules the body calls, nested sections' included, each once."""
+        return list({id(p): p for m in self._bodies() for p in m.parameters()}.values())
+
+    def _bodies(self) -> list[nn.Module]:
+        found: list[nn.Module] = [self.module]
+        for module in self.module.modules():
+            for value in vars(module).values():
+                if isinstance(value, Body):
+                    found += value._bodies()
+        return found
+
+
+class NoGrad(nn.Module):
+    """Runs a section without recording it: nothing in it trains, so nothing of it is saved."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = Body(body)
+
+    def forward(self, *inputs: Any) -> Any:
+        with torch.no_grad():
+            return self.body(*inputs)
+
+
+class WithLocalLoss(nn.Module):
+    """The emitted module's output where sections have losses of their own: `(output, local_loss)` in training, `output` in eval."""
+
+    def forward(self, output: Any, *losses: torch.Tensor | None) -> Any:
+        if not self.training:
+            return output
+        present = [loss for loss in losses if loss is not None]
+        return output, torch.stack(present).sum() if len(present) > 1 else present[0]
+
+
+def emit(graph: Graph, *, start: fx.Node | None = None, stop: fx.Node | None = None) -> TrainingModule:
+    """The module that trains. Leaves, parameters and buffers are shared with `graph`, which stays flat.
+
+    Args:
+        start: an activation that takes the input's place; what only led to it is gone.
+        stop: an activation that takes the output's place.
+
+    Raises:
+        PassError: two sections overlap without one holding the other, or a section has a way out and back in.
+    """
+    flat = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    nodes = graph.nodes if stop is None else graph.nodes[: graph.nodes.index(stop) + 1]
+    for node in nodes:
+        if node is start:
+            with flat.inserting_before(next(iter(flat.nodes))):
+                copies[node] = flat.placeholder("features")
+            copies[node].meta = dict(node.meta)
+            continue
+        copies[node] = flat.node_copy(node, lambda n: copies[n])
+    if stop is not None:
+        flat.output(copies[stop])
+    _drop_dead(flat, keep_input=start is None)
+    alive = set(flat.nodes)
+    root = nn.Module()
+    root.__dict__.update({k: v for k, v in graph.module.__dict__.items() if k in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training")})
+    root._modules = dict(graph.module._modules)
+    sections = []
+    for section in graph.sections:
+        members = tuple(copies[n] for n in section.nodes if n in copies and copies[n] in alive and n is not start)
+        if any(m.op != "get_attr" for m in members):
+            sections.append((section, members))
+    _demand_nesting(sections)
+    losses: list[fx.Node] = []
+    target: fx.Node | None = None
+    if sections:
+        root.add_module("sections", nn.Module())
+    holder: dict[fx.Node, fx.Node] = {}
+    for section, members in sorted(sections, key=lambda s: len(s[1])):
+        if section.target and target is None:
+            last = [n for n in flat.nodes if n.op == "placeholder"][-1]
+            with flat.inserting_after(last):
+                target = flat.placeholder("target", default_value=None)
+            target.meta = {"origin": Origin("", 0), "by": section.by}
+        current = tuple(dict.fromkeys(holder.get(m, m) for m in members))
+        call, loss, inside = _outline(flat, root, section, current, target)
+        if loss is not None:
+            losses.append(loss)
+        for member in members:
+            holder[member] = call
+        for member, owner in list(holder.items()):
+            if owner in inside:
+                holder[member] = call
+    if losses and stop is None:
+        output = next(n for n in reversed(flat.nodes) if n.op == "output")
+        root.get_submodule("sections").add_module("output", WithLocalLoss())
+        order = {n: i for i, n in enumerate(flat.nodes)}
+        with flat.inserting_before(output):
+            final = flat.call_module("sections.output", (output.args[0], *sorted(losses, key=order.__getitem__)))
+        final.meta = {"origin": Origin("", 0)}
+        output.args = (final,)
+    flat.lint()
+    module = TrainingModule(root, flat, type(graph.module).__name__)
+    return module
+
+
+def _outline(
+    flat: fx.Graph, root: nn.Module, section: Section, members: tuple[fx.Node, ...], target: fx.Node | None
+) -> tuple[fx.Node, fx.Node | None, set[fx.Node]]:
+    order = {n: i for i, n in enumerate(flat.nodes)}
+    inside = {m for m in members if m.op not in ("get_attr", "placeholder", "output")}
+    ordered = sorted(inside, key=order.__getitem__)
+    inputs = list(dict.fromkeys(i for m in ordered for i in m.all_input_nodes if i not in inside))
+    # Activations first, then tensors that the root reads for the body.
+    inputs.sort(key=lambda n: (n.op == "get_attr", order[n]))
+    leaving = [m for m in ordered if any(u not in inside for u in m.users)]
+    _demand_convex(flat, section, inside)
+    body = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = body.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in ordered:
+        copies[node] = body.node_copy(node, lambda n: copies[n])
+    out = tuple(copies[n] for n in leaving)
+    body.output(out[0] if len(out) == 1 else out)
+    body.lint()
+    wrapper = section.wrap(fx.GraphModule(root, body, f"Section_{section.name}"))
+    wrapper.train(root.training)
+    root.get_submodule("sections").add_module(section.name, wrapper)
+    with flat.inserting_after(ordered[-1]):
+        call = flat.call_module(f"sections.{section.name}", ((target, *inputs) if section.target else tuple(inputs)))
+    call.meta = {**{k: v for k, v in leaving[-1].meta.items() if k == "origin"}, "by": section.by, "section": section.name}
+    result, loss = call, None
+    if section.target:
+        with flat.inserting_after(call):
+            result = flat.call_function(operator.getitem, (call, 0))
+        with flat.inserting_after(result):
+            loss = flat.call_function(operator.getitem, (call, 1))
+        result.meta, loss.meta = dict(call.meta), dict(call.meta)
+    position = loss or result
+    for number, node in enumerate(leaving):
+        value = result
+        if len(leaving) > 1:
+            with flat.inserting_after(position):
+                value = position = flat.call_function(operator.getitem, (result, number))
+            value.meta = dict(node.meta)
+        elif "val" in node.meta:
+            value.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(ordered):
+        flat.erase_node(node)
+    _in_order(flat)
+    return call, loss, inside
+
+
+def _in_order(graph: fx.Graph) -> None:
+    """Restores a topological order with as few moves as possible, so that random operations keep their order."""
+    placed: set[fx.Node] = set()
+
+    def place(node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            missing = [i for i in top.all_input_nodes if i not in placed]
+            if missing:
+                stack += reversed(missing)
+                continue
+            stack.pop()
+            if top not in placed:
+                placed.add(top)
+                order.append(top)
+
+    order: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node not in placed:
+            place(node)
+    if order != list(graph.nodes):
+        for before, after in zip(order, order[1:], strict=False):
+            before.append(after)
+
+
+def _demand_convex(flat: fx.Graph, section: Section, inside: set[fx.Node]) -> None:
+    after: set[fx.Node] = set()
+    for node in flat.nodes:
+        if node in inside:
+            if any(i in after for i in node.all_input_nodes):
+                through = next(i for i in node.all_input_nodes if i in after)
+                raise PassError(
+                    f"the stretch {section.name!r} has a way out and back in, through node {through}",
+                    where=f"pass {section.by}",
+                    fix="End it at a cut point (graphopt inspect shows them)",
+                )
+        elif any(i in inside or i in after for i in node.all_input_nodes):
+            after.add(node)
+
+
+def _demand_nesting(sections: list[tuple[Section, tuple[fx.Node, ...]]]) -> None:
+    for i, (one, mine) in enumerate(sections):
+        for other, theirs in sections[i + 1 :]:
+            a = {n for n in mine if n.op != "get_attr"}
+            b = {n for n in theirs if n.op != "get_attr"}
+            if a & b and not (a <= b or b <= a):
+                raise PassError(
+                    f"{one.by}'s stretch {one.name!r} and {other.by}'s {other.name!r} overlap",
+                    where=f"passes {one.by} and {other.by}",
+                    fix="Let one hold the other whole: move a cut, or select other regions",
+                )
+
+
+def _drop_dead(graph: fx.Graph, *, keep_input: bool) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or node.users or (node.op == "placeholder" and (keep_input or node.name == "features")):
+            continue
+        # An effect without a user (an assertion on the input's size) goes too once what it looks at is gone.
+        if node.op == "call_function" and "assert" in getattr(node.target, "__name__", "") and keep_input:
+            continue
+        graph.erase_node(node)

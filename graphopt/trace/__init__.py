@@ -1,0 +1,163 @@
+"""`nn.Module` -> `Graph`: one graph that serves train and eval mode, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from graphopt.errors import TraceError
+from graphopt.trace.compare import compare_modes
+from graphopt.trace.graph import Graph, Opaque, Origin, TrainingModule, propagate_shapes, skeleton
+from graphopt.trace.normalise import Difference, merge_modes
+from graphopt.trace.tracer import Tracer, constants_of, optional_arguments
+
+__all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
+
+#: giving up after so many opaque leaves: past that, a graph would be hollow
+MOST_OPAQUE = 64
+
+
+def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:  # noqa: A002
+    """Traces a backbone. The graph shares the backbone's parameters; the backbone itself is left as it was.
+
+    Args:
+        backbone: takes one tensor (N, *input).
+        input: shape of one sample, e.g. (3, 224, 224).
+        compare: run backbone and graph on random input in both modes, and demand equal bits. Needs real weights (no meta device).
+
+    Raises:
+        TraceError: the backbone itself (not a part of it) cannot be traced, or cannot take such an input.
+    """
+    was_training = {m: m.training for m in backbone.modules()}
+    opaque: list[Opaque] = []
+    try:
+        while True:
+            graph = _trace_once(backbone, tuple(input), opaque)
+            if graph is None:
+                continue
+            if not compare or any(p.is_meta for p in backbone.parameters()):
+                break
+            differing = compare_modes(backbone, graph)
+            if differing is None:
+                break
+            path, mode = differing
+            _give_up_on(path, f"its output in {mode} mode differs from the backbone's when traced", opaque)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    for module in graph.module.modules():
+        module.train(backbone.training)
+    return graph
+
+
+def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque]) -> Graph | None:  # noqa: A002
+    """One attempt; None when a further module had to be declared opaque."""
+    graphs: list[fx.Graph] = []
+    own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
+    constants: dict[str, torch.Tensor] = {}
+    before = set(backbone.__dict__)
+    buffers = set(backbone._buffers)
+    try:
+        for training in (True, False):
+            backbone.train(training)
+            tracer = Tracer(o.path for o in opaque)
+            try:
+                graphs.append(tracer.trace(backbone, optional_arguments(backbone)))
+            except TraceError:
+                raise
+            except Exception as error:
+                _give_up_on(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
+                return None
+            constants.update(constants_of(backbone, graphs[-1], own))
+    finally:
+        for name in set(backbone.__dict__) - before:
+            del backbone.__dict__[name]
+        for name in set(backbone._buffers) - buffers:
+            del backbone._buffers[name]
+    train, eval_ = graphs
+    try:
+        switches = merge_modes(train, eval_, _scope_of)
+    except Difference as difference:
+        _give_up_on(difference.path, "its structure depends on the mode", opaque)
+        return None
+    module = TrainingModule(_root_for(backbone, train, switches, constants), train, type(backbone).__name__)
+    for node in train.nodes:
+        node.meta["origin"] = _origin_of(node)
+        node.meta.pop("nn_module_stack", None)
+        if node.op == "placeholder" and node.name != "x":
+            node._rename("x")
+            node.target = node.name
+    module.recompile()
+    propagate_shapes(module, input)
+    used = {n.target for n in train.nodes if n.op == "get_attr"}
+    called = tuple(f"{n.target}." for n in train.nodes if n.op == "call_module")
+    reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
+    unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
+    types = {path: type(m).__name__ for path, m in backbone.named_modules()}
+    return Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+
+
+def _give_up_on(path: str, reason: str, opaque: list[Opaque]) -> None:
+    while path and any(o.path == path for o in opaque):
+        path = path.rpartition(".")[0]
+    if not path:
+        raise TraceError(
+            f"the backbone's own forward: {reason}",
+            fix="Move the part of forward() that depends on values or on the mode into a module of its own: it will be kept whole",
+        )
+    opaque[:] = [o for o in opaque if not o.path.startswith(f"{path}.")]
+    opaque.append(Opaque(path, reason))
+    if len(opaque) > MOST_OPAQUE:
+        raise TraceError(f"more than {MOST_OPAQUE} modules cannot be traced, the last is {path!r}: {reason}")
+
+
+def _scope_of(node: fx.Node) -> str:
+    """Path of the module whose forward made the node."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if node.op == "call_module":
+        stack = stack[:-1]
+    return stack[-1] if stack else ""
+
+
+def _origin_of(node: fx.Node) -> Origin:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return Origin("", 0)
+    key, (path, _) = list(stack.items())[-1]
+    call = key.rpartition("@")[2] if "@" in key else "0"
+    return Origin(path, int(call) if call.isdigit() else 0)
+
+
+def _root_for(
+    backbone: nn.Module, graph: fx.Graph, switches: dict[str, nn.Module], constants: dict[str, torch.Tensor]
+) -> nn.Module:
+    """A root for the graph: the backbone's own registrations, plus mode switches and stray constants, neither with state-dict keys."""
+    root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
+    for target, switch in switches.items():
+        head, _, tail = target.partition(".")
+        if not tail:
+            root.add_module(head, switch)
+            continue
+        if head not in root._modules:
+            root.add_module(head, nn.Module())
+        root.get_submodule(head).add_module(tail, switch)
+    for name, value in constants.items():
+        root.register_buffer(name, value, persistent=False)
+    return root
+
+
+def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """timm's own grouping of parameters into layers (`group_matcher`), in its order; empty where the model has none."""
+    if not callable(getattr(backbone, "group_matcher", None)):
+        return ()
+    from timm.models import group_parameters
+
+    try:
+        groups = group_parameters(backbone, backbone.group_matcher(coarse=False))
+    except Exception:  # a matcher that does not fit its own model says nothing about blocks: they are found structurally
+        return ()
+    return tuple(tuple(names) for _, names in sorted(groups.items()))
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
