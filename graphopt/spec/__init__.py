@@ -1,0 +1,22 @@
+"""The spec: a TOML file, typed. `load` and `loads` read one, `dumps` writes it resolved, `schema` is for editors."""
+
+from graphopt.spec.model import AugmentSpec, BackboneSpec, DataSpec, OptimizerSpec, SchedulerSpec, Spec, TrainSpec
+from graphopt.spec.reading import find, from_table, installed, load, loads
+from graphopt.spec.writing import dumps, schema
+
+__all__ = [
+    "AugmentSpec",
+    "BackboneSpec",
+    "DataSpec",
+    "OptimizerSpec",
+    "SchedulerSpec",
+    "Spec",
+    "TrainSpec",
+    "dumps",
+    "find",
+    "from_table",
+    "installed",
+    "load",
+    "loads",
+    "schema",
+]

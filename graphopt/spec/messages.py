@@ -1,0 +1,131 @@
+"""pydantic's errors as a user of a TOML file wants them: the line, the field, what was expected and found, the nearest key."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from graphopt.errors import SpecError, did_you_mean
+from graphopt.spec.positions import KeyPath
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text in quotes",
+    "bool": "true or false",
+    "tuple": "an array",
+    "list": "an array",
+    "dict": "a table",
+    "model": "a table",
+    "set": "an array",
+    "frozen_set": "an array",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def spec_error(error: ValidationError, model: type[BaseModel], data: Any, locate: Callable[[KeyPath], str | None]) -> SpecError:
+    """One `SpecError` for all that is wrong in `data`; `locate` turns a key path into `file:line, field`."""
+    grouped: dict[KeyPath, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        grouped.setdefault(_in_data(item["loc"], data, item["type"]), []).append(item)
+    mistakes = [_mistake(path, items, model, locate) for path, items in grouped.items()]
+    if len(mistakes) == 1:
+        return mistakes[0]
+    return SpecError(f"{len(mistakes)} mistakes" + "".join(f"\n  {mistake}" for mistake in mistakes))
+
+
+def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Callable[[KeyPath], str | None]) -> SpecError:
+    first, where = items[0], locate(path)
+    if first["type"] == "extra_forbidden":
+        known = known_keys(model, path[:-1])
+        fix = did_you_mean(str(path[-1]), known) or (f"Known keys: {', '.join(sorted(known))}" if known else None)
+        return SpecError(f"unknown key {str(path[-1])!r}", where=where, fix=fix)
+    if first["type"] == "missing":
+        return SpecError(f"{str(path[-1])!r} is missing", where=locate(path[:-1]) or where)
+    if len(items) == 1:
+        what, fix = _what(first)
+    else:  # a union: every branch says why it was not meant
+        expected = list(dict.fromkeys(text for item in items if (text := _expected(item))))
+        told = [_what(item)[0] for item in items if not _expected(item)]
+        what = told[0] if told else f"expected {' or '.join(expected)}, found {_found(first['input'])}"
+        fix = None
+    return SpecError(what, where=where, fix=fix)
+
+
+def _expected(item: Any) -> str | None:
+    kind = item["type"]
+    if kind == "literal_error":
+        return str(item["ctx"]["expected"])
+    return _EXPECTED.get(kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float"))
+
+
+def _what(item: Any) -> tuple[str, str | None]:
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    expected = _expected(item)
+    if expected:
+        fix = None
+        if kind == "literal_error" and isinstance(value, str):
+            fix = did_you_mean(value, [part.strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(", ")])
+        return f"expected {expected}, found {_found(value)}", fix
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return f"must be {words} {context[key]}, found {_found(value)}", None
+    if kind in ("value_error", "assertion_error"):
+        return str(context.get("error", item["msg"])), None
+    return f"{item['msg'][:1].lower()}{item['msg'][1:]}, found {_found(value)}", None
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple):
+        return "an empty array" if not value else f"an array {list(value)!r}" if len(repr(value)) < 60 else "an array"
+    return repr(value)
+
+
+def _in_data(loc: Iterable[str | int], data: Any, kind: str) -> KeyPath:
+    """`loc` without the parts that pydantic adds (names of union branches), as far as `data` goes."""
+    path: KeyPath = ()
+    parts = list(loc)
+    for index, part in enumerate(parts):
+        if isinstance(data, Mapping) and part in data:
+            data = data[part]
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif not (kind == "missing" and index == len(parts) - 1):
+            continue
+        path += (part,)
+    return path
+
+
+def known_keys(model: Any, path: KeyPath) -> set[str]:
+    """Keys that a table at `path` inside `model` may have, union branches together."""
+    models = list(_models(model))
+    for part in path:
+        if isinstance(part, int):
+            continue  # an array's elements have its annotation
+        fields = [field for each in models for name, field in each.model_fields.items() if part in (name, field.alias)]
+        models = [inner for field in fields for inner in _models(field.annotation)]
+    return {field.alias or name for each in models for name, field in each.model_fields.items()}
+
+
+def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        yield annotation
+    if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else ()):
+        yield from _models(annotation.__value__)
+    for inner in typing.get_args(annotation):
+        yield from _models(inner)

@@ -1,0 +1,225 @@
+"""The typed spec: what a TOML file may say, with units and defaults. Values only; reading files is `graphopt.spec.reading`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+
+Source = Literal["torchvision", "timm", "python", "cifar"]
+Verify = Literal["full", "fast", "off"]
+
+# TOML has arrays, the models are frozen: arrays become tuples, and nothing else is converted (strict).
+_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Shape: TypeAlias = Annotated[tuple[Positive, ...], _tuple, Field(min_length=1)]
+Numbers: TypeAlias = Annotated[tuple[float, ...], _tuple]
+
+
+class _Table(BaseModel):
+    """A TOML table: unknown keys are errors, `"10"` is not a number, and nothing changes after parsing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class BackboneSpec(_Table):
+    """`[backbone]`: which network, and one sample's shape."""
+
+    source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets), or python (your own factory; needs --trust)")
+    name: str = Field(min_length=1, description="the library's name; for python \"package.module:factory\"")
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
+    input: Shape = Field(description="one sample's shape, e.g. [3, 224, 224]; the batch stays free; default: the model's own")
+    weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint file, loaded strictly")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_input(cls, data: Any) -> Any:
+        """Without `input`, the size that the library gives for this model."""
+        if isinstance(data, Mapping) and data.get("input") is None and isinstance(data.get("name"), str):
+            from graphopt.backbone import default_input  # imports timm: only where it is needed
+
+            shape = default_input(str(data.get("source")), data["name"], data.get("arguments") or {})
+            return {**data, "input": shape} if shape else data
+        return data
+
+
+class AugmentSpec(_Table):
+    """`[data.augment]`: training-time augmentation, by timm's transform and mixup factories. All off by default."""
+
+    crop: Literal["none", "pad", "resized"] = Field(
+        default="none", description="pad: pad by an eighth, then crop at random (CIFAR); resized: random resized crop (ImageNet)"
+    )
+    scale: Annotated[tuple[float, float], _tuple] = Field(default=(0.08, 1.0), description="area kept by crop = \"resized\"")
+    ratio: Annotated[tuple[float, float], _tuple] = Field(default=(0.75, 4 / 3), description="aspect of crop = \"resized\"")
+    hflip: Fraction = Field(default=0.0, description="probability of a horizontal flip")
+    vflip: Fraction = Field(default=0.0, description="probability of a vertical flip")
+    color_jitter: NonNegative = Field(default=0.0, description="strength")
+    auto_augment: str | None = Field(default=None, description="timm's policy text, e.g. \"rand-m9-mstd0.5-inc1\"")
+    erase: Fraction = Field(default=0.0, description="probability of random erasing")
+    mixup: NonNegative = Field(default=0.0, description="mixup's alpha; 0 is off")
+    cutmix: NonNegative = Field(default=0.0, description="CutMix's alpha; 0 is off")
+
+    @property
+    def random(self) -> bool:
+        """Whether one image can give different inputs (a feature cache has to know)."""
+        flips = self.hflip or self.vflip or self.color_jitter or self.auto_augment or self.erase
+        return bool(self.crop != "none" or flips or self.mixup or self.cutmix)
+
+
+class DataSpec(_Table):
+    """`[data]`: the images."""
+
+    name: str = Field(
+        default="digits",
+        description="digits (embedded), cifar10, cifar100, \"folder\" (one folder per class), or a name timm's dataset factory knows",
+    )
+    root: str | None = Field(default=None, description="folder of the images; digits needs none")
+    download: bool = Field(default=False, description="fetch the data set where the library can")
+    train_split: str = "train"
+    eval_split: str = "validation"
+    train_limit: Positive | None = Field(default=None, description="use only so many training images (a fixed, stratified draw)")
+    eval_limit: Positive | None = Field(default=None, description="use only so many evaluation images")
+    mean: Numbers | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
+    std: Numbers | None = Field(default=None, description="per channel")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="share of the resized image that evaluation keeps")
+    workers: Count = Field(default=0, description="loader processes; 0 loads in the training process")
+    augment: AugmentSpec = AugmentSpec()
+
+
+class OptimizerSpec(_Table):
+    """`[train.optimizer]`, or just its name: `optimizer = "adamw"`. By timm's optimizer factory."""
+
+    name: str = Field(default="sgd", description="timm's name: sgd (Nesterov), momentum, adamw, lamb, ...")
+    lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="peak learning rate, for the whole batch")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="SGD's; Adam's first beta stays its own")
+    weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and the pass's own scalars")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="learning-rate factor per layer from the head")
+    arguments: dict[str, Any] = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
+
+
+class SchedulerSpec(_Table):
+    """`[train.scheduler]`, or just its name: `scheduler = "step"`. By timm's scheduler factory."""
+
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = "cosine"
+    warmup_epochs: Count = 0
+    warmup_lr: NonNegative = Field(default=1e-5, description="learning rate at the first step of the warm-up")
+    min_lr: NonNegative = 0.0
+    decay_epochs: Annotated[float, Field(gt=0)] | None = Field(default=None, description="step: epochs between decays")
+    decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
+    decay_rate: Annotated[float, Field(gt=0)] = 0.1
+    patience_epochs: Count = Field(default=10, description="plateau")
+    cooldown_epochs: Count = 0
+    arguments: dict[str, Any] = Field(default={}, description="further arguments of timm's create_scheduler_v2")
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TrainSpec(_Table):
+    """`[train]`: the run."""
+
+    epochs: Positive = 10
+    batch: Positive = Field(default=128, description="samples per optimizer step and process, before accumulation; costs are given for it")
+    seed: Count = 0
+    optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
+    scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    accumulate: Positive = Field(default=1, description="batches per optimizer step")
+    clip: Annotated[float, Field(gt=0)] | None = Field(default=None, description="gradient clipping; see clip_mode")
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
+    amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="autocast dtype; default: float32")
+    channels_last: bool = False
+    compile: bool = Field(default=False, description="torch.compile, once per phase")
+    device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
+    deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
+    checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
+    keep: Positive = Field(default=2, description="how many checkpoints stay")
+    eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
+    log_every: Positive = Field(default=10, description="steps between metrics lines")
+
+
+class Spec(_Table):
+    """A whole spec. Equal when they say the same, wherever they were read from.
+
+    `lines` and `file` know where each key stood; they are for messages and take no part in equality.
+    """
+
+    name: str = Field(default="", description="for people; shown in reports")
+    verify: Verify | None = Field(default=None, description="default: full in apply, fast in train")
+    backbone: BackboneSpec
+    passes: tuple[SerializeAsAny[BaseModel], ...] = Field(default=(), alias="pass", description="in the order they act")
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+
+    _file: str | None = PrivateAttr(default=None)
+    _lines: Mapping[tuple[str | int, ...], int] = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self.resolved() == other.resolved()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.resolved(), sort_keys=True))
+
+    @property
+    def file(self) -> str | None:
+        """The file it was read from."""
+        return self._file
+
+    @property
+    def lines(self) -> Mapping[tuple[str | int, ...], int]:
+        """Key path (`("pass", 0, "select")`) to the line it stood on, from 1. Empty for a spec made in Python."""
+        return self._lines
+
+    def where(self, *path: str | int) -> str | None:
+        """`"quickstart.toml:14, pass 2 (freeze), select"` for an error's location; None for a spec made in Python."""
+        if self._file is None:
+            return None
+        uses = [getattr(item, "use", "?") for item in self.passes]
+        return locate(self._file, self._lines, path, uses)
+
+    def resolved(self) -> dict[str, Any]:
+        """The spec as plain TOML values, every default written out; keys without a value are left out."""
+        table = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"passes"})
+        passes = [{"use": item.use, **item.model_dump(mode="json", by_alias=True, exclude_none=True)} for item in self._typed()]
+        ordered = {"name": table.pop("name"), **({"verify": table.pop("verify")} if "verify" in table else {})}
+        return {**ordered, "backbone": table.pop("backbone"), "pass": passes, **table}
+
+    def _typed(self) -> tuple[Any, ...]:
+        return self.passes  # items are graphopt.rewriting.Pass, which this module must not import (arrows point one way)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what determines structure: the backbone (not its weights) and the passes in order. 16 hex digits."""
+        table = self.resolved()
+        backbone = {key: value for key, value in table["backbone"].items() if key != "weights"}
+        text = json.dumps({"format": 1, "backbone": backbone, "pass": table["pass"]}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def locate(file: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...], uses: list[str]) -> str:
+    """`file:line, field` of the nearest enclosing key that has a line."""
+    line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
+    place = f"{file}:{line}" if line else file
+    return f"{place}, {show_path(path, uses)}" if path else place
+
+
+def show_path(path: tuple[str | int, ...], uses: list[str]) -> str:
+    """`("pass", 1, "select", 0)` as people count: `pass 2 (freeze), select[0]`."""
+    head = ""
+    if len(path) > 1 and path[0] == "pass" and isinstance(path[1], int):
+        use = f" ({uses[path[1]]})" if path[1] < len(uses) and uses[path[1]] else ""
+        head, path = f"pass {path[1] + 1}{use}", path[2:]
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return f"{head}, {text}" if head and text else head or text

@@ -1,0 +1,84 @@
+"""A spec back to TOML, and its JSON Schema for editors.
+
+Written here because the kept TOML writers put a pass's small tables under headers of their own or fold `[[pass]]` into one
+array, and a resolved spec is meant to be read: one key a line, tables inside a pass inline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from graphopt.spec.model import Spec
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def dumps(spec: Spec) -> str:
+    """The resolved spec as TOML, every default written out; `loads(dumps(spec)) == spec`."""
+    table = spec.resolved()
+    chunks = ["".join(f"{_key(key)} = {_inline(value)}\n" for key, value in table.items() if not _nested(value))]
+    chunks += [text for key, value in table.items() if _nested(value) for text in _section(key, value)]
+    return "\n".join(chunk for chunk in chunks if chunk)
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value))
+
+
+def _section(key: str, value: Any) -> list[str]:
+    tables, header = (value, f"[[{_key(key)}]]") if isinstance(value, list) else ([value], f"[{_key(key)}]")
+    return [f"{header}\n" + "".join(f"{_key(k)} = {_inline(v)}\n" for k, v in table.items()) for table in tables]
+
+
+def _key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else _text(key)
+
+
+def _text(text: str) -> str:
+    # JSON's escapes are TOML's, but for DEL, which JSON leaves raw.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items() if v is not None)
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_inline(item) for item in value)}]"
+    raise TypeError(f"a spec holds TOML values only, not {type(value).__name__}")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a spec with the installed passes, for editors (`#:schema graphopt.schema.json`)."""
+    from graphopt.spec.reading import installed_passes
+
+    whole = Spec.model_json_schema(by_alias=True)
+    shared = whole.setdefault("$defs", {})
+    branches = []
+    for use, cls in sorted(installed_passes().items()):
+        table = cls.model_json_schema(by_alias=True)
+        shared.update(table.pop("$defs", {}))
+        table["properties"] = {"use": {"const": use, "type": "string"}, **table.get("properties", {})}
+        table["required"] = ["use", *table.get("required", [])]
+        branches.append(table)
+    by_file = {"properties": {"use": {"type": "string", "pattern": ":"}}, "required": ["use"], "title": "a pass by file (--trust)"}
+    whole["properties"]["pass"]["items"] = {"anyOf": [*branches, by_file]}
+    # What the library knows of a model by name need not be said.
+    shared["BackboneSpec"]["required"] = ["source", "name"]
+    for name in ("OptimizerSpec", "SchedulerSpec"):
+        field = name.removesuffix("Spec").lower()
+        properties = shared["TrainSpec"]["properties"]
+        properties[field] = {"anyOf": [{"type": "string"}, {"$ref": f"#/$defs/{name}"}], "description": f"its name, or [train.{field}]"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "graphopt spec"}
