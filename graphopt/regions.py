@@ -53,9 +53,7 @@ def activations(graph: Graph) -> set[fx.Node]:
     """Nodes that carry activations: tensors computed from the input. Shape arithmetic and what only parameters feed do not count."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            found.add(node)
-        elif node.op != "output" and _holds_tensor(node.meta.get("val")) and any(n in found for n in node.all_input_nodes):
+        if node.op == "placeholder" or (node.op != "output" and _holds_tensor(node.meta.get("val")) and any(n in found for n in node.all_input_nodes)):
             found.add(node)
     return found
 
@@ -128,8 +126,13 @@ def _region(graph: Graph, paths: tuple[str, ...], nodes: tuple[fx.Node, ...], ac
         entries=tuple(entries),
         exits=exits,
         closed=len(entries) == 1 and len(exits) == 1,
-        parameters=parameters_of(graph, nodes),
+        # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
+        parameters=parameters_of(graph, (n for n in nodes if "by" not in n.meta or n.op != "get_attr" or _below(n.target, paths))),
     )
+
+
+def _below(name: str, paths: tuple[str, ...]) -> bool:
+    return "" in paths or name in paths or name.startswith(tuple(f"{p}." for p in paths))
 
 
 def _own_parameters(graph: Graph, path: str) -> Iterator[nn.Parameter]:

@@ -127,7 +127,9 @@ def _by_table(table: Filter, graph: Graph) -> list[Region]:
         regions = narrowed([r for r in regions if max(order[n] for n in r.nodes) < edge], f"before = {before!r}", regions)
     if table.exclude is not None:
         out = _select(table.exclude, graph)
-        regions = narrowed([r for r in regions if not any(o.covers(r) or r.covers(o) for o in out)], f"exclude = {table.exclude!r}", regions)
+        regions = narrowed(
+            [r for r in regions if not any(o.covers(r) or r.covers(o) for o in out)], f"exclude = {table.exclude!r}", regions
+        )
     regions = list(_outermost(graph, regions))
     if table.first is not None:
         regions = narrowed(regions[: _count(table.first, len(regions))], f"first = {table.first}", regions)
@@ -181,7 +183,8 @@ def _of_type(types: str | tuple[str, ...], regions: list[Region], graph: Graph) 
         hits = [r for r in regions if matches(r.kind)]
         if not hits:
             raise SelectError(
-                f"type = {pattern!r} matches no module", fix=did_you_mean(_plain(pattern), kinds) or f"There are {', '.join(sorted(kinds)[:8])}"
+                f"type = {pattern!r} matches no module",
+                fix=did_you_mean(_plain(pattern), kinds) or f"There are {', '.join(sorted(kinds)[:8])}",
             )
         chosen += hits
     return chosen

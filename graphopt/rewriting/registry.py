@@ -24,11 +24,15 @@ def passes() -> dict[str, type[Pass]]:
         try:
             loaded = entry.load()
         except Exception as error:
-            raise PassError(f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that brings it") from error
+            raise PassError(
+                f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that brings it"
+            ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
             raise PassError("what it names is no graphopt.Pass", where=where, fix="Name a subclass of graphopt.Pass there")
         if getattr(loaded, "use", None) != entry.name:
-            raise PassError(f"its class calls itself {getattr(loaded, 'use', None)!r}", where=where, fix="Give the entry point the name of `use`")
+            raise PassError(
+                f"its class calls itself {getattr(loaded, 'use', None)!r}", where=where, fix="Give the entry point the name of `use`"
+            )
         if entry.name in found and found[entry.name] is not loaded:
             raise PassError(f"two installed packages bring a pass called {entry.name!r}", where=where, fix="Uninstall one of them")
         found[entry.name] = loaded

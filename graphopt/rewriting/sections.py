@@ -109,7 +109,9 @@ def emit(graph: Graph, *, start: fx.Node | None = None, stop: fx.Node | None = N
     _drop_dead(flat, keep_input=start is None)
     alive = set(flat.nodes)
     root = nn.Module()
-    root.__dict__.update({k: v for k, v in graph.module.__dict__.items() if k in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training")})
+    root.__dict__.update(
+        {k: v for k, v in graph.module.__dict__.items() if k in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training")}
+    )
     root._modules = dict(graph.module._modules)
     sections = []
     for section in graph.sections:

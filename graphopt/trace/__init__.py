@@ -17,7 +17,7 @@ __all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 MOST_OPAQUE = 64
 
 
-def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:  # noqa: A002
+def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
     """Traces a backbone. The graph shares the backbone's parameters; the backbone itself is left as it was.
 
     Args:
@@ -50,7 +50,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     return graph
 
 
-def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque]) -> Graph | None:  # noqa: A002
+def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque]) -> Graph | None:
     """One attempt; None when a further module had to be declared opaque."""
     graphs: list[fx.Graph] = []
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
@@ -128,9 +128,7 @@ def _origin_of(node: fx.Node) -> Origin:
     return Origin(path, int(call) if call.isdigit() else 0)
 
 
-def _root_for(
-    backbone: nn.Module, graph: fx.Graph, switches: dict[str, nn.Module], constants: dict[str, torch.Tensor]
-) -> nn.Module:
+def _root_for(backbone: nn.Module, graph: fx.Graph, switches: dict[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
     """A root for the graph: the backbone's own registrations, plus mode switches and stray constants, neither with state-dict keys."""
     root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
     for target, switch in switches.items():

@@ -98,7 +98,7 @@ class Graph:
     def __init__(
         self,
         module: fx.GraphModule,
-        input: tuple[int, ...],  # noqa: A002
+        input: tuple[int, ...],
         types: dict[str, str],
         groups: tuple[tuple[str, ...], ...] = (),
         opaque: tuple[Opaque, ...] = (),
@@ -208,7 +208,7 @@ class Graph:
         return iter(self.module.graph.nodes)
 
 
-def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:  # noqa: A002
+def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
     """Stamps `meta["val"]` on every node of `module` by running it on fake tensors, without gradients and without weights.
 
     Raises:

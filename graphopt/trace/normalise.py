@@ -24,7 +24,7 @@ class ByMode(nn.Module):
         train, eval: `(args, kwargs)` of each mode; a `Slot` stands where a run-time value goes.
     """
 
-    def __init__(self, function: Callable[..., Any] | str, train: tuple[Any, Any], eval: tuple[Any, Any]) -> None:  # noqa: A002
+    def __init__(self, function: Callable[..., Any] | str, train: tuple[Any, Any], eval: tuple[Any, Any]) -> None:
         super().__init__()
         self.function, self.train_arguments, self.eval_arguments = function, train, eval
 
@@ -42,7 +42,7 @@ class ByMode(nn.Module):
 class OutputByMode(nn.Module):
     """The backbone's output in each mode, where they differ (auxiliary heads)."""
 
-    def forward(self, train: Any, eval: Any) -> Any:  # noqa: A002
+    def forward(self, train: Any, eval: Any) -> Any:
         return train if self.training else eval
 
 
@@ -72,7 +72,7 @@ class Difference(Exception):
         self.path = path
 
 
-def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[fx.Node], str]) -> dict[str, ByMode | OutputByMode]:  # noqa: A002
+def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[fx.Node], str]) -> dict[str, ByMode | OutputByMode]:
     """Rewrites `train` in place so that it serves eval mode too; returns the modules it now calls, by target.
 
     Args:

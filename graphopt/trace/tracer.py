@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm.layers
-import timm.models  # noqa: F401  (importing the model files is what fills timm's registries)
+import timm.models
 import torch
 from torch import fx, nn
 from torchvision.ops import StochasticDepth, misc
@@ -56,7 +56,9 @@ class Tracer(fx.Tracer):
         graph = super().trace(root, concrete_args)
         # Arguments with defaults are constants of the graph; tracing leaves their placeholders behind, with asserts on the value.
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
-        for node in [n for n in inputs if n.target in (concrete_args or {}) or str(n.target).rstrip("_0123456789") in (concrete_args or {})]:
+        for node in [
+            n for n in inputs if n.target in (concrete_args or {}) or str(n.target).rstrip("_0123456789") in (concrete_args or {})
+        ]:
             _erase_with_users(graph, node)
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         if len(inputs) != 1:

@@ -1,0 +1,73 @@
+"""What a compilation changed, in figures and per pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphopt.rewriting.passes import Note, Pass
+from graphopt.verify import Checked
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass: the value, whether its trigger has fired, the regions it changed, its notes, what was verified, and what it cost or saved.
+
+    `before` and `after` are the costs of one training step around this pass (None when costs were not asked for).
+    """
+
+    value: Pass
+    active: bool
+    regions: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
+    verified: tuple[Checked, ...] = ()
+    before: Any = None
+    after: Any = None
+    line: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.value.table(),
+            "active": self.active,
+            "regions": list(self.regions),
+            "skipped": [{"region": n.where, "reason": n.why} for n in self.notes if n.level == "skip"],
+            "notes": [{"level": n.level, "where": n.where, "why": n.why} for n in self.notes if n.level != "skip"],
+            "verified": [{"property": c.property, "difference": c.difference} for c in self.verified],
+            "before": self.before.to_dict() if self.before is not None else None,
+            "after": self.after.to_dict() if self.after is not None else None,
+            "line": self.line,
+            "figures": dict(self.figures),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compiled plan in figures: the backbone before, the plan after, and each pass between.
+
+    Attributes:
+        batch: samples in the training step that the costs are of.
+        opaque: modules the trace kept whole, as (path, reason). unused: parameters the backbone's forward never reads.
+    """
+
+    name: str
+    digest: str
+    batch: int
+    before: Any
+    after: Any
+    passes: tuple[PassReport, ...]
+    opaque: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: `name, digest, batch, before, after, passes` and what tracing has to tell."""
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "batch": self.batch,
+            "before": self.before.to_dict() if self.before is not None else None,
+            "after": self.after.to_dict() if self.after is not None else None,
+            "passes": [p.to_dict() for p in self.passes],
+            "opaque": [{"path": path, "reason": reason} for path, reason in self.opaque],
+            "unused_parameters": list(self.unused),
+        }
