@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import fx, nn
 
 from graphopt.errors import TraceError
-from graphopt.trace.compare import compare_modes
+from graphopt.trace.compare import compare_modes, same
 from graphopt.trace.graph import Graph, Opaque, Origin, TrainingModule, propagate_shapes, skeleton
 from graphopt.trace.normalise import Difference, merge_modes
 from graphopt.trace.tracer import Tracer, constants_of, optional_arguments
@@ -45,8 +48,9 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     finally:
         for module, training in was_training.items():
             module.training = training
-    for module in graph.module.modules():
-        module.train(backbone.training)
+    modes = {path: m.training for path, m in backbone.named_modules()}
+    for path, module in graph.module.named_modules():
+        module.training = modes.get(path, backbone.training)
     return graph
 
 
@@ -54,13 +58,11 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
     """One attempt; None when a further module had to be declared opaque."""
     graphs: list[fx.Graph] = []
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
-    constants: dict[str, torch.Tensor] = {}
-    before = set(backbone.__dict__)
-    buffers = set(backbone._buffers)
-    try:
-        for training in (True, False):
-            backbone.train(training)
-            tracer = Tracer(o.path for o in opaque)
+    constants: list[dict[str, torch.Tensor]] = []
+    for training in (True, False):
+        backbone.train(training)
+        tracer = Tracer(o.path for o in opaque)
+        with _without_new_attributes(backbone):
             try:
                 graphs.append(tracer.trace(backbone, optional_arguments(backbone)))
             except TraceError:
@@ -68,19 +70,16 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
             except Exception as error:
                 _give_up_on(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
                 return None
-            constants.update(constants_of(backbone, graphs[-1], own))
-    finally:
-        for name in set(backbone.__dict__) - before:
-            del backbone.__dict__[name]
-        for name in set(backbone._buffers) - buffers:
-            del backbone._buffers[name]
+            constants.append(constants_of(backbone, graphs[-1], own))
+    if not same(*constants):
+        _give_up_on("", "it makes other constants in each mode", opaque)
     train, eval_ = graphs
     try:
         switches = merge_modes(train, eval_, _scope_of)
     except Difference as difference:
         _give_up_on(difference.path, "its structure depends on the mode", opaque)
         return None
-    module = TrainingModule(_root_for(backbone, train, switches, constants), train, type(backbone).__name__)
+    module = TrainingModule(_root_for(backbone, train, switches, constants[0]), train, type(backbone).__name__)
     for node in train.nodes:
         node.meta["origin"] = _origin_of(node)
         node.meta.pop("nn_module_stack", None)
@@ -95,6 +94,19 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
     unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
     return Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+
+
+@contextmanager
+def _without_new_attributes(module: nn.Module) -> Iterator[None]:
+    """Tracing parks constants on the root it traces: they are taken off again."""
+    attributes, buffers = set(module.__dict__), set(module._buffers)
+    try:
+        yield
+    finally:
+        for name in set(module.__dict__) - attributes:
+            del module.__dict__[name]
+        for name in set(module._buffers) - buffers:
+            del module._buffers[name]
 
 
 def _give_up_on(path: str, reason: str, opaque: list[Opaque]) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import SelectError, TraceError, did_you_mean
 
@@ -223,7 +229,10 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
         class Shapes(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 at[:] = [n]
-                value = super().run_node(n)
+                try:
+                    value = super().run_node(n)
+                except (DataDependentOutputException, DynamicOutputShapeException):
+                    value = _shape_by_running(module, n, *self.fetch_args_kwargs_from_env(n), mode)
                 original[n.name].meta["val"] = value
                 return value
 
@@ -241,6 +250,23 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
                 where=where,
                 fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
             ) from error
+
+
+def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """Shapes of a leaf that branches on values: they cannot be known without values, so it runs once on random ones."""
+    if node.op != "call_module":
+        raise TypeError(f"{node} branches on values outside any module")
+    leaf = copy.deepcopy(module.get_submodule(node.target)).eval()
+    if any(t.is_meta for t in (*leaf.parameters(), *leaf.buffers())):
+        raise TypeError(f"{node.target} branches on values: its shapes are not known without its weights")
+
+    def real(value: Any) -> Any:
+        return torch.rand(value.shape).to(value.dtype) if isinstance(value, torch.Tensor) else value
+
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+        args, kwargs = pytree.tree_map(real, (args, kwargs))
+        out = leaf(*args, **kwargs)
+    return pytree.tree_map(lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, out)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
