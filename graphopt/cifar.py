@@ -1,7 +1,7 @@
 """The CIFAR residual networks of He et al. (arXiv 1512.03385, section 4.2), which neither torchvision nor timm has.
 
-Depth 6n+2: a 3x3 stem, three stages of n basic blocks at widths 16, 32 and 64, global pooling, one linear layer. Where a
-stage begins, the shortcut is a 1x1 convolution with a norm (the paper's option B), as in the systems that graphopt
+Depth 6n+2: a 3x3 stem, three stages of n basic blocks at widths 16, 32 and 64, global pooling, one linear layer. Where
+a stage begins, the shortcut is a 1x1 convolution with a norm (the paper's option B), as in the systems that graphopt
 reproduces: depth 110 has 1,730,714 parameters and depth 32 has 466,906, at 10 classes.
 """
 

@@ -62,16 +62,15 @@ def compile(
         options: dict[str, Any] = {}
     else:
         from graphopt.backbone import build
-        from graphopt.spec import digest
 
         passes = spec.passes
         if model is None:
             model = build(spec.backbone, trust=trust)
         input = input or spec.backbone.input
-        batch = batch or spec.train.batch_size
-        plain = {"name": spec.name, "digest": digest(spec), "spec": spec}
+        batch = batch or spec.train.batch
+        plain = {"name": spec.name, "digest": spec.digest, "spec": spec}
         plain |= {"lines": [spec.line_of(i) for i in range(len(passes))], "where": [spec.place_of(i) for i in range(len(passes))]}
-        options = {"optimizer": spec.train.optimizer, "amp": spec.train.amp}
+        options = {"optimizer": spec.train.optimizer.name, "amp": spec.train.amp}
     batch = batch or DEFAULT_BATCH
     base = trace(model, tuple(input), compare=verify != "off")
     return Plan(

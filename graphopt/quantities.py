@@ -1,4 +1,4 @@
-"""Sizes as people write them (`"8 GiB"`, `"512MB"`, `1024`), to bytes and back; and large figures for people to read."""
+"""Sizes as people write them (`"8 GiB"`, `"512MB"`, `1024`), to bytes and back; and large figures for people."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def parse_size(value: Any) -> int:
         ValueError: not a size, negative, or more than 16 EiB.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"expected a size such as \"8 GiB\" or a number of bytes, found {value!r}")
+        raise ValueError(f'expected a size such as "8 GiB" or a number of bytes, found {value!r}')
     if isinstance(value, str):
         found = _SIZE.fullmatch(value)
         if found is None:
-            raise ValueError(f"expected a size such as \"8 GiB\", \"512 MB\" or 1024, found {value!r}")
+            raise ValueError(f'expected a size such as "8 GiB", "512 MB" or 1024, found {value!r}')
         number, prefix, suffix = found.groups()
         base = 1000 if prefix and suffix.casefold() == "b" else 1024
         scale = base ** (_PREFIXES.casefold().index(prefix.casefold()) + 1) if prefix else 1
@@ -84,5 +84,5 @@ Size = Annotated[
     int,
     BeforeValidator(parse_size),
     PlainSerializer(exact_size, return_type=str),
-    WithJsonSchema({"type": ["string", "integer"], "description": "a size: \"8 GiB\", \"512 MB\", or bytes"}),
+    WithJsonSchema({"type": ["string", "integer"], "description": 'a size: "8 GiB", "512 MB", or bytes'}),
 ]

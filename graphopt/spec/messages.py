@@ -1,16 +1,19 @@
-"""pydantic's errors as a user of a TOML file wants them: the line, the field, what was expected and found, the nearest key."""
+"""pydantic's errors as a user of a TOML file wants them: line, field, what was expected and found, the nearest key."""
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
 from graphopt.errors import SpecError, did_you_mean
 from graphopt.spec.positions import KeyPath
+
+Locate: TypeAlias = Callable[[KeyPath], str | None]
 
 _EXPECTED = {
     "int": "a whole number",
@@ -32,7 +35,7 @@ _BOUNDS = {
 }
 
 
-def spec_error(error: ValidationError, model: type[BaseModel], data: Any, locate: Callable[[KeyPath], str | None]) -> SpecError:
+def spec_error(error: ValidationError, model: type[BaseModel], data: Any, locate: Locate) -> SpecError:
     """One `SpecError` for all that is wrong in `data`; `locate` turns a key path into `file:line, field`."""
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
@@ -43,7 +46,7 @@ def spec_error(error: ValidationError, model: type[BaseModel], data: Any, locate
     return SpecError(f"{len(mistakes)} mistakes" + "".join(f"\n  {mistake}" for mistake in mistakes))
 
 
-def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Callable[[KeyPath], str | None]) -> SpecError:
+def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Locate) -> SpecError:
     first, where = items[0], locate(path)
     if first["type"] == "extra_forbidden":
         known = known_keys(model, path[:-1])
@@ -74,13 +77,17 @@ def _what(item: Any) -> tuple[str, str | None]:
     if expected:
         fix = None
         if kind == "literal_error" and isinstance(value, str):
-            fix = did_you_mean(value, [part.strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(", ")])
+            fix = did_you_mean(value, re.findall(r"'([^']*)'", str(context["expected"])))
         return f"expected {expected}, found {_found(value)}", fix
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         return f"must be {words} {context[key]}, found {_found(value)}", None
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", item["msg"])), None
+    if kind in ("too_short", "too_long"):
+        bound = "min" if kind == "too_short" else "max"
+        words = f"at {'least' if bound == 'min' else 'most'} {context[f'{bound}_length']}"
+        return f"expected {words} items, found {_found(value)}", None
     return f"{item['msg'][:1].lower()}{item['msg'][1:]}, found {_found(value)}", None
 
 
@@ -101,9 +108,8 @@ def _in_data(loc: Iterable[str | int], data: Any, kind: str) -> KeyPath:
     path: KeyPath = ()
     parts = list(loc)
     for index, part in enumerate(parts):
-        if isinstance(data, Mapping) and part in data:
-            data = data[part]
-        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+        inside = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
+        if inside or (isinstance(data, Mapping) and part in data):
             data = data[part]
         elif not (kind == "missing" and index == len(parts) - 1):
             continue
@@ -123,9 +129,8 @@ def known_keys(model: Any, path: KeyPath) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    plain = isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
+    if plain and issubclass(annotation, BaseModel):
         yield annotation
-    if isinstance(annotation, typing.TypeAliasType if hasattr(typing, "TypeAliasType") else ()):
-        yield from _models(annotation.__value__)
     for inner in typing.get_args(annotation):
         yield from _models(inner)

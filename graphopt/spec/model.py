@@ -1,9 +1,10 @@
-"""The typed spec: what a TOML file may say, with units and defaults. Values only; reading files is `graphopt.spec.reading`."""
+"""The typed spec: what a TOML file may say, with units and defaults. Reading files is `graphopt.spec.reading`'s."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -31,36 +32,42 @@ class _Table(BaseModel):
 class BackboneSpec(_Table):
     """`[backbone]`: which network, and one sample's shape."""
 
-    source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets), or python (your own factory; needs --trust)")
-    name: str = Field(min_length=1, description="the library's name; for python \"package.module:factory\"")
+    source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
+    name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory"')
     arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
-    input: Shape = Field(description="one sample's shape, e.g. [3, 224, 224]; the batch stays free; default: the model's own")
-    weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint file, loaded strictly")
+    input: Shape = Field(description="one sample's shape, [3, 224, 224]; default: the model's own")
+    weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint, loaded strictly")
 
     @model_validator(mode="before")
     @classmethod
     def _own_input(cls, data: Any) -> Any:
         """Without `input`, the size that the library gives for this model."""
-        if isinstance(data, Mapping) and data.get("input") is None and isinstance(data.get("name"), str):
-            from graphopt.backbone import default_input  # imports timm: only where it is needed
+        if not isinstance(data, Mapping) or data.get("input") is not None:
+            return data
+        source, name = data.get("source"), data.get("name")
+        if not isinstance(source, str) or source not in typing.get_args(Source) or not isinstance(name, str):
+            return {**data, "input": (1,)}  # what is wrong is told by its own field, once
+        from graphopt.backbone import default_input, unknown  # imports timm: only where it is needed
 
-            shape = default_input(str(data.get("source")), data["name"], data.get("arguments") or {})
-            return {**data, "input": shape} if shape else data
-        return data
+        arguments = data.get("arguments")
+        shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
+        if shape is None and source != "python":
+            raise unknown(source, name)
+        return {**data, "input": shape} if shape else data
 
 
 class AugmentSpec(_Table):
     """`[data.augment]`: training-time augmentation, by timm's transform and mixup factories. All off by default."""
 
     crop: Literal["none", "pad", "resized"] = Field(
-        default="none", description="pad: pad by an eighth, then crop at random (CIFAR); resized: random resized crop (ImageNet)"
+        default="none", description="pad: by an eighth, then a random crop (CIFAR); resized: random resized crop (ImageNet)"
     )
-    scale: Annotated[tuple[float, float], _tuple] = Field(default=(0.08, 1.0), description="area kept by crop = \"resized\"")
-    ratio: Annotated[tuple[float, float], _tuple] = Field(default=(0.75, 4 / 3), description="aspect of crop = \"resized\"")
+    scale: Annotated[tuple[float, float], _tuple] = Field(default=(0.08, 1.0), description='area kept by crop = "resized"')
+    ratio: Annotated[tuple[float, float], _tuple] = Field(default=(0.75, 4 / 3), description='aspect of crop = "resized"')
     hflip: Fraction = Field(default=0.0, description="probability of a horizontal flip")
     vflip: Fraction = Field(default=0.0, description="probability of a vertical flip")
     color_jitter: NonNegative = Field(default=0.0, description="strength")
-    auto_augment: str | None = Field(default=None, description="timm's policy text, e.g. \"rand-m9-mstd0.5-inc1\"")
+    auto_augment: str | None = Field(default=None, description='timm\'s policy text, e.g. "rand-m9-mstd0.5-inc1"')
     erase: Fraction = Field(default=0.0, description="probability of random erasing")
     mixup: NonNegative = Field(default=0.0, description="mixup's alpha; 0 is off")
     cutmix: NonNegative = Field(default=0.0, description="CutMix's alpha; 0 is off")
@@ -77,10 +84,10 @@ class DataSpec(_Table):
 
     name: str = Field(
         default="digits",
-        description="digits (embedded), cifar10, cifar100, \"folder\" (one folder per class), or a name timm's dataset factory knows",
+        description='digits (embedded), cifar10, cifar100, "folder" (one folder per class), or a name timm\'s dataset factory knows',
     )
     root: str | None = Field(default=None, description="folder of the images; digits needs none")
-    download: bool = Field(default=False, description="fetch the data set where the library can")
+    download: bool = Field(default=False, description="graphopt never downloads: true is refused, with the reason")
     train_split: str = "train"
     eval_split: str = "validation"
     train_limit: Positive | None = Field(default=None, description="use only so many training images (a fixed, stratified draw)")
@@ -100,7 +107,9 @@ class OptimizerSpec(_Table):
     lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="peak learning rate, for the whole batch")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="SGD's; Adam's first beta stays its own")
     weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and the pass's own scalars")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="learning-rate factor per layer from the head")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="learning-rate factor per layer from the head"
+    )
     arguments: dict[str, Any] = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
 
 
@@ -187,15 +196,23 @@ class Spec(_Table):
         uses = [getattr(item, "use", "?") for item in self.passes]
         return locate(self._file, self._lines, path, uses)
 
+    def line_of(self, index: int) -> int | None:
+        """The line on which pass `index` (from 0) begins."""
+        return self._lines.get(("pass", index))
+
+    def place_of(self, index: int) -> str | None:
+        """`"quickstart.toml:9, pass 1 (freeze)"`."""
+        return self.where("pass", index)
+
     def resolved(self) -> dict[str, Any]:
         """The spec as plain TOML values, every default written out; keys without a value are left out."""
         table = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"passes"})
-        passes = [{"use": item.use, **item.model_dump(mode="json", by_alias=True, exclude_none=True)} for item in self._typed()]
+        # Items are graphopt.rewriting.Pass, which this module does not import: arrows point one way.
+        uses = [getattr(item, "use", "?") for item in self.passes]
+        tables = [item.model_dump(mode="json", by_alias=True, exclude_none=True) for item in self.passes]
+        passes = [{"use": use, **inner} for use, inner in zip(uses, tables, strict=True)]
         ordered = {"name": table.pop("name"), **({"verify": table.pop("verify")} if "verify" in table else {})}
         return {**ordered, "backbone": table.pop("backbone"), "pass": passes, **table}
-
-    def _typed(self) -> tuple[Any, ...]:
-        return self.passes  # items are graphopt.rewriting.Pass, which this module must not import (arrows point one way)
 
     @property
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""Where each key of a TOML text stands. `tomllib` gives values without positions, so the text is read statement by statement."""
+"""Where each key of a TOML text stands: `tomllib` gives no positions, so the text is read statement by statement."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ def find(source: str | Path) -> Path:
     if path.is_dir():
         if (path / "spec.toml").is_file():
             return path / "spec.toml"
-        raise SpecError("a folder without a spec.toml", where=str(source), fix="Name a spec file, or a folder that apply or train wrote")
+        fix = "Name a spec file, or a folder that apply or train wrote"
+        raise SpecError("a folder without a spec.toml", where=str(source), fix=fix)
     if path.exists():
         return path
     known = installed()
@@ -63,7 +64,12 @@ def installed() -> dict[str, Path]:
 
 
 def loads(
-    text: str, *, file: str | None = None, folder: Path | None = None, trust: bool = False, overrides: Iterable[str] = ()
+    text: str,
+    *,
+    file: str | None = None,
+    folder: Path | None = None,
+    trust: bool = False,
+    overrides: Iterable[str] = (),
 ) -> Spec:
     """A spec from TOML text; `file` is for messages, `folder` is where its relative paths start."""
     try:
@@ -88,7 +94,8 @@ def from_table(
     """A spec from plain TOML values, as `loads` does after parsing and `Spec.resolved` gives back."""
     lines, folder = lines or {}, folder or Path()
     raw = data.get("pass", [])
-    uses = [str(item.get("use", "")) if isinstance(item, Mapping) else "" for item in raw] if isinstance(raw, list) else []
+    items = raw if isinstance(raw, list) else []
+    uses = [str(item.get("use", "")) if isinstance(item, Mapping) else "" for item in items]
 
     def where(path: KeyPath) -> str | None:
         return locate(file or "spec", lines, path, uses)
@@ -109,11 +116,12 @@ def from_table(
     except ValidationError as error:
         failed.insert(0, spec_error(error, Spec, rest, where))
     except GraphoptError as error:
-        raise error.at(where(("backbone",)) or "") from error
+        raise SpecError(error.what, where=where(("backbone", "name")), fix=error.fix) from error
     if len(failed) == 1:
         raise failed[0]
     if failed:
-        told = [line.strip() for error in failed for line in str(error).splitlines() if not re.fullmatch(r"\d+ mistakes", line)]
+        lines_ = [line.strip() for error in failed for line in str(error).splitlines()]
+        told = [line for line in lines_ if not re.fullmatch(r"\d+ mistakes", line)]
         raise SpecError(f"{len(told)} mistakes" + "".join(f"\n  {line}" for line in told))
     spec._file, spec._lines = file, lines
     return spec
@@ -124,8 +132,8 @@ def _pass(item: Any, path: KeyPath, where: Any, folder: Path, trust: bool) -> Ba
         raise SpecError("expected a [[pass]] table", where=where(path))
     use = item.get("use")
     if not isinstance(use, str):
-        known = ", ".join(sorted(installed_passes()))
-        raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=f"There are {known}")
+        what = "'use' is missing" if use is None else "'use' is the name of a pass"
+        raise SpecError(what, where=where(path), fix=f"There are {', '.join(sorted(installed_passes()))}")
     if ":" in use:
         cls = _pass_from_file(use, folder, trust, where((*path, "use")))
     else:
@@ -153,7 +161,8 @@ def installed_passes() -> Mapping[str, Any]:
 def _pass_from_file(use: str, folder: Path, trust: bool, where: str | None) -> Any:
     file, _, name = use.rpartition(":")
     if not trust:
-        raise SpecError(f"the spec names Python code ({use!r}), which would run", where=where, fix="Read it, then pass --trust")
+        what = f"the spec names Python code ({use!r}), which would run"
+        raise SpecError(what, where=where, fix="Read it, then pass --trust")
     # As written in the spec beside it, or as a run's resolved spec keeps it: from the working directory.
     path = next((path for path in (folder / file, Path(file)) if path.is_file()), None)
     if path is None:
@@ -164,7 +173,7 @@ def _pass_from_file(use: str, folder: Path, trust: bool, where: str | None) -> A
     return _referred(cls, f"{path.resolve()}:{name}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(path: Path) -> Any:
     found = importlib.util.spec_from_file_location(f"graphopt_pass_{path.stem}", path)
     if found is None or found.loader is None:
@@ -179,7 +188,7 @@ def _module(path: Path) -> Any:
     return module
 
 
-@lru_cache(maxsize=None)
+@cache
 def _referred(cls: type[BaseModel], use: str) -> type[BaseModel]:
     """`cls` under the reference that finds it again, so that a resolved spec can be loaded."""
     return type(cls.__name__, (cls,), {"use": use, "__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -208,9 +217,10 @@ def _override(data: dict[str, Any], text: str) -> list[KeyPath]:
     path: KeyPath = ()
     try:
         for part in parts[:-1]:
-            step: str | int = int(part) if isinstance(at, list) else part
-            at = at[step] if isinstance(at, list) else at.setdefault(step, {})
-            path += (step,)
+            if isinstance(at, list):
+                at, path = at[int(part)], (*path, int(part))
+            else:
+                at, path = at.setdefault(part, {}), (*path, part)
             if isinstance(at, str) and path in (("train", "optimizer"), ("train", "scheduler")):
                 data["train"][path[-1]] = at = {"name": at}  # the short form takes options once one is set
         last: str | int = int(parts[-1]) if isinstance(at, list) else parts[-1]
@@ -226,7 +236,8 @@ def _syntax(error: tomllib.TOMLDecodeError, text: str, file: str | None) -> Spec
     what = message[: found.start()] if found else message
     lines = text.splitlines() or [""]
     line, column = (int(found[1]), int(found[2])) if found and found[1] else (len(lines), len(lines[-1]) + 1)
-    return SpecError(f"not TOML: {what[:1].lower()}{what[1:]}", where=f"{file or 'spec'}:{line}:{column} (line {line}, column {column})")
+    place = f"{file or 'spec'}:{line}:{column}"
+    return SpecError(f"not TOML (line {line}, column {column}): {what[:1].lower()}{what[1:]}", where=place)
 
 
 def _short(path: Path) -> str:

@@ -1,7 +1,7 @@
 """A spec back to TOML, and its JSON Schema for editors.
 
-Written here because the kept TOML writers put a pass's small tables under headers of their own or fold `[[pass]]` into one
-array, and a resolved spec is meant to be read: one key a line, tables inside a pass inline.
+Written here because the kept TOML writers put a pass's small tables under headers of their own or fold `[[pass]]` into
+one array, and a resolved spec is meant to be read: one key a line, tables inside a pass inline.
 """
 
 from __future__ import annotations
@@ -20,18 +20,27 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 def dumps(spec: Spec) -> str:
     """The resolved spec as TOML, every default written out; `loads(dumps(spec)) == spec`."""
     table = spec.resolved()
-    chunks = ["".join(f"{_key(key)} = {_inline(value)}\n" for key, value in table.items() if not _nested(value))]
+    chunks = [_lines({key: value for key, value in table.items() if not _nested(value)})]
     chunks += [text for key, value in table.items() if _nested(value) for text in _section(key, value)]
     return "\n".join(chunk for chunk in chunks if chunk)
 
 
 def _nested(value: Any) -> bool:
-    return isinstance(value, Mapping) or (isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value))
+    tables = isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    return tables or isinstance(value, Mapping)
 
 
 def _section(key: str, value: Any) -> list[str]:
-    tables, header = (value, f"[[{_key(key)}]]") if isinstance(value, list) else ([value], f"[{_key(key)}]")
-    return [f"{header}\n" + "".join(f"{_key(k)} = {_inline(v)}\n" for k, v in table.items()) for table in tables]
+    if isinstance(value, list):
+        return [f"[[{_key(key)}]]\n{_lines(table)}" for table in value]
+    # A long table of its own ([train.optimizer]) reads better under a header than on a line.
+    long = {inner: table for inner, table in value.items() if isinstance(table, Mapping) and len(table) > 3}
+    chunks = [f"[{_key(key)}]\n{_lines({k: v for k, v in value.items() if k not in long})}"]
+    return chunks + [f"[{_key(key)}.{_key(inner)}]\n{_lines(table)}" for inner, table in long.items()]
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    return "".join(f"{_key(key)} = {_inline(value)}\n" for key, value in table.items())
 
 
 def _key(key: str) -> str:
@@ -73,12 +82,14 @@ def schema() -> dict[str, Any]:
         table["properties"] = {"use": {"const": use, "type": "string"}, **table.get("properties", {})}
         table["required"] = ["use", *table.get("required", [])]
         branches.append(table)
-    by_file = {"properties": {"use": {"type": "string", "pattern": ":"}}, "required": ["use"], "title": "a pass by file (--trust)"}
+    use_file = {"use": {"type": "string", "pattern": ":"}}
+    by_file = {"title": "a pass by file (--trust)", "properties": use_file, "required": ["use"]}
     whole["properties"]["pass"]["items"] = {"anyOf": [*branches, by_file]}
     # What the library knows of a model by name need not be said.
     shared["BackboneSpec"]["required"] = ["source", "name"]
     for name in ("OptimizerSpec", "SchedulerSpec"):
         field = name.removesuffix("Spec").lower()
         properties = shared["TrainSpec"]["properties"]
-        properties[field] = {"anyOf": [{"type": "string"}, {"$ref": f"#/$defs/{name}"}], "description": f"its name, or [train.{field}]"}
+        either = [{"type": "string"}, {"$ref": f"#/$defs/{name}"}]
+        properties[field] = {"anyOf": either, "description": f"its name, or [train.{field}]"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "graphopt spec"}
