@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -141,8 +142,13 @@ class Graph:
         return other
 
     def add_section(self, section: Section) -> None:
-        """Declares that a stretch of nodes runs as one unit in the emitted module."""
-        self.sections.append(section)
+        """Declares that a stretch of nodes runs as one unit in the emitted module; a name that is taken gets a number."""
+        taken = {s.name for s in self.sections}
+        name, number = section.name, 1
+        while name in taken:
+            number += 1
+            name = f"{section.name}_{number}"
+        self.sections.append(replace(section, name=name))
 
     def replace_module(self, path: str, module: nn.Module) -> None:
         """Puts `module` in a leaf's place; parameter and buffer names should stay, so that state-dict keys do."""

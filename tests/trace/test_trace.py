@@ -30,7 +30,12 @@ EXACT: list[tuple[str, Factory, tuple[int, ...], int]] = [
     ("torchvision swin_t", torchvision.models.swin_t, (3, 64, 64), 0),
     ("torchvision googlenet", lambda: torchvision.models.googlenet(init_weights=False), (3, 64, 64), 0),
     ("timm vit", lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, attn_drop_rate=0.1, drop_path_rate=0.1), (3, 32, 32), 0),
-    ("timm swin", lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, drop_path_rate=0.2), (3, 64, 64), 0),
+    (
+        "timm swin",
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, drop_path_rate=0.2),
+        (3, 64, 64),
+        0,
+    ),
     ("timm convnext", lambda: timm.create_model("convnext_atto", drop_path_rate=0.2), (3, 32, 32), 0),
 ]
 
