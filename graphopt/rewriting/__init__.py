@@ -1,6 +1,6 @@
 """Passes, triggers, the pipeline, and the one seam between passes."""
 
-from graphopt.rewriting.passes import Effects, FeatureCut, Match, Needs, Note, Pass
+from graphopt.rewriting.passes import Effects, FeatureCut, Mark, Match, Needs, Note, Pass
 from graphopt.rewriting.pipeline import Checkup, check
 from graphopt.rewriting.plan import Plan
 from graphopt.rewriting.report import PassReport, Report
@@ -13,6 +13,7 @@ __all__ = [
     "Decision",
     "Effects",
     "FeatureCut",
+    "Mark",
     "Match",
     "Needs",
     "NoGrad",

@@ -84,6 +84,21 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What became of one region, for people: said by the pass where the graph alone does not tell (see `graphopt.diff`).
+
+    Attributes:
+        status: "frozen", "shared", "dropped", "bypassed", "isolated" (gradients end here), "inserted", "rewired" or "checkpointed".
+        sources: names of the regions it now draws on (shared), or the region that an inserted module hangs at.
+        detail: short facts shown beside it, `{"a": 0.5, "b": 0.5}` or `{"decoder": "features"}`.
+    """
+
+    status: str
+    sources: tuple[str, ...] = ()
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Effects:
     """What a rewrite did.
 
@@ -94,7 +109,8 @@ class Effects:
         restore: emitted state dict -> the keys there were before this pass (None: the same keys and values).
         adopt: the way back.
         no_decay: names of parameters that are never weight-decayed.
-        costs: figures of the pass's own for the report.
+        figures: figures of the pass's own for the report.
+        marks: region name (or path of an inserted module) -> what became of it, where the graph alone does not tell.
     """
 
     regions: tuple[str, ...]
@@ -104,6 +120,7 @@ class Effects:
     adopt: StateMap | None = None
     no_decay: frozenset[str] = frozenset()
     figures: Mapping[str, Any] = field(default_factory=dict)
+    marks: Mapping[str, Mark] = field(default_factory=dict)
 
 
 class Pass(pydantic.BaseModel):
