@@ -1,0 +1,299 @@
+"""Lean operators: the stock forward, bit for bit, with a backward that computes only the input's gradient and saves only what that takes.
+
+They stand where a region is frozen but something before it trains. Each falls back to the stock operator when a weight does require a
+gradient after all, or when nothing is being recorded, so a lean operator is never wrong, at worst not lean.
+
+| operator | stock saves | lean saves |
+|---|---|---|
+| convolution | input, weight | weight |
+| linear under autocast | the weight's low-precision copy | weight |
+| norm with running statistics | input, statistics, weight | statistics, weight |
+| layer and group norm under autocast on CUDA | the input's float32 copy | the input as it came |
+| ReLU, ReLU6, hardtanh, leaky ReLU, PReLU, hardsigmoid | input or output | a bit per element |
+| max pooling | input, 64-bit indices | the place within the window, 1 to 4 bytes per output |
+| average pooling, reflection and replication padding | input | its shape |
+
+Linear layers in full precision, smooth activations (GELU, SiLU, hardswish, mish), softmax, attention and multiplication by a frozen scale
+already save no more than their input gradient needs: they stay stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+aten = torch.ops.aten
+
+
+def recorded(x: Tensor, *frozen: Tensor | None) -> bool:
+    """Whether a lean backward is of use: the input's gradient is wanted, and no other's."""
+    return torch.is_grad_enabled() and x.requires_grad and not any(t is not None and t.requires_grad for t in frozen)
+
+
+def _low_precision(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def as_tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value) * (n if len(value) == 1 else 1)
+
+
+def remember(ctx: Any, x: Tensor) -> None:
+    """Notes an input's shape, dtype and memory format without keeping the input."""
+    ctx.shape, ctx.dtype = x.shape, x.dtype
+    ctx.format = torch.contiguous_format
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dims and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
+            ctx.format = layout
+
+
+def stand_in(ctx: Any, like: Tensor) -> Tensor:
+    """A tensor that a backward kernel asks the input's shape and layout of. It is never read, and gone when the kernel returns.
+
+    Allocated, not expanded from one element: kernels bring their input into their layout first, and would copy an expanded one.
+    """
+    return torch.empty(ctx.shape, dtype=like.dtype, device=like.device, memory_format=ctx.format)
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------------------
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight)
+        remember(ctx, x)
+        ctx.arguments = (stride, padding, dilation, transposed, output_padding, groups)
+        n = weight.dim() - 2
+        if transposed:
+            return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1](
+                x, weight, bias, stride, padding, output_padding, groups, dilation
+            )
+        return (F.conv1d, F.conv2d, F.conv3d)[n - 1](x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (weight,) = ctx.saved_tensors
+        found, _, _ = aten.convolution_backward(
+            grad, stand_in(ctx, grad), weight.to(grad.dtype), None, *ctx.arguments, (True, False, False)
+        )
+        return found.to(ctx.dtype), *(None,) * 8
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv1d`, `F.conv2d` or `F.conv3d`, by the weight's shape; saves the weight and not the input (N, C, *spatial)."""
+    n = weight.dim() - 2
+    if input.dim() != weight.dim() or not recorded(input, weight, bias):
+        return (F.conv1d, F.conv2d, F.conv3d)[n - 1](input, weight, bias, stride, padding, dilation, groups)
+    stride, dilation = as_tuple(stride, n), as_tuple(dilation, n)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        padding = tuple(t // 2 for t in total)
+        # The odd element goes behind, as the stock operator has it; zero padding saves nothing.
+        if any(t % 2 for t in total):
+            input = F.pad(input, [end for t in reversed(total) for end in (0, t % 2)])
+    return _Convolution.apply(input, weight, bias, stride, as_tuple(padding, n), dilation, False, (0,) * n, groups)
+
+
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """`F.conv_transpose1d` to `3d`, by the weight's shape; saves the weight and not the input (N, C, *spatial)."""
+    n = weight.dim() - 2
+    if input.dim() != weight.dim() or not recorded(input, weight, bias):
+        stock = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+        return stock(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    places = (as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n), True, as_tuple(output_padding, n), groups)
+    return _Convolution.apply(input, weight, bias, *places)
+
+
+class _Pad(Function):
+    @staticmethod
+    def forward(ctx, x, pad, mode):  # type: ignore[no-untyped-def]
+        remember(ctx, x)
+        ctx.pad, ctx.mode = pad, mode
+        return F.pad(x, pad, mode=mode)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        kind = {"reflect": "reflection", "replicate": "replication"}[ctx.mode]
+        backward = getattr(aten, f"{kind}_pad{len(ctx.pad) // 2}d_backward")
+        return backward(grad, stand_in(ctx, grad), ctx.pad), None, None
+
+
+def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """`F.pad`; reflection and replication save the input's shape only."""
+    pad = list(pad)
+    if mode not in ("reflect", "replicate") or input.dim() != len(pad) // 2 + 2 or not recorded(input):
+        return F.pad(input, pad, mode, value)
+    return _Pad.apply(input, pad, mode)
+
+
+# -- linear -----------------------------------------------------------------------------------------------------------------------
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (weight,) = ctx.saved_tensors
+        return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` on (..., in) features. Stock saves only the frozen weight, but under autocast a fresh copy of it at every call."""
+    if not (recorded(input, weight, bias) and _low_precision(input)):
+        return F.linear(input, weight, bias)
+    return _Linear.apply(input, weight, bias)
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------------------
+
+
+class _RunningNorm(Function):
+    @staticmethod
+    def forward(ctx, x, mean, variance, weight, bias, eps, instance):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(mean, variance, weight)
+        ctx.eps, ctx.dtype = eps, x.dtype
+        if instance:
+            return F.instance_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        mean, variance, weight = ctx.saved_tensors
+        # With fixed statistics the kernel only scales the gradient: it asks for an input, and does not look at its values.
+        found, _, _ = aten.native_batch_norm_backward(
+            grad, grad.detach(), weight, mean, variance, None, None, False, ctx.eps, (True, False, False)
+        )
+        return found.to(ctx.dtype), *(None,) * 6
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` with eval semantics, whatever `training` says: (N, C, ...) normalised by the running statistics, which stay put."""
+    if not recorded(input, weight, bias):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return _RunningNorm.apply(input, running_mean, running_var, weight, bias, eps, False)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.instance_norm` with eval semantics, whatever `use_input_stats` says: by the running statistics, which stay put."""
+    if not recorded(input, weight, bias):
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return _RunningNorm.apply(input, running_mean, running_var, weight, bias, eps, True)
+
+
+def _widened(x: Tensor) -> bool:
+    """Whether autocast would make, and stock would save, a float32 copy of the input: on CUDA only, the CPU's kernels mix precisions."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _low_precision(x)
+
+
+class WidenedLayerNorm(Function):
+    """Computes in float32 like autocast on CUDA, keeps the input in its own precision."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
+        out, mean, scale = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, scale, weight, bias)
+        ctx.normalized = shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, mean, scale, weight, bias = ctx.saved_tensors
+        arguments = (ctx.normalized, mean, scale, weight, bias, (True, False, False))
+        found, _, _ = aten.native_layer_norm_backward(grad, x.float(), *arguments)
+        return found.to(x.dtype), None, None, None, None
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` on (..., *normalized_shape); keeps a low-precision input as it is where autocast computes in float32."""
+    if not (recorded(input, weight, bias) and _widened(input)):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return WidenedLayerNorm.apply(input, list(normalized_shape), weight, bias, eps)
+
+
+class WidenedGroupNorm(Function):
+    """Computes in float32 like autocast on CUDA, keeps the input in its own precision."""
+
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
+        ctx.arguments = (x.shape[0], x.shape[1], x.shape[2:].numel(), groups)
+        remember(ctx, x)
+        # The kernels of other devices know one layout.
+        ctx.format = ctx.format if x.device.type == "cpu" else torch.contiguous_format
+        wide = x.float().contiguous(memory_format=ctx.format)
+        out, mean, scale = torch.native_group_norm(wide, weight, bias, *ctx.arguments, eps)
+        ctx.save_for_backward(x, mean, scale, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, mean, scale, weight = ctx.saved_tensors
+        grad, wide = (t.contiguous(memory_format=ctx.format) for t in (grad, x.float()))
+        found, _, _ = aten.native_group_norm_backward(grad, wide, mean, scale, weight, *ctx.arguments, (True, False, False))
+        return found.to(x.dtype), None, None, None, None
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.group_norm` on (N, C, ...); keeps a low-precision input as it is where autocast computes in float32."""
+    if not (recorded(input, weight, bias) and _widened(input)):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    return WidenedGroupNorm.apply(input, num_groups, weight, bias, eps)
