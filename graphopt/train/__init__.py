@@ -1,0 +1,25 @@
+"""The runner: trains a plan, knows no pass by name.
+
+`train(spec_or_plan, out)` makes a run folder; `export_run(folder, path)` takes the ordinary checkpoint out of it.
+"""
+
+from graphopt.train.data import Batch, Data, Feed, Samples, open_data
+from graphopt.train.export import export_run
+from graphopt.train.history import EpochRecord, History
+from graphopt.train.loop import train
+from graphopt.train.run import Summary
+from graphopt.train.stopping import Stopped
+
+__all__ = [
+    "Batch",
+    "Data",
+    "EpochRecord",
+    "Feed",
+    "History",
+    "Samples",
+    "Stopped",
+    "Summary",
+    "export_run",
+    "open_data",
+    "train",
+]

@@ -1,0 +1,105 @@
+"""Out of a run, the ordinary checkpoint: the backbone's own keys, in safetensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save
+
+from graphopt.errors import RunError
+from graphopt.rewriting import Decision, Plan
+from graphopt.train.checkpoint import check_digest, load_checkpoint, write_atomically
+from graphopt.train.phase import load_strictly
+
+Weights = Literal["auto", "model", "ema"]
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    which: Literal["best", "last"] = "best",
+    weights: Weights = "auto",
+    plan: Plan | None = None,
+    trust: bool = False,
+) -> Path:
+    """Write the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
+
+    Args:
+        run: the run's folder, or one of its checkpoints.
+        which: the checkpoint with the highest accuracy, or the last; `best` takes the last where there is no best.
+        weights: "model", "ema" (the averaged weights), or "auto": whichever were better when it was evaluated.
+        plan: for a run of a plan compiled by hand, that plan.
+        trust: let the run's spec run Python code that it names.
+
+    Returns:
+        `path`. The file's metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are.
+
+    Raises:
+        RunError: no run or checkpoint there, no averaged weights, or no room.
+        PassError: a pass replaced something that the backbone's architecture cannot express.
+    """
+    target = Path(path)
+    state = load_checkpoint(_checkpoint(Path(run), which))
+    plan, chosen = restore_plan(state, weights=weights, plan=plan, trust=trust, where=str(run))
+    metadata = {
+        "format": "pt",
+        "name": plan.name,
+        "digest": plan.digest,
+        "epoch": str(state["progress"]["epoch"]),
+        "weights": chosen,
+    }
+    content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
+    if not target.parent.is_dir():
+        raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another.")
+    if target.is_dir():
+        raise RunError("is a folder", where=str(target), fix="Name a file, model.safetensors for example.")
+    write_atomically(target, content)
+    return target
+
+
+def restore_plan(
+    state: Mapping[str, Any], *, weights: Weights = "auto", plan: Plan | None = None, trust: bool = False, where: str = "run"
+) -> tuple[Plan, str]:
+    """The plan in the phase a checkpoint was written in, with its weights, and which they are: "model" or "ema".
+
+    Structure comes from the checkpoint's spec and decisions alone (R2).
+    """
+    averaged = state["phase"]["ema"]
+    if weights == "ema" and averaged is None:
+        raise RunError("the run kept no averaged weights", where=where, fix="Set train.ema, or export the model's own.")
+    chosen = state["progress"]["weights"] if weights == "auto" else weights
+    decisions = [Decision(**{**d, "regions": d["regions"] and tuple(d["regions"])}) for d in state["decisions"]]
+    if plan is not None:
+        check_digest(state["digest"], plan.digest, where)
+        plan = plan.at(decisions, verify="off")
+    elif not state["spec"]:
+        raise RunError("the run is of a plan compiled by hand", where=where, fix="Give that plan: export_run(run, path, plan=plan).")
+    else:
+        plan = _rebuilt(str(state["spec"]), decisions, trust)
+    load_strictly(plan.module, state["phase"][chosen])
+    return plan, chosen
+
+
+def _rebuilt(text: str, decisions: list[Decision], trust: bool) -> Plan:
+    from graphopt.backbone import build
+    from graphopt.compiler import compile
+    from graphopt.spec import loads
+
+    spec = loads(text, trust=trust)
+    model = build(spec.backbone, trust=trust, weights=False)
+    return compile(model, spec, decisions=decisions, verify="off", costs=False, trust=trust)
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise RunError("there is no such run", where=str(run))
+    for name in ("best.pt", "last.pt") if which == "best" else ("last.pt",):
+        if (run / name).exists():
+            return run / name
+    raise RunError("the run has no checkpoint yet", where=str(run), fix="Train it first, or go on with --resume.")

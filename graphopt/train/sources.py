@@ -1,0 +1,197 @@
+"""Where images come from: the embedded digits, the usual data sets in their own file formats, and folders of images.
+
+Nothing is ever downloaded. What is not there is one error that says where it was looked for and what belongs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import datasets
+
+from graphopt.errors import RunError, did_you_mean
+
+Statistics = tuple[float, ...]
+
+
+class Images(Protocol):
+    """Labelled images: `images[i]` is a PIL image and its class."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """One opened split: its images, their classes without opening them, and how many classes there are."""
+
+    images: Images
+    targets: Sequence[int]
+    classes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set by name.
+
+    Attributes:
+        open: (root, split) -> Split; may raise what the reading library raises.
+        splits: split names it knows; the one that "validation" means comes second.
+        mean, std: per channel, of images in 0..1.
+        expects: what must lie under the root, for the error message.
+    """
+
+    open: Callable[[Path, str], Split]
+    splits: tuple[str, ...]
+    mean: Statistics
+    std: Statistics
+    expects: str
+
+
+class _Digits:
+    """1,797 handwritten digits, 8x8 grey (scikit-learn's copy of UCI's optdigits test set). Every fifth of a class is held out."""
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits  # a second to import, and only this data set needs it
+
+        bunch = load_digits()
+        pixels = np.clip(np.rint(bunch.images * (255 / 16)), 0, 255).astype(np.uint8)
+        rank = _rank_in_class(bunch.target)
+        kept = (rank % 5 != 4) == train
+        self.pixels, self.targets = pixels[kept], bunch.target[kept].tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+
+def _rank_in_class(targets: np.ndarray) -> np.ndarray:
+    """For each sample, how many of its class come before it."""
+    rank = np.empty(len(targets), dtype=np.int64)
+    for label in np.unique(targets):
+        where = np.flatnonzero(targets == label)
+        rank[where] = np.arange(len(where))
+    return rank
+
+
+def _digits(root: Path, split: str) -> Split:
+    images = _Digits(split == "train")
+    return Split(images, images.targets, 10)
+
+
+def _torchvision(factory: Callable[..., Any], by_split: bool = False) -> Callable[[Path, str], Split]:
+    def open_split(root: Path, split: str) -> Split:
+        chosen = {"split": split} if by_split else {"train": split == "train"}
+        images = factory(str(root), download=False, **chosen)
+        targets = images.targets if hasattr(images, "targets") else images.labels
+        classes = len(images.classes) if hasattr(images, "classes") else 10
+        return Split(images, [int(target) for target in targets], classes)
+
+    return open_split
+
+
+_SYNONYMS = {
+    "train": ("train", "training"),
+    "validation": ("val", "validation", "valid", "eval", "test"),
+}
+
+
+def _folder(root: Path, split: str) -> Split:
+    names = _SYNONYMS.get(split, (split,))
+    # As unpacked (imagenette2-320/train) or as named (train).
+    bases = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
+    found = [base / name for base in bases for name in names if (base / name).is_dir()]
+    if not found:
+        raise FileNotFoundError(f"no folder {' or '.join(names)}")
+    images = datasets.ImageFolder(str(found[0]))
+    return Split(images, images.targets, len(images.classes))
+
+
+_IMAGENET = (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
+_PER_CLASS = "train/ and val/ (or validation/, test/), each with one folder of images per class"
+
+
+def _idx(name: str) -> str:
+    return f"{name}/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(_digits, ("train", "validation"), (0.3053,), (0.3759,), "nothing: it is embedded"),
+    "cifar10": Source(
+        _torchvision(datasets.CIFAR10),
+        ("train", "test"),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        "cifar-10-batches-py/, unpacked from cifar-10-python.tar.gz",
+    ),
+    "cifar100": Source(
+        _torchvision(datasets.CIFAR100),
+        ("train", "test"),
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        "cifar-100-python/, unpacked from cifar-100-python.tar.gz",
+    ),
+    "stl10": Source(
+        _torchvision(datasets.STL10, by_split=True),
+        ("train", "test"),
+        (0.4467, 0.4398, 0.4066),
+        (0.2603, 0.2566, 0.2713),
+        "stl10_binary/, unpacked from stl10_binary.tar.gz",
+    ),
+    "svhn": Source(
+        _torchvision(datasets.SVHN, by_split=True),
+        ("train", "test", "extra"),
+        (0.4377, 0.4438, 0.4728),
+        (0.1980, 0.2010, 0.1970),
+        "train_32x32.mat and test_32x32.mat",
+    ),
+    "mnist": Source(_torchvision(datasets.MNIST), ("train", "test"), (0.1307,), (0.3081,), _idx("MNIST")),
+    "fashion_mnist": Source(_torchvision(datasets.FashionMNIST), ("train", "test"), (0.2860,), (0.3530,), _idx("FashionMNIST")),
+    "kmnist": Source(_torchvision(datasets.KMNIST), ("train", "test"), (0.1918,), (0.3483,), _idx("KMNIST")),
+    "imagenette": Source(_folder, ("train", "validation"), *_IMAGENET, f"imagenette2/ (or -320, -160) with {_PER_CLASS}"),
+    "imagenet": Source(_folder, ("train", "validation"), *_IMAGENET, _PER_CLASS),
+    "folder": Source(_folder, (), *_IMAGENET, _PER_CLASS),
+}
+
+
+def source(name: str) -> Source:
+    """The data set called `name`; case, `-` for `_`, and timm's prefix `torch/` do not matter. Raises RunError."""
+    known = name.casefold().removeprefix("torch/").replace("-", "_")
+    known = {"image_folder": "folder", "fashionmnist": "fashion_mnist"}.get(known, known)
+    if known not in SOURCES:
+        fix = did_you_mean(known, SOURCES) or f"There are {', '.join(SOURCES)}."
+        raise RunError(f"there is no data set {name!r}", where="data.name", fix=fix)
+    return SOURCES[known]
+
+
+def open_split(name: str, root: str | None, split: str) -> Split:
+    """One split of a data set. Raises RunError: unknown split, no root, files missing or damaged, and where it looked."""
+    found = source(name)
+    if found.splits:
+        split = found.splits[1] if split in _SYNONYMS["validation"] and split not in found.splits else split
+        if split not in found.splits:
+            raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}.")
+    if name == "digits":
+        return found.open(Path(), split)
+    wanted = f"It must hold {found.expects}; graphopt never downloads."
+    if root is None:
+        raise RunError(f"{name} needs a folder", where="data.root", fix=wanted)
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder.absolute()}", where="data.root", fix=wanted)
+    try:
+        return found.open(folder, split)
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, ImportError) as error:
+        reason = str(error).split(". You can use download")[0].splitlines()[0]
+        raise RunError(
+            f"{name} ({split}) was not found whole under {folder.absolute()} ({reason})", where="data.root", fix=wanted
+        ) from error
