@@ -31,6 +31,7 @@ class Section:
             returns `(output, local_loss)`; the loss is None in eval mode.
         by: name of the pass.
         target: whether the wrapper wants the training target.
+        image: whether it wants the network's input too, right after the target.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Section:
     wrap: Callable[[fx.GraphModule], nn.Module]
     by: str
     target: bool = False
+    image: bool = False
 
 
 class Body:
@@ -176,8 +178,14 @@ def _outline(
     wrapper = section.wrap(fx.GraphModule(root, body, f"Section_{section.name}"))
     wrapper.train(root.training)
     root.get_submodule("sections").add_module(section.name, wrapper)
+    extra: tuple[fx.Node | None, ...] = (target,) if section.target else ()
+    if section.image:
+        first = next(n for n in flat.nodes if n.op == "placeholder")
+        if first.name == "features":
+            raise PassError(f"the stretch {section.name!r} needs the image, which is behind the cut", where=f"pass {section.by}")
+        extra = (*extra, first)
     with flat.inserting_after(ordered[-1]):
-        call = flat.call_module(f"sections.{section.name}", ((target, *inputs) if section.target else tuple(inputs)))
+        call = flat.call_module(f"sections.{section.name}", (*extra, *inputs))
     call.meta = {**{k: v for k, v in leaving[-1].meta.items() if k == "origin"}, "by": section.by, "section": section.name}
     result, loss = call, None
     if section.target:

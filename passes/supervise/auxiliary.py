@@ -1,0 +1,104 @@
+"""The auxiliary part of one locally supervised module: its head and its decoder, and the local loss they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import RunError
+from graphopt.passes.supervise import losses
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one module's two losses; a loss of weight 0 is left out, with what would compute it."""
+
+    reconstruct: float
+    classify: float
+
+    @staticmethod
+    def between(first: float, last: float, index: int, count: int) -> float:
+        """Linear over the auxiliary modules, from the first's to the last's; a single one takes the first's (as InfoPro's code does)."""
+        return first if count < 2 else first + (last - first) * index / (count - 1)
+
+
+class Auxiliary(nn.Module):
+    """Head, decoder and loss weights of one module. Lies at `supervise.<i>`; runs in training only; export drops it.
+
+    Attributes:
+        enter, leave: mark the module's input and output in the graph; they compute nothing.
+        classes: of the targets.
+        temperature: the head gives features to contrast at this temperature; None: class scores.
+        rebuilds_image: the decoder's goal is the network's input, not the module's.
+        scale: of the local loss under float16, kept as a power of two (see `local`). clean: steps since it last changed.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module | None,
+        decoder: nn.Module | None,
+        weights: Weights,
+        classes: int,
+        *,
+        difference: losses.Difference = "l1",
+        temperature: float | None = None,
+        rebuilds_image: bool = False,
+    ) -> None:
+        super().__init__()
+        self.enter, self.leave = Boundary(), Boundary()
+        self.head, self.decoder = head, decoder
+        self.weights, self.classes, self.temperature = weights, classes, temperature
+        self.difference, self.rebuilds_image = difference, rebuilds_image
+        self.register_buffer("scale", torch.tensor(2.0**16))
+        self.register_buffer("clean", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, h: Tensor, x: Tensor | None, target: Tensor) -> Tensor:
+        """The local loss, a scalar.
+
+        Args:
+            h: the module's output. x: what the decoder rebuilds (not differentiated). target: (N,) or (N, classes).
+        """
+        terms: list[Tensor] = []
+        if self.head is not None:
+            out = self.head(h)
+            if self.temperature is None:
+                loss = losses.classification(out, target)
+            else:
+                loss = losses.contrast(out, target, self.temperature)
+            terms.append(self.weights.classify * loss)
+        if self.decoder is not None:
+            assert x is not None
+            prediction, goal = self.decoder(h, x.detach())
+            terms.append(self.weights.reconstruct * losses.reconstruction(prediction, goal, self.difference))
+        return torch.stack([t.float() if t.dtype != torch.float64 else t for t in terms]).sum()
+
+    def demand(self, target: Tensor | None, batch: int) -> Tensor:
+        """The target, if it is one for this batch.
+
+        Raises:
+            RunError: there is none, or its shape or type fits neither class indices nor probabilities.
+        """
+        wanted = f"class indices ({batch},), integers, or probabilities ({batch}, {self.classes}), floating point"
+        if target is None:
+            raise RunError(
+                "training with local supervision needs the targets",
+                where="supervise",
+                fix=f"Call output, local_loss = module(x, target) with {wanted}; in eval mode module(x) is enough",
+            )
+        if not isinstance(target, Tensor):
+            raise RunError(f"the target is a {type(target).__name__}, not a tensor", where="supervise", fix=f"Give {wanted}")
+        integers = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
+        fits = tuple(target.shape) == ((batch,) if integers else (batch, self.classes))
+        if not fits or target.is_complex() or target.dtype == torch.bool:
+            shape = ", ".join(map(str, target.shape)) + ("," if target.dim() == 1 else "")
+            raise RunError(f"the target has shape ({shape}) and type {target.dtype}", where="supervise", fix=f"Give {wanted}")
+        return target
+
+
+class Boundary(nn.Module):
+    """Marks where a locally supervised module begins or ends in the graph; gives back what it takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
