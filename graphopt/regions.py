@@ -45,17 +45,23 @@ class Region:
         return set(other.nodes) <= set(self.nodes)
 
 
-def is_activation(node: fx.Node, activations: set[fx.Node]) -> bool:
-    return node in activations
-
-
 def activations(graph: Graph) -> set[fx.Node]:
     """Nodes that carry activations: tensors computed from the input. Shape arithmetic and what only parameters feed do not count."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or (node.op != "output" and _holds_tensor(node.meta.get("val")) and any(n in found for n in node.all_input_nodes)):
+        computed = node.op != "output" and any(n in found for n in node.all_input_nodes)
+        if node.op == "placeholder" or (computed and _holds_tensor(node.meta.get("val"))):
             found.add(node)
     return found
+
+
+def _edges(nodes: Iterable[fx.Node], active: set[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """Activations that come in from outside, and those that go out. A look at a shape from outside is no way out."""
+    nodes = tuple(nodes)
+    members = set(nodes)
+    entries = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in members and i in active)
+    exits = tuple(n for n in nodes if n in active and any(u not in members and (u in active or u.op == "output") for u in n.users))
+    return tuple(entries), exits
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -92,27 +98,45 @@ def attribute(module: nn.Module, target: str) -> Any:
     return getattr(module.get_submodule(path), name)
 
 
+class Index:
+    """Regions of one graph as it stands, looked up in time proportional to what they hold. Stale after any edit: make a new one."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.active = activations(graph)
+        self.order: dict[fx.Node, int] = {}
+        self._below: dict[str, dict[fx.Node, None]] = {}
+        for position, node in enumerate(graph.nodes):
+            self.order[node] = position
+            if node.op in ("placeholder", "output"):
+                continue
+            places = {*_ancestry(node.meta["origin"].path), *(_ancestry(node.target) if node.op == "get_attr" else ())}
+            for path in places:
+                self._below.setdefault(path, {})[node] = None
+
+    def region(self, paths: tuple[str, ...]) -> Region:
+        """The region of a run of paths, whatever it holds (empty where nothing comes from there)."""
+        if len(paths) == 1:
+            return _region(self.graph, paths, tuple(self._below.get(paths[0], ())), self.active)
+        nodes = {n for p in paths for n in self._below.get(p, ())}
+        return _region(self.graph, paths, tuple(sorted(nodes, key=self.order.__getitem__)), self.active)
+
+
+def _ancestry(path: str) -> Iterator[str]:
+    """`""`, `a`, `a.b`, `a.b.c` for `a.b.c`."""
+    yield ""
+    if path:
+        parts = path.split(".")
+        yield from (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+
 def region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
-    """The region of a run of paths, whatever it holds (empty where nothing comes from there)."""
-    prefixes = tuple(f"{p}." for p in paths)
-    chosen = set(paths)
-
-    def inside(node: fx.Node) -> bool:
-        if node.op in ("placeholder", "output"):
-            return False
-        path = node.meta["origin"].path
-        if "" in chosen or path in chosen or path.startswith(prefixes):
-            return True
-        return node.op == "get_attr" and (node.target in chosen or node.target.startswith(prefixes))
-
-    nodes = tuple(n for n in graph.nodes if inside(n))
-    return _region(graph, paths, nodes, activations(graph))
+    """One region; for several of one graph, ask an `Index`."""
+    return Index(graph).region(paths)
 
 
 def _region(graph: Graph, paths: tuple[str, ...], nodes: tuple[fx.Node, ...], active: set[fx.Node]) -> Region:
-    members = set(nodes)
-    entries = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in members and i in active)
-    exits = tuple(n for n in nodes if n in active and any(u not in members for u in n.users))
+    entries, exits = _edges(nodes, active)
     if len(paths) == 1:
         kind = graph.types.get(paths[0], "Parameter")
     else:
@@ -123,7 +147,7 @@ def _region(graph: Graph, paths: tuple[str, ...], nodes: tuple[fx.Node, ...], ac
         paths=paths,
         kind=kind,
         nodes=nodes,
-        entries=tuple(entries),
+        entries=entries,
         exits=exits,
         closed=len(entries) == 1 and len(exits) == 1,
         # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
@@ -205,14 +229,8 @@ class _Tree:
                 found.setdefault(prefix + below[len(prefix) :].split(".")[0])
         return list(found)
 
-    def edges(self, nodes: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-        members = set(nodes)
-        entries = {i for n in members for i in n.all_input_nodes if i not in members and i in self.active}
-        exits = {n for n in members if n in self.active and any(u not in members for u in n.users)}
-        return entries, exits
-
     def closed(self, path: str) -> bool:
-        entries, exits = self.edges(self.nodes[path])
+        entries, exits = _edges(self.nodes[path], self.active)
         return len(entries) == 1 and len(exits) == 1
 
     def is_leaf(self, path: str) -> bool:
@@ -229,9 +247,9 @@ class _Tree:
         for node in self.nodes[path]:
             if node in self.active:
                 parts.setdefault(owner.get(node, node), []).append(node)
-        previous: set[fx.Node] | None = None
+        previous: tuple[fx.Node, ...] | None = None
         for nodes in parts.values():
-            entries, exits = self.edges(nodes)
+            entries, exits = _edges(nodes, self.active)
             if len(entries) != 1 or len(exits) != 1 or (previous is not None and entries != previous):
                 return False
             previous = exits

@@ -16,7 +16,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from graphopt.errors import SelectError, did_you_mean
-from graphopt.regions import Region, region_of
+from graphopt.regions import Index, Region
 
 if TYPE_CHECKING:
     from graphopt.trace import Graph
@@ -71,19 +71,20 @@ def select(selector: Selector, graph: Graph) -> tuple[Region, ...]:
     Raises:
         SelectError: an entry matches nothing; says which, with the nearest paths.
     """
-    return _outermost(graph, _select(selector, graph))
+    index = Index(graph)
+    return _outermost(index, _select(selector, index))
 
 
-def _select(selector: Any, graph: Graph) -> list[Region]:
+def _select(selector: Any, index: Index) -> list[Region]:
     if isinstance(selector, str):
-        return _by_path(selector, graph)
+        return _by_path(selector, index)
     if isinstance(selector, Filter):
-        return _by_table(selector, graph)
-    return [region for entry in selector for region in _select(entry, graph)]
+        return _by_table(selector, index)
+    return [region for entry in selector for region in _select(entry, index)]
 
 
-def _by_path(pattern: str, graph: Graph) -> list[Region]:
-    matches = compile_pattern(pattern)
+def _by_path(pattern: str, index: Index) -> list[Region]:
+    graph, matches = index.graph, compile_pattern(pattern)
     paths = [p for p in graph.paths() if matches(p)]
     if pattern == "**":
         paths = [""]
@@ -91,7 +92,7 @@ def _by_path(pattern: str, graph: Graph) -> list[Region]:
         inside: set[str] = set(paths)
         # What lies inside a matched path adds nothing: only the outermost become regions.
         paths = [p for p in paths if not any(p.startswith(f"{q}.") for q in _ancestors(p) if q in inside)]
-        return [region_of(graph, (p,)) for p in paths]
+        return [index.region((p,)) for p in paths]
     named = [b for b in graph.blocks() if b.name == pattern]
     if named:
         return named
@@ -106,7 +107,7 @@ def _ancestors(path: str) -> Iterable[str]:
     return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
-def _by_table(table: Filter, graph: Graph) -> list[Region]:
+def _by_table(table: Filter, index: Index) -> list[Region]:
     steps: list[str] = []
 
     def narrowed(regions: list[Region], step: str, before: list[Region]) -> list[Region]:
@@ -116,21 +117,21 @@ def _by_table(table: Filter, graph: Graph) -> list[Region]:
             raise SelectError(f"the selector is empty after {' and '.join(steps)}", fix=f"Before that step it held: {had or 'nothing'}")
         return regions
 
-    regions = _start(table, graph, steps)
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    regions = _start(table, index, steps)
+    order = index.order
     after, before = (table.between or (table.after, table.before)) if table.between else (table.after, table.before)
     if after is not None:
-        edge = max(order[n] for n in _one(after, graph).nodes)
+        edge = max(order[n] for n in _one(after, index).nodes)
         regions = narrowed([r for r in regions if min(order[n] for n in r.nodes) > edge], f"after = {after!r}", regions)
     if before is not None:
-        edge = min(order[n] for n in _one(before, graph).nodes)
+        edge = min(order[n] for n in _one(before, index).nodes)
         regions = narrowed([r for r in regions if max(order[n] for n in r.nodes) < edge], f"before = {before!r}", regions)
     if table.exclude is not None:
-        out = _select(table.exclude, graph)
+        out = _select(table.exclude, index)
         regions = narrowed(
             [r for r in regions if not any(o.covers(r) or r.covers(o) for o in out)], f"exclude = {table.exclude!r}", regions
         )
-    regions = list(_outermost(graph, regions))
+    regions = list(_outermost(index, regions))
     if table.first is not None:
         regions = narrowed(regions[: _count(table.first, len(regions))], f"first = {table.first}", regions)
     if table.last is not None:
@@ -143,7 +144,8 @@ def _by_table(table: Filter, graph: Graph) -> list[Region]:
     return regions
 
 
-def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
+def _start(table: Filter, index: Index, steps: list[str]) -> list[Region]:
+    graph = index.graph
     globs = (table.path,) if isinstance(table.path, str) else table.path
     if table.blocks:
         regions = list(graph.blocks())
@@ -151,30 +153,30 @@ def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
         if not regions:
             raise SelectError("the backbone has no repeated blocks", fix="Select by path or type instead")
         if globs is not None:
-            within = [r for g in globs for r in _by_path(g, graph)]
+            within = [r for g in globs for r in _by_path(g, index)]
             regions = [b for b in regions if any(r.covers(b) for r in within)]
             steps.append(f"path = {table.path!r}")
             if not regions:
                 raise SelectError(f"no block lies at or below {table.path!r}", fix=f"The blocks are {_names(graph.blocks())}")
         if table.type is not None:
-            regions = _of_type(table.type, regions, graph)
+            regions = _of_type(table.type, regions)
         return regions
     if globs is not None:
         if table.type is None:
-            return [r for g in globs for r in _by_path(g, graph)]
+            return [r for g in globs for r in _by_path(g, index)]
         # With a type, every matched path counts, not only the outermost: `path = "layer1.**", type = "Conv2d"`.
         found = []
         for glob in globs:
             matches = compile_pattern(glob)
             paths = [p for p in graph.paths() if matches(p)]
             if not paths:
-                _by_path(glob, graph)
-            found += [region_of(graph, (p,)) for p in paths if p in graph.types]
-        return _of_type(table.type, found, graph)
-    return _of_type(table.type or "*", [region_of(graph, (p,)) for p in graph.paths() if p in graph.types], graph)
+                _by_path(glob, index)
+            found += [index.region((p,)) for p in paths if p in graph.types]
+        return _of_type(table.type, found)
+    return _of_type(table.type or "*", [index.region((p,)) for p in graph.paths() if p in graph.types])
 
 
-def _of_type(types: str | tuple[str, ...], regions: list[Region], graph: Graph) -> list[Region]:
+def _of_type(types: str | tuple[str, ...], regions: list[Region]) -> list[Region]:
     patterns = (types,) if isinstance(types, str) else types
     kinds = {r.kind for r in regions}
     chosen: list[Region] = []
@@ -190,15 +192,15 @@ def _of_type(types: str | tuple[str, ...], regions: list[Region], graph: Graph) 
     return chosen
 
 
-def _one(pattern: str, graph: Graph) -> Region:
-    regions = _outermost(graph, _by_path(pattern, graph))
+def _one(pattern: str, index: Index) -> Region:
+    regions = _outermost(index, _by_path(pattern, index))
     if len(regions) == 1:
         return regions[0]
-    return region_of(graph, tuple(p for r in regions for p in r.paths))
+    return index.region(tuple(p for r in regions for p in r.paths))
 
 
-def _outermost(graph: Graph, regions: Iterable[Region]) -> tuple[Region, ...]:
-    order = {node: i for i, node in enumerate(graph.nodes)}
+def _outermost(index: Index, regions: Iterable[Region]) -> tuple[Region, ...]:
+    order = index.order
     largest_first = sorted({r.name: r for r in regions}.values(), key=lambda r: -len(r.nodes))
     owner: set[Any] = set()
     kept = []

@@ -100,6 +100,8 @@ class Graph:
         opaque: modules kept whole, with reasons.
         unused: parameters that no node uses; they are kept, and reported.
         sections: stretches that run as one unit in the emitted module; passes append, emission outlines.
+        facts: what passes found out about the untouched backbone and must not find out differently after other passes have rewritten
+            it, or in another phase (where to cut); shared by all clones.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Graph:
         self.module, self.input, self.types, self.groups = module, input, types, groups
         self.opaque, self.unused = opaque, unused
         self.sections: list[Section] = []
+        self.facts: dict[Any, Any] = {}
         self._block_paths: tuple[tuple[str, ...], ...] | None = None
 
     # -- editing ------------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ class Graph:
         if self.sections:
             raise ValueError("clone a graph before passes add sections to it")
         other = Graph(copy.deepcopy(self.module), self.input, self.types, self.groups, self.opaque, self.unused)
-        other._block_paths = self._block_paths
+        other._block_paths, other.facts = self._block_paths, self.facts
         return other
 
     def add_section(self, section: Section) -> None:
@@ -203,11 +206,12 @@ class Graph:
 
         Which paths are blocks is a fact of the backbone: it is found once, before any rewrite, and stays.
         """
-        from graphopt.regions import find_blocks, region_of
+        from graphopt.regions import Index, find_blocks
 
         if self._block_paths is None:
             self._block_paths = find_blocks(self)
-        found = (region_of(self, paths) for paths in self._block_paths)
+        index = Index(self)
+        found = (index.region(paths) for paths in self._block_paths)
         return tuple(region for region in found if region.nodes)
 
     def cut_points(self) -> tuple[fx.Node, ...]:
