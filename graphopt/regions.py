@@ -198,6 +198,17 @@ def cut_points(graph: Graph) -> tuple[fx.Node, ...]:
     return tuple(reversed(chain))
 
 
+def parts(graph: Graph) -> tuple[Region, ...]:
+    """A backbone in disjoint parts, in execution order: its blocks, and the outermost paths beside them that hold none."""
+    index = Index(graph)
+    blocks = graph.blocks()
+    taken = {path for block in blocks for path in block.paths}
+    above = {p for path in taken for p in _ancestry(path)} - taken
+    beside = [p for p in graph.paths() if p not in above and p not in taken and p.rpartition(".")[0] in above | {""}]
+    found = [*blocks, *(index.region((p,)) for p in beside)]
+    return tuple(sorted((r for r in found if r.nodes), key=lambda r: index.order[r.nodes[0]]))
+
+
 # -- blocks ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import PassError
+from graphopt.regions import parts
 from graphopt.rewriting.passes import Effects, Needs, Pass
 from graphopt.rewriting.pipeline import Measure, Rewritten, Verify, check, rewrite
 from graphopt.rewriting.report import Report
@@ -217,20 +218,24 @@ def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def measure_with(batch: int, *, optimizer: str = "sgd", amp: str | None = None) -> Measure:
-    """The cost model as the pipeline's seam calls it."""
+def measure_with(batch: int, *, optimizer: str = "sgd", momentum: float = 0.9, amp: str | None = None) -> Measure:
+    """The cost model as the pipeline's seam calls it: one training step of an emitted module, whole and per part of the backbone."""
     from graphopt.cost import forecast
+
+    options = {"momentum": momentum}
 
     def measure(module: nn.Module, graph: Graph, effects: tuple[Effects, ...]) -> Any:
         needs = Needs()
         for effect in effects:
             needs = needs | effect.needs
+        shape = graph.input
         if needs.features is not None:
             # Training runs on what lies behind the cut; parameters and buffers of the whole network stay in memory for evaluation.
-            suffix = emit(graph, start=needs.features.node)
+            module = emit(graph, start=needs.features.node).train()
             shape = tuple(needs.features.node.meta["val"].shape[1:])
-            return forecast(suffix.train(), shape, batch, targets=needs.targets, optimizer=optimizer, amp=amp)
-        return forecast(module, graph.input, batch, targets=needs.targets, optimizer=optimizer, amp=amp)
+        return forecast(
+            module, shape, batch, targets=needs.targets, optimizer=optimizer, optimizer_options=options, amp=amp, per_block=parts(graph)
+        )
 
     return measure
 
