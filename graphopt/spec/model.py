@@ -6,9 +6,14 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+
+if TYPE_CHECKING:
+    from graphopt.rewriting.passes import Pass
+else:  # arrows point one way: a pass is any frozen model to this module, and reading finds its class in the registry
+    Pass = BaseModel
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
@@ -166,7 +171,7 @@ class Spec(_Table):
     name: str = Field(default="", description="for people; shown in reports")
     verify: Verify | None = Field(default=None, description="default: full in apply, fast in train")
     backbone: BackboneSpec
-    passes: tuple[SerializeAsAny[BaseModel], ...] = Field(default=(), alias="pass", description="in the order they act")
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(default=(), alias="pass", description="in the order they act")
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
 
@@ -193,7 +198,7 @@ class Spec(_Table):
         """`"quickstart.toml:14, pass 2 (freeze), select"` for an error's location; None for a spec made in Python."""
         if self._file is None:
             return None
-        uses = [getattr(item, "use", "?") for item in self.passes]
+        uses = [item.use for item in self.passes]
         return locate(self._file, self._lines, path, uses)
 
     def line_of(self, index: int) -> int | None:
@@ -201,14 +206,14 @@ class Spec(_Table):
         return self._lines.get(("pass", index))
 
     def place_of(self, index: int) -> str | None:
-        """`"quickstart.toml:9, pass 1 (freeze)"`."""
-        return self.where("pass", index)
+        """`"quickstart.toml:9"`: where pass `index` (from 0) begins; None for a spec made in Python."""
+        line = self.line_of(index)
+        return f"{self._file}:{line}" if self._file and line else self._file
 
     def resolved(self) -> dict[str, Any]:
         """The spec as plain TOML values, every default written out; keys without a value are left out."""
         table = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"passes"})
-        # Items are graphopt.rewriting.Pass, which this module does not import: arrows point one way.
-        uses = [getattr(item, "use", "?") for item in self.passes]
+        uses = [item.use for item in self.passes]
         tables = [item.model_dump(mode="json", by_alias=True, exclude_none=True) for item in self.passes]
         passes = [{"use": use, **inner} for use, inner in zip(uses, tables, strict=True)]
         ordered = {"name": table.pop("name"), **({"verify": table.pop("verify")} if "verify" in table else {})}

@@ -1,0 +1,86 @@
+"""The command line. Thin: each command parses, calls and prints, in a file of its own; `COMMANDS` is the list of them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from graphopt.cli import apply, check, diff, export, inspect, passes, schema, specs, train
+from graphopt.cli.screen import show_error
+from graphopt.errors import GraphoptError
+
+#: In the order of `graphopt --help`. A command is a module with `register(app)`.
+COMMANDS = (inspect, check, apply, diff, train, export, passes, specs, schema)
+
+app = typer.Typer(
+    name="graphopt",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rewrite the training graph of a vision backbone as a TOML spec says, train it, and get the ordinary model back.",
+    epilog="Start with [bold]graphopt apply quickstart[/bold], then [bold]graphopt train quickstart[/bold]. "
+    "A SPEC is a TOML file, a folder that apply or train wrote, or the name of an installed spec.",
+)
+for command in COMMANDS:
+    command.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"graphopt {version('graphopt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")] = False,
+) -> None:
+    """Options before the command; `main` reads --debug itself, so that it works after the command too."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the process's exit status: 0, 2 (the user's to mend), 1 (a failure), 130 (Ctrl-C)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        return _status(typer.main.get_command(app)(args=given, prog_name="graphopt"))
+    except SystemExit as error:
+        return _status(error.code)
+    except KeyboardInterrupt:
+        show_error("interrupted")
+        return 130
+    except GraphoptError as error:
+        _trace(debug)
+        show_error(str(error))
+        return error.exit_code
+    except OSError as error:
+        _trace(debug)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else (error.strerror or str(error))
+        show_error(f"{error.filename}: {what}" if error.filename else what)
+        return 2
+    except Exception as error:
+        _trace(debug)
+        what = (str(error).strip().splitlines() or [""])[0]
+        again = "" if debug else " Run again with --debug for the traceback."
+        show_error(f"{type(error).__name__}: {what}. This is a fault of graphopt, or of a pass or backbone it ran.{again}")
+        return 1
+
+
+def _status(code: object) -> int:
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def _trace(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()

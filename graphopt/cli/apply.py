@@ -1,0 +1,70 @@
+"""`graphopt apply`: rewrite, verify, and say what it costs and saves."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from graphopt.cli.options import (
+    BatchOption,
+    EpochOption,
+    JsonOption,
+    SetOption,
+    SpecArgument,
+    TrustOption,
+    VerifyOption,
+    as_path,
+    build_plan,
+    check_verify,
+    load_spec,
+)
+
+
+def apply(
+    spec: SpecArgument,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="Write spec.toml, report.json and graph.txt there.")] = None,
+    epoch: EpochOption = None,
+    batch: BatchOption = None,
+    verify: VerifyOption = None,
+    set_: SetOption = [],  # noqa: B006
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rewrite a backbone as SPEC says, verify every promise, and report what a training step costs before and after.
+
+    Nothing trains. Examples:
+
+        graphopt apply quickstart
+
+        graphopt apply spec.toml -o plan --epoch 10
+
+        graphopt apply spec.toml --json --set backbone.arguments.num_classes=100
+    """
+    from graphopt.cli.folder import check_folder, write_folder
+    from graphopt.cli.report import show_report
+    from graphopt.cli.screen import show, show_json
+    from graphopt.spec import dumps
+    from graphopt.trace.text import graph_text
+
+    folder = as_path(out)
+    if folder is not None:
+        check_folder(folder)
+    loaded = load_spec(spec, set_, trust)
+    plan = build_plan(loaded, trust=trust, verify=check_verify(verify, loaded.verify or "full"), batch=batch, epoch=epoch)
+    report = plan.report.to_dict()
+    if folder is not None:
+        text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        write_folder(folder, {"spec.toml": dumps(loaded), "report.json": text, "graph.txt": graph_text(plan.graph)})
+    if as_json:
+        show_json(report)
+        return
+    show_report(plan)
+    if folder is not None:
+        show(f"\nwritten: {folder}/spec.toml, report.json, graph.txt")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("apply")(apply)

@@ -1,0 +1,82 @@
+"""`graphopt passes`: each pass's own manual."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from graphopt.cli.options import JsonOption
+from graphopt.errors import PassError, did_you_mean
+
+
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, for its whole manual.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the installed passes, or print one's manual: what it does, its options and defaults, what it preserves.
+
+    Examples:
+
+        graphopt passes
+
+        graphopt passes freeze
+    """
+    from graphopt.cli.screen import grid, show, show_json
+    from graphopt.rewriting.registry import passes as registered
+
+    known = registered()
+    if name is not None and name not in known:
+        raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(sorted(known))}")
+    chosen = {name: known[name]} if name else known
+    if as_json:
+        show_json({use: {"summary": _summary(cls), **cls.model_json_schema()} for use, cls in sorted(chosen.items())})
+    elif name:
+        _manual(known[name])
+    else:
+        table = grid("pass", "what it does", "preserves")
+        for use, cls in sorted(known.items()):
+            table.add_row(use, _summary(cls), ", ".join(sorted(cls.preserves)))
+        show(table)
+        show("graphopt passes NAME prints a pass's manual.")
+
+
+def _summary(cls: Any) -> str:
+    return (inspect.getdoc(cls) or _module_text(cls)).strip().split("\n\n")[0].replace("\n", " ")
+
+
+def _module_text(cls: Any) -> str:
+    return inspect.cleandoc(getattr(sys.modules.get(cls.__module__), "__doc__", None) or "")
+
+
+def _manual(cls: Any) -> None:
+    from graphopt.cli.screen import grid, show
+
+    show(f"{cls.use}\n")
+    for text in dict.fromkeys((_module_text(cls), inspect.getdoc(cls) or "")):
+        if text:
+            show(f"{text}\n")
+    table = grid("option", "default", "meaning")
+    for field_name, field in cls.model_fields.items():
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        table.add_row(field.alias or field_name, default, field.description or "")
+    show(table)
+    if cls.preserves:
+        show(f"\npreserves: {', '.join(sorted(cls.preserves))}")
+    if cls.claim:
+        show(f"its regions are: {cls.claim}")
+    if cls.excludes:
+        show(f"they must not also be: {', '.join(sorted(cls.excludes))}")
+
+
+def _default(value: Any) -> str:
+    if type(value).__name__ == "Start":
+        return '"start"'
+    return "" if value is None else ("true" if value else "false") if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("passes")(passes)

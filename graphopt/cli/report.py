@@ -1,0 +1,80 @@
+"""A plan's report on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from graphopt.cli.screen import grid, show
+from graphopt.quantities import show_count, show_size
+
+_FIGURES = (
+    ("parameters", "parameters", show_count),
+    ("trainable_parameters", "trainable parameters", show_count),
+    ("forward_flops", "forward FLOPs", show_count),
+    ("backward_flops", "backward FLOPs", show_count),
+    ("saved_activation_bytes", "saved activations", show_size),
+    ("peak_activation_bytes", "peak activations", show_size),
+    ("peak_bytes", "peak memory", show_size),
+)
+
+
+def show_report(plan: Any) -> None:
+    """Figures before and after, then each pass: regions, what it saved, what was verified, what it has to say."""
+    report = plan.report
+    show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
+    if report.before is not None and report.after is not None:
+        show(_figures(report.before.to_dict(), report.after.to_dict()))
+    for number, item in enumerate(report.passes, start=1):
+        show()
+        _show_pass(number, item)
+    for path, reason in report.opaque:
+        show(f"opaque {path}: {reason}")
+    if report.unused:
+        show(f"unused by the forward: {some(report.unused)}")
+
+
+def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    table = grid("one training step", "before", "after", "ratio", right=(1, 2, 3))
+    for key, title, text in _FIGURES:
+        if key in before and key in after:
+            ratio = f"{after[key] / before[key]:.3f}" if before[key] else ""
+            table.add_row(title, text(before[key]), text(after[key]), ratio)
+    return table
+
+
+def _show_pass(number: int, item: Any) -> None:
+    told = item.to_dict()
+    at = f", line {item.line}" if item.line else ""
+    state = "" if item.active else "  not in this phase: its trigger has not fired (see --epoch)"
+    show(f"pass {number} {told['use']}{at}{state}")
+    if told["regions"]:
+        show(f"  regions: {some(told['regions'])}")
+    before, after = told["before"], told["after"]
+    if item.active and before and after:
+        changed = [
+            f"{title} {text(before[key])} -> {text(after[key])}"
+            for key, title, text in _FIGURES
+            if key in before and before[key] != after.get(key)
+        ]
+        show(f"  changes: {'; '.join(changed) or 'no figure'}")
+    for skip in told["skipped"]:
+        show(f"  skipped {skip['region']}: {skip['reason']}")
+    for note in told["notes"]:
+        show(f"  {note['level']} {note['where']}: {note['why']}")
+    if told["verified"]:
+        names = [f"{entry['property']} ({_difference(entry['difference'])})" for entry in told["verified"]]
+        show(f"  verified: {', '.join(names)}")
+
+
+def _difference(value: Any) -> str:
+    return "holds" if value is None else "equal" if value == 0 else f"within {value:.1e}"
+
+
+def some(names: Any, most: int = 6) -> str:
+    """The first few names, and how many there are."""
+    listed = [str(name) for name in names]
+    if len(listed) <= most:
+        return ", ".join(listed)
+    return f"{', '.join(listed[: most - 1])}, ... {listed[-1]} ({len(listed)} in all)"
