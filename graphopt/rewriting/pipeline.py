@@ -36,11 +36,16 @@ class Checkup:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after its passes, with what each did. `effects` follows the passes' numbers; None for one that has not fired."""
+    """A graph after its passes, with what each did. `effects` follows the passes' numbers; None for one that has not fired.
+
+    `before` and `after` are the costs of one training step of the whole, where they were measured.
+    """
 
     graph: Graph
     effects: tuple[Effects | None, ...]
     reports: tuple[PassReport, ...]
+    before: Any = None
+    after: Any = None
 
 
 def check(base: Graph, passes: Sequence[Pass], decisions: tuple[Decision, ...] = (), where: Sequence[str | None] = ()) -> list[Checkup]:
@@ -90,7 +95,7 @@ def rewrite(
     effects: list[Effects | None] = []
     reports: list[PassReport] = []
     before = emit(graph)
-    cost = measure(before, graph, ()) if measure else None
+    first = cost = measure(before, graph, ()) if measure else None
     for index, checkup in enumerate(checkups):
         value = checkup.value
         line = lines[index] if index < len(lines) else None
@@ -124,7 +129,7 @@ def rewrite(
             # All of it frozen behind a cut is a matter for the runner's suffix, so the whole module is what is asked here.
             checked_last = check_gradients_arrive(emit(graph), graph.input, targets, graph.unused)
         reports[last] = _with_checked(reports[last], checked_last)
-    return Rewritten(graph, tuple(effects), tuple(reports))
+    return Rewritten(graph, tuple(effects), tuple(reports), first, cost)
 
 
 def _with_checked(report: PassReport, checked: Checked) -> PassReport:

@@ -26,8 +26,8 @@ class Plan:
     """A compiled backbone in one of its phases.
 
     Attributes:
-        module: what trains: `module(x)` returns what the backbone returns; with `needs.targets`, training calls `module(x, target)` and gets
-            `(output, local_loss)`.
+        module: what trains: `module(x)` returns what the backbone returns; with `needs.targets`, training calls
+            `module(x, target)` and gets `(output, local_loss)`.
         passes: the passes, in order. decisions: what has fired so far. needs: what the runner must provide.
         report: what changed, in figures and per pass. digest: identifies spec and backbone; checkpoints carry it.
         base: the untouched graph. graph: the rewritten one, flat. spec: the spec it came from, if any.
@@ -63,8 +63,8 @@ class Plan:
             name=name,
             digest=digest,
             batch=batch,
-            before=measure(emit(base), base, ()) if measure else None,
-            after=measure(self.module, self.graph, tuple(e for e in done.effects if e)) if measure else None,
+            before=done.before,
+            after=done.after,
             passes=done.reports,
             opaque=tuple((o.path, o.reason) for o in base.opaque),
             unused=base.unused,
@@ -240,4 +240,4 @@ def measure_with(batch: int, *, optimizer: str = "sgd", momentum: float = 0.9, a
     return measure
 
 
-__all__ = ["GraphoptError", "Plan", "digest_of", "measure_with"]
+__all__ = ["Plan", "digest_of", "measure_with"]

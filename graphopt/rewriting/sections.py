@@ -7,6 +7,7 @@ leaf modules with the root and is not registered, and tensors that the graph rea
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def _in_order(graph: fx.Graph) -> None:
         if node not in placed:
             place(node)
     if order != list(graph.nodes):
-        for before, after in zip(order, order[1:], strict=False):
+        for before, after in itertools.pairwise(order):
             before.append(after)
 
 
