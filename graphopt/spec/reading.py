@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -175,10 +177,12 @@ def _pass_from_file(use: str, folder: Path, trust: bool, where: str | None) -> A
 
 @cache
 def _module(path: Path) -> Any:
-    found = importlib.util.spec_from_file_location(f"graphopt_pass_{path.stem}", path)
+    name = f"graphopt_pass_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
         raise SpecError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # where pydantic looks up annotations that are text (`from __future__ import annotations`)
     try:
         found.loader.exec_module(module)
     except GraphoptError:
