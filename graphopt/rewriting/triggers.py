@@ -118,7 +118,7 @@ class Steps(BaseTrigger):
                 fix = did_you_mean(step.upto, names) or f"Its regions are {', '.join(names[:8])}"
                 raise PassError(f"the schedule goes up to {step.upto!r}, which is no region of this pass", where="when", fix=fix)
             if names.index(step.upto) <= reached:
-                raise PassError(f"the schedule goes back to {step.upto!r} at epoch {step.epoch}", where="when", fix="Let each step go further")
+                raise PassError(f"the schedule goes back to {step.upto!r} at epoch {step.epoch}", where="when", fix="Go further each time")
             reached = names.index(step.upto)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
@@ -204,54 +204,78 @@ class Score(BaseTrigger):
         return _take(tuple(found), active)
 
 
-class Schedule(BaseTrigger):
-    """A published schedule over the whole run, known beforehand.
+class _Published(BaseTrigger):
+    schedule: str
 
-    `{ schedule = "freezeout", t0 = 0.5 }`: FreezeOut (arXiv 1706.04983). Region i of L is frozen for good once t_i of the run is over, with t_i =
-    t0 + (1 - t0) i / L, cubed by default as the paper recommends; what comes after the last region would be at 1. The paper also anneals each
-    layer's learning rate to zero at its t_i, which a trigger cannot: the run's own scheduler goes on.
+    @pydantic.field_validator("schedule", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value not in _SCHEDULES:
+            raise ValueError(f"schedule is {' or '.join(map(repr, _SCHEDULES))}, found {value!r}")
+        return value
 
-    `{ schedule = "progressive", keep = 0.5 }`: progressive layer dropping (arXiv 2010.13369, equations 5 and 6), for passes that skip their
-    regions at random: the expected number of skipped regions follows 1 - theta(t), theta(t) = (1 - keep) exp(-gamma t) + keep, gamma =
-    100 / T. Regions join from the deepest on, each with the probability its pass gives it, and a region joins only when its whole share is due.
+
+class FreezeOut(_Published):
+    """FreezeOut's schedule (arXiv 1706.04983), known beforehand: `when = { schedule = "freezeout", t0 = 0.5 }`.
+
+    Region i of L stops training once t_i of the run is over, with t_i = t0 + (1 - t0) i / L, cubed by default as the paper recommends;
+    what comes after the last region would be at 1. The paper also anneals each layer's learning rate to zero at its t_i, which a
+    trigger cannot: the run's own scheduler goes on.
 
     Attributes:
-        t0: share of the run after which the first region is frozen (before cubing).
-        how: "cubic" or "linear", of freezeout.
-        keep: the limit of theta, of progressive.
-        gamma: how fast theta falls, per run (100: within the first twentieth).
+        t0: share of the run after which the first region fires, before cubing.
+        how: "cubic" or "linear".
     """
 
-    schedule: Literal["freezeout", "progressive"]
     t0: Annotated[float, Field(ge=0, lt=1)] = 0.5
     how: Literal["cubic", "linear"] = "cubic"
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    gamma: Annotated[float, Field(gt=0)] = 100.0
 
     def end(self, i: int, count: int) -> float:
-        """FreezeOut's t_i, as a share of the run."""
+        """t_i, as a share of the run."""
         linear = self.t0 + (1 - self.t0) * i / count
         return linear**3 if self.how == "cubic" else linear
 
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        if epochs is None:
+            return []
+        return _take(tuple(n for i, n in enumerate(names) if self.end(i, len(names)) * epochs <= epoch + 1e-9), active)
+
+
+class Progressive(_Published):
+    """Progressive layer dropping (arXiv 2010.13369, equations 5 and 6), for passes that skip regions at random: `when = { schedule =
+    "progressive", keep = 0.5 }`.
+
+    The expected number of skipped regions follows 1 - theta(t), with theta(t) = (1 - keep) exp(-gamma t) + keep and t the share of the run
+    that is over. Regions join from the deepest on, each with the probability that its pass gives it, and only when its whole share is due.
+
+    Attributes:
+        keep: the limit of theta.
+        gamma: how fast theta falls; the paper's 100 over the run reaches the limit within the first twentieth.
+    """
+
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    gamma: Annotated[float, Field(gt=0)] = 100.0
+
     def theta(self, time: float) -> float:
-        """Progressive layer dropping's keep probability of the deepest region; `time` is the share of the run that is over."""
+        """The deepest region's keep probability."""
         return (1 - self.keep) * math.exp(-self.gamma * time) + self.keep
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
         if epochs is None:
             return []
         count = len(names)
-        if self.schedule == "freezeout":
-            return _take(tuple(n for i, n in enumerate(names) if self.end(i, count) * epochs <= epoch + 1e-9), active)
-        share = (1 - self.theta(epoch / epochs)) / (1 - self.keep)
-        # Region i of L is skipped with probability proportional to i: so are the shares that add up to what is due.
-        due, joined = share * count * (count + 1) / 2, []
+        # Region i of L is skipped with a probability proportional to i: so are the shares that add up to what is due.
+        due = (1 - self.theta(epoch / epochs)) / (1 - self.keep) * count * (count + 1) / 2
+        joined = []
         for i in range(count, 0, -1):
             due -= i
             if due < -1e-6 * count:
                 break
             joined.append(names[i - 1])
         return _take(tuple(reversed(joined)), active)
+
+
+_SCHEDULES = {"freezeout": "FreezeOut", "progressive": "Progressive"}
 
 
 def _take(wanted: tuple[str, ...], active: tuple[str, ...]) -> list[Fired]:
@@ -275,6 +299,8 @@ def _kind(value: Any) -> str:
     if isinstance(value, BaseTrigger):
         return type(value).__name__
     if isinstance(value, dict):
+        if "schedule" in value:
+            return _SCHEDULES.get(str(value["schedule"]), "FreezeOut")
         for key, kind in _KEYS.items():
             if key in value:
                 return kind
@@ -284,19 +310,20 @@ def _kind(value: Any) -> str:
 def _to_short(trigger: BaseTrigger) -> Any:
     if isinstance(trigger, Start):
         return "start"
-    table = trigger.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    table = trigger.model_dump(mode="json", exclude_none=True)
     return table["steps"] if isinstance(trigger, Steps) else table
 
 
 #: the key that tells a trigger's kind in a spec
-_KEYS = {"steps": "Steps", "epoch": "AtEpoch", "score": "Score", "schedule": "Schedule"}
+_KEYS = {"steps": "Steps", "epoch": "AtEpoch", "score": "Score"}
 
 Trigger = Annotated[
     Annotated[Start, pydantic.Tag("Start")]
     | Annotated[AtEpoch, pydantic.Tag("AtEpoch")]
     | Annotated[Steps, pydantic.Tag("Steps")]
     | Annotated[Score, pydantic.Tag("Score")]
-    | Annotated[Schedule, pydantic.Tag("Schedule")],
+    | Annotated[FreezeOut, pydantic.Tag("FreezeOut")]
+    | Annotated[Progressive, pydantic.Tag("Progressive")],
     pydantic.Discriminator(_kind),
     BeforeValidator(_from_short),
     PlainSerializer(_to_short, return_type=Any),

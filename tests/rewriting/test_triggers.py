@@ -1,0 +1,181 @@
+"""Triggers: what each decides before an epoch, given what was measured."""
+
+from __future__ import annotations
+
+import math
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphopt.errors import PassError
+from graphopt.rewriting import scores
+from graphopt.rewriting.triggers import AtEpoch, Decision, FreezeOut, Progressive, Score, Start, Steps, Trigger, active_regions
+from graphopt.train.history import EpochRecord, History
+
+NAMES = ("a", "b", "c", "d")
+ADAPTER = pydantic.TypeAdapter(Trigger)
+
+
+def history(**series: list[float]) -> History:
+    length = max(map(len, series.values()))
+    return History([EpochRecord(e, {}, {k: v[e] for k, v in series.items() if e < len(v)}) for e in range(length)])
+
+
+def fired(trigger, epochs: int, record: History | None = None, names=NAMES) -> dict[int, tuple[str, ...]]:
+    """Epoch -> regions taken, over a whole run."""
+    active: tuple[str, ...] = ()
+    found = {}
+    for epoch in range(epochs):
+        past = History(record.records[:epoch]) if record else None
+        for action, regions in trigger.fire(names, active, epoch, epochs, past):
+            assert action == "apply"
+            found[epoch] = names if regions is None else regions
+            active += found[epoch]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("start", Start),
+        ({"epoch": 3}, AtEpoch),
+        ({"epoch": 3, "upto": "b"}, Steps),
+        ([{"epoch": 3, "upto": "b"}, {"epoch": 5, "upto": "c"}], Steps),
+        ({"score": "change", "below": 0.02, "patience": 2}, Score),
+        ({"score": ["change", "continuation"], "below": [0.1, 0.5]}, Score),
+        ({"schedule": "freezeout", "t0": 0.5}, FreezeOut),
+        ({"schedule": "progressive"}, Progressive),
+    ],
+)
+def test_spec_forms_read_and_write_back(written, kind):
+    trigger = ADAPTER.validate_python(written)
+    assert type(trigger) is kind
+    assert ADAPTER.validate_python(ADAPTER.dump_python(trigger, mode="json")) == trigger
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ([{"epoch": 3, "upto": "b"}, {"epoch": 3, "upto": "c"}], "epochs must rise"),
+        ([], "at least 1"),
+        ({"score": ["change", "slope"], "below": [0.1]}, "1 thresholds for 2 scores"),
+        ({"score": "changes"}, "'change', 'continuation' or 'slope'"),
+        ({"schedule": "freezout"}, "'freezeout' or 'progressive'"),
+        ({"schedule": "freezeout", "keep": 0.5}, "keep"),
+        ({"epoch": 1, "until": 1}, "must come after"),
+        ({"score": "change", "patience": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_nonsense_is_an_error(written, says):
+    with pytest.raises(pydantic.ValidationError, match=says):
+        ADAPTER.validate_python(written)
+
+
+def test_schedule_takes_every_region_up_to_each_step():
+    trigger = ADAPTER.validate_python([{"epoch": 2, "upto": "b"}, {"epoch": 4, "upto": "c"}])
+    assert trigger.foreseeable
+    assert fired(trigger, 6) == {2: ("a", "b"), 4: ("c",)}
+
+
+def test_schedule_that_names_no_region_shows_the_nearest():
+    trigger = ADAPTER.validate_python({"epoch": 2, "upto": "layer3"})
+    with pytest.raises(PassError, match="layer2"):
+        active_regions(("layer1", "layer2"), trigger, 0, ())
+
+
+def test_schedule_must_not_go_back():
+    trigger = ADAPTER.validate_python([{"epoch": 2, "upto": "c"}, {"epoch": 4, "upto": "b"}])
+    with pytest.raises(PassError, match="goes back"):
+        active_regions(NAMES, trigger, 0, ())
+
+
+def test_score_waits_for_patience_and_for_all_regions_before():
+    quick, slow = [0.5, 0.01, 0.01, 0.01, 0.01, 0.01], [0.5, 0.4, 0.4, 0.01, 0.01, 0.01]
+    trigger = Score(score="change", below=0.02, patience=2)
+    assert fired(trigger, 6, history(a=quick, b=slow, c=quick), ("a", "b", "c")) == {3: ("a",), 5: ("b", "c")}
+
+
+def test_a_relapse_starts_the_patience_anew():
+    series = [0.5, 0.01, 0.3, 0.01, 0.01, 0.01]
+    assert fired(Score(score="change", below=0.02, patience=2), 7, history(a=series), ("a",)) == {5: ("a",)}
+
+
+def test_both_scores_must_agree():
+    # Continuation asks for a hundredth of the largest change: change alone would have fired at 2.
+    series = [1.0, 0.05, 0.05, 0.005, 0.005]
+    both = Score(score=("change", "continuation"), below=(0.1, 0.01), patience=1)
+    assert fired(Score(score="change", below=0.1, patience=1), 5, history(a=series), ("a",)) == {2: ("a",)}
+    assert fired(both, 5, history(a=series), ("a",)) == {4: ("a",)}
+
+
+def test_warmup_and_every():
+    rest = [0.0] * 9
+    assert fired(Score(score="change", patience=1, warmup=4), 9, history(a=rest), ("a",)) == {5: ("a",)}
+    assert fired(Score(score="change", patience=2, every=3), 9, history(a=rest), ("a",)) == {6: ("a",)}
+
+
+def test_cap_says_how_much_and_by_when():
+    rest = [0.0] * 10
+    series = history(**dict.fromkeys(NAMES, rest))
+    assert fired(Score(score="change", patience=1, most=0.5), 10, series) == {1: ("a", "b")}
+    assert fired(Score(score="change", patience=1, most=3), 10, series) == {1: ("a", "b", "c")}
+    grown = fired(Score(score="change", patience=1, most=1.0, by=0.8), 10, series)
+    assert grown == {2: ("a",), 4: ("b",), 6: ("c",), 8: ("d",)}
+
+
+def test_score_needs_measurements():
+    trigger = Score(score="change")
+    assert not trigger.foreseeable
+    assert fired(trigger, 10) == {}
+
+
+@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=12))
+def test_scores_are_shares(series):
+    assert 0 <= scores.continuation(series, 3) <= 1
+    assert scores.slope(series, 3) >= 0
+    assert scores.change(series, 3) == series[-1]
+
+
+def test_slope_of_a_straight_line():
+    assert scores.slope([1.0, 0.8, 0.6, 0.4], 3) == pytest.approx(0.2)
+    assert scores.slope([1.0, 0.5], 3) == math.inf
+    assert scores.slope([0.0, 0.0, 0.0], 3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("how", "t0", "expected"),
+    [
+        ("linear", 0.5, [0.5, 0.625, 0.75, 0.875]),
+        # arXiv 1706.04983, section 3: the cubed times are the cubes of the linear ones.
+        ("cubic", 0.8, [0.8**3, 0.85**3, 0.9**3, 0.95**3]),
+    ],
+)
+def test_freezeout_times(how, t0, expected):
+    trigger = FreezeOut(schedule="freezeout", t0=t0, how=how)
+    assert [trigger.end(i, 4) for i in range(4)] == pytest.approx(expected)
+    taken = fired(trigger, 1000)
+    assert taken == {math.ceil(t * 1000 - 1e-6): (n,) for t, n in zip(expected, NAMES, strict=True)}
+
+
+def test_progressive_layer_dropping_follows_theta():
+    trigger = Progressive(schedule="progressive", keep=0.5, gamma=5.0)
+    assert trigger.theta(0.0) == 1.0
+    assert trigger.theta(1.0) == pytest.approx(0.5, abs=0.01)
+    names = tuple(f"block{i}" for i in range(1, 13))
+    active: tuple[str, ...] = ()
+    probability = {n: 0.5 * i / 12 for i, n in enumerate(names, 1)}
+    for epoch in range(200):
+        for _, regions in trigger.fire(names, active, epoch, 200, None):
+            active += regions
+        expected = (1 - trigger.theta(epoch / 200)) * 13 / 2
+        skipped = sum(probability[n] for n in active)
+        # Never more than the schedule's, and never a whole region less.
+        assert expected - 0.5 <= skipped <= expected + 1e-6
+    assert set(active) >= set(names[1:])
+
+
+def test_decisions_add_up():
+    decisions = (Decision(index=1, epoch=2, regions=("a", "b")), Decision(index=0, epoch=3), Decision(index=1, epoch=4, regions=("c",)))
+    assert active_regions(NAMES, Score(score="change"), 1, decisions) == ("a", "b", "c")
