@@ -1,0 +1,108 @@
+"""checkpoint: the same training step with less kept; whatever else is in the plan."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import graphopt
+from graphopt.cost import forecast, measure
+from graphopt.errors import PassError
+from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.freeze import Freeze
+from tests.backbones import Small
+
+INPUT = (3, 8, 8)
+
+
+def compiled(passes, **options):
+    torch.manual_seed(0)
+    return graphopt.compile(Small(), passes, input=INPUT, costs=False, **options)
+
+
+def step(module, seed=5):
+    module = copy.deepcopy(module).train()
+    torch.manual_seed(seed)
+    loss = F.cross_entropy(module(torch.randn(4, *INPUT)), torch.arange(4))
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in module.named_parameters()}, dict(module.named_buffers())
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all((one[k] is None and other[k] is None) or torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("options", [{"segments": 1}, {"segments": 2}, {"segments": 4}, {"select": ("blocks.1", "blocks.3")}, {"select": "blocks"}])
+def test_a_training_step_is_bit_equal_dropout_and_running_statistics_included(options):
+    plain, checkpointed = compiled([]), compiled(Checkpoint(**options))
+    loss, gradients, buffers = step(plain.module)
+    loss_c, gradients_c, buffers_c = step(checkpointed.module)
+    assert torch.equal(loss, loss_c)
+    assert same(gradients, gradients_c)
+    assert same(buffers, buffers_c)
+    assert checkpointed.module.state_dict().keys() == plain.module.state_dict().keys()
+
+
+def test_it_keeps_less_and_runs_the_forward_again():
+    plain, checkpointed = compiled([]), compiled(Checkpoint(segments=2))
+    before, after = forecast(plain.module, INPUT, 8), forecast(checkpointed.module, INPUT, 8, per_block=["blocks"])
+    assert after.saved_activation_bytes < before.saved_activation_bytes / 3
+    assert after.peak_activation_bytes < before.peak_activation_bytes
+    blocks, _ = after.blocks
+    # Recomputation stops once everything the backward asked for is there again: the last norms and sums are not contractions.
+    assert after.recomputed_flops == blocks.recomputed_flops == blocks.forward_flops
+    assert after.backward_flops - after.recomputed_flops == before.backward_flops
+    assert after.peak_bytes == measure(checkpointed.module, INPUT, 8).peak_bytes
+
+
+def test_eval_and_no_grad_run_plainly():
+    plan = compiled(Checkpoint(segments=2))
+    x = torch.randn(2, *INPUT)
+    module = plan.module.eval()
+    assert torch.equal(module(x), compiled([]).module.eval()(x))
+    with torch.no_grad():
+        assert not module.train()(x).requires_grad
+
+
+def test_after_freeze_the_frozen_prefix_is_left_alone():
+    frozen = Freeze(select=("stem", "blocks.0", "blocks.1"))
+    plan = compiled([frozen, Checkpoint(segments=2)])
+    alone = compiled(frozen)
+    assert [n.where for n in plan.report.passes[1].notes if n.level == "skip"] == ["blocks.0", "blocks.1"]
+    assert same(step(plan.module)[1], step(alone.module)[1])
+    cost = forecast(plan.module, INPUT, 8, per_block=["blocks.0", "blocks.1", "blocks.2"])
+    assert [b.recomputed_flops > 0 for b in cost.blocks[:3]] == [False, False, True]
+
+
+def test_before_freeze_too():
+    passes = [Checkpoint(segments=2), Freeze(select=("stem", "blocks.0", "blocks.1"))]
+    assert same(step(compiled(passes).module)[1], step(compiled(passes[1:]).module)[1])
+
+
+def test_a_trigger_starts_and_ends_it():
+    plan = compiled(Checkpoint(segments=2, when={"epoch": 1, "until": 2}))
+    assert not hasattr(plan.module, "sections")
+    later = plan.at(plan.due(1))
+    assert later.report.passes[0].regions
+    back = later.at((*later.decisions, *later.due(2)))
+    assert not hasattr(back.module, "sections")
+
+
+@pytest.mark.parametrize("options", [{}, {"segments": 2, "select": "blocks"}, {"segments": 0}])
+def test_options_that_say_nothing_or_too_much(options):
+    with pytest.raises(ValueError):
+        Checkpoint(**options)
+
+
+def test_more_segments_than_blocks_are_refused():
+    with pytest.raises(PassError, match="4 blocks"):
+        compiled(Checkpoint(segments=5))
+
+
+def test_a_deep_copy_stands_alone():
+    module = compiled(Checkpoint(segments=2)).module
+    copied = copy.deepcopy(module)
+    step(copied)
+    assert all(p.grad is None for p in module.parameters())
+    assert same(step(module)[1], step(copied)[1])

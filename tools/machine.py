@@ -1,0 +1,34 @@
+"""The head of a committed table: what it is, how to make it again, when, on what, with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU: {processor()}, {os.cpu_count()} cores"
+
+
+def heading(title: str, about: str | None) -> str:
+    """Markdown: title, the tool's own description, the command, date, device and versions."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    command = shlex.join(["python", *sys.argv])
+    first = (about or "").strip().split("\n\n")[0].replace("\n", " ")
+    return f"# {title}\n\n{first}\n\n`{command}` on {datetime.date.today()}, {device()}; Python {platform.python_version()}, {versions}.\n"
