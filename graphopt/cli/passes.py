@@ -44,7 +44,7 @@ def passes(
 
 
 def _summary(cls: Any) -> str:
-    return (inspect.getdoc(cls) or _module_text(cls)).strip().split("\n\n")[0].replace("\n", " ")
+    return (_module_text(cls) or inspect.getdoc(cls) or "").strip().split("\n\n")[0].replace("\n", " ")
 
 
 def _module_text(cls: Any) -> str:

@@ -28,7 +28,7 @@ def show_error(message: str) -> None:
 
 def show(what: Any = "") -> None:
     """Text or a rich object."""
-    console().print(what, markup=False)
+    console().print(what, markup=False, soft_wrap=isinstance(what, str))
 
 
 def show_json(value: Any) -> None:

@@ -1,0 +1,44 @@
+# Each target does its own set-up in .venv. PYTHON chooses the interpreter, PIP_ARGS goes to pip (an index, say).
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+GRAPHOPT := $(BIN)/graphopt
+
+.PHONY: demo test quick lint clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The entry points are read at installation: a new pass in pyproject.toml makes these stale.
+.venv/.installed: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e .
+	touch $@
+
+.venv/.installed-test: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[test]"
+	touch $@ .venv/.installed
+
+# The main job on real data, start to finish: look, rewrite, train, export, load the ordinary model. A minute or two on two cores.
+demo: .venv/.installed
+	rm -rf runs/demo runs/demo-plan
+	$(GRAPHOPT) inspect cifar/resnet20 --input 1,16,16
+	$(GRAPHOPT) apply quickstart --epoch 4 -o runs/demo-plan
+	$(GRAPHOPT) train quickstart -o runs/demo
+	$(GRAPHOPT) export runs/demo -o runs/demo.safetensors
+	$(BIN)/python -c "from graphopt import cifar; from safetensors.torch import load_file; \
+	  print(cifar.build('resnet20', in_chans=1).load_state_dict(load_file('runs/demo.safetensors'), strict=True), 'the untouched ResNet-20')"
+
+# What CI runs.
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+
+# Without the slow tests.
+quick: .venv/.installed-test
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST)
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
