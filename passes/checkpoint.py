@@ -1,12 +1,12 @@
 """checkpoint: parts of the backbone keep only their inputs, and run again when the backward needs what they saved.
 
-Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174), by `torch.utils.checkpoint` inside
-the emitted module. Gradients stay the same; a checkpointed stretch runs its forward twice, so a whole backbone costs about a third more
-compute. It is the rival that freezing, dropping and local supervision must beat.
+Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174), by `torch.utils.checkpoint`
+inside the emitted module. Gradients stay the same; a checkpointed stretch runs its forward twice, so a whole backbone costs about a third
+more compute. It is the rival that freezing, dropping and local supervision must beat.
 
-What it saves is everything between a stretch's input and its output; what it keeps is the input. While one stretch is run again its activations
-live, so the peak is about the inputs of all stretches plus the activations of the largest one: the square root of the number of blocks is a
-good number of segments. The last stretch runs again at once and gains nothing.
+What it saves is everything between a stretch's input and its output; what it keeps is the input. While one stretch is run again its
+activations live, so the peak is about the inputs of all stretches plus the activations of the largest one: the square root of the number
+of blocks is a good number of segments. The last stretch runs again at once and gains nothing.
 
 Random state is kept, so dropout draws the same masks again. Norms count every batch once: their running statistics move in the forward
 and stay put when it is run again (`torch.utils.checkpoint` alone moves them twice).
@@ -18,6 +18,7 @@ and stay put when it is run again (`torch.utils.checkpoint` alone moves them twi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar
@@ -70,7 +71,8 @@ class Checkpoint(Pass):
             why = f"segments = {self.segments}, but there are {len(match.regions)} blocks to divide. Ask for at most that many"
             return [Note("refuse", "the backbone", why)]
         active = activations(graph)
-        return [Note("skip", r.name, "it computes no activations: nothing to run again") for r in match.regions if not active & set(r.nodes)]
+        idle = [r.name for r in match.regions if not active & set(r.nodes)]
+        return [Note("skip", name, "it computes no activations: nothing to run again") for name in idle]
 
     def rewrite(self, graph: Graph, match: Match) -> Effects:
         active = activations(graph)
@@ -81,7 +83,8 @@ class Checkpoint(Pass):
             pieces = _pieces(graph, _stretch(graph, regions, whole=self.segments is not None))
             pieces = [piece for piece in pieces if active & set(piece)]
             if not pieces:
-                notes += [Note("skip", r.name, "it runs without a backward already: nothing is saved there") for r in regions if active & set(r.nodes)]
+                idle = [r.name for r in regions if active & set(r.nodes)]
+                notes += [Note("skip", name, "it runs without a backward already: nothing is saved there") for name in idle]
                 continue
             for piece in pieces:
                 count += 1
@@ -94,7 +97,7 @@ class Checkpoint(Pass):
 
 def _evenly(regions: Sequence[Region], count: int) -> list[tuple[Region, ...]]:
     edges = [round(i * len(regions) / count) for i in range(count + 1)]
-    return [tuple(regions[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [tuple(regions[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def _stretch(graph: Graph, regions: Sequence[Region], *, whole: bool) -> list[fx.Node]:
@@ -134,8 +137,8 @@ class Checkpointed(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return self.body(*inputs)
         # A compiled forward is run again by the compiler, which does not repeat its effects on buffers.
-        contexts = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
-        return checkpoint(self.body.module, *inputs, use_reentrant=False, preserve_rng_state=True, **contexts)
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
+        return checkpoint(self.body.module, *inputs, use_reentrant=False, **contexts)
 
     def _contexts(self) -> tuple[Any, Any]:
         return nullcontext(), self._statistics_put()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -124,6 +125,7 @@ def _account(
     with ExitStack() as stack:
         if mode is not None:
             stack.enter_context(mode)
+            stack.enter_context(_quiet_fakes())
         stack.enter_context(_quiet_collector())
         x = torch.randn(batch, *input)
         target = torch.zeros(batch, dtype=torch.long)
@@ -321,6 +323,18 @@ def _quiet_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    # torch logs the traceback of a shape that does not fit; the error that we raise says it.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def same(one, other):
     return one.keys() == other.keys() and all((one[k] is None and other[k] is None) or torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("options", [{"segments": 1}, {"segments": 2}, {"segments": 4}, {"select": ("blocks.1", "blocks.3")}, {"select": "blocks"}])
+@pytest.mark.parametrize(
+    "options", [{"segments": 1}, {"segments": 2}, {"segments": 4}, {"select": ("blocks.1", "blocks.3")}, {"select": "blocks"}]
+)
 def test_a_training_step_is_bit_equal_dropout_and_running_statistics_included(options):
     plain, checkpointed = compiled([]), compiled(Checkpoint(**options))
     loss, gradients, buffers = step(plain.module)
