@@ -1,9 +1,9 @@
 """Decoders: what a module puts out must still tell what went in.
 
-The feature decoders (arXiv 2212.14215) rebuild the module's own input; the image decoder (InfoPro, ICLR 2021) rebuilds the network's. Each
-gives a prediction and its goal, of one shape; the goal is never differentiated. A decoder may work on a fraction of the positions: which
-ones changes from step to step, so that every position takes its turn, and draws no random numbers, so that dropout masks in the backbone stay
-what they were.
+The feature decoders (arXiv 2212.14215) rebuild the module's own input; the image decoder (InfoPro, ICLR 2021) rebuilds the network's.
+Each gives a prediction and its goal, of one shape; the goal is never differentiated. A decoder may work on a fraction of the positions:
+which ones changes from step to step, so that every position takes its turn, and it draws no random numbers, so that dropout masks in
+the backbone stay what they were.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Turns(nn.Module):
     def __init__(self, total: int, count: int) -> None:
         super().__init__()
         self.count, self.total = count, total
-        self.register_buffer("order", torch.randperm(total, generator=torch.Generator().manual_seed(0)), persistent=False)
+        self.register_buffer("order", _shuffled(total), persistent=False)
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor:
@@ -45,10 +45,15 @@ class Turns(nn.Module):
         return self.order[(start + torch.arange(self.count, device=self.turn.device)) % self.total]
 
 
+def _shuffled(total: int) -> Tensor:
+    # On the CPU whatever the default device: the generator is.
+    return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+
+
 class PatchDecoder(nn.Module):
     """Rebuilds the input from single positions of the output: each foretells the patch of the input that lies over it.
 
-    A source of shape (N, h*w positions, C) and a goal on a grid r times as fine give, from k sampled positions, a prediction (N, k, r*r*C').
+    A source of shape (N, h*w positions, C) and a goal on a grid r times as fine give, from k positions, a prediction (N, k, r*r*C').
     Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one.
 
     Args:

@@ -1,10 +1,11 @@
 """A gradient-isolated module whose backward runs right after its forward, delivered later by one outer `backward()`.
 
-How it works. In training the whole module, with its auxiliary head and decoder, runs inside one `autograd.Function`: its *forward* records the
-body on detached inputs, takes the gradient of the local loss for the module's parameters with `torch.autograd.grad`, keeps those
-gradients, and lets go of everything else, so that no activation outlives the module. It returns the output, through which no gradient
-flows, and the loss. Its *backward* returns the kept gradients times the loss's incoming gradient. So `(criterion + local_loss).backward()`
-delivers all gradients at once: DDP's hooks fire, a `GradScaler`'s factor passes through, and accumulation adds up as ever.
+How it works. In training the whole module, with its auxiliary head and decoder, runs inside one `autograd.Function`: its *forward*
+records the body on detached inputs, takes the gradient of the local loss for the module's parameters with `torch.autograd.grad`, keeps
+those gradients, and lets go of everything else, so that no activation outlives the module. It returns the output, through which no
+gradient flows, and the loss. Its *backward* returns the kept gradients times the loss's incoming gradient. So
+`(criterion + local_loss).backward()` delivers all gradients at once: DDP's hooks fire, a `GradScaler`'s factor passes through, and
+accumulation adds up as ever.
 
 Parameters of the body are inputs of the Function; tensors that the graph reads itself (class tokens, mixed weights) arrive as inputs of the
 body. Where one parameter serves two modules, autograd adds up what each sends.
@@ -124,7 +125,7 @@ class _Stage(torch.autograd.Function):
     def forward(ctx: Any, module: LocalModule, target: Tensor | None, image: Tensor | None, count: int, *tensors: Any) -> Any:
         ctx.set_materialize_grads(False)
         with torch.enable_grad():
-            # Each input stands for itself: a weight that also is a parameter of the body gets two gradients, which autograd adds up outside.
+            # Each input stands for itself: a weight that is a parameter of the body too gets two gradients, which autograd adds up.
             inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors[:count]]
             output, loss = module.run_stage(target, image, *inputs)
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
