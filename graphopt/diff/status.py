@@ -36,7 +36,7 @@ STATUSES: dict[str, Look] = {
     "isolated": Look("⊣", "|", "#a8467f", "#e79bc6", "magenta", "gradients stop behind it"),
     "checkpointed": Look("↻", "@", "#857500", "#e8dc4c", "bright_yellow", "computed again in the backward instead of saved"),
     "rewired": Look("~", "~", "#5b5f66", "#b4b9c2", "bright_black", "computes the same by other operators"),
-    "kept": Look("·", ".", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),
+    "kept": Look("○", "o", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),
 }
 
 ORDER = {name: rank for rank, name in enumerate(STATUSES)}

@@ -1,0 +1,277 @@
+// Where everything goes. Positions inside every box, and of the boxes among each other, are dagre's (layered layout); this file says
+// what is a box: operations in an open block, blocks in a group (a stage or a local module), groups in a column, columns in the picture.
+"use strict";
+(function (root) {
+  // dagre copies plain values; V8 without a browser has no structuredClone.
+  if (typeof root.structuredClone === "undefined") root.structuredClone = (value) => JSON.parse(JSON.stringify(value));
+
+  const CARD = 244, HEAD = 24, GAP = 22, GUTTER = 58, SIDE = 26, PAD = 12, MARK = 30;
+  const MONO = 0.602; // width of a character of a monospaced font, in em
+
+  /** dagre on boxes: `nodes` [{id, width, height}], `edges` [{from, to, label?}] -> {width, height, at: {id: {x, y}}, edges}. x, y are corners. */
+  function layered(nodes, edges, options) {
+    const g = new root.dagre.graphlib.Graph({ multigraph: true });
+    g.setGraph({ marginx: 0, marginy: 0, ranksep: GAP, nodesep: 18, edgesep: 8, ...options });
+    g.setDefaultEdgeLabel(() => ({}));
+    for (const n of nodes) g.setNode(n.id, { width: n.width, height: n.height });
+    edges.forEach((e, i) => g.setEdge(e.from, e.to, e.label ? { width: e.label.width, height: e.label.height, labelpos: "c", weight: e.weight || 1 } : { weight: e.weight || 1 }, String(i)));
+    if (nodes.length) root.dagre.layout(g);
+    const at = {};
+    let right = 0, bottom = 0;
+    for (const n of nodes) {
+      const p = g.node(n.id);
+      at[n.id] = { x: p.x - n.width / 2, y: p.y - n.height / 2 };
+    }
+    const left = Math.min(0, ...Object.values(at).map((p) => p.x)), top = Math.min(0, ...Object.values(at).map((p) => p.y));
+    for (const n of nodes) {
+      at[n.id].x -= left; at[n.id].y -= top;
+      right = Math.max(right, at[n.id].x + n.width); bottom = Math.max(bottom, at[n.id].y + n.height);
+    }
+    const routed = edges.map((e, i) => {
+      const p = g.edge(e.from, e.to, String(i));
+      const points = (p.points || []).map((q) => ({ x: q.x - left, y: q.y - top }));
+      for (const q of points) right = Math.max(right, q.x);
+      return { ...e, points };
+    });
+    return { width: right, height: bottom, at, edges: routed };
+  }
+
+  /** What is drawn as a card: folds, single rows, or whole groups. */
+  function cardsOf(frame, state) {
+    const rows = new Map(frame.rows.map((r) => [r.name, r]));
+    const groups = [];
+    for (const fold of frame.folds) {
+      const members = fold.rows.map((n) => rows.get(n));
+      const first = members[0], band = frame.bands.find((b) => b.local && b.name === first.band);
+      const key = band ? "band:" + band.name : "stage:" + first.stage;
+      let group = groups[groups.length - 1];
+      if (!group || group.key !== key) {
+        const nth = groups.filter((g) => g.key.split("#")[0] === key).length;
+        group = { key: nth ? key + "#" + (nth + 1) : key, local: !!band, title: "", band: band ? band.name : null, stage: first.stage, folds: [], rows: [] };
+        if (nth) group.key = key + "#" + (nth + 1);
+        groups.push(group);
+      }
+      group.folds.push({ name: fold.name, rows: members });
+      group.rows.push(...members);
+    }
+    let number = 0;
+    for (const group of groups) {
+      if (group.local) number += 1;
+      const own = group.rows.filter((r) => !r.beside);
+      group.title = group.local ? "local module " + number + (own.length ? ": " + own[0].name + (own.length > 1 ? " … " + own[own.length - 1].name : "") : "") : group.stage;
+      const shut = group.rows.length > 1 && (state.closed.has(group.key) || (state.level === "stages" && !state.open.has(group.key)));
+      if (shut) {
+        group.cards = [{ id: "g:" + group.key, type: "group", name: group.title, rows: group.rows, group: group.key, open: false, nodes: [] }];
+        continue;
+      }
+      group.cards = [];
+      for (const fold of group.folds) {
+        const apart = fold.rows.length === 1 || state.level === "blocks" || state.level === "operations" || state.open.has("f:" + fold.rows[0].name);
+        if (!apart) {
+          group.cards.push({ id: "f:" + fold.rows[0].name, type: "fold", name: fold.name, rows: fold.rows, group: group.key, open: false, nodes: [] });
+          continue;
+        }
+        for (const row of fold.rows) {
+          const id = "r:" + row.name, nodes = state.nodes(row);
+          const open = nodes.length > 0 && (state.open.has(id) !== (state.level === "operations"));
+          group.cards.push({ id, type: "row", name: row.name, rows: [row], group: group.key, open, nodes, fold: fold.rows.length > 1 ? "f:" + fold.rows[0].name : null });
+        }
+      }
+    }
+    return groups;
+  }
+
+  function plain(row) {
+    return row.statuses.length === 1 && row.statuses[0] === "kept" && !row.changed;
+  }
+
+  /** Sizes a card, and lays out its operations where it is open. */
+  function measure(card, state) {
+    const quiet = card.type !== "group" && plain(card.rows[0]) && !state.uniform;
+    card.head = 30 + (quiet ? 0 : 17) + (state.costs ? 17 : 0);
+    card.width = CARD;
+    card.height = card.head;
+    if (!card.open) return;
+    const known = new Set(card.nodes.map((n) => n.name));
+    const boxes = card.nodes.map((n) => {
+      const label = n.what + (n.shape ? "  " + n.shape.join("×") : "");
+      return { id: n.name, width: Math.ceil(label.length * 11 * MONO) + 34, height: 24, label };
+    });
+    const wires = [];
+    for (const n of card.nodes) for (const i of new Set(n.inputs)) if (known.has(i)) wires.push({ from: i, to: n.name });
+    const inner = layered(boxes, wires, { rankdir: "TB", ranksep: 14, nodesep: 10 });
+    card.inner = { ...inner, boxes };
+    card.width = Math.max(CARD, inner.width + 2 * PAD);
+    card.height = card.head + inner.height + 2 * PAD - 4;
+  }
+
+  /** Room for a group's title; a stage of one block needs none. */
+  function headOf(group) {
+    return group.local || group.rows.length > 1 ? HEAD : 2;
+  }
+
+  /** Splits the run of cards into `count` columns of about the same height; a group may go on in the next column. */
+  function columnsOf(groups, count) {
+    const units = [];
+    for (const group of groups) {
+      group.cards.forEach((card, i) => {
+        const height = card.height + GAP + (i === 0 ? headOf(group) + 2 * PAD : 0);
+        if (card.rows[0].beside && i > 0 && units.length) units[units.length - 1].cards.push(card), (units[units.length - 1].height += height);
+        else units.push({ group, cards: [card], height, start: i === 0 });
+      });
+    }
+    const fill = (most) => {
+      const columns = [[]];
+      let used = 0;
+      for (const unit of units) {
+        const last = columns[columns.length - 1];
+        const extra = last.length && !unit.start ? 0 : unit.start ? 0 : HEAD + 2 * PAD;
+        if (last.length && used + unit.height > most) { columns.push([unit]); used = unit.height + (unit.start ? 0 : HEAD + 2 * PAD); }
+        else { last.push(unit); used += unit.height + extra; }
+      }
+      return columns;
+    };
+    const total = units.reduce((sum, u) => sum + u.height, 0);
+    let low = Math.max(0, ...units.map((u) => u.height)), high = total + (HEAD + 2 * PAD) * (groups.length + 1);
+    while (high - low > 4) {
+      const middle = (low + high) / 2;
+      if (fill(middle).length <= count) high = middle; else low = middle;
+    }
+    return fill(high).map((column) => {
+      const parts = [];
+      for (const unit of column) {
+        let part = parts[parts.length - 1];
+        if (!part || part.group !== unit.group) { part = { group: unit.group, cards: [], continued: !unit.start }; parts.push(part); }
+        part.cards.push(...unit.cards);
+      }
+      return parts;
+    });
+  }
+
+  /** The whole picture for one number of columns. */
+  function compose(frame, state, groups, count) {
+    const home = new Map();
+    for (const g of groups) for (const c of g.cards) for (const r of c.rows) home.set(r.name, c.id);
+    const stops = new Set(frame.frontier.map((e) => e.join("\n")));
+    const wires = new Map();
+    for (const [a, b, kind] of frame.edges) {
+      const from = home.get(a), to = home.get(b);
+      if (from === undefined || to === undefined || from === to) continue;
+      const key = from + "→" + to, old = wires.get(key), stop = stops.has(a + "\n" + b);
+      if (!old || (old.kind === "before" && kind !== "before") || stop) wires.set(key, { key, from, to, kind, stop: stop || !!(old && old.stop), a, b, tap: frame.tap === a });
+      else if (frame.tap === a) old.tap = true;
+    }
+    const rowOf = new Map(frame.rows.map((r) => [r.name, r]));
+    for (const w of wires.values()) {
+      w.side = rowOf.get(w.b).beside === w.a;
+      w.live = w.kind !== "before" && !w.stop && rowOf.get(w.a).backward && rowOf.get(w.b).backward;
+    }
+    const columns = columnsOf(groups, count);
+    const cards = new Map(), boxes = [], routes = [], used = new Set();
+    const first = groups[0] && groups[0].cards[0], lastGroup = groups[groups.length - 1];
+    const last = lastGroup && [...lastGroup.cards].reverse().find((c) => !c.rows[0].beside);
+    columns.forEach((parts, c) => {
+      for (const part of parts) {
+        const ids = new Set(part.cards.map((card) => card.id));
+        part.id = part.group.key + (part.continued ? "+" + c : "");
+        const nodes = part.cards.map((card) => ({ id: card.id, width: card.width, height: card.height }));
+        const inside = [];
+        for (const w of wires.values()) {
+          if (!ids.has(w.from) || !ids.has(w.to)) continue;
+          used.add(w.key);
+          inside.push({ ...w, weight: w.kind === "before" ? 1 : 4, label: w.stop || w.tap ? { width: 10, height: MARK } : null });
+        }
+        if (first && ids.has(first.id)) { nodes.push({ id: "input", width: 170, height: 26 }); inside.push({ key: "input", from: "input", to: first.id, kind: "both", weight: 4 }); }
+        if (last && ids.has(last.id)) { nodes.push({ id: "output", width: 170, height: 26 }); inside.push({ key: "output", from: last.id, to: "output", kind: "both", live: rowOf.get(last.rows[0].name).backward, weight: 4 }); }
+        part.plan = layered(nodes, inside, { rankdir: "TB", ranksep: GAP });
+        part.width = part.plan.width + 2 * SIDE;
+        part.height = part.plan.height + headOf(part.group) + 2 * PAD;
+      }
+    });
+    // Groups in a column, and columns in the picture, are chains.
+    const stacks = columns.map((parts) => layered(parts.map((p) => ({ id: p.id, width: p.width, height: p.height })), parts.slice(1).map((p, i) => ({ from: parts[i].id, to: p.id })), { rankdir: "TB", ranksep: MARK + 4 }));
+    const row = layered(stacks.map((s, i) => ({ id: "c" + i, width: s.width, height: s.height })), stacks.slice(1).map((_, i) => ({ from: "c" + i, to: "c" + (i + 1) })), { rankdir: "LR", ranksep: GUTTER });
+    columns.forEach((parts, c) => {
+      for (const part of parts) {
+        const x = row.at["c" + c].x + stacks[c].at[part.id].x, y = stacks[c].at[part.id].y; // columns start at the top: that is where one reads on
+        boxes.push({ id: part.id, key: part.group.key, x, y, width: part.width, height: part.height, title: part.group.title + (part.continued ? " (continued)" : ""), local: part.group.local, group: part.group, column: c });
+        const dx = x + SIDE, dy = y + headOf(part.group) + PAD;
+        for (const card of part.cards) cards.set(card.id, { ...card, x: dx + part.plan.at[card.id].x, y: dy + part.plan.at[card.id].y, column: c, box: part.id });
+        for (const id of ["input", "output"]) if (part.plan.at[id]) cards.set(id, { id, type: "end", rows: [], x: dx + part.plan.at[id].x, y: dy + part.plan.at[id].y, width: 170, height: 26, column: c, box: part.id });
+        for (const e of part.plan.edges) routes.push({ ...e, points: e.points.map((p) => ({ x: p.x + dx, y: p.y + dy })), how: "inside" });
+      }
+    });
+    for (const w of wires.values()) {
+      if (used.has(w.key)) continue;
+      routes.push({ ...w, ...between(cards.get(w.from), cards.get(w.to), boxes, cards) });
+    }
+    const height = Math.max(0, ...boxes.map((b) => b.y + b.height)), width = Math.max(0, ...boxes.map((b) => b.x + b.width));
+    return { width, height, cards, boxes, routes, arcs: arcsOf(frame, home, cards), columns: columns.length };
+  }
+
+  /** An edge that leaves its group: straight down where nothing is in between, else through the gutter. */
+  function between(a, b, boxes, cards) {
+    const boxA = boxes.find((x) => x.id === a.box), boxB = boxes.find((x) => x.id === b.box);
+    if (a.column === b.column) {
+      const clear = ![...cards.values()].some((c) => c !== a && c !== b && c.column === a.column && c.y > a.y && c.y < b.y && c.x < a.x + a.width && c.x + c.width > a.x);
+      const xa = a.x + a.width / 2, xb = b.x + b.width / 2;
+      if (clear) {
+        const middle = boxA.y + boxA.height + MARK / 2 + 2;
+        return { how: "down", points: Math.abs(xa - xb) < 1 ? [{ x: xa, y: a.y + a.height }, { x: xb, y: b.y }] : [{ x: xa, y: a.y + a.height }, { x: xa, y: middle }, { x: xb, y: middle }, { x: xb, y: b.y }], mark: { x: (xa + xb) / 2, y: middle } };
+      }
+      const lane = Math.max(a.x + a.width, b.x + b.width) + SIDE / 2;
+      return { how: "lane", points: [{ x: a.x + a.width, y: a.y + 16 }, { x: lane, y: a.y + 16 }, { x: lane, y: b.y + 14 }, { x: b.x + b.width, y: b.y + 14 }], mark: { x: xb, y: boxA.y + boxA.height + MARK / 2 + 2 } };
+    }
+    const ya = a.y + Math.min(a.height, a.head || a.height) / 2, yb = b.y + Math.min(b.height, b.head || b.height) / 2;
+    const lane = boxB.x - GUTTER / 2;
+    if (b.column === a.column + 1) return { how: "across", points: [{ x: a.x + a.width, y: ya }, { x: lane, y: ya }, { x: lane, y: yb }, { x: b.x, y: yb }], mark: { x: lane, y: (ya + yb) / 2, turned: true } };
+    const laneA = boxA.x + boxA.width + GUTTER / 2, over = -14;
+    return { how: "over", points: [{ x: a.x + a.width, y: ya }, { x: laneA, y: ya }, { x: laneA, y: over }, { x: lane, y: over }, { x: lane, y: yb }, { x: b.x, y: yb }], mark: { x: lane, y: (over + yb) / 2, turned: true } };
+  }
+
+  /** From the blocks whose weights are used to the blocks that use them. */
+  function arcsOf(frame, home, cards) {
+    const arcs = new Map();
+    for (const r of frame.rows) {
+      for (const source of r.sources) {
+        const a = cards.get(home.get(source)), b = cards.get(home.get(r.name));
+        if (!a || !b || a === b) continue;
+        const key = "arc:" + a.id + ">" + b.id;
+        if (arcs.has(key)) continue;
+        const fromY = a.y > b.y ? a.y + 14 : a.y + Math.min(a.height, a.head) - 14, toY = a.y > b.y ? b.y + Math.min(b.height, b.head) - 12 : b.y + 12;
+        if (a.column === b.column) {
+          const bow = Math.min(a.x, b.x) - Math.min(24, 12 + Math.abs(a.y - b.y) / 30);
+          arcs.set(key, { key, d: `M${n(a.x)} ${n(fromY)} C${n(bow - 8)} ${n(fromY)} ${n(bow - 8)} ${n(toY)} ${n(b.x - 1)} ${n(toY)}` });
+        } else {
+          const leftward = a.column > b.column;
+          const x1 = leftward ? a.x : a.x + a.width, x2 = leftward ? b.x + b.width : b.x, out = leftward ? -46 : 46;
+          arcs.set(key, { key, d: `M${n(x1)} ${n(fromY)} C${n(x1 + out)} ${n(fromY)} ${n(x2 - out)} ${n(toY)} ${n(x2)} ${n(toY)}` });
+        }
+      }
+    }
+    return [...arcs.values()];
+  }
+
+  const n = (value) => Math.round(value * 10) / 10;
+
+  /** The picture that is largest in a window of `width` x `height`. On a narrow one: a single column. */
+  function arrange(frame, state, width, height) {
+    const groups = cardsOf(frame, state);
+    for (const g of groups) for (const c of g.cards) measure(c, state);
+    const count = groups.reduce((sum, g) => sum + g.cards.length, 0);
+    let best = null;
+    for (let columns = 1; columns <= Math.min(8, Math.max(1, count)); columns += 1) {
+      const picture = compose(frame, state, groups, columns);
+      if (best && picture.columns <= best.columns) continue;
+      const across = Math.min(1, width / (picture.width + 24));
+      const scale = Math.min(across, height / (picture.height + 40));
+      // Wider than the window is worse than longer: text has to stay readable.
+      const worth = across < 0.72 ? across * 0.1 + scale * 0.01 : Math.min(across, Math.max(scale, 0.3)) + scale * 0.01;
+      if (!best || worth > best.worth + 0.005) best = { ...picture, worth, across };
+      if (across < 0.4) break;
+    }
+    return best;
+  }
+
+  root.graphoptLayout = { arrange, plain, MONO, CARD };
+})(globalThis);
