@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.trace.graph import Graph, Origin, TrainingModule
@@ -109,7 +111,7 @@ def emit(graph: Graph, *, start: fx.Node | None = None, stop: fx.Node | None = N
         copies[node] = flat.node_copy(node, lambda n: copies[n])
     if stop is not None:
         flat.output(copies[stop])
-    _drop_dead(flat, keep_input=start is None)
+    _drop_dead(flat, graph.module, keep_input=start is None)
     alive = set(flat.nodes)
     root = nn.Module()
     root.__dict__.update(
@@ -127,14 +129,18 @@ def emit(graph: Graph, *, start: fx.Node | None = None, stop: fx.Node | None = N
     if sections:
         root.add_module("sections", nn.Module())
     holder: dict[fx.Node, fx.Node] = {}
+    parts: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for section, members in sorted(sections, key=lambda s: len(s[1])):
         if section.target and target is None:
             last = [n for n in flat.nodes if n.op == "placeholder"][-1]
             with flat.inserting_after(last):
                 target = flat.placeholder("target", default_value=None)
             target.meta = {"origin": Origin("", 0), "by": section.by}
-        current = tuple(dict.fromkeys(holder.get(m, m) for m in members))
+        # An inner section stands as its call, with what takes the call's outputs apart.
+        current = tuple(dict.fromkeys(n for m in members for n in parts.get(holder.get(m, m), (holder.get(m, m),))))
+        known = set(flat.nodes)
         call, loss, inside = _outline(flat, root, section, current, target)
+        parts[call] = (call, *(n for n in flat.nodes if n not in known and n is not call))
         if loss is not None:
             losses.append(loss)
         for member in members:
@@ -265,11 +271,32 @@ def _demand_nesting(sections: list[tuple[Section, tuple[fx.Node, ...]]]) -> None
                 )
 
 
-def _drop_dead(graph: fx.Graph, *, keep_input: bool) -> None:
+def _drop_dead(graph: fx.Graph, module: nn.Module, *, keep_input: bool) -> None:
+    order = {n: i for i, n in enumerate(graph.nodes)}
     for node in reversed(list(graph.nodes)):
         if node.op == "output" or node.users or (node.op == "placeholder" and (keep_input or node.name == "features")):
             continue
         # An effect without a user (an assertion on the input's size) goes too once what it looks at is gone.
         if node.op == "call_function" and "assert" in getattr(node.target, "__name__", "") and keep_input:
             continue
+        # So does a change in place (`self.relu(x)`, result dropped), but not while the same memory is read after it.
+        if _changes_in_place(module, node):
+            changed = _memory(node)
+            if any(order[u] > order[node] for n in graph.nodes if n is not node and changed & _memory(n) for u in n.users):
+                continue
         graph.erase_node(node)
+
+
+def _changes_in_place(module: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    by_name = name.endswith("_") and not name.endswith("__")
+    return by_name or bool(node.kwargs.get("inplace")) or (node.op == "call_function" and any(a is True for a in node.args))
+
+
+def _memory(node: fx.Node) -> set[StorageWeakRef]:
+    """Storages behind a node's value; two nodes whose sets meet share memory."""
+    return {StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)}

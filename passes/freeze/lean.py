@@ -7,6 +7,7 @@ keys, `isinstance` tests and type selectors do not notice. What has no frozen fo
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -200,6 +201,8 @@ def _frozen_form(module: nn.Module, lean: bool, inside: bool) -> nn.Module | Non
         change = _change_for(module, _EVAL) or _AlwaysEval
         # The act of a BatchNormAct2d follows at once on a fresh tensor: in place or not is all the same.
         return _become(module, change, lean, _changed_children(module, lean, inside=change is not _EvalBatchNormAct))
+    if _moves_its_buffers(module):
+        return _become(module, _AlwaysEval, lean, _changed_children(module, lean, inside=True))
     change = _change_for(module, _LEAN) if lean else None
     # Inside a module kept whole, code may count on an activation having worked in place.
     if change is not None and not (inside and getattr(module, "inplace", False)):
@@ -212,13 +215,22 @@ def _frozen_form(module: nn.Module, lean: bool, inside: bool) -> nn.Module | Non
     return new
 
 
+def _moves_its_buffers(module: nn.Module) -> bool:
+    """Whether an unknown module's own forward may update statistics of its own in train mode."""
+    statistics = any(b is not None and b.is_floating_point() for b in module._buffers.values())
+    if not statistics or type(module).__module__.startswith("torch.nn."):
+        return False
+    code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
 def _changed_children(module: nn.Module, lean: bool, inside: bool) -> dict[str, nn.Module]:
     forms = {name: _frozen_form(child, lean, inside) for name, child in module.named_children()}
     return {name: form for name, form in forms.items() if form is not None}
 
 
 def _change_for(module: nn.Module, table: tuple[tuple[type[nn.Module], type, str], ...]) -> type | None:
-    cls = _original(module)
+    cls = original_class(module)
     for original, change, method in table:
         if issubclass(cls, original):
             # A subclass with a forward of its own computes something else.
@@ -233,7 +245,8 @@ class _Frozen:
     original: type[nn.Module]
 
 
-def _original(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before it was frozen."""
     return module.original if isinstance(module, _Frozen) else type(module)
 
 
@@ -243,7 +256,7 @@ def _class_for(original: type[nn.Module], change: type) -> type[nn.Module]:
 
 
 def _become(module: nn.Module, change: type, lean: bool, children: dict[str, nn.Module]) -> nn.Module:
-    cls = _class_for(_original(module), change)
+    cls = _class_for(original_class(module), change)
     new = cls.__new__(cls)
     # The very dicts of tensors, not copies: whoever still holds the old leaf must see `.to()` and a loaded state.
     new.__dict__ = dict(module.__dict__)

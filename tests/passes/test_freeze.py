@@ -1,0 +1,431 @@
+"""The freeze pass against a plain frozen reference: what trains gets the same gradients, what is frozen does not move, less is saved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.cost import forecast
+from graphopt.errors import PassError
+from graphopt.passes.freeze import Freeze
+from graphopt.rewriting import NoGrad, Section
+from tests.backbones import Small
+
+
+def resnet18() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=10)
+
+
+class Functional(nn.Module):
+    """Everything as function calls and tensor methods, in place where there is a way."""
+
+    def __init__(self, leaf: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = FunctionalBody(leaf)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.adaptive_avg_pool2d(self.body(self.stem(x)), 1).flatten(1))
+
+
+class FunctionalBody(nn.Module):
+    """Without a child it is one leaf to the tracer, because it asks for its mode."""
+
+    def __init__(self, leaf: bool = False) -> None:
+        super().__init__()
+        if not leaf:
+            self.child = nn.Identity()
+        self.weight, self.scale, self.shift = (nn.Parameter(torch.randn(s) * 0.2) for s in ((8, 8, 3, 3), (8,), (8,)))
+        self.gamma = nn.Parameter(torch.full((8, 1, 1), 0.5))
+        self.register_buffer("mean", torch.randn(8))
+        self.register_buffer("variance", torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, padding="same")
+        y = F.batch_norm(y, self.mean, self.variance, self.scale, self.shift, training=self.training)
+        y = F.relu(y, inplace=True)
+        y = F.max_pool2d(y, 3, 1, 1)
+        y = torch.conv2d(y, self.weight, None, 1, 1).relu_()
+        y = F.hardtanh(F.avg_pool2d(y, 3, 1, 1), -0.5, 0.5)
+        y = F.leaky_relu(F.relu6(y + x), 0.1, True)
+        return F.silu(y * self.gamma)
+
+
+class Mutating(nn.Module):
+    """In-place activations whose input is read later, through its own name, a view or a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = MutatingBlock()
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.stem(x)).mean((2, 3)))
+
+
+class MutatingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv1, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.same = nn.ReLU(inplace=True), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        z = self.conv1(self.relu(y)) + y  # y as the activation left it
+        early = z.view(z.shape)
+        self.relu(z)
+        z = self.conv2(z) + early
+        w = self.same(z)
+        self.relu(w)
+        w = w + z
+        w += x
+        return self.relu(w)
+
+
+class Table(nn.Module):
+    """Parameters that the graph reads itself, at the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 17, 8))
+        self.patch, self.mix, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], 1) + self.place
+        return self.fc(F.gelu(self.mix(tokens))[:, 0])
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "small": (lambda: Small(drop=0.0), (3, 8, 8)),
+    "functional": (Functional, (3, 8, 8)),
+    "functional leaf": (lambda: Functional(leaf=True), (3, 8, 8)),
+    "mutating": (Mutating, (3, 8, 8)),
+    "table": (Table, (3, 16, 16)),
+    "resnet18": (resnet18, (3, 32, 32)),
+    "mobilenet_v3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10, dropout=0.0), (3, 32, 32)),
+    "test_resnet": (lambda: timm.create_model("test_resnet"), (3, 32, 32)),
+    "test_vit": (lambda: timm.create_model("test_vit", img_size=32), (3, 32, 32)),
+    "test_convnext": (lambda: timm.create_model("test_convnext"), (3, 32, 32)),
+    "test_efficientnet": (lambda: timm.create_model("test_efficientnet"), (3, 32, 32)),
+    "test_nfnet": (lambda: timm.create_model("test_nfnet"), (3, 32, 32)),
+}
+#: backbone, selection, names of the modules and parameters it comes to
+CASES: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("small", ["stem", "blocks.0", "blocks.1"], ("stem", "blocks.0", "blocks.1")),
+    ("small", ["blocks.1", "blocks.2"], ("blocks.1", "blocks.2")),
+    ("small", {"blocks": True, "every": 2}, ("blocks.1", "blocks.3")),
+    ("functional", "body", ("body",)),
+    ("functional", ["stem", "body"], ("stem", "body")),
+    ("functional leaf", "body", ("body",)),
+    ("mutating", "block", ("block",)),
+    ("mutating", ["block.norm", "block.conv2"], ("block.norm", "block.conv2")),
+    ("table", ["patch", "token", "place"], ("patch", "token", "place")),
+    ("table", ["token", "mix"], ("token", "mix")),
+    ("resnet18", ["layer1", "layer2"], ("layer1", "layer2")),
+    ("resnet18", ["conv1", "bn1", "layer1", "layer3"], ("conv1", "bn1", "layer1", "layer3")),
+    ("mobilenet_v3", ["features.1", "features.4", "features.5"], ("features.1", "features.4", "features.5")),
+    ("test_resnet", ["layer1", "layer3"], ("layer1", "layer3")),
+    (
+        "test_vit",
+        ["patch_embed", "cls_token", "pos_embed", "blocks.0", "blocks.2"],
+        ("patch_embed", "cls_token", "pos_embed", "blocks.0", "blocks.2"),
+    ),
+    ("test_convnext", ["stages.0", "stages.1"], ("stages.0", "stages.1")),
+    ("test_efficientnet", ["blocks.0", "blocks.1", "blocks.2"], ("blocks.0", "blocks.1", "blocks.2")),
+    ("test_nfnet", ["stages.0", "stages.1"], ("stages.0", "stages.1")),
+]
+
+
+def below(name: str, paths: Sequence[str]) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in paths)
+
+
+def plainly_frozen(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """What a careful user would do by hand, in train mode: no gradients, norms in eval mode."""
+    model = copy.deepcopy(model).double().train()
+    for name, parameter in model.named_parameters():
+        if below(name, paths):
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if below(name, paths) and (hasattr(module, "running_mean") or isinstance(module, FunctionalBody)):
+            module.eval()
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    del y
+    return sum(kept.values())
+
+
+def built(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model = make()
+    for key, buffer in model.named_buffers():
+        if "running" in key:
+            buffer.uniform_(0.5, 2)
+    return model, shape
+
+
+def compiled(model: nn.Module, selection: Any, shape: tuple[int, ...], **options: Any) -> graphopt.Plan:
+    return graphopt.compile(model, [Freeze(select=selection, **options)], input=shape, verify="fast", costs=False)
+
+
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "stock"])
+@pytest.mark.parametrize(("name", "selection", "paths"), CASES, ids=[f"{n}-{'+'.join(p[:2])}" for n, _, p in CASES])
+def test_trains_as_a_plainly_frozen_model_does(name: str, selection: Any, paths: tuple[str, ...], lean: bool) -> None:
+    model, shape = built(name)
+    reference = plainly_frozen(model, paths)
+    module = compiled(model, selection, shape, lean=lean).module.double().train()
+    before = copy.deepcopy(module.state_dict())
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    y, found = gradients(module, x)
+    expected_y, expected = gradients(reference, x)
+    assert torch.equal(y, expected_y)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        if gradient is None:
+            assert found[key] is None, key
+        else:
+            assert (found[key] - gradient).abs().max() <= 1e-12 * max(gradient.abs().max(), expected_y.abs().max()), key
+    assert saved_bytes(module, x) <= saved_bytes(reference, x)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        gradients(module, x)
+        optimizer.step()
+    for key, value in module.state_dict().items():
+        if below(key, paths):
+            assert torch.equal(value, before[key]), f"{key} moved"
+
+
+@pytest.mark.parametrize(("name", "selection"), [("resnet18", "layer1"), ("functional", "body"), ("test_convnext", "stages.0")])
+def test_every_promise_holds_in_numbers(name: str, selection: Any) -> None:
+    model, shape = built(name)
+    report = graphopt.compile(model, [Freeze(select=selection)], input=shape, costs=False).report.passes[0]
+    assert {"eval output", "gradients of the rest", "state-dict keys"} <= {c.property for c in report.verified}
+
+
+@pytest.mark.parametrize(
+    ("name", "selection", "share"),
+    [
+        ("resnet18", ["layer1", "layer2"], 0.55),
+        ("functional", "body", 0.5),
+        ("mobilenet_v3", ["features.1", "features.2", "features.3"], 0.9),
+        ("test_convnext", "stages.0", 0.97),
+    ],
+)
+def test_saves_less_than_plain_freezing_behind_a_trainable_stem(name: str, selection: Any, share: float) -> None:
+    model, shape = built(name)
+    paths = (selection,) if isinstance(selection, str) else tuple(selection)
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    lean = saved_bytes(compiled(model, selection, shape).module.double().train(), x)
+    assert lean < share * saved_bytes(plainly_frozen(model, paths), x)
+
+
+# -- the prefix ---------------------------------------------------------------------------------------------------------------------
+def test_the_prefix_is_cut_off_even_from_an_input_that_wants_a_gradient() -> None:
+    model, shape = built("resnet18")
+    plan = compiled(model, ["conv1", "bn1", "layer1"], shape)
+    prefix = plan.module.get_submodule("sections.frozen_prefix")
+    assert isinstance(prefix, NoGrad)
+    x = torch.randn(2, *shape, requires_grad=True)
+    assert not prefix(x).requires_grad
+    plan.module.train()(x).sum().backward()
+    assert x.grad is None
+    assert [n.op for n in plan.module.graph.nodes][:3] == ["placeholder", "call_module", "call_module"]
+
+
+def test_parameter_free_nodes_after_the_prefix_belong_to_it() -> None:
+    model, shape = built("resnet18")
+    plan = compiled(model, ["conv1", "bn1"], shape)
+    section = plan.graph.sections[0]
+    assert [n.name for n in section.nodes] == ["conv1", "bn1", "relu", "maxpool"]
+
+
+def test_branches_without_trainable_parts_before_them_belong_to_it() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(self.c(self.a(x)) + self.b(x)).mean((2, 3))
+
+    plan = compiled(Branches(), ["a", "c"], (3, 4, 4))
+    assert [n.name for n in plan.graph.sections[0].nodes] == ["a", "c"]
+
+
+def test_two_passes_make_one_prefix() -> None:
+    model, shape = built("small")
+    passes = [Freeze(select="stem"), Freeze(select="blocks.1"), Freeze(select="blocks.0")]
+    plan = graphopt.compile(model, passes, input=shape, verify="full", costs=False)
+    assert [s.name for s in plan.graph.sections] == ["frozen_prefix"]
+    assert "blocks_1_conv2" in [n.name for n in plan.graph.sections[0].nodes]
+
+
+class Stretch(graphopt.Pass):
+    """Another pass's section over a path."""
+
+    use = "stretch"
+    select: str
+
+    def match(self, graph: graphopt.Graph) -> graphopt.Match:
+        return graphopt.Match((graph.region(self.select),))
+
+    def rewrite(self, graph: graphopt.Graph, match: graphopt.Match) -> graphopt.Effects:
+        graph.add_section(Section("stretch", match.regions[0].nodes, NoGrad, self.use))
+        return graphopt.Effects((self.select,))
+
+
+@pytest.mark.parametrize("stretch", ["blocks.0", "blocks.1", "blocks"])
+def test_the_prefix_divides_where_another_section_does(stretch: str) -> None:
+    model, shape = built("small")
+    model.eval()
+    passes = [Stretch(select=stretch), Freeze(select=["stem", "blocks.0", "blocks.1", "blocks.2.conv1"])]
+    plan = graphopt.compile(model, passes, input=shape, verify="off", costs=False)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    assert torch.equal(plan.module.double().eval()(x), copy.deepcopy(model).double()(x))
+
+
+# -- thaw, triggers, the value ------------------------------------------------------------------------------------------------------
+def test_thawing_gives_the_stock_graph_back() -> None:
+    model, shape = built("resnet18")
+    plan = compiled(model, "layer1", shape, when={"epoch": 1, "until": 3})
+    stock = [(n.op, n.target) for n in plan.module.graph.nodes]
+    frozen = plan.at((*plan.decisions, *plan.due(1)))
+    assert not frozen.module.get_parameter("layer1.0.conv1.weight").requires_grad
+    assert type(frozen.module.get_submodule("layer1.0.bn1")) is not nn.BatchNorm2d
+    thawed = frozen.at((*frozen.decisions, *frozen.due(3)))
+    assert [(n.op, n.target) for n in thawed.module.graph.nodes] == stock
+    assert all(p.requires_grad for p in thawed.module.parameters())
+    assert type(thawed.module.get_submodule("layer1.0.bn1")) is nn.BatchNorm2d
+    assert type(thawed.module.get_submodule("layer1.0.conv1")) is nn.Conv2d
+
+
+def test_export_gives_the_backbone_back() -> None:
+    model, shape = built("resnet18")
+    plan = compiled(model, ["layer1", "layer2"], shape)
+    backbone = plan.export()
+    assert type(backbone) is type(model)
+    assert list(backbone.state_dict()) == list(model.state_dict())
+    assert type(backbone.layer1[0].bn1) is nn.BatchNorm2d
+
+
+def test_reads_and_writes_its_table() -> None:
+    table = {"use": "freeze", "select": ["conv1", {"blocks": True, "first": 0.5}], "lean": False, "when": {"epoch": 3}}
+    value = Freeze.model_validate({k: v for k, v in table.items() if k != "use"})
+    assert value.table() == table
+
+
+# -- what it says -------------------------------------------------------------------------------------------------------------------
+def notes(model: nn.Module, selection: Any, shape: tuple[int, ...]) -> list[str]:
+    return [str(n) for n in compiled(model, selection, shape).report.passes[0].notes]
+
+
+def test_says_what_an_open_prefix_costs_and_what_closes_it() -> None:
+    model, shape = built("resnet18")
+    (note,) = notes(model, ["layer1", "layer2"], shape)
+    assert note.startswith("warn layer1: frozen, but conv1 and bn1 before it train")
+    assert "Freeze conv1 and bn1 too" in note
+    assert notes(model, ["conv1", "bn1", "layer1", "layer2"], shape) == []
+
+
+def test_says_which_regions_have_nothing_to_freeze() -> None:
+    model, shape = built("resnet18")
+    assert notes(model, ["conv1", "bn1", "maxpool"], shape) == ["skip maxpool: it has no parameters: nothing to freeze"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "why"), [("**", "no trainable parameter would be left"), ("maxpool", "nothing that is selected has parameters")]
+)
+def test_refuses(selection: Any, why: str) -> None:
+    model, shape = built("resnet18")
+    with pytest.raises(PassError, match=why):
+        compiled(model, selection, shape)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_refuses_half_of_a_tied_parameter() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.b(self.a(x)))
+
+    with pytest.raises(PassError, match=r"one tensor with b\.weight"):
+        compiled(Tied(), "a", (4,))
+    assert not any(p.requires_grad for n, p in compiled(Tied(), ["a", "b"], (4,)).module.named_parameters() if "fc" not in n)
+
+
+# -- where it runs ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("selection", [["conv1", "bn1", "layer1"], ["layer1"]], ids=["prefix", "behind"])
+def test_compiles_whole_and_copies(selection: Any) -> None:
+    model, shape = built("resnet18")
+    module = compiled(model, selection, shape).module.double().train()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    expected, gradient = gradients(module, x)
+    copied = copy.deepcopy(module)
+    y, again = gradients(copied, x)
+    assert torch.equal(y, expected)
+    assert all((a is None) == (b is None) for a, b in zip(gradient.values(), again.values(), strict=True))
+    y, _ = gradients(torch.compile(copied, backend="aot_eager", fullgraph=True), x)
+    torch.testing.assert_close(y, expected)
+
+
+def test_autocast_and_channels_last_give_finite_gradients() -> None:
+    model, shape = built("resnet18")
+    module = compiled(model, ["layer1", "layer2"], shape).module.train().to(memory_format=torch.channels_last)
+    x = torch.randn(2, *shape).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module(x).float().square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+
+
+def test_figures_of_resnet50() -> None:
+    """Issue 2's figures: front half of the blocks, with and without the stem."""
+    model = torchvision.models.resnet50()
+    shape = (3, 224, 224)
+    base = forecast(model, shape, 2)
+
+    def cost(*stem: str) -> Any:
+        select = [*stem, {"blocks": True, "first": 0.5}]
+        return forecast(graphopt.compile(model, [Freeze(select=select)], input=shape, verify="off", costs=False).module, shape, 2)
+
+    closed, behind = cost("conv1", "bn1"), cost()
+    assert closed.backward_flops <= 0.47 * base.backward_flops
+    assert closed.saved_activation_bytes <= 0.27 * base.saved_activation_bytes
+    assert behind.saved_activation_bytes <= 0.38 * base.saved_activation_bytes
