@@ -44,7 +44,8 @@ def passes(
 
 
 def _summary(cls: Any) -> str:
-    return (_module_text(cls) or inspect.getdoc(cls) or "").strip().split("\n\n")[0].replace("\n", " ")
+    text = (_module_text(cls) or inspect.getdoc(cls) or "").strip().split("\n\n")[0].replace("\n", " ")
+    return text.removeprefix(f"{cls.use}: ")
 
 
 def _module_text(cls: Any) -> str:

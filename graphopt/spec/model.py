@@ -191,7 +191,7 @@ class Spec(_Table):
 
     @property
     def lines(self) -> Mapping[tuple[str | int, ...], int]:
-        """Key path (`("pass", 0, "select")`) to the line it stood on, from 1. Empty for a spec made in Python."""
+        """Key path (`("pass", 0, "select")`) to the line it stood on, from 1; 0 for an override. Empty without a file."""
         return self._lines
 
     def where(self, *path: str | int) -> str | None:
@@ -230,8 +230,10 @@ class Spec(_Table):
 
 def locate(file: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...], uses: list[str]) -> str:
     """`file:line, field` of the nearest enclosing key that has a line."""
-    line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
-    place = f"{file}:{line}" if line else file
+    known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in lines), None)
+    if known is not None and lines[known] == 0:  # put there by an override
+        return f"--set {'.'.join(map(str, known))}, {show_path(path, uses)}"
+    place = f"{file}:{lines[known]}" if known else file
     return f"{place}, {show_path(path, uses)}" if path else place
 
 

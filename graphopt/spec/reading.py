@@ -80,8 +80,10 @@ def loads(
         raise _syntax(error, text, file) from error
     lines = dict(key_lines(text))
     for override in overrides:
-        for path in _override(data, override):
-            lines.pop(path, None)
+        path = _override(data, override)
+        for known in [known for known in lines if known[: len(path)] == path]:
+            del lines[known]
+        lines[path] = 0  # it stands on no line; messages say --set
     return from_table(data, file=file, lines=lines, folder=folder, trust=trust)
 
 
@@ -207,8 +209,8 @@ def _paths_from(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], text: str) -> list[KeyPath]:
-    """Set one key of `data`, in place; returns the paths that no longer stand in the file."""
+def _override(data: dict[str, Any], text: str) -> KeyPath:
+    """Set one key of `data`, in place; returns its path."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SpecError("expected key.path=value", where=f"--set {text}", fix="For example --set train.epochs=1")
@@ -224,14 +226,14 @@ def _override(data: dict[str, Any], text: str) -> list[KeyPath]:
             if isinstance(at, list):
                 at, path = at[int(part)], (*path, int(part))
             else:
-                at, path = at.setdefault(part, {}), (*path, part)
+                at, path = at.setdefault(part, [] if (*path, part) == ("pass",) else {}), (*path, part)
             if isinstance(at, str) and path in (("train", "optimizer"), ("train", "scheduler")):
                 data["train"][path[-1]] = at = {"name": at}  # the short form takes options once one is set
         last: str | int = int(parts[-1]) if isinstance(at, list) else parts[-1]
         at[last] = parsed
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise SpecError(f"the spec has no table at {'.'.join(parts[:-1])!r}", where=f"--set {text}") from error
-    return [(*path, last)]
+        raise SpecError(f"the spec has no place for {key.strip()!r}", where=f"--set {text}") from error
+    return (*path, last)
 
 
 def _syntax(error: tomllib.TOMLDecodeError, text: str, file: str | None) -> SpecError:

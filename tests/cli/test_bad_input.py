@@ -1,0 +1,175 @@
+"""What bad input gets: exit status 2, one message, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphopt.cli import main
+
+SPEC = """\
+name = "small"
+[backbone]
+source = "cifar"
+name = "resnet8"
+arguments = { in_chans = 1 }
+input = [1, 8, 8]
+[[pass]]
+use = "freeze"
+select = ["conv1", "bn1"]
+[data]
+train_limit = 40
+eval_limit = 20
+[train]
+epochs = 2
+batch = 20
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a small spec in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("s.toml").write_text(SPEC)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must be refused; its one message."""
+    status = main(list(arguments))
+    out, err = capsys.readouterr()
+    assert status == 2, err
+    assert err.count("error: ") == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in out + err
+    return err
+
+
+#: (what the case is, the spec as (old, new) or None, command, what the message must contain)
+CASES = [
+    ("file missing", None, ["apply", "gone.toml"], ["gone.toml", "no such spec file"]),
+    ("installed spec misspelt", None, ["train", "quikstart"], ["Did you mean 'quickstart'"]),
+    ("not TOML", ('name = "small"', 'name = "small'), ["apply", "s.toml"], ["s.toml:1:", "line 1, column"]),
+    ("unknown key", ("epochs", "epoch"), ["check", "s.toml"], ["s.toml:14, train.epoch", "Did you mean 'epochs'"]),
+    ("wrong type", ("epochs = 2", 'epochs = "2"'), ["apply", "s.toml"], ["s.toml:14", "expected a whole number"]),
+    ("unknown backbone", ('"cifar"\nname = "resnet8"', '"timm"\nname = "resnet5o"'), ["check", "s.toml"], ["s.toml:4", "'resnet50'"]),
+    ("bad depth", ("resnet8", "resnet9"), ["check", "s.toml"], ["s.toml:4, backbone.name", "6n+2"]),
+    ("unknown argument", ("in_chans", "inchans"), ["check", "s.toml"], ["s.toml:", "Did you mean 'in_chans'", "num_classes"]),
+    ("selector without a match", ('"bn1"', '"layer1.7"'), ["check", "s.toml"], ["s.toml:7", "layer1.7", "layer1.0"]),
+    ("selector filters nothing", ('["conv1", "bn1"]', '{ type = "LSTM" }'), ["apply", "s.toml"], ["s.toml:7", "LSTM"]),
+    ("input the backbone cannot take", ("[1, 8, 8]", "[3, 8, 8]"), ["apply", "s.toml"], ["s.toml:6, backbone.input", "(N, 3, 8, 8)"]),
+    ("input of another rank", ("[1, 8, 8]", "[8]"), ["check", "s.toml"], ["s.toml:6, backbone.input"]),
+    ("backbone in code", ('"cifar"\nname = "resnet8"', '"python"\nname = "a.b:c"'), ["apply", "s.toml"], ["s.toml:4", "--trust"]),
+    ("pass in code", ('"freeze"', '"mine.py:Mine"'), ["train", "s.toml"], ["s.toml:8", "--trust"]),
+    ("weights missing", ("[[pass]]", 'weights = "w.safetensors"\n[[pass]]'), ["apply", "s.toml"], ["s.toml:7", "no such weights file"]),
+    ("unknown data set", ("[data]", '[data]\nname = "digit"'), ["train", "s.toml", "-o", "run"], ["digits"]),
+    ("override without value", None, ["apply", "s.toml", "--set", "train.epochs"], ["key.path=value"]),
+    ("override of another type", None, ["apply", "s.toml", "--set", "train.epochs=x"], ["--set train.epochs", "whole number"]),
+    ("unknown level", None, ["apply", "s.toml", "--verify", "much"], ["full, fast or off"]),
+    ("epoch beyond the run", None, ["apply", "s.toml", "--epoch", "2"], ["0 to 1"]),
+    ("no such run", None, ["export", "nowhere", "-o", "m.safetensors"], ["nowhere"]),
+    ("not a run", None, ["export", ".", "-o", "m.safetensors"], ["checkpoint"]),
+    ("unknown pass", None, ["passes", "freez"], ["Did you mean 'freeze'"]),
+    ("unknown installed spec", None, ["specs", "quick"], ["quickstart"]),
+    ("not source/name", None, ["inspect", "tim/resnet50"], ["Did you mean 'timm'"]),
+    ("unknown name to inspect", None, ["inspect", "timm/resnet5o"], ["'resnet50'"]),
+    ("shape that is none", None, ["inspect", "cifar/resnet20", "--input", "3,a"], ["--input", "3,224,224"]),
+    ("folder missing for the schema", None, ["schema", "-o", "gone/s.json"], ["gone"]),
+]
+
+
+@pytest.mark.parametrize(("change", "command", "told"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_one_message_and_exit_2(
+    change: tuple[str, str] | None, command: list[str], told: list[str], capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    if change:
+        assert change[0] in SPEC
+        Path("s.toml").write_text(SPEC.replace(*change, 1))
+    message = refused(capsys, *command)
+    for part in told:
+        assert part in message, message
+    assert os.listdir(folder) == ["s.toml"]
+
+
+def test_passes_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    claims = 'use = "freeze"\nselect = "layer1.0"\n[[pass]]\nuse = "drop"\nupto = "layer1"\n'
+    Path("s.toml").write_text(SPEC.replace('use = "freeze"\n', claims + '[[pass]]\nuse = "freeze"\n'))
+    message = refused(capsys, "check", "s.toml")
+    assert "s.toml:" in message
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "run"])
+def test_an_output_folder_that_is_not_ours(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path("out")
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / ("thesis.tex" if kind == "folder" else "run.json")).write_text("mine")
+    before = {path: path.read_text() for path in [out, *out.glob("*")] if path.is_file()}
+    assert "out" in refused(capsys, "apply", "s.toml", "-o", "out")
+    assert {path: path.read_text() for path in [out, *out.glob("*")] if path.is_file()} == before
+    if kind == "folder":
+        assert "not a run" in refused(capsys, "train", "s.toml", "-o", "out")
+
+
+def test_a_folder_whose_names_are_ours_but_not_its_content(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/spec.toml").write_text("mine")
+    refused(capsys, "apply", "s.toml", "-o", "out")
+    assert Path("out/spec.toml").read_text() == "mine"
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_leaves_nothing_behind(
+    existing: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    if existing:
+        assert main(["apply", "s.toml", "-o", "out"]) == 0
+        capsys.readouterr()
+    before = {path.name: path.read_text() for path in Path("out").glob("*")}
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no space left" in refused(capsys, "apply", "s.toml", "-o", "out", "--set", "train.epochs=1")
+    assert {path.name: path.read_text() for path in Path("out").glob("*")} == before
+    assert sorted(os.listdir(folder)) == (["out", "s.toml"] if existing else ["s.toml"])
+
+
+def test_a_full_disk_in_the_schema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no space left" in refused(capsys, "schema", "-o", "s.json")
+    assert os.listdir(folder) == ["s.toml"]
+
+
+def test_a_checkpoint_of_another_spec(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "s.toml", "-o", "run", "-q", "--set", "train.epochs=1"]) == 0
+    capsys.readouterr()
+    weights = Path("run/last.pt").read_bytes()
+    assert "--resume" in refused(capsys, "train", "s.toml", "-o", "run")
+    other = ["train", "s.toml", "-o", "run", "--resume", "--set", "backbone.arguments.num_classes=10", "--set", "pass.0.select=layer1"]
+    assert "another spec" in refused(capsys, *other)
+    assert Path("run/last.pt").read_bytes() == weights
+
+
+def test_a_traceback_only_with_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["apply", "gone.toml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_1_and_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr("graphopt.spec.load", broken)
+    assert main(["apply", "s.toml"]) == 1
+    err = capsys.readouterr().err
+    assert "by nought" in err
+    assert "--debug" in err
+    assert "Traceback" not in err

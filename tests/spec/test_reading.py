@@ -1,0 +1,264 @@
+"""TOML in: what is said, where each key stands, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graphopt.errors import GraphoptError, SpecError
+from graphopt.spec import BackboneSpec, dumps, installed, load, loads
+
+BACKBONE = '[backbone]\nsource = "cifar"\nname = "resnet20"\n'
+
+#: (what the case is, TOML, what the message must contain)
+MISTAKES = [
+    ("no backbone", "", ["'backbone' is missing"]),
+    ("not TOML", '[backbone]\nname = "a\n', ["s.toml:2:10", "line 2, column 10", "not TOML"]),
+    ("not TOML at its end", BACKBONE + "a = [1,\n2", ["s.toml:5:2", "line 5, column 2"]),
+    ("unknown table", BACKBONE + "[trian]\nepochs = 1\n", ["s.toml:4, trian", "unknown key 'trian'", "Did you mean 'train'"]),
+    ("unknown key", BACKBONE + "[train]\n\nepoch = 3\n", ["s.toml:6, train.epoch", "unknown key 'epoch'", "Did you mean 'epochs'"]),
+    ("unknown key in a sub-table", BACKBONE + "[train.optimizer]\nmomentom = 0\n", ["s.toml:5", "Did you mean 'momentum'"]),
+    ("unknown key inline", BACKBONE + "[train]\noptimizer = { lrate = 1.0 }\n", ["s.toml:5, train.optimizer.lrate"]),
+    ("text for a number", BACKBONE + '[train]\nepochs = "3"\n', ["s.toml:5", "expected a whole number, found the text '3'"]),
+    ("true for a number", BACKBONE + "[train]\nbatch = true\n", ["expected a whole number, found true"]),
+    ("a fraction for a count", BACKBONE + "[train]\nepochs = 1.5\n", ["expected a whole number, found 1.5"]),
+    ("a number for a table", BACKBONE + "data = 3\n", ["backbone.data"]),
+    ("a number for text", '[backbone]\nsource = "cifar"\nname = 3\n', ["s.toml:3, backbone.name", "expected text in quotes, found 3"]),
+    ("out of bounds", BACKBONE + "[train]\nepochs = 0\n", ["must be more than 0, found 0"]),
+    ("a word near another", BACKBONE + '[train]\namp = "bfloat"\n', ["expected 'bfloat16' or 'float16'", "Did you mean 'bfloat16'"]),
+    ("unknown source", '[backbone]\nsource = "tim"\nname = "resnet50"\n', ["s.toml:2", "Did you mean 'timm'"]),
+    ("unknown model", '[backbone]\nsource = "timm"\nname = "resnet5o"\n', ["s.toml:3, backbone.name", "Did you mean 'resnet50'"]),
+    ("a model of the other library", '[backbone]\nsource = "torchvision"\nname = "resnet26d"\n', ['source = "timm"']),
+    ("input missing for code", '[backbone]\nsource = "python"\nname = "a:b"\n', ["'input' is missing"]),
+    ("an empty input", BACKBONE + "input = []\n", ["s.toml:4, backbone.input"]),
+    ("too many numbers", BACKBONE + "[data.augment]\nscale = [0.1, 0.2, 0.3]\n", ["s.toml:5", "at most 2 items"]),
+    ("unknown pass", BACKBONE + '[[pass]]\nuse = "freze"\n', ["s.toml:5, pass 1 (freze), use", "Did you mean 'freeze'"]),
+    ("a pass without use", BACKBONE + '[[pass]]\nselect = "fc"\n', ["s.toml:4, pass 1", "'use' is missing", "freeze"]),
+    ("one bracket too few", BACKBONE + '[pass]\nuse = "freeze"\n', ["s.toml:4, pass", "[[pass]]"]),
+    ("a pass's unknown key", BACKBONE + '[[pass]]\nuse = "freeze"\nselct = "fc"\n', ["s.toml:6, pass 1 (freeze), selct", "'select'"]),
+    ("a pass's missing key", BACKBONE + '[[pass]]\nuse = "freeze"\n', ["s.toml:4, pass 1 (freeze)", "'select' is missing"]),
+    (
+        "the second pass",
+        BACKBONE + '[[pass]]\nuse = "freeze"\nselect = "fc"\n[[pass]]\nuse = "freeze"\nselect = "fc"\nlean = 3\n',
+        ["s.toml:10, pass 2 (freeze), lean"],
+    ),
+    ("a trigger's key", BACKBONE + '[[pass]]\nuse = "freeze"\nselect = "fc"\nwhen = { epoch = -1 }\n', ["s.toml:7, pass 1 (freeze), when"]),
+    ("code in a pass", BACKBONE + '[[pass]]\nuse = "mine.py:Mine"\n', ["s.toml:5", "Python code", "--trust"]),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+def test_a_mistake_is_told_with_place_and_remedy(text: str, told: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        loads(text, file="s.toml")
+    message = str(caught.value)
+    for part in told:
+        assert part in message, message
+    assert "pydantic" not in message
+    assert caught.value.exit_code == 2
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    text = BACKBONE + '[train]\nepochs = "3"\nbach = 4\n[[pass]]\nuse = "freze"\n[[pass]]\nuse = "freeze"\n'
+    with pytest.raises(SpecError) as caught:
+        loads(text, file="s.toml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 mistakes"
+    assert [any(f"s.toml:{n}," in line for line in lines) for n in (5, 6, 8, 9)] == [True] * 4
+
+
+POSITIONS = """\
+# a comment
+name = "x"   # another
+
+[backbone]
+source = "cifar"
+name = "resnet20"
+arguments = { num_classes = 3 }
+input = [3, 32,
+  32]
+
+[[pass]]
+use = "freeze"
+select = [
+  "conv1",
+  { path = "bn1" },
+]
+
+[[pass]]
+use = "freeze"
+select = "layer1"
+[pass.when]
+epoch = 2
+
+[train]
+optimizer.lr = 0.5
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (("name",), 2),
+        (("backbone",), 4),
+        (("backbone", "arguments"), 7),
+        (("backbone", "arguments", "num_classes"), 7),
+        (("backbone", "input"), 8),
+        (("pass", 0), 11),
+        (("pass", 0, "select"), 13),
+        (("pass", 0, "select", 1, "path"), 15),
+        (("pass", 1), 18),
+        (("pass", 1, "when"), 21),
+        (("pass", 1, "when", "epoch"), 22),
+        (("train", "optimizer", "lr"), 25),
+    ],
+)
+def test_each_key_has_its_line(path: tuple[str | int, ...], line: int) -> None:
+    spec = loads(POSITIONS, file="s.toml")
+    assert spec.lines[path] == line
+    assert str(spec.where(*path)).startswith(f"s.toml:{line}")
+
+
+def test_places_of_passes_for_the_compiler() -> None:
+    spec = loads(POSITIONS, file="s.toml")
+    assert [spec.line_of(0), spec.line_of(1)] == [11, 18]
+    assert spec.place_of(1) == "s.toml:18"
+    assert loads(dumps(spec)).place_of(0) is None
+
+
+def test_where_it_was_read_takes_no_part_in_equality() -> None:
+    one, other = loads(POSITIONS, file="s.toml"), loads("\n\n" + POSITIONS, file="t.toml")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.lines != other.lines
+    assert one != loads(POSITIONS.replace("epoch = 2", "epoch = 3"))
+
+
+def test_the_model_s_own_input_is_the_default() -> None:
+    assert loads(BACKBONE).backbone.input == (3, 32, 32)
+    assert BackboneSpec(source="timm", name="inception_v3").input == (3, 299, 299)
+    assert BackboneSpec(source="timm", name="resnet18", arguments={"in_chans": 1}).input[0] == 1
+    assert BackboneSpec(source="torchvision", name="resnet18", input=[1, 2, 3]).input == (1, 2, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.epochs=3", ("train", "epochs"), 3),
+        ("name=a title", ("name",), "a title"),
+        ("train.optimizer.lr=0.5", ("train", "optimizer", "lr"), 0.5),
+        ("train.optimizer=adamw", ("train", "optimizer", "name"), "adamw"),
+        ("backbone.arguments.num_classes=7", ("backbone", "arguments", "num_classes"), 7),
+        ("pass.0.when={ epoch = 5 }", ("pass", 0, "when", "epoch"), 5),
+        ("data.augment.hflip=0.5", ("data", "augment", "hflip"), 0.5),
+    ],
+)
+def test_overrides(override: str, path: tuple[str | int, ...], value: object) -> None:
+    text = BACKBONE + '[[pass]]\nuse = "freeze"\nselect = "fc"\n[train]\noptimizer = "sgd"\n'
+    found: object = loads(text, overrides=[override]).resolved()
+    for part in path:
+        found = found[part]  # type: ignore[index]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.epochs", "key.path=value"),
+        ("=3", "key.path=value"),
+        ("name.first=3", "name"),
+        ("pass.7.use=3", "no place for 'pass.7.use'"),
+        ("pass.x.use=3", "no place for"),
+        ("train.epoch=3", "Did you mean 'epochs'"),
+        ("train.epochs=x", "expected a whole number, found the text 'x'"),
+    ],
+)
+def test_overrides_that_do_not_fit(override: str, told: str) -> None:
+    with pytest.raises(SpecError, match=told) as caught:
+        loads(BACKBONE + "[train]\nepochs = 3\n", file="s.toml", overrides=[override])
+    assert "--set" in str(caught.value) or override == "name.first=3"
+
+
+def test_a_file_a_folder_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "spec.toml").write_text(BACKBONE)
+    monkeypatch.chdir(tmp_path)
+    assert load("run") == load("run/spec.toml") == load(tmp_path / "run")
+    assert load("run").file == "run/spec.toml"
+    assert load("quickstart") == load(installed()["quickstart"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("quikstart", "quickstart"),
+        ("quikstart.toml", "quickstart"),
+        ("nowhere/at/all.toml", "graphopt specs"),
+        (".", "without a spec.toml"),
+    ],
+)
+def test_what_is_not_there(argument: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=told) as caught:
+        load(argument)
+    assert argument in str(caught.value)
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="UTF-8"):
+        load(tmp_path / "s.toml")
+
+
+def test_files_beside_the_spec_are_named_from_there(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").touch()
+    (tmp_path / "s.toml").write_text(BACKBONE + 'weights = "w.safetensors"\n')
+    assert load(tmp_path / "s.toml").backbone.weights == str(tmp_path / "w.safetensors")
+    (tmp_path / "s.toml").write_text(BACKBONE + 'weights = "elsewhere.safetensors"\n')
+    assert load(tmp_path / "s.toml").backbone.weights == "elsewhere.safetensors"
+
+
+PASS_FILE = """
+from graphopt import Effects, Match, Pass
+
+class Mine(Pass):
+    use = "mine"
+    strength: int = 1
+
+    def match(self, graph):
+        return Match(graph.blocks())
+
+    def rewrite(self, graph, match):
+        return Effects(())
+"""
+
+
+def test_a_pass_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(PASS_FILE)
+    (tmp_path / "s.toml").write_text(BACKBONE + '[[pass]]\nuse = "mine.py:Mine"\nstrength = 2\n')
+    with pytest.raises(SpecError, match="--trust"):
+        load(tmp_path / "s.toml")
+    spec = load(tmp_path / "s.toml", trust=True)
+    assert spec.passes[0].strength == 2  # type: ignore[attr-defined]
+    # The resolved spec finds the file from any folder.
+    monkeypatch.chdir("/")
+    assert loads(dumps(spec), trust=True) == spec
+
+
+@pytest.mark.parametrize(
+    ("use", "told"), [("gone.py:Mine", "no file"), ("mine.py:Other", "no pass class"), ("broken.py:Mine", "ZeroDivisionError")]
+)
+def test_a_pass_by_file_that_is_not_one(use: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PASS_FILE)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "s.toml").write_text(BACKBONE + f'[[pass]]\nuse = "{use}"\n')
+    with pytest.raises(GraphoptError, match=told):
+        load(tmp_path / "s.toml", trust=True)
+
+
+@pytest.mark.parametrize("name", sorted(installed()))
+def test_installed_specs_are_sound(name: str) -> None:
+    spec = load(name)
+    assert spec.name
+    assert loads(dumps(spec)) == spec

@@ -1,0 +1,125 @@
+"""TOML out: any spec, written and read again, is the same spec."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphopt.spec import dumps, from_table, installed, load, loads, schema
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+scalars = st.one_of(st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), words)
+values = st.recursive(
+    scalars, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=3)), max_leaves=6
+)
+arguments = st.dictionaries(words, values, max_size=6)
+fractions = st.floats(0, 1)
+epochs = st.integers(0, 500)
+selectors = st.one_of(
+    words.filter(bool),
+    st.lists(words.filter(bool), min_size=1, max_size=3),
+    st.builds(lambda first, path: {"path": path, "first": first}, st.integers(1, 9), words.filter(bool)),
+)
+triggers = st.one_of(
+    st.just("start"),
+    st.builds(lambda epoch: {"epoch": epoch}, epochs),
+    st.builds(lambda epoch, more: {"epoch": epoch, "until": epoch + more}, epochs, st.integers(1, 50)),
+)
+
+
+def _table(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(required, optional=optional)
+
+
+freezes = _table({"use": st.just("freeze"), "select": selectors}, {"when": triggers, "lean": st.booleans()})
+specs = _table(
+    {
+        "backbone": _table(
+            {"source": st.sampled_from(["cifar", "python", "timm"]), "name": words.filter(bool)},
+            {"arguments": arguments, "weights": words},
+        ).flatmap(lambda table: st.lists(st.integers(1, 512), min_size=1, max_size=4).map(lambda shape: {**table, "input": shape}))
+    },
+    {
+        "name": words,
+        "verify": st.sampled_from(["full", "fast", "off"]),
+        "pass": st.lists(freezes, max_size=3),
+        "data": _table(
+            {},
+            {
+                "name": words,
+                "mean": st.lists(fractions, min_size=1, max_size=3),
+                "workers": st.integers(0, 8),
+                "augment": _table({}, {"hflip": fractions, "scale": st.lists(fractions, min_size=2, max_size=2), "auto_augment": words}),
+            },
+        ),
+        "train": _table(
+            {},
+            {
+                "epochs": st.integers(1, 999),
+                "optimizer": st.one_of(words, _table({}, {"lr": st.floats(1e-9, 10), "arguments": arguments})),
+                "scheduler": st.one_of(st.sampled_from(["cosine", "step"]), _table({}, {"warmup_epochs": epochs, "min_lr": fractions})),
+                "ema": st.floats(0.1, 0.9999),
+            },
+        ),
+    },
+)
+
+
+@given(specs)
+def test_written_and_read_it_is_the_same_spec(table: dict[str, Any]) -> None:
+    spec = from_table(table)
+    text = dumps(spec)
+    again = loads(text)
+    assert again == spec
+    assert again.digest == spec.digest
+    assert dumps(again) == text
+
+
+def test_the_resolved_quickstart_reads_well() -> None:
+    text = dumps(load("quickstart"))
+    assert text.startswith('name = "quickstart')
+    assert '\n[[pass]]\nuse = "freeze"\n' in text
+    assert "when = { epoch = 4 }" in text
+    assert "\n[train.optimizer]\n" in text
+    assert tomllib.loads(text)["train"]["epochs"] == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("train.epochs=3", True),
+        ("name=other", True),
+        ("data.name=cifar10", True),
+        ("backbone.weights=w.safetensors", True),
+        ("verify=off", True),
+        ("backbone.name=resnet32", False),
+        ("backbone.input=[1, 32, 32]", False),
+        ("backbone.arguments.num_classes=3", False),
+        ("pass.0.when.epoch=5", False),
+        ("pass.0.select=conv1", False),
+    ],
+)
+def test_the_digest_is_of_structure(override: str, same: bool) -> None:
+    assert (load("quickstart", overrides=[override]).digest == load("quickstart").digest) is same
+
+
+def test_the_digest_does_not_depend_on_the_process() -> None:
+    # Written down: checkpoints carry it.
+    assert load("quickstart").digest == load("quickstart").digest
+    assert len(load("quickstart").digest) == 16
+
+
+def test_schema() -> None:
+    made = schema()
+    json.dumps(made)
+    uses = [branch["properties"]["use"].get("const") for branch in made["properties"]["pass"]["items"]["anyOf"]]
+    assert "freeze" in uses
+    assert made["additionalProperties"] is False
+    known = made["properties"].keys()
+    for name in installed():
+        assert tomllib.loads(installed()[name].read_text()).keys() <= known
