@@ -197,8 +197,11 @@ class Plan:
 
     @cached_property
     def prefix(self) -> TrainingModule:
-        """The part before `needs.features`, in eval mode: images in, the activation to keep out."""
-        return emit(self.graph, stop=self._cut()).eval()
+        """The part before `needs.features`: images in, the activation to keep out. It computes the same in either mode.
+
+        It is not put into eval mode here: its root holds the leaves of the rest too, which would go along.
+        """
+        return emit(self.graph, stop=self._cut())
 
     def _cut(self) -> Any:
         if self.needs.features is None:
