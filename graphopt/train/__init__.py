@@ -1,10 +1,11 @@
 """The runner: trains a plan, knows no pass by name.
 
-`train(spec_or_plan, out)` makes a run folder; `export_run(folder, path)` takes the ordinary checkpoint out of it.
+`train(spec_or_plan, out)` makes a run folder; `export_run(folder, path)` takes the ordinary checkpoint out of it, `load_run(folder)`
+the plan.
 """
 
 from graphopt.train.data import Batch, Data, Feed, Samples, open_data
-from graphopt.train.export import export_run
+from graphopt.train.export import export_run, load_run
 from graphopt.train.history import EpochRecord, History
 from graphopt.train.loop import train
 from graphopt.train.run import Summary
@@ -20,6 +21,7 @@ __all__ = [
     "Stopped",
     "Summary",
     "export_run",
+    "load_run",
     "open_data",
     "train",
 ]

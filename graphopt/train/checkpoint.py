@@ -227,8 +227,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RunError("there is no checkpoint here", where=str(path)) from error
     except Exception as error:  # unpickling a damaged file may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"is damaged or not a checkpoint: {str(error).splitlines()[0]}",
+            f"is damaged or not a checkpoint: {reason}",
             where=str(path),
             fix="Where best.pt is whole, export it; otherwise start the run anew.",
         ) from error

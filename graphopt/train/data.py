@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -220,8 +220,23 @@ def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Callable[[Any], T
         # timm's first step is its random resized crop; flips follow it.
         padded = [transforms.RandomCrop(input[1:], padding=max(input[1:]) // 8)] if augment.crop == "pad" else []
         steps[:1] = [*_geometry(spec, input), *padded]
+    _repair(second)
     # Colours are augmented in colour, whatever the network takes: timm's policies know no other images.
     return transforms.Compose([_rgb, *steps, second, *_colors(input[0])[1:], last])
+
+
+def _repair(transform: Any) -> None:
+    """timm's policies may ask posterize for 0 bits, which Pillow refuses since version 12; one is the least that shows anything."""
+    fields = ("transforms", "ops", "policy")
+    parts = transform if isinstance(transform, list) else [part for name in fields for part in getattr(transform, name, [])]
+    for part in parts:
+        if getattr(part, "aug_fn", None) is auto_augment.posterize:
+            part.aug_fn = _posterize
+        _repair(part)
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    return auto_augment.posterize(image, max(1, bits))
 
 
 def _geometry(spec: DataSpec, input: tuple[int, ...]) -> list[Any]:

@@ -44,7 +44,7 @@ def export_run(
     """
     target = Path(path)
     state = load_checkpoint(_checkpoint(Path(run), which))
-    plan, chosen = restore_plan(state, weights=weights, plan=plan, trust=trust, where=str(run))
+    plan, chosen = _restored(state, weights, plan, trust, str(run))
     metadata = {
         "format": "pt",
         "name": plan.name,
@@ -61,13 +61,20 @@ def export_run(
     return target
 
 
-def restore_plan(
-    state: Mapping[str, Any], *, weights: Weights = "auto", plan: Plan | None = None, trust: bool = False, where: str = "run"
-) -> tuple[Plan, str]:
-    """The plan in the phase a checkpoint was written in, with its weights, and which they are: "model" or "ema".
+def load_run(
+    run: str | os.PathLike[str],
+    *,
+    which: Literal["best", "last"] = "best",
+    weights: Weights = "auto",
+    plan: Plan | None = None,
+    trust: bool = False,
+) -> Plan:
+    """The plan of a run, in the phase and with the weights of its checkpoint; takes and raises what `export_run` does."""
+    return _restored(load_checkpoint(_checkpoint(Path(run), which)), weights, plan, trust, str(run))[0]
 
-    Structure comes from the checkpoint's spec and decisions alone (R2).
-    """
+
+def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, trust: bool, where: str) -> tuple[Plan, str]:
+    """The plan that a checkpoint's spec and decisions give (R2), with its weights, and which they are: "model" or "ema"."""
     averaged = state["phase"]["ema"]
     if weights == "ema" and averaged is None:
         raise RunError("the run kept no averaged weights", where=where, fix="Set train.ema, or export the model's own.")

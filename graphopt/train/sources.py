@@ -180,7 +180,7 @@ def open_split(name: str, root: str | None, split: str) -> Split:
         split = found.splits[1] if split in _SYNONYMS["validation"] and split not in found.splits else split
         if split not in found.splits:
             raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}.")
-    if name == "digits":
+    if found is SOURCES["digits"]:
         return found.open(Path(), split)
     wanted = f"It must hold {found.expects}; graphopt never downloads."
     if root is None:

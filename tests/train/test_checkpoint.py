@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graphopt import RunError
+from graphopt.train import train
+from graphopt.train.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    write_atomically,
+)
+from tests.train import small
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"first")
+
+    def breaks(file: Any) -> None:
+        file.write(b"half")
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        write_atomically(target, breaks)
+    assert target.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+FULL = """
+import resource, sys, torch
+torch.set_num_threads(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+from graphopt import RunError
+from graphopt.train import train
+from tests.train import small
+try:
+    train(small.plan(), sys.argv[1], settings=small.settings(epochs=2), data=small.DATA, resume=True)
+except RunError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_is_one_error_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    train(small.plan(), tmp_path, settings=small.settings(epochs=1), data=small.DATA)
+    before = (tmp_path / "last.pt").read_bytes()
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(len(before) // 2)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 7, done.stderr
+    assert "last.pt: could not be written: file too large. Make room" in done.stdout
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+    assert train(small.plan(), tmp_path, settings=small.settings(epochs=2), data=small.DATA, resume=True).epochs == 2
+
+
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="file: could not be written: no space left on device"):
+        write_atomically(tmp_path / "file", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for resume in (False, True):
+        with pytest.raises(RunError, match="not a run of graphopt"):
+            RunFolder.claim(tmp_path, "digest", "", resume=resume)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(RunError, match="cannot be an output folder"):
+        RunFolder.claim(tmp_path / "out", "digest", "", resume=False)
+
+
+def test_a_run_is_continued_only_when_asked_and_only_by_its_spec(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path / "out", "digest", "", resume=False).release()
+    with pytest.raises(RunError, match="--resume"):
+        RunFolder.claim(tmp_path / "out", "digest", "", resume=False)
+    with pytest.raises(RunError, match=r"another spec \(digest digest, yours is other\)"):
+        RunFolder.claim(tmp_path / "out", "other", "", resume=True)
+    RunFolder.claim(tmp_path / "out", "digest", "", resume=True).release()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = RunFolder.claim(tmp_path, "digest", "", resume=False)
+    with pytest.raises(RunError, match="another process is training"):
+        RunFolder.claim(tmp_path, "digest", "", resume=True)
+    first.release()
+    RunFolder.claim(tmp_path, "digest", "", resume=True).release()
+
+
+def test_last_best_and_the_latest_epochs_stay(tmp_path: Path) -> None:
+    for keep, expected in ((1, {"last.pt"}), (2, {"last.pt", "best.pt"}), (4, {"last.pt", "best.pt", "epoch-0004.pt", "epoch-0005.pt"})):
+        folder = RunFolder.claim(tmp_path / str(keep), "digest", "", resume=False)
+        for epoch in range(1, 6):
+            folder.save({"graphopt": 1, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
+        assert {path.name for path in folder.path.glob("*.pt")} == expected
+        assert load_checkpoint(folder.last)["epoch"] == 5
+        if keep > 1:
+            assert load_checkpoint(folder.best)["epoch"] == 3
+        folder.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half an archive"])
+def test_damaged_checkpoints(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(RunError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_checkpoint_cut_short(tmp_path: Path) -> None:
+    torch.save({"graphopt": 1, "weights": torch.randn(1000)}, tmp_path / "last.pt")
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match="damaged"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "last.pt")
+    with pytest.raises(RunError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_another_format(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "last.pt")
+    with pytest.raises(RunError, match="not a checkpoint that this version"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_every_generator_is_put_back(tmp_path: Path) -> None:
+    def draws() -> tuple[float, float, float, float]:
+        return random.random(), random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))
+
+    draws()
+    torch.save(random_states(), tmp_path / "states")
+    expected = draws()
+    restore_random_states(torch.load(tmp_path / "states", weights_only=True))
+    assert draws() == expected
+
+
+def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:
+    train(small.plan(), tmp_path, settings=small.settings(epochs=1, ema=0.9), data=small.DATA)
+    state = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert {"spec", "digest", "decisions", "phase", "progress", "history", "random"} <= state.keys()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from graphopt import BackboneError, GraphoptError, RunError
+from graphopt.spec import from_table
+from graphopt.train import export_run, load_run, train
+from tests.backbones import Small
+from tests.train import small
+from tests.train.passes import Extra, Hold
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def run(folder: Path, passes: list[Any] | None = None, **changes: Any) -> Any:
+    plan = small.plan(passes or [], drop=0.0)
+    train(plan, folder, settings=small.settings(**changes), data=small.DATA)
+    return plan
+
+
+def output(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    net = Small(drop=0.0)
+    net.load_state_dict(state, strict=True)
+    return net.eval()(IMAGES)
+
+
+def test_it_loads_strictly_into_the_untouched_backbone(tmp_path: Path) -> None:
+    spec = from_table(
+        {
+            "name": "walks away",
+            "backbone": {"source": "torchvision", "name": "resnet18", "arguments": {"num_classes": 10}, "input": [3, 32, 32]},
+            "data": {"name": "digits", "train_limit": 32, "eval_limit": 20},
+            "train": {"epochs": 1, "batch": 16, "device": "cpu"},
+        }
+    )
+    train(spec, tmp_path / "run")
+    path = export_run(tmp_path / "run", tmp_path / "model.safetensors")
+    import torchvision
+
+    net = torchvision.models.resnet18(num_classes=10)
+    net.load_state_dict(load_file(path), strict=True)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "name": "walks away", "digest": spec.digest, "epoch": "1", "weights": "model"}
+        assert list(file.keys()) == sorted(net.state_dict())
+
+
+def test_it_gives_the_output_that_was_evaluated(tmp_path: Path) -> None:
+    plan = run(tmp_path / "run", [Hold(select="blocks.0", when={"epoch": 1})])
+    state = load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", which="last", plan=plan))
+    assert small.same(state, small.weights(tmp_path / "run"))
+    trained = load_run(tmp_path / "run", which="last", plan=plan)
+    assert len(trained.decisions) == 1
+    assert torch.equal(output(state), trained.module.eval()(IMAGES))
+
+
+def test_parameters_of_a_pass_stay_behind(tmp_path: Path) -> None:
+    plan = run(tmp_path / "run", [Extra(when={"epoch": 1})])
+    state = load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", which="last", plan=plan))
+    assert "blocks.0.extra" in small.weights(tmp_path / "run")
+    assert state.keys() == Small().state_dict().keys()
+
+
+def test_best_last_and_averaged(tmp_path: Path) -> None:
+    plan = run(tmp_path / "run", ema=0.5, keep=9)
+    made = {
+        (which, kind): load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", which=which, weights=kind, plan=plan))
+        for which in ("best", "last")
+        for kind in ("model", "ema", "auto")
+    }
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert small.same(made["last", "ema"], last["phase"]["ema"])
+    assert small.same(made["last", "model"], last["phase"]["model"])
+    assert small.same(made["last", "auto"], last["phase"][last["progress"]["weights"]])
+    one = load_file(export_run(tmp_path / "run" / "epoch-0001.pt", tmp_path / "m.safetensors", weights="model", plan=plan))
+    assert not small.same(one, made["last", "model"])
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such run"):
+        export_run(tmp_path / "nowhere", tmp_path / "m.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        export_run(tmp_path / "empty", tmp_path / "m.safetensors")
+    plan = run(tmp_path / "run", epochs=1)
+    with pytest.raises(RunError, match="kept no averaged weights"):
+        export_run(tmp_path / "run", tmp_path / "m.safetensors", weights="ema", plan=plan)
+    with pytest.raises(RunError, match="compiled by hand"):
+        export_run(tmp_path / "run", tmp_path / "m.safetensors")
+    with pytest.raises(RunError, match="another spec"):
+        export_run(tmp_path / "run", tmp_path / "m.safetensors", plan=small.plan([Hold()]))
+    with pytest.raises(RunError, match="no such folder"):
+        export_run(tmp_path / "run", tmp_path / "no" / "m.safetensors", plan=plan)
+    with pytest.raises(RunError, match="is a folder"):
+        export_run(tmp_path / "run", tmp_path / "empty", plan=plan)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_run_of_code_is_exported_with_trust_only(tmp_path: Path) -> None:
+    spec = from_table(
+        {
+            "name": "code",
+            "backbone": {"source": "python", "name": "tests.backbones:Small", "input": [3, 8, 8]},
+            "data": {"name": "digits", "train_limit": 32, "eval_limit": 20},
+            "train": {"epochs": 1, "batch": 16, "device": "cpu"},
+        }
+    )
+    with pytest.raises(BackboneError, match="trust"):
+        train(spec, tmp_path / "untrusted")
+    train(spec, tmp_path / "run", trust=True)
+    with pytest.raises(GraphoptError, match="trust"):
+        export_run(tmp_path / "run", tmp_path / "m.safetensors")
+    assert load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", trust=True)).keys() == Small().state_dict().keys()
