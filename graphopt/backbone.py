@@ -121,9 +121,9 @@ def _factory(spec: BackboneSpec, trust: bool) -> tuple[Callable[..., Any], Calla
         function = _python(spec.name)
         return function, lambda: _accepted(function)
     if spec.source == "cifar":
-        if not re.fullmatch(r"resnet\d+", spec.name):
+        if not re.fullmatch(r"resnet\d+", spec.name) and spec.name not in cifar.names():
             raise unknown("cifar", spec.name)
-        return partial(cifar.build, spec.name), lambda: ["num_classes", "in_chans"]
+        return partial(cifar.build, spec.name), lambda: cifar.arguments(spec.name)
     if spec.source == "timm":
         import timm
 

@@ -12,6 +12,7 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphopt import cifar_vgg
 from graphopt.errors import BackboneError
 
 #: The depths of the published systems; any depth 6n+2 works.
@@ -72,17 +73,24 @@ class CifarResNet(nn.Module):
 
 
 def names() -> list[str]:
-    """The published depths by name; `build` takes any other `resnet<6n+2>` too."""
-    return [f"resnet{depth}" for depth in DEPTHS]
+    """The published depths by name, and the VGGs; `build` takes any other `resnet<6n+2>` too."""
+    return [*(f"resnet{depth}" for depth in DEPTHS), *cifar_vgg.LAYERS]
 
 
-def build(name: str, *, num_classes: int = 10, in_chans: int = 3) -> CifarResNet:
-    """`"resnet110"` and its kin.
+def arguments(name: str) -> list[str]:
+    """What `build` takes for this backbone."""
+    return ["num_classes", "in_chans", *(["width"] if name in cifar_vgg.LAYERS else [])]
+
+
+def build(name: str, *, num_classes: int = 10, in_chans: int = 3, **more: float) -> nn.Module:
+    """`"resnet110"` and its kin, `"vgg11"` and its kin.
 
     Raises:
-        BackboneError: not a name of this family.
+        BackboneError: not a name of these families.
     """
+    if name in cifar_vgg.LAYERS:
+        return cifar_vgg.CifarVGG(name, num_classes, in_chans, **more)
     found = re.fullmatch(r"resnet(\d+)", name)
     if found is None:
         raise BackboneError(f"no CIFAR backbone is named {name!r}", fix=f"There are {', '.join(names())}")
-    return CifarResNet(int(found[1]), num_classes=num_classes, in_chans=in_chans)
+    return CifarResNet(int(found[1]), num_classes=num_classes, in_chans=in_chans, **more)

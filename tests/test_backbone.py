@@ -38,7 +38,7 @@ def test_cifar_resnets_of_other_shapes(depth: int, classes: int, channels: int, 
 
 
 def test_every_published_depth_is_listed() -> None:
-    assert backbone.names("cifar") == [f"resnet{depth}" for depth in DEPTHS]
+    assert backbone.names("cifar") == [*(f"resnet{depth}" for depth in DEPTHS), "vgg11", "vgg13", "vgg16", "vgg19"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ REFUSED = [
     ("timm", "resnet5o", {}, ["timm has no model 'resnet5o'", "'resnet50'"]),
     ("torchvision", "resnet27", {}, ["Did you mean 'resnet"]),
     ("torchvision", "resnet26d", {}, ['source = "timm"']),
-    ("cifar", "vgg11", {}, ["cifar has no model 'vgg11'"]),
+    ("cifar", "alexnet", {}, ["cifar has no model 'alexnet'"]),
     ("cifar", "resnet21", {}, ["6n+2", "110"]),
     ("timm", "hf-hub:timm/resnet18", {}, ["would be fetched", "weights ="]),
     ("timm", "local-dir:/tmp", {}, ["would be fetched"]),
