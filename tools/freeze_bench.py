@@ -2,8 +2,8 @@
 
     python tools/freeze_bench.py [--batch 2] [--rounds 7] [--models resnet50 vit_s swin_t convnext_t] [--device cpu] [--amp] [--masks]
 
-"Stock frozen" is what a careful user does by hand: no gradients for the front half of the blocks, its norms in eval mode. Saved bytes are what
-autograd keeps between forward and backward, by unique storage, parameters and buffers aside. Step times are medians of forward and
+"Stock frozen" is what a careful user does by hand: no gradients for the front half of the blocks, its norms in eval mode. Saved bytes are
+what autograd keeps between forward and backward, by unique storage, parameters and buffers aside. Step times are medians of forward and
 backward, the variants taking turns within every round, as ratios to the baseline of the same round. Numbers of a busy machine are
 worth little: close everything else, and look at the spread.
 """
@@ -70,7 +70,10 @@ def bench(name: str, batch: int, rounds: int, device: str, amp: bool, table: Tab
     make, stem = MODELS[name]
     torch.manual_seed(0)
     model = make().train()
-    compiled = lambda select: graphopt.compile(model, [Freeze(select=select)], input=(3, 224, 224), verify="off", costs=False)  # noqa: E731
+
+    def compiled(select: tuple[object, ...]) -> graphopt.Plan:
+        return graphopt.compile(model, [Freeze(select=select)], input=(3, 224, 224), verify="off", costs=False)
+
     closed, behind = compiled((*stem, HALF)), compiled((HALF,))
     variants = {
         "baseline": model,
