@@ -54,9 +54,9 @@ from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
 from graphopt.passes.supervise.cuts import Place
 from graphopt.passes.supervise.layout import Layout, layout_of
 from graphopt.passes.supervise.local import LocalModule, compile_modules
-from graphopt.passes.supervise.stretch import Stretch, members_between, parameters_in
+from graphopt.passes.supervise.stretch import Stretch, divide_sections, members_between, parameters_in
 from graphopt.regions import Region, parameters_of
-from graphopt.rewriting.passes import Effects, Match, Needs, Note, Pass, Property
+from graphopt.rewriting.passes import Effects, Mark, Match, Needs, Note, Pass, Property
 from graphopt.trace import Graph, Origin
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
@@ -201,6 +201,8 @@ class Supervise(Pass):
         layouts = [self._layouts(graph, region) for region in match.regions]
         count = len(match.regions)
         before: fx.Node | None = None
+        marks: dict[str, Mark] = {}
+        stretches: list[Stretch] = []
         for i, region in enumerate(match.regions):
             weights = Weights(
                 0.0 if self.decoder == "none" else Weights.between(*self.weights.reconstruct, i, count),
@@ -214,7 +216,8 @@ class Supervise(Pass):
             graph.module.add_submodule(f"supervise.{i}", auxiliary)
             _mark(graph, f"supervise.{i}.enter", before or graph.placeholder)
             before = _mark(graph, f"supervise.{i}.leave", region.exits[0])
-            graph.add_section(
+            marks[f"supervise.{i}"] = Mark("inserted", (region.exits[0].meta["origin"].path,), self._parts(auxiliary))
+            stretches.append(
                 Stretch(
                     name=f"supervise_{i}",
                     graph=graph,
@@ -225,6 +228,8 @@ class Supervise(Pass):
                     image=auxiliary.rebuilds_image,
                 )
             )
+        divide_sections(graph, stretches)
+        graph.sections += stretches  # type: ignore[arg-type]
         names = [n for n, _ in graph.module.named_parameters() if n.startswith("supervise.")]
         figures = {"cuts": [p.label for p in match.data], "modules": count + 1, "auxiliary_parameters": _size(graph.module)}
         return Effects(
@@ -233,7 +238,17 @@ class Supervise(Pass):
             needs=Needs(targets=True),
             restore=_without_auxiliary,
             figures=figures,
+            marks=marks,
         )
+
+    def _parts(self, auxiliary: Auxiliary) -> dict[str, str]:
+        """What a module's auxiliary part is made of, for people."""
+        decoder = (
+            "none" if auxiliary.decoder is None else f"{self.decoder}, {self.structure}" if self.decoder == "features" else self.decoder
+        )
+        head = "none" if auxiliary.head is None else self.head or {"ConvHead": "conv", "PoolHead": "pool"}[type(auxiliary.head).__name__]
+        weights = auxiliary.weights
+        return {"head": head, "decoder": decoder, "weights": f"classify {weights.classify:g}, reconstruct {weights.reconstruct:g}"}
 
     def _auxiliary(self, graph: Graph, source: Layout, goal: Layout, weights: Weights) -> Auxiliary:
         classes = self._classes(graph)

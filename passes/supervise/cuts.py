@@ -156,11 +156,24 @@ def _usable(graph: Graph, node: fx.Node) -> bool:
         return False
     if graph.output in node.users:
         return False
-    return not any(_overwrites(graph, user) for user in node.users)
+    return _overwriter(graph, node) is None
+
+
+def _overwriter(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """What writes into an activation, or into a view of it: on the other side of a cut that would change what is to be rebuilt."""
+    for user in node.users:
+        if _overwrites(graph, user):
+            return user
+        value = user.meta.get("val")
+        if isinstance(value, Tensor) and value.untyped_storage()._cdata == node.meta["val"].untyped_storage()._cdata:
+            found = _overwriter(graph, user)
+            if found is not None:
+                return found
+    return None
 
 
 def _overwrites(graph: Graph, node: fx.Node) -> bool:
-    """Whether an operation writes into its input, which on the other side of a cut would change what was reconstructed."""
+    """Whether an operation writes into its input."""
     if node.op == "call_module":
         return bool(getattr(graph.module.get_submodule(node.target), "inplace", False))
     if node.op == "call_method":
@@ -194,8 +207,8 @@ def _why_not(graph: Graph, exits: Sequence[fx.Node]) -> str:
     node = exits[0]
     if node not in graph.cut_points():
         return "other paths go around it (or it is the output)"
-    if any(_overwrites(graph, u) for u in node.users):
-        return f"{next(u for u in node.users if _overwrites(graph, u))} overwrites its output in place"
+    if (writer := _overwriter(graph, node)) is not None:
+        return f"{writer} overwrites its output in place"
     return "its output has no batch dimension in front, or nothing behind it trains"
 
 

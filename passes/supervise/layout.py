@@ -101,8 +101,9 @@ def layout_of(graph: Graph, node: fx.Node) -> Layout:
 
 
 def _grid_of_tokens(graph: Graph, node: fx.Node, length: int) -> tuple[tuple[int, int] | None, int]:
-    """The grid that tokens came from: that of the last map before them that fits their number."""
+    """The grid that tokens came from: of the maps before them, the one that fits their number best, the last of those."""
     before = graph.nodes[: graph.nodes.index(node)]
+    fits: list[tuple[int, tuple[int, int]]] = []
     for other in reversed(before):
         value = other.meta.get("val")
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point() and value.shape[0] == node.meta["val"].shape[0]:
@@ -112,7 +113,10 @@ def _grid_of_tokens(graph: Graph, node: fx.Node, length: int) -> tuple[tuple[int
                 continue
             grid = (shape[2], shape[3]) if channel == 1 else (shape[1], shape[2])
             if 0 <= length - math.prod(grid) <= MOST_PREFIX_TOKENS:
-                return grid, length - math.prod(grid)
+                fits.append((length - math.prod(grid), grid))
+    if fits:
+        prefix, grid = min(fits, key=lambda fit: fit[0])
+        return grid, prefix
     for prefix in range(2):
         side = math.isqrt(length - prefix)
         if side > 1 and side * side == length - prefix:
@@ -145,14 +149,19 @@ def _channel(graph: Graph, start: fx.Node) -> int | None:
             if not forward:
                 said = _says(graph, node)
                 if said is not None:
-                    return dims.index(said % rank)
+                    if dims == tuple(range(rank)) or not _linear(graph, node):
+                        return dims.index(said % rank)
+                    continue
             for other in node.users if forward else node.all_input_nodes:
                 value = other.meta.get("val")
                 if other in seen or not isinstance(value, Tensor):
                     continue
                 seen.add(other)
                 if forward and (said := _says(graph, other)) is not None:
-                    return dims.index(said % rank)
+                    # A linear layer behind a transposition may mix positions (MLP-Mixer, ResMLP): it tells nothing.
+                    if dims == tuple(range(rank)) or not _linear(graph, other):
+                        return dims.index(said % rank)
+                    continue
                 moved = _moved(other if forward else node, dims, forward, rank)
                 if moved is not None and value.dim() == rank:
                     queue.append((other, moved))
@@ -169,6 +178,10 @@ def _says(graph: Graph, node: fx.Node) -> int | None:
         if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention)) or "LayerNorm" in name or "RmsNorm" in name:
             return -1
     return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+
+
+def _linear(graph: Graph, node: fx.Node) -> bool:
+    return node.target is F.linear or (node.op == "call_module" and isinstance(graph.module.get_submodule(node.target), nn.Linear))
 
 
 def _moved(node: fx.Node, dims: tuple[int, ...], forward: bool, rank: int) -> tuple[int, ...] | None:
@@ -189,5 +202,7 @@ def _moved(node: fx.Node, dims: tuple[int, ...], forward: bool, rank: int) -> tu
         return tuple(order.index(d) for d in dims) if forward else tuple(order[d] for d in dims)
     shapes = [tuple(i.meta["val"].shape) for i in node.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
     same = all(len(s) < rank or s == tuple(node.meta["val"].shape) for s in shapes)
-    elementwise = node.op == "call_module" or node.target in _PASSING or name in ("contiguous", "relu", "gelu", "add", "add_", "mul")
+    elementwise = (
+        node.op == "call_module" or node.target in _PASSING or name in ("contiguous", "relu", "gelu", "add", "add_", "mul", "addcmul")
+    )
     return dims if elementwise and same else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from graphopt.errors import PassError
 from graphopt.regions import activations, attribute
+from graphopt.rewriting.sections import Section
 from graphopt.trace import Graph
 
 
@@ -24,7 +25,6 @@ class Stretch:
     by: str
     image: bool
     target: bool = True
-    splits: bool = False
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -46,7 +46,7 @@ def mark(graph: Graph, path: str | None) -> fx.Node | None:
 
 
 def members_between(graph: Graph, start: fx.Node | None, end: fx.Node | None) -> tuple[fx.Node, ...]:
-    """What leads to `end` and not to `start`, in execution order.
+    """What leads to `end` and not to `start`, in execution order, with what is done there for its effect alone (in place, assertions).
 
     Tensors made of parameters alone belong to it only if nothing else uses them: the root computes those that two modules share.
     """
@@ -54,15 +54,32 @@ def members_between(graph: Graph, start: fx.Node | None, end: fx.Node | None) ->
     inside = _leading_to(end)
     if start is not None:
         inside -= _leading_to(start)
-    active = activations(graph)
-    from_input = set(_behind(graph))
+    used, active, from_input = _leading_to(graph.output), activations(graph), set(_behind(graph))
+    inside = {n for n in inside if n.op != "placeholder"}
+    for node in graph.nodes:
+        if node not in used and any(n in inside for n in node.all_input_nodes):
+            inside.add(node)
     kept: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node not in inside or node.op == "placeholder":
-            continue
-        if node in active or node in from_input or all(u in kept for u in node.users):
+        if node in inside and (node in active or node in from_input or all(u in kept for u in node.users)):
             kept.add(node)
     return tuple(n for n in graph.nodes if n in kept)
+
+
+def divide_sections(graph: Graph, stretches: Sequence[Stretch]) -> None:
+    """Earlier passes' sections that reach over a boundary (a frozen prefix, a checkpointed run) are divided there, so that all nest."""
+    held = [set(s.nodes) for s in stretches]
+    divided: list[Section] = []
+    for section in graph.sections:
+        groups: dict[int | None, list[fx.Node]] = {}
+        for node in section.nodes:
+            groups.setdefault(next((i for i, nodes in enumerate(held) if node in nodes), None), []).append(node)
+        pieces = [tuple(g) for g in groups.values() if any(n.op != "get_attr" for n in g)]
+        if len(pieces) < 2 or section.target:
+            divided.append(section)
+        else:
+            divided += [replace(section, name=f"{section.name}_{number}", nodes=piece) for number, piece in enumerate(pieces)]
+    graph.sections[:] = divided
 
 
 def parameters_in(graph: Graph, start: str | None, end: str) -> Iterator[nn.Parameter]:
