@@ -21,7 +21,7 @@ $(BIN)/python:
 # The main job on real data, start to finish: look, rewrite, train, export, load the ordinary model. A minute or two on two cores.
 demo: .venv/.installed
 	rm -rf runs/demo runs/demo-plan
-	$(GRAPHOPT) inspect cifar/resnet20 --input 1,16,16
+	$(GRAPHOPT) inspect quickstart
 	$(GRAPHOPT) apply quickstart --epoch 4 -o runs/demo-plan
 	$(GRAPHOPT) train quickstart -o runs/demo
 	$(GRAPHOPT) export runs/demo -o runs/demo.safetensors

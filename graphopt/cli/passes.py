@@ -54,15 +54,16 @@ def _module_text(cls: Any) -> str:
 
 def _manual(cls: Any) -> None:
     from graphopt.cli.screen import grid, show
+    from graphopt.spec.docs import option_texts, without_attributes
 
-    show(f"{cls.use}\n")
-    for text in dict.fromkeys((_module_text(cls), inspect.getdoc(cls) or "")):
+    for text in dict.fromkeys((_module_text(cls), without_attributes(cls.__doc__ or ""))):
         if text:
             show(f"{text}\n")
+    meanings = option_texts(cls)
     table = grid("option", "default", "meaning")
     for field_name, field in cls.model_fields.items():
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        table.add_row(field.alias or field_name, default, field.description or "")
+        table.add_row(field.alias or field_name, default, meanings.get(field_name, ""))
     show(table)
     if cls.preserves:
         show(f"\npreserves: {', '.join(sorted(cls.preserves))}")

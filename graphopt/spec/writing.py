@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from graphopt.spec.docs import option_texts
 from graphopt.spec.model import Spec
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -79,6 +80,13 @@ def schema() -> dict[str, Any]:
     for use, cls in sorted(installed_passes().items()):
         table = cls.model_json_schema(by_alias=True)
         shared.update(table.pop("$defs", {}))
+        if "when" in table.get("properties", {}):
+            # A trigger's tables are typed; its short forms (the word, and a list of steps) are read before them.
+            when = table["properties"]["when"]
+            short = [{"const": "start"}, {"type": "array", "items": {"type": "object"}}]
+            table["properties"]["when"] = {"anyOf": [*short, *when.get("oneOf", when.get("anyOf", []))], "default": "start"}
+        for name, text in option_texts(cls).items():
+            table["properties"][name].setdefault("description", text)
         table["properties"] = {"use": {"const": use, "type": "string"}, **table.get("properties", {})}
         table["required"] = ["use", *table.get("required", [])]
         branches.append(table)

@@ -1,0 +1,97 @@
+"""The wheel: what is in it, and that it runs where there is no checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the checkout's tracked and untracked sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    """Files in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def sources(folder: str, pattern: str) -> set[str]:
+    return {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob(pattern) if "__pycache__" not in path.parts}
+
+
+def test_every_module_of_the_package_is_in_it(names: set[str]) -> None:
+    assert {f"graphopt/{name}" for name in sources("graphopt", "*.py")} <= names
+    assert {f"graphopt/passes/{name}" for name in sources("passes", "*.py")} <= names
+    assert {f"graphopt/specs/{name}" for name in sources("specs", "*.toml")} <= names
+
+
+def test_data_files_are_in_it(names: set[str]) -> None:
+    assert "graphopt/py.typed" in names
+    data = {path for path in sources("graphopt", "*") if (ROOT / "graphopt" / path).is_file() and not path.endswith(".py")}
+    assert {f"graphopt/{name}" for name in data} <= names
+
+
+def test_nothing_else_is_in_it(names: set[str]) -> None:
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"graphopt"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_entry_points_name_what_is_there(names: set[str]) -> None:
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["graphopt.passes"]
+    for name, value in entries.items():
+        module = value.partition(":")[0].replace(".", "/")
+        assert {f"{module}.py", f"{module}/__init__.py"} & names, name
+    folders = {path.name for path in (ROOT / "passes").iterdir() if (path / "__init__.py").exists()}
+    files = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__"}
+    assert entries.keys() == folders | files
+
+
+@pytest.mark.slow
+def test_it_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    # The heavy dependencies come from this environment; graphopt itself must come from the wheel. The editable install's
+    # finder is only asked for what the path does not have.
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    where = subprocess.run(
+        [sys.executable, "-c", "import graphopt.specs, graphopt.passes.freeze as f; print(f.__file__); print(graphopt.specs.__file__)"],
+        **_at(tmp_path, environment),
+    )
+    assert all(line.startswith(str(site)) for line in where.stdout.split()), where.stdout
+    tiny = ["--set", "train.epochs=5", "--set", "data.train_limit=64", "--set", "data.eval_limit=32"]
+    command = [sys.executable, str(site / "bin" / "graphopt")]
+    assert (site / "bin" / "graphopt").exists()
+    subprocess.run([*command, "train", "quickstart", "-o", "run", *tiny], **_at(tmp_path, environment))
+    subprocess.run([*command, "export", "run", "-o", "model.safetensors"], **_at(tmp_path, environment))
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def _at(folder: Path, environment: dict[str, str]) -> dict:
+    return {"cwd": folder, "env": environment, "check": True, "capture_output": True, "text": True}

@@ -1,0 +1,133 @@
+"""What README says is run: its commands, its specs, its Python, and its pass as a third party's package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graphopt.spec import loads
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+TINY = "--set train.epochs=5 --set data.train_limit=64 --set data.eval_limit=32 --set backbone.name=resnet8"
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def shell(command: str, folder: Path, **environment: str) -> str:
+    """Run a line as a reader would, with the environment's own `graphopt` and `python` first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commands() -> list[str]:
+    lines = [line.partition("#")[0].strip() for text in blocks("sh") for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.slow
+def test_the_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    found = [command for command in commands() if not command.startswith("make ")]
+    assert len(found) == 7
+    for command in found:
+        shell(f"{command} {TINY}" if command.startswith("graphopt train") else command, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "plan" / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_s_recipe_runs(tmp_path: Path) -> None:
+    """Every line that `make demo` runs after its set-up, on less data."""
+    recipe = shell("make -n demo PYTHON=python3", ROOT).replace("\\\n", "")
+    lines = [line for line in recipe.splitlines() if not re.search(r"pip install|touch|-m venv", line)]
+    assert any("graphopt train quickstart" in line for line in lines)
+    for line in lines:
+        line = line.replace(".venv/bin/", "")
+        tiny = "--set train.epochs=5 --set data.train_limit=64 --set data.eval_limit=32"
+        out = shell(f"{line} {tiny}" if line.startswith("graphopt train") else line, tmp_path)
+    assert "All keys matched" in out
+
+
+def test_the_make_targets_exist() -> None:
+    for command in [command for command in commands() if command.startswith("make ")]:
+        shell(f"{command.replace('make', 'make -n')}", ROOT)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_specs_are_sound() -> None:
+    specs = [text for text in blocks("toml") if "[backbone]" in text]
+    assert len(specs) == 2
+    for text in specs:
+        assert loads(text, file="README.md").passes
+
+
+def api() -> str:
+    return next(text for text in blocks("python") if "plan.export()" in text)
+
+
+def test_the_api_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    exec(compile(api(), "README.md", "exec"), scope)
+    before, after = (int(part) for part in capsys.readouterr().out.split(" -> "))
+    assert after < before
+    assert type(scope["backbone"]).__name__ == "ResNet"
+    assert len([line for line in api().splitlines() if line.strip()]) <= 12
+
+
+DAMPED = '[backbone]\nsource = "cifar"\nname = "resnet8"\ninput = [3, 8, 8]\n[[pass]]\nuse = "{use}"\nselect = "layer2"\nfactor = 0.25\n'
+
+
+def damp() -> str:
+    return next(text for text in blocks("python") if "class Damp" in text)
+
+
+def test_the_pass_by_file(tmp_path: Path) -> None:
+    (tmp_path / "damp.py").write_text(damp())
+    (tmp_path / "s.toml").write_text(DAMPED.format(use="damp.py:Damp"))
+    out = shell("graphopt apply s.toml --trust", tmp_path)
+    for part in ("regions: layer2", "eval output (equal)", "training output (equal)"):
+        assert part in out
+
+
+@pytest.mark.slow
+def test_the_pass_as_a_third_party_s_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "damp.py").write_text(damp())
+    entry = next(text for text in blocks("toml") if "entry-points" in text)
+    head = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+    (source / "pyproject.toml").write_text(
+        f'{head}[project]\nname = "damp"\nversion = "1"\n{entry}[tool.setuptools]\npy-modules = ["damp"]\n'
+    )
+    shell(f"python -m pip install -q --no-deps --no-build-isolation --target {tmp_path / 'site'} {source}", tmp_path)
+    (tmp_path / "s.toml").write_text(DAMPED.format(use="damp"))
+    site = {"PYTHONPATH": str(tmp_path / "site")}
+    assert "damp" in shell("graphopt passes", tmp_path, **site)
+    assert "scaled" in shell("graphopt passes damp", tmp_path, **site)
+    assert "eval output (equal)" in shell("graphopt apply s.toml", tmp_path, **site)
+    assert '"damp"' in shell("graphopt schema", tmp_path, **site)
+    # Nothing but the entry point makes it known.
+    failed = subprocess.run(
+        [sys.executable, "-m", "graphopt", "apply", "s.toml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert failed.returncode == 2
+    assert "unknown pass 'damp'" in failed.stderr
+
+
+def test_every_pass_is_in_the_table() -> None:
+    from graphopt.rewriting.registry import passes
+
+    for use in passes():
+        assert f"| `{use}` |" in README
