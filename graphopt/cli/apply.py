@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ from graphopt.cli.options import (
 
 def apply(
     spec: SpecArgument,
-    out: Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="Write spec.toml, report.json and graph.txt there.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="Write spec, report, graph and diff there.")] = None,
     epoch: EpochOption = None,
     batch: BatchOption = None,
     verify: VerifyOption = None,
@@ -56,13 +56,25 @@ def apply(
     report = plan.report.to_dict()
     if folder is not None:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
-        write_folder(folder, {"spec.toml": dumps(loaded), "report.json": text, "graph.txt": graph_text(plan.graph)})
+        files = {"spec.toml": dumps(loaded), "report.json": text, "graph.txt": graph_text(plan.graph)}
+        write_folder(folder, {**files, **_pictures(plan, epoch)})
     if as_json:
         show_json(report)
         return
     show_report(plan)
     if folder is not None:
-        show(f"\nwritten: {folder}/spec.toml, report.json, graph.txt")
+        show(f"\nwritten: {folder}/spec.toml, report.json, graph.txt, diff.html, diff.svg")
+
+
+def _pictures(plan: Any, epoch: int | None) -> dict[str, str]:
+    """The diff as a page and as a picture: of all phases, or of the one that --epoch asks for."""
+    from graphopt.diff import diff
+    from graphopt.diff.phases import film
+    from graphopt.diff.render.page import to_html
+    from graphopt.diff.render.svg import to_svg
+
+    shown = film(plan) if epoch is None else diff(plan)
+    return {"diff.html": to_html(shown), "diff.svg": to_svg(shown)}
 
 
 def register(app: typer.Typer) -> None:

@@ -51,8 +51,8 @@ def leaving(nodes: Sequence[fx.Node], active: set[fx.Node]) -> tuple[str | int, 
 def figures(cost: Any, places: Sequence[Place], graph: Graph, held: Mapping[int, Sequence[fx.Node]]) -> dict[str, dict[str, int]]:
     """Per row: the cost model's figures, or without one the parameters alone, each counted where it is first read."""
     if cost is not None and hasattr(cost, "by"):
-        named = [p for p in places if p.paths]
-        found = {b.path: {k: int(getattr(b, k)) for k in FIGURES} for b in cost.by(named)}
+        whole = [p for p in places if p.paths]
+        found = {b.path: {k: int(getattr(b, k)) for k in FIGURES} for b in cost.by(whole)}
         return {p.name: found.get(p.name, dict.fromkeys(FIGURES, 0)) for p in places}
     seen: set[int] = set()
     result = {}

@@ -32,6 +32,8 @@ class Joined:
         self.fresh = tuple(n for n in graph.nodes if n not in self.pairs and n.op not in ("placeholder", "output"))
         self.active = activations(graph)
         self.grads = _reached(graph, self.active)
+        #: what passes put into the flow without changing it (a sign at a cut): shown as inserted, but nothing is rewired by it
+        self.signs = {n for n in self.fresh if _is_sign(graph, n)}
 
     def statuses(self, node: fx.Node) -> tuple[str, ...]:
         """What became of a node of the rewritten graph."""
@@ -47,7 +49,12 @@ class Joined:
         return ranked(found)
 
     def _inputs(self, node: fx.Node) -> tuple[str, ...]:
-        return tuple(self.pairs[n].name if n in self.pairs else f"+{n.name}" for n in node.all_input_nodes)
+        return tuple(self._source(n) for n in node.all_input_nodes)
+
+    def _source(self, node: fx.Node) -> str:
+        while node in self.signs:
+            node = node.all_input_nodes[0]
+        return self.pairs[node].name if node in self.pairs else f"+{node.name}"
 
     def row(self, node: fx.Node, statuses: tuple[str, ...] | None = None) -> NodeRow:
         """A node of the rewritten graph for the diff."""
@@ -59,7 +66,7 @@ def describe(graph: Graph, node: fx.Node, statuses: tuple[str, ...] = ("kept",))
     return NodeRow(
         name=node.name,
         op=node.op,
-        what=_what(graph, node),
+        what=str(node.target).rpartition(".")[2] if node.op == "get_attr" else _what(graph, node),
         path=str(node.target) if node.op in ("call_module", "get_attr") else origin.path,
         call=origin.call,
         shape=shape(node),
@@ -92,6 +99,21 @@ def parameters(graph: Graph, node: fx.Node) -> list[nn.Parameter]:
         value = attribute(graph.module, str(node.target))
         return [value] if isinstance(value, nn.Parameter) else []
     return []
+
+
+def _is_sign(graph: Graph, node: fx.Node) -> bool:
+    """Whether an inserted module gives back the very tensor it takes."""
+    if node.op != "call_module" or len(node.all_input_nodes) != 1:
+        return False
+    module = graph.module.get_submodule(str(node.target))
+    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return False
+    probe = torch.zeros(2, 2)
+    try:
+        with torch.no_grad():
+            return module.forward(probe) is probe
+    except Exception:  # whatever cannot take the probe is no mere sign
+        return False
 
 
 def _what(graph: Graph, node: fx.Node) -> str:

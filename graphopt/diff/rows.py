@@ -79,7 +79,8 @@ class Row:
 
     def alike(self) -> tuple[Any, ...]:
         """What two neighbours must have in common to be shown as one. Costs and parameter names are summed, not compared."""
-        inside = tuple((n.op, n.what, n.statuses, n.parameters) for n in self.nodes)
+        # Operations without parameters may differ where nothing happened to them: Swin shifts the windows of every other block.
+        inside = tuple((n.op, n.what, n.statuses, n.parameters) for n in self.nodes if n.parameters or n.statuses != ("kept",))
         sizes = (self.before or {}).get("parameters"), (self.after or {}).get("parameters")
         reasons = len(self.reasons) and tuple(r.replace(self.name, "*") for r in self.reasons)
         said = (self.statuses, self.was, self.passes, reasons, self.sources, tuple(self.detail.items()), self.band, self.beside)

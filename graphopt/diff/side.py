@@ -19,6 +19,9 @@ from graphopt.regions import activations
 from graphopt.rewriting import Mark, Plan
 from graphopt.trace import Graph
 
+#: the stretch behind the last local module, which the network's own loss trains
+REST = "rest"
+
 
 def backbone_side(plan: Plan, title: str | None = None) -> Side:
     """The untouched backbone of a plan."""
@@ -105,7 +108,7 @@ class _PlanSide:
         self._hear_passes()
         self._hear_marks()
         for band in bands:
-            if band.local and band is not [b for b in bands if b.local][-1]:
+            if band.local and band.name != REST:
                 self.said[self._index(band.rows[-1])].statuses.add("isolated")
         before = figures(plan.report.before, places.rows, self.base, self.original)
         after = figures(plan.report.after, (*places.rows, *self.added), self.graph, self.held)
@@ -150,7 +153,6 @@ class _PlanSide:
                 kind = kind or type(self.graph.module.get_submodule(path)).__name__
             except AttributeError:
                 kind = kind or "inserted"
-            self.added.append(Place(path, (path,), "" if kind == "Module" else kind, path.split(".")[0]))
             hangs = said[path].sources[:1] if path in said else ()
             if hangs:
                 touched = self.places.touched(hangs[0])
@@ -160,6 +162,9 @@ class _PlanSide:
                 self.beside[path] = self.places.rows[max(inside_rows)].name if inside_rows else None
             else:
                 self.beside[path] = None
+            stages = {p.name: p.stage for p in self.places.rows}
+            stage = stages.get(self.beside[path] or "", path.split(".")[0])
+            self.added.append(Place(path, (path,), "" if kind == "Module" else kind, stage))
 
     def _row_of(self, node: fx.Node) -> int | None:
         target = str(node.target) if node.op in ("call_module", "get_attr") else node.meta["origin"].path
@@ -186,10 +191,10 @@ class _PlanSide:
         majority: dict[int, Counter[str]] = defaultdict(Counter)
         for section in self.graph.sections:
             for node in section.nodes:
-                if (index := self._row_of(node)) is not None and node.op != "get_attr":
+                if node in self.joined.active and (index := self._row_of(node)) is not None:
                     majority[index][section.name] += 1
         for section in self.graph.sections:
-            sizes = {i: sum(n.op != "get_attr" for n in self.held[i]) for i in majority}
+            sizes = {i: sum(n in self.joined.active for n in self.held[i]) for i in majority}
             rows = {i for i, votes in majority.items() if votes[section.name] * 2 >= sizes[i]}
             names = [p.name for i, p in enumerate((*self.places.rows, *self.added)) if i in rows]
             if not names:
@@ -197,9 +202,12 @@ class _PlanSide:
             bands.append(Band(section.name, section.by, tuple(names), section.target))
             if section.target:
                 of.update(dict.fromkeys(names, section.name))
-        for added, beside in self.beside.items():
-            if beside in of:
-                of[added] = of[beside]
+        local = [b for b in bands if b.local]
+        if local:
+            rest = [p.name for i, p in enumerate(self.places.rows) if p.name not in of and self.held[i]]
+            bands.append(Band(REST, local[-1].by, tuple(rest), True))
+            of.update(dict.fromkeys(rest, REST))
+        of.update({added: of[beside] for added, beside in self.beside.items() if beside in of})
         return tuple(bands), of
 
     def _parts(self, bands: Sequence[Band], a: str, b: str) -> bool:
@@ -244,7 +252,7 @@ class _PlanSide:
         emptied = was_called and all(n in gone for n in was_called) and not any(n.op == "call_module" for n in now)
         if emptied and "shared" not in said.statuses:
             said.statuses.add("bypassed")
-        if not said.statuses and (gone or any(self.joined.statuses(n) != ("kept",) for n in now)):
+        if not said.statuses and (gone or any(self.joined.statuses(n) != ("kept",) for n in now if n not in self.joined.signs)):
             said.statuses.add("rewired")
 
     def _hear_passes(self) -> None:
@@ -253,7 +261,7 @@ class _PlanSide:
             for region in report.regions if report.active else ():
                 for index in self.places.touched(region):
                     self.said[index].passes.add(number)
-            for note in report.notes:
+            for note in report.notes if report.active else ():
                 for index in self.places.touched(note.where):
                     self.said[index].reasons.setdefault(f"{report.value.use}: {note.why}")
         for index, nodes in self.held.items():
@@ -261,6 +269,7 @@ class _PlanSide:
         for index in range(len(self.places.rows), len(self.places.rows) + len(self.added)):
             owner = by_name.get(self.added[index - len(self.places.rows)].name.split(".")[0])
             self.said[index].statuses.add("inserted")
+            self.said[index].detail |= _parts_of(self.graph, self.added[index - len(self.places.rows)].name)
             self.said[index].passes |= {owner} if owner is not None else set()
 
     def _hear_marks(self) -> None:
@@ -318,6 +327,15 @@ def _placed(rows: list[Row]) -> Iterator[Row]:
             yield from behind.pop(row.name, ())
 
 
+def _parts_of(graph: Graph, path: str) -> dict[str, Any]:
+    """What an inserted module is made of: `{"head": "PoolHead", "decoder": "Linear"}`."""
+    try:
+        children = graph.module.get_submodule(path).named_children()
+    except AttributeError:
+        return {}
+    return {name: type(child).__name__ for name, child in children if next(child.parameters(), None) is not None}
+
+
 def _coefficients(graph: Graph, place: Place, owned: set[str]) -> dict[str, Any]:
     """Scalars that a pass put into a row: the weights of a mix."""
     found: dict[str, list[float]] = defaultdict(list)
@@ -329,7 +347,7 @@ def _coefficients(graph: Graph, place: Place, owned: set[str]) -> dict[str, Any]
 
 def _pass_lines(plan: Plan) -> Iterator[PassLine]:
     for number, report in enumerate(plan.report.passes):
-        text = tomli_w.dumps({"pass": [report.value.table()]}).strip()
+        text = f"[[pass]]\n{tomli_w.dumps(report.value.table())}".strip()
         yield PassLine(number, report.value.use, report.line, text, report.active, report.regions, tuple(str(n) for n in report.notes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from graphopt.diff.join import Diff, fold_name
@@ -24,7 +25,8 @@ def as_frames(shown: Diff | Sequence[Frame]) -> tuple[Frame, ...]:
 def page_data(shown: Diff | Sequence[Frame]) -> dict[str, Any]:
     """JSON-ready data of one diff or of a film; the same input gives the same bytes."""
     frames = as_frames(shown)
-    last = frames[-1].diff
+    show = most_changed(frames)
+    last = frames[show].diff
     pool: list[Any] = []
     known: dict[str, int] = {}
 
@@ -88,7 +90,14 @@ def page_data(shown: Diff | Sequence[Frame]) -> dict[str, Any]:
         "passes": plain(last.after.passes),
         "pool": pool,
         "frames": drawn,
+        "show": show,
     }
+
+
+def most_changed(frames: Sequence[Frame]) -> int:
+    """The phase in which most blocks are not as in the backbone; the latest of equals."""
+    counts = [sum(row.changed for row in frame.diff.rows) for frame in frames]
+    return max(range(len(frames)), key=lambda i: (counts[i], i))
 
 
 def subtitle(diff: Diff) -> str:
@@ -108,11 +117,11 @@ def _apart(frames: Sequence[Frame]) -> set[tuple[str, str]]:
     apart = set()
     for frame in frames:
         folds = frame.diff.folded()
-        apart |= {(a.rows[-1].name, b.rows[0].name) for a, b in zip(folds, folds[1:], strict=False)}
+        apart |= {(a.rows[-1].name, b.rows[0].name) for a, b in pairwise(folds)}
     return apart
 
 
 def as_script(value: Any) -> str:
     """JSON that can stand inside a `<script>`: no name can end it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return "".join(f"\\u{ord(c):04x}" if c in "<>&\u2028\u2029" else c for c in text)

@@ -46,7 +46,8 @@ def _by_chromium(chromium: str, svg: str, scale: float) -> bytes:
     width, height = (round(float(v) + 0.49) for v in size.groups()) if size else (1200, 800)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         page, image = Path(folder) / "picture.html", Path(folder) / "picture.png"
-        page.write_text(f'<!doctype html><meta charset="utf-8"><style>html,body{{margin:0}}svg{{display:block}}</style>{svg}', encoding="utf-8")
+        head = '<!doctype html><meta charset="utf-8"><style>html,body{margin:0}svg{display:block}</style>'
+        page.write_text(head + svg, encoding="utf-8")
         command = [
             chromium,
             "--headless",

@@ -50,20 +50,21 @@ def _statuses(dark: bool, prefix: str = "") -> str:
         rules.append(f"{at} .flag,{at} .glyph,{at} .status,{at} .sign{{fill:{colour}}}")
         rules.append(f"{at} .tint{{color:{colour}}}{at}.ink{{background:{colour}}}")
         if name != "kept":
-            rules.append(f"{at}.op rect{{stroke:{colour};stroke-width:2}}")
+            rules.append(f".graphopt {at}.op rect{{stroke:{colour};stroke-width:2}}")
     return "".join(rules)
 
 
 def for_page(*sheets: str) -> str:
     """The style of a page: variables for light and dark (the system's choice, or the button's), then the sheets."""
     dark = f"{_variables(1)}color-scheme:dark;"
+    unless = ":root:not([data-theme=light])"
     return "\n".join(
         [
             f":root{{{_variables(0)}color-scheme:light;}}",
-            f"@media (prefers-color-scheme: dark){{:root:not([data-theme=light]){{{dark}}}{_statuses(True, ':root:not([data-theme=light]) ')}}}",
+            f"@media (prefers-color-scheme: dark){{{unless}{{{dark}}}}}",
             f":root[data-theme=dark]{{{dark}}}",
             _statuses(False),
-            f"@media (prefers-color-scheme: dark){{{_statuses(True, ':root:not([data-theme=light]) ')}}}",
+            f"@media (prefers-color-scheme: dark){{{_statuses(True, f'{unless} ')}}}",
             _statuses(True, ":root[data-theme=dark] "),
             *map(web, sheets),
         ]

@@ -19,7 +19,7 @@ PATIENCE = 60
 
 
 def to_svg(shown: Diff | Sequence[Frame], *, width: int = 1200, height: int = 760, level: str = "folded", metric: str | None = None) -> str:
-    """The picture of a diff; of a film, its last phase.
+    """The picture of a diff; of a film, the phase that changes most.
 
     Args:
         width, height: the window it should fit; it is laid out in as many columns as fit best.
@@ -34,7 +34,7 @@ def to_svg(shown: Diff | Sequence[Frame], *, width: int = 1200, height: int = 76
         [
             *map(web, SCRIPTS),
             f"(() => {{ const data = JSON.parse({json.dumps(json.dumps(data))});",
-            f"return graphoptScene.file(data, data.frames[data.frames.length - 1], {json.dumps(options)}); }})()",
+            f"return graphoptScene.file(data, data.frames[data.show], {json.dumps(options)}); }})()",
         ]
     )
     return _run(code).replace("/*STYLE*/", for_file())

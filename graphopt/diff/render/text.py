@@ -76,7 +76,8 @@ def _input(diff: Diff) -> tuple[str | int, ...]:
 
 
 def _stop_words(diff: Diff, row: Row) -> str:
-    local = row.band is not None and any(b.local and row.name in b.rows for b in diff.after.bands)
+    sources = {a for a, b in diff.after.frontier if b == row.name}
+    local = any(b.local and row.name in b.rows and not sources & set(b.rows) for b in diff.after.bands)
     return "gradients do not pass: a local module begins" if local else "the backward stops here"
 
 

@@ -6,8 +6,8 @@
   const $ = (selector) => document.querySelector(selector);
   const NS = "http://www.w3.org/2000/svg";
   const svg = $("main > svg"), stage = $(".stage"), aside = $("aside");
-  const state = { open: new Set(), closed: new Set(), level: "folded", metric: data.metric, costs: data.costs, uniform: data.frames.length > 1, nodes: (row) => data.pool[row.nodes] || [] };
-  let at = data.frames.length - 1, filter = new Set(), query = "", chosen = null, drawn = new Map(), current = null;
+  const state = { columns: 0, groupOf: (piece) => piece.group, open: new Set(), closed: new Set(), level: "folded", metric: data.metric, costs: data.costs, uniform: data.frames.length > 1, nodes: (row) => data.pool[row.nodes] || [] };
+  let at = data.show, filter = new Set(), query = "", chosen = null, drawn = new Map(), current = null;
   const view = { x: 0, y: 0, k: 1, touched: false };
   const frame = () => data.frames[at];
   data.passes = frame().passes;
@@ -18,6 +18,7 @@
 
   function draw(keepView) {
     const box = svg.getBoundingClientRect();
+    state.columns = keepView && current ? current.columns : 0;
     data.passes = frame().passes;
     current = scene(data, frame(), state, Math.max(280, box.width - 16), Math.max(240, box.height - 16));
     const old = drawn;
@@ -57,7 +58,7 @@
     // Reading order is tab order.
     const cards = current.order.map((id) => drawn.get("card:" + id).element);
     cards.forEach((element, i) => { if (layers.cards.children[i] !== element) layers.cards.insertBefore(element, layers.cards.children[i] || null); });
-    if (!keepView || !view.touched) fit();
+    if (!keepView) fit();
     mark();
   }
 
@@ -148,9 +149,9 @@
       const pass = frame().passes[i];
       if (pass) out.push(`<h3>${esc(pass.use)}, pass ${i + 1}${pass.line ? `, ${esc(data.spec || "spec")} line ${pass.line}` : ""}</h3><pre>${esc(pass.text)}</pre>`);
     }
-    const nodes = state.nodes(row);
+    const nodes = state.nodes(row).filter(globalThis.graphoptLayout.drawn), hidden = state.nodes(row).length - nodes.length;
     if (one && nodes.length) {
-      out.push(`<h3>${nodes.length} operation${nodes.length === 1 ? "" : "s"}</h3><ul>`);
+      out.push(`<h3>${nodes.length} operation${nodes.length === 1 ? "" : "s"}${hidden ? `, and ${hidden} of shapes and weights` : ""}</h3><ul>`);
       for (const n of nodes.slice(0, 400)) out.push(`<li>${n.statuses[0] === "kept" ? "" : `<span class="s-${esc(n.statuses[0])}"><b class="tint">${esc((data.looks[n.statuses[0]] || { glyph: "?" }).glyph)}</b></span> `}<b>${esc(n.what)}</b> ${esc(n.name)}${n.shape ? ` <span class="subtitle">${esc(n.shape.join("×"))}</span>` : ""}</li>`);
       out.push("</ul>");
     } else if (!one) out.push(`<h3>Blocks</h3><ul>${rows.map((r) => `<li>${esc(r.name)} <span class="subtitle">${esc(words(r))}</span></li>`).join("")}</ul>`);
@@ -171,34 +172,42 @@
   function toggle(id) {
     const entry = drawn.get("card:" + id);
     if (!entry) return;
-    const { piece } = entry;
+    const { piece } = entry, first = "r:" + piece.rows[0];
     if (piece.type === "group") { const key = id.slice(2); state.closed.delete(key); state.open.add(key); }
     else if (piece.type === "fold") state.open.add(id);
     else if (state.open.has(id)) state.open.delete(id);
     else state.open.add(id);
-    redraw(piece.type === "row" ? id : null);
+    const rows = frame().folds.find((f) => f.rows[0] === piece.rows[0]);
+    const focus = piece.type === "group" && rows && rows.rows.length > 1 && !state.open.has("f:" + piece.rows[0]) && state.level !== "blocks" && state.level !== "operations" ? "f:" + piece.rows[0] : first;
+    redraw(piece.type === "row" ? id : focus, id);
   }
 
   function toggleGroup(key) {
     if (state.closed.has(key)) state.closed.delete(key); else { state.closed.add(key); state.open.delete(key); }
-    redraw("g:" + key);
+    redraw("g:" + key, [...drawn.values()].map((d) => d.piece).filter((p) => p.id && state.groupOf(p) === key).map((p) => p.id)[0]);
   }
 
   function foldBack(id) {
     const entry = drawn.get("card:" + id);
-    if (entry && entry.piece.fold && state.open.has(entry.piece.fold)) { state.open.delete(entry.piece.fold); redraw(entry.piece.fold); return true; }
+    if (entry && entry.piece.fold && state.open.has(entry.piece.fold)) { state.open.delete(entry.piece.fold); redraw(entry.piece.fold, id); return true; }
     return false;
   }
 
-  function redraw(focus) {
-    draw(true);
+  /** Draws again; what was opened or shut stays where it is on the screen. */
+  function redraw(focus, from) {
+    const old = drawn.get("card:" + (from || focus));
+    draw(Boolean(focus));
     const entry = focus && drawn.get("card:" + focus);
-    if (entry) { entry.element.focus({ preventScroll: true }); if (view.touched) reveal(focus); }
+    if (entry && old) {
+      view.x += (old.piece.x - entry.piece.x) * view.k; view.y += (old.piece.y - entry.piece.y) * view.k; view.touched = true;
+      apply();
+    }
+    if (entry) { entry.element.focus({ preventScroll: true }); reveal(focus); }
     if (chosen && !drawn.has("card:" + chosen)) { chosen = null; aside.hidden = true; }
   }
 
   function setLevel(level) {
-    state.level = level; state.open.clear(); state.closed.clear(); view.touched = false;
+    state.level = level; state.open.clear(); state.closed.clear(); 
     for (const b of document.querySelectorAll(".levels button")) b.setAttribute("aria-pressed", String(b.dataset.level === level));
     redraw(null);
   }
@@ -320,7 +329,7 @@
     event.preventDefault();
   });
   let width = innerWidth;
-  new ResizeObserver(() => { if (Math.abs(innerWidth - width) > 4 || !view.touched) { width = innerWidth; draw(false); } }).observe(svg);
+  new ResizeObserver(() => { if (current && (Math.abs(innerWidth - width) > 4 || !view.touched)) { width = innerWidth; draw(false); } }).observe(svg);
 
   tiles(); filters(); film(); setLevel("folded");
   document.documentElement.dataset.ready = "1";

@@ -58,7 +58,8 @@
     for (const group of groups) {
       if (group.local) number += 1;
       const own = group.rows.filter((r) => !r.beside);
-      group.title = group.local ? "local module " + number + (own.length ? ": " + own[0].name + (own.length > 1 ? " … " + own[own.length - 1].name : "") : "") : group.stage;
+      const range = own.length ? own[0].name + (own.length > 1 ? " … " + own[own.length - 1].name : "") : "";
+      group.title = group.local ? (group.band === "rest" ? "last module" : "local module " + number) + (range ? ": " + range : "") : group.stage;
       const shut = group.rows.length > 1 && (state.closed.has(group.key) || (state.level === "stages" && !state.open.has(group.key)));
       if (shut) {
         group.cards = [{ id: "g:" + group.key, type: "group", name: group.title, rows: group.rows, group: group.key, open: false, nodes: [] }];
@@ -72,13 +73,18 @@
           continue;
         }
         for (const row of fold.rows) {
-          const id = "r:" + row.name, nodes = state.nodes(row);
+          const id = "r:" + row.name, nodes = state.nodes(row).filter(drawn);
           const open = nodes.length > 0 && (state.open.has(id) !== (state.level === "operations"));
           group.cards.push({ id, type: "row", name: row.name, rows: [row], group: group.key, open, nodes, fold: fold.rows.length > 1 ? "f:" + fold.rows[0].name : null });
         }
       }
     }
     return groups;
+  }
+
+  /** Shape arithmetic and the tensors that operations read are left out of the picture, unless a pass did something to them. */
+  function drawn(node) {
+    return node.statuses[0] !== "kept" || (node.shape !== null && node.op !== "get_attr");
   }
 
   function plain(row) {
@@ -194,7 +200,7 @@
     columns.forEach((parts, c) => {
       for (const part of parts) {
         const x = row.at["c" + c].x + stacks[c].at[part.id].x, y = stacks[c].at[part.id].y; // columns start at the top: that is where one reads on
-        boxes.push({ id: part.id, key: part.group.key, x, y, width: part.width, height: part.height, title: part.group.title + (part.continued ? " (continued)" : ""), local: part.group.local, group: part.group, column: c });
+        boxes.push({ id: part.id, key: part.group.key, x, y, width: part.width, height: part.height, title: (part.continued ? "↳ " : "") + part.group.title, local: part.group.local, group: part.group, column: c });
         const dx = x + SIDE, dy = y + headOf(part.group) + PAD;
         for (const card of part.cards) cards.set(card.id, { ...card, x: dx + part.plan.at[card.id].x, y: dy + part.plan.at[card.id].y, column: c, box: part.id });
         for (const id of ["input", "output"]) if (part.plan.at[id]) cards.set(id, { id, type: "end", rows: [], x: dx + part.plan.at[id].x, y: dy + part.plan.at[id].y, width: 170, height: 26, column: c, box: part.id });
@@ -220,7 +226,7 @@
         return { how: "down", points: Math.abs(xa - xb) < 1 ? [{ x: xa, y: a.y + a.height }, { x: xb, y: b.y }] : [{ x: xa, y: a.y + a.height }, { x: xa, y: middle }, { x: xb, y: middle }, { x: xb, y: b.y }], mark: { x: (xa + xb) / 2, y: middle } };
       }
       const lane = Math.max(a.x + a.width, b.x + b.width) + SIDE / 2;
-      return { how: "lane", points: [{ x: a.x + a.width, y: a.y + 16 }, { x: lane, y: a.y + 16 }, { x: lane, y: b.y + 14 }, { x: b.x + b.width, y: b.y + 14 }], mark: { x: xb, y: boxA.y + boxA.height + MARK / 2 + 2 } };
+      return { how: "lane", points: [{ x: a.x + a.width, y: a.y + 16 }, { x: lane, y: a.y + 16 }, { x: lane, y: b.y + 14 }, { x: b.x + b.width + (b.type === "row" ? 1 : 6), y: b.y + 14 }], mark: { x: xb, y: boxA.y + boxA.height + MARK / 2 + 2 } };
     }
     const ya = a.y + Math.min(a.height, a.head || a.height) / 2, yb = b.y + Math.min(b.height, b.head || b.height) / 2;
     const lane = boxB.x - GUTTER / 2;
@@ -260,6 +266,8 @@
     for (const g of groups) for (const c of g.cards) measure(c, state);
     const count = groups.reduce((sum, g) => sum + g.cards.length, 0);
     let best = null;
+    // While one opens and shuts things, columns stay: a picture that jumps is lost.
+    if (state.columns) return compose(frame, state, groups, state.columns);
     for (let columns = 1; columns <= Math.min(8, Math.max(1, count)); columns += 1) {
       const picture = compose(frame, state, groups, columns);
       if (best && picture.columns <= best.columns) continue;
@@ -273,5 +281,5 @@
     return best;
   }
 
-  root.graphoptLayout = { arrange, plain, MONO, CARD };
+  root.graphoptLayout = { arrange, drawn, plain, MONO, CARD };
 })(globalThis);

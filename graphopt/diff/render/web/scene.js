@@ -6,7 +6,7 @@
 
   /** Text that may hold anything: names come from other people's modules. */
   function esc(text) {
-    return String(text).replace(/[&<>"'\u0000-\u001f]/g, (c) => "&#" + (c.charCodeAt(0) < 32 ? 32 : c.charCodeAt(0)) + ";");
+    return String(text).replace(/[&<>"'\u0000-\u001f]/g, (c) => "&#" + (c.charCodeAt(0) < 32 && c !== "\n" ? 32 : c.charCodeAt(0)) + ";");
   }
 
   /** Cuts text so that it fits `width` pixels at `size` pixels. */
@@ -87,7 +87,7 @@
     const name = fit(c.name, w - start - (canOpen ? 26 : 10), 12.5);
     out.push(`<text class="name" x="${start}" y="19.5">${esc(name)}</text>`);
     const room = w - start - (canOpen ? 26 : 10) - name.length * 12.5 * MONO - 10;
-    if (row.kind && c.type !== "group" && room > 40) out.push(`<text class="kind" x="${w - (canOpen ? 24 : 10)}" y="19.5" text-anchor="end">${esc(fit(row.kind, room, 10.5, 0.58))}</text>`);
+    if (row.kind && c.type !== "group" && (room > 110 || room > row.kind.length * 10.5 * 0.58)) out.push(`<text class="kind" x="${w - (canOpen ? 24 : 10)}" y="19.5" text-anchor="end">${esc(fit(row.kind, room, 10.5, 0.58))}</text>`);
     if (canOpen) out.push(`<g class="fold" data-fold="${esc(c.id)}"><rect class="hit" x="${w - 26}" y="2" width="24" height="26"/><path d="${c.open ? `M${w - 18} 12 l4 5 l4 -5` : `M${w - 16} 10 l5 4.5 l-5 4.5`}"/></g>`);
     let y = 30;
     const quiet = c.type !== "group" && plain(row) && !state.uniform;
@@ -103,7 +103,8 @@
       const before = sum(c.rows, state.metric, "before"), after = sum(c.rows, state.metric, "after"), most = w - 122;
       const length = (v) => n(Math.max(v ? 1.5 : 0, (most * (v || 0)) / scale));
       out.push(`<rect class="bar before" x="16" y="${y + 1}" width="${length(before)}" height="4" rx="1.5"/><rect class="bar after" x="16" y="${y + 6.5}" width="${length(after)}" height="4" rx="1.5"/>`);
-      const text = before === null && after === null ? "" : before === null || after === null ? amount(state.metric, after === null ? before : after) : change(state.metric, before, after);
+      const added = before === null && !after && row.after && row.after.parameters;
+      const text = added ? amount("parameters", row.after.parameters) + " parameters" : before === null && after === null ? "" : before === null || after === null ? amount(state.metric, after === null ? before : after) : change(state.metric, before, after);
       out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end">${esc(fit(text, 112, 10, 0.52))}</text>`);
     }
     if (c.open) out.push(operations(c, data));
@@ -174,10 +175,10 @@
       const status = mainOf(c), row = c.rows[0];
       order.push(c.id);
       const label = [c.name, c.type === "group" ? c.rows.length + " rows" : row.kind, c.type === "group" ? counted(c.rows) : words(row), facts(row)].filter(Boolean).join(", ");
-      pieces.push({ key: "card:" + c.id, id: c.id, layer: "cards", x: c.x, y: c.y, cls: `piece s-${status.replace(/[^a-z]/gi, "")}${plain(row) && c.type !== "group" ? " quiet" : ""}`, html: card(c, data, state, scale), label, rows: c.rows.map((r) => r.name), fold: c.fold, type: c.type, open: c.open, width: c.width, height: c.height });
+      pieces.push({ key: "card:" + c.id, id: c.id, layer: "cards", x: c.x, y: c.y, cls: `piece s-${status.replace(/[^a-z]/gi, "")}${plain(row) && c.type !== "group" ? " quiet" : ""}`, html: card(c, data, state, scale), label, rows: c.rows.map((r) => r.name), fold: c.fold, group: c.group, type: c.type, open: c.open, width: c.width, height: c.height });
     }
     for (const r of picture.routes) if (r.stop || r.tap) pieces.push(mark(r, frame));
-    return { width: picture.width, height: picture.height, pieces, order };
+    return { width: picture.width, height: picture.height, columns: picture.columns, pieces, order };
   }
 
   const LAYERS = ["boxes", "edges", "arcs", "cards", "marks"];

@@ -1,0 +1,82 @@
+"""A run's folder as the pictures need it: its spec, its decisions, its curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import RunError
+from graphopt.rewriting import Decision
+
+_LOOK = "Name the folder that `graphopt train` wrote"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, finished or not: what `run.json`, `spec.toml`, `metrics.jsonl` and `summary.json` hold.
+
+    Attributes:
+        epochs, steps, phases: the records of metrics.jsonl by kind, in order. summary: None while the run goes on.
+    """
+
+    path: Path
+    epochs: tuple[Mapping[str, Any], ...]
+    steps: tuple[Mapping[str, Any], ...]
+    phases: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any] | None
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.toml"
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All that was decided, in order."""
+        fields = Decision.model_fields
+        found = [Decision(**{k: v for k, v in d.items() if k in fields}) for p in self.phases for d in p.get("decisions", ())]
+        return tuple(dict.fromkeys(found))
+
+
+def is_run(path: Path) -> bool:
+    return path.is_dir() and (path / "run.json").is_file()
+
+
+def read_run(path: Path) -> Run:
+    """Raises:
+    RunError: the folder is not there, is no run, or its metrics cannot be read.
+    """
+    if not path.exists():
+        raise RunError("no such folder", where=str(path), fix=_LOOK)
+    if not path.is_dir():
+        raise RunError("a file, not the folder of a run", where=str(path), fix=_LOOK)
+    if not (path / "run.json").is_file() or not (path / "spec.toml").is_file():
+        raise RunError("no run of graphopt: it has no run.json and spec.toml", where=str(path), fix=_LOOK)
+    records: dict[str, list[Mapping[str, Any]]] = {"epoch": [], "step": [], "phase": []}
+    for number, line in enumerate(_text(path / "metrics.jsonl").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            kind = record["kind"]
+        except (ValueError, TypeError, KeyError) as error:
+            if line.endswith("}"):
+                raise RunError("not a line of metrics", where=f"{path / 'metrics.jsonl'}:{number}", fix="Remove the line") from error
+            continue  # the line that was being written when the machine went down
+        if kind in records:
+            records[kind].append(record)
+    summary = _text(path / "summary.json")
+    try:
+        finished = json.loads(summary) if summary else None
+    except ValueError as error:
+        raise RunError("not JSON", where=str(path / "summary.json"), fix="Remove it, or resume the run") from error
+    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(path)) from error
