@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,30 @@ class MutatingBlock(nn.Module):
         return self.relu(w)
 
 
+class Mixed(nn.Module):
+    """A layer whose weight is a learnable mix of its neighbours' (what the share pass makes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10)
+        self.body = MixedBody()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+
+class MixedBody(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(F.conv2d(x, self.a * self.first.weight + self.b * self.last.weight, padding=1))
+        return self.last(x)
+
+
 class Table(nn.Module):
     """Parameters that the graph reads itself, at the root."""
 
@@ -112,6 +137,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "functional": (Functional, (3, 8, 8)),
     "functional leaf": (lambda: Functional(leaf=True), (3, 8, 8)),
     "mutating": (Mutating, (3, 8, 8)),
+    "mixed": (Mixed, (3, 8, 8)),
     "table": (Table, (3, 16, 16)),
     "resnet18": (resnet18, (3, 32, 32)),
     "mobilenet_v3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10, dropout=0.0), (3, 32, 32)),
@@ -131,6 +157,8 @@ CASES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("functional leaf", "body", ("body",)),
     ("mutating", "block", ("block",)),
     ("mutating", ["block.norm", "block.conv2"], ("block.norm", "block.conv2")),
+    ("mixed", "body", ("body",)),
+    ("mixed", ["body.first", "body.last"], ("body.first", "body.last")),
     ("table", ["patch", "token", "place"], ("patch", "token", "place")),
     ("table", ["token", "mix"], ("token", "mix")),
     ("resnet18", ["layer1", "layer2"], ("layer1", "layer2")),
@@ -403,6 +431,23 @@ def test_compiles_whole_and_copies(selection: Any) -> None:
     assert all((a is None) == (b is None) for a, b in zip(gradient.values(), again.values(), strict=True))
     y, _ = gradients(torch.compile(copied, backend="aot_eager", fullgraph=True), x)
     torch.testing.assert_close(y, expected)
+
+
+def test_trains_under_ddp(tmp_path: Path) -> None:
+    model, shape = built("resnet18")
+    module = compiled(model, ["layer1", "layer2"], shape).module.double().train()
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    expected = {n: None if g is None else g.clone() for n, g in gradients(module, x)[1].items()}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(module)
+        found = {n.removeprefix("module."): g for n, g in gradients(wrapped, x)[1].items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        assert (found[name] is None) == (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient)
 
 
 def test_autocast_and_channels_last_give_finite_gradients() -> None:
