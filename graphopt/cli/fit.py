@@ -1,0 +1,99 @@
+"""`graphopt fit`: start from a budget."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, as_path, load_spec
+from graphopt.errors import RunError
+
+
+def fit(
+    spec: SpecArgument,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help='What a step may hold: "8 GiB".')] = None,
+    flops: Annotated[float | None, typer.Option("--flops", help="Share of the backbone's FLOPs a step may take; with --suggest.")] = None,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
+    allowance: Annotated[
+        float, typer.Option("--allowance", help="What a process takes over live bytes, as a factor. See tools/tables/cost_rss.md.")
+    ] = 1.0,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch for --suggest; default: the spec's.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="Write the chosen spec there.")] = None,
+    set_: SetOption = [],  # noqa: B006
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the largest batch that fits a budget, or the cheapest passes that do.
+
+    The search is by forecast; nothing trains. Memory is live bytes: leave room for the allocator. Examples:
+
+        graphopt fit quickstart --memory "256 MiB"
+
+        graphopt fit spec.toml --memory "8 GiB" --suggest -o fitted.toml
+
+        graphopt fit spec.toml --flops 0.5 --suggest
+    """
+    from graphopt.cli.screen import show, show_json
+    from graphopt.fit import Budget, Search
+    from graphopt.quantities import parse_size
+    from graphopt.spec import dumps
+
+    try:
+        size = None if memory is None else parse_size(memory)
+    except ValueError as error:
+        raise RunError(str(error), where="--memory") from error
+    budget = Budget(size, flops, allowance)
+    target = as_path(out)
+    if target is not None and target.exists():
+        raise RunError("the file exists", where=str(target), fix="Choose another name, or remove it")
+    loaded = load_spec(spec, [*set_, *([f"train.batch={batch}"] if batch else [])], trust)
+    search = Search(loaded, trust=trust)
+    found = search.suggest(budget) if suggest else search.largest_batch(budget)
+    if target is not None and found.spec is not None:
+        # A name of our own first, so that a full disk leaves nothing half-written under the final one.
+        partial = target.with_name(f".{target.name}.part")
+        partial.write_text(dumps(found.spec), encoding="utf-8")
+        partial.replace(target)
+    if as_json:
+        show_json(found.to_dict())
+    else:
+        _show(found, suggest)
+        if found.spec is not None and target is not None:
+            show(f"\nwritten: {target}")
+    if found.chosen is None:
+        raise RunError("nothing that was tried fits the budget", fix="Give more, or a smaller batch (--batch)")
+
+
+def _show(found: Any, suggest: bool) -> None:
+    from graphopt.cli.screen import grid, show
+    from graphopt.quantities import show_count, show_size
+
+    limits = [f"memory {show_size(found.budget.memory)}"] if found.budget.memory is not None else []
+    limits += [f"FLOPs {found.budget.flops:g} of the backbone's"] if found.budget.flops is not None else []
+    if found.budget.allowance != 1:
+        limits.append(f"allowance {found.budget.allowance:g}")
+    show(f"budget: {', '.join(limits)}; batch {found.batch}")
+    table = grid("", "candidate", "peak", "FLOPs a step", "of the backbone's", "untrained", "", right=(2, 3, 4, 5))
+    for candidate in sorted(found.candidates, key=lambda c: (c.cost is None, not c.best, c.price)):
+        if candidate.cost is None:
+            continue
+        mark = ">" if candidate is found.chosen else "*" if candidate.best else ""
+        said = "fits" if candidate.fits else "too much"
+        said += ", verified" if candidate.verified else ""
+        ratio = f"{candidate.cost.flops / found.backbone.flops:.3f}"
+        peak, flops = show_size(candidate.cost.peak_bytes), show_count(candidate.cost.flops)
+        table.add_row(mark, candidate.name, peak, flops, ratio, f"{100 * candidate.untrained:.0f} %", said)
+    show(table)
+    for candidate in found.candidates:
+        if candidate.refused:
+            show(f"left out {candidate.name}: {candidate.refused}")
+    if suggest:
+        show("> chosen   * no other candidate is better in peak, FLOPs and what it trains")
+    if found.chosen is not None and not suggest:
+        show(f"largest batch that fits: {found.batch}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("fit")(fit)

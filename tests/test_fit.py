@@ -1,0 +1,132 @@
+"""fit: a budget in, a batch or a spec out, by the cost model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from graphopt.cost import CostError, forecast
+from graphopt.fit import LARGEST_BATCH, Budget, Search, largest_batch
+from graphopt.spec import dumps, loads
+
+SPEC = """
+verify = "fast"
+[backbone]
+source = "python"
+name = "tests.backbones:Small"
+input = [3, 16, 16]
+[train]
+batch = 64
+epochs = 4
+"""
+FREEZE = '[[pass]]\nuse = "freeze"\nselect = ["stem", "blocks.0"]\nwhen = { epoch = 2 }\n'
+STEP = forecast(nn.Linear(2, 2), (2,), 1)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(0, 400), st.integers(1, 10**8))
+def test_the_largest_batch_is_the_largest(fixed, slope, floor, memory):
+    asked = []
+
+    def peak(batch):
+        asked.append(batch)
+        return replace(STEP, batch=batch, peak_bytes=fixed + max(slope * batch, floor * slope))
+
+    if peak(1).peak_bytes > memory:
+        with pytest.raises(CostError, match="one sample takes"):
+            largest_batch(peak, memory)
+        return
+    batch, cost = largest_batch(peak, memory)
+    assert cost.batch == batch
+    assert cost.peak_bytes <= memory
+    assert batch == LARGEST_BATCH or peak(batch + 1).peak_bytes > memory
+    assert len(asked) < 60
+
+
+@pytest.fixture(scope="module")
+def search():
+    return Search(loads(SPEC), trust=True)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return Search(loads(SPEC + FREEZE), trust=True)
+
+
+def test_the_batch_found_fits_and_the_next_does_not(search):
+    memory = 10 * 2**20
+    found = search.largest_batch(Budget(memory=memory))
+    assert found.spec.train.batch == found.batch
+    assert found.chosen.cost.peak_bytes <= memory < search.cost((search.plan,), found.batch + 1).peak_bytes
+    with_room = search.largest_batch(Budget(memory=memory, allowance=1.25))
+    assert with_room.batch < found.batch
+
+
+def test_the_batch_must_fit_in_every_phase(frozen, search):
+    # Later epochs need less; the first ones decide.
+    budget = Budget(memory=10 * 2**20)
+    assert frozen.largest_batch(budget).batch == search.largest_batch(budget).batch
+
+
+def test_a_suggestion_fits_trains_everything_where_it_can_and_is_a_spec(search):
+    budget = Budget(memory=search.backbone.peak_bytes * 7 // 10)
+    found = search.suggest(budget)
+    assert found.chosen.fits
+    assert found.chosen.verified
+    assert found.chosen.untrained == 0
+    assert found.chosen.cost.peak_bytes <= budget.memory
+    rivals = [c for c in found.candidates if c.fits and c.untrained == 0]
+    assert found.chosen.cost.flops == min(c.cost.flops for c in rivals)
+    again = loads(dumps(found.spec))
+    assert again == found.spec
+    assert [p.table()["use"] for p in again.passes] == [t["use"] for t in found.chosen.added]
+    json.dumps(found.to_dict())
+
+
+def test_the_front_holds_nothing_that_another_candidate_beats(search):
+    shown = search.suggest(Budget(memory=1)).candidates
+    front = [c for c in shown if c.best]
+    assert all(c.verified for c in front)
+    for candidate in (c for c in shown if c.cost):
+        better = [
+            c
+            for c in front
+            if (c.cost.peak_bytes, c.cost.flops, c.untrained) != (candidate.cost.peak_bytes, candidate.cost.flops, candidate.untrained)
+            and c.cost.peak_bytes <= candidate.cost.peak_bytes
+            and c.cost.flops <= candidate.cost.flops
+            and c.untrained <= candidate.untrained
+        ]
+        assert bool(better) != candidate.best
+
+
+def test_a_flops_budget_freezes_as_little_as_it_can(search):
+    found = search.suggest(Budget(flops=0.75))
+    assert found.chosen.cost.flops <= 0.75 * found.backbone.flops
+    cheaper = [c for c in found.candidates if c.fits and c.untrained < found.chosen.untrained]
+    assert not cheaper
+
+
+def test_nothing_fits_nothing_is_chosen(search):
+    found = search.suggest(Budget(memory=1000))
+    assert found.chosen is None
+    assert found.spec is None
+
+
+def test_the_specs_own_passes_stay(frozen):
+    found = frozen.suggest(Budget(memory=frozen.backbone.peak_bytes * 7 // 10))
+    assert "freeze" in [p.use for p in found.spec.passes]
+
+
+@pytest.mark.parametrize("budget", [{}, {"flops": 0.0}, {"memory": 1, "allowance": 0.5}])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(CostError):
+        Budget(**budget)
+
+
+def test_a_batch_is_for_memory(search):
+    with pytest.raises(CostError, match="do not depend"):
+        search.largest_batch(Budget(flops=0.5))
+    with pytest.raises(CostError, match="one sample takes"):
+        search.largest_batch(Budget(memory=1000))
