@@ -27,7 +27,7 @@ class Screen:
             transient=True,
             disable=console is None or not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=None, note="")
+        self._task = self._progress.add_task("", total=None, note="", visible=False)
 
     def __enter__(self) -> Screen:
         self._progress.start()
@@ -43,7 +43,9 @@ class Screen:
 
     def start(self, what: str, epoch: int, total: int, done: int = 0) -> None:
         """A new bar of `total` steps: `what` is 'train' or 'eval'."""
-        self._progress.reset(self._task, total=total, completed=done, description=f"epoch {epoch + 1}/{self._epochs} {what}", note="")
+        self._progress.reset(
+            self._task, total=total, completed=done, description=f"epoch {epoch + 1}/{self._epochs} {what}", note="", visible=True
+        )
 
     def step(self, note: str = "") -> None:
         """One step further."""
