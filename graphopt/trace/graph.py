@@ -233,7 +233,8 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = fake_copy(module, mode)
         fake.eval()
-        x = torch.empty(batch, *input)
+        floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
+        x = torch.empty(batch, *input, dtype=None if floating is None else floating.dtype)
         at: list[fx.Node] = []
 
         class Shapes(fx.Interpreter):

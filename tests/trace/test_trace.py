@@ -23,6 +23,7 @@ EXACT: list[tuple[str, Factory, tuple[int, ...], int]] = [
     ("own with mode-dependent structure", backbones.Modes, (3, 8, 8), 1),
     ("own with an auxiliary output", backbones.Auxiliary, (3, 8, 8), 0),
     ("one module called twice", backbones.Twice, (3, 8, 8), 0),
+    ("own in float64", lambda: backbones.Small().double(), (3, 8, 8), 0),
     ("torchvision resnet18", torchvision.models.resnet18, (3, 32, 32), 0),
     ("torchvision densenet121", lambda: torchvision.models.densenet121(drop_rate=0.2), (3, 32, 32), 0),
     ("torchvision efficientnet_b0", torchvision.models.efficientnet_b0, (3, 32, 32), 0),
@@ -46,7 +47,7 @@ def test_output_and_keys_are_the_backbones_in_both_modes(factory: Factory, shape
     graph = trace(model, shape)
     assert list(graph.module.state_dict()) == list(model.state_dict())
     assert dict(graph.module.named_parameters()).keys() == dict(model.named_parameters()).keys()
-    x = torch.rand(3, *shape)  # not the batch it was traced or compared with
+    x = torch.rand(3, *shape, dtype=next(model.parameters()).dtype)  # not the batch it was traced or compared with
     for training in (True, False):
         outputs = []
         for module in (model, graph.module):
