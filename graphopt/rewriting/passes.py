@@ -149,6 +149,10 @@ class Pass(pydantic.BaseModel):
         """What this value of the pass preserves: `preserves`, unless its options change that."""
         return self.preserves
 
+    def keeps(self) -> Mapping[str, Any] | None:
+        """Options under which it may ask for features to be kept (see `FeatureCut`), so that a runner can look at them before it starts."""
+        return None
+
     def match(self, graph: Graph) -> Match:
         """The regions it would act on. Changes nothing.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import PassError
-from graphopt.regions import parts
+from graphopt.regions import Region, parts
 from graphopt.rewriting.passes import Effects, Needs, Pass
 from graphopt.rewriting.pipeline import Measure, Rewritten, Verify, check, rewrite
 from graphopt.rewriting.report import Report
@@ -91,8 +91,20 @@ class Plan:
         )
 
     @cached_property
+    def _regions(self) -> tuple[tuple[Region, ...], ...]:
+        return tuple(c.match.regions for c in check(self.base, self.passes, (), self._where))
+
+    @cached_property
     def _names(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(r.name for r in c.match.regions) for c in check(self.base, self.passes, (), self._where))
+        return tuple(tuple(r.name for r in regions) for regions in self._regions)
+
+    @cached_property
+    def scored(self) -> dict[str, tuple[str, ...]]:
+        """Regions whose weights the runner must watch, with their parameters in the backbone: those of passes that decide by measurement,
+        and those that a pass asks for."""
+        measured = (regions for value, regions in zip(self.passes, self._regions, strict=True) if not value.when.foreseeable)
+        found = {region.name: region.parameters for regions in measured for region in regions}
+        return found | {name: self.base.region(name).parameters for name in self.needs.scores if name not in found}
 
     def at(self, decisions: Iterable[Decision], *, verify: Verify = "fast", costs: bool = False) -> Plan:
         """The same plan after `decisions`, with the current weights carried over by name."""

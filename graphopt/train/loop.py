@@ -13,6 +13,7 @@ from graphopt.rewriting import Plan
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import RunFolder
 from graphopt.train.data import Data, ImageFeed, Mixer, open_data
+from graphopt.train.features import Keeper
 from graphopt.train.phase import Setting
 from graphopt.train.run import Run, Summary
 from graphopt.train.screen import Screen
@@ -61,11 +62,24 @@ def train(
             if plan is None:
                 torch.manual_seed(settings.seed)
                 plan = _compile(spec, trust, weights=state is None)
+            mixer = _mixer(data, opened, settings)
+            keeper = Keeper(
+                opened.train,
+                feeds[0],
+                strategy,
+                folder=folder.path / "features",
+                digest=digest,
+                identity={"data": _transform_of(data), "seed": settings.seed},
+                batch=settings.batch,
+                seed=settings.seed,
+                workers=data.workers if isinstance(data, DataSpec) else 0,
+                mixed=mixer is not None,
+            )
             run = Run(
                 plan,
-                Setting(settings, strategy, feeds[0], opened.classes),
+                Setting(settings, strategy, feeds[0], opened.classes, keeper),
                 feeds[1],
-                _mixer(data, opened, settings),
+                mixer,
                 folder,
                 spec=text,
                 settings=settings_table(settings, data),
@@ -99,6 +113,11 @@ def _feeds(data: Data, spec: DataSpec | Data, settings: TrainSpec, strategy: Str
     if not len(data.evaluation):
         raise RunError("there are no evaluation images", where="data")
     return train, ImageFeed(data.evaluation, settings.batch, shuffle=False, **common)
+
+
+def _transform_of(data: DataSpec | Data) -> dict[str, Any]:
+    """What makes inputs of the images, as plain values."""
+    return data.model_dump(mode="json", exclude={"workers"}) if isinstance(data, DataSpec) else {}
 
 
 def _mixer(spec: DataSpec | Data, data: Data, settings: TrainSpec) -> Mixer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from graphopt.rewriting import Decision, Plan
 from graphopt.spec import TrainSpec
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, gradients_finite
 from graphopt.train.data import Batch, Feed, ImageFeed, preserved, reseed
+from graphopt.train.features import Keeper
 from graphopt.train.history import Regions
 from graphopt.train.optimizer import (
     Schedule,
@@ -37,12 +38,13 @@ OVERFLOWS = 50
 
 @dataclass(frozen=True)
 class Setting:
-    """What all phases of a run share. `classes` is the data set's."""
+    """What all phases of a run share. `classes` is the data set's; `features` keeps what a prefix that has left the graph computed."""
 
     spec: TrainSpec
     strategy: Strategy
     images: ImageFeed
     classes: int
+    features: Keeper | None = None
 
 
 class Phase:
@@ -60,9 +62,10 @@ class Phase:
         self.plan, self.setting = plan, setting
         self.spec, self.strategy = spec, strategy = setting.spec, setting.strategy
         strategy.place(plan.module)
-        self.feed, trained = _training_input(plan, setting)
-        self._trained = trained
-        self._call = strategy.callable(trained)
+        self.feed: Feed = setting.images
+        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}
+        self._trained: nn.Module = plan.module
+        self._call: Callable[..., Any] | None = None
         self.optimizer = build_optimizer(
             plan.module,
             spec.optimizer,
@@ -92,8 +95,18 @@ class Phase:
         """R4 at the phase's end: what was frozen has not moved by a bit."""
         check_frozen(self.plan.module, self.frozen)
 
+    def begin(self) -> bool:
+        """What waits until the phase's weights are in place: the features it trains on, compilation. False where that is done already."""
+        if self._call is not None:
+            return False
+        if self.setting.features is not None:
+            self.feed, self._trained, self.features = self.setting.features.ready(self.plan, self.features)
+        self._call = self.strategy.callable(self._trained)
+        return True
+
     def train_mode(self) -> None:
         """All of the network into training mode, and what is trained of it."""
+        self.begin()
         self.plan.module.train()
         self._trained.train()
 
@@ -125,6 +138,7 @@ class Phase:
         return total, correct, samples
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self._call is not None, "a phase begins before its first step"
         if self.plan.needs.targets:
             answer, local = self._call(batch.input, batch.target)
         else:
@@ -153,11 +167,7 @@ class Phase:
     def scored(self) -> Regions:
         """Regions whose weights the history watches, with their parameters: those that a pass asks for, and those that a trigger
         which has to measure may still decide about."""
-        names = dict.fromkeys(self.plan.needs.scores)
-        for value, regions, _ in self.plan.progress():
-            if not value.when.foreseeable:
-                names |= dict.fromkeys(regions)
-        return {name: self.plan.base.region(name).parameters for name in names}
+        return self.plan.scored
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of a phase; everything by name."""
@@ -168,6 +178,7 @@ class Phase:
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "frozen": self.frozen,
             "first": self.first,
+            "features": self.features,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,16 +190,8 @@ class Phase:
         if self.ema is not None:
             load_strictly(self.ema.module, state["ema"] or state["model"])
         self.frozen, self.first = dict(state["frozen"]), bool(state["first"])
+        self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)
-
-
-def _training_input(plan: Plan, setting: Setting) -> tuple[Feed, nn.Module]:
-    """Where a phase's batches come from, and the module that takes them.
-
-    The one seam for features: where `plan.needs.features` names a cut and its features are kept, a feed of them goes with
-    `plan.suffix`. Images through the whole module are always right as well (its prefix runs without being recorded).
-    """
-    return setting.images, plan.module
 
 
 def _averaged(module: nn.Module, decay: float | None, earlier: ModelEmaV3 | None) -> ModelEmaV3 | None:

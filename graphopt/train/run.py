@@ -122,7 +122,16 @@ class Run:
         else:
             self.log.write({"kind": "resume", "step": self.at.total, "epoch": self.at.epoch})
             screen.say(f"goes on at epoch {self.at.epoch + 1}, step {self.at.step}")
+        if setting.features is not None:
+            setting.features.check(plan)
+            setting.features.progress, setting.features.say = self._filled, screen.say
         self._started = time.perf_counter()
+
+    def _filled(self, done: int, rows: int) -> None:
+        """A part of a feature cache is there; a stop asked for meanwhile comes now, and the fill goes on from here when resumed."""
+        self.screen.start("features", self.at.epoch, rows, done)
+        if self.signals.signum is not None:
+            raise _StopAsked
 
     def _first_phase(self, plan: Plan) -> Phase:
         due = self.strategy.agree(lambda: plan.due(0, self.history, self.spec.epochs))
@@ -168,6 +177,8 @@ class Run:
 
     def _train_epoch(self) -> None:
         phase, at, every = self.phase, self.at, self.spec.log_every
+        if phase.begin() and self.setting.features is not None and self.setting.features.told:
+            self.log.write({"kind": "features", "step": at.total, "epoch": at.epoch, **self.setting.features.told})
         phase.train_mode()
         self.screen.start("train", at.epoch, phase.steps, at.step)
         batches = self._batches()

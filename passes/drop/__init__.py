@@ -109,6 +109,11 @@ class Drop(Pass):
             return frozenset({"state-dict keys"})
         return frozenset({"eval output", "state-dict keys", "gradients of the rest"})
 
+    def keeps(self) -> dict[str, Any] | None:
+        if self.mode == "bypass" or self.cache == "none":
+            return None
+        return {name: getattr(self, name) for name in ("cache", "dtype", "limit", "views", "folder", "force")}
+
     # -- select ---------------------------------------------------------------------------------------------------------------------
     def match(self, graph: Graph) -> Match:
         if self.mode == "bypass":
@@ -167,14 +172,14 @@ class Drop(Pass):
     def _drop(self, graph: Graph, match: Match) -> Effects:
         last = match.regions[-1].name
         cut: fx.Node = match.data[last]
-        figures: dict[str, Any] = cut_off(graph, cut, by=self.use)
+        figures: dict[str, Any] = cut_off(graph, [match.data[r.name] for r in match.regions], by=self.use)
         names = tuple(r.name for r in match.regions)
         marks = {name: Mark("dropped", detail={"upto": last}) for name in names}
-        if self.cache == "none":
+        kept = self.keeps()
+        if kept is None:
             return Effects(names, figures=figures, marks=marks)
         figures |= {"cut": last, "feature_bytes_per_sample": bytes_per_sample(cut, DTYPES[self.dtype])}
-        options = {name: getattr(self, name) for name in ("cache", "dtype", "limit", "views", "folder", "force")}
-        return Effects(names, needs=Needs(features=FeatureCut(cut, last, options)), figures=figures, marks=marks)
+        return Effects(names, needs=Needs(features=FeatureCut(cut, last, kept)), figures=figures, marks=marks)
 
     def _bypass(self, graph: Graph, match: Match) -> Effects:
         # Probabilities follow the depth among all the pass's blocks, whichever of them a trigger has taken so far.

@@ -119,14 +119,17 @@ def _name_of(graph: Graph, cut: fx.Node, order: dict[fx.Node, int]) -> str | Non
 
 
 # -- cutting ------------------------------------------------------------------------------------------------------------------------
-def cut_off(graph: Graph, cut: fx.Node, *, by: str) -> dict[str, Any]:
-    """Takes everything up to `cut` out of training: no gradients, eval semantics, one section under `no_grad`. Returns figures.
+def cut_off(graph: Graph, cuts: Sequence[fx.Node], *, by: str) -> dict[str, Any]:
+    """Takes everything up to the last of `cuts` out of training: no gradients, eval semantics, one section under `no_grad`.
+
+    The graph can afterwards be taken apart at each of the cuts, so that features of a later one can be computed from those of an earlier.
+    Returns figures for the report.
 
     Raises:
         PassError: a parameter is read on both sides, the prefix draws random numbers in eval mode too, or a section of another pass that
             has a loss of its own lies in it.
     """
-    prefix = before([cut])
+    prefix = before([cuts[-1]])
     nodes = [n for n in graph.nodes if n in prefix]
     _demand_apart(graph, nodes, by)
     names = parameters_of(graph, nodes)
@@ -135,8 +138,10 @@ def cut_off(graph: Graph, cut: fx.Node, *, by: str) -> dict[str, Any]:
         if id(parameter) in aliases:
             parameter.requires_grad_(False)
     rested = _rest(graph, nodes, by)
-    _recompute_scalars(graph, cut, by)
-    graph.add_section(Section(SECTION, tuple(nodes), NoGrad, by))
+    for cut in cuts:
+        _recompute_scalars(graph, cut, by)
+    prefix = before([cuts[-1]])
+    graph.add_section(Section(SECTION, tuple(n for n in graph.nodes if n in prefix), NoGrad, by))
     return {"prefix_nodes": len(nodes), "prefix_parameters": sum(graph.module.get_parameter(n).numel() for n in names), "rested": rested}
 
 
@@ -208,7 +213,7 @@ def _recompute_scalars(graph: Graph, cut: fx.Node, by: str) -> None:
     larger = {n.name: n.meta["val"] for n in twin.graph.nodes}
     with graph.fx.inserting_after(cut):
         batch = graph.fx.call_method("size", (cut, 0))
-    batch.meta = {"origin": cut.meta["origin"], "by": by}
+    batch.meta = {"origin": cut.meta["origin"], "by": by, "val": SHAPE_BATCH}
     for node in crossing:
         if isinstance(node.meta["val"], torch.Tensor):
             raise PassError(f"besides the cut, {node} leads from the prefix to what is behind", where=f"node {node}")
@@ -240,7 +245,7 @@ def _replace_scalar(graph: Graph, node: fx.Node, small: Any, large: Any, batch: 
             return batch
         with graph.fx.inserting_after(at):
             at = graph.fx.call_function(_mul, (batch, factor))
-        at.meta = {"origin": node.meta["origin"], "by": by}
+        at.meta = {"origin": node.meta["origin"], "by": by, "val": SHAPE_BATCH * factor}
         return at
 
     new = value(small, large)
