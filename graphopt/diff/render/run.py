@@ -1,0 +1,157 @@
+"""A run as one HTML page: its curves, its phases and decisions, and the diff."""
+
+from __future__ import annotations
+
+import html
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from graphopt.diff.phases import film
+from graphopt.diff.render.data import as_script
+from graphopt.diff.render.page import filled, scripts, to_html
+from graphopt.diff.render.style import for_page, web
+from graphopt.diff.run import Run
+from graphopt.quantities import show_count, show_size
+from graphopt.rewriting import Plan
+
+#: points in one curve; more could not be told apart on any screen
+POINTS = 1500
+MIB = 2**20
+
+
+def to_report(run: Run, plan: Plan) -> str:
+    """The page of a run.
+
+    Args:
+        plan: of the run's spec, in its first phase.
+    """
+    frames = film(plan, run.decisions, costs=plan.report.before is not None)
+    title = plan.name or run.path.name
+    spec = plan.spec
+    told = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
+    if run.summary:
+        told.append(str(run.summary.get("device", "")))
+    note = "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>'
+    values = {
+        "TITLE": html.escape(title),
+        "SUBTITLE": html.escape(" · ".join(t for t in told if t)),
+        "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
+        "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
+        "NOTE": note,
+        "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
+        "DIFF": html.escape(to_html(frames), quote=True),
+        "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),
+        "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
+    }
+    return filled(web("report.html"), values)
+
+
+def charts(run: Run) -> dict[str, Any]:
+    """The four charts' curves over epochs: a step's place is its share of the way to the end of its epoch."""
+    ends = [0, *(int(r["step"]) for r in run.epochs)]
+
+    def at(record: Mapping[str, Any]) -> float:
+        step = int(record["step"])
+        number = min(bisect_right(ends, step) - 1, len(ends) - 1)
+        start = ends[number]
+        if number + 1 < len(ends):
+            return number + (step - start) / max(1, ends[number + 1] - start)
+        length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
+        return number + min(1.0, (step - start) / max(1, length))
+
+    def steps(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
+        return _thinned([(at(r), factor * float(r[key])) for r in run.steps if _number(r.get(key))])
+
+    def epochs(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
+        return [(int(r["epoch"]) + 1.0, factor * float(r[key])) for r in run.epochs if _number(r.get(key))]
+
+    return {
+        "loss": _chart({"training": steps("loss") or epochs("train_loss"), "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
+        "accuracy": _chart(
+            {
+                "training": steps("accuracy", 100) or epochs("train_accuracy", 100),
+                "evaluation": epochs("accuracy", 100),
+                "averaged weights": epochs("ema_accuracy", 100),
+            }
+        ),
+        "time": _chart({"step": steps("step_seconds", 1000)}, zero=True),
+        "memory": _chart({"peak": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB)}, zero=True),
+    }
+
+
+def _chart(curves: Mapping[str, Sequence[tuple[float, float]]], *, zero: bool = False) -> dict[str, Any]:
+    """uPlot's form: one sorted x, and per series a y or null at each."""
+    drawn = {name: dict(points) for name, points in curves.items() if points}
+    xs = sorted({round(x, 4) for points in drawn.values() for x in points})
+    series = []
+    for name, points in drawn.items():
+        by_x = {round(x, 4): round(y, 6) for x, y in points.items()}
+        series.append({"name": name, "y": [by_x.get(x) for x in xs], "points": len(by_x) <= 60})
+    values = [y for points in drawn.values() for y in points.values()]
+    # Where one curve leaves the others far below (a first evaluation with young norms), only a logarithmic scale shows both.
+    log = not zero and bool(values) and min(values) > 0 and max(values) > 50 * min(values)
+    return {"x": xs, "series": series, "zero": zero, "log": log}
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means of neighbours, so that no more than POINTS are left."""
+    size = -(-len(points) // POINTS)
+    if size <= 1:
+        return points
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+
+
+def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
+    last, done = (run.epochs[-1] if run.epochs else {}), run.summary or {}
+    if _number(accuracy := done.get("accuracy", last.get("accuracy"))):
+        best = done.get("best_accuracy")
+        small = f"best {100 * best:.2f} % in epoch {done['best_epoch'] + 1}" if _number(best) else ""
+        yield "accuracy", f"{100 * accuracy:.2f} %", small
+    if _number(loss := done.get("loss", last.get("loss"))):
+        yield "loss", f"{loss:.4f}", "evaluation"
+    if (seconds := done.get("seconds") or sum(float(r.get("seconds", 0)) for r in run.epochs)) > 0:
+        yield "time", _duration(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
+    if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
+        yield "peak memory", show_size(peak), str(done.get("device", ""))
+    if run.phases:
+        first, now = run.phases[0].get("trainable_parameters"), run.phases[-1].get("trainable_parameters")
+        if _number(first) and _number(now):
+            yield "trainable", show_count(now), f"{show_count(first)} at the start" if now != first else "parameters"
+
+
+def _tile(what: str, big: str, small: str) -> str:
+    return (
+        f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
+        f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _phase_lines(run: Run) -> list[dict[str, Any]]:
+    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_said(d) for d in p.get("decisions", ())))} for p in run.phases]
+
+
+def _said(decision: Mapping[str, Any]) -> str:
+    use = str(decision.get("pass", f"pass {decision.get('index', 0) + 1}"))
+    return use if decision.get("action", "apply") == "apply" else f"{use} undone"
+
+
+def _phase_row(phase: Mapping[str, Any]) -> str:
+    decisions = phase.get("decisions", ())
+    regions = "; ".join(", ".join(d.get("regions") or ["all it selects"]) for d in decisions)
+    said = "; ".join(_said(d) for d in decisions) or "start"
+    trainable = phase.get("trainable_parameters")
+    cells = [str(phase.get("epoch", 0)), said, regions, show_count(trainable) if _number(trainable) else ""]
+    return f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in cells)}</tr>"
