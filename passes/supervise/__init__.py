@@ -24,8 +24,8 @@ Options
                 convolutions), "transformer" (a block over the sampled positions, then linear).
     fraction    share of the positions rebuilt in one step; all take their turn. Default 0.25, for images 1.
     loss        of the decoder: "l1" (default), "l2", "bce" (default for images; the goal must lie in [0, 1]).
-    head        "pool" (norm, mean, linear; default where channels come last), "conv" (InfoPro's, default for maps with channels first),
-                "contrast" (supervised contrast of 128 features instead of class scores).
+    head        "pool" (norm, mean, linear; default where channels come last), "conv" (InfoPro's), "conv-light" (the same on a pooled map;
+                default for maps with channels first), "contrast" (supervised contrast of 128 features instead of class scores).
     temperature of the contrast.
     weights     of the two losses, from the first to the last auxiliary module, linear between.
     mean, std   the data's normalisation per channel, which the image decoder takes back. Default: ImageNet's for 3 channels, else 0.5.
@@ -90,7 +90,7 @@ class Supervise(Pass):
     structure: decoders.Structure = "linear"
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     loss: Literal["l1", "l2", "bce"] | None = None
-    head: Literal["pool", "conv", "contrast"] | None = None
+    head: heads.Kind | None = None
     temperature: Annotated[float, Field(gt=0)] = 0.07
     weights: Weighting = Weighting()
     mean: Statistics | None = None
@@ -173,7 +173,7 @@ class Supervise(Pass):
         return notes
 
     def _misfit(self, source: Layout, goal: Layout) -> str | None:
-        if self.head == "conv" and source.grid is None:
+        if self.head in ("conv", "conv-light") and source.grid is None:
             return f"a convolutional head needs a map, and the graph shows no grid behind {source}"
         if self.decoder == "none":
             return None
@@ -216,7 +216,7 @@ class Supervise(Pass):
             graph.module.add_submodule(f"supervise.{i}", auxiliary)
             _mark(graph, f"supervise.{i}.enter", before or graph.placeholder)
             before = _mark(graph, f"supervise.{i}.leave", region.exits[0])
-            marks[f"supervise.{i}"] = Mark("inserted", (region.exits[0].meta["origin"].path,), self._parts(auxiliary))
+            marks[f"supervise.{i}"] = Mark("inserted", (region.exits[0].meta["origin"].path,), self._parts(auxiliary, layouts[i][0]))
             stretches.append(
                 Stretch(
                     name=f"supervise_{i}",
@@ -241,12 +241,12 @@ class Supervise(Pass):
             marks=marks,
         )
 
-    def _parts(self, auxiliary: Auxiliary) -> dict[str, str]:
+    def _parts(self, auxiliary: Auxiliary, layout: Layout) -> dict[str, str]:
         """What a module's auxiliary part is made of, for people."""
         decoder = (
             "none" if auxiliary.decoder is None else f"{self.decoder}, {self.structure}" if self.decoder == "features" else self.decoder
         )
-        head = "none" if auxiliary.head is None else self.head or {"ConvHead": "conv", "PoolHead": "pool"}[type(auxiliary.head).__name__]
+        head = "none" if auxiliary.head is None else self.head or heads.natural(layout)
         weights = auxiliary.weights
         return {"head": head, "decoder": decoder, "weights": f"classify {weights.classify:g}, reconstruct {weights.reconstruct:g}"}
 

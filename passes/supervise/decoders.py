@@ -54,7 +54,8 @@ class PatchDecoder(nn.Module):
     """Rebuilds the input from single positions of the output: each foretells the patch of the input that lies over it.
 
     A source of shape (N, h*w positions, C) and a goal on a grid r times as fine give, from k positions, a prediction (N, k, r*r*C').
-    Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one.
+    Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one. Of maps with channels first, whole rows
+    are sampled: their values lie together in memory, single positions' do not.
 
     Args:
         source, goal: layouts of the module's output and input.
@@ -65,25 +66,25 @@ class PatchDecoder(nn.Module):
     def __init__(self, source: Layout, goal: Layout, fraction: float, block: bool) -> None:
         super().__init__()
         self.source, self.goal = source, goal
-        ratio = (1, 1)
+        height, width = source.grid or (1, source.length)
+        self.ratio = (1, 1)
         self.resize: tuple[int, int] | None = None
         if source.grid is not None and goal.grid is not None:
-            ratio = tuple(max(1, round(g / s)) for s, g in zip(source.grid, goal.grid, strict=True))  # type: ignore[assignment]
-            fine = (source.grid[0] * ratio[0], source.grid[1] * ratio[1])
+            self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
+            fine = (height * self.ratio[0], width * self.ratio[1])
             self.resize = fine if fine != goal.grid else None
-            total, width = math.prod(source.grid), fine[1]
-        else:
-            total, width = source.length, source.length
-        self.ratio = ratio
-        self.turns = Turns(total, max(1, round(fraction * total)))
-        row = torch.arange(total) // (width // ratio[1]) * ratio[0]
-        column = torch.arange(total) % (width // ratio[1]) * ratio[1]
-        down, right = torch.arange(ratio[0]), torch.arange(ratio[1])
-        pixels = (row[:, None, None] + down[:, None]) * width + column[:, None, None] + right
-        #: (positions, r*r): where in the goal each position's patch lies
-        self.register_buffer("pixels", pixels.flatten(1), persistent=False)
+        #: positions that are sampled together
+        self.run = width if source.images else 1
+        units = height * width // self.run
+        self.turns = Turns(units, max(1, round(fraction * units)))
+        row = torch.arange(height * width) // width * self.ratio[0]
+        column = torch.arange(height * width) % width * self.ratio[1]
+        down, right = torch.arange(self.ratio[0]), torch.arange(self.ratio[1])
+        pixels = (row[:, None, None] + down[:, None]) * width * self.ratio[1] + column[:, None, None] + right
+        #: (units, positions per unit * r*r): where in the goal each unit's patches lie
+        self.register_buffer("pixels", pixels.reshape(units, -1), persistent=False)
         self.block = Block(source.channels) if block else nn.Identity()
-        self.fc = nn.Linear(source.channels, goal.channels * math.prod(ratio))
+        self.fc = nn.Linear(source.channels, goal.channels * math.prod(self.ratio))
 
     @staticmethod
     def misfit(source: Layout, goal: Layout) -> str | None:
@@ -95,16 +96,31 @@ class PatchDecoder(nn.Module):
         return f"{goal} cannot be put over {source}: the graph shows no grid for them"
 
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        positions = self.turns()
-        prediction = self.fc(self.block(self.source.pick(h, positions)))
+        units = self.turns()
+        if self.source.images:
+            picked = h.index_select(2, units).flatten(2).transpose(1, 2)
+        else:
+            picked = self.source.pick(h, units)
         with torch.no_grad():
-            patches = self.pixels[positions].flatten()
-            if self.resize is None:
-                rows = self.goal.pick(x, patches)
-            else:
-                rows = F.adaptive_avg_pool2d(self.goal.map(x), self.resize).flatten(2).index_select(2, patches).transpose(1, 2)
-            goal = rows.reshape(len(x), len(positions), -1)
-        return prediction, goal
+            goal = self._patches(x, units)
+        return self.fc(self.block(picked)), goal
+
+    def _patches(self, x: Tensor, units: Tensor) -> Tensor:
+        """(N, k, r*r*C'): the goal over the sampled positions."""
+        if self.resize is not None:
+            x = F.adaptive_avg_pool2d(self.goal.map(x), self.resize)
+        if self.source.images and (self.goal.images or self.resize is not None):
+            down, right = self.ratio
+            rows = (units[:, None] * down + torch.arange(down, device=x.device)).flatten()
+            patches = x.index_select(2, rows).unflatten(2, (-1, down)).unflatten(4, (-1, right))
+            return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        pixels = self.pixels[units].flatten()
+        rows = self.goal.pick(x, pixels) if self.resize is None else x.flatten(2).index_select(2, pixels).transpose(1, 2)
+        return rows.reshape(len(x), len(units) * self.run, -1)
+
+
+def _ratio(coarse: int, fine: int) -> int:
+    return max(1, round(fine / coarse))
 
 
 class Block(nn.Module):
@@ -140,7 +156,7 @@ class ConvDecoder(nn.Module):
         assert goal.grid is not None
         self.source, self.goal, self.aligned = source, goal, aligned
         self.window: tuple[int, int] | None = None
-        self.ratio = tuple(max(1, round(g / s)) for s, g in zip(source.grid, goal.grid, strict=True))
+        self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
         self.fine = (source.grid[0] * self.ratio[0], source.grid[1] * self.ratio[1])
         if fraction < 1:
             self.window = tuple(max(1, round(s * math.sqrt(fraction))) for s in source.grid)  # type: ignore[assignment]

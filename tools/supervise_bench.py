@@ -1,0 +1,188 @@
+"""What local supervision saves and costs, one run, one table: end-to-end, activation checkpointing, and K = 2, 3, 4, 8, 16 modules.
+
+    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 7] [--device cpu] [--amp] [--decoders]
+
+Cuts are `balance = "memory"`, the decoder the default one, unless `--decoders` compares them at K = 4. "Peak" is the forecast
+`peak_activation_bytes` of one training step over the end-to-end step's, at `--batch` (128; float32). "Auxiliary" is the share of the step's
+FLOPs that heads and decoders take. "Step time" is the median over rounds of forward and backward over the end-to-end step of the same
+round, the variants taking turns, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
+machine disturbs less, on a GPU wall time. With `--device cuda` the last column is `torch.cuda.max_memory_allocated` of a step
+at `--batch`, less what was allocated before it (parameters, optimizer state aside), over end-to-end's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from machine import heading
+from torch import nn
+
+from graphopt import cifar
+from graphopt.cost import Cost, forecast
+from graphopt.errors import GraphoptError
+from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.supervise import Supervise
+from graphopt.rewriting import Pass
+from graphopt.rewriting.sections import emit
+from graphopt.trace import Graph, trace
+
+#: how to build it, one sample, and the batch its CPU steps are timed at
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "resnet110": (lambda: cifar.build("resnet110"), (3, 32, 32), 32),
+    "swin_t": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), (3, 224, 224), 4),
+    "vit_s": (lambda: timm.create_model("vit_small_patch16_224"), (3, 224, 224), 4),
+    "resnet50": (torchvision.models.resnet50, (3, 224, 224), 4),
+}
+
+
+def variants(decoders: bool) -> dict[str, Pass | None]:
+    if not decoders:
+        ours = {f"K = {k}": Supervise(modules=k, balance="memory") for k in (2, 3, 4, 8, 16)}
+        return {"end-to-end": None, "checkpointing, 8 segments": Checkpoint(segments=8), **ours}
+    four: dict[str, Any] = {"modules": 4, "balance": "memory"}
+    return {
+        "end-to-end": None,
+        "features, linear (default)": Supervise(**four),
+        "features, linear, all positions": Supervise(**four, fraction=1.0),
+        "features, conv": Supervise(**four, structure="conv"),
+        "features, conv, all positions": Supervise(**four, structure="conv", fraction=1.0),
+        "features, transformer": Supervise(**four, structure="transformer"),
+        "image (InfoPro)": Supervise(**four, decoder="image"),
+        "image, contrast (InfoPro)": Supervise(**four, decoder="image", head="contrast"),
+        "none (greedy)": Supervise(**four, decoder="none"),
+    }
+
+
+def made(base: Graph, value: Pass | None) -> tuple[nn.Module, bool]:
+    """The emitted module, and whether it takes targets."""
+    graph = base.clone()
+    if value is None:
+        return emit(graph), False
+    match = value.match(graph)
+    for note in value.check(graph, match):
+        if note.level == "refuse":
+            raise GraphoptError(note.why, where=note.where)
+    needs = value.rewrite(graph, match).needs
+    graph.refresh()
+    return emit(graph), needs.targets
+
+
+class Timed:
+    """One variant on the device, ready to step."""
+
+    def __init__(self, module: nn.Module, targets: bool, device: str, amp: bool) -> None:
+        self.module, self.targets, self.device, self.amp = module.to(device).train(), targets, device, amp
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        start = self._now()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
+            if self.targets:
+                output, local = self.module(x, y)
+                loss = F.cross_entropy(output, y) + local
+            else:
+                loss = F.cross_entropy(self.module(x), y)
+        loss.backward()
+        return self._now() - start
+
+    def _now(self) -> float:
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def allocated(self, x: torch.Tensor, y: torch.Tensor) -> int:
+        """Bytes a step allocates at its highest, above what was there."""
+        self.step(x, y)
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.step(x, y)
+        return torch.cuda.max_memory_allocated() - before
+
+
+def bench(name: str, options: argparse.Namespace) -> list[str]:
+    make, input, time_batch = MODELS[name]
+    time_batch = options.time_batch or time_batch
+    torch.manual_seed(0)
+    base = trace(make(), input, compare=False)
+    costs: dict[str, Cost] = {}
+    timed: dict[str, Timed] = {}
+    for label, value in variants(options.decoders).items():
+        try:
+            module, targets = made(base, value)
+        except GraphoptError as error:
+            print(f"{name}, {label}: {error}")
+            continue
+        costs[label] = forecast(copy.deepcopy(module), input, options.batch, targets=targets, amp="bfloat16" if options.amp else None)
+        timed[label] = Timed(module, targets, options.device, options.amp)
+        print(f"{name}, {label}: peak {costs[label].peak_activation_bytes / 2**20:.0f} MiB", flush=True)
+    x, y = torch.randn(time_batch, *input, device=options.device), torch.randint(0, 10, (time_batch,), device=options.device)
+    seconds: dict[str, list[float]] = {label: [] for label in timed}
+    for number in range(options.rounds + 1):
+        for label, variant in timed.items():
+            took = variant.step(x, y)
+            if number:  # the first round warms up
+                seconds[label].append(took)
+            for parameter in variant.module.parameters():
+                parameter.grad = None
+    allocated: dict[str, int] = {}
+    if options.device != "cpu":
+        x, y = torch.randn(options.batch, *input, device=options.device), torch.randint(0, 10, (options.batch,), device=options.device)
+        allocated = {label: variant.allocated(x, y) for label, variant in timed.items()}
+    first = "end-to-end"
+    lines = []
+    for label, cost in costs.items():
+        ratios = sorted(t / b for t, b in zip(seconds[label], seconds[first], strict=True))
+        extra = sum(r.forward_flops + r.backward_flops for r in cost.rows if r.path.startswith("supervise."))
+        cells = [
+            name, label, f"{cost.peak_activation_bytes / 2**20:.0f}",
+            f"{cost.peak_activation_bytes / costs[first].peak_activation_bytes:.3f}", f"{extra / cost.flops:.1%}",
+            f"{statistics.median(ratios):.3f}" if ratios else "", f"{ratios[0]:.2f}-{ratios[-1]:.2f}" if ratios else "",
+        ]  # fmt: skip
+        cells += [f"{allocated[label] / 2**20:.0f} ({allocated[label] / allocated[first]:.3f})"] if allocated else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch", type=int, default=128, help="of the forecast, and of the GPU's memory")
+    parser.add_argument("--time-batch", type=int, help="default: by backbone")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--decoders", action="store_true", help="compare decoders at K = 4 instead")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the table there too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    head = ["backbone", "variant", f"peak MiB at batch {options.batch}", "peak", "auxiliary", "step time", "spread"]
+    head += ["max_memory_allocated MiB"] if options.device != "cpu" else []
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name in options.models:
+        lines += bench(name, options)
+    text = heading("Local supervision: memory and time", __doc__) + "\n" + "\n".join(lines) + "\n"
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
