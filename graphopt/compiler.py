@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +13,8 @@ from graphopt.rewriting.passes import Pass
 from graphopt.rewriting.pipeline import Verify
 from graphopt.rewriting.plan import Plan, digest_of, measure_with
 from graphopt.rewriting.triggers import Decision
+from graphopt.spec import Spec, load
 from graphopt.trace import trace
-
-if TYPE_CHECKING:
-    from graphopt.spec import Spec
 
 #: samples per training step that costs are of, where nobody says
 DEFAULT_BATCH = 32
@@ -49,13 +47,11 @@ def compile(
         GraphoptError: see `graphopt.errors`; the model is left as it was.
     """
     if isinstance(spec, (str, Path)):
-        from graphopt.spec import load
-
         spec = load(spec, trust=trust)
     if isinstance(spec, Pass):
         spec = [spec]
-    if isinstance(spec, (list, tuple)):
-        passes: Sequence[Pass] = spec
+    if not isinstance(spec, Spec):
+        passes: Sequence[Pass] = tuple(spec)
         if model is None or input is None:
             raise SpecError("passes alone do not say what they are for", fix="Give the model, and input=(3, 224, 224)")
         plain: dict[str, Any] = {"name": type(model).__name__, "digest": digest_of(passes, model, tuple(input))}

@@ -35,7 +35,7 @@ def test_parse_size(text: object, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "8 GiBs", "8 XB", "-1", -1, 1.5, True, None, "1e9", float("nan"), "17 EiB", [1]])
 def test_what_is_no_size(text: object) -> None:
-    with pytest.raises(ValueError, match="size|bytes"):
+    with pytest.raises(ValueError, match=r"size|bytes"):
         parse_size(text)
 
 
