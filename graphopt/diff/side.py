@@ -288,7 +288,8 @@ class _PlanSide:
     def _row(self, index: int, place: Place, before: Any, after: Any, band_of: Mapping[str, str], dropped: set[int]) -> Row:
         said, nodes = self.said[index], self.held[index]
         gone = [n for n in self.joined.gone if n in set(self.original[index])]
-        statuses = ranked(said.statuses)
+        # What is out of training does not train: saying so twice tells nothing.
+        statuses = ranked(said.statuses - {"frozen"} if said.statuses & {"dropped", "bypassed"} else said.statuses)
         rows: list[NodeRow] = [self.joined.row(n) for n in nodes]
         rows += [describe(self.base, n, ("bypassed",)) for n in gone]
         kept = nodes or self.original[index]

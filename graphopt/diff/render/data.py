@@ -107,9 +107,10 @@ def subtitle(diff: Diff) -> str:
 
 
 def _telling(diff: Diff) -> str:
-    """The first figure that differs, saved activations before all."""
+    """The figure that falls most; saved activations where none does."""
     before, after = diff.before.totals or {}, diff.after.totals or {}
-    return next((k for k in METRICS if k in before and k in after and before[k] != after[k]), METRICS[0])
+    saved = {k: 1 - after[k] / before[k] for k in METRICS if before.get(k) and k in after}
+    return max(saved, key=lambda k: (round(saved[k], 3), -METRICS.index(k)), default=METRICS[0])
 
 
 def _apart(frames: Sequence[Frame]) -> set[tuple[str, str]]:

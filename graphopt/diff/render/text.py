@@ -15,8 +15,8 @@ from graphopt.diff.render.words import amount, change, facts, folds, glyph, pass
 from graphopt.diff.rows import NodeRow, Row
 from graphopt.diff.status import look
 
-#: the figure at the end of each line, the first that is known and changes
-_AT_END = ("saved_activation_bytes", "trainable_parameters")
+#: what the end of a line may tell: the one that changes most, the first of equals
+_AT_END = {"saved_activation_bytes": "saved", "trainable_parameters": "trainable", "forward_flops": "forward"}
 
 
 def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bool = True) -> RenderableType:
@@ -95,14 +95,15 @@ def _line(diff: Diff, fold: Fold, unicode: bool) -> Text:
             line.append(_plain(f" {said}", unicode))
         if by := passes_of(row, diff.after.passes):
             line.append(f"  {by}", style="dim")
-    for key in _AT_END:
-        before, after = total(fold.rows, key, "before"), total(fold.rows, key, "after")
-        if before is not None and after is not None and before != after:
-            what = "saved" if key == "saved_activation_bytes" else "trainable"
-            line.append(_plain(f"  {what} {amount(key, before)} → {amount(key, after)} ({change(before, after)})", unicode), style="cyan")
-            break
-        if before is None and after:
-            line.append(f"  {amount(key, after)}", style="cyan")
+    figures = {key: (total(fold.rows, key, "before"), total(fold.rows, key, "after")) for key in _AT_END}
+    changed = {k: abs(b - a) / max(a, b) for k, (b, a) in figures.items() if a is not None and b is not None and a != b}
+    if changed:
+        key = max(changed, key=lambda k: changed[k])
+        old, new = figures[key]
+        assert old is not None and new is not None
+        line.append(_plain(f"  {_AT_END[key]} {amount(key, old)} → {amount(key, new)} ({change(old, new)})", unicode), style="cyan")
+    elif row.beside and (added := total(fold.rows, "parameters", "after")):
+        line.append(f"  {amount('parameters', added)} parameters", style="cyan")
     return line
 
 

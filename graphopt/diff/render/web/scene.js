@@ -94,7 +94,9 @@
     if (!quiet) {
       const by = [...new Set(row.passes.map((i) => (data.passes[i] || { use: "?" }).use))].join(", ");
       const said = c.type === "group" ? counted(c.rows) : words(row);
-      const more = c.type === "group" ? "" : facts(row) || (by && !said.includes(by) ? "by " + by : "");
+      // The arcs show where shared weights come from; the card has room for what they are mixed with.
+      const about = Object.entries(row.detail).map(([k, v]) => k + " " + v).join(", ");
+      const more = c.type === "group" ? "" : about || facts(row) || (by && !said.includes(by) ? "by " + by : "");
       const text = fit(said, w - 30, 11.5, 0.53);
       out.push(`<text class="status" x="16" y="${y + 7}">${esc(text)}${more && text === said ? `<tspan class="facts" dx="6">${esc(fit(more, w - 40 - said.length * 11.5 * 0.53, 11, 0.53))}</tspan>` : ""}</text>`);
       y += 17;
