@@ -16,6 +16,7 @@ from graphopt.errors import (
     TraceError,
     VerifyError,
 )
+from graphopt.loading import load, save
 from graphopt.regions import Region
 from graphopt.rewriting import Decision, Effects, Match, Needs, Note, Pass, Plan, Report, Section
 from graphopt.select import Filter, Selector, select
@@ -44,6 +45,8 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "compile",
+    "load",
+    "save",
     "select",
     "trace",
 ]

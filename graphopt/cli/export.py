@@ -24,6 +24,7 @@ def export(
         graphopt export runs/quickstart -o model.safetensors
     """
     from graphopt.cli.screen import show
+    from graphopt.loading import is_plan_file
     from graphopt.quantities import show_size
     from graphopt.train.export import export_run
 
@@ -34,6 +35,8 @@ def export(
     checked: Any = (which, weights)
     written = export_run(as_path(run), path, which=checked[0], weights=checked[1], trust=trust)  # type: ignore[arg-type]
     show(f"written: {written} ({show_size(written.stat().st_size)})")
+    if is_plan_file(written):
+        show("it holds the rewritten model with its spec: the backbone's architecture cannot express it. graphopt.load(file) gives it back")
 
 
 def register(app: typer.Typer) -> None:

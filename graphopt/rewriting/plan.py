@@ -132,7 +132,7 @@ class Plan:
         mine, theirs = self.module.state_dict(), earlier.module.state_dict()
         values = dict(theirs)
         if missing := mine.keys() - theirs.keys():
-            original = earlier.to_backbone(theirs)
+            original = earlier.to_backbone(theirs, partial=True)
             adopted = self.from_backbone(original)
             values |= {k: adopted[k] for k in missing if k in adopted}
         kept = {k: v for k, v in values.items() if k in mine}
@@ -142,15 +142,23 @@ class Plan:
         self.module.train(earlier.module.training)
 
     # -- weights ------------------------------------------------------------------------------------------------------------
-    def to_backbone(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_backbone(self, state: dict[str, Tensor], *, partial: bool = False) -> dict[str, Tensor]:
         """The emitted module's state dict under the backbone's keys (auxiliary parts gone, mixed weights worked out).
+
+        Args:
+            partial: leave what the backbone's architecture cannot express as it is, instead of raising.
 
         Raises:
             PassError: a pass replaced something the backbone's architecture cannot express.
         """
         for effect in reversed(self.effects):
-            if effect is not None and effect.restore is not None:
+            if effect is None or effect.restore is None:
+                continue
+            try:
                 state = effect.restore(dict(state))
+            except PassError:
+                if not partial:
+                    raise
         return state
 
     def from_backbone(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
-from graphopt.errors import RunError
+from graphopt.errors import PassError, RunError
+from graphopt.loading import packed
 from graphopt.rewriting import Decision, Plan
 from graphopt.train.checkpoint import check_digest, load_checkpoint, write_atomically
 from graphopt.train.phase import load_strictly
@@ -28,6 +29,9 @@ def export_run(
 ) -> Path:
     """Write the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
 
+    Where a pass replaced something that the backbone's architecture cannot express, the file holds the emitted module's weights with
+    the spec instead: `graphopt.load(path)` gives the model back, and `graphopt.loading.is_plan_file(path)` tells.
+
     Args:
         run: the run's folder, or one of its checkpoints.
         which: the checkpoint with the highest accuracy, or the last; `best` takes the last where there is no best.
@@ -40,7 +44,6 @@ def export_run(
 
     Raises:
         RunError: no run or checkpoint there, no averaged weights, or no room.
-        PassError: a pass replaced something that the backbone's architecture cannot express.
     """
     target = Path(path)
     state = load_checkpoint(_checkpoint(Path(run), which))
@@ -52,7 +55,11 @@ def export_run(
         "epoch": str(state["progress"]["epoch"]),
         "weights": chosen,
     }
-    content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
+    try:
+        content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
+    except PassError as error:
+        # The backbone cannot express it, and a run's weights are not thrown away for that: the file holds the plan (`graphopt.load`).
+        content = packed(plan, {**metadata, "why": str(error)})
     if not target.parent.is_dir():
         raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another.")
     if target.is_dir():
