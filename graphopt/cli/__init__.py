@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli import apply, check, diff, export, inspect, page, passes, schema, specs, train
+from graphopt.cli import apply, check, diff, export, fit, inspect, page, passes, schema, specs, train
 from graphopt.cli.screen import show_error
 from graphopt.errors import GraphoptError
 
 #: In the order of `graphopt --help`. A command is a module with `register(app)`.
-COMMANDS = (inspect, check, apply, diff, train, page, export, passes, specs, schema)
+COMMANDS = (inspect, check, apply, diff, fit, train, page, export, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",
