@@ -74,6 +74,7 @@ class Cost:
             optimizer's (its state, its step's passing results): the batch, activations, activations' gradients. Its moment may be another
             than `peak_bytes`'. A gradient counts as one from the moment its storage is allocated, whether autograd brings
             it to `.grad` or `torch.autograd.grad` hands it out for a parameter.
+        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator hands it out.
         peak_phase: where the step reaches `peak_bytes`: forward, backward or optimizer.
         peak_parts: bytes by kind at that moment.
         all_reduced_bytes: what data-parallel training adds up over ranks every step: one gradient per trainable parameter.
@@ -97,6 +98,7 @@ class Cost:
     saved_activation_bytes: int
     peak_bytes: int
     peak_activation_bytes: int
+    peak_block_bytes: int
     peak_phase: str
     peak_parts: Mapping[str, int]
     all_reduced_bytes: int

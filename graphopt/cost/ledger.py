@@ -170,9 +170,12 @@ class Ledger(TorchDispatchMode):
 
     # -- results
 
-    def peak(self, kinds: Iterable[Kind] = tuple(Kind)) -> tuple[int, int]:
-        """(the most bytes of `kinds` live at once, the event that reaches it). The event is -1 where there never are any."""
-        live = np.cumsum(self._changes(kinds))
+    def peak(self, kinds: Iterable[Kind] = tuple(Kind), *, block: int = 1) -> tuple[int, int]:
+        """(the most bytes of `kinds` live at once, the event that reaches it). The event is -1 where there never are any.
+
+        With `block`, every storage counts as so many bytes or a multiple.
+        """
+        live = np.cumsum(self._changes(kinds, block))
         if not live.size:
             return 0, -1
         at = int(live.argmax())
@@ -189,11 +192,11 @@ class Ledger(TorchDispatchMode):
                 current = phase
         return current
 
-    def _changes(self, kinds: Iterable[Kind]) -> np.ndarray:
+    def _changes(self, kinds: Iterable[Kind], block: int = 1) -> np.ndarray:
         events = np.asarray(self.events, dtype=np.int64)
         numbers = np.where(events < 0, ~events, events)
         counted = np.isin(np.asarray(self.kinds, dtype=np.int64), [int(k) for k in kinds])
-        sizes = np.asarray(self.sizes, dtype=np.int64) * counted
+        sizes = -(-np.asarray(self.sizes, dtype=np.int64) // block) * block * counted
         return np.where(events < 0, -1, 1) * sizes[numbers] if events.size else np.zeros(0, dtype=np.int64)
 
 

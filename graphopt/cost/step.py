@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn import functional as F
 
 from graphopt.cost.attribution import Attribution, follow
+from graphopt.cost.cuda import BLOCK
 from graphopt.cost.errors import CostError
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
@@ -127,8 +128,8 @@ def _account(
             stack.enter_context(mode)
             stack.enter_context(_quiet_fakes())
         stack.enter_context(_quiet_collector())
-        x = torch.randn(batch, *input)
-        target = torch.zeros(batch, dtype=torch.long)
+        x = torch.randn(batch, *input, device="cpu")
+        target = torch.zeros(batch, dtype=torch.long, device="cpu")
         stepper = _stepper(optimizer, options, trained)
         ledger.set_kind(copied.parameters(), Kind.PARAMETER)
         ledger.set_kind(copied.buffers(), Kind.BUFFER)
@@ -247,6 +248,7 @@ def _cost(
         saved_activation_bytes=whole.saved_activation_bytes,
         peak_bytes=peak,
         peak_activation_bytes=ledger.peak((Kind.ACTIVATION, Kind.INPUT))[0],
+        peak_block_bytes=ledger.peak(block=BLOCK)[0],
         peak_phase=ledger.phase_of(at),
         peak_parts=ledger.live_at(at),
         all_reduced_bytes=sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
