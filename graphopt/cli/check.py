@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,13 +11,16 @@ from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOptio
 
 
 def check(spec: SpecArgument, set_: SetOption = [], trust: TrustOption = False, as_json: JsonOption = False) -> None:  # noqa: B006
-    """Say what each pass of SPEC would act on and what it would leave alone, with reasons. Changes nothing.
+    """Say what each pass of SPEC would act on, what it would leave alone and why, and what the run would compute. Changes nothing.
+
+    SPEC may be the folder of a finished run: what it decided by measurement then counts. Triggers that wait for measurements
+    are left out of a run that has not been.
 
     Examples:
 
         graphopt check quickstart
 
-        graphopt check spec.toml --json
+        graphopt check learn_and_drop/vgg11 --json
     """
     from graphopt.backbone import build
     from graphopt.cli.screen import show_json
@@ -25,15 +29,43 @@ def check(spec: SpecArgument, set_: SetOption = [], trust: TrustOption = False, 
 
     loaded = load_spec(spec, set_, trust)
     with backbone_of(loaded):
-        base = trace(build(loaded.backbone, trust=trust), loaded.backbone.input)
+        module = build(loaded.backbone, trust=trust)
+        base = trace(module, loaded.backbone.input)
     places = [loaded.place_of(index) for index in range(len(loaded.passes))]
     found = check_passes(base, loaded.passes, (), places)
     rows = [_row(loaded, index, checkup) for index, checkup in enumerate(found)]
+    samples, work, points = _run(loaded, module, base, Path(spec))
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in base.opaque]
-        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque})
+        told = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
+        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **told})
         return
     _show(loaded, rows)
+    _show_run(samples, work, points)
+
+
+def _run(spec: Any, module: Any, base: Any, source: Path) -> tuple[int | None, Any, Any]:
+    """Images per epoch, the run's FLOPs, and where a prefix may be dropped; None for what cannot be known here."""
+    from graphopt.cost import CostError
+    from graphopt.errors import RunError
+    from graphopt.rewriting import Plan
+    from graphopt.train.run_costs import counts, decisions_of, drop_points, run_work
+
+    points = drop_points(base) if any(value.keeps() is not None for value in spec.passes) else ()
+    decisions = decisions_of(source) if (source / "summary.json").is_file() else None
+    named: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "where": [spec.place_of(i) for i in range(len(spec.passes))]}
+    try:
+        samples, evaluated = counts(spec.data)
+        plan = Plan(module, base, spec.passes, batch=spec.train.batch, verify="off", spec=spec, **named)
+        return samples, run_work(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions), points
+    except (RunError, CostError):
+        # A forecast that cannot be had is no reason to withhold the rest of the dry run.
+        return None, None, points
+
+
+def _point(point: Any, samples: int | None) -> dict[str, Any]:
+    kept = {dtype: point.bytes_per_sample // share * (samples or 1) for dtype, share in (("float32", 1), ("float16", 2), ("bfloat16", 2))}
+    return {"upto": point.name, "shape": list(point.shape), "bytes_per_sample": point.bytes_per_sample, "bytes": kept}
 
 
 def _row(spec: Any, index: int, checkup: Any) -> dict[str, Any]:
@@ -60,6 +92,30 @@ def _show(spec: Any, rows: list[dict[str, Any]]) -> None:
         if row["preserves"]:
             show(f"  preserves: {', '.join(row['preserves'])}")
     show("no conflicts" if rows else "no passes: the backbone trains as it is")
+
+
+def _show_run(samples: int | None, work: Any, points: Any) -> None:
+    from graphopt.cli.screen import grid, show
+    from graphopt.quantities import show_count, show_size
+
+    if points:
+        table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
+        for point in points:
+            size, all_of = point.bytes_per_sample, point.bytes_per_sample * (samples or 0)
+            sizes = (show_size(size), show_size(all_of), show_size(all_of // 2)) if samples else (show_size(size), "?", "?")
+            table.add_row(point.name, "x".join(map(str, point.shape)), *sizes)
+        show(f"features that a drop would keep of {samples or 'an unknown number of'} samples")
+        show(table)
+    if work is None:
+        show("the run is not summed up: its data cannot be counted here, or its step not forecast")
+        return
+    before, run = work.before, work.run
+    saved = f"{100 * work.forward_saved:.2f} % fewer, averaged over the run; {100 * work.final_forward_saved:.2f} % of a step at its end"
+    show(f"run of {work.epochs} epochs: forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
+    show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
+    show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
+    if not work.foreseen:
+        show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 
 
 def register(app: typer.Typer) -> None:

@@ -6,8 +6,10 @@ decisions: a spec's own, where its triggers are known beforehand, or those of a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from graphopt.cost import Cost, forecast
 from graphopt.errors import RunError
 from graphopt.rewriting import Decision, Plan, emit
 from graphopt.spec import DataSpec, TrainSpec
+from graphopt.trace import Graph
+from graphopt.trace.graph import SHAPE_BATCH
 
 #: training and evaluation images of data sets whose files need not be there for a forecast
 KNOWN = {
@@ -266,3 +270,38 @@ class _Scalar(nn.Module):
 
 def _first(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return output
+
+
+@dataclass(frozen=True)
+class DropPoint:
+    """A block after which a prefix may end, and the features that would be kept there of one sample, in float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes_per_sample: int
+
+
+def drop_points(graph: Graph) -> tuple[DropPoint, ...]:
+    """The blocks that end at a cut point, in execution order."""
+    cuts = {n for n in graph.cut_points() if n.meta["val"].shape[:1] == (SHAPE_BATCH,)}
+    found = []
+    for block in graph.blocks():
+        end = block.exits[-1] if block.exits else None
+        if end in cuts and end is not None:
+            shape = tuple(end.meta["val"].shape[1:])
+            found.append(DropPoint(block.name, shape, torch.Size(shape).numel() * 4))
+    return tuple(found)
+
+
+def decisions_of(folder: Path) -> tuple[Decision, ...]:
+    """What a finished run decided, by its summary.json.
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    try:
+        phases = json.loads((folder / "summary.json").read_text())["phases"]
+        tables = [{k: v for k, v in d.items() if k != "pass"} for phase in phases for d in phase["decisions"]]
+        return tuple(Decision(**{**d, "regions": None if d["regions"] is None else tuple(d["regions"])}) for d in tables)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError("there is no finished run here", where=str(folder), fix="Train it to its end first.") from error

@@ -1,0 +1,365 @@
+"""Kept features: whole, fresh, and nothing lost where they cannot be had."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.errors import RunError
+from graphopt.passes.drop import Drop
+from graphopt.spec import AugmentSpec, DataSpec, TrainSpec
+from graphopt.train import feature_store, train
+from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.data import ImageFeed, open_data
+from graphopt.train.feature_store import Folder, Layout, MemoryFill
+from graphopt.train.features import FeatureFeed, Keeper
+from graphopt.train.strategy import Strategy
+from tests.backbones import Small
+
+DATA = DataSpec(name="digits", train_limit=80, eval_limit=20)
+TRAIN = TrainSpec(epochs=5, batch=16, device="cpu", optimizer={"name": "sgd", "lr": 0.05}, checkpoint_steps=2)
+SCHEDULE = [{"epoch": 1, "upto": "blocks.0"}, {"epoch": 3, "upto": "blocks.2"}]
+
+
+def plan_of(**options):
+    torch.manual_seed(0)
+    options = {"when": SCHEDULE, "force": True, **options}
+    return graphopt.compile(Small(drop=0.2), [Drop(**options)], input=(3, 8, 8), verify="off", costs=False)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_checkpoint(folder / "last.pt")["phase"]["model"]
+
+
+def features_of(folder: Path) -> list[dict]:
+    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "features"]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run(tmp_path: Path, name: str = "run", data: DataSpec = DATA, settings: TrainSpec = TRAIN, resume: bool = False, **options):
+    train(plan_of(**options), tmp_path / name, settings=settings, data=data, resume=resume)
+    return tmp_path / name
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """The run that keeps nothing: its prefix runs every step, without gradients."""
+    return weights(run(tmp_path, "reference", cache="none"))
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_kept_features_train_what_a_running_prefix_trains(tmp_path, reference, cache):
+    folder = run(tmp_path, cache=cache)
+    assert equal(weights(folder), reference)
+    told = features_of(folder)
+    assert [(t["cut"], t["kept"], t["filled_from"]) for t in told] == [("blocks.0", True, "images"), ("blocks.2", True, "features")]
+    assert told[0]["bytes"] == 80 * 8 * 8 * 8 * 4
+    if cache == "disk":
+        kinds = sorted(p.suffix for p in (folder / "features").iterdir())
+        assert kinds == [".json", ".json", ".rows", ".targets"], "one whole entry and the folder's mark; earlier ones are gone"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_bytes_for_a_little_precision(tmp_path, reference, dtype):
+    folder = run(tmp_path, dtype=dtype)
+    assert features_of(folder)[0]["bytes"] == 80 * 8 * 8 * 8 * 2
+    found = weights(folder)
+    assert not equal(found, reference)
+    assert all((found[k].double() - reference[k].double()).abs().max() < 0.1 for k in found)
+
+
+class _Stop:
+    """Asks a run to stop after its n-th step or so, as SIGTERM would."""
+
+    def __init__(self, monkeypatch, after: int) -> None:
+        from graphopt.train.phase import Phase
+        from graphopt.train.stopping import StopSignals
+
+        self.left, self.signals = after, None
+        stop, step, enter = self, Phase.step, StopSignals.__enter__
+
+        def entered(signals):
+            stop.signals = signals
+            return enter(signals)
+
+        def stepped(phase, *args):
+            stop.left -= 1
+            if stop.left == 0:
+                stop.signals.signum = 15
+            return step(phase, *args)
+
+        monkeypatch.setattr(StopSignals, "__enter__", entered)
+        monkeypatch.setattr(Phase, "step", stepped)
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("step", [3, 7, 10, 17, 23], ids=["before", "in the first", "at an epoch's end", "in the second", "at the end"])
+def test_resumed_at_any_point_the_weights_are_the_same(tmp_path, reference, monkeypatch, cache, step):
+    whole = weights(run(tmp_path, "whole", cache=cache, dtype="float16"))
+    with monkeypatch.context() as patch:
+        _Stop(patch, step)
+        with pytest.raises(RunError, match="stopped"):
+            run(tmp_path, cache=cache, dtype="float16")
+    assert equal(weights(run(tmp_path, resume=True, cache=cache, dtype="float16")), whole)
+
+
+def test_a_stop_while_filling_goes_on_from_there(tmp_path, monkeypatch):
+    whole = weights(run(tmp_path, "whole", cache="disk"))
+    written = []
+    original = feature_store.FileFill.write
+
+    def counted(fill, number, features, targets):
+        original(fill, number, features, targets)
+        written.append(number)
+
+    monkeypatch.setattr(feature_store.FileFill, "write", counted)
+    filled = Keeper._features
+
+    with monkeypatch.context() as patch:
+
+        def stopping(keeper, module, given):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            return filled(keeper, module, given)
+
+        patch.setattr(Keeper, "_features", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, cache="disk")
+    assert written == [0, 1]
+    assert equal(weights(run(tmp_path, resume=True, cache="disk")), whole)
+    assert written[2:5] == [2, 3, 4], "the first two chunks were on disk"
+
+
+@pytest.mark.parametrize("how", ["bit", "short", "header", "targets"])
+def test_a_damaged_entry_is_built_anew(tmp_path, monkeypatch, how):
+    whole = weights(run(tmp_path, "whole", cache="disk"))
+    with monkeypatch.context() as patch:
+        _Stop(patch, 7)
+        with pytest.raises(RunError, match="stopped"):
+            run(tmp_path, cache="disk")
+    features = tmp_path / "run" / "features"
+    (rows,) = features.glob("*.rows")
+    damaged = bytearray(rows.read_bytes())
+    if how == "bit":
+        damaged[1234] ^= 1
+        rows.write_bytes(damaged)
+    elif how == "short":
+        rows.write_bytes(damaged[:-8])
+    elif how == "header":
+        rows.with_suffix(".json").write_text('{"graphopt": 1, "sums": [')
+    else:
+        targets = rows.with_suffix(".targets")
+        targets.write_bytes(bytes([7]) + targets.read_bytes()[1:])
+    assert equal(weights(run(tmp_path, resume=True, cache="disk")), whole)
+    assert "fill_seconds" in features_of(tmp_path / "run")[1]
+
+
+def test_other_weights_have_another_key(tmp_path):
+    """A stale entry is not even looked at: its name is another."""
+    keys = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        passes = [Drop(upto="blocks.0", cache="disk", force=True)]
+        plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), verify="off", costs=False)
+        keeper_of(tmp_path / str(seed), plan).ready(plan, {})
+        keys += [p.stem for p in (tmp_path / str(seed)).glob("*.rows")]
+    assert len(set(keys)) == 2
+
+
+def keeper_of(folder: Path, plan, data: DataSpec = DATA, **more) -> Keeper:
+    opened = open_data(data, plan.base.input, 0)
+    images = ImageFeed(opened.train, 16)
+    more = {"identity": {}, **more}
+    return Keeper(opened.train, images, Strategy(torch.device("cpu")), folder=folder, digest=plan.digest, batch=16, seed=0, **more)
+
+
+@pytest.mark.parametrize("call", ["reserve", "_write"])
+def test_a_full_disk_loses_nothing(tmp_path, reference, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(feature_store, call, full)
+    folder = run(tmp_path, cache="disk")
+    assert equal(weights(folder), reference)
+    assert [(t["kept"], t["why"]) for t in features_of(folder)] == [(False, "no space left on device")] * 2
+    assert [p.name for p in (folder / "features").iterdir()] == ["features.json"], "nothing half-written stays"
+
+
+def test_over_the_limit_the_prefix_runs(tmp_path, reference):
+    # Enough for one batch, not for all; at the second cut the same.
+    folder = run(tmp_path, limit="128 KiB")
+    assert equal(weights(folder), reference)
+    assert ["limit is 128 KiB" in t["why"] for t in features_of(folder)] == [True, True]
+
+
+def test_too_little_memory_is_no_crash(tmp_path, reference, monkeypatch):
+    monkeypatch.setattr(feature_store, "available_memory", lambda: 1000)
+    folder = run(tmp_path)
+    assert equal(weights(folder), reference)
+    assert [t["why"] for t in features_of(folder)] == ["not enough memory"] * 2
+
+
+class _Clock:
+    """Time that only reading takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("force", "kept"), [(False, False), (True, True)])
+def test_a_cache_that_reads_slower_is_declined(tmp_path, monkeypatch, force, kept):
+    plan = graphopt.compile(Small(), [Drop(upto="blocks.0", force=force)], input=(3, 8, 8), verify="off", costs=False)
+    clock = _Clock()
+    read = MemoryFill.read
+
+    def slow(fill, rows):
+        clock.now += 1.0
+        return read(fill, rows)
+
+    monkeypatch.setattr(MemoryFill, "read", slow)
+    said = []
+    keeper = keeper_of(tmp_path, plan, clock=clock, say=said.append)
+    feed, module, record = keeper.ready(plan, {})
+    assert record["kept"] is kept
+    assert (module is plan.module) is not kept
+    assert (feed is keeper.images) is not kept
+    assert kept or "force = true insists" in said[0]
+    # What was decided once stands when the run is resumed, whatever the clock says then.
+    assert keeper_of(tmp_path, plan).ready(plan, record)[2]["kept"] is kept
+
+
+def test_every_sample_once_per_epoch_in_the_images_order(tmp_path):
+    plan = plan_of(when="start", upto="blocks.0", force=True)
+    keeper = keeper_of(tmp_path, plan)
+    feed, _, _ = keeper.ready(plan, {})
+    assert isinstance(feed, FeatureFeed)
+    assert len(feed) == len(keeper.images)
+    for epoch in (0, 1):
+        for ours, theirs in zip(feed.batches(epoch), keeper.images.batches(epoch), strict=True):
+            assert torch.equal(ours.sample, theirs.sample)
+            assert torch.equal(ours.target, theirs.target)
+            assert torch.equal(ours.input, plan.prefix(theirs.input))
+    late = list(feed.batches(1, start=3))
+    assert torch.equal(late[0].sample, list(feed.batches(1))[3].sample)
+
+
+# -- R6 -------------------------------------------------------------------------------------------------------------------------------
+AUGMENTED = DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5)})
+
+
+def test_random_augmentation_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(RunError, match="views = 4") as caught:
+        run(tmp_path, data=AUGMENTED)
+    assert "(R6)" in str(caught.value)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_fixed_views_come_in_turn(tmp_path):
+    plan = plan_of(when="start", upto="blocks.0", views=3)
+    keeper = keeper_of(tmp_path, plan, AUGMENTED)
+    feed, _, _ = keeper.ready(plan, {})
+    seen: dict[int, list[Tensor]] = {}
+    for epoch in range(6):
+        for batch in feed.batches(epoch):
+            for i, features in zip(batch.sample.tolist(), batch.input, strict=True):
+                seen.setdefault(i, []).append(features)
+    assert len(seen) == 80
+    for views in seen.values():
+        assert all(torch.equal(views[e], views[e + 3]) for e in range(3))
+        assert len({v.sum().item() for v in views}) > 1
+    view = keeper.samples[(1, 5)][1]
+    assert any(torch.allclose(plan.prefix(view[None])[0], f, atol=1e-6) for f in seen[5])
+
+
+def test_views_are_resumed_too(tmp_path, monkeypatch):
+    whole = weights(run(tmp_path, "whole", data=AUGMENTED, views=2, cache="disk"))
+    with monkeypatch.context() as patch:
+        _Stop(patch, 12)
+        with pytest.raises(RunError, match="stopped"):
+            run(tmp_path, data=AUGMENTED, views=2, cache="disk")
+    assert equal(weights(run(tmp_path, data=AUGMENTED, views=2, cache="disk", resume=True)), whole)
+
+
+def test_mixup_is_refused(tmp_path):
+    data = DATA.model_copy(update={"augment": AugmentSpec(mixup=0.2)})
+    with pytest.raises(RunError, match="mixup and CutMix"):
+        run(tmp_path, data=data, views=2)
+
+
+def test_a_transform_that_is_no_function_of_the_sample_is_refused(tmp_path):
+    plan = plan_of(when="start", upto="blocks.0", views=2)
+    keeper = keeper_of(tmp_path, plan)
+    generator = torch.Generator()
+    keeper.samples.transform = lambda image: torch.rand(3, 8, 8, generator=generator)
+    with pytest.raises(RunError, match="another input each time"):
+        keeper.check(plan)
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (type("Noise", (nn.Module,), {"forward": lambda self, x: nn.functional.dropout(x, 0.5, training=True)}), "draws random numbers"),
+        (type("Mix", (nn.Module,), {"forward": lambda self, x: x - x.mean(0, keepdim=True)}), "mixes the samples"),
+    ],
+)
+def test_a_prefix_that_does_not_rest_is_refused(tmp_path, layer, says):
+    model = Small(drop=0.0)
+    model.stem = nn.Sequential(model.stem, layer())
+    plan = graphopt.compile(model, [Drop(upto="blocks.0")], input=(3, 8, 8), verify="off", costs=False)
+    with pytest.raises(RunError, match=says):
+        keeper_of(tmp_path, plan).ready(plan, {})
+
+
+def test_values_beyond_float16_are_not_kept_as_infinity(tmp_path):
+    plan = plan_of(when="start", upto="blocks.0", dtype="float16")
+    plan.module.get_parameter("stem.bias").data.fill_(1e6)
+    said = []
+    keeper = keeper_of(tmp_path, plan, say=said.append)
+    assert keeper.ready(plan, {})[2]["kept"] is False
+    assert "beyond float16" in said[0]
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------------------------
+def test_a_limit_under_one_batch_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises(RunError, match="smaller than one batch"):
+        run(tmp_path, limit="4 KiB")
+
+
+def test_the_cache_folder_of_another_run_is_left_alone(tmp_path):
+    Folder(tmp_path / "cache", "another digest")
+    with pytest.raises(RunError, match="features of another run"):
+        run(tmp_path, cache="disk", folder=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(RunError, match="no features of graphopt"):
+        run(tmp_path, cache="disk", folder=str(tmp_path / "photos"))
+
+
+def test_a_second_process_waits_and_then_reads(tmp_path):
+    """Two fills of one entry, the second begun while the first runs: the second finds it whole."""
+    layout = Layout("k", 8, (3,), torch.float32, 4)
+    folder = Folder(tmp_path / "cache", "d")
+    with folder.filling(layout) as fill:
+        for number in range(2):
+            fill.write(number, torch.full((4, 3), float(number)), torch.tensor([number] * 4))
+        fill.finish()
+    found = Folder(tmp_path / "cache", "d").open(layout)
+    assert torch.equal(found.features[:, 0], torch.tensor([0.0] * 4 + [1.0] * 4))
+    assert found.targets.tolist() == [0] * 4 + [1] * 4
