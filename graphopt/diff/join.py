@@ -96,7 +96,7 @@ def join(before: Side, after: Side) -> Diff:
             rows.append(replace(other, was=(), statuses=statuses, before=None, after=_own(other)))
         else:
             assert one is not None
-            rows.append(replace(one, was=one.statuses, statuses=("removed",), before=_own(one), after=None, backward=False))
+            rows.append(replace(one, was=one.statuses, statuses=("removed",), passes=(), before=_own(one), after=None, backward=False))
     both = dict.fromkeys(before.edges, "both") | {e: "both" if e in before.edges else "after" for e in after.edges}
     kept = set(after.edges)
     edges = tuple((a, b, kind if (a, b) in kept else "before") for (a, b), kind in both.items())

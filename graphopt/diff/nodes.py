@@ -20,7 +20,8 @@ class Joined:
     """Two graphs of one backbone, node by node.
 
     Attributes:
-        pairs: rewritten node -> base node. gone: base nodes without a partner, in order. fresh: rewritten nodes without one.
+        pairs: rewritten node -> base node. gone: base nodes without a partner, in order; `lost` the same as a set.
+        fresh: rewritten nodes without one.
         grads: rewritten nodes that the backward of a training step reaches. active: those that carry activations.
     """
 
@@ -29,6 +30,7 @@ class Joined:
         self.pairs = _pairs(base, graph)
         partners = set(self.pairs.values())
         self.gone = tuple(n for n in base.nodes if n not in partners and n.op not in ("placeholder", "output"))
+        self.lost = set(self.gone)
         self.fresh = tuple(n for n in graph.nodes if n not in self.pairs and n.op not in ("placeholder", "output"))
         self.active = activations(graph)
         self.grads = _reached(graph, self.active)
@@ -58,10 +60,10 @@ class Joined:
 
     def row(self, node: fx.Node, statuses: tuple[str, ...] | None = None) -> NodeRow:
         """A node of the rewritten graph for the diff."""
-        return describe(self.graph, node, self.statuses(node) if statuses is None else statuses)
+        return describe(self.graph, node, self.active, self.statuses(node) if statuses is None else statuses)
 
 
-def describe(graph: Graph, node: fx.Node, statuses: tuple[str, ...] = ("kept",)) -> NodeRow:
+def describe(graph: Graph, node: fx.Node, active: set[fx.Node], statuses: tuple[str, ...] = ("kept",)) -> NodeRow:
     origin = node.meta["origin"]
     return NodeRow(
         name=node.name,
@@ -69,7 +71,7 @@ def describe(graph: Graph, node: fx.Node, statuses: tuple[str, ...] = ("kept",))
         what=str(node.target).rpartition(".")[2] if node.op == "get_attr" else _what(graph, node),
         path=str(node.target) if node.op in ("call_module", "get_attr") else origin.path,
         call=origin.call,
-        shape=shape(node),
+        shape=shape(node, batched=node in active),
         inputs=tuple(n.name for n in node.all_input_nodes),
         statuses=statuses,
         by=node.meta.get("by"),
@@ -77,8 +79,12 @@ def describe(graph: Graph, node: fx.Node, statuses: tuple[str, ...] = ("kept",))
     )
 
 
-def shape(node: fx.Node) -> tuple[str | int, ...] | None:
-    """Shape of a node's output with the batch as "N" (windows of Swin: "64N"); None where it is no tensor."""
+def shape(node: fx.Node, *, batched: bool = True) -> tuple[str | int, ...] | None:
+    """Shape of a node's output with the batch as "N" (windows of Swin: "64N"); None where it is no tensor.
+
+    Args:
+        batched: whether the first size is the batch's; not so for weights and what is made of them.
+    """
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
         value = value[0]
@@ -86,7 +92,7 @@ def shape(node: fx.Node) -> tuple[str | int, ...] | None:
         return None
     sizes: list[str | int] = [int(s) for s in value.shape]
     batch = int(value.shape[0])
-    if node.op != "get_attr" and value.ndim > 1 and batch % SHAPE_BATCH == 0:
+    if batched and value.ndim > 1 and batch % SHAPE_BATCH == 0:
         sizes[0] = "N" if batch == SHAPE_BATCH else f"{batch // SHAPE_BATCH}N"
     return tuple(sizes)
 

@@ -42,7 +42,7 @@ def backbone_side(plan: Plan, title: str | None = None) -> Side:
             leaving=leaving(held[i], active),
             before=known[place.name],
             after=known[place.name],
-            nodes=tuple(describe(base, n) for n in held[i]),
+            nodes=tuple(describe(base, n, active) for n in held[i]),
         )
         for i, place in enumerate(places.rows)
     )
@@ -105,7 +105,7 @@ class _PlanSide:
         dropped, tap = self._dropped()
         for index in range(len(places.rows)):
             self._derive(index, dropped)
-        self._hear_passes()
+        self._hear_passes([b for b in bands if b.local])
         self._hear_marks()
         for band in bands:
             if band.local and band.name != REST:
@@ -252,10 +252,18 @@ class _PlanSide:
         emptied = was_called and all(n in gone for n in was_called) and not any(n.op == "call_module" for n in now)
         if emptied and "shared" not in said.statuses:
             said.statuses.add("bypassed")
-        if not said.statuses and (gone or any(self.joined.statuses(n) != ("kept",) for n in now if n not in self.joined.signs)):
+        if not said.statuses and (gone or any(self.joined.statuses(n) != ("kept",) for n in now if not self._explained(n, index))):
             said.statuses.add("rewired")
 
-    def _hear_passes(self) -> None:
+    def _explained(self, node: fx.Node, index: int) -> bool:
+        """Whether what became of a node is another row's matter: a sign at a cut, or its source went with the block before."""
+        if node in self.joined.signs:
+            return True
+        before = self.joined.pairs.get(node)
+        away = [i for i in before.all_input_nodes if i in self.joined.lost] if before is not None else []
+        return self.joined.statuses(node) == ("rewired",) and bool(away) and all(self.places.of(i) != index for i in away)
+
+    def _hear_passes(self, bands: Sequence[Band]) -> None:
         by_name = {p.use: i for i, p in reversed(list(enumerate(self.plan.passes)))}
         for number, report in enumerate(self.plan.report.passes):
             for region in report.regions if report.active else ():
@@ -267,7 +275,9 @@ class _PlanSide:
         for index, nodes in self.held.items():
             self.said[index].passes |= {by_name[n.meta["by"]] for n in nodes if n.meta.get("by") in by_name}
         for index in range(len(self.places.rows), len(self.places.rows) + len(self.added)):
-            owner = by_name.get(self.added[index - len(self.places.rows)].name.split(".")[0])
+            name = self.added[index - len(self.places.rows)].name
+            hangs = next((b.by for b in bands if self.beside.get(name) in b.rows), "")
+            owner = by_name.get(name.split(".")[0], by_name.get(hangs))
             self.said[index].statuses.add("inserted")
             self.said[index].detail |= _parts_of(self.graph, self.added[index - len(self.places.rows)].name)
             self.said[index].passes |= {owner} if owner is not None else set()
@@ -291,7 +301,7 @@ class _PlanSide:
         # What is out of training does not train: saying so twice tells nothing.
         statuses = ranked(said.statuses - {"frozen"} if said.statuses & {"dropped", "bypassed"} else said.statuses)
         rows: list[NodeRow] = [self.joined.row(n) for n in nodes]
-        rows += [describe(self.base, n, ("bypassed",)) for n in gone]
+        rows += [describe(self.base, n, activations(self.base), ("bypassed",)) for n in gone]
         kept = nodes or self.original[index]
         active = self.joined.active if nodes else activations(self.base)
         reached = self.joined.grads & self.joined.active

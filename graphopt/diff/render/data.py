@@ -91,6 +91,8 @@ def page_data(shown: Diff | Sequence[Frame]) -> dict[str, Any]:
         "pool": pool,
         "frames": drawn,
         "show": show,
+        # Room for the signs that any phase puts on an edge, so that none of them moves the blocks.
+        "signs": sorted({e for f in frames for e in _signed(f.diff)}) if len(frames) > 1 else [],
     }
 
 
@@ -98,6 +100,10 @@ def most_changed(frames: Sequence[Frame]) -> int:
     """The phase in which most blocks are not as in the backbone; the latest of equals."""
     counts = [sum(row.changed for row in frame.diff.rows) for frame in frames]
     return max(range(len(frames)), key=lambda i: (counts[i], i))
+
+
+def _signed(diff: Diff) -> list[tuple[str, str]]:
+    return [*diff.after.frontier, *((a, b) for a, b, _ in diff.edges if a == diff.after.tap)]
 
 
 def subtitle(diff: Diff) -> str:

@@ -66,8 +66,9 @@ def charts(run: Run) -> dict[str, Any]:
     def epochs(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(int(r["epoch"]) + 1.0, factor * float(r[key])) for r in run.epochs if _number(r.get(key))]
 
+    training = steps("loss") or epochs("train_loss")
     return {
-        "loss": _chart({"training": steps("loss") or epochs("train_loss"), "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
+        "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
         "accuracy": _chart(
             {
                 "training": steps("accuracy", 100) or epochs("train_accuracy", 100),

@@ -57,9 +57,9 @@ def _by_node(code: str) -> str:
     node = shutil.which("node")
     if node is None:
         raise RunError("no JavaScript engine to lay the picture out", fix="Run `pip install mini-racer`, or take --html")
-    script = f"process.stdout.write(eval({json.dumps(code)}))"
+    script = f"process.stdout.write(require('vm').runInThisContext({json.dumps(code)}))"
     done = subprocess.run([node, "-"], input=script, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[0]
         raise RunError(f"the layout failed: {last}", where="node", fix="Run `pip install mini-racer`")
     return done.stdout

@@ -99,8 +99,7 @@ def _line(diff: Diff, fold: Fold, unicode: bool) -> Text:
     changed = {k: abs(b - a) / max(a, b) for k, (b, a) in figures.items() if a is not None and b is not None and a != b}
     if changed:
         key = max(changed, key=lambda k: changed[k])
-        old, new = figures[key]
-        assert old is not None and new is not None
+        old, new = (value or 0 for value in figures[key])
         line.append(_plain(f"  {_AT_END[key]} {amount(key, old)} → {amount(key, new)} ({change(old, new)})", unicode), style="cyan")
     elif row.beside and (added := total(fold.rows, "parameters", "after")):
         line.append(f"  {amount('parameters', added)} parameters", style="cyan")

@@ -6,7 +6,7 @@
   const $ = (selector) => document.querySelector(selector);
   const NS = "http://www.w3.org/2000/svg";
   const svg = $("main > svg"), stage = $(".stage"), aside = $("aside");
-  const state = { columns: 0, groupOf: (piece) => piece.group, open: new Set(), closed: new Set(), level: "folded", metric: data.metric, costs: data.costs, uniform: data.frames.length > 1, nodes: (row) => data.pool[row.nodes] || [] };
+  const state = { signs: data.signs, columns: 0, groupOf: (piece) => piece.group, open: new Set(), closed: new Set(), level: "folded", metric: data.metric, costs: data.costs, uniform: data.frames.length > 1, nodes: (row) => data.pool[row.nodes] || [] };
   let at = data.show, filter = new Set(), query = "", chosen = null, drawn = new Map(), current = null;
   const view = { x: 0, y: 0, k: 1, touched: false };
   const frame = () => data.frames[at];

@@ -168,7 +168,9 @@
       else if (frame.tap === a) old.tap = true;
     }
     const rowOf = new Map(frame.rows.map((r) => [r.name, r]));
+    const signs = new Set((state.signs || []).map((e) => home.get(e[0]) + "→" + home.get(e[1])));
     for (const w of wires.values()) {
+      w.room = signs.has(w.key);
       w.side = rowOf.get(w.b).beside === w.a;
       w.live = w.kind !== "before" && !w.stop && rowOf.get(w.a).backward && rowOf.get(w.b).backward;
     }
@@ -185,7 +187,7 @@
         for (const w of wires.values()) {
           if (!ids.has(w.from) || !ids.has(w.to)) continue;
           used.add(w.key);
-          inside.push({ ...w, weight: w.kind === "before" ? 1 : 4, label: w.stop || w.tap ? { width: 10, height: MARK } : null });
+          inside.push({ ...w, weight: w.kind === "before" ? 1 : 4, label: w.stop || w.tap || w.room ? { width: 10, height: MARK } : null });
         }
         if (first && ids.has(first.id)) { nodes.push({ id: "input", width: 170, height: 26 }); inside.push({ key: "input", from: "input", to: first.id, kind: "both", weight: 4 }); }
         if (last && ids.has(last.id)) { nodes.push({ id: "output", width: 170, height: 26 }); inside.push({ key: "output", from: last.id, to: "output", kind: "both", live: rowOf.get(last.rows[0].name).backward, weight: 4 }); }

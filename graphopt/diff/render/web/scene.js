@@ -195,7 +195,7 @@
   /** A whole picture as one SVG file, with a heading and a legend. */
   function file(data, frame, options) {
     const nodes = (row) => (typeof row.nodes === "number" ? data.pool[row.nodes] : row.nodes || []);
-    const state = { open: new Set(), closed: new Set(), level: options.level || "folded", metric: options.metric || data.metric, costs: data.costs, uniform: false, nodes };
+    const state = { signs: [], open: new Set(), closed: new Set(), level: options.level || "folded", metric: options.metric || data.metric, costs: data.costs, uniform: false, nodes };
     const width = options.width || 1200, s = scene(data, frame, state, width - 40, options.height || 760);
     const left = 20, over = s.pieces.some((p) => p.d && p.d.includes("-14")) ? 16 : 0;
     const out = [], full = Math.max(s.width + 2 * left, 680);

@@ -1,0 +1,135 @@
+"""A run's page: what it tells, what it makes of an unfinished or a foreign folder, and that it opens clean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphopt.cli import main
+from graphopt.diff.render.run import charts
+from graphopt.diff.run import is_run, read_run
+from tests.diff.browser import opened
+
+SPEC = """\
+name = "a small <run>"
+[backbone]
+source = "cifar"
+name = "resnet8"
+arguments = { in_chans = 1 }
+input = [1, 8, 8]
+[[pass]]
+use = "freeze"
+select = ["conv1", "bn1"]
+when = { epoch = 1 }
+[train]
+epochs = 3
+batch = 8
+"""
+
+
+def records(epochs: int = 3, steps: int = 4) -> list[dict[str, Any]]:
+    """What the runner writes."""
+    decision = {"index": 0, "epoch": 1, "action": "apply", "regions": None, "pass": "freeze"}
+    found: list[dict[str, Any]] = [
+        {"kind": "phase", "step": 0, "epoch": 0, "phase": 0, "decisions": [], "parameters": 100, "trainable_parameters": 100},
+        {"kind": "phase", "step": steps, "epoch": 1, "phase": 1, "decisions": [decision], "parameters": 100, "trainable_parameters": 60},
+    ]
+    for epoch in range(epochs):
+        for step in range(2, steps + 1, 2):
+            at = epoch * steps + step
+            found.append({"kind": "step", "step": at, "epoch": epoch, "phase": 0, "loss": 2 / at, "accuracy": 0.5, "lr": 0.1})
+            found[-1] |= {"step_seconds": 0.01, "samples_per_second": 800.0, "peak_bytes": 2**30}
+        end = {"kind": "epoch", "epoch": epoch, "step": (epoch + 1) * steps, "phase": 0, "train_loss": 1.0, "train_accuracy": 0.5}
+        found.append({**end, "loss": 0.9, "accuracy": 0.1 * epoch, "seconds": 1.0, "samples_per_second": 32.0, "peak_bytes": 2**30})
+    return found
+
+
+def write_run(folder: Path, lines: list[Any], *, finished: bool = True) -> Path:
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"graphopt": 1, "digest": "d"}))
+    (folder / "spec.toml").write_text(SPEC)
+    (folder / "metrics.jsonl").write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
+    if finished:
+        summary = {"accuracy": 0.2, "loss": 0.9, "best_accuracy": 0.25, "best_epoch": 1}
+        summary |= {"seconds": 200.0, "peak_bytes": 2**30, "device": "cpu"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_a_run_is_read_with_its_decisions(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", [*records(), '{"kind": "st']))  # the last line was never finished
+    assert is_run(run.path)
+    assert [(d.index, d.epoch, d.action) for d in run.decisions] == [(0, 1, "apply")]
+    assert (len(run.epochs), len(run.steps), len(run.phases)) == (3, 6, 2)
+
+
+def test_curves_lie_over_epochs(tmp_path: Path) -> None:
+    found = charts(read_run(write_run(tmp_path / "run", records())))
+    assert found["time"]["x"] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert found["time"]["series"] == [{"name": "step", "y": [10.0] * 6, "points": True}]
+    assert [s["name"] for s in found["loss"]["series"]] == ["training", "evaluation"]
+    assert found["accuracy"]["series"][1]["y"] == [None, 0.0, None, 10.0, None, 20.0]
+
+
+def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> None:
+    lines = [{"kind": "step", "step": i, "epoch": 0, "loss": float("nan") if i % 2 else 1.0, "step_seconds": 1} for i in range(1, 9001)]
+    found = charts(read_run(write_run(tmp_path / "run", lines)))
+    assert 1000 < len(found["time"]["x"]) <= 1500
+    assert set(found["loss"]["series"][0]["y"]) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, ["no such folder"]),
+        (lambda p: p.write_text("x"), ["a file, not the folder of a run"]),
+        (lambda p: p.mkdir(), ["no run of graphopt", "graphopt train"]),
+        (lambda p: write_run(p, ['{"no": "kind"}']), ["metrics.jsonl:1", "not a line of metrics"]),
+    ],
+)
+def test_a_folder_that_is_no_run_gets_one_error(make: Any, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "run")
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert all(word in error for word in words)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_page_opens_clean_and_tells_the_run(finished: bool, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records(), finished=finished)
+    assert main(["report", str(folder), "--no-costs"]) == 0
+    with opened() as browse:
+        for width in (1280, 390):
+            page = browse(folder / "report.html", width=width)
+            assert page.locator("h1").text_content() == "a small <run>"
+            assert page.locator(".chart canvas").count() == 4
+            assert page.locator(".phases tbody tr").count() == 2
+            assert "freeze" in page.locator(".phases").text_content()
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert (page.locator(".note").count() == 0) == finished
+            inner = page.frame_locator("iframe")
+            assert inner.locator("[data-id]").count() > 2
+            assert inner.locator(".film button").count() == 2
+            page.locator(".theme").click()
+            assert page.locator(".chart canvas").count() == 4
+
+
+@pytest.mark.browser
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records(0), finished=False)
+    assert main(["report", str(folder), "--no-costs"]) == 0
+    with opened() as browse:
+        page = browse(folder / "report.html")
+        assert page.locator(".empty").count() == 4
+
+
+def test_diff_takes_a_run_and_its_own_decisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", records())
+    assert main(["diff", str(folder), "--no-costs"]) == 0
+    assert "phase 1, from epoch 1: freeze all   (shown)" in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""The renderings that are text, held against files a newcomer can read: `golden/`. GRAPHOPT_GOLDEN=1 writes them anew."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from graphopt.diff import Diff, diff
+from graphopt.diff.render.dot import to_dot
+from graphopt.diff.render.explorer import to_model_explorer, to_node_data
+from graphopt.diff.render.mermaid import to_mermaid
+from graphopt.diff.render.text import to_text
+from graphopt.diff.status import STATUSES
+from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
+from tests.diff.plans import plan
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def everything() -> Diff:
+    """Frozen stem, a mix, a local module with its head, and a name that wants to be code."""
+    strange = Say(select="fc", status="frozen", detail={"why": '"<b>#1</b>"'})
+    return diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange))
+
+
+CASES = {
+    "plan.txt": lambda: to_text(everything()),
+    "plan.nodes.txt": lambda: to_text(everything(), nodes=True, unfold=True, unicode=False),
+    "plan.mmd": lambda: to_mermaid(everything()),
+    "plan.json": lambda: json.dumps(everything().to_dict(), indent=1, ensure_ascii=False) + "\n",
+    "two.txt": lambda: to_text(diff(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0")))),
+    "two.mmd": lambda: to_mermaid(diff(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0"))), unfold=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    found, path = CASES[name](), GOLDEN / name
+    if os.environ.get("GRAPHOPT_GOLDEN"):
+        path.write_text(found, encoding="utf-8")
+    assert found == path.read_text(encoding="utf-8")
+
+
+def test_no_two_statuses_look_alike_without_colour() -> None:
+    for sign in ("glyph", "ascii"):
+        signs = [getattr(look, sign) for look in STATUSES.values()]
+        assert len(set(signs)) == len(signs)
+        assert all(len(s) == 1 for s in signs)
+
+
+def test_ascii_is_ascii_but_for_the_guides() -> None:
+    text = to_text(everything(), unicode=False)
+    assert not set(text) - set("├─│└ ") - {chr(c) for c in range(128)}
+
+
+def test_colour_is_there_when_asked_for() -> None:
+    assert "\x1b[" in to_text(everything(), colour=True)
+    assert "\x1b[" not in to_text(everything())
+
+
+def test_mermaid_and_dot_keep_strange_names_as_text() -> None:
+    mermaid, dot = to_mermaid(everything()), to_dot(everything())
+    assert "#quot;#lt;b#gt;#35;1#lt;/b#gt;#quot;" in mermaid
+    assert "<b>#1" not in mermaid
+    assert '\\"<b>#1</b>\\"' in dot
+    assert dot.count("{") == dot.count("}")
+
+
+def test_model_explorer_edges_end_at_nodes_and_every_node_has_a_colour() -> None:
+    found = everything()
+    (graph,) = to_model_explorer(found)["graphs"]
+    ids = [n["id"] for n in graph["nodes"]]
+    assert len(ids) == len(set(ids)) == len(to_node_data(found)["diff"]["results"])
+    assert "aux.0" in ids
+    assert all(e["sourceNodeId"] in ids for n in graph["nodes"] for e in n["incomingEdges"])
+    assert {n["namespace"] for n in graph["nodes"]} >= {"blocks/0/conv1", "blocks/3"}
+    assert to_node_data(found)["diff"]["results"]["stem"]["value"] == "❄ frozen"
