@@ -44,7 +44,7 @@ class Places:
             holds = [n for n in gap if n.op in ("call_module", "get_attr")]
             if gap and (holds or number == 0 or not blocks):
                 for name, kind, nodes in _gap_rows(gap, holds, number, len(blocks), base):
-                    paths = _outermost(n.target if n.op == "get_attr" else n.meta["origin"].path for n in nodes)
+                    paths = _outermost(str(n.target) if n.op == "get_attr" else n.meta["origin"].path for n in nodes)
                     unique = name if name not in names else next(f"{name} {i}" for i in range(2, 999) if f"{name} {i}" not in names)
                     names.add(unique)
                     stage = unique if name in ("stem", "head") else stages.of(paths[0] if paths else "") or unique
@@ -107,7 +107,7 @@ def _gap_rows(gap: list[fx.Node], holds: list[fx.Node], number: int, blocks: int
     """What lies between two blocks as rows: the stem, the head, or (in a backbone without blocks) one row per top-level module."""
     if blocks:
         if number in (0, blocks):
-            kinds = [base.types.get(n.target, "") for n in holds if n.op == "call_module"]
+            kinds = [base.types.get(str(n.target), "") for n in holds if n.op == "call_module"]
             return [("stem" if number == 0 else "head", " ".join(dict.fromkeys(k for k in kinds if k))[:60], gap)]
         common = _common(n.meta["origin"].path for n in holds)
         return [(common or "between", base.types.get(common, ""), gap)]

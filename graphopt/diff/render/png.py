@@ -32,7 +32,7 @@ def to_png(svg: str, *, scale: float = 2.0) -> bytes:
     if chromium is not None:
         return _by_chromium(chromium, svg, scale)
     try:
-        import cairosvg
+        import cairosvg  # type: ignore[import-not-found]  # optional
     except (ImportError, OSError) as error:
         raise RunError(
             "nothing here can draw a PNG: neither Chromium nor CairoSVG is installed",
