@@ -1,0 +1,148 @@
+"""What a run costs: sums that can be worked out by hand, and the published reductions from the specs alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import graphopt
+from graphopt import cifar
+from graphopt.backbone import build
+from graphopt.cost import forecast
+from graphopt.passes.drop import Drop
+from graphopt.spec import DataSpec, TrainSpec, load
+from graphopt.train import train
+from graphopt.train.run_costs import counts, decisions_of, drop_points, run_work
+from tests.backbones import Small
+
+TRAIN = TrainSpec(epochs=10, batch=10)
+
+
+def plan_of(*passes):
+    return graphopt.compile(Small(drop=0.0), list(passes), input=(3, 8, 8), verify="off", costs=False)
+
+
+def work_of(plan, train_spec=TRAIN, **more):
+    return run_work(plan, train_spec, samples=105, evaluated=20, **more)
+
+
+def test_without_passes_a_run_is_its_steps_and_evaluations():
+    work = work_of(plan_of())
+    step = forecast(Small(drop=0.0), (3, 8, 8), 10)
+    assert work.before == work.run
+    assert work.run.training_forward_flops == 10 * 10 * step.forward_flops, "105 images are 10 whole batches"
+    assert work.run.backward_flops == 10 * 10 * step.backward_flops
+    assert work.run.evaluation_forward_flops == 10 * 2 * step.forward_flops
+    assert work.run.forward_flops == work.run.training_forward_flops + work.run.evaluation_forward_flops
+    assert work.forward_saved == 0.0
+
+
+def test_a_dropped_prefix_is_computed_once_and_trained_no_more():
+    whole = forecast(Small(drop=0.0), (3, 8, 8), 10)
+    work = work_of(plan_of(Drop(when={"epoch": 4, "upto": "blocks.1"})))
+    first, second = work.phases
+    assert (first.epochs, second.epochs) == (4, 6)
+    prefix = whole.forward_flops - second.forward_flops // 10
+    assert 0.5 < prefix / whole.forward_flops < 0.6, "the stem and two of four blocks"
+    assert work.run.filling_forward_flops == prefix * 105 // 10, "every sample once"
+    assert work.run.forward_flops == 100 * whole.forward_flops - 60 * prefix + work.run.filling_forward_flops + 20 * whole.forward_flops
+    assert second.feature_bytes == 105 * 8 * 8 * 8 * 4
+    assert work.run.backward_flops < work.before.backward_flops
+
+
+def test_a_later_cache_is_filled_from_the_earlier():
+    one = work_of(plan_of(Drop(when={"epoch": 2, "upto": "blocks.1"}))).run.filling_forward_flops
+    two = work_of(plan_of(Drop(when=[{"epoch": 1, "upto": "blocks.0"}, {"epoch": 2, "upto": "blocks.1"}]))).run.filling_forward_flops
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("options", "fills", "runs"),
+    [({"cache": "none"}, 0, True), ({"limit": "64 KiB"}, 0, True), ({"views": 3}, 3, False), ({}, 1, False)],
+    ids=["no cache", "over the limit", "three views", "kept"],
+)
+def test_where_nothing_is_kept_the_prefix_runs_every_step(options, fills, runs):
+    plain = work_of(plan_of(Drop(upto="blocks.1", when={"epoch": 4})))
+    work = work_of(plan_of(Drop(upto="blocks.1", when={"epoch": 4}, **options)))
+    assert work.run.filling_forward_flops == fills * plain.run.filling_forward_flops
+    assert (work.run.training_forward_flops == work.before.training_forward_flops) is runs
+    assert work.run.backward_flops == plain.run.backward_flops
+
+
+def test_blocks_skipped_at_random_cost_what_they_cost_on_average():
+    plan = plan_of(Drop(mode="bypass", probability=0.5))
+    whole = forecast(plan.module, (3, 8, 8), 10)
+    rows = {row.path: row.forward_flops for row in whole.by([f"blocks.{i}" for i in range(4)])}
+    expected = whole.forward_flops - sum(0.125 * (i + 1) * rows[f"blocks.{i}"] for i in range(4))
+    assert work_of(plan).phases[0].forward_flops == 10 * round(expected)
+
+
+def test_scores_are_summed_up_from_a_finished_run(tmp_path):
+    spec_text = """
+name = "scored"
+[backbone]
+source = "cifar"
+name = "resnet8"
+arguments = { in_chans = 1 }
+input = [1, 8, 8]
+[[pass]]
+use = "drop"
+when = { score = "change", below = 100.0, patience = 1 }
+upto = "layer2"
+[data]
+name = "digits"
+train_limit = 64
+eval_limit = 16
+[train]
+epochs = 3
+batch = 16
+"""
+    path = tmp_path / "scored.toml"
+    path.write_text(spec_text)
+    spec = load(path)
+    train(spec, tmp_path / "run")
+    decisions = decisions_of(tmp_path / "run")
+    assert [d.regions[-1] for d in decisions] == ["layer2"]
+    assert decisions[0].epoch > 0
+
+    from graphopt.cli import app
+
+    before, after = (json.loads(CliRunner().invoke(app, ["check", str(what), "--json"]).stdout) for what in (path, tmp_path / "run"))
+    assert not before["run_foreseen"]
+    assert before["run"] == before["run_before"], "nothing is known of it yet"
+    assert after["run"]["forward_flops"] < after["run_before"]["forward_flops"]
+    assert after["run_foreseen"]
+    assert after["drop_points"][0]["bytes"]["float16"] == 64 * 16 * 8 * 8 * 2
+
+
+def test_drop_points_have_the_size_that_was_published():
+    """FACTS: VGG-11 at 32 px in fp16, after 2, 4 and 6 units: 16, 8 and 4 KiB an image."""
+    from graphopt.trace import trace
+
+    points = drop_points(trace(cifar.build("vgg11"), (3, 32, 32), compare=False))
+    assert [points[i].bytes_per_sample // 2 for i in (1, 3, 5)] == [16384, 8192, 4096]
+
+
+@pytest.mark.parametrize(("name", "least"), [("vgg11", 0.1783), pytest.param("resnet152", 0.8374, marks=pytest.mark.slow)])
+def test_replayed_schedules_save_what_was_published(name, least):
+    """arXiv 2604.23403: forward FLOPs averaged over the run; here with evaluation and filling counted in."""
+    spec = load(f"learn_and_drop/{name}")
+    with torch.device("meta"):
+        model = build(spec.backbone)
+    plan = graphopt.compile(model, spec, verify="off", costs=False)
+    samples, evaluated = counts(spec.data)
+    assert (samples, evaluated) == (50_000, 10_000)
+    work = run_work(plan, spec.train, samples=samples, evaluated=evaluated)
+    assert work.forward_saved >= least
+    assert work.training_forward_saved >= least
+    assert work.foreseen
+
+
+def test_known_data_sets_have_the_size_that_is_known():
+    from graphopt.train.sources import open_split
+
+    assert counts(DataSpec(name="digits")) == tuple(len(open_split("digits", None, s).targets) for s in ("train", "validation"))
+    assert counts(DataSpec(name="CIFAR10", train_limit=100)) == (100, 10_000)
