@@ -84,12 +84,12 @@ def parameters_of(graph: Graph, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 def _parameters_read(module: nn.Module, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
     if node.op == "call_module":
-        for name, parameter in module.get_submodule(node.target).named_parameters():
+        for name, parameter in module.get_submodule(str(node.target)).named_parameters():
             yield f"{node.target}.{name}", parameter
     elif node.op == "get_attr":
-        value = attribute(module, node.target)
+        value = attribute(module, str(node.target))
         if isinstance(value, nn.Parameter):
-            yield node.target, value
+            yield str(node.target), value
 
 
 def attribute(module: nn.Module, target: str) -> Any:
@@ -110,7 +110,7 @@ class Index:
             self.order[node] = position
             if node.op in ("placeholder", "output"):
                 continue
-            places = {*_ancestry(node.meta["origin"].path), *(_ancestry(node.target) if node.op == "get_attr" else ())}
+            places = {*_ancestry(node.meta["origin"].path), *(_ancestry(str(node.target)) if node.op == "get_attr" else ())}
             for path in places:
                 self._below.setdefault(path, {})[node] = None
 
@@ -151,7 +151,7 @@ def _region(graph: Graph, paths: tuple[str, ...], nodes: tuple[fx.Node, ...], ac
         exits=exits,
         closed=len(entries) == 1 and len(exits) == 1,
         # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
-        parameters=parameters_of(graph, (n for n in nodes if "by" not in n.meta or n.op != "get_attr" or _below(n.target, paths))),
+        parameters=parameters_of(graph, (n for n in nodes if "by" not in n.meta or n.op != "get_attr" or _below(str(n.target), paths))),
     )
 
 
@@ -311,8 +311,8 @@ def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
         owned.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     paths: list[str] = []
     for names in graph.groups:
-        parts = [name.split(".")[:-1] for name in names]
-        path = ".".join(level[0] for level in _while_equal(parts))
+        owners = [name.split(".")[:-1] for name in names]
+        path = ".".join(level[0] for level in _while_equal(owners))
         if path not in tree.nodes or tree.is_leaf(path) or graph.types[path] in _CONTAINERS:
             continue
         if owned[path] == len(names) and tree.closed(path):
@@ -347,7 +347,7 @@ def _units(tree: _Tree) -> tuple[tuple[str, ...], ...]:
             continue
         path = node.meta["origin"].path
         parent = path.rpartition(".")[0]
-        module = tree.graph.module.get_submodule(node.target)
+        module = tree.graph.module.get_submodule(str(node.target))
         is_weighted = type(module).__name__ in weighted or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
         if is_weighted:
             runs.append([path])

@@ -27,14 +27,18 @@ def _timm(name: str, **arguments: object) -> Callable[[], nn.Module]:
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int, str, str, str]] = {
     "resnet50": (_tv("resnet50"), (3, 64, 64), 39, 16, "layer1.0", "layer4.2", "Bottleneck"),
     "resnet152": (_tv("resnet152"), (3, 64, 64), 107, 50, "layer1.0", "layer4.2", "Bottleneck"),
-    "vit_b_16": (_tv("vit_b_16", image_size=32), (3, 32, 32), 33, 12, "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11", "EncoderBlock"),
+    "vit_b_16": (
+        _tv("vit_b_16", image_size=32), (3, 32, 32), 33, 12,
+        "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11", "EncoderBlock",
+    ),
     "swin_t": (_tv("swin_t"), (3, 64, 64), 41, 12, "features.1.0", "features.7.1", "SwinTransformerBlock"),
     "efficientnet_b0": (_tv("efficientnet_b0"), (3, 64, 64), 79, 16, "features.1.0", "features.7.0", "MBConv"),
     "densenet121": (_tv("densenet121"), (3, 64, 64), 25, 4, "features.denseblock1", "features.denseblock4", "_DenseBlock"),
     "vgg11": (_tv("vgg11"), (3, 32, 32), 30, 8, "features.0-2", "features.18-20", "Conv2d unit"),
     "shufflenet": (_tv("shufflenet_v2_x0_5"), (3, 64, 64), 89, 16, "stage2.0", "stage4.3", "InvertedResidual"),
     "timm swin": (
-        _timm("swin_tiny_patch4_window7_224", img_size=64, window_size=2), (3, 64, 64), 76, 12, "layers.0.blocks.0", "layers.3.blocks.1", "SwinTransformerBlock",
+        _timm("swin_tiny_patch4_window7_224", img_size=64, window_size=2), (3, 64, 64), 76, 12,
+        "layers.0.blocks.0", "layers.3.blocks.1", "SwinTransformerBlock",
     ),
     "timm convnext": (_timm("convnext_tiny"), (3, 64, 64), 45, 18, "stages.0.blocks.0", "stages.3.blocks.2", "ConvNeXtBlock"),
     "timm resnet50": (_timm("resnet50"), (3, 64, 64), 39, 16, "layer1.0", "layer4.2", "Bottleneck"),
@@ -81,10 +85,12 @@ def test_without_a_cut_point_the_output_is_out_of_reach(name: str) -> None:
 def test_a_region_knows_its_edges_and_parameters() -> None:
     graph = graph_of("resnet50")
     block = graph.region("layer2.0")
-    assert block.closed and block.entries == (graph.region("layer1").exits)
+    assert block.closed
+    assert block.entries == (graph.region("layer1").exits)
     assert set(block.parameters) == {f"layer2.0.{n}" for n, _ in torchvision.models.resnet50().layer2[0].named_parameters()}
     whole = graph.region("layer2")
-    assert whole.covers(block) and not block.covers(whole)
+    assert whole.covers(block)
+    assert not block.covers(whole)
     assert not graph_of("densenet121").region("features.denseblock1.denselayer2").closed
 
 

@@ -105,8 +105,9 @@ def emit(graph: Graph, *, start: fx.Node | None = None, stop: fx.Node | None = N
     for node in nodes:
         if node is start:
             with flat.inserting_before(next(iter(flat.nodes))):
-                copies[node] = flat.placeholder("features")
-            copies[node].meta = dict(node.meta)
+                features = flat.placeholder("features")
+            features.meta = dict(node.meta)
+            copies[node] = features
             continue
         copies[node] = flat.node_copy(node, lambda n: copies[n])
     if stop is not None:
@@ -130,7 +131,8 @@ def emit(graph: Graph, *, start: fx.Node | None = None, stop: fx.Node | None = N
         root.add_module("sections", nn.Module())
     holder: dict[fx.Node, fx.Node] = {}
     parts: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for section, members in sorted(sections, key=lambda s: len(s[1])):
+    # Inner before outer; of two that hold the same nodes, the one with a loss of its own is the outer.
+    for section, members in sorted(sections, key=lambda s: (len(s[1]), s[0].target)):
         if section.target and target is None:
             last = [n for n in flat.nodes if n.op == "placeholder"][-1]
             with flat.inserting_after(last):
@@ -208,8 +210,8 @@ def _outline(
             with flat.inserting_after(position):
                 value = position = flat.call_function(operator.getitem, (result, number))
             value.meta = dict(node.meta)
-        elif "val" in node.meta:
-            value.meta["val"] = node.meta["val"]
+        else:
+            value.meta |= {k: v for k, v in node.meta.items() if k not in value.meta}
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
     for node in reversed(ordered):
         flat.erase_node(node)

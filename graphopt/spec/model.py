@@ -89,10 +89,10 @@ class DataSpec(_Table):
 
     name: str = Field(
         default="digits",
-        description='digits (embedded), cifar10, cifar100, "folder" (one folder per class), or a name timm\'s dataset factory knows',
+        description="digits (embedded), cifar10, cifar100, mnist, fashion_mnist, kmnist, stl10, svhn, imagenette, imagenet, "
+        'or "folder" (one folder of images per class)',
     )
     root: str | None = Field(default=None, description="folder of the images; digits needs none")
-    download: bool = Field(default=False, description="graphopt never downloads: true is refused, with the reason")
     train_split: str = "train"
     eval_split: str = "validation"
     train_limit: Positive | None = Field(default=None, description="use only so many training images (a fixed, stratified draw)")
@@ -121,15 +121,13 @@ class OptimizerSpec(_Table):
 class SchedulerSpec(_Table):
     """`[train.scheduler]`, or just its name: `scheduler = "step"`. By timm's scheduler factory."""
 
-    name: Literal["constant", "cosine", "tanh", "step", "multistep", "plateau", "poly"] = "cosine"
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = "cosine"
     warmup_epochs: Count = 0
     warmup_lr: NonNegative = Field(default=1e-5, description="learning rate at the first step of the warm-up")
     min_lr: NonNegative = 0.0
     decay_epochs: Annotated[float, Field(gt=0)] | None = Field(default=None, description="step: epochs between decays")
     decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
     decay_rate: Annotated[float, Field(gt=0)] = 0.1
-    patience_epochs: Count = Field(default=10, description="plateau")
-    cooldown_epochs: Count = 0
     arguments: dict[str, Any] = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 

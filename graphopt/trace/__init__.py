@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -140,7 +140,7 @@ def _origin_of(node: fx.Node) -> Origin:
     return Origin(path, int(call) if call.isdigit() else 0)
 
 
-def _root_for(backbone: nn.Module, graph: fx.Graph, switches: dict[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
+def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
     """A root for the graph: the backbone's own registrations, plus mode switches and stray constants, neither with state-dict keys."""
     root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
     for target, switch in switches.items():
@@ -158,12 +158,13 @@ def _root_for(backbone: nn.Module, graph: fx.Graph, switches: dict[str, nn.Modul
 
 def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
     """timm's own grouping of parameters into layers (`group_matcher`), in its order; empty where the model has none."""
-    if not callable(getattr(backbone, "group_matcher", None)):
+    matcher = getattr(backbone, "group_matcher", None)
+    if not callable(matcher):
         return ()
     from timm.models import group_parameters
 
     try:
-        groups = group_parameters(backbone, backbone.group_matcher(coarse=False))
+        groups = group_parameters(backbone, matcher(coarse=False))
     except Exception:  # a matcher that does not fit its own model says nothing about blocks: they are found structurally
         return ()
     return tuple(tuple(names) for _, names in sorted(groups.items()))

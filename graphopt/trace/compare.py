@@ -16,8 +16,9 @@ def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[st
     """The smallest module whose traced form differs from the backbone's, with the mode; None when all bits are equal."""
     generator = torch.Generator().manual_seed(0)
     reference = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-    options = {} if reference is None else {"dtype": reference.dtype, "device": reference.device}
-    x = torch.rand(batch, *graph.input, generator=generator).to(**options)
+    x = torch.rand(batch, *graph.input, generator=generator)
+    if reference is not None:
+        x = x.to(device=reference.device, dtype=reference.dtype)
     for mode, training in (("train", True), ("eval", False)):
         backbone.train(training)
         graph.module.train(training)

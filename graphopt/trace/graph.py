@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import SelectError, TraceError, did_you_mean
@@ -121,19 +123,19 @@ class Graph:
 
     # -- editing ------------------------------------------------------------------------------------------------------------
     @property
-    def fx(self) -> fx.Graph:
+    def fx(self) -> FxGraph:
         return self.module.graph
 
     @property
-    def nodes(self) -> tuple[fx.Node, ...]:
+    def nodes(self) -> tuple[Node, ...]:
         return tuple(self.module.graph.nodes)
 
     @property
-    def placeholder(self) -> fx.Node:
+    def placeholder(self) -> Node:
         return next(n for n in self.module.graph.nodes if n.op == "placeholder")
 
     @property
-    def output(self) -> fx.Node:
+    def output(self) -> Node:
         return next(n for n in reversed(self.module.graph.nodes) if n.op == "output")
 
     def clone(self) -> Graph:
@@ -181,7 +183,7 @@ class Graph:
             for depth in range(1, len(parts) + 1):
                 seen.setdefault(".".join(parts[:depth]))
             if node.op == "get_attr":
-                seen.setdefault(node.target)
+                seen.setdefault(str(node.target))
         seen.pop("", None)
         return tuple(seen)
 
@@ -214,13 +216,13 @@ class Graph:
         found = (index.region(paths) for paths in self._block_paths)
         return tuple(region for region in found if region.nodes)
 
-    def cut_points(self) -> tuple[fx.Node, ...]:
+    def cut_points(self) -> tuple[Node, ...]:
         """Activations that every path from input to output crosses, in execution order; the input and the output node aside."""
         from graphopt.regions import cut_points
 
         return cut_points(self)
 
-    def __iter__(self) -> Iterator[fx.Node]:
+    def __iter__(self) -> Iterator[Node]:
         return iter(self.module.graph.nodes)
 
 
@@ -267,7 +269,7 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
     """Shapes of a leaf that branches on values: they cannot be known without values, so it runs once on random ones."""
     if node.op != "call_module":
         raise TypeError(f"{node} branches on values outside any module")
-    leaf = copy.deepcopy(module.get_submodule(node.target)).eval()
+    leaf = copy.deepcopy(module.get_submodule(str(node.target))).eval()
     if any(t.is_meta for t in (*leaf.parameters(), *leaf.buffers())):
         raise TypeError(f"{node.target} branches on values: its shapes are not known without its weights")
 

@@ -126,8 +126,6 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
     """
     if len(input) != 3 or input[0] not in (1, 3):
         raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(input)}", where="backbone.input")
-    if spec.download:
-        raise RunError("graphopt never downloads", where="data.download", fix="Fetch the files and name their folder in data.root.")
     train = open_split(spec.name, spec.root, spec.train_split)
     evaluation = open_split(spec.name, spec.root, spec.eval_split)
     if train.classes != evaluation.classes:

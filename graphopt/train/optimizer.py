@@ -162,17 +162,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, sa
 class Schedule:
     """The learning rate as a function of the optimizer steps done so far.
 
-    timm's schedulers but plateau are pure functions of that count, so a phase change or a resume needs no saved state: make
-    one over the new optimizer and tell it where the run is. timm's plateau depends on what came before and saves none of it.
+    The schedulers a spec can name are pure functions of that count, so a phase change or a resume needs no saved state: make one over
+    the new optimizer and tell it where the run is. (timm's plateau is not: it depends on what came before, and saves none of it.)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, spec: SchedulerSpec, *, lr: float, epochs: int, steps_per_epoch: int) -> None:
-        if spec.name == "plateau":
-            raise RunError(
-                "plateau cannot resume: timm saves none of its state, and is about to remove it",
-                where="train.scheduler",
-                fix="Use cosine, step or constant.",
-            )
         for group in optimizer.param_groups:
             # A group that was carried over brings the rate it had come down to; the schedule starts from the spec's.
             group["lr"] = group["initial_lr"] = lr
@@ -183,7 +177,6 @@ class Schedule:
             "decay_epochs": spec.decay_epochs,
             "decay_milestones": list(spec.decay_milestones),
             "decay_rate": spec.decay_rate,
-            "cooldown_epochs": spec.cooldown_epochs,
             **spec.arguments,
         }
         self._optimizer = optimizer
@@ -191,7 +184,7 @@ class Schedule:
             self._scheduler, _ = create_scheduler_v2(
                 optimizer,
                 spec.name,
-                num_epochs=max(1, epochs - spec.cooldown_epochs),
+                num_epochs=epochs,
                 step_on_epochs=False,
                 updates_per_epoch=steps_per_epoch,
                 **settings,

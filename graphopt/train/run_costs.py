@@ -168,7 +168,7 @@ def run_work(
         raise RunError(
             f"one training step takes {train.batch * train.accumulate} images, the training set has {samples}", where="train.batch"
         )
-    options = {"optimizer": None, "amp": train.amp}
+    options: dict[str, Any] = {"optimizer": None, "amp": train.amp}
     whole = forecast(emit(plan.base), plan.base.input, batch, **options)
     evaluations = train.epochs // train.eval_every + (train.epochs % train.eval_every > 0)
     evaluation = evaluations * evaluated * whole.forward_flops // batch

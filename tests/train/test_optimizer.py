@@ -185,8 +185,3 @@ def test_a_new_phase_goes_on_at_the_rate_the_last_one_reached() -> None:
     second = build_optimizer(module, spec)
     load_optimizer_state(second, module, optimizer_state(first, module))
     assert Schedule(second, cosine, lr=0.8, epochs=10, steps_per_epoch=10).at(50) == reached == second.param_groups[0]["lr"]
-
-
-def test_plateau_is_refused_with_the_reason() -> None:
-    with pytest.raises(RunError, match="plateau cannot resume"):
-        rates(SchedulerSpec(name="plateau"), [0])  # type: ignore[arg-type]
