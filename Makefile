@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick lint pictures clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ demo: .venv/.installed
 	$(GRAPHOPT) export runs/demo -o runs/demo.safetensors
 	$(BIN)/python -c "from graphopt import cifar; from safetensors.torch import load_file; \
 	  print(cifar.build('resnet20', in_chans=1).load_state_dict(load_file('runs/demo.safetensors'), strict=True), 'the untouched ResNet-20')"
+
+# The README's pictures, from real specs.
+pictures: .venv/.installed
+	$(BIN)/python tools/pictures.py
 
 # What CI runs.
 test: .venv/.installed-test

@@ -38,6 +38,7 @@ def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bo
             table.add_row(name, before, after, Text(by, style="green" if by.startswith("-") else "yellow" if by != "=" else "dim"))
         parts.append(table)
     stops, tap = {b for _, b in diff.after.frontier}, diff.after.tap
+    told: set[str] = set()
     tree = Tree(Text(f"input {shape(('N', *_input(diff)))}".rstrip() if unicode else "input", style="dim"), guide_style="dim")
     for stage, members in groupby(folds(diff, unfold=unfold), key=lambda f: f.rows[0].stage):
         group = list(members)
@@ -49,7 +50,8 @@ def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bo
             if first.name in stops:
                 branch.add(Text(_plain(f"╌╌ {_stop_words(diff, first)} ╌╌", unicode), style="bold magenta"))
             leaf = branch.add(_line(diff, fold, unicode))
-            for reason in first.reasons:
+            for reason in [r for r in first.reasons if r not in told]:
+                told.add(reason)
                 leaf.add(Text(_plain(reason, unicode), style="dim italic"))
             if nodes and (first.status != "kept" or unfold):
                 for node in first.nodes:
@@ -125,7 +127,7 @@ def _legend(diff: Diff, unicode: bool) -> Text:
     return line
 
 
-_ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "...", "−": "-"})  # type: ignore[arg-type]
+_ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "...", "−": "-", "≈": "~"})  # type: ignore[arg-type]
 
 
 def _plain(text: str, unicode: bool) -> str:

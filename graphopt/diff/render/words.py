@@ -27,12 +27,14 @@ def amount(key: str, value: int) -> str:
 
 
 def change(before: int, after: int) -> str:
-    """`-43 %`, `+2.1 %`, `=`; from nothing, `new`."""
+    """`-43 %`, `+2.1 %`, `=`, `≈` (under half a thousandth); from nothing, `new`."""
     if before == after:
         return "="
     if not before:
         return "new"
     percent = 100 * (after - before) / before
+    if abs(percent) < 0.05:
+        return "≈"
     return f"{percent:+.0f} %" if abs(percent) >= 10 or percent == int(percent) else f"{percent:+.1f} %"
 
 

@@ -222,7 +222,7 @@
   // -- head, tools -------------------------------------------------------------------------------------------------------------
   function tiles() {
     const totals = frame().totals;
-    $(".tiles").innerHTML = totals && data.before ? data.tiles.filter((k) => k in data.before && k in totals).map((k) => `<div class="tile" role="listitem"><div class="what">${esc(data.figures[k])}</div><div class="big${totals[k] < data.before[k] ? " good" : ""}">${esc(percent(data.before[k], totals[k]))}</div><div class="small">${esc(change(k, data.before[k], totals[k]))}</div></div>`).join("") : "";
+    $(".tiles").innerHTML = totals && data.before ? data.tiles.filter((k) => k in data.before && k in totals).map((k) => `<div class="tile" role="listitem"><div class="what">${esc(data.figures[k])}</div><div class="big${totals[k] < 0.9995 * data.before[k] ? " good" : ""}">${esc(percent(data.before[k], totals[k]))}</div><div class="small">${esc(change(k, data.before[k], totals[k]))}</div></div>`).join("") : "";
   }
 
   function filters() {

@@ -36,6 +36,7 @@
     if (before === after) return "=";
     if (!before) return "new";
     const p = (100 * (after - before)) / before;
+    if (Math.abs(p) < 0.05) return "≈";
     return (p > 0 ? "+" : "−") + (Math.abs(p) >= 10 ? Math.abs(p).toFixed(0) : Math.abs(p).toFixed(1)) + " %";
   }
 
@@ -209,7 +210,7 @@
       const each = Math.min(210, (full - 2 * left - 10 * (tiles.length - 1)) / tiles.length);
       tiles.forEach((k, i) => {
         const b = data.before[k], a = frame.totals[k];
-        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17">${esc(fit(data.figures[k], each - 16, 11, 0.5))}</text><text class="big${a < b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51">${esc(fit(change(k, b, a), each - 16, 10.5, 0.52))}</text></g>`);
+        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17">${esc(fit(data.figures[k], each - 16, 11, 0.5))}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51">${esc(fit(change(k, b, a), each - 16, 10.5, 0.52))}</text></g>`);
       });
       y += 76;
     }
