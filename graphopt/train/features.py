@@ -8,6 +8,7 @@ dtype and precision, and of the entry that it was filled from; so a stale one ha
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from graphopt.quantities import show_size
 from graphopt.rewriting import Plan, emit
 from graphopt.train.data import Batch, Feed, ImageFeed, Samples, epoch_order
 from graphopt.train.feature_keys import between, hashed, key_of, row_bytes, tensors
-from graphopt.train.feature_store import FileFill, Folder, Layout, MemoryFill, Store, bits
+from graphopt.train.feature_store import MARK, FileFill, Folder, Layout, MemoryFill, Store, bits
 from graphopt.train.strategy import Strategy
 
 #: batches that are timed before it is decided whether a cache is worth having
@@ -211,6 +212,14 @@ class Keeper:
             world=self.strategy.world,
         )
         return feed, OnFeatures(plan.suffix), {"cut": cut.node.name, "kept": True, "route": route}
+
+    def close(self) -> None:
+        """The run is over: what it kept for itself goes. A folder that the pass named stays, for the next run."""
+        self._held = None
+        if self.strategy.first:
+            for own in {self.folder, self._place({"cache": "ram"})}:
+                if (own / MARK).is_file():
+                    shutil.rmtree(own)
 
     def _reason_against(self, plan: Plan, route: Sequence[str], sure: bool) -> str | None:
         """Holds the entry at the end of a route; or says why it will not be kept."""

@@ -156,6 +156,8 @@ class Run:
                     self._train_epoch()
                     self._close_epoch()
                 self.phase.close()
+            if self.setting.features is not None:
+                self.setting.features.close()
             return self._summarise()
         except _StopAsked:
             self._stop()

@@ -222,6 +222,18 @@ def test_a_parameter_on_both_sides_is_refused():
         graphopt.compile(Tied(), [Drop(upto="first")], input=(6,), costs=False)
 
 
+def test_a_dropped_network_compiles():
+    plan = graphopt.compile(Small(drop=0.5), [Drop(upto="blocks.1")], input=(3, 8, 8), costs=False)
+    plan.module.train()
+    x = torch.rand(4, 3, 8, 8)
+    features = plan.prefix(x)
+    assert torch.allclose(torch.compile(plan.prefix, backend="eager")(x), features)
+    torch.manual_seed(3)
+    expected = plan.suffix(features)
+    torch.manual_seed(3)
+    assert torch.allclose(torch.compile(plan.suffix, backend="eager")(features), expected, atol=1e-5)
+
+
 def test_no_cache_needs_no_features():
     plan = graphopt.compile(Small(), [Drop(upto="blocks.1", cache="none")], input=(3, 8, 8), costs=False)
     assert plan.needs.features is None

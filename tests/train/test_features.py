@@ -59,13 +59,13 @@ def reference(tmp_path):
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 def test_kept_features_train_what_a_running_prefix_trains(tmp_path, reference, cache):
-    folder = run(tmp_path, cache=cache)
+    folder = run(tmp_path, cache=cache, folder=str(tmp_path / "kept") if cache == "disk" else None)
     assert equal(weights(folder), reference)
     told = features_of(folder)
     assert [(t["cut"], t["kept"], t["filled_from"]) for t in told] == [("blocks.0", True, "images"), ("blocks.2", True, "features")]
     assert told[0]["bytes"] == 80 * 8 * 8 * 8 * 4
     if cache == "disk":
-        kinds = sorted(p.suffix for p in (folder / "features").iterdir())
+        kinds = sorted(p.suffix for p in (tmp_path / "kept").iterdir())
         assert kinds == [".json", ".json", ".rows", ".targets"], "one whole entry and the folder's mark; earlier ones are gone"
 
 
@@ -189,10 +189,19 @@ def test_a_full_disk_loses_nothing(tmp_path, reference, monkeypatch, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(feature_store, call, full)
-    folder = run(tmp_path, cache="disk")
+    folder = run(tmp_path, cache="disk", folder=str(tmp_path / "kept"))
     assert equal(weights(folder), reference)
     assert [(t["kept"], t["why"]) for t in features_of(folder)] == [(False, "no space left on device")] * 2
-    assert [p.name for p in (folder / "features").iterdir()] == ["features.json"], "nothing half-written stays"
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["features.json"], "nothing half-written stays"
+
+
+def test_a_finished_run_leaves_no_features_behind(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _Stop(patch, 7)
+        with pytest.raises(RunError, match="stopped"):
+            run(tmp_path, cache="disk")
+    assert list((tmp_path / "run" / "features").glob("*.rows"))
+    assert not (run(tmp_path, cache="disk", resume=True) / "features").exists()
 
 
 def test_over_the_limit_the_prefix_runs(tmp_path, reference):
