@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from graphopt.spec import loads
 
@@ -40,11 +41,12 @@ def commands() -> list[str]:
 @pytest.mark.slow
 def test_the_commands_run_one_after_the_other(tmp_path: Path) -> None:
     found = [command for command in commands() if not command.startswith("make ")]
-    assert len(found) == 7
+    assert len(found) == 9
     for command in found:
         shell(f"{command} {TINY}" if command.startswith("graphopt train") else command, tmp_path)
     assert (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "plan" / "report.json").exists()
+    assert "</html>" in (tmp_path / "run.html").read_text()
 
 
 @pytest.mark.slow
@@ -84,6 +86,12 @@ def test_the_api_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert after < before
     assert type(scope["backbone"]).__name__ == "ResNet"
     assert len([line for line in api().splitlines() if line.strip()]) <= 12
+
+
+def test_the_loop_with_local_losses_runs() -> None:
+    scope: dict[str, torch.Tensor] = {}
+    exec(compile(next(text for text in blocks("python") if "Supervise(" in text), "README.md", "exec"), scope)
+    assert scope["scores"].shape == (8, 10)
 
 
 DAMPED = '[backbone]\nsource = "cifar"\nname = "resnet8"\ninput = [3, 8, 8]\n[[pass]]\nuse = "{use}"\nselect = "layer2"\nfactor = 0.25\n'
