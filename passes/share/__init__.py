@@ -104,13 +104,13 @@ class Share(Pass):
         narrowed: dict[str, int] = {}
         for sharing in shared:
             groups.append(_homes(graph, sharing))
-            notes += _frozen_sources(graph, sharing)
             if self.mode == "mix":
                 mixed += give_up_weights(graph, sharing, manner)
             else:
                 more, narrow = self._surrogate(graph, sharing, manner)
                 mixed += more
                 narrowed |= narrow
+            notes += _frozen_sources(graph, sharing)
         saved = before - sum(p.numel() for p in graph.module.parameters())
         restore, adopt = self._maps(keys - set(graph.module.state_dict()), tuple(mixed), narrowed)
         start = {"a": self.init[0], "b": self.init[1]}
@@ -222,7 +222,5 @@ def _frozen_sources(graph: Graph, sharing: Sharing) -> list[Note]:
     for side, block in (("before", sharing.before), ("after", sharing.after)):
         names = [getattr(b, side) for b in sharing.blends if getattr(b, side) is not None]
         if block is not None and not any(graph.module.get_parameter(n).requires_grad for n in names):
-            notes.append(
-                Note("warn", sharing.region, f"its neighbour {block} is frozen: it follows that block no more, only by its scalars")
-            )
+            notes.append(Note("warn", sharing.region, f"its neighbour {block} is frozen: only its scalars still move that side"))
     return notes

@@ -1,0 +1,243 @@
+"""Sharing with everything around it: other passes, phases, copies, compilation, autocast, ranks, and a whole run."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import graphopt
+from graphopt import Decision, PassError, Plan
+from graphopt.cifar import CifarResNet
+from graphopt.passes.freeze import Freeze
+from graphopt.passes.share import Share
+from graphopt.train import export_run, train
+from tests.backbones import Small
+from tests.passes.share_backbones import family
+from tests.rewriting.passes import Stretch
+from tests.train import small
+
+BOTH = pytest.mark.parametrize("mode", ["mix", "surrogate"])
+X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def planned(*passes: Any, model: nn.Module | None = None, verify: Any = "full") -> Plan:
+    torch.manual_seed(0)
+    return graphopt.compile(model or CifarResNet(20), list(passes), input=(3, 8, 8), verify=verify, costs=False)
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    module(X).square().sum().backward()
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+@BOTH
+def test_a_neighbour_frozen_later(mode: str) -> None:
+    plan = planned(Share(select="layer1.1", mode=mode), Freeze(select="layer1.2", when={"epoch": 2}))
+    with torch.no_grad():
+        plan.module.get_parameter("layer1.1.share.a").fill_(0.8)
+    later = plan.at([Decision(index=1, epoch=2)])
+    assert later.module.get_parameter("layer1.1.share.a").item() == pytest.approx(0.8)
+    found = gradients(later.module.eval())
+    assert not any(n.startswith("layer1.2.") for n in found), "a frozen neighbour gets no gradient through the mix either"
+    assert {"layer1.1.share.a", "layer1.1.share.b", "layer1.0.conv2.weight"} <= found.keys()
+    torch.testing.assert_close(later.module.eval()(X), plan.module.eval()(X))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_shared_block_frozen_itself(order: int) -> None:
+    passes = [Share(select="layer1.1"), Freeze(select="layer1.1")][::order]
+    plan = planned(*passes)
+    found = gradients(plan.module.eval())
+    assert not any(n.startswith("layer1.1.") for n in found)
+    assert {"layer1.0.conv1.weight", "layer1.2.conv1.weight"} <= found.keys()
+
+
+def test_the_report_warns_of_a_frozen_source() -> None:
+    plan = planned(Freeze(select="layer1.2"), Share(select="layer1.1"))
+    assert "warn layer1.1: its neighbour layer1.2 is frozen: only its scalars still move that side" in map(str, plan.report.passes[1].notes)
+
+
+@BOTH
+@pytest.mark.parametrize("order", [1, -1])
+def test_inside_a_stretch_that_runs_as_a_unit(mode: str, order: int) -> None:
+    passes = [Share(select="layer1.1", mode=mode), Stretch(select="layer1")][::order]
+    plan, alone = planned(*passes), planned(passes[0 if order > 0 else 1])
+    one, other = gradients(plan.module.eval()), gradients(alone.module.eval())
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"modules": 2}, {"modules": 3}])
+def test_under_local_supervision(options: dict[str, Any]) -> None:
+    supervise = pytest.importorskip("graphopt.passes.supervise")
+    for passes in ([Share(every=2), supervise.Supervise(**options)], [supervise.Supervise(**options), Share(every=2)]):
+        plan = planned(*passes, verify="fast")
+        output, local = plan.module.train()(X, torch.arange(4))
+        (output.square().mean() + local).backward()
+        for name, parameter in plan.module.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_two_passes_share_what_does_not_touch_and_say_so_where_it_does() -> None:
+    model, shape, _ = family("timm ViT")
+    first, second = Share(select="blocks.1"), Share(select="blocks.3", parts="mlp")
+    plan = graphopt.compile(model, [first, second], input=shape, costs=False)
+    plan.export()
+    with pytest.raises(PassError, match=r"it would live on layer1\.1\..*, which an earlier pass has replaced"):
+        planned(Share(select="layer1.1"), Share(select="layer1.2", boundary="one-sided"))
+
+
+# -- phases ---------------------------------------------------------------------------------------------------------------------
+def test_a_mix_can_begin_late_and_be_taken_back() -> None:
+    plan = planned(Share(select="layer1.1", when={"epoch": 1, "until": 3}))
+    assert "layer1.1.conv1.weight" in plan.module.state_dict()
+    shared = plan.at(plan.due(1))
+    assert "layer1.1.conv1.weight" not in shared.module.state_dict()
+    with torch.no_grad():
+        shared.module.get_parameter("layer1.1.share.a").fill_(0.9)
+        shared.module.get_parameter("layer1.0.conv1.weight").add_(0.1)
+    back = shared.at((*shared.decisions, *shared.due(3)))
+    state = back.module.state_dict()
+    expected = 0.9 * state["layer1.0.conv1.weight"] + 0.5 * state["layer1.2.conv1.weight"]
+    torch.testing.assert_close(state["layer1.1.conv1.weight"], expected)
+
+
+def test_a_surrogate_lives_through_the_phases_of_others() -> None:
+    passes = [Share(select="layer1.1", mode="surrogate"), Share(select="layer3.2", when={"epoch": 1, "until": 2})]
+    plan = planned(*passes, model=CifarResNet(32))
+    with torch.no_grad():
+        plan.module.get_parameter("layer1.1.share.a").fill_(0.9)
+    later = plan.at([Decision(index=1, epoch=1)])
+    back = later.at([Decision(index=1, epoch=1), Decision(index=1, epoch=2, action="undo")])
+    state = back.module.state_dict()
+    assert state["layer1.1.share.a"].item() == pytest.approx(0.9)
+    expected = 0.5 * state["layer3.1.conv1.weight"] + 0.5 * state["layer3.3.conv1.weight"]
+    torch.testing.assert_close(state["layer3.2.conv1.weight"], expected)
+
+
+@BOTH
+def test_a_run_resumes_bit_for_bit_and_exports(tmp_path: Path, mode: str) -> None:
+    def plan() -> Plan:
+        torch.manual_seed(0)
+        return graphopt.compile(Small(), Share(select="blocks.1", mode=mode), input=small.SHAPE, verify="off", costs=False)
+
+    train(plan(), tmp_path / "whole", settings=small.settings(epochs=2, ema=0.9), data=small.interrupting(10**9))
+    with pytest.raises(graphopt.train.Stopped):
+        train(plan(), tmp_path / "cut", settings=small.settings(epochs=2, ema=0.9), data=small.interrupting(120))
+    train(plan(), tmp_path / "cut", settings=small.settings(epochs=2, ema=0.9), data=small.interrupting(10**9), resume=True)
+    assert small.same(small.weights(tmp_path / "whole"), small.weights(tmp_path / "cut"))
+    written = export_run(tmp_path / "whole", tmp_path / "model.safetensors", which="last", weights="model", plan=plan())
+    if mode == "surrogate":
+        assert graphopt.loading.is_plan_file(written)
+        model = graphopt.load(written, plan=plan())
+    else:
+        from safetensors.torch import load_file
+
+        model = Small()
+        model.load_state_dict(load_file(written), strict=True)
+    trained = plan()
+    trained.module.load_state_dict(small.weights(tmp_path / "whole"))
+    torch.testing.assert_close(model.eval()(X), trained.module.eval()(X))
+
+
+# -- the emitted module -----------------------------------------------------------------------------------------------------------
+@BOTH
+def test_copies_are_apart(mode: str) -> None:
+    plan = planned(Share(every=2, mode=mode))
+    twin = copy.deepcopy(plan.module)
+    expected = gradients(plan.module.eval())
+    with torch.no_grad():
+        plan.module.get_parameter("layer1.0.conv2.weight").zero_()
+    for name, value in gradients(twin.eval()).items():
+        assert torch.equal(value, expected[name])
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["CIFAR ResNet", "torchvision ViT"])
+def test_compiled_whole(mode: str, name: str) -> None:
+    model, shape, _ = family(name)
+    plan = graphopt.compile(model, Share(every=2, mode=mode), input=shape, verify="off", costs=False)
+    x = torch.rand(2, *shape)
+    module = plan.module.eval()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    expected = module(x)
+    expected.square().sum().backward()
+    wanted = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    got = compiled(x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    got.square().sum().backward()
+    for key, value in wanted.items():
+        torch.testing.assert_close(module.get_parameter(key).grad, value, rtol=1e-3, atol=1e-4)
+
+
+@BOTH
+def test_autocast(mode: str) -> None:
+    plan = planned(Share(every=2, mode=mode))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = plan.module.train()(X)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    for name, parameter in plan.module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+def test_what_must_be_sharded_together() -> None:
+    apart = planned(Share(select=("layer1.1", "layer3.2")), model=CifarResNet(32), verify="off").needs.co_shard
+    assert apart == (("layer1.0", "layer1.1", "layer1.2"), ("layer3.1", "layer3.2", "layer3.3"))
+    # layer1.2 feeds two mixes, and a tensor can be in one group only.
+    chained = planned(Share(select=("layer1.1", "layer1.3")), model=CifarResNet(32), verify="off").needs.co_shard
+    assert chained == (("layer1.0", "layer1.1", "layer1.2", "layer1.3", "layer1.4"),)
+    module = planned(Share(every=2), verify="off").module
+    assert all(module.get_submodule(p) is not None for g in chained for p in g if not p.startswith("layer1.3") and p != "layer1.4")
+
+
+def _rank(rank: int, port: int, mode: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    plan = planned(Share(every=2, mode=mode), verify="off")
+    module = DistributedDataParallel(plan.module.eval())
+    optimizer = torch.optim.SGD(module.parameters(), 0.01, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(X[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimizer.step()
+    torch.save(plan.module.state_dict(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_ranks_are_one(tmp_path: Path, mode: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, mode, str(tmp_path)), nprocs=2)
+    plan = planned(Share(every=2, mode=mode), verify="off")
+    optimizer = torch.optim.SGD(plan.module.eval().parameters(), 0.01, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        plan.module(X).square().mean().backward()
+        optimizer.step()
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    for name, value in plan.module.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet32", "resnet110", "repl-resnet32", "repl-resnet110", "vit-b", "repl-vit-b"])
+def test_installed_specs_are_read(name: str) -> None:
+    spec = graphopt.spec.load(f"replacement/{name}")
+    assert [p.use for p in spec.passes] == ["share"]
