@@ -160,7 +160,8 @@ def main() -> int:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     equal = sum(line.endswith("| equal |") for line in lines)
     told = sum("Explained:" in line for line in lines)
-    lines.append(f"\n{equal} of {total} equal, {told} explained, {total - good} wrong, the rest not run. Largest resident size of the sweep: {rss:.1f} GiB.")
+    counts = f"{equal} of {total} equal, {told} explained, {total - good} wrong, the rest not run"
+    lines.append(f"\n{counts}. Largest resident size of the sweep: {rss:.1f} GiB.")
     print(lines[-1])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
