@@ -53,15 +53,18 @@ from graphopt.passes.supervise import decoders, heads
 from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
 from graphopt.passes.supervise.cuts import Place
 from graphopt.passes.supervise.layout import Layout, layout_of
-from graphopt.passes.supervise.local import LocalModule, compile_modules
-from graphopt.passes.supervise.stretch import Stretch, divide_sections, members_between, parameters_in
+from graphopt.passes.supervise.local import BOUNDARY, LocalModule, compile_modules
+from graphopt.passes.supervise.stretch import divide_sections, mark, members_between, parameters_in
 from graphopt.regions import Region, parameters_of
 from graphopt.rewriting.passes import Effects, Mark, Match, Needs, Note, Pass, Property
+from graphopt.rewriting.sections import Section
 from graphopt.trace import Graph, Origin
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
 FRACTION = 0.25
+#: the boundary that the first module starts at
+INPUT = "input"
 
 Ends = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 Statistics = tuple[float, ...]
@@ -139,20 +142,25 @@ class Supervise(Pass):
         elif self.balance == "stage":
             chosen = cutting.by_stage(graph, found, self.modules)
         elif self.balance == "memory":
-            layouts: dict[fx.Node, Layout] = {n: layout_of(graph, n) for n in (graph.placeholder, *(p.node for p in found))}
-            chosen = memory.by_memory(graph, found, self.modules, layouts.__getitem__, lambda h, x: self._candidate(graph, layouts, h, x))
+            chosen = memory.by_memory(graph, found, self.modules, self.builder(graph))
         else:
             assert self.modules is not None
             chosen = cutting.evenly(graph, found, self.modules)
         graph.facts[key] = tuple((p.node.name, p.label) for p in chosen)
         return chosen
 
-    def _candidate(self, graph: Graph, layouts: dict[fx.Node, Layout], output: fx.Node, entry: fx.Node) -> Auxiliary | None:
-        goal = layouts[graph.placeholder if self.decoder == "image" else entry]
-        if self._misfit(layouts[output], goal) is not None:
-            return None
-        with torch.device("meta"):
-            return self._auxiliary(graph, layouts[output], goal, Weights(1.0, 1.0))
+    def builder(self, graph: Graph) -> memory.Build:
+        """What makes an auxiliary part without weights (on the meta device), for the cost model."""
+        image = layout_of(graph, graph.placeholder)
+
+        def build(source: Layout, entry: Layout) -> Auxiliary | None:
+            goal = image if self.decoder == "image" else entry
+            if self._misfit(source, goal) is not None:
+                return None
+            with torch.device("meta"):
+                return self._auxiliary(graph, source, goal, Weights(1.0, 1.0))
+
+        return build
 
     # -- check --------------------------------------------------------------------------------------------------------------
     def check(self, graph: Graph, match: Match) -> list[Note]:
@@ -200,9 +208,8 @@ class Supervise(Pass):
     def rewrite(self, graph: Graph, match: Match) -> Effects:
         layouts = [self._layouts(graph, region) for region in match.regions]
         count = len(match.regions)
-        before: fx.Node | None = None
+        graph.placeholder.meta[BOUNDARY] = INPUT
         marks: dict[str, Mark] = {}
-        stretches: list[Stretch] = []
         for i, region in enumerate(match.regions):
             weights = Weights(
                 0.0 if self.decoder == "none" else Weights.between(*self.weights.reconstruct, i, count),
@@ -214,22 +221,11 @@ class Supervise(Pass):
                 auxiliary = self._auxiliary(graph, *layouts[i], weights)
             _place_like(auxiliary, graph.module)
             graph.module.add_submodule(f"supervise.{i}", auxiliary)
-            _mark(graph, f"supervise.{i}.enter", before or graph.placeholder)
-            before = _mark(graph, f"supervise.{i}.leave", region.exits[0])
+            _mark(graph, f"supervise.{i}.leave", region.exits[0])
             marks[f"supervise.{i}"] = Mark("inserted", (region.exits[0].meta["origin"].path,), self._parts(auxiliary, layouts[i][0]))
-            stretches.append(
-                Stretch(
-                    name=f"supervise_{i}",
-                    graph=graph,
-                    start=f"supervise.{i - 1}.leave" if i else None,
-                    end=f"supervise.{i}.leave",
-                    wrap=_Wrap(graph, i),
-                    by=self.use,
-                    image=auxiliary.rebuilds_image,
-                )
-            )
+        stretches = [self._section(graph, i) for i in range(count)]
         divide_sections(graph, stretches)
-        graph.sections += stretches  # type: ignore[arg-type]
+        graph.sections += stretches
         names = [n for n, _ in graph.module.named_parameters() if n.startswith("supervise.")]
         figures = {"cuts": [p.label for p in match.data], "modules": count + 1, "auxiliary_parameters": _size(graph.module)}
         return Effects(
@@ -240,6 +236,12 @@ class Supervise(Pass):
             figures=figures,
             marks=marks,
         )
+
+    def _section(self, graph: Graph, index: int) -> Section:
+        start = mark(graph, f"supervise.{index - 1}.leave") if index else None
+        nodes = members_between(graph, start, mark(graph, f"supervise.{index}.leave"))
+        image = graph.module.get_submodule(f"supervise.{index}").rebuilds_image
+        return Section(f"supervise_{index}", nodes, _Wrap(graph, index), self.use, target=True, image=bool(image))
 
     def _parts(self, auxiliary: Auxiliary, layout: Layout) -> dict[str, str]:
         """What a module's auxiliary part is made of, for people."""
@@ -288,16 +290,15 @@ class _Wrap:
         trains = any(p.requires_grad for p in parameters_in(self.graph, start, f"supervise.{self.index}.leave"))
         # What supervises a frozen module would train for nothing: it rests with it.
         auxiliary.requires_grad_(trains)
-        return LocalModule(body, auxiliary, trains=trains)
+        return LocalModule(body, auxiliary, start or INPUT, f"supervise.{self.index}.leave", trains=trains)
 
 
-def _mark(graph: Graph, path: str, node: fx.Node) -> fx.Node:
+def _mark(graph: Graph, path: str, node: fx.Node) -> None:
     """A boundary after `node`, which everything that used `node` uses from now on."""
     with graph.fx.inserting_after(node):
         mark = graph.fx.call_module(path, (node,))
-    mark.meta = {"origin": Origin("", 0), "by": Supervise.use, "val": node.meta["val"]}
+    mark.meta = {"origin": Origin("", 0), "by": Supervise.use, "val": node.meta["val"], BOUNDARY: path}
     node.replace_all_uses_with(mark, delete_user_cb=lambda user: user is not mark)
-    return mark
 
 
 def _again(graph: Graph, name: str, label: str) -> Place:

@@ -28,7 +28,7 @@ class Auxiliary(nn.Module):
     """Head, decoder and loss weights of one module. Lies at `supervise.<i>`; runs in training only; export drops it.
 
     Attributes:
-        enter, leave: mark the module's input and output in the graph; they compute nothing.
+        leave: marks the module's output in the graph; it computes nothing.
         classes: of the targets.
         temperature: the head gives features to contrast at this temperature; None: class scores.
         rebuilds_image: the decoder's goal is the network's input, not the module's.
@@ -47,7 +47,7 @@ class Auxiliary(nn.Module):
         rebuilds_image: bool = False,
     ) -> None:
         super().__init__()
-        self.enter, self.leave = Boundary(), Boundary()
+        self.leave = Boundary()
         self.head, self.decoder = head, decoder
         self.weights, self.classes, self.temperature = weights, classes, temperature
         self.difference, self.rebuilds_image = difference, rebuilds_image
@@ -98,7 +98,7 @@ class Auxiliary(nn.Module):
 
 
 class Boundary(nn.Module):
-    """Marks where a locally supervised module begins or ends in the graph; gives back what it takes."""
+    """Marks where a locally supervised module ends in the graph; gives back what it takes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x

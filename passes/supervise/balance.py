@@ -23,8 +23,8 @@ from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.stand_in import fake_copy
 from graphopt.errors import PassError
 from graphopt.passes.supervise.auxiliary import Auxiliary
-from graphopt.passes.supervise.cuts import Place, demand
-from graphopt.passes.supervise.layout import Layout
+from graphopt.passes.supervise.cuts import Place, demand, most_modules
+from graphopt.passes.supervise.layout import Layout, layout_of
 from graphopt.regions import activations
 from graphopt.trace import Graph
 
@@ -34,7 +34,8 @@ BATCH = 8
 GOOD_ENOUGH = 1.10
 MOST_MODULES = 16
 
-Build = Callable[[fx.Node, fx.Node], Auxiliary | None]
+#: makes the auxiliary part for the layouts of a module's output and input; None where it cannot
+Build = Callable[[Layout, Layout], Auxiliary | None]
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,15 @@ class _Pieces(fx.Interpreter):
         self.pending: fx.Node | None = None
 
     def go(self, x: Tensor) -> None:
-        self.start = (len(self.ledger.events), x)
+        self.entry, self.begun = x, len(self.ledger.events)
         self.run(x)
 
     def run_node(self, n: fx.Node) -> Any:
         if self.pending is not None:
             node, self.pending = self.pending, None
-            self.env[node] = self._close(self.env[node])
+            self.entry = self.env[node] = self._close(self.env[node])
+            # Only now is everything of the piece before gone, its input too.
+            self.begun = len(self.ledger.events)
         if n.op == "output":
             self._close(n.args[0] if not isinstance(n.args[0], fx.Node) else self.env[n.args[0]])
             return None
@@ -117,26 +120,20 @@ class _Pieces(fx.Interpreter):
         ledger.saved.clear()
         trained = [t for t in outputs if t.requires_grad]
         if trained:
-            gradients = [torch.empty_like(t) for t in trained]
-            torch.autograd.backward(trained, gradients)
-            del gradients
+            _Seed.apply(*trained).backward()
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         ledger.set_kind([p.grad for p in parameters], Kind.GRADIENT)  # type: ignore[misc]
         for parameter in parameters:
             parameter.grad = None
-        begun, entry = self.start
         self.records.append(
             {
-                "events": (begun, turned, len(ledger.events)), "input": ledger.index(entry), "outputs": numbers,
+                "events": (self.begun, turned, len(ledger.events)), "input": ledger.index(self.entry), "outputs": numbers,
                 "saved": saved, "output": ledger.index(outputs[0]),
             }
         )  # fmt: skip
         if not isinstance(value, Tensor):
             return None
-        entry.grad = None
-        fresh = value.detach().requires_grad_()
-        self.start = (len(ledger.events), fresh)
-        return fresh
+        return value.detach().requires_grad_()
 
     def made(self, weighted: list[bool]) -> list[Piece]:
         live = np.concatenate([[0], np.cumsum(self.ledger._changes((Kind.ACTIVATION, Kind.INPUT)))])
@@ -231,13 +228,25 @@ def _programme(table: np.ndarray, modules: int, join: Callable[[float, float], f
     return cost[-1], tuple(reversed(ends))
 
 
-def by_memory(
-    graph: Graph, found: Sequence[Place], modules: int | None, layouts: Callable[[fx.Node], Layout], build: Build
-) -> tuple[Place, ...]:
-    """The K-1 cuts with the lowest predicted peak; with no K, as many modules as bring the peak within 10 % of the best of up to 16.
+def table_of(graph: Graph, found: Sequence[Place], build: Build) -> np.ndarray:
+    """`peaks` of a graph's pieces between the places `found`, auxiliary parts by `build`; bytes for `BATCH` samples."""
+    nodes = [graph.placeholder, *(p.node for p in found)]
+    layouts = {n: layout_of(graph, n) for n in nodes}
+    seen: dict[tuple[Layout, Layout], float] = {}
 
-    Args:
-        build: makes the auxiliary part for (output, input) nodes; None where it cannot.
+    def auxiliary(i: int, j: int) -> float:
+        key = (layouts[nodes[j + 1]], layouts[nodes[i]])
+        if key not in seen:
+            made = build(*key)
+            goal = graph.placeholder if made is not None and made.rebuilds_image else nodes[i]
+            seen[key] = math.inf if made is None else auxiliary_peak(made, nodes[j + 1], goal)
+        return seen[key]
+
+    return peaks(measure(graph, found), 4 * BATCH * math.prod(graph.input), auxiliary)
+
+
+def by_memory(graph: Graph, found: Sequence[Place], modules: int | None, build: Build) -> tuple[Place, ...]:
+    """The K-1 cuts with the lowest predicted peak; with no K, as many modules as bring the peak within 10 % of the best of up to 16.
 
     Raises:
         PassError: there are fewer places than that.
@@ -246,27 +255,15 @@ def by_memory(
         demand(found, modules)
     if not found:
         raise PassError("the graph has no cut with something to train on both sides")
-    pieces = measure(graph, found)
-    nodes = [graph.placeholder, *(p.node for p in found)]
-    seen: dict[tuple[Layout, Layout], float] = {}
-
-    def auxiliary(i: int, j: int) -> float:
-        key = (layouts(nodes[j + 1]), layouts(nodes[i]))
-        if key not in seen:
-            made = build(nodes[j + 1], nodes[i])
-            goal = graph.placeholder if made is not None and made.rebuilds_image else nodes[i]
-            seen[key] = math.inf if made is None else auxiliary_peak(made, nodes[j + 1], goal)
-        return seen[key]
-
-    table = peaks(pieces, 4 * BATCH * math.prod(graph.input), auxiliary)
+    table = table_of(graph, found, build)
     if modules is None:
-        tried = [best(table, k) for k in range(2, min(MOST_MODULES, 1 + sum(p.weighted for p in found)) + 1)]
+        tried = [best(table, k) for k in range(2, min(MOST_MODULES, most_modules(found)) + 1)]
         lowest = min(peak for peak, _ in tried)
         ends = next(ends for peak, ends in tried if peak <= GOOD_ENOUGH * lowest)
     else:
         ends = best(table, modules)[1]
     if not ends:
-        raise PassError(f"no {modules} modules have something to train each", fix="Use fewer modules")
+        raise PassError("no such cuts have something to train in each module and a decoder that fits", fix="Use fewer modules")
     return tuple(found[e] for e in ends)
 
 
@@ -285,6 +282,19 @@ def auxiliary_peak(auxiliary: Auxiliary, output: fx.Node, goal: fx.Node) -> int:
             del found
         ledger.close()
     return ledger.peak((Kind.ACTIVATION,))[0]
+
+
+class _Seed(torch.autograd.Function):
+    """Sends a gradient of each input's shape into it, which nothing but autograd holds on to, as in a longer chain."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.kinds = [(i.shape, i.stride(), i.dtype) for i in inputs]
+        return inputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in ctx.kinds)
 
 
 def _tensors(value: Any) -> list[Tensor]:

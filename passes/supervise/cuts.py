@@ -206,7 +206,9 @@ def _why_not(graph: Graph, exits: Sequence[fx.Node]) -> str:
         return f"it has {len(exits)} ways out"
     node = exits[0]
     if node not in graph.cut_points():
-        return "other paths go around it (or it is the output)"
+        return "other paths go around it"
+    if graph.output in node.users:
+        return "it is the output"
     if (writer := _overwriter(graph, node)) is not None:
         return f"{writer} overwrites its output in place"
     return "its output has no batch dimension in front, or nothing behind it trains"

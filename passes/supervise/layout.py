@@ -86,7 +86,7 @@ def layout_of(graph: Graph, node: fx.Node) -> Layout:
     rank = len(shape)
     if rank == 2:
         return Layout(1, shape[1], 1, (1, 1), 0, 2)
-    channel = 1 if node.op == "placeholder" else _channel(graph, node)
+    channel = 1 if node.op == "placeholder" and rank == 4 else _channel(graph, node)
     if channel is None:
         # Nothing near it tells: the two equal dimensions of a map are its grid; tokens come before channels.
         channel = 1 if rank >= 4 and (shape[-1] == shape[-2] or shape[1] != shape[2]) else rank - 1

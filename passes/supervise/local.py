@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.passes.supervise.auxiliary import Auxiliary, Boundary
+from graphopt.errors import PassError
+from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.rewriting.sections import Body
 
+#: key of a node's meta: the boundary it is
+BOUNDARY = "boundary"
 #: clean steps after which the float16 scale is doubled; `GradScaler`'s
 GROWTH_INTERVAL = 2000
 
@@ -37,24 +40,34 @@ class LocalModule(nn.Module):
     Args:
         body: the section's graph; takes activations, then tensors that the root reads for it.
         auxiliary: head and decoder; registered at the root, not here.
+        entry, leave: names of the boundaries that the module starts and ends at, as `meta[BOUNDARY]` of nodes has them.
         trains: whether anything of the body trains. If not (it was frozen), the body runs without recording and has no loss.
 
     With an auxiliary part that rebuilds the image, the call is `(target, image, *inputs)`.
+
+    Attributes:
+        entry: which of the body's inputs is the module's; leave: which of its outputs is the module's, None where it has but one.
     """
 
-    def __init__(self, body: fx.GraphModule, auxiliary: Auxiliary, *, trains: bool = True) -> None:
+    entry: int | None
+    leave: int | None
+
+    def __init__(self, body: fx.GraphModule, auxiliary: Auxiliary, entry: str, leave: str, *, trains: bool = True) -> None:
         super().__init__()
         self.body, self.auxiliary, self.trains = Body(body), Body(auxiliary), trains
-        paths = {n.target: n for n in body.graph.nodes if n.op == "call_module" and isinstance(body.get_submodule(n.target), Boundary)}
-        mine = {id(body.get_submodule(p)): n for p, n in paths.items()}
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        #: number of the body's input that the module's input is; None where nothing marks it
-        entry = mine.get(id(auxiliary.enter))
-        self.entry = placeholders.index(entry.args[0]) if entry is not None and entry.args[0] in placeholders else None
-        leaving = next(n for n in body.graph.nodes if n.op == "output").args[0]
-        leave = mine[id(auxiliary.leave)]
-        #: number of the body's output that the module's output is; None where it is the only one
-        self.leave = leaving.index(leave) if isinstance(leaving, tuple) else None
+        output = next(n for n in body.graph.nodes if n.op == "output").args[0]
+        self.entry = self.leave = None
+        for number, node in enumerate(n for n in body.graph.nodes if n.op == "placeholder"):
+            if node.meta.get(BOUNDARY) == entry:
+                self.entry = number
+        if isinstance(output, tuple):
+            self.leave = next(i for i, n in enumerate(output) if n.meta.get(BOUNDARY) == leave)
+        if trains and self.entry is None and auxiliary.decoder is not None and not auxiliary.rebuilds_image:
+            raise PassError(
+                "another pass took away the input of a locally supervised module, which its decoder rebuilds",
+                where="pass supervise",
+                fix='Let it end where a module does, or use decoder = "none"',
+            )
         self._options: dict[str, Any] | None = None
         self._compiled: Callable[..., Any] | None = None
 

@@ -1,34 +1,18 @@
-"""The stretch of the graph between two marks, looked up when it is asked for: passes that come later may put other nodes there."""
+"""The stretch of the graph between two marks: which nodes it holds, and which parameters it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
 from graphopt.regions import activations, attribute
 from graphopt.rewriting.sections import Section
 from graphopt.trace import Graph
-
-
-@dataclass(frozen=True, eq=False)
-class Stretch:
-    """A `graphopt.rewriting.sections.Section` whose nodes are those between two marks (module paths) of the graph as it stands."""
-
-    name: str
-    graph: Graph
-    start: str | None
-    end: str
-    wrap: Callable[[fx.GraphModule], nn.Module]
-    by: str
-    image: bool
-    target: bool = True
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        return members_between(self.graph, mark(self.graph, self.start), mark(self.graph, self.end))
 
 
 def mark(graph: Graph, path: str | None) -> fx.Node | None:
@@ -46,19 +30,16 @@ def mark(graph: Graph, path: str | None) -> fx.Node | None:
 
 
 def members_between(graph: Graph, start: fx.Node | None, end: fx.Node | None) -> tuple[fx.Node, ...]:
-    """What leads to `end` and not to `start`, in execution order, with what is done there for its effect alone (in place, assertions).
+    """What leads to `end` and not to `start`, in execution order, with what is done there for its effect alone (in place, assertions)
+    and the shapes that are read there.
 
     Tensors made of parameters alone belong to it only if nothing else uses them: the root computes those that two modules share.
     """
     assert end is not None
-    inside = _leading_to(end)
+    inside = _done_by(graph, end)
     if start is not None:
-        inside -= _leading_to(start)
-    used, active, from_input = _leading_to(graph.output), activations(graph), set(_behind(graph))
-    inside = {n for n in inside if n.op != "placeholder"}
-    for node in graph.nodes:
-        if node not in used and any(n in inside for n in node.all_input_nodes):
-            inside.add(node)
+        inside -= _done_by(graph, start)
+    active, from_input = activations(graph), set(_behind(graph))
     kept: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node in inside and (node in active or node in from_input or all(u in kept for u in node.users)):
@@ -66,7 +47,7 @@ def members_between(graph: Graph, start: fx.Node | None, end: fx.Node | None) ->
     return tuple(n for n in graph.nodes if n in kept)
 
 
-def divide_sections(graph: Graph, stretches: Sequence[Stretch]) -> None:
+def divide_sections(graph: Graph, stretches: Sequence[Section]) -> None:
     """Earlier passes' sections that reach over a boundary (a frozen prefix, a checkpointed run) are divided there, so that all nest."""
     held = [set(s.nodes) for s in stretches]
     divided: list[Section] = []
@@ -85,8 +66,7 @@ def divide_sections(graph: Graph, stretches: Sequence[Stretch]) -> None:
 def parameters_in(graph: Graph, start: str | None, end: str) -> Iterator[nn.Parameter]:
     """The parameters that a stretch reads, its own leaves' and those the root reads for it."""
     nodes = members_between(graph, mark(graph, start), mark(graph, end))
-    queue, seen = list(nodes), set(nodes)
-    inside = set(nodes)
+    queue, seen, active = list(nodes), set(nodes), activations(graph)
     while queue:
         node = queue.pop()
         if node.op == "call_module":
@@ -94,10 +74,29 @@ def parameters_in(graph: Graph, start: str | None, end: str) -> Iterator[nn.Para
         elif node.op == "get_attr" and isinstance(value := attribute(graph.module, node.target), nn.Parameter):
             yield value
         for other in node.all_input_nodes:
-            made_of_parameters = other not in inside and other not in seen and other not in activations(graph)
-            if made_of_parameters:
+            # What the root computes for it of parameters alone.
+            if other not in seen and other not in active:
                 seen.add(other)
                 queue.append(other)
+
+
+def _done_by(graph: Graph, end: fx.Node) -> set[fx.Node]:
+    """What has run when an activation is there: all that leads to it, and what hangs on that alone without leading anywhere else."""
+    used = _leading_to(graph.output)
+    done = {n for n in _leading_to(end) if n.op != "placeholder"}
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node not in used and any(n in done for n in sources):
+            done.add(node)
+        elif node.op != "output" and _is_number(node) and sources and all(n in done for n in sources):
+            # A shape read here for later: the numbers leave the module, not the activation they were read from.
+            done.add(node)
+    return done
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is a number of shape arithmetic, or several."""
+    return "val" in node.meta and not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta["val"]))
 
 
 def _leading_to(node: fx.Node) -> set[fx.Node]:
