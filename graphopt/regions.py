@@ -110,7 +110,9 @@ class Index:
             self.order[node] = position
             if node.op in ("placeholder", "output"):
                 continue
-            places = {*_ancestry(node.meta["origin"].path), *(_ancestry(str(node.target)) if node.op == "get_attr" else ())}
+            # What a pass reads from elsewhere (a neighbour's weight in a mix) lies where it is read, or order would lose its meaning.
+            native = node.op == "get_attr" and "by" not in node.meta
+            places = {*_ancestry(node.meta["origin"].path), *(_ancestry(str(node.target)) if native else ())}
             for path in places:
                 self._below.setdefault(path, {})[node] = None
 

@@ -241,3 +241,23 @@ def test_two_ranks_are_one(tmp_path: Path, mode: str) -> None:
 def test_installed_specs_are_read(name: str) -> None:
     spec = graphopt.spec.load(f"replacement/{name}")
     assert [p.use for p in spec.passes] == ["share"]
+
+
+def test_selections_by_order_mean_the_same_after_sharing() -> None:
+    freeze = Freeze(select={"blocks": True, "after": "layer1.1", "before": "layer2.1"})
+    plan = planned(Share(select="layer1.1"), freeze)
+    assert plan.report.passes[1].regions == ("layer1.2", "layer2.0")
+    assert not plan.module.get_parameter("layer1.2.conv1.weight").requires_grad
+
+
+def test_beside_a_dropped_prefix() -> None:
+    drop = pytest.importorskip("graphopt.passes.drop")
+    dropped = drop.Drop(upto="layer1", when={"epoch": 1})
+    plan = planned(Share(select="layer3.2"), dropped, model=CifarResNet(32), verify="fast")
+    later = plan.at(plan.due(1))
+    module = later.module.eval()
+    torch.testing.assert_close(later.suffix.eval()(later.prefix(X)), module(X))
+    later.export()
+    # What is cached must not move, and a mix inside the prefix could: one clear error, before anything runs.
+    with pytest.raises(PassError, match=r"both claim layer1\.1: it cannot be removed and shared"):
+        planned(Share(select="layer1.1"), dropped, verify="fast")
