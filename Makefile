@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures clean
+.PHONY: demo test quick lint pictures sweep clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -43,6 +43,11 @@ quick: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every classification backbone of torchvision and one per timm file: traced bit for bit, and forecast equal to a real CPU step.
+sweep: .venv/.installed
+	$(BIN)/python tools/trace_sweep.py
+	$(BIN)/python tools/cost_sweep.py --out tools/tables/cost_sweep.md
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -29,6 +29,8 @@ def show_report(plan: Any) -> None:
     for number, item in enumerate(report.passes, start=1):
         show()
         _show_pass(number, item)
+    for advice in report.advice:
+        show(f"\nworth knowing: {advice}")
     for path, reason in report.opaque:
         show(f"opaque {path}: {reason}")
     if report.unused:
@@ -53,19 +55,31 @@ def _show_pass(number: int, item: Any) -> None:
         show(f"  regions: {some(told['regions'])}")
     before, after = told["before"], told["after"]
     if item.active and before and after:
-        changed = [
-            f"{title} {text(before[key])} -> {text(after[key])}"
-            for key, title, text in _FIGURES
-            if key in before and before[key] != after.get(key)
-        ]
-        show(f"  changes: {'; '.join(changed) or 'no figure'}")
+        show(_savings(before, after))
     for skip in told["skipped"]:
         show(f"  skipped {skip['region']}: {skip['reason']}")
     for note in told["notes"]:
         show(f"  {note['level']} {note['where']}: {note['why']}")
+    warned = any(note["level"] == "warn" for note in told["notes"])
+    for advice in item.advice:
+        # The pass itself has named the layers to freeze too.
+        if not (warned and "open prefix" in advice.what):
+            show(f"  worth knowing: {advice}")
     if told["verified"]:
         names = [f"{entry['property']} ({_difference(entry['difference'])})" for entry in told["verified"]]
         show(f"  verified: {', '.join(names)}")
+
+
+def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
+    """The figures that a pass moved: before, after, and the share of them it saved."""
+    moved = [(key, title, text) for key, title, text in _FIGURES if before[key] != after[key]]
+    if not moved:
+        return "  changes no figure of a training step"
+    table = grid("  this pass", "before", "after", "saved", right=(1, 2, 3))
+    for key, title, text in moved:
+        saved = f"{1 - after[key] / before[key]:.1%}" if before[key] else ""
+        table.add_row(f"  {title}", text(before[key]), text(after[key]), saved)
+    return table
 
 
 def _difference(value: Any) -> str:

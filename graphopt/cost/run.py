@@ -114,10 +114,17 @@ def integrate(
         if not due:
             continue
         if epoch > start:
-            phases.append(PhaseCost(start, epoch, (epoch - start) * steps_per_epoch, taken, current.report.after))
+            phases.append(PhaseCost(start, epoch, (epoch - start) * steps_per_epoch, taken, _step(current)))
         taken, start = (*taken, *due), epoch
         current = plan.at(taken, verify="off", costs=True)
-    phases.append(PhaseCost(start, epochs, (epochs - start) * steps_per_epoch, taken, current.report.after))
+    phases.append(PhaseCost(start, epochs, (epochs - start) * steps_per_epoch, taken, _step(current)))
     waiting = () if replayed is not None else tuple(i for i, p in enumerate(plan.passes) if not p.when.foreseeable)
     flops = sum(p.flops for p in phases)
     return RunCost(tuple(phases), plan.report.before, waiting, flops / flops_per_second if flops_per_second else None)
+
+
+def _step(plan: Plan) -> Cost:
+    cost = plan.report.after
+    if cost is None:
+        raise CostError("the plan was compiled without costs", fix="Compile it with costs = True")
+    return cost

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.cost import Advice, Cost, advise, where_memory_is
 from graphopt.rewriting.passes import Note, Pass
 from graphopt.verify import Checked
 
@@ -21,10 +22,15 @@ class PassReport:
     regions: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
     verified: tuple[Checked, ...] = ()
-    before: Any = None
-    after: Any = None
+    before: Cost | None = None
+    after: Cost | None = None
     line: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def advice(self) -> tuple[Advice, ...]:
+        """Warnings worth money, read off the costs around this pass; none without costs."""
+        return advise(self.before, self.after) if self.before is not None and self.after is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -36,6 +42,7 @@ class PassReport:
             "verified": [{"property": c.property, "difference": c.difference} for c in self.verified],
             "before": self.before.to_dict() if self.before is not None else None,
             "after": self.after.to_dict() if self.after is not None else None,
+            "advice": [{"where": a.where, "what": a.what, "worth": a.worth} for a in self.advice],
             "line": self.line,
             "figures": dict(self.figures),
         }
@@ -53,11 +60,16 @@ class Report:
     name: str
     digest: str
     batch: int
-    before: Any
-    after: Any
+    before: Cost | None
+    after: Cost | None
     passes: tuple[PassReport, ...]
     opaque: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+
+    @property
+    def advice(self) -> tuple[Advice, ...]:
+        """Where the memory of the compiled step is; none without costs."""
+        return where_memory_is(self.after) if self.after is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: `name, digest, batch, before, after, passes` and what tracing has to tell."""
@@ -68,6 +80,7 @@ class Report:
             "before": self.before.to_dict() if self.before is not None else None,
             "after": self.after.to_dict() if self.after is not None else None,
             "passes": [p.to_dict() for p in self.passes],
+            "advice": [{"where": a.where, "what": a.what, "worth": a.worth} for a in self.advice],
             "opaque": [{"path": path, "reason": reason} for path, reason in self.opaque],
             "unused_parameters": list(self.unused),
         }
