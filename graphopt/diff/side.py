@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import tomli_w
 from torch import fx
 
 from graphopt.diff.flow import edges, entering, figures, frontier, leaving, named, totals
@@ -17,6 +16,7 @@ from graphopt.diff.rows import Band, NodeRow, PassLine, Row, Side
 from graphopt.diff.status import ranked
 from graphopt.regions import activations
 from graphopt.rewriting import Mark, Plan
+from graphopt.spec import dumps_pass
 from graphopt.trace import Graph
 
 #: the stretch behind the last local module, which the network's own loss trains
@@ -358,7 +358,7 @@ def _coefficients(graph: Graph, place: Place, owned: set[str]) -> dict[str, Any]
 
 def _pass_lines(plan: Plan) -> Iterator[PassLine]:
     for number, report in enumerate(plan.report.passes):
-        text = f"[[pass]]\n{tomli_w.dumps(report.value.table())}".strip()
+        text = dumps_pass(report.value.table()).strip()
         yield PassLine(number, report.value.use, report.line, text, report.active, report.regions, tuple(str(n) for n in report.notes))
 
 

@@ -2,7 +2,7 @@
 
 from graphopt.spec.model import AugmentSpec, BackboneSpec, DataSpec, OptimizerSpec, SchedulerSpec, Spec, TrainSpec
 from graphopt.spec.reading import find, from_table, installed, load, loads
-from graphopt.spec.writing import dumps, schema
+from graphopt.spec.writing import dumps, dumps_pass, schema
 
 __all__ = [
     "AugmentSpec",
@@ -13,6 +13,7 @@ __all__ = [
     "Spec",
     "TrainSpec",
     "dumps",
+    "dumps_pass",
     "find",
     "from_table",
     "installed",

@@ -26,6 +26,11 @@ def dumps(spec: Spec) -> str:
     return "\n".join(chunk for chunk in chunks if chunk)
 
 
+def dumps_pass(table: Mapping[str, Any]) -> str:
+    """One pass's table (`Pass.table()`) as the `[[pass]]` block it would be in a spec."""
+    return f"[[pass]]\n{_lines(table)}"
+
+
 def _nested(value: Any) -> bool:
     tables = isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
     return tables or isinstance(value, Mapping)
