@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from graphopt.errors import PassError, SelectError
 from graphopt.passes.share.mix import Manner, Mixed, give_up_weights, materialise, recognise, stamp
 from graphopt.passes.share.neighbours import Found, Sharing, find
-from graphopt.passes.share.parts import owner_of
+from graphopt.passes.share.parts import is_norm, owner_of
 from graphopt.passes.share.surrogate import Unfit, make_partial, partial_slice, partial_width, surrogate_of, take_out
 from graphopt.regions import Index, Region
 from graphopt.rewriting import Effects, Mark, Match, Needs, Note, Pass
@@ -89,6 +89,15 @@ class Share(Pass):
         if self.mode == "surrogate" and until is not None:
             why = f"a surrogate cannot be taken back at epoch {until}: the block's own weights are gone. Leave `until` out"
             notes.append(Note("refuse", match.regions[0].name, why))
+        if self.mode == "mix":
+            why = (
+                'mixed weights save parameters, gradients and optimizer state, not FLOPs or activations; mode = "surrogate" saves those too'
+            )
+            notes.append(Note("info", "the shared blocks", why))
+        for region in match.regions if self.mode == "surrogate" else ():
+            if len(region.paths) > 1 and not any(is_norm(graph, n) for n in region.parameters):
+                why = "a unit without a norm saves one activation, and so does its surrogate: what is saved here is FLOPs"
+                notes.append(Note("info", region.name, why))
         return notes
 
     def rewrite(self, graph: Graph, match: Match) -> Effects:

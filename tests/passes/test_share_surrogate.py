@@ -66,6 +66,14 @@ def test_every_family_saves_flops_activations_and_parameters(name: str) -> None:
     assert all(any(n == c or n.startswith(f"{c}.") for c in called) for n in names - set(plan.base.unused)), "an orphan is still stored"
 
 
+def test_the_report_says_where_nothing_can_be_saved() -> None:
+    bare = planned(Units(norms=False), (3, 16, 16), every=2, costs=True, batch=64).report
+    assert bare.after.forward_flops < bare.before.forward_flops
+    assert any(n.level == "info" and "what is saved here is FLOPs" in n.why for n in bare.passes[0].notes)
+    mix = graphopt.compile(CifarResNet(20), Share(every=2), input=(3, 8, 8), costs=False).report
+    assert any(n.level == "info" and "not FLOPs or activations" in n.why for n in mix.passes[0].notes)
+
+
 @pytest.mark.parametrize("name", ["torchvision ViT", "timm ViT", "torchvision Swin", "timm Swin"])
 def test_the_mlp_can_be_the_half_that_stays(name: str) -> None:
     model, shape, _ = family(name)
