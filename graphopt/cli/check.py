@@ -110,12 +110,16 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
         show("the run is not summed up: its data cannot be counted here, or its step not forecast")
         return
     before, run = work.before, work.run
-    saved = f"{100 * work.forward_saved:.2f} % fewer, averaged over the run; {100 * work.final_forward_saved:.2f} % of a step at its end"
+    saved = f"{_less(work.forward_saved)}, averaged over the run; {_less(work.final_forward_saved)} in a step at its end"
     show(f"run of {work.epochs} epochs: forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
     show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
     show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
     if not work.foreseen:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
+
+
+def _less(share: float) -> str:
+    return f"{abs(100 * share):.2f} % {'fewer' if share >= 0 else 'more'}"
 
 
 def register(app: typer.Typer) -> None:
