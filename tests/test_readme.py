@@ -55,7 +55,7 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path) -> None:
 def test_the_demo_s_recipe_runs(tmp_path: Path) -> None:
     """Every line that `make demo` runs after its set-up, on less data."""
     recipe = shell("make -n demo PYTHON=python3", ROOT).replace("\\\n", "")
-    lines = [line for line in recipe.splitlines() if not re.search(r"pip install|touch|-m venv", line)]
+    lines = [line for line in recipe.splitlines() if not re.search(r"pip install|^touch |-m venv", line)]
     assert any("graphopt train quickstart" in line for line in lines)
     for line in lines:
         line = line.replace(".venv/bin/", "")
