@@ -55,6 +55,7 @@ def variants(decoders: bool) -> dict[str, Pass | None]:
         "end-to-end": None,
         "features, linear (default)": Supervise(**four),
         "features, linear, all positions": Supervise(**four, fraction=1.0),
+        "features, pointwise": Supervise(**four, structure="pointwise"),
         "features, conv": Supervise(**four, structure="conv"),
         "features, conv, all positions": Supervise(**four, structure="conv", fraction=1.0),
         "features, transformer": Supervise(**four, structure="transformer"),

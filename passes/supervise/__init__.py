@@ -20,12 +20,12 @@ Options
                 without `modules`, every stage).
     cuts        instead: regions to cut after, `["layers.0", "layers.1"]`.
     decoder     "features" (the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
-    structure   of the features decoder: "linear" (each position foretells the patch of input over it), "conv" (upsampling and two
-                convolutions), "transformer" (a block over the sampled positions, then linear).
-    fraction    share of the positions rebuilt in one step; all take their turn. Default 0.25, for images 1.
+    structure   of the features decoder: "linear" (default; each position foretells the patch of input over it), "pointwise" (by a small
+                MLP), "conv" (upsampling and two convolutions), "transformer" (a block over the sampled positions first).
+    fraction    share of the positions rebuilt in one step; all take their turn. Default 0.125, for images 1.
     loss        of the decoder: "l1" (default), "l2", "bce" (default for images; the goal must lie in [0, 1]).
-    head        "pool" (norm, mean, linear; default where channels come last), "conv" (InfoPro's), "conv-light" (the same on a pooled map;
-                default for maps with channels first), "contrast" (supervised contrast of 128 features instead of class scores).
+    head        "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
+                (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
     temperature of the contrast.
     weights     of the two losses, from the first to the last auxiliary module, linear between.
     mean, std   the data's normalisation per channel, which the image decoder takes back. Default: ImageNet's for 3 channels, else 0.5.
@@ -62,7 +62,8 @@ from graphopt.trace import Graph, Origin
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
-FRACTION = 0.25
+#: a position in eight: more cost time and gained no accuracy (tools/tables/supervise_accuracy.md)
+FRACTION = 0.125
 #: the boundary that the first module starts at
 INPUT = "input"
 
@@ -93,7 +94,7 @@ class Supervise(Pass):
     structure: decoders.Structure = "linear"
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     loss: Literal["l1", "l2", "bce"] | None = None
-    head: heads.Kind | None = None
+    head: heads.Kind = "pool"
     temperature: Annotated[float, Field(gt=0)] = 0.07
     weights: Weighting = Weighting()
     mean: Statistics | None = None
@@ -142,7 +143,9 @@ class Supervise(Pass):
         elif self.balance == "stage":
             chosen = cutting.by_stage(graph, found, self.modules)
         elif self.balance == "memory":
-            chosen = memory.by_memory(graph, found, self.modules, self.builder(graph))
+            # Of the heads and decoders, whatever the number of modules: a search over it asks again and again.
+            alike = ("supervise peaks", *(options[name] for name in sorted(options) if name not in ("modules", "balance", "cuts")))
+            chosen = memory.by_memory(graph, found, self.modules, self.builder(graph), alike)
         else:
             assert self.modules is not None
             chosen = cutting.evenly(graph, found, self.modules)
@@ -171,7 +174,7 @@ class Supervise(Pass):
             source, goal = self._layouts(graph, region)
             why = self._misfit(source, goal)
             if why is not None:
-                others = 'structure = "linear"' if self.structure != "linear" else 'other cuts, or decoder = "none"'
+                others = 'structure = "linear"' if self.structure == "conv" else 'other cuts, or decoder = "none"'
                 notes.append(Note("refuse", region.name, f"{why}. Use {others}"))
             notes.append(Note("info", region.name, f"{len(region.parameters)} parameter tensors; puts out {source}"))
         channels = graph.input[0]
@@ -181,7 +184,7 @@ class Supervise(Pass):
         return notes
 
     def _misfit(self, source: Layout, goal: Layout) -> str | None:
-        if self.head in ("conv", "conv-light") and source.grid is None:
+        if self.head == "conv" and source.grid is None:
             return f"a convolutional head needs a map, and the graph shows no grid behind {source}"
         if self.decoder == "none":
             return None
@@ -222,7 +225,7 @@ class Supervise(Pass):
             _place_like(auxiliary, graph.module)
             graph.module.add_submodule(f"supervise.{i}", auxiliary)
             _mark(graph, f"supervise.{i}.leave", region.exits[0])
-            marks[f"supervise.{i}"] = Mark("inserted", (region.exits[0].meta["origin"].path,), self._parts(auxiliary, layouts[i][0]))
+            marks[f"supervise.{i}"] = Mark("inserted", (region.exits[0].meta["origin"].path,), self._parts(auxiliary))
         stretches = [self._section(graph, i) for i in range(count)]
         divide_sections(graph, stretches)
         graph.sections += stretches
@@ -243,12 +246,12 @@ class Supervise(Pass):
         image = graph.module.get_submodule(f"supervise.{index}").rebuilds_image
         return Section(f"supervise_{index}", nodes, _Wrap(graph, index), self.use, target=True, image=bool(image))
 
-    def _parts(self, auxiliary: Auxiliary, layout: Layout) -> dict[str, str]:
+    def _parts(self, auxiliary: Auxiliary) -> dict[str, str]:
         """What a module's auxiliary part is made of, for people."""
         decoder = (
             "none" if auxiliary.decoder is None else f"{self.decoder}, {self.structure}" if self.decoder == "features" else self.decoder
         )
-        head = "none" if auxiliary.head is None else self.head or heads.natural(layout)
+        head = "none" if auxiliary.head is None else self.head
         weights = auxiliary.weights
         return {"head": head, "decoder": decoder, "weights": f"classify {weights.classify:g}, reconstruct {weights.reconstruct:g}"}
 

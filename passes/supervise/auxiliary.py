@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.errors import RunError
 from graphopt.passes.supervise import losses
+
+#: of the local loss under float16 to begin with; GradScaler's 2**16 overflows in the pooled head, whose features are normalised
+FLOAT16_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Auxiliary(nn.Module):
     ) -> None:
         super().__init__()
         self.leave = Boundary()
-        self.head, self.decoder = head, decoder
+        self.head = head
+        self.decoder: Any = decoder
         self.weights, self.classes, self.temperature = weights, classes, temperature
         self.difference, self.rebuilds_image = difference, rebuilds_image
-        self.register_buffer("scale", torch.tensor(2.0**16))
+        self.register_buffer("scale", torch.tensor(FLOAT16_SCALE))
         self.register_buffer("clean", torch.zeros((), dtype=torch.int64))
 
     def forward(self, h: Tensor, x: Tensor | None, target: Tensor) -> Tensor:
@@ -61,18 +66,21 @@ class Auxiliary(nn.Module):
             h: the module's output. x: what the decoder rebuilds (not differentiated). target: (N,) or (N, classes).
         """
         terms: list[Tensor] = []
+        seen: Any = None
+        if self.decoder is not None:
+            h, seen = self.decoder.look(h)
         if self.head is not None:
             out = self.head(h)
             if self.temperature is None:
                 loss = losses.classification(out, target)
             else:
                 loss = losses.contrast(out, target, self.temperature)
-            terms.append(self.weights.classify * loss)
+            terms.append(_weighted(loss, self.weights.classify))
         if self.decoder is not None:
             assert x is not None
-            prediction, goal = self.decoder(h, x.detach())
-            terms.append(self.weights.reconstruct * losses.reconstruction(prediction, goal, self.difference))
-        return torch.stack([t.float() if t.dtype != torch.float64 else t for t in terms]).sum()
+            prediction, goal = self.decoder(seen, x.detach())
+            terms.append(_weighted(losses.reconstruction(prediction, goal, self.difference), self.weights.reconstruct))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def demand(self, target: Tensor | None, batch: int) -> Tensor:
         """The target, if it is one for this batch.
@@ -95,6 +103,12 @@ class Auxiliary(nn.Module):
             shape = ", ".join(map(str, target.shape)) + ("," if target.dim() == 1 else "")
             raise RunError(f"the target has shape ({shape}) and type {target.dtype}", where="supervise", fix=f"Give {wanted}")
         return target
+
+
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    """In float32 or wider. A factor of one is left out: next to a small module's body, every operation tells."""
+    loss = loss if loss.dtype == torch.float64 else loss.float()
+    return loss if weight == 1 else weight * loss
 
 
 class Boundary(nn.Module):

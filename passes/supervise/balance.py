@@ -245,8 +245,11 @@ def table_of(graph: Graph, found: Sequence[Place], build: Build) -> np.ndarray:
     return peaks(measure(graph, found), 4 * BATCH * math.prod(graph.input), auxiliary)
 
 
-def by_memory(graph: Graph, found: Sequence[Place], modules: int | None, build: Build) -> tuple[Place, ...]:
+def by_memory(graph: Graph, found: Sequence[Place], modules: int | None, build: Build, key: tuple[Any, ...]) -> tuple[Place, ...]:
     """The K-1 cuts with the lowest predicted peak; with no K, as many modules as bring the peak within 10 % of the best of up to 16.
+
+    Args:
+        key: of the graph's facts, to keep the predicted peaks under: they are the same for every K.
 
     Raises:
         PassError: there are fewer places than that.
@@ -255,7 +258,9 @@ def by_memory(graph: Graph, found: Sequence[Place], modules: int | None, build: 
         demand(found, modules)
     if not found:
         raise PassError("the graph has no cut with something to train on both sides")
-    table = table_of(graph, found, build)
+    if key not in graph.facts:
+        graph.facts[key] = table_of(graph, found, build)
+    table = graph.facts[key]
     if modules is None:
         tried = [best(table, k) for k in range(2, min(MOST_MODULES, most_modules(found)) + 1)]
         lowest = min(peak for peak, _ in tried)

@@ -141,6 +141,11 @@ def named_region(graph: Graph, name: str) -> Region:
 
 def demand(found: Sequence[Place], modules: int) -> None:
     most = most_modules(found)
+    if most < 2:
+        raise PassError(
+            "there is no cut with something to train on both sides: the backbone cannot be divided",
+            fix="graphopt inspect shows what the trace sees of it",
+        )
     if modules > most:
         weighted = [p.label for p in found if p.weighted]
         shown = ", ".join(weighted[:12]) + (", ..." if len(weighted) > 12 else "")

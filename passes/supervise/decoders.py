@@ -1,9 +1,10 @@
 """Decoders: what a module puts out must still tell what went in.
 
 The feature decoders (arXiv 2212.14215) rebuild the module's own input; the image decoder (InfoPro, ICLR 2021) rebuilds the network's.
-Each gives a prediction and its goal, of one shape; the goal is never differentiated. A decoder may work on a fraction of the positions:
-which ones changes from step to step, so that every position takes its turn, and it draws no random numbers, so that dropout masks in
-the backbone stay what they were.
+A decoder first looks at the module's output, `look(h) -> (h, seen)`, and the head goes on from the `h` it gives back; then
+`decoder(seen, x) -> (prediction, goal)`, of one shape. The goal is never differentiated. A decoder may work on a fraction of the
+positions: which ones changes from step to step, so that every position takes its turn, and it draws no random numbers, so that dropout
+masks in the backbone stay what they were.
 """
 
 from __future__ import annotations
@@ -17,37 +18,75 @@ from torch import Tensor, nn
 
 from graphopt.passes.supervise.layout import Layout
 
-Structure = Literal["linear", "conv", "transformer"]
+Structure = Literal["pointwise", "linear", "conv", "transformer"]
 
 #: channels between the image decoder's two convolutions, InfoPro's
 IMAGE_HIDDEN = 12
 #: most channels between the feature decoder's two convolutions
 CONV_HIDDEN = 64
+#: most channels between the pointwise decoder's two layers: a wide transformer's would cost what the module saves
+POINTWISE_HIDDEN = 128
 #: channels per attention head of the transformer decoder
 HEAD_WIDTH = 32
 
 
 class Turns(nn.Module):
-    """Takes turns: `count` of `total` indices per call, all of them within `total / count` calls. A buffer counts the calls."""
+    """Takes turns: `count` of `total` indices per call, all of them within `total / count` calls. A buffer counts the calls.
 
-    def __init__(self, total: int, count: int) -> None:
+    Args:
+        tables: what to give for each index: tensors (total, n), int64, from which a call gets (count * n,) each.
+    """
+
+    def __init__(self, total: int, count: int, *tables: Tensor) -> None:
         super().__init__()
-        self.count, self.total = count, total
-        self.register_buffer("order", _shuffled(total), persistent=False)
-        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
+        # Worked out beforehand: a few small operations in every module and step would cost more than the decoder.
+        calls = _range(-(-total // count))
+        order = _shuffled(total)[(calls[:, None] * count + _range(count)) % total]
+        self.tables = tuple(f"table{i}" for i in range(len(tables)))
+        for name, table in zip(self.tables, tables, strict=True):
+            self.register_buffer(name, table[order].flatten(1), persistent=False)
+        self.calls = len(calls)
+        self.register_buffer("turn", torch.zeros(1, dtype=torch.int64))
 
-    def forward(self) -> Tensor:
-        """Indices (count,), int64."""
-        if self.count == self.total:
-            return torch.arange(self.total, device=self.turn.device)
-        start = self.turn * self.count
-        self.turn.add_(1)
-        return self.order[(start + torch.arange(self.count, device=self.turn.device)) % self.total]
+    def forward(self) -> list[Tensor]:
+        found = [getattr(self, name).index_select(0, self.turn).flatten() for name in self.tables]
+        if self.calls > 1:
+            self.turn.add_(1).remainder_(self.calls)
+        return found
+
+
+def _range(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")
 
 
 def _shuffled(total: int) -> Tensor:
-    # On the CPU whatever the default device: the generator is.
+    # These are on the CPU whatever the default device: the generator is, and a model may be built on none.
     return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+
+
+class _Sampled(torch.autograd.Function):
+    """A tensor and some of its entries along one dimension; backward adds the entries' gradient into the tensor's.
+
+    Left to itself, autograd makes a tensor of zeros for the entries' gradient, and another for the sum: passes over a whole map of which
+    an eighth is looked at.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.dim = dim
+        ctx.save_for_backward(index)
+        return h.view_as(h), h.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: Any, whole: Tensor, entries: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        return whole.clone().index_add_(ctx.dim, index, entries), None, None
+
+
+def sampled(h: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`h`, to be used in its place from here on, and `h.index_select(dim, index)`."""
+    result: tuple[Tensor, Tensor] = _Sampled.apply(h, dim, index)
+    return result
 
 
 class PatchDecoder(nn.Module):
@@ -55,36 +94,42 @@ class PatchDecoder(nn.Module):
 
     A source of shape (N, h*w positions, C) and a goal on a grid r times as fine give, from k positions, a prediction (N, k, r*r*C').
     Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one. Of maps with channels first, whole rows
-    are sampled: their values lie together in memory, single positions' do not.
+    are sampled: their values lie together in memory, single positions' do not. All take their turn, see `Turns`.
 
     Args:
         source, goal: layouts of the module's output and input.
         fraction: of the source's positions, per step.
-        block: put a transformer block over the sampled positions before the linear layer.
+        structure: "linear" (one linear layer), "pointwise" (norm and a hidden layer before it, so that features need not hold their input
+            linearly), "transformer" (a block over the sampled positions before it).
     """
 
-    def __init__(self, source: Layout, goal: Layout, fraction: float, block: bool) -> None:
+    def __init__(self, source: Layout, goal: Layout, fraction: float, structure: Structure) -> None:
         super().__init__()
         self.source, self.goal = source, goal
-        height, width = source.grid or (1, source.length)
+        height, width = source.grid or (1, source.length - source.prefix)
         self.ratio = (1, 1)
         self.resize: tuple[int, int] | None = None
         if source.grid is not None and goal.grid is not None:
             self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
-            fine = (height * self.ratio[0], width * self.ratio[1])
-            self.resize = fine if fine != goal.grid else None
-        #: positions that are sampled together
-        self.run = width if source.images else 1
-        units = height * width // self.run
-        self.turns = Turns(units, max(1, round(fraction * units)))
-        row = torch.arange(height * width) // width * self.ratio[0]
-        column = torch.arange(height * width) % width * self.ratio[1]
-        down, right = torch.arange(self.ratio[0]), torch.arange(self.ratio[1])
-        pixels = (row[:, None, None] + down[:, None]) * width * self.ratio[1] + column[:, None, None] + right
-        #: (units, positions per unit * r*r): where in the goal each unit's patches lie
-        self.register_buffer("pixels", pixels.reshape(units, -1), persistent=False)
-        self.block = Block(source.channels) if block else nn.Identity()
-        self.fc = nn.Linear(source.channels, goal.channels * math.prod(self.ratio))
+            size = (height * self.ratio[0], width * self.ratio[1])
+            self.resize = size if size != goal.grid else None
+        #: whole rows are sampled of maps
+        self.rows = source.images and (goal.images or self.resize is not None)
+        count = max(1, round(fraction * (height if self.rows else height * width)))
+        if self.rows:
+            self.turns = Turns(height, count, _range(height)[:, None], _range(height * self.ratio[0]).view(height, -1))
+        else:
+            fine = _range(height * width * math.prod(self.ratio)).view(height, self.ratio[0], width, self.ratio[1])
+            patches = fine.transpose(1, 2).reshape(height * width, -1) + (goal.prefix if self.resize is None else 0)
+            self.turns = Turns(height * width, count, _range(height * width)[:, None] + source.prefix, patches)
+        width = source.channels
+        self.block: nn.Module | None = None
+        if structure == "pointwise":
+            width = min(2 * width, POINTWISE_HIDDEN)
+            self.block = nn.Sequential(nn.LayerNorm(source.channels), nn.Linear(source.channels, width), nn.GELU())
+        elif structure == "transformer":
+            self.block = Block(width)
+        self.fc = nn.Linear(width, goal.channels * math.prod(self.ratio))
 
     @staticmethod
     def misfit(source: Layout, goal: Layout) -> str | None:
@@ -95,28 +140,34 @@ class PatchDecoder(nn.Module):
             return None
         return f"{goal} cannot be put over {source}: the graph shows no grid for them"
 
-    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        units = self.turns()
-        if self.source.images:
-            picked = h.index_select(2, units).flatten(2).transpose(1, 2)
-        else:
-            picked = self.source.pick(h, units)
-        with torch.no_grad():
-            goal = self._patches(x, units)
-        return self.fc(self.block(picked)), goal
+    def look(self, h: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        here, there = self.turns()
+        flat, dim = (h, 2) if self.rows else self.source.flat(h)
+        whole, picked = sampled(flat, dim, here)
+        return whole.view(h.shape), (picked.flatten(2) if dim == 2 else picked.transpose(1, 2), there)
 
-    def _patches(self, x: Tensor, units: Tensor) -> Tensor:
-        """(N, k, r*r*C'): the goal over the sampled positions."""
+    def forward(self, seen: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (N, C' * r*r, k)."""
+        picked, there = seen
+        with torch.no_grad():
+            goal = self._patches(x, there)
+        if self.block is None and self.source.channel == 1:
+            # Channels stay first: transposed, the gradient would be added to the map element by element.
+            return torch.baddbmm(self.fc.bias[:, None], self.fc.weight.expand(len(picked), -1, -1), picked), goal
+        picked = picked.transpose(1, 2)
+        return self.fc(picked if self.block is None else self.block(picked)).transpose(1, 2), goal
+
+    def _patches(self, x: Tensor, there: Tensor) -> Tensor:
+        """(N, C' * r*r, k): the goal over the sampled positions."""
         if self.resize is not None:
             x = F.adaptive_avg_pool2d(self.goal.map(x), self.resize)
-        if self.source.images and (self.goal.images or self.resize is not None):
-            down, right = self.ratio
-            rows = (units[:, None] * down + torch.arange(down, device=x.device)).flatten()
-            patches = x.index_select(2, rows).unflatten(2, (-1, down)).unflatten(4, (-1, right))
-            return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        pixels = self.pixels[units].flatten()
-        rows = self.goal.pick(x, pixels) if self.resize is None else x.flatten(2).index_select(2, pixels).transpose(1, 2)
-        return rows.reshape(len(x), len(units) * self.run, -1)
+        if self.rows:
+            x, (down, right) = x.index_select(2, there), self.ratio
+            if self.ratio == (1, 1):
+                return x.flatten(2)
+            return x.unflatten(2, (-1, down)).unflatten(4, (-1, right)).permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(1, 3)
+        picked = self.goal.pick(x, there) if self.resize is None else x.flatten(2).index_select(2, there).transpose(1, 2)
+        return picked.reshape(len(x), len(there) // math.prod(self.ratio), -1).transpose(1, 2)
 
 
 def _ratio(coarse: int, fine: int) -> int:
@@ -161,7 +212,8 @@ class ConvDecoder(nn.Module):
         if fraction < 1:
             self.window = tuple(max(1, round(s * math.sqrt(fraction))) for s in source.grid)  # type: ignore[assignment]
             self.places = tuple(s - w + 1 for s, w in zip(source.grid, self.window, strict=True))  # type: ignore[arg-type]
-            self.turns = Turns(math.prod(self.places), 1)
+            starts = _range(math.prod(self.places))
+            self.turns = Turns(len(starts), 1, starts[:, None] // self.places[1], starts[:, None] % self.places[1])
         self.conv1 = nn.Conv2d(source.channels, hidden, 3, 1, 1)
         self.bn = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, goal.channels, 3, 1, 1)
@@ -174,15 +226,17 @@ class ConvDecoder(nn.Module):
                 return f"a convolution needs a map, and the graph shows no grid behind {layout}"
         return None
 
-    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.source.map(h)
+    def look(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return h, h
+
+    def forward(self, seen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.source.map(seen)
         with torch.no_grad():
             x = self.goal.map(x)
             if self.window is not None and self.fine != self.goal.grid:
                 x = F.adaptive_avg_pool2d(x, self.fine)
         if self.window is not None:
-            place = self.turns()
-            for dim, start in ((2, place // self.places[1]), (3, place % self.places[1])):
+            for dim, start in enumerate(self.turns(), 2):
                 ratio = self.ratio[dim - 2]
                 h = h.index_select(dim, start + torch.arange(self.window[dim - 2], device=h.device))
                 x = x.index_select(dim, start * ratio + torch.arange(self.window[dim - 2] * ratio, device=x.device))
@@ -210,17 +264,20 @@ class ImageDecoder(nn.Module):
         self.image = Denormalise(mean, std)
         self.decoder = ConvDecoder(source, image, fraction, IMAGE_HIDDEN, aligned=True)
 
-    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decoder.look(h)
+
+    def forward(self, seen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             x = self.image(x)
-        return self.decoder(h, x)
+        return self.decoder(seen, x)
 
 
 def build(structure: Structure, source: Layout, goal: Layout, fraction: float) -> nn.Module:
     """The feature decoder of that structure."""
     if structure == "conv":
         return ConvDecoder(source, goal, fraction, min(source.channels, CONV_HIDDEN), aligned=False)
-    return PatchDecoder(source, goal, fraction, block=structure == "transformer")
+    return PatchDecoder(source, goal, fraction, structure)
 
 
 def misfit(structure: Structure | Literal["image"], source: Layout, goal: Layout) -> str | None:

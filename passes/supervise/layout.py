@@ -69,15 +69,26 @@ class Layout:
         """x as (N, positions, C), leading tokens included; a view where the layout allows one."""
         return x.unsqueeze(1) if self.rank == 2 else x.movedim(self.channel, -1).flatten(1, -2)
 
-    def pick(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The rows (N, k, C) of x at `positions` (k indices into the grid, row by row). Copies only those."""
+    def mean(self, x: Tensor) -> Tensor:
+        """(N, C): the mean over all positions, leading tokens included."""
+        others = [d for d in range(1, self.rank) if d != self.channel]
+        if not others:
+            return x
+        # The backward of mean divides every element of the map; a sum's repeats one number per channel. float16 could not hold the sum.
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+        return x.sum(others, dtype=wide) / self.length
+
+    def flat(self, x: Tensor) -> tuple[Tensor, int]:
+        """x with its positions in one dimension, leading tokens first, and which dimension that is (1 or 2); a view where possible."""
         if self.rank == 2:
-            return x.unsqueeze(1).index_select(1, positions)
-        if self.channel == 1:
-            flat = x.flatten(2)
-            return flat.index_select(2, positions + self.prefix if self.prefix else positions).transpose(1, 2)
-        flat = x.flatten(1, -2)
-        return flat.index_select(1, positions + self.prefix if self.prefix else positions)
+            return x.unsqueeze(1), 1
+        return (x.flatten(2), 2) if self.channel == 1 else (x.flatten(1, -2), 1)
+
+    def pick(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The rows (N, k, C) of x at `positions` (k indices, row by row, leading tokens counted). Copies only those."""
+        flat, dim = self.flat(x)
+        picked = flat.index_select(dim, positions)
+        return picked.transpose(1, 2) if dim == 2 else picked
 
 
 def layout_of(graph: Graph, node: fx.Node) -> Layout:

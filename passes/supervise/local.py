@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.errors import PassError
+from graphopt.errors import PassError, RunError
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.rewriting.sections import Body
 
@@ -87,8 +87,8 @@ class LocalModule(nn.Module):
 
     @torch.compiler.disable
     def _train(self, target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
-        parameters = [p for p in (*self.body.parameters(), *self.auxiliary.module.parameters()) if p.requires_grad]
-        result = _Stage.apply(self, target, image, len(inputs), *inputs, *dict.fromkeys(parameters))
+        parameters = [p for p in (*self.body.parameters(), *self.auxiliary.parameters()) if p.requires_grad]
+        result = _Stage.apply(self, target, image, len(inputs), *inputs, *parameters)
         loss, *outputs = result
         return (tuple(outputs) if self.leave is not None else outputs[0]), loss
 
@@ -148,8 +148,8 @@ class _Stage(torch.autograd.Function):
         kept = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
         if half:
             _unscale([g for _, g in kept], module.auxiliary.module)
-        ctx.places, ctx.total = [i for i, _ in kept], len(tensors)
-        ctx.save_for_backward(*(g for _, g in kept))
+        # Not by save_for_backward: what autograd holds on to it cannot hand over, and every gradient would be copied.
+        ctx.kept, ctx.total = kept, len(tensors)
         outputs = tuple(o.detach() if isinstance(o, Tensor) else o for o in (output if module.leave is not None else (output,)))
         ctx.mark_non_differentiable(*(o for o in outputs if isinstance(o, Tensor)))
         return (loss.detach(), *outputs)
@@ -158,10 +158,34 @@ class _Stage(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor | None, *_: Any) -> Any:
         gradients: list[Tensor | None] = [None] * ctx.total
-        if incoming is not None and ctx.places:
-            for place, gradient in zip(ctx.places, torch._foreach_mul(ctx.saved_tensors, incoming), strict=True):
+        kept = ctx.kept
+        if kept is None:
+            raise RunError(
+                "a second backward through a local loss whose gradients were delivered already",
+                where="supervise",
+                fix="Call backward(retain_graph=True) the first time",
+            )
+        if incoming is not None and kept:
+            found = [g for _, g in kept]
+            if _graph_is_kept():
+                found = list(torch._foreach_mul(found, incoming))
+            else:
+                ctx.kept = None
+                if not _is_one(incoming):
+                    torch._foreach_mul_(found, incoming)
+            for (place, _), gradient in zip(kept, found, strict=True):
                 gradients[place] = gradient
         return (None, None, None, None, *gradients)
+
+
+def _is_one(factor: Tensor) -> bool:
+    """What a plain loop sends. Not asked of a device, which would have to be waited for, nor of a fake tensor, which has no value."""
+    return factor.device.type == "cpu" and type(factor) is Tensor and factor.item() == 1.0
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs now was called with `retain_graph`."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
 
 
 def _float16(device: str) -> bool:

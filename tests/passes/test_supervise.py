@@ -467,3 +467,16 @@ def test_a_map_with_as_many_channels_as_rows_is_told_by_its_neighbours() -> None
         graph = graphopt.trace(Square(last), (3, 8, 8))
         node = graph.region("norm" if last else "conv").exits[0]
         assert layout_of(graph, node).channel == channel
+
+
+def test_a_backbone_without_a_cut_says_that_it_has_none() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+    with pytest.raises(PassError, match="the backbone cannot be divided"):
+        compiled(Whole(), Supervise(modules=2), (8,))

@@ -62,7 +62,7 @@ def test_bare_pytorch() -> None:
     module = emitted()
     losses = by_hand(module)
     assert sum(losses[-STEPS:]) < 0.7 * sum(losses[:STEPS])
-    assert accuracy(module) > 0.6
+    assert accuracy(module) > 0.5
 
 
 def test_lightning_takes_the_same_steps(tmp_path: Path) -> None:
