@@ -62,7 +62,7 @@ class Filter(pydantic.BaseModel):
         return self
 
 
-Selector = Glob | tuple[Glob | Filter, ...] | Filter
+Selector = Glob | Annotated[tuple[Glob | Filter, ...], Field(min_length=1)] | Filter
 
 
 def select(selector: Selector, graph: Graph) -> tuple[Region, ...]:

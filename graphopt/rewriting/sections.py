@@ -48,15 +48,21 @@ class Section:
 class Body:
     """Holds a section's graph module without registering it: its leaf modules are registered once, at the root."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters of the leaf modules the body calls, nested sections' included, each once."""
-        return list({id(p): p for m in self._bodies() for p in m.parameters()}.values())
+        """Parameters of the leaf modules the body calls, nested sections' included, each once.
+
+        Where they are kept is looked up once, which parameters those are every time: moving a module may replace them.
+        """
+        if self._slots is None:
+            self._slots = [(m._parameters, name) for body in self._bodies() for m in body.modules() for name in m._parameters]
+        return list({id(p): p for holder, name in self._slots if (p := holder[name]) is not None}.values())
 
     def _bodies(self) -> list[nn.Module]:
         found: list[nn.Module] = [self.module]
@@ -65,6 +71,9 @@ class Body:
                 if isinstance(value, Body):
                     found += value._bodies()
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slots": None}
 
 
 class NoGrad(nn.Module):

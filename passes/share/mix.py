@@ -19,6 +19,7 @@ from torch.func import functional_call
 from graphopt.errors import PassError
 from graphopt.passes.share.neighbours import Blend, Sharing
 from graphopt.passes.share.parts import is_batch_norm, leaves_of
+from graphopt.regions import attribute
 from graphopt.trace import Graph
 from graphopt.trace.graph import as_fake
 
@@ -208,7 +209,7 @@ def _shape_of(graph: Graph, node: fx.Node) -> Any:
 
     def value(argument: fx.Node) -> Any:
         if argument.op == "get_attr":
-            return as_fake(graph.module.get_parameter(str(argument.target)), mode)
+            return as_fake(attribute(graph.module, str(argument.target)), mode)
         return argument.meta["val"]
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)

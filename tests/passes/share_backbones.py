@@ -78,6 +78,11 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "timm CaiT": (_timm("cait_xxs24_224", img_size=32, depth=5, embed_dim=24, num_heads=2, init_values=0.5), (3, 32, 32), 2),
     "torchvision Swin": (_swin, (3, 32, 32), 1),
     "timm Swin": (_timm("swin_tiny_patch4_window7_224", img_size=28, depths=(5, 1), embed_dim=12, num_heads=(2, 2)), (3, 28, 28), 2),
+    "timm Swin-V2": (
+        _timm("swinv2_tiny_window8_256", img_size=32, window_size=4, depths=(5, 1), embed_dim=12, num_heads=(2, 2)),
+        (3, 32, 32),
+        2,
+    ),
     "torchvision ConvNeXt": (_convnext, (3, 32, 32), 1),
     "timm ConvNeXt": (_timm("convnext_atto", depths=(5, 2, 2, 2), dims=(8, 12, 16, 20), ls_init_value=0.5), (3, 32, 32), 2),
     "timm ConvNeXt-V2": (_timm("convnextv2_atto", depths=(5, 2, 2, 2), dims=(8, 12, 16, 20)), (3, 32, 32), 2),
