@@ -66,7 +66,7 @@ def compile(
         batch = batch or spec.train.batch
         plain = {"name": spec.name, "digest": spec.digest, "spec": spec}
         plain |= {"lines": [spec.line_of(i) for i in range(len(passes))], "where": [spec.place_of(i) for i in range(len(passes))]}
-        options = {"optimizer": spec.train.optimizer.name, "momentum": spec.train.optimizer.momentum, "amp": spec.train.amp}
+        options = spec.train.forecast_options()
     batch = batch or DEFAULT_BATCH
     base = trace(model, tuple(input), compare=verify != "off")
     return Plan(

@@ -153,22 +153,13 @@ class Search:
         return Plan(base.backbone, base.base, passes, name=base.name, digest=base.digest, batch=base.batch, verify=verify, spec=self.spec)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
-        train = self.spec.train
-        measure = measure_with(batch, optimizer=train.optimizer.name, momentum=train.optimizer.momentum, amp=train.amp)
+        measure = measure_with(batch, **self.spec.train.forecast_options())
         effects: tuple[Effects, ...] = tuple(e for e in plan.effects if e is not None)
         return measure(plan.module, plan.graph, effects)
 
     def phases(self, plan: Plan) -> tuple[Plan, ...]:
         """The plan's phases as far as the spec alone says when triggers fire."""
-        found, current = [plan], plan
-        taken: tuple[Any, ...] = ()
-        for epoch in range(self.spec.train.epochs):
-            due = current.due(epoch, None, self.spec.train.epochs)
-            if due:
-                taken = (*taken, *due)
-                current = plan.at(taken, verify="off")
-                found.append(current)
-        return tuple(found)
+        return tuple(phase.plan for phase in plan.phases(self.spec.train.epochs))
 
     def cost(self, phases: Sequence[Plan], batch: int) -> Cost:
         """The step of the phase with the highest peak."""
@@ -251,33 +242,45 @@ class Search:
 
 
 def _in_order(own: Sequence[Pass], added: Sequence[dict[str, Any]]) -> list[Pass | dict[str, Any]]:
-    """The spec's passes with those added: what divides the backbone goes before, what takes its stretches from others' behind."""
+    """The spec's passes with those added: what divides the backbone goes before, what takes its stretches from others' behind.
+
+    There is one way at a time to divide it, and one to run it again: the spec's own gives way to the one that is tried.
+    """
     first = [t for t in added if t["use"] == "supervise"]
-    return [*first, *own, *(t for t in added if t not in first)]
+    replaced = {t["use"] for t in added} & {"supervise", "checkpoint"}
+    return [*first, *(p for p in own if p.use not in replaced), *(t for t in added if t not in first)]
 
 
 def candidates(plan: Plan) -> Iterator[Candidate]:
-    """What can be added to a plan, from the installed passes that the search knows how to ask for."""
+    """What can be added to a plan: installed passes that the search knows how to ask for, and pairs that save differently.
+
+    Share and drop are not proposed: they change what is trained, or when, which no budget can decide.
+    """
     known, names = installed(), _parts(plan)
     blocks = len(plan.base.blocks())
-    if "supervise" in known:
-        for count in (k for k in (2, 3, 4, 6, 8) if k <= len(plan.base.cut_points())):
-            table: dict[str, Any] = {"use": "supervise", "modules": count, "balance": "memory"}
-            yield Candidate(f"supervise, {count} modules", (table,))
+    counts = [k for k in (2, 3, 4, 6, 8) if k <= len(plan.base.cut_points())] if "supervise" in known else []
     segments = sorted({k for k in (2, 4, round(blocks**0.5), blocks // 2, blocks) if 2 <= k <= blocks}) if "checkpoint" in known else []
-    for count in segments:
-        yield Candidate(f"checkpoint, {count} segments", ({"use": "checkpoint", "segments": count},))
+    own = next((p.table() for p in plan.passes if p.use == "supervise"), {"use": "supervise"})
+    kept = {key: value for key, value in own.items() if key not in ("modules", "balance", "cuts")}
+    supervised = {k: Candidate(f"supervise, {k} modules", ({**kept, "modules": k, "balance": "memory"},)) for k in counts}
+    recomputed = {k: Candidate(f"checkpoint, {k} segments", ({"use": "checkpoint", "segments": k},)) for k in segments}
+    yield from supervised.values()
+    yield from recomputed.values()
+    # The pairs take of each the one in the middle: it is a search for a place to start from.
+    middle = [recomputed[segments[len(segments) // 2]]] if segments else []
+    pairs = [supervised[counts[len(counts) // 2]], *middle] if counts else middle
+    yield from (_both(supervised[k], other) for k in counts[-1:] for other in middle)
     if "freeze" in known:
         for share in (0.25, 0.5, 0.75):
             prefix = names[: max(1, round(share * len(names)))]
-            if len(prefix) == len(names):
-                continue
-            table = {"use": "freeze", "select": prefix}
-            name = f"freeze up to {prefix[-1]}"
-            yield Candidate(name, (table,))
-            if segments:
-                middle = segments[len(segments) // 2]
-                yield Candidate(f"{name}, checkpoint {middle} segments", (table, {"use": "checkpoint", "segments": middle}))
+            if len(prefix) < len(names):
+                frozen = Candidate(f"freeze up to {prefix[-1]}", ({"use": "freeze", "select": prefix},))
+                yield frozen
+                yield from (_both(frozen, other) for other in pairs)
+
+
+def _both(one: Candidate, other: Candidate) -> Candidate:
+    return Candidate(f"{one.name}; {other.name}", (*one.added, *other.added))
 
 
 def _parts(plan: Plan) -> list[str]:

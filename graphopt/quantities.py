@@ -75,6 +75,14 @@ def show_count(count: float) -> str:
     return f"{sign}{_three(count)} {prefix}"
 
 
+def show_time(seconds: float) -> str:
+    """About three figures, for people: `"0.31 s"`, `"42.0 s"`, `"7.50 min"`, `"31.2 h"`, `"4.02 days"`."""
+    for unit, length, upto in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < upto:
+            return f"{_three(seconds / length)} {unit}"
+    return f"{_three(seconds / 86400)} days"
+
+
 def _three(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 

@@ -101,6 +101,27 @@ def test_the_front_holds_nothing_that_another_candidate_beats(search):
         assert bool(better) != candidate.best
 
 
+def test_another_division_replaces_the_specs_own():
+    own = '[[pass]]\nuse = "supervise"\ncuts = ["blocks.2"]\ndecoder = "none"\n'
+    search = Search(loads(SPEC + own), trust=True)
+    tried = next(c for c in search.front if c.name == "supervise, 3 modules")
+    assert tried.refused is None
+    assert tried.added[0]["decoder"] == "none", "what else the spec asks of it stays"
+    found = search.suggest(Budget(memory=tried.cost.peak_bytes))
+    assert [p.use for p in found.spec.passes].count("supervise") == 1
+
+
+def test_pairs_that_save_differently_are_tried(search):
+    pairs = [c for c in search.front if ";" in c.name]
+    assert {tuple(t["use"] for t in c.added) for c in pairs} == {
+        ("supervise", "checkpoint"),
+        ("freeze", "supervise"),
+        ("freeze", "checkpoint"),
+    }
+    assert all(c.cost for c in pairs if not c.refused)
+    assert all(c.cost.peak_bytes < search.backbone.peak_bytes for c in pairs if c.cost)
+
+
 def test_a_flops_budget_freezes_as_little_as_it_can(search):
     found = search.suggest(Budget(flops=0.75))
     assert found.chosen.cost.flops <= 0.75 * found.backbone.flops

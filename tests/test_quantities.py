@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.quantities import Size, exact_size, parse_size, show_count, show_size
+from graphopt.quantities import Size, exact_size, parse_size, show_count, show_size, show_time
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,13 @@ def test_show_size(size: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(9999, "9,999"), (1_730_714, "1.73 M"), (23e9, "23.0 G"), (999_999, "1.00 M"), (-5, "-5")])
 def test_show_count(count: float, text: str) -> None:
     assert show_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.312, "0.31 s"), (119, "119 s"), (120, "2.00 min"), (7200, "2.00 h"), (172_800, "2.00 days"), (1e7, "116 days")]
+)
+def test_show_time(seconds: float, text: str) -> None:
+    assert show_time(seconds) == text
 
 
 def test_a_field_reads_and_writes_people_s_form() -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, backbone_of, load_spec
 
 
-def check(spec: SpecArgument, set_: SetOption = [], trust: TrustOption = False, as_json: JsonOption = False) -> None:  # noqa: B006
+def check(
+    spec: SpecArgument,
+    time: Annotated[bool, typer.Option("--time", help="Say how long the run takes, by a few seconds of steps timed here.")] = False,
+    device: Annotated[str, typer.Option("--device", help="Of --time.")] = "cpu",
+    set_: SetOption = [],  # noqa: B006
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what each pass of SPEC would act on, what it would leave alone and why, and what the run would compute. Changes nothing.
 
     SPEC may be the folder of a finished run: what it decided by measurement then counts. Triggers that wait for measurements
@@ -19,6 +26,8 @@ def check(spec: SpecArgument, set_: SetOption = [], trust: TrustOption = False, 
     Examples:
 
         graphopt check quickstart
+
+        graphopt check learn_and_drop/vgg11 --time
 
         graphopt check learn_and_drop/vgg11 --json
     """
@@ -34,7 +43,7 @@ def check(spec: SpecArgument, set_: SetOption = [], trust: TrustOption = False, 
     places = [loaded.place_of(index) for index in range(len(loaded.passes))]
     found = check_passes(base, loaded.passes, (), places)
     rows = [_row(loaded, index, checkup) for index, checkup in enumerate(found)]
-    samples, work, points = _run(loaded, module, base, Path(spec))
+    samples, work, points = _run(loaded, module, base, Path(spec), _rates(device, loaded.train.amp) if time else None)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in base.opaque]
         told = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
@@ -44,7 +53,18 @@ def check(spec: SpecArgument, set_: SetOption = [], trust: TrustOption = False, 
     _show_run(samples, work, points)
 
 
-def _run(spec: Any, module: Any, base: Any, source: Path) -> tuple[int | None, Any, Any]:
+def _rates(device: str, amp: str | None) -> Any:
+    from graphopt.cost import measure_rates
+    from graphopt.errors import RunError
+
+    try:
+        return measure_rates(device, amp=amp)
+    except (RuntimeError, AssertionError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"no steps can be timed there: {why}", where="--device", fix="Use cpu, or cuda where it is") from error
+
+
+def _run(spec: Any, module: Any, base: Any, source: Path, rates: Any) -> tuple[int | None, Any, Any]:
     """Images per epoch, the run's FLOPs, and where a prefix may be dropped; None for what cannot be known here."""
     from graphopt.cost import CostError
     from graphopt.errors import RunError
@@ -57,7 +77,8 @@ def _run(spec: Any, module: Any, base: Any, source: Path) -> tuple[int | None, A
     try:
         samples, evaluated = counts(spec.data)
         plan = Plan(module, base, spec.passes, batch=spec.train.batch, verify="off", spec=spec, **named)
-        return samples, run_work(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions), points
+        work = run_work(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
+        return samples, work, points
     except (RunError, CostError):
         # A forecast that cannot be had is no reason to withhold the rest of the dry run.
         return None, None, points
@@ -96,7 +117,7 @@ def _show(spec: Any, rows: list[dict[str, Any]]) -> None:
 
 def _show_run(samples: int | None, work: Any, points: Any) -> None:
     from graphopt.cli.screen import grid, show
-    from graphopt.quantities import show_count, show_size
+    from graphopt.quantities import show_count, show_size, show_time
 
     if points:
         table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
@@ -114,6 +135,10 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
     show(f"run of {work.epochs} epochs: forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
     show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
     show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
+    show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, the largest phase's")
+    if run.seconds is not None:
+        ratio = run.seconds / before.seconds
+        show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; loading data is not in it)")
     if not work.foreseen:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 

@@ -3,7 +3,7 @@
 from graphopt.cost.advice import Advice, advise, where_memory_is
 from graphopt.cost.errors import CostError
 from graphopt.cost.figures import BlockCost, Cost
-from graphopt.cost.run import PhaseCost, RunCost, integrate
+from graphopt.cost.rates import Rates, measure_rates
 from graphopt.cost.step import forecast, measure
 
 __all__ = [
@@ -11,11 +11,10 @@ __all__ = [
     "BlockCost",
     "Cost",
     "CostError",
-    "PhaseCost",
-    "RunCost",
+    "Rates",
     "advise",
     "forecast",
-    "integrate",
     "measure",
+    "measure_rates",
     "where_memory_is",
 ]

@@ -78,6 +78,8 @@ class Cost:
         peak_phase: where the step reaches `peak_bytes`: forward, backward or optimizer.
         peak_parts: bytes by kind at that moment.
         all_reduced_bytes: what data-parallel training adds up over ranks every step: one gradient per trainable parameter.
+        kernels, moved_bytes: calls of operators that compute (views are none), and the bytes of all tensors they take and give: what a
+            step's time is made of besides FLOPs (`graphopt.cost.rates`). The optimizer's are among them.
         rows: the step by module path, finest attribution.
         blocks: the step by the blocks asked for, in their order, then `""` for the rest.
     """
@@ -102,6 +104,8 @@ class Cost:
     peak_phase: str
     peak_parts: Mapping[str, int]
     all_reduced_bytes: int
+    kernels: int
+    moved_bytes: int
     rows: tuple[BlockCost, ...] = field(default=(), repr=False)
     blocks: tuple[BlockCost, ...] = field(default=(), repr=False)
 

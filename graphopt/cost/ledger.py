@@ -63,6 +63,8 @@ class Ledger(TorchDispatchMode):
         self.events: list[int] = []
         self.marks: list[tuple[str, int]] = []
         self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
+        #: kernel calls, and the bytes of all that they read and write: what a step's time is made of besides FLOPs
+        self.kernels = self.moved = 0
         self._watches: dict[int, _Watch] = {}
         self._open = True
         #: what a new storage is until told otherwise.
@@ -117,6 +119,9 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "prim":  # a fake tensor asked for its device
             return out
         tensors = list(_flat(out))
+        if self._open and not func.is_view:
+            self.kernels += 1
+            self.moved += sum(t.numel() * t.element_size() for t in (*_flat(args), *_flat(kwargs), *tensors))
         fresh = [self._enter(t.untyped_storage()) for t in tensors]
         weight: bool | None = None
         if any(new for _, new in fresh):

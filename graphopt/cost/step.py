@@ -28,7 +28,7 @@ from graphopt.cost.stand_in import fake_copy, real_copy
 
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
 Loss = str | Callable[[Any, Tensor], Tensor]
-_AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -109,8 +109,8 @@ def _account(
     loss: Loss,
     attribute: bool,
 ) -> Cost:
-    if amp is not None and amp not in _AMP:
-        raise CostError(f"amp is one of {', '.join(map(repr, _AMP))} or None, found {amp!r}")
+    if amp is not None and amp not in AMP_DTYPES:
+        raise CostError(f"amp is one of {', '.join(map(repr, AMP_DTYPES))} or None, found {amp!r}")
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
     attribution = Attribution()
@@ -118,7 +118,7 @@ def _account(
         follow(copied, attribution)
     ledger = Ledger(attribution)
     trained = [p for p in copied.parameters() if p.requires_grad]
-    autocast = torch.autocast("cpu", dtype=_AMP[amp]) if amp else nullcontext()
+    autocast = torch.autocast("cpu", dtype=AMP_DTYPES[amp]) if amp else nullcontext()
     criterion = LOSSES.get(loss) if isinstance(loss, str) else loss
     if criterion is None:
         raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
@@ -252,6 +252,8 @@ def _cost(
         peak_phase=ledger.phase_of(at),
         peak_parts=ledger.live_at(at),
         all_reduced_bytes=sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
+        kernels=ledger.kernels,
+        moved_bytes=ledger.moved,
         rows=rows,
     )
     if per_block:

@@ -136,7 +136,7 @@ class Pass(pydantic.BaseModel):
         when: its trigger.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     use: ClassVar[str]
     preserves: ClassVar[frozenset[Property]] = frozenset()

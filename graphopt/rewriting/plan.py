@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ from graphopt.rewriting.report import Report
 from graphopt.rewriting.sections import emit
 from graphopt.rewriting.triggers import BaseTrigger, Decision, active_regions
 from graphopt.trace import Graph, TrainingModule
+
+
+class Phase(NamedTuple):
+    """A stretch of epochs with one graph: its first epoch (from 0), the first that is no longer in it, what began it, its plan."""
+
+    start: int
+    end: int
+    decisions: tuple[Decision, ...]
+    plan: Plan
 
 
 class Plan:
@@ -82,6 +91,24 @@ class Plan:
             for action, regions in trigger.fire(names, active, epoch, epochs, history):
                 found.append(Decision(index=index, epoch=epoch, action=action, regions=regions))
         return tuple(found)
+
+    def phases(self, epochs: int, decisions: Sequence[Decision] | None = None) -> tuple[Phase, ...]:
+        """What a run of `epochs` from this plan would go through, without gaps; unverified.
+
+        Args:
+            decisions: of a finished run, to be replayed; default: what the triggers decide that need no measurement.
+        """
+        begun: list[tuple[int, tuple[Decision, ...], Plan]] = []
+        plan, taken = self, self.decisions
+        for epoch in range(epochs):
+            due = plan.due(epoch, None, epochs) if decisions is None else tuple(d for d in decisions if d.epoch == epoch)
+            if due:
+                taken = (*taken, *due)
+                plan = plan.at(taken, verify="off")
+            if due or not begun:
+                begun.append((epoch, due, plan))
+        ends = [*(epoch for epoch, _, _ in begun[1:]), epochs]
+        return tuple(Phase(start, end, due, plan) for (start, due, plan), end in zip(begun, ends, strict=True))
 
     def progress(self) -> tuple[tuple[Pass, tuple[str, ...], tuple[str, ...]], ...]:
         """Of each pass: the value, the names of all its regions, and those it is applied to now."""
@@ -241,11 +268,13 @@ def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def measure_with(batch: int, *, optimizer: str = "sgd", momentum: float = 0.9, amp: str | None = None) -> Measure:
+def measure_with(
+    batch: int, *, optimizer: str = "sgd", optimizer_options: Mapping[str, Any] | None = None, amp: str | None = None
+) -> Measure:
     """The cost model as the pipeline's seam calls it: one training step of an emitted module, whole and per part of the backbone."""
     from graphopt.cost import forecast
 
-    options = {"momentum": momentum}
+    options: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": optimizer_options, "amp": amp}
 
     def measure(module: nn.Module, graph: Graph, effects: tuple[Effects, ...]) -> Any:
         needs = Needs()
@@ -256,11 +285,9 @@ def measure_with(batch: int, *, optimizer: str = "sgd", momentum: float = 0.9, a
             # Training runs on what lies behind the cut; parameters and buffers of the whole network stay in memory for evaluation.
             module = emit(graph, start=needs.features.node).train()
             shape = tuple(needs.features.node.meta["val"].shape[1:])
-        return forecast(
-            module, shape, batch, targets=needs.targets, optimizer=optimizer, optimizer_options=options, amp=amp, per_block=parts(graph)
-        )
+        return forecast(module, shape, batch, targets=needs.targets, per_block=parts(graph), **options)
 
     return measure
 
 
-__all__ = ["Plan", "digest_of", "measure_with"]
+__all__ = ["Phase", "Plan", "digest_of", "measure_with"]

@@ -31,7 +31,8 @@ Numbers: TypeAlias = Annotated[tuple[float, ...], _tuple]
 class _Table(BaseModel):
     """A TOML table: unknown keys are errors, `"10"` is not a number, and nothing changes after parsing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    # JSON has no infinity, TOML has: as a constant it survives being written.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, ser_json_inf_nan="constants")
 
 
 class BackboneSpec(_Table):
@@ -158,6 +159,12 @@ class TrainSpec(_Table):
     keep: Positive = Field(default=2, description="how many checkpoints stay")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
+
+    def forecast_options(self) -> dict[str, Any]:
+        """What `graphopt.cost.forecast` has to know of the run to cost one step of it."""
+        optimizer = self.optimizer
+        arguments = {"momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay, **optimizer.arguments}
+        return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp}
 
 
 class Spec(_Table):

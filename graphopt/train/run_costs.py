@@ -1,21 +1,22 @@
 """What a whole run costs: the forecast of one step, integrated over phases; evaluation and the filling of feature caches counted in.
 
-`graphopt.cost.integrate` adds up training steps; this is the runner's account, which knows what else a run computes. Phases come from
-decisions: a spec's own, where its triggers are known beforehand, or those of a finished run, where they were measured.
+Phases come from decisions: a spec's own, where its triggers are known beforehand, or those of a finished run, where they were measured.
+FLOPs and bytes are exact for what they count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from graphopt.cost import Cost, forecast
+from graphopt.cost import Cost, Rates, forecast
 from graphopt.errors import RunError
 from graphopt.rewriting import Decision, Plan, emit
 from graphopt.spec import DataSpec, TrainSpec
@@ -39,7 +40,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs (2 per multiply-accumulate) of a run, or of a part of it.
+    """A run, or what it would be without its passes. FLOPs are 2 per multiply-accumulate.
 
     Attributes:
         forward_flops, backward_flops: everything, evaluation and cache filling included.
@@ -47,6 +48,8 @@ class Work:
         evaluation_forward_flops: the full network over the evaluation split, as often as the run evaluates.
         filling_forward_flops: prefixes over the training set, once per drop and view.
         feature_bytes: the largest cache that the run keeps.
+        peak_bytes: the most that a step of any phase holds (see `graphopt.cost.Cost`).
+        seconds: steps, evaluation and filling at the rates that were given, else None. Loading data is not in it.
     """
 
     forward_flops: int
@@ -54,19 +57,25 @@ class Work:
     training_forward_flops: int
     evaluation_forward_flops: int
     filling_forward_flops: int
-    feature_bytes: int = 0
+    feature_bytes: int
+    peak_bytes: int
+    seconds: float | None = None
 
     @property
     def flops(self) -> int:
         return self.forward_flops + self.backward_flops
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class PhaseWork:
-    """One phase: its epochs, what began it, its FLOPs per epoch of training, and the bytes it keeps."""
+    """One phase: its epochs, what began it, its FLOPs per epoch of training, and the bytes it keeps.
+
+    Attributes:
+        seconds: per epoch of training, filling aside; None without rates. step: one training step.
+    """
 
     epoch: int
     epochs: int
@@ -75,9 +84,13 @@ class PhaseWork:
     backward_flops: int
     filling_flops: int
     feature_bytes: int
+    peak_bytes: int
+    seconds: float | None
+    step: Cost = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "decisions": [d.model_dump(mode="json") for d in self.decisions]}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
+        return {**plain, "decisions": [d.model_dump(mode="json") for d in self.decisions]}
 
 
 @dataclass(frozen=True)
@@ -152,80 +165,101 @@ def run_work(
     samples: int,
     evaluated: int,
     decisions: Sequence[Decision] | None = None,
+    rates: Rates | None = None,
 ) -> RunWork:
-    """The FLOPs of a run of `plan` (as compiled, before any decision).
+    """What a run of `plan` (as compiled, before any decision) computes, holds, and takes.
 
     Args:
-        train: the run: epochs, batch, how often it evaluates.
+        train: the run: epochs, batch, optimizer, how often it evaluates.
         samples, evaluated: images per epoch and per evaluation (see `counts`).
         decisions: of a finished run; default: what the triggers decide that need no measurement.
+        rates: the machine's, for seconds.
 
     Raises:
         RunError: the training set has not even one batch.
+        CostError: a step cannot be forecast.
     """
     batch, steps = train.batch, samples // (train.batch * train.accumulate) * train.accumulate
     if not steps:
         raise RunError(
             f"one training step takes {train.batch * train.accumulate} images, the training set has {samples}", where="train.batch"
         )
-    options: dict[str, Any] = {"optimizer": None, "amp": train.amp}
-    whole = forecast(emit(plan.base), plan.base.input, batch, **options)
-    evaluations = train.epochs // train.eval_every + (train.epochs % train.eval_every > 0)
-    evaluation = evaluations * evaluated * whole.forward_flops // batch
-    before = _work(train.epochs * steps * whole.forward_flops, train.epochs * steps * whole.backward_flops, evaluation, 0)
-    foreseen = decisions is not None or all(value.when.foreseeable for value in plan.passes)
-    begun = _phases(plan, train.epochs, decisions)
+    options = train.forecast_options()
+    bare = emit(plan.base)
+    whole = forecast(bare, plan.base.input, batch, **options)
+    tested = _forward(bare, plan.base.input, batch, train.amp)
+    # As many batches, or parts of one.
+    batches = (train.epochs // train.eval_every + (train.epochs % train.eval_every > 0)) * evaluated / batch
+    before = _Sum(rates, batches, tested)
+    before.train(whole, whole.forward_flops, whole.backward_flops, train.epochs * steps)
+    run = _Sum(rates, batches, tested)
     phases: list[PhaseWork] = []
     earlier: Plan | None = None
-    for (epoch, new, phase), end in zip(begun, [*(e for e, _, _ in begun[1:]), train.epochs], strict=True):
-        step, fill, kept = _step(phase, earlier, batch, samples, options)
-        forward, backward = _expected(phase, step)
-        phases.append(PhaseWork(epoch, end - epoch, new, steps * forward, steps * backward, fill, kept))
-        earlier = phase if kept else None
-    run = _work(
-        sum(p.epochs * p.forward_flops for p in phases),
-        sum(p.epochs * p.backward_flops for p in phases),
-        evaluation,
-        sum(p.filling_flops for p in phases),
-        max(p.feature_bytes for p in phases),
-    )
-    return RunWork(samples, evaluated, train.epochs, before, run, tuple(phases), foreseen)
+    for start, end, new, current in plan.phases(train.epochs, decisions):
+        step, filling, kept = _step(current, earlier, batch, samples, options)
+        forward, backward = _expected(current, step)
+        run.train(step, forward, backward, (end - start) * steps)
+        fill = run.fill(*filling) if filling else 0
+        run.feature_bytes = max(run.feature_bytes, kept)
+        seconds = steps * run.step_seconds(step, forward + backward) if rates else None
+        made = (start, end - start, new, steps * forward, steps * backward, fill, kept, step.peak_bytes, seconds, step)
+        phases.append(PhaseWork(*made))
+        earlier = current if kept else None
+    foreseen = decisions is not None or all(value.when.foreseeable for value in plan.passes)
+    return RunWork(samples, evaluated, train.epochs, before.work(), run.work(), tuple(phases), foreseen)
 
 
-def _work(training: int, backward: int, evaluation: int, filling: int, kept: int = 0) -> Work:
-    return Work(training + evaluation + filling, backward, training, evaluation, filling, kept)
+class _Sum:
+    """Adds a run up."""
+
+    def __init__(self, rates: Rates | None, evaluated: float, tested: Cost) -> None:
+        self.rates = rates
+        self.evaluation = int(evaluated * tested.forward_flops)
+        self.seconds = evaluated * self._seconds(tested)
+        self.training = self.backward = self.filling = self.feature_bytes = self.peak_bytes = 0
+
+    def _seconds(self, cost: Cost) -> float:
+        return self.rates.seconds(cost) if self.rates else 0.0
+
+    def step_seconds(self, step: Cost, flops: int) -> float:
+        """Of a step that takes `flops` on average: what is skipped at random saves time as it saves FLOPs."""
+        return self._seconds(step) * (flops / step.flops if step.flops else 1.0)
+
+    def train(self, step: Cost, forward: int, backward: int, steps: int) -> None:
+        self.training += steps * forward
+        self.backward += steps * backward
+        self.peak_bytes = max(self.peak_bytes, step.peak_bytes)
+        self.seconds += steps * self.step_seconds(step, forward + backward)
+
+    def fill(self, cost: Cost, batches: float) -> int:
+        """`batches` forward passes of a prefix; their FLOPs."""
+        flops = int(batches * cost.forward_flops)
+        self.filling += flops
+        self.seconds += batches * self._seconds(cost)
+        return flops
+
+    def work(self) -> Work:
+        forward = self.training + self.evaluation + self.filling
+        seconds = self.seconds if self.rates else None
+        return Work(forward, self.backward, self.training, self.evaluation, self.filling, self.feature_bytes, self.peak_bytes, seconds)
 
 
-def _phases(plan: Plan, epochs: int, decisions: Sequence[Decision] | None) -> list[tuple[int, tuple[Decision, ...], Plan]]:
-    """(first epoch, what began it, the plan) of each phase."""
-    found: list[tuple[int, tuple[Decision, ...], Plan]] = []
-    taken: tuple[Decision, ...] = ()
-    for epoch in range(epochs):
-        if decisions is None:
-            new = plan.due(epoch, None, epochs)
-        else:
-            new = tuple(d for d in decisions if d.epoch == epoch)
-        if new or not found:
-            taken = (*taken, *new)
-            plan = plan.at(taken, verify="off") if taken else plan
-            found.append((epoch, new, plan))
-    return found
-
-
-def _step(plan: Plan, earlier: Plan | None, batch: int, samples: int, options: Mapping[str, Any]) -> tuple[Cost, int, int]:
-    """One training step, the FLOPs of filling the cache it begins with, and the bytes that are kept."""
+def _step(
+    plan: Plan, earlier: Plan | None, batch: int, samples: int, options: Mapping[str, Any]
+) -> tuple[Cost, tuple[Cost, float] | None, int]:
+    """One training step; a batch of filling the cache that it begins with, and how many; and the bytes that are kept."""
     cut = plan.needs.features
     if cut is None or not (kept := cache_bytes(cut.node, cut.options, samples)):
-        return forecast(plan.module, plan.graph.input, batch, targets=plan.needs.targets, **options), 0, 0
+        return forecast(plan.module, plan.graph.input, batch, targets=plan.needs.targets, **options), None, 0
     shape = tuple(cut.node.meta["val"].shape[1:])
     step = forecast(emit(plan.graph, start=cut.node), shape, batch, targets=plan.needs.targets, **options)
     old = earlier.needs.features if earlier is not None else None
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:
-        return step, 0, kept
+        return step, None, kept
     entered = tuple(start.meta["val"].shape[1:]) if start is not None else plan.graph.input
-    fill = forecast(_Scalar(emit(plan.graph, start=start, stop=cut.node)), entered, batch, loss=_first, **options).forward_flops
-    return step, fill * samples * (cut.options.get("views") or 1) // batch, kept
+    fill = _forward(emit(plan.graph, start=start, stop=cut.node), entered, batch, options["amp"])
+    return step, (fill, samples * (cut.options.get("views") or 1) / batch), kept
 
 
 def cache_bytes(cut: fx.Node, options: Mapping[str, Any], samples: int) -> int:
@@ -254,8 +288,12 @@ def _expected(plan: Plan, step: Cost) -> tuple[int, int]:
     return round(forward), round(backward)
 
 
-class _Scalar(nn.Module):
-    """A prefix for a forecast: it has nothing to train and nothing to go backward through."""
+def _forward(module: nn.Module, input: tuple[int, ...], batch: int, amp: str | None) -> Cost:
+    return forecast(_NoBackward(module), input, batch, optimizer=None, amp=amp, loss=_first)
+
+
+class _NoBackward(nn.Module):
+    """A forward alone, as something that can be forecast: it has nothing to train and nothing to go backward through."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -265,6 +303,7 @@ class _Scalar(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             y = self.body(x)
+        y = y if isinstance(y, torch.Tensor) else next(t for t in pytree.tree_leaves(y) if isinstance(t, torch.Tensor))
         return y.sum() * self.unit
 
 

@@ -49,11 +49,11 @@ def named_cut(graph: Graph, path: str) -> fx.Node:
         )
     assert end is not None
     if not trains_behind(graph, end):
-        useful = (_name_of(graph, n, order) for n in reversed(cuts) if trains_behind(graph, n))
+        useful = next(filter(None, (_name_of(graph, n, order) for n in reversed(cuts) if trains_behind(graph, n))), None)
         raise PassError(
             f"nothing that trains is left behind {path!r}: the head itself cannot be dropped",
             where="upto",
-            fix=f"End earlier, for instance at {next(filter(None, useful), None)!r}",
+            fix=f"End earlier, for instance at {useful!r}" if useful else "No part of this backbone ends where one could be dropped",
         )
     return end
 

@@ -92,6 +92,11 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     out = told(capsys, "check", "s.toml")
     assert "would act on: conv1, bn1" in out
     assert "no conflicts" in out
+    assert "time, a forecast" not in out
+
+
+def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "  time, a forecast: " in told(capsys, "check", "s.toml", "--time")
 
 
 def test_train_resume_and_export(capsys: pytest.CaptureFixture[str]) -> None:

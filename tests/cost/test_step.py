@@ -34,17 +34,21 @@ def build(name):
     return timm.create_model(model) if library == "timm" else getattr(torchvision.models, model)(weights=None)
 
 
+def plain(cost):
+    return {key: value for key, value in cost.to_dict().items() if key != "blocks"}
+
+
 def live(cost):
-    plain = cost.to_dict()
-    plain.pop("blocks", None)
-    return plain
+    """A real step's figures, to compare a forecast's with."""
+    # What seconds are estimated from: a real step calls a few operators more or less than a fake one (of random masks, say).
+    return plain(cost) | {key: pytest.approx(getattr(cost, key), rel=2e-3) for key in ("kernels", "moved_bytes")}
 
 
 @pytest.mark.parametrize(("name", "size"), SAMPLE)
 def test_equals_a_real_step(name, size):
     module = build(name)
     expected = measure(module, (3, size, size), 2, optimizer="adamw")
-    assert live(forecast(module, (3, size, size), 2, optimizer="adamw")) == live(expected)
+    assert plain(forecast(module, (3, size, size), 2, optimizer="adamw")) == live(expected)
 
 
 @pytest.mark.parametrize("amp", ["bfloat16"])
@@ -52,7 +56,7 @@ def test_equals_a_real_step(name, size):
 def test_equals_a_real_step_under_autocast(name, amp):
     module = build(name)
     size = 64 if "resnet" in name else 224
-    assert live(forecast(module, (3, size, size), 2, amp=amp)) == live(measure(module, (3, size, size), 2, amp=amp))
+    assert plain(forecast(module, (3, size, size), 2, amp=amp)) == live(measure(module, (3, size, size), 2, amp=amp))
 
 
 def test_meta_and_real_modules_cost_the_same():
@@ -99,7 +103,7 @@ def test_shared_parameters_count_once():
     cost = forecast(module, (6,), 2)
     assert cost.parameters == 36
     assert cost.gradient_bytes == 36 * 4
-    assert live(cost) == live(measure(module, (6,), 2))
+    assert plain(cost) == live(measure(module, (6,), 2))
 
 
 def test_a_frozen_weight_costs_no_weight_gradient_and_an_unneeded_input_gradient_nothing():
@@ -112,7 +116,7 @@ def test_a_frozen_weight_costs_no_weight_gradient_and_an_unneeded_input_gradient
     module[0].requires_grad_(False)
     cost = forecast(module, (3, 8, 8), 2)
     assert (cost.weight_gradient_flops, cost.input_gradient_flops) == (per_layer[2], 0)
-    assert live(cost) == live(measure(module, (3, 8, 8), 2))
+    assert plain(cost) == live(measure(module, (3, 8, 8), 2))
 
 
 def test_everything_frozen_has_no_backward():
@@ -174,7 +178,7 @@ def test_checkpointing_is_seen_in_bytes_and_recomputed_flops():
     assert (stem.recomputed_flops, rest.recomputed_flops) == (0, 0)
     # Of the body nothing is kept but its input, which the checkpoint holds itself.
     assert body.saved_activation_bytes == 0
-    assert live(cost) == live(measure(module, (3, 16, 16), 2))
+    assert plain(cost) == live(measure(module, (3, 16, 16), 2))
 
 
 class LocallyTrained(nn.Module):
@@ -214,7 +218,7 @@ def test_a_backward_inside_the_forward_is_backward():
     assert (head.weight_gradient_flops, block.recomputed_flops, block.saved_activation_bytes) == (head.forward_flops, 0, 0)
     assert rest.saved_activation_bytes > 0
     assert outside.forward_flops == outside.backward_flops == 0
-    assert live(cost) == live(measure(module, (3, 16, 16), 2, targets=True))
+    assert plain(cost) == live(measure(module, (3, 16, 16), 2, targets=True))
 
 
 def test_gradients_that_autograd_grad_hands_out_are_not_activations():
@@ -270,7 +274,8 @@ def test_a_graph_module_costs_the_same_as_its_source_and_as_its_own_code():
     of_module, of_graph = (forecast(m, (3, 64, 64), 2, per_block=blocks) for m in (module, graph))
     # Functions between modules (a residual sum) save nothing here, so both attribute alike.
     assert of_graph.blocks[2] == of_module.blocks[2]
-    assert live(of_graph) == live(measure(graph, (3, 64, 64), 2)) == live(measure(graph, (3, 64, 64), 2, attribute=True))
+    assert plain(of_graph) == live(measure(graph, (3, 64, 64), 2))
+    assert plain(of_graph) == live(measure(graph, (3, 64, 64), 2, attribute=True))
 
 
 def test_function_nodes_go_to_their_origins_path():

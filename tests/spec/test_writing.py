@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphopt.spec import dumps, from_table, installed, load, loads, schema
@@ -71,6 +72,7 @@ specs = _table(
 
 
 @given(specs)
+@example({"backbone": {"source": "cifar", "name": "resnet20", "input": [1]}, "train": {"optimizer": {"arguments": {"a": [math.inf]}}}})
 def test_written_and_read_it_is_the_same_spec(table: dict[str, Any]) -> None:
     spec = from_table(table)
     text = dumps(spec)

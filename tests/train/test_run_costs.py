@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import graphopt
 from graphopt import cifar
 from graphopt.backbone import build
-from graphopt.cost import forecast
+from graphopt.cost import Rates, forecast
 from graphopt.passes.drop import Drop
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
@@ -38,6 +38,22 @@ def test_without_passes_a_run_is_its_steps_and_evaluations():
     assert work.run.evaluation_forward_flops == 10 * 2 * step.forward_flops
     assert work.run.forward_flops == work.run.training_forward_flops + work.run.evaluation_forward_flops
     assert work.forward_saved == 0.0
+
+
+def test_time_and_peak_are_the_steps():
+    step = forecast(Small(drop=0.0), (3, 8, 8), 10, **TRAIN.forecast_options())
+    rates = Rates(flop=1e-9, byte=1e-9, kernel=1e-4, error=0.0, device="cpu")
+    plain = work_of(plan_of(), rates=rates)
+    assert work_of(plan_of()).run.seconds is None
+    assert plain.run == plain.before
+    assert plain.run.peak_bytes == step.peak_bytes
+    assert plain.phases[0].seconds == pytest.approx(10 * rates.seconds(step))
+    assert plain.run.seconds > 100 * rates.seconds(step), "evaluation takes time too"
+    dropped = work_of(plan_of(Drop(upto="blocks.1", when={"epoch": 4})), rates=rates)
+    assert dropped.before.seconds == plain.run.seconds
+    assert dropped.run.seconds < plain.run.seconds
+    assert dropped.run.peak_bytes == step.peak_bytes, "the first phase's is the largest"
+    assert dropped.phases[1].peak_bytes < step.peak_bytes
 
 
 def test_a_dropped_prefix_is_computed_once_and_trained_no_more():
@@ -77,7 +93,10 @@ def test_blocks_skipped_at_random_cost_what_they_cost_on_average():
     whole = forecast(plan.module, (3, 8, 8), 10)
     rows = {row.path: row.forward_flops for row in whole.by([f"blocks.{i}" for i in range(4)])}
     expected = whole.forward_flops - sum(0.125 * (i + 1) * rows[f"blocks.{i}"] for i in range(4))
-    assert work_of(plan).phases[0].forward_flops == 10 * round(expected)
+    rates = Rates(flop=1e-9, byte=1e-9, kernel=1e-4, error=0.0, device="cpu")
+    work = work_of(plan, rates=rates)
+    assert work.phases[0].forward_flops == 10 * round(expected)
+    assert work.phases[0].seconds < 10 * rates.seconds(work.phases[0].step)
 
 
 def test_scores_are_summed_up_from_a_finished_run(tmp_path):

@@ -1,0 +1,116 @@
+"""From a step's figures to seconds: three rates of a machine, measured on it in a few seconds.
+
+A step is taken to last `flops / F + moved_bytes / B + kernels * t`: arithmetic, memory traffic and calls, one after the other. F, B and t
+are those that suit real steps of six small networks best (least squares of the relative error, none negative). It is a forecast for
+comparing plans, not a clock: see tools/tables/cost_time.md for how far it is off, by backbone. Loading data is not in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphopt.cost.figures import Cost
+from graphopt.cost.step import AMP_DTYPES, forecast
+
+#: steps of which the fastest counts (others share the machine), after one that warms up
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device reaches on training steps; seconds each.
+
+    Attributes:
+        flop, byte, kernel: of one FLOP, of one byte moved, of one kernel call.
+        error: the largest relative error on the networks it was measured with.
+        device: which. It stands for as many threads as torch had then.
+    """
+
+    flop: float
+    byte: float
+    kernel: float
+    error: float
+    device: str
+
+    def seconds(self, cost: Cost) -> float:
+        """Of one step of that cost."""
+        return self.flop * cost.flops + self.byte * cost.moved_bytes + self.kernel * cost.kernels
+
+
+def measure_rates(device: str = "cpu", *, amp: str | None = None) -> Rates:
+    """Times a few steps of six small networks on `device`, a few seconds in all. Weights and data are random."""
+    networks = _networks()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        costs = [forecast(make(), input, batch, amp=amp) for make, input, batch in networks]
+        found = np.array([_time(make(), input, batch, device, amp) for make, input, batch in networks])
+    return fitted(costs, found, device)
+
+
+def fitted(costs: Sequence[Cost], seconds: np.ndarray, device: str) -> Rates:
+    """The rates that suit steps of these costs that took these seconds."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+    figures = np.array([[c.flops, c.moved_bytes, c.kernels] for c in costs], dtype=float)
+    scale = figures.max(axis=0)
+    rates = nnls(figures / scale / seconds[:, None], np.ones(len(costs)))[0] / scale
+    error = float(np.abs(figures @ rates / seconds - 1).max())
+    return Rates(float(rates[0]), float(rates[1]), float(rates[2]), error, device)
+
+
+def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
+    """Where calls tell, where arithmetic does, and where memory beyond the caches does; convolutions and attention."""
+    import timm
+
+    from graphopt import cifar
+
+    def vit() -> nn.Module:
+        module: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4)
+        return module
+
+    def resnet() -> nn.Module:
+        module: nn.Module = timm.create_model("resnet18")
+        return module
+
+    def wide() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10))
+
+    return [
+        (lambda: cifar.build("resnet20"), (3, 32, 32), 2),
+        (lambda: cifar.build("resnet20"), (3, 32, 32), 64),
+        (lambda: cifar.build("vgg11"), (3, 32, 32), 64),
+        (resnet, (3, 128, 128), 16),
+        (vit, (3, 64, 64), 32),
+        (wide, (3, 32, 32), 8),
+    ]
+
+
+def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, amp: str | None) -> float:
+    module.to(device).train()
+    optimizer = torch.optim.SGD(module.parameters(), 1e-3, momentum=0.9)
+    # Drawn on the CPU, whose random numbers are put back.
+    x, y = torch.randn(batch, *input).to(device), torch.zeros(batch, dtype=torch.long, device=device)
+    taken = []
+    for _ in range(STEPS + 1):
+        start = _now(device)
+        optimizer.zero_grad()
+        with torch.autocast(torch.device(device).type, AMP_DTYPES[amp]) if amp else nullcontext():
+            loss = F.cross_entropy(module(x), y)
+        loss.backward()
+        optimizer.step()
+        taken.append(_now(device) - start)
+    return min(taken[1:])
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
