@@ -200,6 +200,14 @@ def test_nothing_overlaps_and_nothing_sticks_out(browse: Any, small: Path, width
         const out = (t) => { const r = t.getBoundingClientRect(); return r.right > c.right + 1 || r.left < c.left - 1; };
         return [...card.querySelectorAll('text')].filter(out).map(t => t.textContent); })"""
     assert page.eval_on_selector_all("[data-id]", inside) == []
+    # The labels' widths are estimates that must hold for the widest fonts too (DejaVu Sans, where nothing else is installed).
+    beyond = """l => l.filter(g => g.querySelector('rect')).flatMap(g => {
+        const c = g.querySelector('rect').getBoundingClientRect();
+        const out = (t) => { const r = t.getBoundingClientRect(); return r.right > c.right + 1 || r.bottom > c.bottom + 1; };
+        return [...g.querySelectorAll('text')].filter(out).map(t => t.textContent); })"""
+    assert page.locator(".mark").count() >= 1
+    assert page.locator(".end").count() == 2
+    assert page.eval_on_selector_all(".mark, .end", beyond) == []
     heights = page.eval_on_selector_all(".piece .name", "l => l.map(e => e.getBoundingClientRect().height)")
     assert min(heights) >= 9
 

@@ -9,11 +9,27 @@
     return String(text).replace(/[&<>"'\u0000-\u001f]/g, (c) => "&#" + (c.charCodeAt(0) < 32 && c !== "\n" ? 32 : c.charCodeAt(0)) + ";");
   }
 
+  /** Characters of a bold proportional font by width, in em, rounded up from DejaVu Sans: the widest font that may stand in for Helvetica. */
+  const ADVANCES = [["ijl' ", 0.35], [",-./:;|\\IJf·", 0.44], ["!\"()*[]_`rtLcsxz?", 0.58], ["#+<=>~^&ABDGHKNRUVXOQw→×−≈", 0.85], ["mMW@%…⊣▤", 1.1]];
+  const advances = new Map(ADVANCES.flatMap(([signs, em]) => Array.from(signs, (sign) => [sign, em])));
+  const FACES = {
+    mono: () => MONO,
+    bold: (sign) => advances.get(sign) || (sign < "\u0250" ? 0.72 : 1.1), // other scripts' signs are wide
+    plain: (sign) => 0.92 * FACES.bold(sign),
+  };
+
+  /** Pixels that text takes at most, at `size` pixels. */
+  function extent(text, size, face = "mono") {
+    return size * Array.from(String(text)).reduce((sum, sign) => sum + FACES[face](sign), 0);
+  }
+
   /** Cuts text so that it fits `width` pixels at `size` pixels. */
-  function fit(text, width, size, ratio) {
-    const most = Math.max(1, Math.floor(width / (size * (ratio || MONO))));
+  function fit(text, width, size, face = "mono") {
+    if (extent(text, size, face) <= width) return String(text);
     const signs = Array.from(String(text));
-    return signs.length <= most ? signs.join("") : signs.slice(0, Math.max(1, most - 1)).join("") + "…";
+    let left = width - extent("…", size, face), most = 0;
+    while (most < signs.length && (left -= size * FACES[face](signs[most])) >= 0) most += 1;
+    return signs.slice(0, Math.max(1, most)).join("") + "…";
   }
 
   function amount(key, value) {
@@ -87,8 +103,8 @@
     const canOpen = c.type !== "row" || c.nodes.length > 0;
     const name = fit(c.name, w - start - (canOpen ? 26 : 10), 12.5);
     out.push(`<text class="name" x="${start}" y="19.5">${esc(name)}</text>`);
-    const room = w - start - (canOpen ? 26 : 10) - name.length * 12.5 * MONO - 10;
-    if (row.kind && c.type !== "group" && (room > 110 || room > row.kind.length * 10.5 * 0.58)) out.push(`<text class="kind" x="${w - (canOpen ? 24 : 10)}" y="19.5" text-anchor="end">${esc(fit(row.kind, room, 10.5, 0.58))}</text>`);
+    const room = w - start - (canOpen ? 26 : 10) - extent(name, 12.5) - 10;
+    if (row.kind && c.type !== "group" && (room > 110 || room > extent(row.kind, 10.5, "plain"))) out.push(`<text class="kind" x="${w - (canOpen ? 24 : 10)}" y="19.5" text-anchor="end">${esc(fit(row.kind, room, 10.5, "plain"))}</text>`);
     if (canOpen) out.push(`<g class="fold" data-fold="${esc(c.id)}"><rect class="hit" x="${w - 26}" y="2" width="24" height="26"/><path d="${c.open ? `M${w - 18} 12 l4 5 l4 -5` : `M${w - 16} 10 l5 4.5 l-5 4.5`}"/></g>`);
     let y = 30;
     const quiet = c.type !== "group" && plain(row) && !state.uniform;
@@ -98,8 +114,9 @@
       // The arcs show where shared weights come from; the card has room for what they are mixed with.
       const about = Object.entries(row.detail).map(([k, v]) => k + " " + v).join(", ");
       const more = c.type === "group" ? "" : about || facts(row) || (by && !said.includes(by) ? "by " + by : "");
-      const text = fit(said, w - 30, 11.5, 0.53);
-      out.push(`<text class="status" x="16" y="${y + 7}">${esc(text)}${more && text === said ? `<tspan class="facts" dx="6">${esc(fit(more, w - 40 - said.length * 11.5 * 0.53, 11, 0.53))}</tspan>` : ""}</text>`);
+      const text = fit(said, w - 26, 11.5, "bold");
+      const left = w - 32 - extent(said, 11.5, "bold"); // after it, too little room for words holds none
+      out.push(`<text class="status" x="16" y="${y + 7}">${esc(text)}${more && left > 30 ? `<tspan class="facts" dx="6">${esc(fit(more, left, 11.5, "plain"))}</tspan>` : ""}</text>`);
       y += 17;
     }
     if (state.costs) {
@@ -108,7 +125,7 @@
       out.push(`<rect class="bar before" x="16" y="${y + 1}" width="${length(before)}" height="4" rx="1.5"/><rect class="bar after" x="16" y="${y + 6.5}" width="${length(after)}" height="4" rx="1.5"/>`);
       const added = before === null && !after && row.after && row.after.parameters;
       const text = added ? amount("parameters", row.after.parameters) + " parameters" : before === null && after === null ? "" : before === null || after === null ? amount(state.metric, after === null ? before : after) : change(state.metric, before, after);
-      out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end">${esc(fit(text, 112, 10, 0.52))}</text>`);
+      out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end">${esc(fit(text, 112, 10, "plain"))}</text>`);
     }
     if (c.open) out.push(operations(c, data));
     return out.join("");
@@ -146,7 +163,7 @@
     const local = route.stop && frame.bands.some((b) => b.local && b.rows.includes(route.b) && !b.rows.includes(route.a));
     const long = route.how !== "across" && route.how !== "over";
     const text = route.tap ? (long ? "features kept · training starts here" : "features kept here") : local ? "no gradient" : long ? "backward stops here" : "backward stops";
-    const icon = route.tap ? "▤ " : "⊣ ", width = n((text.length + 2) * 10.5 * 0.56 + 12);
+    const icon = route.tap ? "▤ " : "⊣ ", width = n(extent(icon + text, 10.5, "bold") + 12);
     const middle = route.mark || route.points[Math.floor(route.points.length / 2)];
     return { key: "mark:" + route.key, x: middle.x, y: middle.y, layer: "marks", cls: "mark" + (route.tap ? " tap" : ""), html: `<g${middle.turned ? ' transform="rotate(-90)"' : ""}><rect x="${n(-width / 2)}" y="-9" width="${width}" height="18" rx="9"/><text text-anchor="middle" y="3.8">${esc(icon + text)}</text></g>` };
   }
@@ -161,7 +178,7 @@
     for (const c of picture.cards.values()) if (c.type !== "end") for (const side of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, side) || 0);
     for (const b of picture.boxes) {
       const single = b.group.rows.length === 1;
-      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20">${esc(fit(b.title, b.width - 30, 12, 0.56))}</text></g>`) });
+      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20">${esc(fit(b.title, b.width - 30, 12, "bold"))}</text></g>`) });
     }
     for (const r of picture.routes) {
       const cls = ["edge", r.kind === "before" ? "gone" : "", r.live ? "live" : "", r.side ? "side" : ""].join(" ").trim();
@@ -172,7 +189,7 @@
     for (const c of picture.cards.values()) {
       if (c.type === "end") {
         const sizes = c.id === "input" ? data.input : data.output;
-        pieces.push({ key: c.id, layer: "cards", x: c.x, y: c.y, cls: "end", html: `<rect width="${c.width}" height="${c.height}" rx="13"/><text x="${c.width / 2}" y="17" text-anchor="middle">${esc(fit(c.id + (sizes ? " " + sizes : ""), 160, 11, 0.56))}</text>` });
+        pieces.push({ key: c.id, layer: "cards", x: c.x, y: c.y, cls: "end", html: `<rect width="${c.width}" height="${c.height}" rx="13"/><text x="${c.width / 2}" y="17" text-anchor="middle">${esc(fit(c.id + (sizes ? " " + sizes : ""), 160, 11, "plain"))}</text>` });
         continue;
       }
       const status = mainOf(c), row = c.rows[0];
@@ -201,16 +218,16 @@
     const left = 20, over = s.pieces.some((p) => p.d && p.d.includes("-14")) ? 16 : 0;
     const out = [], full = Math.max(s.width + 2 * left, 680);
     let y = 34;
-    out.push(`<text class="heading" x="${left}" y="${y}">${esc(fit(data.title, full - 40, 18, 0.56))}</text>`);
+    out.push(`<text class="heading" x="${left}" y="${y}">${esc(fit(data.title, full - 40, 18, "bold"))}</text>`);
     y += 20;
-    out.push(`<text class="sub" x="${left}" y="${y}">${esc(fit(data.subtitle, full - 40, 12, 0.54))}</text>`);
+    out.push(`<text class="sub" x="${left}" y="${y}">${esc(fit(data.subtitle, full - 40, 12, "plain"))}</text>`);
     y += 12;
     const tiles = data.costs && frame.totals && data.before ? data.tiles.filter((k) => k in data.before && k in frame.totals) : [];
     if (tiles.length) {
       const each = Math.min(210, (full - 2 * left - 10 * (tiles.length - 1)) / tiles.length);
       tiles.forEach((k, i) => {
         const b = data.before[k], a = frame.totals[k];
-        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17">${esc(fit(data.figures[k], each - 16, 11, 0.5))}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51">${esc(fit(change(k, b, a), each - 16, 10.5, 0.52))}</text></g>`);
+        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17">${esc(fit(data.figures[k], each - 16, 11, "plain"))}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51">${esc(fit(change(k, b, a), each - 16, 10.5, "plain"))}</text></g>`);
       });
       y += 76;
     }
@@ -220,7 +237,7 @@
     y += s.height + 26;
     let x = left;
     for (const [status, count] of Object.entries(frame.counts)) {
-      const label = status + " " + count, wide = label.length * 11.5 * 0.55 + 34;
+      const label = status + " " + count, wide = extent(label, 11.5, "plain") + 34;
       if (x + wide > full - left) { x = left; y += 20; }
       out.push(`<g class="s-${esc(status)}" transform="translate(${n(x)} ${y})"><text class="glyph" x="0" y="0">${esc((data.looks[status] || { glyph: "?" }).glyph)}</text><text class="legend" x="17" y="0">${esc(label)}</text></g>`);
       x += wide;
