@@ -1,13 +1,16 @@
 """What local supervision saves and costs, one run, one table: end-to-end, activation checkpointing, and K = 2, 3, 4, 8, 16 modules.
 
-    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 7] [--device cpu] [--amp] [--decoders]
+    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 8] [--launches 3] [--decoders]
+                                    [--device cpu] [--amp]
 
 Cuts are `balance = "memory"`, the decoder the default one, unless `--decoders` compares them at K = 4. "Peak" is the forecast
 `peak_activation_bytes` of one training step over the end-to-end step's, at `--batch` (128; float32). "Auxiliary" is the share of the step's
 FLOPs that heads and decoders take. "Step time" is the median over rounds of forward and backward over the end-to-end step of the same
-round, the variants taking turns, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
-machine disturbs less, on a GPU wall time. With `--device cuda` the last column is `torch.cuda.max_memory_allocated` of a step
-at `--batch`, less what was allocated before it (parameters, optimizer state aside), over end-to-end's.
+round, the variants taking turns in random order, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
+machine disturbs less, each variant in a process of its own, as a training run is, all launched anew `--launches` times: what an allocator
+gives back to the system and must ask for again is up to a tenth of a step and differs from launch to launch, and in one process the
+variants would share it. On a GPU wall time, in one process. With `--device cuda` the last column is `torch.cuda.max_memory_allocated` of
+a step at `--batch`, less what was allocated before it (parameters, optimizer state aside), over end-to-end's.
 """
 
 from __future__ import annotations
@@ -15,9 +18,13 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +87,13 @@ def made(base: Graph, value: Pass | None) -> tuple[nn.Module, bool]:
 
 
 class Timed:
-    """One variant on the device, ready to step."""
+    """One variant on the device, ready to step: forward, losses, backward."""
 
     def __init__(self, module: nn.Module, targets: bool, device: str, amp: bool) -> None:
         self.module, self.targets, self.device, self.amp = module.to(device).train(), targets, device, amp
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        """Seconds of one step; its gradients are freed afterwards."""
         start = self._now()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
             if self.targets:
@@ -96,7 +102,10 @@ class Timed:
             else:
                 loss = F.cross_entropy(self.module(x), y)
         loss.backward()
-        return self._now() - start
+        took = self._now() - start
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        return took
 
     def _now(self) -> float:
         if self.device == "cpu":
@@ -107,8 +116,6 @@ class Timed:
     def allocated(self, x: torch.Tensor, y: torch.Tensor) -> int:
         """Bytes a step allocates at its highest, above what was there."""
         self.step(x, y)
-        for parameter in self.module.parameters():
-            parameter.grad = None
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -117,9 +124,57 @@ class Timed:
         return torch.cuda.max_memory_allocated() - before
 
 
+class Apart:
+    """One variant in a process of its own."""
+
+    def __init__(self, name: str, label: str, options: argparse.Namespace) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.line, end = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(end, name, label, options), daemon=True)
+        self.process.start()
+        self.line.recv()  # it has warmed up
+
+    def step(self) -> float:
+        self.line.send(True)
+        return float(self.line.recv())
+
+    def close(self) -> None:
+        self.line.send(False)
+        self.process.join()
+
+
+def _serve(line: Connection, name: str, label: str, options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    make, input, _ = MODELS[name]
+    module, targets = made(trace(make(), input, compare=False), variants(options.decoders)[label])
+    variant, batch = Timed(module, targets, "cpu", options.amp), data(name, time_batch(name, options), "cpu")
+    for _ in range(2):
+        variant.step(*batch)
+    line.send(None)
+    while line.recv():
+        line.send(variant.step(*batch))
+
+
+def data(name: str, count: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, *MODELS[name][1], device=device), torch.randint(0, 10, (count,), device=device)
+
+
+def time_batch(name: str, options: argparse.Namespace) -> int:
+    return int(options.time_batch or MODELS[name][2])
+
+
+def turns(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, one step per round, in another order in every round."""
+    seconds: dict[str, list[float]] = {label: [] for label in steps}
+    for _ in range(rounds):
+        for label in random.sample(list(steps), len(steps)):
+            seconds[label].append(steps[label]())
+    return seconds
+
+
 def bench(name: str, options: argparse.Namespace) -> list[str]:
-    make, input, time_batch = MODELS[name]
-    time_batch = options.time_batch or time_batch
+    make, input, _ = MODELS[name]
     torch.manual_seed(0)
     base = trace(make(), input, compare=False)
     costs: dict[str, Cost] = {}
@@ -133,19 +188,24 @@ def bench(name: str, options: argparse.Namespace) -> list[str]:
         costs[label] = forecast(copy.deepcopy(module), input, options.batch, targets=targets, amp="bfloat16" if options.amp else None)
         timed[label] = Timed(module, targets, options.device, options.amp)
         print(f"{name}, {label}: peak {costs[label].peak_activation_bytes / 2**20:.0f} MiB", flush=True)
-    x, y = torch.randn(time_batch, *input, device=options.device), torch.randint(0, 10, (time_batch,), device=options.device)
-    seconds: dict[str, list[float]] = {label: [] for label in timed}
-    for number in range(options.rounds + 1):
-        for label, variant in timed.items():
-            took = variant.step(x, y)
-            if number:  # the first round warms up
-                seconds[label].append(took)
-            for parameter in variant.module.parameters():
-                parameter.grad = None
+    if options.device == "cpu":
+        timed.clear()
+        seconds: dict[str, list[float]] = {label: [] for label in costs}
+        for _ in range(options.launches):
+            apart = {label: Apart(name, label, options) for label in costs}
+            for label, found in turns({label: one.step for label, one in apart.items()}, options.rounds).items():
+                seconds[label] += found
+            for one in apart.values():
+                one.close()
+    else:
+        batch = data(name, time_batch(name, options), options.device)
+        for variant in timed.values():
+            variant.step(*batch)
+        seconds = turns({label: partial(variant.step, *batch) for label, variant in timed.items()}, options.rounds)
     allocated: dict[str, int] = {}
     if options.device != "cpu":
-        x, y = torch.randn(options.batch, *input, device=options.device), torch.randint(0, 10, (options.batch,), device=options.device)
-        allocated = {label: variant.allocated(x, y) for label, variant in timed.items()}
+        batch = data(name, options.batch, options.device)
+        allocated = {label: variant.allocated(*batch) for label, variant in timed.items()}
     first = "end-to-end"
     lines = []
     for label, cost in costs.items():
@@ -154,11 +214,15 @@ def bench(name: str, options: argparse.Namespace) -> list[str]:
         cells = [
             name, label, f"{cost.peak_activation_bytes / 2**20:.0f}",
             f"{cost.peak_activation_bytes / costs[first].peak_activation_bytes:.3f}", f"{extra / cost.flops:.1%}",
-            f"{statistics.median(ratios):.3f}" if ratios else "", f"{ratios[0]:.2f}-{ratios[-1]:.2f}" if ratios else "",
+            f"{statistics.median(ratios):.3f}" if ratios else "", " to ".join(f"{q:.2f}" for q in quartiles(ratios)),
         ]  # fmt: skip
         cells += [f"{allocated[label] / 2**20:.0f} ({allocated[label] / allocated[first]:.3f})"] if allocated else []
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def quartiles(ratios: list[float]) -> list[float]:
+    return statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else []
 
 
 def main() -> None:
@@ -166,7 +230,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch", type=int, default=128, help="of the forecast, and of the GPU's memory")
     parser.add_argument("--time-batch", type=int, help="default: by backbone")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--launches", type=int, default=3, help="of every variant's process, on a CPU; 0: time nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--decoders", action="store_true", help="compare decoders at K = 4 instead")
@@ -174,7 +239,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table there too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    head = ["backbone", "variant", f"peak MiB at batch {options.batch}", "peak", "auxiliary", "step time", "spread"]
+    head = ["backbone", "variant", f"peak MiB at batch {options.batch}", "peak", "auxiliary", "step time", "its quartiles"]
     head += ["max_memory_allocated MiB"] if options.device != "cpu" else []
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name in options.models:

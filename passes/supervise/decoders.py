@@ -80,7 +80,8 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, whole: Tensor, entries: Tensor) -> Any:
         (index,) = ctx.saved_tensors
-        return whole.clone().index_add_(ctx.dim, index, entries), None, None
+        # In the map's own order first: the few entries are quicker put in order than added out of it.
+        return whole.clone().index_add_(ctx.dim, index, entries.contiguous()), None, None
 
 
 def sampled(h: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,30 +145,28 @@ class PatchDecoder(nn.Module):
         here, there = self.turns()
         flat, dim = (h, 2) if self.rows else self.source.flat(h)
         whole, picked = sampled(flat, dim, here)
-        return whole.view(h.shape), (picked.flatten(2) if dim == 2 else picked.transpose(1, 2), there)
+        return whole.view(h.shape), (picked.flatten(2).transpose(1, 2) if dim == 2 else picked, there)
 
     def forward(self, seen: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (N, C' * r*r, k)."""
+        """Both (N, k, C' * r*r)."""
         picked, there = seen
         with torch.no_grad():
-            goal = self._patches(x, there)
-        if self.block is None and self.source.channel == 1:
-            # Channels stay first: transposed, the gradient would be added to the map element by element.
-            return torch.baddbmm(self.fc.bias[:, None], self.fc.weight.expand(len(picked), -1, -1), picked), goal
-        picked = picked.transpose(1, 2)
-        return self.fc(picked if self.block is None else self.block(picked)).transpose(1, 2), goal
+            goal = self._patches(x, there).contiguous()
+        # Contiguous, so that all samples go through one matrix product: one per sample would make a gradient of the weight for each.
+        picked = picked.contiguous()
+        return self.fc(picked if self.block is None else self.block(picked)), goal
 
     def _patches(self, x: Tensor, there: Tensor) -> Tensor:
-        """(N, C' * r*r, k): the goal over the sampled positions."""
+        """(N, k, C' * r*r): the goal over the sampled positions."""
         if self.resize is not None:
             x = F.adaptive_avg_pool2d(self.goal.map(x), self.resize)
         if self.rows:
             x, (down, right) = x.index_select(2, there), self.ratio
             if self.ratio == (1, 1):
-                return x.flatten(2)
-            return x.unflatten(2, (-1, down)).unflatten(4, (-1, right)).permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(1, 3)
+                return x.flatten(2).transpose(1, 2)
+            return x.unflatten(2, (-1, down)).unflatten(4, (-1, right)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
         picked = self.goal.pick(x, there) if self.resize is None else x.flatten(2).index_select(2, there).transpose(1, 2)
-        return picked.reshape(len(x), len(there) // math.prod(self.ratio), -1).transpose(1, 2)
+        return picked.reshape(len(x), len(there) // math.prod(self.ratio), -1)
 
 
 def _ratio(coarse: int, fine: int) -> int:
