@@ -461,7 +461,7 @@ def test_autocast_and_channels_last_give_finite_gradients() -> None:
 
 
 def test_figures_of_resnet50() -> None:
-    """Issue 2's figures: front half of the blocks, with and without the stem."""
+    """The figures to reach: front half of the blocks, with and without the stem."""
     model = torchvision.models.resnet50()
     shape = (3, 224, 224)
     base = forecast(model, shape, 2)

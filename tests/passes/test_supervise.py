@@ -1,8 +1,7 @@
-"""Supervise as a pass: where it cuts, what it refuses, what it says, and how it lives with other passes."""
+"""Supervise as a pass: where it cuts, what it refuses, what it says, and what it reaches."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -13,7 +12,6 @@ import pydantic
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -21,28 +19,15 @@ import graphopt
 from graphopt import cifar
 from graphopt.cost import forecast
 from graphopt.errors import PassError, SelectError
-from graphopt.passes.checkpoint import Checkpoint
-from graphopt.passes.freeze import Freeze
-from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise, balance, cuts
-from graphopt.passes.supervise.layout import layout_of
 from graphopt.rewriting import Decision
 from tests.backbones import Small
-
-
-def compiled(model: nn.Module, passes: Any, input: tuple[int, ...] = (3, 8, 8), **options: Any) -> graphopt.Plan:
-    return graphopt.compile(model, passes, input=input, **{"costs": False, **options})
+from tests.passes.supervise_backbones import BACKBONES
+from tests.passes.supervise_steps import compiled, step
 
 
 def labels(plan: graphopt.Plan) -> list[str]:
     return plan.report.passes[0].figures["cuts"]
-
-
-def step(plan: graphopt.Plan, input: tuple[int, ...] = (3, 8, 8), n: int = 4) -> dict[str, torch.Tensor | None]:
-    module = copy.deepcopy(plan.module).train()
-    output, local = module(torch.randn(n, *input), torch.arange(n))
-    (F.cross_entropy(output, torch.arange(n)) + local).backward()
-    return {name: p.grad for name, p in module.named_parameters()}
 
 
 # -- where it cuts --------------------------------------------------------------------------------------------------------------
@@ -58,37 +43,6 @@ EVENLY = [
 def test_even_cuts_go_after_blocks(make: Any, input: tuple[int, ...], modules: int, expected: list[str]) -> None:
     graph = graphopt.trace(make(), input, compare=False)
     assert [p.label for p in Supervise(modules=modules).places(graph)] == expected
-
-
-BACKBONES = {
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 32, 32)),
-    "vgg11_bn": (lambda: cifar_vgg(), (3, 32, 32)),
-    "vit": (
-        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=48, num_heads=3, num_classes=10),
-        (3, 32, 32),
-    ),
-    "swin, timm": (
-        lambda: timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=28, embed_dim=24, depths=(1, 1, 1), num_heads=(1, 2, 4), num_classes=10
-        ),
-        (3, 28, 28),
-    ),
-    "swin, torchvision": (
-        lambda: torchvision.models.SwinTransformer([4, 4], 24, [1, 1, 2], [1, 2, 4], [7, 7], num_classes=10, stochastic_depth_prob=0.1),
-        (3, 32, 32),
-    ),
-    "convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=10), (3, 32, 32)),
-    "mobilenet": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=10), (3, 32, 32)),
-    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=10), (3, 32, 32)),
-    "mixer": (lambda: timm.create_model("mixer_s32_224", img_size=64, num_classes=10), (3, 64, 64)),
-    "pvt": (lambda: timm.create_model("pvt_v2_b0", num_classes=10, depths=(1, 1, 1, 1)), (3, 64, 64)),
-}
-
-
-def cifar_vgg() -> nn.Module:
-    model = torchvision.models.vgg11_bn(num_classes=10)
-    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 10))
-    return model
 
 
 WAYS: list[dict[str, Any]] = [
@@ -160,13 +114,26 @@ def test_explicit_cuts_come_in_execution_order() -> None:
             "nearest cuts are after",
         ),
         (lambda: torchvision.models.resnet18(num_classes=10), ["bn1"], "overwrites its output in place"),
-        (lambda: cifar_vgg(), ["features.0", "features.0.nothing"], "no part of the graph|cannot be cut"),
+        (BACKBONES["vgg11_bn"][0], ["features.0", "features.0.nothing"], "no part of the graph|cannot be cut"),
     ],
 )
 def test_a_cut_that_is_none_names_the_nearest(model: Any, named: list[str], words: str) -> None:
     with pytest.raises((PassError, SelectError), match=words) as caught:
         compiled(model(), Supervise(cuts=named), (3, 32, 32))
     assert "nearest" in str(caught.value) or "Did you mean" in str(caught.value)
+
+
+def test_a_backbone_without_a_cut_says_that_it_has_none() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+    with pytest.raises(PassError, match="the backbone cannot be divided"):
+        compiled(Whole(), Supervise(modules=2), (8,))
 
 
 def test_nothing_to_train_between_cuts_is_an_error() -> None:
@@ -286,7 +253,7 @@ def test_memory_without_a_number_chooses_one() -> None:
     assert plan.report.after.peak_activation_bytes < 0.5 * plan.report.before.peak_activation_bytes
 
 
-# -- what issue 4 asks for ------------------------------------------------------------------------------------------------------
+# -- what it reaches ------------------------------------------------------------------------------------------------------------
 REACH = [
     ("resnet110", 2, 0.55), ("resnet110", 4, 0.30), ("resnet110", 8, 0.17),
     ("swin", 2, 0.58), ("swin", 4, 0.34), ("swin", 8, 0.30),
@@ -304,6 +271,26 @@ def test_peak_activations_fall_as_far_as_promised(name: str, modules: int, most:
     whole = forecast(graph.module, input, 128).peak_activation_bytes
     plan = compiled(make(), Supervise(modules=modules, balance="memory"), input, verify="off")
     assert forecast(plan.module, input, 128, targets=True).peak_activation_bytes <= most * whole
+
+
+def test_what_supervises_costs_no_memory_per_channel_and_sample() -> None:
+    """A decoder's weight gradient is one, not one per sample: 64 of 512 x 512 would be 64 MiB here."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 512, 4, 4)
+            self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(512, 512, 1), nn.ReLU()) for _ in range(4)])
+            self.fc = nn.Linear(512, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+    peaks = []
+    for decoder in ("features", "none"):
+        plan = compiled(Wide(), Supervise(modules=2, decoder=decoder), verify="off")
+        peaks.append(forecast(plan.module, (3, 8, 8), 64, targets=True).peak_activation_bytes)
+    assert peaks[0] < 1.5 * peaks[1]
 
 
 # -- the report, TOML, phases ---------------------------------------------------------------------------------------------------
@@ -355,128 +342,3 @@ def test_from_an_epoch_on_and_back() -> None:
     after = later.at([Decision(index=0, epoch=1), Decision(index=0, epoch=2, action="undo")])
     assert torch.equal(after.module.eval()(x), later.module.eval()(x))
     assert after.module.state_dict().keys() == Small().state_dict().keys()
-
-
-# -- with other passes ----------------------------------------------------------------------------------------------------------
-FREEZES = [["stem"], ["stem", "blocks.0"], ["stem", "blocks.0", "blocks.1"], ["blocks.1"], ["stem", "blocks.0", "blocks.1", "blocks.2"]]
-
-
-@pytest.mark.parametrize("frozen", FREEZES)
-@pytest.mark.parametrize("first", [True, False])
-def test_with_freeze(frozen: list[str], first: bool) -> None:
-    passes = [Freeze(select=frozen), Supervise(cuts=["blocks.0", "blocks.2"])]
-    model = Small(drop=0.0)
-    plan = compiled(model, passes if first else passes[::-1], verify="full")
-    found = step(plan)
-    trains = {n: p.requires_grad for n, p in plan.module.named_parameters()}
-    assert {n for n, g in found.items() if g is not None} == {n for n, t in trains.items() if t}
-    assert not any(trains[n] for n in trains if n.startswith(tuple(f"{f}." for f in frozen)))
-    # What supervises a frozen module rests with it.
-    assert trains["supervise.0.decoder.fc.weight"] == (not {"stem", "blocks.0"} <= set(frozen))
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(plan.module.eval()(x), copy.deepcopy(model).eval()(x))
-
-
-def test_a_later_phase_freezes_under_supervision() -> None:
-    plan = compiled(Small(drop=0.0), [Supervise(modules=4), Freeze(select=["stem", "blocks.0", "blocks.1"], when={"epoch": 3})])
-    later = plan.at([Decision(index=1, epoch=3)], verify="full")
-    found = step(later)
-    assert found["blocks.0.conv1.weight"] is None
-    assert found["blocks.2.conv1.weight"] is not None
-    assert later.module.state_dict().keys() == plan.module.state_dict().keys()
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("mode", ["mix", "surrogate"])
-def test_with_share(first: bool, mode: Any) -> None:
-    passes = [Share(select=["blocks.1"], mode=mode), Supervise(cuts=["blocks.0", "blocks.2"])]
-    model = Small(drop=0.0)
-    plan = compiled(model, passes if first else passes[::-1], verify="full")
-    found = step(plan)
-    assert all(g is not None for g in found.values())
-    # blocks.0's weights serve their own module and, mixed, the next one: they get the sum.
-    alone = step(compiled(model, [Supervise(cuts=["blocks.0", "blocks.2"])]))
-    assert not torch.equal(found["blocks.0.conv1.weight"], alone["blocks.0.conv1.weight"])
-
-
-def test_a_shared_weight_gets_the_sum_of_what_its_modules_send() -> None:
-    model = Small(drop=0.0)
-    plan = compiled(model, [Share(select=["blocks.1"]), Supervise(cuts=["blocks.0", "blocks.2"])])
-    detached = compiled(model, [Share(select=["blocks.1"], detach=True), Supervise(cuts=["blocks.0", "blocks.2"])])
-    torch.manual_seed(3)
-    both = step(plan)["blocks.0.conv1.weight"]
-    torch.manual_seed(3)
-    own = step(detached)["blocks.0.conv1.weight"]
-    assert both is not None
-    assert own is not None
-    assert not torch.equal(both, own)
-    a = plan.graph.module.state_dict()
-    assert any(k.endswith(".a") for k in a)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_with_checkpointing(first: bool) -> None:
-    passes = [Checkpoint(segments=2), Supervise(modules=3)]
-    model = Small(drop=0.0)
-    plan = compiled(model, passes if first else passes[::-1])
-    alone = compiled(model, [Supervise(modules=3)])
-    torch.manual_seed(3)
-    found = step(plan)
-    torch.manual_seed(3)
-    expected = step(alone)
-    for name in expected:
-        if not name.startswith("supervise."):
-            torch.testing.assert_close(found[name].shape, expected[name].shape)
-
-
-# -- layouts --------------------------------------------------------------------------------------------------------------------
-LAYOUTS = [
-    ("vit", "blocks.0", (2, 48, 5, (2, 2), 1)),
-    ("swin, timm", "layers.0.blocks.0", (3, 24, 49, (7, 7), 0)),
-    ("swin, torchvision", "features.1.0", (3, 24, 64, (8, 8), 0)),
-    ("convnext", "stages.1.blocks.0", (1, 16, 16, (4, 4), 0)),
-    ("pvt", "stages.1.blocks.0", (2, 64, 64, (8, 8), 0)),
-    ("mixer", "blocks.1", (2, 512, 4, (2, 2), 0)),
-    ("resnet18", "layer1.0", (1, 64, 64, (8, 8), 0)),
-]
-
-
-@pytest.mark.parametrize(("name", "path", "expected"), LAYOUTS)
-def test_layouts_are_read_off_the_graph(name: str, path: str, expected: tuple[Any, ...]) -> None:
-    make, input = BACKBONES[name]
-    graph = graphopt.trace(make(), input, compare=False)
-    found = layout_of(graph, graph.region(path).exits[0])
-    assert (found.channel, found.channels, found.length, found.grid, found.prefix) == expected
-
-
-def test_a_map_with_as_many_channels_as_rows_is_told_by_its_neighbours() -> None:
-    class Square(nn.Module):
-        def __init__(self, last: bool) -> None:
-            super().__init__()
-            self.last = last
-            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Linear(8, 10)
-            self.mix = nn.Conv2d(8, 8, 3, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            if self.last:
-                return self.fc(self.norm(y.permute(0, 2, 3, 1).contiguous()).mean((1, 2)))
-            return self.fc(self.mix(y).mean((2, 3)))
-
-    for last, channel in ((True, 3), (False, 1)):
-        graph = graphopt.trace(Square(last), (3, 8, 8))
-        node = graph.region("norm" if last else "conv").exits[0]
-        assert layout_of(graph, node).channel == channel
-
-
-def test_a_backbone_without_a_cut_says_that_it_has_none() -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(8, 10)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x)
-
-    with pytest.raises(PassError, match="the backbone cannot be divided"):
-        compiled(Whole(), Supervise(modules=2), (8,))
