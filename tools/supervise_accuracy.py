@@ -1,8 +1,8 @@
 """Accuracy of local supervision on digits at equal epochs: end-to-end, feature reconstruction, InfoPro, greedy; mean and deviation.
 
-    python tools/supervise_accuracy.py [--backbone resnet20 vit] [--modules 4] [--seeds 5] [--epochs 40] [--train 400] [--out FILE]
+    python tools/supervise_accuracy.py [--backbone resnet20 vit] [--modules 4] [--seeds 5] [--epochs 30] [--train 1000] [--out FILE]
 
-scikit-learn's digits (1,797 images of 8 x 8): few are for training, drawn anew for every seed, so that methods can differ, and all others
+scikit-learn's digits (1,797 images of 8 x 8): 1,000 are for training, drawn anew for every seed, and all others
 for evaluation; no augmentation, the same optimizer and cosine schedule for every method, K modules with even cuts. "Greedy" has the
 default head without a decoder; "InfoPro" its image decoder (weight 5) beside its classifier or supervised contrast. The difference to
 greedy (of InfoPro's, to greedy with its head) is taken seed by seed.
@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", default=["resnet20", "vit"], help="a CIFAR ResNet by name, or vit (8 blocks of 48)")
     parser.add_argument("--modules", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--train", type=int, default=400, help="training images")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--train", type=int, default=1000, help="training images")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -13,7 +13,7 @@ from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOptio
 def check(
     spec: SpecArgument,
     time: Annotated[bool, typer.Option("--time", help="Say how long the run takes, by a few seconds of steps timed here.")] = False,
-    device: Annotated[str, typer.Option("--device", help="Of --time.")] = "cpu",
+    device: Annotated[str | None, typer.Option("--device", help="Where the steps are timed: cpu (default), cuda. Implies --time.")] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
@@ -43,7 +43,7 @@ def check(
     places = [loaded.place_of(index) for index in range(len(loaded.passes))]
     found = check_passes(base, loaded.passes, (), places)
     rows = [_row(loaded, index, checkup) for index, checkup in enumerate(found)]
-    samples, work, points = _run(loaded, module, base, Path(spec), _rates(device, loaded.train.amp) if time else None)
+    samples, work, points = _run(loaded, module, base, Path(spec), _rates(device or "cpu", loaded.train.amp) if time or device else None)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in base.opaque]
         told = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 from graphopt.errors import RunError
@@ -72,6 +72,17 @@ def reseed(*parts: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+class Unreadable(NamedTuple):
+    """An image that could not be opened: which, and why. Loader processes hand it on as a batch: an exception would come as a traceback."""
+
+    image: str
+    why: str
+
+    def error(self) -> RunError:
+        fix = "Replace the file, or take it out of the data set"
+        return RunError(f"the image cannot be read ({self.why})", where=self.image, fix=fix)
+
+
 class Samples(Dataset[tuple[int, Tensor, int]]):
     """`samples[(epoch, i)]` is `(i, image (C, H, W) float32, class)`.
 
@@ -96,15 +107,23 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         return len(self.chosen)
 
     def __getitem__(self, key: Key) -> tuple[int, Tensor, int]:
-        return self.__getitems__([key])[0]
+        found = self.__getitems__([key])[0]
+        if isinstance(found, Unreadable):
+            raise found.error()
+        return found
 
-    def __getitems__(self, keys: list[Key]) -> list[tuple[int, Tensor, int]]:
+    def __getitems__(self, keys: list[Key]) -> list[tuple[int, Tensor, int] | Unreadable]:
         """The loader's way to ask for a batch: generators are put back once for all its samples, which is most of the cost."""
         with nullcontext() if self.deterministic else preserved():
             return [self._sample(*key) for key in keys]
 
-    def _sample(self, epoch: int, index: int) -> tuple[int, Tensor, int]:
-        image, target = self.images[self.chosen[index]]
+    def _sample(self, epoch: int, index: int) -> tuple[int, Tensor, int] | Unreadable:
+        number = self.chosen[index]
+        try:
+            image, target = self.images[number]
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, by format
+            files = getattr(self.images, "samples", None)
+            return Unreadable(str(files[number][0]) if files else f"image {number}", (str(error) or type(error).__name__).splitlines()[0])
         if not self.deterministic:
             reseed(self.seed, epoch, index)
         return index, self.transform(image), int(target)
@@ -281,6 +300,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
 
 
+def _collate(samples: list[Any]) -> Any:
+    unread = next((s for s in samples if isinstance(s, Unreadable)), None)
+    return unread or default_collate(samples)
+
+
 class ImageFeed:
     """Training batches of images in shuffled order (or, with `shuffle` off, every sample once in its own order)."""
 
@@ -312,6 +336,7 @@ class ImageFeed:
             samples,
             batch_sampler=self._order,  # type: ignore[arg-type]
             num_workers=workers,
+            collate_fn=_collate,
             persistent_workers=workers > 0,
             worker_init_fn=ignore_in_worker,
             pin_memory=pin,
@@ -325,8 +350,10 @@ class ImageFeed:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See `Feed.batches`."""
         self._order.epoch, self._order.start = epoch, start
-        for sample, image, target in self._loader:
-            yield Batch(sample, image, target)
+        for loaded in self._loader:
+            if isinstance(loaded, Unreadable):
+                raise loaded.error()
+            yield Batch(*loaded)
 
 
 class Mixer:

@@ -225,6 +225,19 @@ def test_folders_of_images(tmp_path: Path, inside: str, splits: tuple[str, str])
     assert data.train[(0, 11)][1].shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, workers: int, content: bytes | None) -> None:
+    formats.folders(tmp_path)
+    broken = sorted((tmp_path / "train").glob("*/*"))[3]
+    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
+    data = opened(name="folder", root=str(tmp_path))
+    with pytest.raises(RunError, match="the image cannot be read") as caught:
+        list(feed(data, batch=4, workers=workers).batches(0))
+    assert str(caught.value).startswith(f"{broken}: ")
+    assert "Traceback" not in str(caught.value)
+
+
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no folder train or training"):
         opened((3, 32, 32), name="folder", root=str(tmp_path))
