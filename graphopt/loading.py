@@ -86,7 +86,7 @@ def load_plan(path: str | os.PathLike[str], *, trust: bool = False, plan: Plan |
     elif not about["spec"]:
         raise RunError("it is of a plan compiled by hand", where=str(source), fix="Give that plan: graphopt.load(path, plan=plan)")
     else:
-        plan = _rebuilt(about["spec"], decisions, trust)
+        plan = rebuilt(about["spec"], decisions, trust)
     load_strictly(plan.module, state)
     return plan
 
@@ -118,7 +118,8 @@ def _read(source: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return about, state
 
 
-def _rebuilt(text: str, decisions: list[Decision], trust: bool) -> Plan:
+def rebuilt(text: str, decisions: list[Decision], trust: bool) -> Plan:
+    """The plan that a spec's text and the decisions of its run give, without weights."""
     from graphopt.backbone import build
     from graphopt.compiler import compile
     from graphopt.spec import loads

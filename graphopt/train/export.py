@@ -10,7 +10,7 @@ from typing import Any, Literal
 from safetensors.torch import save
 
 from graphopt.errors import PassError, RunError
-from graphopt.loading import packed
+from graphopt.loading import packed, rebuilt
 from graphopt.rewriting import Decision, Plan
 from graphopt.train.checkpoint import check_digest, load_checkpoint, write_atomically
 from graphopt.train.phase import load_strictly
@@ -93,19 +93,9 @@ def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, tru
     elif not state["spec"]:
         raise RunError("the run is of a plan compiled by hand", where=where, fix="Give that plan: export_run(run, path, plan=plan).")
     else:
-        plan = _rebuilt(str(state["spec"]), decisions, trust)
+        plan = rebuilt(str(state["spec"]), decisions, trust)
     load_strictly(plan.module, state["phase"][chosen])
     return plan, chosen
-
-
-def _rebuilt(text: str, decisions: list[Decision], trust: bool) -> Plan:
-    from graphopt.backbone import build
-    from graphopt.compiler import compile
-    from graphopt.spec import loads
-
-    spec = loads(text, trust=trust)
-    model = build(spec.backbone, trust=trust, weights=False)
-    return compile(model, spec, decisions=decisions, verify="off", costs=False, trust=trust)
 
 
 def _checkpoint(run: Path, which: str) -> Path:

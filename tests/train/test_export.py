@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import graphopt
 from graphopt import BackboneError, GraphoptError, RunError
 from graphopt.spec import from_table
 from graphopt.train import export_run, load_run, train
@@ -64,6 +65,16 @@ def test_parameters_of_a_pass_stay_behind(tmp_path: Path) -> None:
     state = load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", which="last", plan=plan))
     assert "blocks.0.extra" in small.weights(tmp_path / "run")
     assert state.keys() == Small().state_dict().keys()
+
+
+def test_a_run_loads_as_a_module(tmp_path: Path) -> None:
+    plan = run(tmp_path / "run", [Extra(when={"epoch": 1})])
+    for source, expected in ((tmp_path / "run", "best.pt"), (tmp_path / "run" / "last.pt", "last.pt")):
+        module = graphopt.load(source, plan=plan)
+        assert not module.training
+        assert small.same(module.state_dict(), small.weights(tmp_path / "run", expected))
+    with pytest.raises(RunError, match="compiled by hand"):
+        graphopt.load(tmp_path / "run")
 
 
 def test_best_last_and_averaged(tmp_path: Path) -> None:
