@@ -15,6 +15,7 @@ from graphopt.diff.render.files import write_svg
 PICTURES = {
     "freeze": ("freeze/resnet50-front-half", (1120, 620)),
     "share": ("replacement/repl-resnet32", (1120, 620)),
+    "supervise": ("supervise/swin-t-by-stage", (1120, 620)),
     "drop": ("learn_and_drop/resnet50", (1120, 620)),
 }
 

@@ -29,7 +29,7 @@
     const signs = Array.from(String(text));
     let left = width - extent("…", size, face), most = 0;
     while (most < signs.length && (left -= size * FACES[face](signs[most])) >= 0) most += 1;
-    return signs.slice(0, Math.max(1, most)).join("") + "…";
+    return signs.slice(0, Math.max(1, most)).join("").replace(/[ …]+$/, "") + "…";
   }
 
   function amount(key, value) {
