@@ -1,16 +1,16 @@
 """What local supervision saves and costs, one run, one table: end-to-end, activation checkpointing, and K = 2, 3, 4, 8, 16 modules.
 
-    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 8] [--launches 3] [--decoders]
+    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 12] [--launches 0] [--decoders]
                                     [--device cpu] [--amp]
 
 Cuts are `balance = "memory"`, the decoder the default one, unless `--decoders` compares them at K = 4. "Peak" is the forecast
 `peak_activation_bytes` of one training step over the end-to-end step's, at `--batch` (128; float32). "Auxiliary" is the share of the step's
 FLOPs that heads and decoders take. "Step time" is the median over rounds of forward and backward over the end-to-end step of the same
 round, the variants taking turns in random order, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
-machine disturbs less, each variant in a process of its own, as a training run is, all launched anew `--launches` times: what an allocator
-gives back to the system and must ask for again is up to a tenth of a step and differs from launch to launch, and in one process the
-variants would share it. On a GPU wall time, in one process. With `--device cuda` the last column is `torch.cuda.max_memory_allocated` of
-a step at `--batch`, less what was allocated before it (parameters, optimizer state aside), over end-to-end's.
+machine disturbs less. What an allocator gives back to the system and must ask for again is up to a tenth of a CPU step; in one process
+the variants share its state, with `--launches N` each has a process of its own, launched anew N times. On a GPU wall time. With
+`--device cuda` the last column is `torch.cuda.max_memory_allocated` of a step at `--batch`, less what was allocated before it (parameters,
+optimizer state aside), over end-to-end's.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def bench(name: str, options: argparse.Namespace) -> list[str]:
         costs[label] = forecast(copy.deepcopy(module), input, options.batch, targets=targets, amp="bfloat16" if options.amp else None)
         timed[label] = Timed(module, targets, options.device, options.amp)
         print(f"{name}, {label}: peak {costs[label].peak_activation_bytes / 2**20:.0f} MiB", flush=True)
-    if options.device == "cpu":
+    if options.launches and options.device == "cpu":
         timed.clear()
         seconds: dict[str, list[float]] = {label: [] for label in costs}
         for _ in range(options.launches):
@@ -230,8 +230,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch", type=int, default=128, help="of the forecast, and of the GPU's memory")
     parser.add_argument("--time-batch", type=int, help="default: by backbone")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--launches", type=int, default=3, help="of every variant's process, on a CPU; 0: time nothing")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--launches", type=int, default=0, help="of a process for every variant, on a CPU; 0: all in this one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--decoders", action="store_true", help="compare decoders at K = 4 instead")
