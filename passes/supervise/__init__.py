@@ -22,7 +22,7 @@ Options
     decoder     "features" (the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
     structure   of the features decoder: "linear" (default; each position foretells the patch of input over it), "pointwise" (by a small
                 MLP), "conv" (upsampling and two convolutions), "transformer" (a block over the sampled positions first).
-    fraction    share of the positions rebuilt in one step; all take their turn. Default 0.125, for images 1.
+    fraction    share of the rows of positions rebuilt in one step; all take their turn. Default 0.125, for images 1.
     loss        of the decoder: "l1" (default), "l2", "bce" (default for images; the goal must lie in [0, 1]).
     head        "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
                 (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
@@ -33,7 +33,8 @@ Options
 
 Preserves the eval output. Needs the targets in training: `output, local_loss = module(x, target)`, class indices (N,) or probabilities
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses cuts
-that are none, more modules than there are cuts for, and decoders that do not fit what they would rebuild.
+that are none, more modules than there are cuts for, and decoders that do not fit what they would rebuild. On a CPU with glibc, training
+lets the process keep up to 64 MiB of freed memory, so that a module finds what the one before it gave back.
 """
 
 from __future__ import annotations

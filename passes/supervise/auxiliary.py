@@ -37,6 +37,7 @@ class Auxiliary(nn.Module):
         temperature: the head gives features to contrast at this temperature; None: class scores.
         rebuilds_image: the decoder's goal is the network's input, not the module's.
         scale: of the local loss under float16, kept as a power of two (see `local`). clean: steps since it last changed.
+        turn: steps so far, from which a decoder knows what to look at; part of the state dict. A plain number: no device is asked for it.
     """
 
     def __init__(
@@ -58,17 +59,25 @@ class Auxiliary(nn.Module):
         self.difference, self.rebuilds_image = difference, rebuilds_image
         self.register_buffer("scale", torch.tensor(FLOAT16_SCALE))
         self.register_buffer("clean", torch.zeros((), dtype=torch.int64))
+        self.turn = 0
 
-    def forward(self, h: Tensor, x: Tensor | None, target: Tensor) -> Tensor:
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.turn, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.turn = int(state)
+
+    def forward(self, h: Tensor, x: Tensor | None, target: Tensor, turn: int = 0) -> Tensor:
         """The local loss, a scalar.
 
         Args:
             h: the module's output. x: what the decoder rebuilds (not differentiated). target: (N,) or (N, classes).
+            turn: of the decoder. An argument, so that a compiled module takes it as a number and is not compiled anew for each.
         """
         terms: list[Tensor] = []
         seen: Any = None
         if self.decoder is not None:
-            h, seen = self.decoder.look(h)
+            h, seen = self.decoder.look(h, turn)
         if self.head is not None:
             out = self.head(h)
             if self.temperature is None:

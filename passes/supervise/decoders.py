@@ -1,15 +1,16 @@
 """Decoders: what a module puts out must still tell what went in.
 
 The feature decoders (arXiv 2212.14215) rebuild the module's own input; the image decoder (InfoPro, ICLR 2021) rebuilds the network's.
-A decoder first looks at the module's output, `look(h) -> (h, seen)`, and the head goes on from the `h` it gives back; then
-`decoder(seen, x) -> (prediction, goal)`, of one shape. The goal is never differentiated. A decoder may work on a fraction of the
-positions: which ones changes from step to step, so that every position takes its turn, and it draws no random numbers, so that dropout
-masks in the backbone stay what they were.
+A decoder first looks at the module's output, `look(h, turn) -> (h, seen)`, and the head goes on from the `h` it gives back; then
+`decoder(seen, x) -> (prediction, goal)`, of one shape; x needs no gradient. A decoder may work on a fraction of the positions: which
+ones follows from `turn`, the number of the step, so that every position takes its turn; it draws no random numbers, so that dropout masks
+in the backbone stay what they were.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,76 +31,70 @@ POINTWISE_HIDDEN = 128
 HEAD_WIDTH = 32
 
 
-class Turns(nn.Module):
-    """Takes turns: `count` of `total` indices per call, all of them within `total / count` calls. A buffer counts the calls.
-
-    Args:
-        tables: what to give for each index: tensors (total, n), int64, from which a call gets (count * n,) each.
-    """
-
-    def __init__(self, total: int, count: int, *tables: Tensor) -> None:
-        super().__init__()
-        # Worked out beforehand: a few small operations in every module and step would cost more than the decoder.
-        calls = _range(-(-total // count))
-        order = _shuffled(total)[(calls[:, None] * count + _range(count)) % total]
-        self.tables = tuple(f"table{i}" for i in range(len(tables)))
-        for name, table in zip(self.tables, tables, strict=True):
-            self.register_buffer(name, table[order].flatten(1), persistent=False)
-        self.calls = len(calls)
-        self.register_buffer("turn", torch.zeros(1, dtype=torch.int64))
-
-    def forward(self) -> list[Tensor]:
-        found = [getattr(self, name).index_select(0, self.turn).flatten() for name in self.tables]
-        if self.calls > 1:
-            self.turn.add_(1).remainder_(self.calls)
-        return found
+def place(turn: int, places: int) -> int:
+    """Which of so many places a turn takes: each once in `places` turns, and neighbouring turns far apart (golden section)."""
+    step = round(0.618 * places)
+    while math.gcd(step, places) != 1:
+        step += 1
+    return turn * step % places
 
 
-def _range(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")
+@dataclass(frozen=True)
+class Rows:
+    """Evenly spaced rows of a grid of `height` rows; which ones goes by the turn."""
 
+    height: int
+    count: int
 
-def _shuffled(total: int) -> Tensor:
-    # These are on the CPU whatever the default device: the generator is, and a model may be built on none.
-    return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    @property
+    def step(self) -> int:
+        return self.height // self.count
+
+    @property
+    def span(self) -> int:
+        return self.step * (self.count - 1) + 1
+
+    def start(self, turn: int) -> int:
+        """The first of a turn's rows. Every row is one of some turn's: starts reach from row to row, and to the bottom."""
+        return place(turn, self.height - self.span + 1)
+
+    def of(self, x: Tensor, start: int) -> Tensor:
+        """The rows (N, count, ...) of x (N, height, ...); a view."""
+        return x if self.count == self.height else x.narrow(1, start, self.span)[:, :: self.step]
 
 
 class _Sampled(torch.autograd.Function):
-    """A tensor and some of its entries along one dimension; backward adds the entries' gradient into the tensor's.
+    """An activation and some rows of it, (N, k, C); backward adds the rows' gradient into the activation's.
 
-    Left to itself, autograd makes a tensor of zeros for the entries' gradient, and another for the sum: passes over a whole map of which
+    Left to itself, autograd makes a tensor of zeros for the rows' gradient, and another for the sum: passes over a whole map of which
     an eighth is looked at.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.dim = dim
-        ctx.save_for_backward(index)
-        return h.view_as(h), h.index_select(dim, index)
+    def forward(ctx: Any, h: Tensor, layout: Layout, grid: tuple[int, int], rows: Rows, start: int) -> tuple[Tensor, Tensor]:
+        ctx.where = layout, grid, rows, start
+        # Contiguous, so that all samples go through one matrix product: one per sample would make a gradient of the weight for each.
+        return h.view_as(h), rows.of(layout.over(h, grid), start).reshape(len(h), -1, layout.channels)
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor, entries: Tensor) -> Any:
-        (index,) = ctx.saved_tensors
-        # In the map's own order first: the few entries are quicker put in order than added out of it.
-        return whole.clone().index_add_(ctx.dim, index, entries.contiguous()), None, None
-
-
-def sampled(h: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`h`, to be used in its place from here on, and `h.index_select(dim, index)`."""
-    result: tuple[Tensor, Tensor] = _Sampled.apply(h, dim, index)
-    return result
+        layout, grid, rows, start = ctx.where
+        gradient = whole.clone()
+        seen = rows.of(layout.over(gradient, grid), start)
+        seen.add_(entries.reshape(seen.shape))
+        return gradient, None, None, None, None
 
 
 class PatchDecoder(nn.Module):
     """Rebuilds the input from single positions of the output: each foretells the patch of the input that lies over it.
 
     A source of shape (N, h*w positions, C) and a goal on a grid r times as fine give, from k positions, a prediction (N, k, r*r*C').
-    Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one. Of maps with channels first, whole rows
-    are sampled: their values lie together in memory, single positions' do not. All take their turn, see `Turns`.
+    Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one. Whole rows of positions are sampled,
+    evenly spaced: a view finds them, without a list of indices. Tokens on no grid count as rows of one position.
 
     Args:
         source, goal: layouts of the module's output and input.
-        fraction: of the source's positions, per step.
+        fraction: of the source's rows, per step.
         structure: "linear" (one linear layer), "pointwise" (norm and a hidden layer before it, so that features need not hold their input
             linearly), "transformer" (a block over the sampled positions before it).
     """
@@ -107,22 +102,16 @@ class PatchDecoder(nn.Module):
     def __init__(self, source: Layout, goal: Layout, fraction: float, structure: Structure) -> None:
         super().__init__()
         self.source, self.goal = source, goal
-        height, width = source.grid or (1, source.length - source.prefix)
         self.ratio = (1, 1)
         self.resize: tuple[int, int] | None = None
         if source.grid is not None and goal.grid is not None:
+            self.grid = source.grid
             self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
-            size = (height * self.ratio[0], width * self.ratio[1])
+            size = (self.grid[0] * self.ratio[0], self.grid[1] * self.ratio[1])
             self.resize = size if size != goal.grid else None
-        #: whole rows are sampled of maps
-        self.rows = source.images and (goal.images or self.resize is not None)
-        count = max(1, round(fraction * (height if self.rows else height * width)))
-        if self.rows:
-            self.turns = Turns(height, count, _range(height)[:, None], _range(height * self.ratio[0]).view(height, -1))
         else:
-            fine = _range(height * width * math.prod(self.ratio)).view(height, self.ratio[0], width, self.ratio[1])
-            patches = fine.transpose(1, 2).reshape(height * width, -1) + (goal.prefix if self.resize is None else 0)
-            self.turns = Turns(height * width, count, _range(height * width)[:, None] + source.prefix, patches)
+            self.grid = source.grid or goal.grid or (source.length - source.prefix, 1)
+        self.rows = Rows(self.grid[0], max(1, round(fraction * self.grid[0])))
         width = source.channels
         self.block: nn.Module | None = None
         if structure == "pointwise":
@@ -135,38 +124,36 @@ class PatchDecoder(nn.Module):
     @staticmethod
     def misfit(source: Layout, goal: Layout) -> str | None:
         """Why these layouts cannot be put over each other, or None."""
+        for layout in (source, goal):
+            if layout.rank > 4:
+                return f"a decoder rebuilds maps and tokens, which {layout} are not"
         if source.grid is not None and goal.grid is not None:
             return None
         if source.length - source.prefix == goal.length - goal.prefix:
             return None
         return f"{goal} cannot be put over {source}: the graph shows no grid for them"
 
-    def look(self, h: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        here, there = self.turns()
-        flat, dim = (h, 2) if self.rows else self.source.flat(h)
-        whole, picked = sampled(flat, dim, here)
-        return whole.view(h.shape), (picked.flatten(2).transpose(1, 2) if dim == 2 else picked, there)
+    def look(self, h: Tensor, turn: int) -> tuple[Tensor, tuple[Tensor, int]]:
+        start = self.rows.start(turn)
+        whole, picked = _Sampled.apply(h, self.source, self.grid, self.rows, start)
+        return whole, (picked, start)
 
-    def forward(self, seen: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (N, k, C' * r*r)."""
-        picked, there = seen
-        with torch.no_grad():
-            goal = self._patches(x, there).contiguous()
-        # Contiguous, so that all samples go through one matrix product: one per sample would make a gradient of the weight for each.
-        picked = picked.contiguous()
-        return self.fc(picked if self.block is None else self.block(picked)), goal
+    def forward(self, seen: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (N, k, r*r * C')."""
+        picked, start = seen
+        return self.fc(picked if self.block is None else self.block(picked)), self._patches(x, start)
 
-    def _patches(self, x: Tensor, there: Tensor) -> Tensor:
-        """(N, k, C' * r*r): the goal over the sampled positions."""
+    def _patches(self, x: Tensor, start: int) -> Tensor:
+        """(N, k, r*r * C'): the goal over the sampled rows."""
+        down, right = self.ratio
         if self.resize is not None:
-            x = F.adaptive_avg_pool2d(self.goal.map(x), self.resize)
-        if self.rows:
-            x, (down, right) = x.index_select(2, there), self.ratio
-            if self.ratio == (1, 1):
-                return x.flatten(2).transpose(1, 2)
-            return x.unflatten(2, (-1, down)).unflatten(4, (-1, right)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
-        picked = self.goal.pick(x, there) if self.resize is None else x.flatten(2).index_select(2, there).transpose(1, 2)
-        return picked.reshape(len(x), len(there) // math.prod(self.ratio), -1)
+            x = F.adaptive_avg_pool2d(self.goal.map(x), self.resize).movedim(1, -1)
+        else:
+            x = self.goal.over(x, (self.grid[0] * down, self.grid[1] * right))
+        if self.ratio == (1, 1):
+            return self.rows.of(x, start).reshape(len(x), -1, self.goal.channels)
+        patches = self.rows.of(x.unflatten(1, (-1, down)), start).unflatten(3, (-1, right)).transpose(2, 3)
+        return patches.reshape(len(x), self.rows.count * self.grid[1], -1)
 
 
 def _ratio(coarse: int, fine: int) -> int:
@@ -211,8 +198,6 @@ class ConvDecoder(nn.Module):
         if fraction < 1:
             self.window = tuple(max(1, round(s * math.sqrt(fraction))) for s in source.grid)  # type: ignore[assignment]
             self.places = tuple(s - w + 1 for s, w in zip(source.grid, self.window, strict=True))  # type: ignore[arg-type]
-            starts = _range(math.prod(self.places))
-            self.turns = Turns(len(starts), 1, starts[:, None] // self.places[1], starts[:, None] % self.places[1])
         self.conv1 = nn.Conv2d(source.channels, hidden, 3, 1, 1)
         self.bn = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, goal.channels, 3, 1, 1)
@@ -225,20 +210,19 @@ class ConvDecoder(nn.Module):
                 return f"a convolution needs a map, and the graph shows no grid behind {layout}"
         return None
 
-    def look(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return h, h
+    def look(self, h: Tensor, turn: int) -> tuple[Tensor, tuple[Tensor, int]]:
+        return h, (h, turn)
 
-    def forward(self, seen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.source.map(seen)
-        with torch.no_grad():
-            x = self.goal.map(x)
-            if self.window is not None and self.fine != self.goal.grid:
-                x = F.adaptive_avg_pool2d(x, self.fine)
+    def forward(self, seen: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
+        h, x = self.source.map(seen[0]), self.goal.map(x)
         if self.window is not None:
-            for dim, start in enumerate(self.turns(), 2):
-                ratio = self.ratio[dim - 2]
-                h = h.index_select(dim, start + torch.arange(self.window[dim - 2], device=h.device))
-                x = x.index_select(dim, start * ratio + torch.arange(self.window[dim - 2] * ratio, device=x.device))
+            if self.fine != self.goal.grid:
+                x = F.adaptive_avg_pool2d(x, self.fine)
+            number = place(seen[1], math.prod(self.places))
+            for dim, start in enumerate((number // self.places[1], number % self.places[1])):
+                size, ratio = self.window[dim], self.ratio[dim]
+                h = h.narrow(2 + dim, start, size)
+                x = x.narrow(2 + dim, start * ratio, size * ratio)
         h = F.interpolate(h, size=x.shape[2:], mode="bilinear", align_corners=self.aligned)
         return self.conv2(F.relu(self.bn(self.conv1(h)))), x
 
@@ -263,13 +247,11 @@ class ImageDecoder(nn.Module):
         self.image = Denormalise(mean, std)
         self.decoder = ConvDecoder(source, image, fraction, IMAGE_HIDDEN, aligned=True)
 
-    def look(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.decoder.look(h)
+    def look(self, h: Tensor, turn: int) -> tuple[Tensor, tuple[Tensor, int]]:
+        return self.decoder.look(h, turn)
 
-    def forward(self, seen: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            x = self.image(x)
-        return self.decoder(seen, x)
+    def forward(self, seen: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decoder(seen, self.image(x))
 
 
 def build(structure: Structure, source: Layout, goal: Layout, fraction: float) -> nn.Module:

@@ -78,17 +78,10 @@ class Layout:
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
         return x.sum(others, dtype=wide) / self.length
 
-    def flat(self, x: Tensor) -> tuple[Tensor, int]:
-        """x with its positions in one dimension, leading tokens first, and which dimension that is (1 or 2); a view where possible."""
-        if self.rank == 2:
-            return x.unsqueeze(1), 1
-        return (x.flatten(2), 2) if self.channel == 1 else (x.flatten(1, -2), 1)
-
-    def pick(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The rows (N, k, C) of x at `positions` (k indices, row by row, leading tokens counted). Copies only those."""
-        flat, dim = self.flat(x)
-        picked = flat.index_select(dim, positions)
-        return picked.transpose(1, 2) if dim == 2 else picked
+    def over(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x as (N, height, width, C) over that grid, leading tokens left out; a view. Of maps and tokens, not of rank above 4."""
+        x = x.unsqueeze(1) if self.rank == 2 else x.movedim(self.channel, -1)
+        return x if self.rank == 4 else x[:, self.prefix :].unflatten(1, grid)
 
 
 def layout_of(graph: Graph, node: fx.Node) -> Layout:

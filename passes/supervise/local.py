@@ -18,6 +18,7 @@ then skips the step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ from graphopt.rewriting.sections import Body
 
 #: key of a node's meta: the boundary it is
 BOUNDARY = "boundary"
+#: the largest block whose release lets glibc keep more (its DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB), less what lies around a block
+LARGEST_BLOCK = 2**25 - 2**16
 #: clean steps after which the float16 scale is doubled; `GradScaler`'s
 GROWTH_INTERVAL = 2000
 
@@ -87,18 +90,19 @@ class LocalModule(nn.Module):
 
     @torch.compiler.disable
     def _train(self, target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+        _keep_freed_memory()
         parameters = [p for p in (*self.body.parameters(), *self.auxiliary.parameters()) if p.requires_grad]
         result = _Stage.apply(self, target, image, len(inputs), *inputs, *parameters)
         loss, *outputs = result
         return (tuple(outputs) if self.leave is not None else outputs[0]), loss
 
-    def stage(self, target: Tensor | None, image: Tensor | None, *inputs: Any) -> tuple[Any, Tensor]:
+    def stage(self, turn: int, target: Tensor | None, image: Tensor | None, *inputs: Any) -> tuple[Any, Tensor]:
         """The module's output and its local loss, recorded; what `_Stage` differentiates and `compile` compiles."""
         auxiliary: Auxiliary = self.auxiliary.module
         output = self.body(*inputs)
         h = self._main(output)
         x = image if auxiliary.rebuilds_image else inputs[self.entry] if self.entry is not None else None
-        return output, auxiliary(h, x, auxiliary.demand(target, len(h)))
+        return output, auxiliary(h, x, auxiliary.demand(target, len(h)), turn)
 
     def _main(self, output: Any) -> Tensor:
         return output[self.leave] if self.leave is not None else output
@@ -117,6 +121,17 @@ class LocalModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Lets glibc keep 64 MiB of what a module frees for the next one, on a CPU, instead of giving it back and asking again.
+
+    The pages of each module's activations would be mapped and cleared anew in every module, a tenth of a step. When glibc frees a block
+    that it had mapped by itself, it raises what it keeps to twice that block; this is the largest it heeds (mallopt(3), M_MMAP_THRESHOLD).
+    Who set those limits himself has his way. The block is never touched, and once per process is enough.
+    """
+    bytes(LARGEST_BLOCK)
 
 
 def compile_modules(module: nn.Module, **options: Any) -> int:
@@ -140,7 +155,9 @@ class _Stage(torch.autograd.Function):
         with torch.enable_grad():
             # Each input stands for itself: a weight that is a parameter of the body too gets two gradients, which autograd adds up.
             inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors[:count]]
-            output, loss = module.run_stage(target, image, *inputs)
+            auxiliary: Auxiliary = module.auxiliary.module
+            output, loss = module.run_stage(auxiliary.turn, target, image, *inputs)
+            auxiliary.turn += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
             half = _float16(loss.device.type)
             scale = module.auxiliary.module.scale
