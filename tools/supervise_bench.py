@@ -1,14 +1,15 @@
 """What local supervision saves and costs, one run, one table: end-to-end, activation checkpointing, and K = 2, 3, 4, 8, 16 modules.
 
-    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 12] [--launches 0] [--decoders]
+    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 6] [--launches 4] [--decoders]
                                     [--device cpu] [--amp]
 
 Cuts are `balance = "memory"`, the decoder the default one, unless `--decoders` compares them at K = 4. "Peak" is the forecast
 `peak_activation_bytes` of one training step over the end-to-end step's, at `--batch` (128; float32). "Auxiliary" is the share of the step's
 FLOPs that heads and decoders take. "Step time" is the median over rounds of forward and backward over the end-to-end step of the same
 round, the variants taking turns in random order, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
-machine disturbs less. What an allocator gives back to the system and must ask for again is up to a tenth of a CPU step; in one process
-the variants share its state, with `--launches N` each has a process of its own, launched anew N times. On a GPU wall time. With
+machine disturbs less. There each variant has a process of its own, as training has, launched anew `--launches` times: memory that the
+allocator gives back to the system and must ask for again is a tenth of a CPU step and more, and in one process (`--launches 0`) what one
+variant leaves lying decides about the others'. On a GPU wall time, in one process. With
 `--device cuda` the last column is `torch.cuda.max_memory_allocated` of a step at `--batch`, less what was allocated before it (parameters,
 optimizer state aside), over end-to-end's.
 """
@@ -100,8 +101,11 @@ class Timed:
                 output, local = self.module(x, y)
                 loss = F.cross_entropy(output, y) + local
             else:
-                loss = F.cross_entropy(self.module(x), y)
+                output = self.module(x)
+                loss = F.cross_entropy(output, y)
         loss.backward()
+        # Taking the graph down belongs to a step, of whichever kind.
+        output = local = loss = None
         took = self._now() - start
         for parameter in self.module.parameters():
             parameter.grad = None
@@ -132,6 +136,7 @@ class Apart:
         self.line, end = spawn.Pipe()
         self.process = spawn.Process(target=_serve, args=(end, name, label, options), daemon=True)
         self.process.start()
+        end.close()  # so that a process that died is an end of file here
         self.line.recv()  # it has warmed up
 
     def step(self) -> float:
@@ -230,8 +235,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch", type=int, default=128, help="of the forecast, and of the GPU's memory")
     parser.add_argument("--time-batch", type=int, help="default: by backbone")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--launches", type=int, default=0, help="of a process for every variant, on a CPU; 0: all in this one")
+    parser.add_argument("--rounds", type=int, default=6, help="per launch")
+    parser.add_argument("--launches", type=int, default=4, help="of a process for every variant, on a CPU; 0: all in this one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--decoders", action="store_true", help="compare decoders at K = 4 instead")
