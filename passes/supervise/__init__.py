@@ -20,8 +20,9 @@ Options
                 without `modules`, every stage).
     cuts        instead: regions to cut after, `["layers.0", "layers.1"]`.
     decoder     "features" (the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
-    structure   of the features decoder: "linear" (default; each position foretells the patch of input over it), "pointwise" (by a small
-                MLP), "conv" (upsampling and two convolutions), "transformer" (a block over the sampled positions first).
+    structure   of the features decoder: "linear" (default; each position foretells the patch of input over it; of wide features by a
+                map of rank 64), "pointwise" (by a small MLP), "conv" (upsampling and two convolutions), "transformer" (a block over
+                the sampled positions first).
     fraction    share of the rows of positions rebuilt in one step; all take their turn. Default 0.125, for images 1.
     loss        of the decoder: "l1" (default), "l2", "bce" (default for images; the goal must lie in [0, 1]).
     head        "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"

@@ -29,6 +29,8 @@ CONV_HIDDEN = 64
 POINTWISE_HIDDEN = 128
 #: channels per attention head of the transformer decoder
 HEAD_WIDTH = 32
+#: highest rank of the linear decoder: of wide features, all their channels by all their patches would be more than the module's own weights
+LINEAR_RANK = 64
 
 
 def place(turn: int, places: int) -> int:
@@ -95,8 +97,8 @@ class PatchDecoder(nn.Module):
     Args:
         source, goal: layouts of the module's output and input.
         fraction: of the source's rows, per step.
-        structure: "linear" (one linear layer), "pointwise" (norm and a hidden layer before it, so that features need not hold their input
-            linearly), "transformer" (a block over the sampled positions before it).
+        structure: "linear" (one linear map, of a rank of 64 at most where that is cheaper), "pointwise" (norm and a hidden layer, so that
+            features need not hold their input linearly), "transformer" (a block over the sampled positions, then one linear layer).
     """
 
     def __init__(self, source: Layout, goal: Layout, fraction: float, structure: Structure) -> None:
@@ -119,7 +121,10 @@ class PatchDecoder(nn.Module):
             self.block = nn.Sequential(nn.LayerNorm(source.channels), nn.Linear(source.channels, width), nn.GELU())
         elif structure == "transformer":
             self.block = Block(width)
-        self.fc = nn.Linear(width, goal.channels * math.prod(self.ratio))
+        patch = goal.channels * math.prod(self.ratio)
+        if structure == "linear" and LINEAR_RANK * (width + patch) < width * patch:
+            self.block, width = nn.Linear(width, LINEAR_RANK, bias=False), LINEAR_RANK
+        self.fc = nn.Linear(width, patch)
 
     @staticmethod
     def misfit(source: Layout, goal: Layout) -> str | None:

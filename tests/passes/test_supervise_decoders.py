@@ -178,3 +178,12 @@ def test_a_compiled_module_is_not_compiled_anew_for_every_turn(structure: Any) -
         torch.testing.assert_close(*losses)
     # Once for a number, once for any number.
     assert len(made) <= 2
+
+
+@pytest.mark.parametrize(("channels", "full"), [(48, True), (128, True), (512, False), (2048, False)])
+def test_the_linear_decoder_of_wide_features_is_of_low_rank(channels: int, full: bool) -> None:
+    decoder = build("linear", first(channels, 4, 4), first(channels, 4, 4), 0.25)
+    size = sum(p.numel() for p in decoder.parameters() if p.dim() > 1)
+    assert size == (channels**2 if full else 2 * 64 * channels)
+    prediction, wanted = decoder(decoder.look(torch.randn(2, channels, 4, 4), 0)[1], torch.randn(2, channels, 4, 4))
+    assert prediction.shape == wanted.shape == (2, 4, channels)
