@@ -64,7 +64,7 @@ from graphopt.trace import Graph, Origin
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
-#: a position in eight: more cost time and gained no accuracy (tools/tables/supervise_accuracy.md)
+#: a row in eight: more cost time and gained no accuracy (tools/tables/supervise_accuracy.md)
 FRACTION = 0.125
 #: the boundary that the first module starts at
 INPUT = "input"
