@@ -9,9 +9,9 @@ FLOPs that heads and decoders take. "Step time" is the median over rounds of for
 round, the variants taking turns in random order, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
 machine disturbs less. There each variant has a process of its own, as training has, launched anew `--launches` times: memory that the
 allocator gives back to the system and must ask for again is a tenth of a CPU step and more, and in one process (`--launches 0`) what one
-variant leaves lying decides about the others'. On a GPU wall time, in one process. With
-`--device cuda` the last column is `torch.cuda.max_memory_allocated` of a step at `--batch`, less what was allocated before it (parameters,
-optimizer state aside), over end-to-end's.
+variant leaves lying decides about the others'. On a GPU wall time, in one process. With `--device cuda` the last column is
+`torch.cuda.max_memory_allocated` of a step at `--batch`, less what was allocated before it (parameters, optimizer state aside), over
+end-to-end's.
 """
 
 from __future__ import annotations

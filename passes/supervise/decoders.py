@@ -75,8 +75,9 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, layout: Layout, grid: tuple[int, int], rows: Rows, start: int) -> tuple[Tensor, Tensor]:
         ctx.where = layout, grid, rows, start
+        picked = rows.of(layout.over(h, grid), start).reshape(len(h), -1, layout.channels)
         # Contiguous, so that all samples go through one matrix product: one per sample would make a gradient of the weight for each.
-        return h.view_as(h), rows.of(layout.over(h, grid), start).reshape(len(h), -1, layout.channels)
+        return h.view_as(h), picked.contiguous()
 
     @staticmethod
     def backward(ctx: Any, whole: Tensor, entries: Tensor) -> Any:
@@ -131,7 +132,7 @@ class PatchDecoder(nn.Module):
         """Why these layouts cannot be put over each other, or None."""
         for layout in (source, goal):
             if layout.rank > 4:
-                return f"a decoder rebuilds maps and tokens, which {layout} are not"
+                return f"a decoder rebuilds maps and tokens, not activations of {layout.rank} dimensions"
         if source.grid is not None and goal.grid is not None:
             return None
         if source.length - source.prefix == goal.length - goal.prefix:

@@ -160,11 +160,11 @@ class _Stage(torch.autograd.Function):
             auxiliary.turn += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
             half = _float16(loss.device.type)
-            scale = module.auxiliary.module.scale
+            scale = auxiliary.scale
             found = torch.autograd.grad(loss * scale if half else loss, [t for _, t in wanted], allow_unused=True)
         kept = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
         if half:
-            _unscale([g for _, g in kept], module.auxiliary.module)
+            _unscale([g for _, g in kept], auxiliary)
         # Not by save_for_backward: what autograd holds on to it cannot hand over, and every gradient would be copied.
         ctx.kept, ctx.total = kept, len(tensors)
         outputs = tuple(o.detach() if isinstance(o, Tensor) else o for o in (output if module.leave is not None else (output,)))
