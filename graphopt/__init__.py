@@ -5,43 +5,45 @@ train(plan.module)                               # any loop
 backbone = plan.export()                         # the ordinary model, trained
 """
 
-from graphopt.compiler import compile
-from graphopt.errors import (
-    BackboneError,
-    GraphoptError,
-    PassError,
-    RunError,
-    SelectError,
-    SpecError,
-    TraceError,
-    VerifyError,
-)
-from graphopt.loading import load, save
-from graphopt.regions import Region
-from graphopt.rewriting import Decision, Effects, Match, Needs, Note, Pass, Plan, Report, Section
-from graphopt.select import Filter, Selector, select
-from graphopt.trace import Graph, trace
+from graphopt.compiler.pass_base import ActiveMatch, Diagnostic, Effects, Match, Pass, RuntimeNeeds, Severity, Status
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.report import Report
+from graphopt.compiler.triggers import Decision
+from graphopt.driver import compile
+from graphopt.errors import BackboneError, GraphoptError, PassError, RunError, SelectError, SpecError, TraceError, VerifyError
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Region
+from graphopt.ir.section import Section
+from graphopt.ir.select import Filter, Selector, select
+from graphopt.loading import load
+from graphopt.plan_file import save
+from graphopt.trace import trace
 
 __all__ = [
+    "ActiveMatch",
     "BackboneError",
     "Decision",
+    "Diagnostic",
+    "Editor",
     "Effects",
     "Filter",
     "Graph",
     "GraphoptError",
     "Match",
-    "Needs",
-    "Note",
     "Pass",
     "PassError",
     "Plan",
     "Region",
     "Report",
     "RunError",
+    "RuntimeNeeds",
     "Section",
     "SelectError",
     "Selector",
+    "Severity",
     "SpecError",
+    "Status",
     "TraceError",
     "VerifyError",
     "compile",

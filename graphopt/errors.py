@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class GraphoptError(Exception):
@@ -28,9 +29,10 @@ class GraphoptError(Exception):
             text = f"{text.rstrip('.')}. {self.fix}"
         return text
 
-    def at(self, where: str) -> GraphoptError:
-        """The same error with an outer location put before its own (a spec line before a pass's word)."""
+    def with_location(self, where: str) -> Self:
+        """The same error with an outer location put before its own (a line of the spec before a region)."""
         self.where = f"{where}: {self.where}" if self.where else where
+        self.args = (self.what, self.where, self.fix)
         return self
 
 

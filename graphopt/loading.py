@@ -1,58 +1,20 @@
-"""A plan in one file, and back: for models that the backbone's architecture cannot express, and for going on elsewhere.
-
-The file is safetensors: the emitted module's state dict, with the spec and the decisions in its metadata. Nothing is pickled; loading
-replays the passes and then loads by name, strictly. What the backbone can express is better exported (`plan.export()`).
-"""
+"""`load`: a model from a plan file or from the folder of a run."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as pack
 from torch import nn
 
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
 from graphopt.errors import RunError
-from graphopt.rewriting import Decision, Plan
-
-#: metadata key that tells such a file from an ordinary checkpoint
-MARK = "graphopt-plan"
-FORMAT = "1"
-
-
-def packed(plan: Plan, metadata: dict[str, str] | None = None) -> bytes:
-    """The content of a plan's file: safetensors, every tensor of `plan.module` under its own name."""
-    from graphopt.spec import dumps
-
-    about = {
-        **(metadata or {}),
-        "format": "pt",
-        MARK: FORMAT,
-        "name": plan.name,
-        "digest": plan.digest,
-        "decisions": json.dumps([d.model_dump(mode="json") for d in plan.decisions]),
-        "spec": dumps(plan.spec) if plan.spec is not None else "",
-    }
-    # Clones: two names of one tensor would be refused.
-    return pack({k: v.detach().cpu().contiguous().clone() for k, v in plan.module.state_dict().items()}, about)
-
-
-def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Writes a plan's weights with its spec and decisions to `path`, atomically. `load` gives the model back.
-
-    Raises:
-        RunError: there is no room, or no such folder.
-    """
-    from graphopt.train.checkpoint import write_atomically
-
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another")
-    write_atomically(target, packed(plan))
-    return target
+from graphopt.plan_file import read_plan_file, rebuilt
+from graphopt.train.checkpoint import check_digest
+from graphopt.train.export import load_run
+from graphopt.train.phase import load_strictly
 
 
 def load(path: str | os.PathLike[str], *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
@@ -69,61 +31,18 @@ def load(path: str | os.PathLike[str], *, trust: bool = False, plan: Plan | None
 
 
 def load_plan(path: str | os.PathLike[str], *, trust: bool = False, plan: Plan | None = None) -> Plan:
-    """The same as a plan: `.module` trains on, `.at(...)` goes on to other phases. Raises as `load` does."""
-    from graphopt.train.checkpoint import check_digest
-    from graphopt.train.phase import load_strictly
-
+    """The same as a plan: `.module` trains on, `.advance_to(...)` goes on to other phases. Raises as `load` does."""
     source = Path(path)
     if source.is_dir() or source.suffix == ".pt":
-        from graphopt.train.export import load_run
-
         return load_run(source, plan=plan, trust=trust)
-    about, state = _read(source)
+    about, state = read_plan_file(source)
     decisions = [Decision(**{**d, "regions": d["regions"] and tuple(d["regions"])}) for d in json.loads(about["decisions"])]
     if plan is not None:
         check_digest(about["digest"], plan.digest, str(source))
-        plan = plan.at(decisions, verify="off")
+        plan = plan.advance_to(decisions, verify="off")
     elif not about["spec"]:
         raise RunError("it is of a plan compiled by hand", where=str(source), fix="Give that plan: graphopt.load(path, plan=plan)")
     else:
         plan = rebuilt(about["spec"], decisions, trust)
     load_strictly(plan.module, state)
     return plan
-
-
-def is_plan_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds a whole plan, and not a backbone's checkpoint."""
-    try:
-        with safe_open(os.fspath(path), "pt") as file:
-            return MARK in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def _read(source: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    try:
-        with safe_open(os.fspath(source), "pt") as file:
-            about = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError as error:
-        raise RunError("there is no such file", where=str(source)) from error
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"is damaged or no safetensors file: {error}", where=str(source)) from error
-    if about.get(MARK) != FORMAT:
-        raise RunError(
-            "is a checkpoint of a backbone, not of a plan",
-            where=str(source),
-            fix="Load it into the backbone itself: model.load_state_dict(safetensors.torch.load_file(path))",
-        )
-    return about, state
-
-
-def rebuilt(text: str, decisions: list[Decision], trust: bool) -> Plan:
-    """The plan that a spec's text and the decisions of its run give, without weights."""
-    from graphopt.backbone import build
-    from graphopt.compiler import compile
-    from graphopt.spec import loads
-
-    spec = loads(text, trust=trust)
-    model = build(spec.backbone, trust=trust, weights=False)
-    return compile(model, spec, decisions=decisions, verify="off", costs=False, trust=trust)

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from graphopt import backbone
-from graphopt.backbone import build, load_weights, resolve
-from graphopt.cifar import DEPTHS, CifarResNet
+from graphopt.driver import build_backbone as build
 from graphopt.errors import BackboneError
-from graphopt.spec import BackboneSpec
+from graphopt.models import build as backbone
+from graphopt.models.cifar_resnet import DEPTHS, CifarResNet
+from graphopt.models.weights import load_weights
+from graphopt.spec import BackboneSpec, resolve
 
 
 def spec(source: str, name: str, **arguments: Any) -> BackboneSpec:

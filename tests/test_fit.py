@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphopt.cost import CostError, forecast
-from graphopt.fit import LARGEST_BATCH, Budget, Search, largest_batch
+from graphopt.planning.budget import LARGEST_BATCH, Budget, Search, largest_batch
 from graphopt.spec import dumps, loads
 
 SPEC = """

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.quantities import Size, exact_size, parse_size, show_count, show_size, show_time
+from graphopt.units import Size, exact_size, parse_size, show_count, show_size, show_time
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_the_pass_as_a_third_party_s_package(tmp_path: Path) -> None:
 
 
 def test_every_pass_is_in_the_table() -> None:
-    from graphopt.rewriting.registry import passes
+    from graphopt.compiler.registry import passes
 
     for use in passes():
         assert f"| `{use}` |" in README

@@ -11,7 +11,10 @@ import torchvision
 from torch import nn
 
 from graphopt import Graph, SelectError, trace
-from graphopt.cifar import build as cifar
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.flow import cut_points
+from graphopt.ir.regions import region_at
+from graphopt.models.cifar_resnet import build as cifar
 from tests import backbones
 
 
@@ -56,7 +59,7 @@ def graph_of(name: str) -> Graph:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_are_the_familys_own(name: str) -> None:
     *_, count, first, last, kind = FAMILIES[name]
-    blocks = graph_of(name).blocks()
+    blocks = find_blocks(graph_of(name))
     assert (len(blocks), blocks[0].name, blocks[-1].name) == (count, first, last)
     assert {b.kind for b in blocks} == {kind}
     assert all(b.closed for b in blocks)
@@ -65,16 +68,16 @@ def test_blocks_are_the_familys_own(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f[2]])
 def test_cut_points_are_counted_as_published(name: str) -> None:
     # The counts of ResNet, ViT and DenseNet were found independently, by another walk over another trace.
-    assert len(graph_of(name).cut_points()) == FAMILIES[name][2]
+    assert len(cut_points(graph_of(name))) == FAMILIES[name][2]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_cut_point_the_output_is_out_of_reach(name: str) -> None:
     graph = graph_of(name)
-    from graphopt.regions import activations
+    from graphopt.ir.nodes import activations
 
     active = activations(graph)
-    for cut in graph.cut_points()[:: max(1, len(graph.cut_points()) // 7)]:
+    for cut in cut_points(graph)[:: max(1, len(cut_points(graph)) // 7)]:
         reached = {graph.placeholder}
         for node in graph.nodes:
             if node is not cut and (node in active or node.op == "output") and reached & set(node.all_input_nodes):
@@ -84,22 +87,22 @@ def test_without_a_cut_point_the_output_is_out_of_reach(name: str) -> None:
 
 def test_a_region_knows_its_edges_and_parameters() -> None:
     graph = graph_of("resnet50")
-    block = graph.region("layer2.0")
+    block = region_at(graph, "layer2.0")
     assert block.closed
-    assert block.entries == (graph.region("layer1").exits)
+    assert block.entries == (region_at(graph, "layer1").exits)
     assert set(block.parameters) == {f"layer2.0.{n}" for n, _ in torchvision.models.resnet50().layer2[0].named_parameters()}
-    whole = graph.region("layer2")
+    whole = region_at(graph, "layer2")
     assert whole.covers(block)
     assert not block.covers(whole)
-    assert not graph_of("densenet121").region("features.denseblock1.denselayer2").closed
+    assert not region_at(graph_of("densenet121"), "features.denseblock1.denselayer2").closed
 
 
 def test_a_parameter_that_the_root_reads_is_a_region() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32)
-    region = trace(model, (3, 32, 32), compare=False).region("cls_token")
+    region = region_at(trace(model, (3, 32, 32), compare=False), "cls_token")
     assert region.parameters == ("cls_token",)
 
 
 def test_an_unknown_path_names_its_neighbours() -> None:
     with pytest.raises(SelectError, match="layer1"):
-        graph_of("resnet50").region("layr1")
+        region_at(graph_of("resnet50"), "layr1")

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt import Graph, SelectError, Selector, select, trace
-from graphopt.select import compile_pattern
+from graphopt.ir.regions import region_at
+from graphopt.ir.select import compile_pattern
 
 parse = pydantic.TypeAdapter(Selector).validate_python
 
@@ -102,7 +103,7 @@ def test_what_is_no_selector_is_refused_when_parsed(selector: Any) -> None:
         parse(selector)
 
 
-_paths = st.sampled_from(resnet18().paths())
+_paths = st.sampled_from(resnet18().paths)
 
 
 @given(st.lists(_paths, min_size=1, max_size=4))
@@ -114,7 +115,7 @@ def test_a_union_is_ordered_disjoint_and_covers_its_parts(paths: list[str]) -> N
     assert starts == sorted(starts)
     nodes = [n for r in regions for n in r.nodes]
     assert len(nodes) == len(set(nodes))
-    assert set(nodes) == {n for p in paths for n in graph.region(p).nodes}
+    assert set(nodes) == {n for p in paths for n in region_at(graph, p).nodes}
 
 
 @given(st.integers(1, 8), st.integers(1, 8))

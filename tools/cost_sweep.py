@@ -27,13 +27,14 @@ import torchvision
 from machine import heading
 from torch import nn
 
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.registry import passes as installed
 from graphopt.cost import Cost, CostError, forecast, measure
 from graphopt.errors import GraphoptError
-from graphopt.regions import parts
-from graphopt.rewriting.plan import Plan
-from graphopt.rewriting.registry import passes as installed
-from graphopt.trace import Graph, trace
-from graphopt.train.run_costs import drop_points
+from graphopt.ir.blocks import disjoint_parts
+from graphopt.ir.graph import Graph
+from graphopt.planning.run_cost import drop_points
+from graphopt.trace import trace
 
 PASSES = ("freeze", "share", "drop", "supervise", "checkpoint")
 #: known outliers, and why
@@ -82,7 +83,7 @@ def fitting_input(module: nn.Module) -> tuple[int, ...]:
 
 def options_on_half(use: str, graph: Graph) -> dict[str, Any]:
     """Options that make a built-in pass change about half of the backbone."""
-    names = [r.name for r in parts(graph) if r.parameters]
+    names = [r.name for r in disjoint_parts(graph) if r.parameters]
     ends = [point.name for point in drop_points(graph)]
     return {
         "freeze": {"select": names[: max(1, len(names) // 2)]},

@@ -23,14 +23,14 @@ import torchvision
 from machine import heading
 from torch import nn
 
-from graphopt import cifar
+from graphopt.compiler.pass_base import Pass
+from graphopt.compiler.plan import Plan
 from graphopt.cost import forecast, measure_rates
+from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.rewriting import Pass
-from graphopt.rewriting.plan import Plan
 from graphopt.trace import trace
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Pass]]] = {

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from machine import heading
 
-from graphopt.backbone import build
-from graphopt.compiler import compile
+from graphopt.driver import build_backbone as build
+from graphopt.driver import compile
+from graphopt.planning.run_cost import counts, decisions_of, run_work
 from graphopt.spec import load
 from graphopt.train import train
-from graphopt.train.run_costs import counts, decisions_of, run_work
 
 SPECS = ("learn_and_drop/digits-resnet32", "learn_and_drop/digits-vgg11")
 

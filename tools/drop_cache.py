@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from machine import heading
 
-from graphopt.backbone import build
-from graphopt.quantities import show_size
-from graphopt.rewriting import emit
+from graphopt.compiler.emit import emit
+from graphopt.driver import build_backbone as build
+from graphopt.ir.blocks import find_blocks
+from graphopt.planning.run_cost import drop_points
 from graphopt.spec import BackboneSpec
 from graphopt.trace import trace
-from graphopt.train.feature_store import Folder, Layout, MemoryFill
-from graphopt.train.run_costs import drop_points
+from graphopt.train.feature_cache.store import Folder, Layout, MemoryFill
+from graphopt.units import show_size
 
 BACKBONES = {
     "cifar/resnet32 at 32 px": BackboneSpec(source="cifar", name="resnet32", input=(3, 32, 32)),
@@ -54,7 +55,7 @@ def table(spec: BackboneSpec, batch: int, rows: int, repeats: int, every: int) -
     graph = trace(build(spec), spec.input, compare=False)
     graph.module.eval()
     x = torch.rand(batch, *spec.input)
-    ends = {block.name: block.exits[-1] for block in graph.blocks()}
+    ends = {block.name: block.exits[-1] for block in find_blocks(graph)}
     lines = []
     for point in drop_points(graph)[::every]:
         prefix = emit(graph, stop=ends[point.name])

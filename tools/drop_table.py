@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from machine import heading
 
-from graphopt.backbone import build
-from graphopt.compiler import compile
-from graphopt.quantities import show_count, show_size
+from graphopt.driver import build_backbone as build
+from graphopt.driver import compile
+from graphopt.planning.run_cost import counts, run_work
 from graphopt.spec import load
-from graphopt.train.run_costs import counts, run_work
+from graphopt.units import show_count, show_size
 
 SPECS = {
     "learn_and_drop/vgg11": "17.83 %",

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.passes.freeze import Freeze, gates
+from graphopt.passes.freeze import Freeze, activations
 
 #: how to build it, and the paths before its blocks
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -123,7 +123,7 @@ def bench_masks(console: Console) -> None:
         upstream = torch.randn_like(leaf)
         times: dict[str, list[float]] = {"stock": [], "lean": []}
         for _ in range(30):
-            for key, function in (("stock", torch.relu), ("lean", gates.relu)):
+            for key, function in (("stock", torch.relu), ("lean", activations.relu)):
                 start = time.perf_counter()
                 torch.autograd.grad(function(leaf), leaf, upstream)
                 times[key].append(time.perf_counter() - start)

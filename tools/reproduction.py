@@ -21,10 +21,10 @@ import torchvision
 from machine import heading
 
 import graphopt
-from graphopt import cifar
+from graphopt.compiler.registry import passes
 from graphopt.cost import Cost
 from graphopt.errors import GraphoptError
-from graphopt.rewriting.registry import passes
+from graphopt.models import cifar_resnet as cifar
 
 NOT_MEASURED = "not measured"
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import graphopt
 from graphopt import Pass
-from graphopt.cifar import CifarResNet
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share

@@ -24,7 +24,8 @@ from machine import heading
 from torch import nn
 
 import graphopt
-from graphopt.cifar import CifarResNet
+from graphopt.ir.blocks import find_blocks
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.share import Share
 
 
@@ -96,7 +97,7 @@ def rows(name: str, case: Case, every: Iterable[int], rounds: int) -> list[tuple
         ratios = sorted(t / b for t, b in zip(times[str((k, mode))], times[""], strict=True))
         figures = ("parameters", "optimizer_bytes", "forward_flops", "backward_flops", "peak_activation_bytes")
         shares = [f"{getattr(after, f) / getattr(before, f):.3f}" for f in figures]
-        blocks = f"{len(plan.report.passes[0].regions)} of {len(plan.base.blocks())}"
+        blocks = f"{len(plan.report.passes[0].regions)} of {len(find_blocks(plan.base))}"
         found.append((name, str(k), mode, blocks, *shares, f"{statistics.median(ratios):.3f}", f"{ratios[0]:.2f}-{ratios[-1]:.2f}"))
     return found
 

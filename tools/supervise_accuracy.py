@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import graphopt
-from graphopt import cifar
+from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.supervise import Supervise
 
 IMAGES = {"mean": (0.5,), "std": (0.5,)}

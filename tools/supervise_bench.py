@@ -36,14 +36,15 @@ import torchvision
 from machine import heading
 from torch import nn
 
-from graphopt import cifar
+from graphopt.compiler.emit import emit
+from graphopt.compiler.pass_base import Pass
 from graphopt.cost import Cost, forecast
 from graphopt.errors import GraphoptError
+from graphopt.ir.graph import Graph
+from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.supervise import Supervise
-from graphopt.rewriting import Pass
-from graphopt.rewriting.sections import emit
-from graphopt.trace import Graph, trace
+from graphopt.trace import trace
 
 #: how to build it, one sample, and the batch its CPU steps are timed at
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

@@ -20,6 +20,8 @@ import torchvision
 from timm.models._registry import _model_to_module
 
 from graphopt import TraceError, trace
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.flow import cut_points
 
 
 def candidates() -> list[tuple[str, str]]:
@@ -46,7 +48,7 @@ def attempt(source: str, name: str) -> tuple[str, str]:
     graph = trace(model, tuple(size))
     seconds = time.perf_counter() - start
     keys = list(graph.module.state_dict()) == list(model.state_dict())
-    detail = f"{len(graph.nodes)} nodes, {len(graph.cut_points())} cut points, {len(graph.blocks())} blocks, {seconds:.1f} s"
+    detail = f"{len(graph.nodes)} nodes, {len(cut_points(graph))} cut points, {len(find_blocks(graph))} blocks, {seconds:.1f} s"
     if not keys:
         return "KEYS DIFFER", detail
     reasons = Counter(o.reason.split(":")[0] for o in graph.opaque)

@@ -45,8 +45,8 @@ def apply(
     from graphopt.cli.folder import check_folder, write_folder
     from graphopt.cli.report import show_report
     from graphopt.cli.screen import show, show_json
+    from graphopt.ir.printing import graph_text
     from graphopt.spec import dumps
-    from graphopt.trace.text import graph_text
 
     folder = as_path(out)
     if folder is not None:

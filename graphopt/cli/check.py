@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, backbone_of, load_spec
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, load_spec
 
 
 def check(
@@ -31,19 +31,14 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --json
     """
-    from graphopt.backbone import build
     from graphopt.cli.screen import show_json
-    from graphopt.rewriting import check as check_passes
-    from graphopt.trace import trace
+    from graphopt.driver import prepare
 
     loaded = load_spec(spec, set_, trust)
-    with backbone_of(loaded):
-        module = build(loaded.backbone, trust=trust)
-        base = trace(module, loaded.backbone.input)
-    places = [loaded.place_of(index) for index in range(len(loaded.passes))]
-    found = check_passes(base, loaded.passes, (), places)
-    rows = [_row(loaded, index, checkup) for index, checkup in enumerate(found)]
-    samples, work, points = _run(loaded, module, base, Path(spec), _rates(device or "cpu", loaded.train.amp) if time or device else None)
+    source = prepare(None, loaded, trust=trust)
+    base = source.untouched
+    rows = [_row(item) for item in source.matched]
+    samples, work, points = _run(loaded, source, Path(spec), _rates(device or "cpu", loaded.train.amp) if time or device else None)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in base.opaque]
         told = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
@@ -64,19 +59,18 @@ def _rates(device: str, amp: str | None) -> Any:
         raise RunError(f"no steps can be timed there: {why}", where="--device", fix="Use cpu, or cuda where it is") from error
 
 
-def _run(spec: Any, module: Any, base: Any, source: Path, rates: Any) -> tuple[int | None, Any, Any]:
+def _run(spec: Any, source: Any, path: Path, rates: Any) -> tuple[int | None, Any, Any]:
     """Images per epoch, the run's FLOPs, and where a prefix may be dropped; None for what cannot be known here."""
+    from graphopt.compiler.plan import compile_phase
     from graphopt.cost import CostError
     from graphopt.errors import RunError
-    from graphopt.rewriting import Plan
-    from graphopt.train.run_costs import counts, decisions_of, drop_points, run_work
+    from graphopt.planning.run_cost import counts, decisions_of, drop_points, run_work
 
-    points = drop_points(base) if any(value.keeps() is not None for value in spec.passes) else ()
-    decisions = decisions_of(source) if (source / "summary.json").is_file() else None
-    named: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "where": [spec.place_of(i) for i in range(len(spec.passes))]}
+    points = drop_points(source.untouched) if any(item.match.feature_options is not None for item in source.matched) else ()
+    decisions = decisions_of(path) if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
-        plan = Plan(module, base, spec.passes, batch=spec.train.batch, verify="off", spec=spec, **named)
+        plan = compile_phase(source, verify="off", costs=False)
         work = run_work(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
         return samples, work, points
     except (RunError, CostError):
@@ -89,13 +83,14 @@ def _point(point: Any, samples: int | None) -> dict[str, Any]:
     return {"upto": point.name, "shape": list(point.shape), "bytes_per_sample": point.bytes_per_sample, "bytes": kept}
 
 
-def _row(spec: Any, index: int, checkup: Any) -> dict[str, Any]:
+def _row(item: Any) -> dict[str, Any]:
+    value, match = item.instance.value, item.match
     return {
-        **checkup.value.table(),
-        "line": spec.line_of(index),
-        "regions": [region.name for region in checkup.match.regions],
-        "notes": [{"level": note.level, "where": note.where, "why": note.why} for note in checkup.notes],
-        "preserves": sorted(checkup.value.promises()),
+        **value.table(),
+        "line": item.instance.line,
+        "regions": list(match.names),
+        "diagnostics": [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics],
+        "preserves": sorted(value.preserved_properties()),
     }
 
 
@@ -108,8 +103,8 @@ def _show(spec: Any, rows: list[dict[str, Any]]) -> None:
         at = f", line {row['line']}" if row["line"] else ""
         show(f"pass {number} {row['use']}{at}")
         show(f"  would act on: {some(row['regions']) or 'nothing'}")
-        for note in row["notes"]:
-            show(f"  {note['level']} {note['where']}: {note['why']}")
+        for d in row["diagnostics"]:
+            show(f"  {d['severity']} {d['location']}: {d['message']}")
         if row["preserves"]:
             show(f"  preserves: {', '.join(row['preserves'])}")
     show("no conflicts" if rows else "no passes: the backbone trains as it is")
@@ -117,7 +112,7 @@ def _show(spec: Any, rows: list[dict[str, Any]]) -> None:
 
 def _show_run(samples: int | None, work: Any, points: Any) -> None:
     from graphopt.cli.screen import grid, show
-    from graphopt.quantities import show_count, show_size, show_time
+    from graphopt.units import show_count, show_size, show_time
 
     if points:
         table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))

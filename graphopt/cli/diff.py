@@ -128,8 +128,8 @@ def _plan(argument: str, batch: int | None, costs: bool, set_: list[str], trust:
     import torch
 
     import graphopt
-    from graphopt.backbone import build
     from graphopt.diff.run import is_run, read_run
+    from graphopt.driver import build_backbone as build
 
     path = as_path(argument)
     assert path is not None

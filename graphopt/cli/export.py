@@ -24,9 +24,9 @@ def export(
         graphopt export runs/quickstart -o model.safetensors
     """
     from graphopt.cli.screen import show
-    from graphopt.loading import is_plan_file
-    from graphopt.quantities import show_size
+    from graphopt.plan_file import is_plan_file
     from graphopt.train.export import export_run
+    from graphopt.units import show_size
 
     for option, value, known in (("--which", which, ("best", "last")), ("--weights", weights, ("auto", "model", "ema"))):
         if value not in known:

@@ -35,9 +35,9 @@ def fit(
         graphopt fit spec.toml --flops 0.5 --suggest
     """
     from graphopt.cli.screen import show, show_json
-    from graphopt.fit import Budget, Search
-    from graphopt.quantities import parse_size
+    from graphopt.planning.budget import Budget, Search
     from graphopt.spec import dumps
+    from graphopt.units import parse_size
 
     try:
         size = None if memory is None else parse_size(memory)
@@ -67,7 +67,7 @@ def fit(
 
 def _show(found: Any, suggest: bool) -> None:
     from graphopt.cli.screen import grid, show
-    from graphopt.quantities import show_count, show_size
+    from graphopt.units import show_count, show_size
 
     limits = [f"memory {show_size(found.budget.memory)}"] if found.budget.memory is not None else []
     limits += [f"FLOPs {found.budget.flops:g} of the backbone's"] if found.budget.flops is not None else []

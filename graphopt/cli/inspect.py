@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, TrustOption, backbone_of, load_spec, parse_shape
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.flow import cut_points
+from graphopt.ir.regions import region_at
 
 
 def inspect(
@@ -28,9 +31,10 @@ def inspect(
 
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
-    from graphopt.backbone import SOURCES, build, resolve
     from graphopt.cli.screen import show_json
-    from graphopt.spec import BackboneSpec, installed
+    from graphopt.driver import build_backbone as build
+    from graphopt.models.catalog import SOURCES
+    from graphopt.spec import BackboneSpec, installed, resolve
     from graphopt.trace import trace
 
     shape = parse_shape(input)
@@ -52,7 +56,7 @@ def inspect(
 
 def _table(backbone: Any, graph: Any) -> dict[str, Any]:
     sizes = {name: parameter.numel() for name, parameter in graph.module.named_parameters()}
-    cuts = graph.cut_points()
+    cuts = cut_points(graph)
     rows = [_row(graph, region, sizes, set(cuts), level, block) for region, level, block in tree(graph)]
     return {
         "backbone": f"{backbone.source}/{backbone.name}",
@@ -82,18 +86,18 @@ def _row(graph: Any, region: Any, sizes: dict[str, int], cuts: set[Any], level: 
 
 def tree(graph: Any) -> Iterator[tuple[Any, int, bool]]:
     """Blocks, what contains them, and what stands beside them, in execution order: (region, depth, is a block)."""
-    blocks = graph.blocks()
+    blocks = find_blocks(graph)
     first = {block.paths[0]: block for block in blocks}
     inside = {path for block in blocks for path in block.paths}
     above = {".".join(path.split(".")[:depth]) for path in inside for depth in range(1, path.count(".") + 1)}
-    for path in graph.paths():
+    for path in graph.paths:
         parent = path.rpartition(".")[0]
         if path in first:
             yield first[path], path.count("."), True
         elif path in inside or (parent and parent not in above):
             continue  # a later member of a block's run, or the inside of something shown already
         else:
-            region = graph.region(path)
+            region = region_at(graph, path)
             if region.nodes:
                 yield region, path.count("."), False
 
@@ -105,7 +109,7 @@ def _shape(node: Any) -> list[Any] | None:
 
 def _show(told: dict[str, Any]) -> None:
     from graphopt.cli.screen import grid, show
-    from graphopt.quantities import show_count
+    from graphopt.units import show_count
 
     shape = ", ".join(str(size) for size in told["input"])
     cuts = len(told["cut_points"])

@@ -51,7 +51,7 @@ def backbone_of(spec: Any) -> Iterator[None]:
 
 def _placed(error: Any, spec: Any, field: str) -> Any:
     where = spec.where("backbone", field)
-    return error.at(where) if where else error
+    return error.with_location(where) if where else error
 
 
 def check_verify(verify: str | None, default: Any) -> Any:
@@ -68,7 +68,7 @@ def build_plan(spec: Any, *, trust: bool, verify: Any, batch: int | None, epoch:
     import torch
 
     import graphopt
-    from graphopt.backbone import build
+    from graphopt.driver import build_backbone as build
 
     if epoch is not None and epoch >= spec.train.epochs:
         raise RunError(f"the run has epochs 0 to {spec.train.epochs - 1}, not {epoch}", where="--epoch")
@@ -85,7 +85,7 @@ def build_plan(spec: Any, *, trust: bool, verify: Any, batch: int | None, epoch:
         due = plan.due(now, None, spec.train.epochs)
         if due:
             decisions = (*decisions, *due)
-            plan = plan.at(decisions, verify="off")
+            plan = plan.advance_to(decisions, verify="off")
     return graphopt.compile(module, spec, batch=batch, verify=verify, costs=costs, decisions=decisions)
 
 

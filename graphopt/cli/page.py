@@ -25,11 +25,11 @@ def report(
         graphopt report runs/quickstart -o quickstart.html
     """
     import graphopt
-    from graphopt.backbone import build
     from graphopt.cli.screen import show
     from graphopt.diff.render.files import write
     from graphopt.diff.render.run import to_report
     from graphopt.diff.run import read_run
+    from graphopt.driver import build_backbone as build
 
     folder = as_path(run)
     assert folder is not None

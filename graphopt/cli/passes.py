@@ -25,7 +25,7 @@ def passes(
         graphopt passes freeze
     """
     from graphopt.cli.screen import grid, show, show_json
-    from graphopt.rewriting.registry import passes as registered
+    from graphopt.compiler.registry import passes as registered
 
     known = registered()
     if name is not None and name not in known:
@@ -45,7 +45,7 @@ def passes(
 
 def _summary(cls: Any) -> str:
     text = (_module_text(cls) or inspect.getdoc(cls) or "").strip().split("\n\n")[0].replace("\n", " ")
-    return text.removeprefix(f"{cls.use}: ")
+    return text.removeprefix(f"{cls.name}: ")
 
 
 def _module_text(cls: Any) -> str:
@@ -69,8 +69,8 @@ def _manual(cls: Any) -> None:
         show(f"\npreserves: {', '.join(sorted(cls.preserves))}")
     if cls.claim:
         show(f"its regions are: {cls.claim}")
-    if cls.excludes:
-        show(f"they must not also be: {', '.join(sorted(cls.excludes))}")
+    if cls.conflicts_with:
+        show(f"they must not also be: {', '.join(sorted(cls.conflicts_with))}")
 
 
 def _default(value: Any) -> str:

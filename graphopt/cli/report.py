@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from graphopt.cli.screen import grid, show
-from graphopt.quantities import show_count, show_size
+from graphopt.units import show_count, show_size
 
 _FIGURES = (
     ("parameters", "parameters", show_count),
@@ -48,7 +48,7 @@ def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 def _show_pass(number: int, item: Any) -> None:
     told = item.to_dict()
-    at = f", line {item.line}" if item.line else ""
+    at = f", line {item.instance.line}" if item.instance.line else ""
     state = "" if item.active else "  not in this phase: its trigger has not fired (see --epoch)"
     show(f"pass {number} {told['use']}{at}{state}")
     if told["regions"]:
@@ -56,11 +56,9 @@ def _show_pass(number: int, item: Any) -> None:
     before, after = told["before"], told["after"]
     if item.active and before and after:
         show(_savings(before, after))
-    for skip in told["skipped"]:
-        show(f"  skipped {skip['region']}: {skip['reason']}")
-    for note in told["notes"]:
-        show(f"  {note['level']} {note['where']}: {note['why']}")
-    warned = any(note["level"] == "warn" for note in told["notes"])
+    for d in told["diagnostics"]:
+        show(f"  {d['severity']} {d['location']}: {d['message']}")
+    warned = any(d["severity"] == "warning" for d in told["diagnostics"])
     for advice in item.advice:
         # The pass itself has named the layers to freeze too.
         if not (warned and "open prefix" in advice.what):

@@ -20,8 +20,8 @@ def schema(
         graphopt schema -o graphopt.schema.json
     """
     from graphopt.cli.screen import show, show_text
+    from graphopt.files import write_atomically
     from graphopt.spec import schema as spec_schema
-    from graphopt.train.checkpoint import write_atomically
 
     text = json.dumps(spec_schema(), indent=2) + "\n"
     path = as_path(out)

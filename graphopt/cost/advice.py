@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.cost.figures import BlockCost, Cost
-from graphopt.quantities import show_count, show_size
+from graphopt.units import show_count, show_size
 
 #: a saving under this share is none
 NOTHING = 0.01

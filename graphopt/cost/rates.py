@@ -70,7 +70,7 @@ def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
     """Where calls tell, where arithmetic does, and where memory beyond the caches does; convolutions and attention."""
     import timm
 
-    from graphopt import cifar
+    from graphopt.models import cifar_resnet as cifar
 
     def vit() -> nn.Module:
         module: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from graphopt.compiler.plan import Plan
 from graphopt.diff.join import Diff, Fold, join
 from graphopt.diff.rows import Band, NodeRow, PassLine, Row, Side
 from graphopt.diff.side import backbone_side, plan_side
 from graphopt.diff.status import STATUSES
-from graphopt.rewriting import Plan
 
 __all__ = ["STATUSES", "Band", "Diff", "Fold", "NodeRow", "PassLine", "Row", "Side", "backbone_side", "diff", "join", "plan_side"]
 

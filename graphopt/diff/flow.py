@@ -10,7 +10,7 @@ from torch import fx
 from graphopt.diff.nodes import parameters, shape
 from graphopt.diff.places import Place
 from graphopt.diff.rows import FIGURES
-from graphopt.trace import Graph
+from graphopt.ir.graph import Graph
 
 #: what of a step's costs the pictures show
 TOTALS = (*FIGURES, "peak_bytes", "peak_activation_bytes")
@@ -58,7 +58,7 @@ def figures(cost: Any, places: Sequence[Place], graph: Graph, held: Mapping[int,
     result = {}
     for index, place in enumerate(places):
         fresh = []
-        for _, parameter in (item for n in held.get(index, ()) if n.op != "get_attr" or "by" not in n.meta for item in named(graph, n)):
+        for _, parameter in (item for n in held.get(index, ()) if n.op != "get_attr" or "pass" not in n.meta for item in named(graph, n)):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 fresh.append(parameter)

@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from graphopt.diff.rows import NodeRow
 from graphopt.diff.status import ranked
-from graphopt.regions import activations, attribute
-from graphopt.trace import Graph
-from graphopt.trace.graph import SHAPE_BATCH
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations, attribute
+from graphopt.ir.shapes import SHAPE_BATCH
 
 
 class Joined:
@@ -74,7 +74,7 @@ def describe(graph: Graph, node: fx.Node, active: set[fx.Node], statuses: tuple[
         shape=shape(node, batched=node in active),
         inputs=tuple(n.name for n in node.all_input_nodes),
         statuses=statuses,
-        by=node.meta.get("by"),
+        by=node.meta.get("pass"),
         parameters=sum(p.numel() for p in parameters(graph, node)),
     )
 
@@ -136,13 +136,13 @@ def _pairs(base: Graph, graph: Graph) -> dict[fx.Node, fx.Node]:
     pairs: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         same = named.get(node.name)
-        if same is not None and "by" not in node.meta and same.op == node.op and _origin(same) == _origin(node):
+        if same is not None and "pass" not in node.meta and same.op == node.op and _origin(same) == _origin(node):
             pairs[node] = named.pop(node.name)
     left: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in named.values():
         left[_origin(node), node.op, str(node.target)].append(node)
     for node in graph.nodes:
-        if node not in pairs and "by" not in node.meta and (queue := left.get((_origin(node), node.op, str(node.target)))):
+        if node not in pairs and "pass" not in node.meta and (queue := left.get((_origin(node), node.op, str(node.target)))):
             pairs[node] = queue.pop(0)
     return pairs
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
 from graphopt.diff.join import Diff, join
 from graphopt.diff.rows import Side
 from graphopt.diff.side import backbone_side, plan_side
-from graphopt.rewriting import Decision, Plan
 
 #: with more phases than this, costs are worked out for the first and the last only (a step is forecast for each)
 COSTED = 12
@@ -36,7 +37,7 @@ def foreseen(plan: Plan, epochs: int | None = None) -> tuple[Decision, ...]:
         due = tuple(d for d in now.due(epoch, None, total) if not waiting[d.index])
         if due:
             decided = (*decided, *due)
-            now = now.at(decided, verify="off")
+            now = now.advance_to(decided, verify="off")
     return decided
 
 
@@ -56,7 +57,7 @@ def film(plan: Plan, decisions: Sequence[Decision] | None = None, *, epochs: int
     for number, (epoch, due) in enumerate(moments):
         done = (*done, *due)
         costed = costs and plan.report.before is not None and (len(moments) <= COSTED or number == len(moments) - 1)
-        later = plan.at(done, verify="off", costs=costed)
+        later = plan.advance_to(done, verify="off", costs=costed)
         side = plan_side(later, plan.name or None, epoch)
         frame = Frame(epoch, "; ".join(_words(plan, due)), join(before, side))
         if epoch == 0:
@@ -68,7 +69,7 @@ def film(plan: Plan, decisions: Sequence[Decision] | None = None, *, epochs: int
 
 def _words(plan: Plan, due: Sequence[Decision]) -> Iterator[str]:
     for decision in due:
-        use = plan.passes[decision.index].use
+        use = plan.passes[decision.index].name
         what = "all" if decision.regions is None else ", ".join(decision.regions[:3]) + (" …" if len(decision.regions) > 3 else "")
         yield f"{use} {what}" if decision.action == "apply" else f"{use} undone: {what}"
 
@@ -78,5 +79,5 @@ def side_at(plan: Plan, epoch: int | None, *, epochs: int | None = None) -> Side
     if epoch is None:
         return plan_side(plan)
     done = tuple(d for d in foreseen(plan, epochs) if d.epoch <= epoch)
-    later = plan.at(done, verify="off", costs=plan.report.before is not None) if done else plan
+    later = plan.advance_to(done, verify="off", costs=plan.report.before is not None) if done else plan
     return plan_side(later, f"{plan.name}, epoch {epoch}" if plan.name else f"epoch {epoch}", epoch)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from graphopt.trace import Graph
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Places:
 
     def __init__(self, base: Graph) -> None:
         self.base = base
-        blocks = base.blocks()
+        blocks = find_blocks(base)
         self._of: dict[str, int] = {}
         found: list[Place] = []
         owner = {node: number for number, block in enumerate(blocks) for node in block.nodes}
@@ -67,7 +68,7 @@ class Places:
         seen: set[fx.Node] = set()
         while node not in seen and node.op not in ("placeholder", "output"):
             seen.add(node)
-            if "by" not in node.meta and node.name in self._rows:
+            if "pass" not in node.meta and node.name in self._rows:
                 return self._rows[node.name]
             index = self.of_path(node.meta["origin"].path)
             if index is not None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graphopt.compiler.triggers import Decision
 from graphopt.errors import RunError
-from graphopt.rewriting import Decision
 
 _LOOK = "Name the folder that `graphopt train` wrote"
 

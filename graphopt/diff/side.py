@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import fx
 
+from graphopt.compiler.pass_base import RegionStatus
+from graphopt.compiler.plan import Plan
 from graphopt.diff.flow import edges, entering, figures, frontier, leaving, named, totals
 from graphopt.diff.nodes import Joined, describe
 from graphopt.diff.places import Place, Places
 from graphopt.diff.rows import Band, NodeRow, PassLine, Row, Side
 from graphopt.diff.status import ranked
-from graphopt.regions import activations
-from graphopt.rewriting import Mark, Plan
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations
 from graphopt.spec import dumps_pass
-from graphopt.trace import Graph
 
 #: the stretch behind the last local module, which the network's own loss trains
 REST = "rest"
@@ -88,8 +89,8 @@ class _PlanSide:
         self.original: dict[int, list[fx.Node]] = defaultdict(list)
         self.added: list[Place] = []
         self.beside: dict[str, str | None] = {}
-        self.marks: list[tuple[int, str, Mark]] = [
-            (number, name, mark) for number, effect in enumerate(plan.effects) if effect for name, mark in effect.marks.items()
+        self.marks: list[tuple[int, str, RegionStatus]] = [
+            (number, name, mark) for number, effect in enumerate(plan.effects) if effect for name, mark in effect.statuses.items()
         ]
 
     def build(self, title: str | None, epoch: int | None) -> Side:
@@ -199,7 +200,7 @@ class _PlanSide:
             names = [p.name for i, p in enumerate((*self.places.rows, *self.added)) if i in rows]
             if not names:
                 continue
-            bands.append(Band(section.name, section.by, tuple(names), section.target))
+            bands.append(Band(section.name, section.author.name, tuple(names), section.target))
             if section.target:
                 of.update(dict.fromkeys(names, section.name))
         local = [b for b in bands if b.local]
@@ -264,16 +265,16 @@ class _PlanSide:
         return self.joined.statuses(node) == ("rewired",) and bool(away) and all(self.places.of(i) != index for i in away)
 
     def _hear_passes(self, bands: Sequence[Band]) -> None:
-        by_name = {p.use: i for i, p in reversed(list(enumerate(self.plan.passes)))}
+        by_name = {p.name: i for i, p in reversed(list(enumerate(self.plan.passes)))}
         for number, report in enumerate(self.plan.report.passes):
             for region in report.regions if report.active else ():
                 for index in self.places.touched(region):
                     self.said[index].passes.add(number)
-            for note in report.notes if report.active else ():
-                for index in self.places.touched(note.where):
-                    self.said[index].reasons.setdefault(f"{report.value.use}: {note.why}")
+            for note in report.diagnostics if report.active else ():
+                for index in self.places.touched(note.location):
+                    self.said[index].reasons.setdefault(f"{report.instance.value.name}: {note.message}")
         for index, nodes in self.held.items():
-            self.said[index].passes |= {by_name[n.meta["by"]] for n in nodes if n.meta.get("by") in by_name}
+            self.said[index].passes |= {n.meta["pass"] for n in nodes if "pass" in n.meta}
         for index in range(len(self.places.rows), len(self.places.rows) + len(self.added)):
             name = self.added[index - len(self.places.rows)].name
             hangs = next((b.by for b in bands if self.beside.get(name) in b.rows), "")
@@ -359,7 +360,15 @@ def _coefficients(graph: Graph, place: Place, owned: set[str]) -> dict[str, Any]
 def _pass_lines(plan: Plan) -> Iterator[PassLine]:
     for number, report in enumerate(plan.report.passes):
         text = dumps_pass(report.value.table()).strip()
-        yield PassLine(number, report.value.use, report.line, text, report.active, report.regions, tuple(str(n) for n in report.notes))
+        yield PassLine(
+            number,
+            report.instance.value.name,
+            report.instance.line,
+            text,
+            report.active,
+            report.regions,
+            tuple(str(n) for n in report.diagnostics),
+        )
 
 
 def _name(places: Places, node: fx.Node) -> str | None:

@@ -1,7 +1,7 @@
 """The spec: a TOML file, typed. `load` and `loads` read one, `dumps` writes it resolved, `schema` is for editors."""
 
 from graphopt.spec.model import AugmentSpec, BackboneSpec, DataSpec, OptimizerSpec, SchedulerSpec, Spec, TrainSpec
-from graphopt.spec.reading import find, from_table, installed, load, loads
+from graphopt.spec.reading import find, from_table, installed, load, loads, resolve
 from graphopt.spec.writing import dumps, dumps_pass, schema
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "installed",
     "load",
     "loads",
+    "resolve",
     "schema",
 ]

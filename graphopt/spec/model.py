@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny
 
-if TYPE_CHECKING:
-    from graphopt.rewriting.passes import Pass
-else:  # arrows point one way: a pass is any frozen model to this module, and reading finds its class in the registry
-    Pass = BaseModel
+from graphopt.compiler.pass_base import Pass
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
@@ -43,23 +39,6 @@ class BackboneSpec(_Table):
     arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
     input: Shape = Field(description="one sample's shape, [3, 224, 224]; default: the model's own")
     weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint, loaded strictly")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_input(cls, data: Any) -> Any:
-        """Without `input`, the size that the library gives for this model."""
-        if not isinstance(data, Mapping) or data.get("input") is not None:
-            return data
-        source, name = data.get("source"), data.get("name")
-        if not isinstance(source, str) or source not in typing.get_args(Source) or not isinstance(name, str):
-            return {**data, "input": (1,)}  # what is wrong is told by its own field, once
-        from graphopt.backbone import default_input, unknown  # imports timm: only where it is needed
-
-        arguments = data.get("arguments")
-        shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
-        if shape is None and source != "python":
-            raise unknown(source, name)
-        return {**data, "input": shape} if shape else data
 
 
 class AugmentSpec(_Table):
@@ -203,14 +182,14 @@ class Spec(_Table):
         """`"quickstart.toml:14, pass 2 (freeze), select"` for an error's location; None for a spec made in Python."""
         if self._file is None:
             return None
-        uses = [item.use for item in self.passes]
+        uses = [item.name for item in self.passes]
         return locate(self._file, self._lines, path, uses)
 
     def line_of(self, index: int) -> int | None:
         """The line on which pass `index` (from 0) begins."""
         return self._lines.get(("pass", index))
 
-    def place_of(self, index: int) -> str | None:
+    def location_of(self, index: int) -> str | None:
         """`"quickstart.toml:9"`: where pass `index` (from 0) begins; None for a spec made in Python."""
         line = self.line_of(index)
         return f"{self._file}:{line}" if self._file and line else self._file
@@ -218,7 +197,7 @@ class Spec(_Table):
     def resolved(self) -> dict[str, Any]:
         """The spec as plain TOML values, every default written out; keys without a value are left out."""
         table = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"passes"})
-        uses = [item.use for item in self.passes]
+        uses = [item.name for item in self.passes]
         tables = [item.model_dump(mode="json", by_alias=True, exclude_none=True) for item in self.passes]
         passes = [{"use": use, **inner} for use, inner in zip(uses, tables, strict=True)]
         ordered = {"name": table.pop("name"), **({"verify": table.pop("verify")} if "verify" in table else {})}

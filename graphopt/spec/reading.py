@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
-from graphopt.errors import GraphoptError, SpecError, did_you_mean
+from graphopt.compiler.registry import passes
+from graphopt.errors import BackboneError, GraphoptError, SpecError, did_you_mean
+from graphopt.models.catalog import SOURCES, default_input, unknown
 from graphopt.spec.messages import spec_error
-from graphopt.spec.model import Spec, locate
+from graphopt.spec.model import BackboneSpec, Spec, locate
 from graphopt.spec.positions import KeyPath, key_lines
 
 
@@ -116,6 +118,7 @@ def from_table(
     rest = {**{key: value for key, value in data.items() if key != "pass"}, "pass": tuple(passes)}
     rest = _paths_from(rest, folder)
     try:
+        rest = _with_input(rest)
         spec = Spec.model_validate(rest)
     except ValidationError as error:
         failed.insert(0, spec_error(error, Spec, rest, where))
@@ -157,8 +160,6 @@ def _pass(item: Any, path: KeyPath, where: Any, folder: Path, trust: bool) -> Ba
 
 def installed_passes() -> Mapping[str, Any]:
     """Pass classes by their name in specs, as the registry knows them (entry points)."""
-    from graphopt.rewriting.registry import passes  # imported late: rewriting may itself import the spec
-
     return passes()
 
 
@@ -197,7 +198,7 @@ def _module(path: Path) -> Any:
 @cache
 def _referred(cls: type[BaseModel], use: str) -> type[BaseModel]:
     """`cls` under the reference that finds it again, so that a resolved spec can be loaded."""
-    return type(cls.__name__, (cls,), {"use": use, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return type(cls.__name__, (cls,), {"name": use, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _paths_from(data: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -207,6 +208,43 @@ def _paths_from(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(value, str) and (folder / value).exists():
             data[table] = {**data[table], key: str((folder / value).resolve())}
     return data
+
+
+def _with_input(data: dict[str, Any]) -> dict[str, Any]:
+    """Without `input` in `[backbone]`: the size that the library gives for this model.
+
+    Raises:
+        BackboneError: the library has no such model.
+    """
+    table = data.get("backbone")
+    if not isinstance(table, Mapping) or table.get("input") is not None:
+        return data
+    source, name, arguments = table.get("source"), table.get("name"), table.get("arguments")
+    if not isinstance(source, str) or source not in SOURCES or not isinstance(name, str):
+        return {**data, "backbone": {**table, "input": (1,)}}  # the field that is wrong has an error of its own
+    shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
+    if shape is None and source != "python":
+        raise unknown(source, name)
+    return {**data, "backbone": {**table, "input": shape}} if shape else data
+
+
+def resolve(text: str, *, arguments: Mapping[str, Any] | None = None, input: tuple[int, ...] | None = None) -> BackboneSpec:
+    """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; the input is the model's own unless given.
+
+    Raises:
+        BackboneError: it is not source/name, the source has no such model, or its input is not known.
+    """
+    source, slash, name = text.partition("/")
+    if not slash or source not in SOURCES:
+        guess = did_you_mean(source, SOURCES) if slash else None
+        fix = guess or f"Write source/name, the source being one of {', '.join(SOURCES)}: timm/resnet50"
+        raise BackboneError(f"{text!r} is not source/name", fix=fix)
+    shape = input or default_input(source, name, arguments or {})
+    if shape is None:
+        if source == "python":
+            raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
+        raise unknown(source, name)
+    return BackboneSpec(source=cast(Any, source), name=name, arguments=dict(arguments or {}), input=shape)
 
 
 def _override(data: dict[str, Any], text: str) -> KeyPath:

@@ -9,9 +9,11 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import TraceError
-from graphopt.trace.compare import compare_modes, same
-from graphopt.trace.graph import Graph, Opaque, Origin, TrainingModule, propagate_shapes, skeleton
-from graphopt.trace.normalise import Difference, merge_modes
+from graphopt.ir.graph import Graph, Opaque, Origin
+from graphopt.ir.module import TrainingModule, skeleton
+from graphopt.ir.shapes import propagate_shapes
+from graphopt.trace.equivalence import compare_modes, same
+from graphopt.trace.modes import Difference, merge_modes
 from graphopt.trace.tracer import Tracer, constants_of, optional_arguments
 
 __all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]

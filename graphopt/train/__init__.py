@@ -4,7 +4,7 @@
 the plan.
 """
 
-from graphopt.train.data import Batch, Data, Feed, Samples, open_data
+from graphopt.data.loader import Batch, Data, Feed, Samples, open_data
 from graphopt.train.export import export_run, load_run
 from graphopt.train.history import EpochRecord, History
 from graphopt.train.loop import train

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphopt.train.data import ImageFeed
+from graphopt.data.loader import ImageFeed
 from graphopt.train.metrics import Meter
 from graphopt.train.phase import check_output, right_answers
 from graphopt.train.strategy import Strategy

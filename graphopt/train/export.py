@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
 from graphopt.errors import PassError, RunError
-from graphopt.loading import packed, rebuilt
-from graphopt.rewriting import Decision, Plan
-from graphopt.train.checkpoint import check_digest, load_checkpoint, write_atomically
+from graphopt.files import write_atomically
+from graphopt.plan_file import packed, rebuilt
+from graphopt.train.checkpoint import check_digest, load_checkpoint
 from graphopt.train.phase import load_strictly
 
 Weights = Literal["auto", "model", "ema"]
@@ -89,7 +91,7 @@ def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, tru
     decisions = [Decision(**{**d, "regions": d["regions"] and tuple(d["regions"])}) for d in state["decisions"]]
     if plan is not None:
         check_digest(state["digest"], plan.digest, where)
-        plan = plan.at(decisions, verify="off")
+        plan = plan.advance_to(decisions, verify="off")
     elif not state["spec"]:
         raise RunError("the run is of a plan compiled by hand", where=where, fix="Give that plan: export_run(run, path, plan=plan).")
     else:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from graphopt.compiler.plan import Plan
+from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
 from graphopt.errors import RunError
-from graphopt.rewriting import Plan
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import RunFolder
-from graphopt.train.data import Data, ImageFeed, Mixer, open_data
-from graphopt.train.features import Keeper
+from graphopt.train.feature_cache.cache import Keeper
 from graphopt.train.phase import Setting
 from graphopt.train.run import Run, Summary
 from graphopt.train.screen import Screen
@@ -94,8 +94,8 @@ def train(
 
 
 def _compile(spec: Spec, trust: bool, weights: bool) -> Plan:
-    from graphopt.backbone import build
-    from graphopt.compiler import compile
+    from graphopt.driver import build_backbone as build
+    from graphopt.driver import compile
 
     model = build(spec.backbone, trust=trust, weights=weights)
     return compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)

@@ -192,7 +192,7 @@ class Schedule:
         except (TypeError, AssertionError, ValueError) as error:
             raise RunError(f"{spec.name} refused its settings: {error}", where="train.scheduler") from error
 
-    def at(self, steps: int) -> float:
+    def set_step(self, steps: int) -> float:
         """Set the rate for the step after `steps` finished ones, and return it (without the layers' factors)."""
         self._scheduler.step_update(steps)
         group = self._optimizer.param_groups[0]

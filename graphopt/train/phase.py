@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
+from graphopt.data.loader import Batch, Feed, ImageFeed, preserved, reseed
 from graphopt.errors import RunError
-from graphopt.rewriting import Decision, Plan
 from graphopt.spec import TrainSpec
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, gradients_finite
-from graphopt.train.data import Batch, Feed, ImageFeed, preserved, reseed
-from graphopt.train.features import Keeper
+from graphopt.train.feature_cache.cache import Keeper
 from graphopt.train.history import Regions
 from graphopt.train.optimizer import (
     Schedule,
@@ -88,7 +89,7 @@ class Phase:
         with preserved():
             # What a pass initialises is a function of (seed, epoch), so that a resumed run initialises the same.
             reseed(self.spec.seed, epoch, 2)
-            plan = self.plan.at((*self.plan.decisions, *decisions))
+            plan = self.plan.advance_to((*self.plan.decisions, *decisions))
         return Phase(plan, self.setting, earlier=self)
 
     def close(self) -> None:

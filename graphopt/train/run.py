@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
+from graphopt.data.loader import Batch, ImageFeed, Mixer, mixed_seed, preserved, reseed
 from graphopt.errors import RunError
-from graphopt.rewriting import Decision, Plan
-from graphopt.train.checkpoint import FORMAT, RunFolder, random_states, restore_random_states, write_atomically
-from graphopt.train.data import Batch, ImageFeed, Mixer, mixed_seed, preserved, reseed
+from graphopt.files import write_atomically
+from graphopt.train.checkpoint import FORMAT, RunFolder, random_states, restore_random_states
 from graphopt.train.evaluation import evaluate
 from graphopt.train.history import History
 from graphopt.train.metrics import Meter, MetricsLog
@@ -112,7 +114,7 @@ class Run:
         else:
             check_same_settings(state["settings"], settings, str(folder.path))
             decisions = [Decision(**{**d, "regions": _tuple(d["regions"])}) for d in state["decisions"]]
-            self.phase = Phase(plan.at(decisions) if decisions else plan, setting)
+            self.phase = Phase(plan.advance_to(decisions) if decisions else plan, setting)
             self._load(state)
             offset = state["metrics_offset"]
         board = folder.path / "tensorboard" if tensorboard else None
@@ -138,7 +140,7 @@ class Run:
         if due:
             with preserved():
                 reseed(self.spec.seed, 0, 2)
-                plan = plan.at((*plan.decisions, *due))
+                plan = plan.advance_to((*plan.decisions, *due))
         phase = Phase(plan, self.setting)
         # From here on the model draws from a stream that compiling and verifying have not touched.
         torch.manual_seed(mixed_seed(self.spec.seed, 3))
@@ -186,7 +188,7 @@ class Run:
         batches = self._batches()
         self._lap = time.perf_counter(), at.total
         while at.step < phase.steps:
-            rate = phase.schedule.at(at.total)
+            rate = phase.schedule.set_step(at.total)
             loss, correct, samples = phase.step(list(islice(batches, self.spec.accumulate)), at.total)
             at.step, at.total = at.step + 1, at.total + 1
             self.losses.append(loss)
@@ -287,7 +289,7 @@ class Run:
             "step": self.at.total,
             "epoch": self.at.epoch,
             "phase": len(self.phases),
-            "decisions": [{**d.model_dump(mode="json"), "pass": plan.passes[d.index].use} for d in decisions],
+            "decisions": [{**d.model_dump(mode="json"), "pass": plan.passes[d.index].name} for d in decisions],
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from graphopt.data.loader import Data
 from graphopt.errors import RunError
 from graphopt.spec import DataSpec, TrainSpec
-from graphopt.train.data import Data
 
 #: Where and how often, rather than what: none of these changes a step. More epochs are a longer schedule, and a wish.
 FREE = {

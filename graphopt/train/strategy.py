@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.spec import TrainSpec
-from graphopt.train.data import Batch
 
 Answer = TypeVar("Answer")
 _filling: Any = torch.utils.deterministic

@@ -42,16 +42,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from graphopt.compiler.pass_base import Effects, FeatureCut, Mark, Match, Needs, Note, Pass, Property
+from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
 from graphopt.errors import PassError
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Region
+from graphopt.ir.section import Section
+from graphopt.ir.select import Filter, Selector, select
 from graphopt.passes.drop.bypass import Residual, StochasticBranch, last_affine, remove, residuals
 from graphopt.passes.drop.cut import block_cuts, bytes_per_sample, cut_off, named_cut, stretches
-from graphopt.quantities import Size, show_size
-from graphopt.regions import Region
-from graphopt.rewriting import Effects, FeatureCut, Mark, Match, Needs, Note, Pass, Section
-from graphopt.rewriting.passes import Property
-from graphopt.rewriting.triggers import AtEpoch, Progressive, Start, Steps
-from graphopt.select import Filter, Selector, select
-from graphopt.trace import Graph
+from graphopt.units import Size, show_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphopt.regions import Region
-from graphopt.rewriting.sections import Body
-from graphopt.trace import Graph
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Region
+from graphopt.runtime.body import Body
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS = {F.relu, torch.relu, F.relu_, torch.relu_, F.gelu, F.silu, "relu", "relu_"}

@@ -10,12 +10,16 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import PassError
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.flow import cut_points
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import parameters_of
+from graphopt.ir.regions import Region, region_at
+from graphopt.ir.section import Section
+from graphopt.ir.select import select
+from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
 from graphopt.passes.drop.resting import by_mode, is_random, resting
-from graphopt.regions import Region, parameters_of
-from graphopt.rewriting.sections import NoGrad, Section
-from graphopt.select import select
-from graphopt.trace import Graph
-from graphopt.trace.graph import SHAPE_BATCH, propagate_shapes
+from graphopt.runtime.body import NoGrad
 
 SECTION = "dropped_prefix"
 
@@ -35,7 +39,7 @@ def named_cut(graph: Graph, path: str) -> fx.Node:
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     ends = [e for r in select(path, graph) if (e := end_of(r, order)) is not None]
-    cuts = [n for n in graph.cut_points() if per_sample(n)]
+    cuts = [n for n in cut_points(graph) if per_sample(n)]
     end = max(ends, key=order.__getitem__, default=None)
     if end not in cuts:
         place = order[end] if end is not None else len(order)
@@ -61,8 +65,8 @@ def named_cut(graph: Graph, path: str) -> fx.Node:
 def block_cuts(graph: Graph) -> dict[str, fx.Node]:
     """The blocks that end at a cut point with something trainable behind it, in execution order, with their cuts."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    cuts = {n for n in graph.cut_points() if per_sample(n)}
-    ends = {block.name: end_of(block, order) for block in graph.blocks()}
+    cuts = {n for n in cut_points(graph) if per_sample(n)}
+    ends = {block.name: end_of(block, order) for block in find_blocks(graph)}
     return {name: end for name, end in ends.items() if end in cuts and end is not None and trains_behind(graph, end)}
 
 
@@ -114,8 +118,8 @@ def _name_of(graph: Graph, cut: fx.Node, order: dict[fx.Node, int]) -> str | Non
     """What a user would write for a cut: the outermost path that ends there, or the block; None where nothing is named so."""
     parts = cut.meta["origin"].path.split(".")
     paths = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    named = (path for path in paths if path and end_of(graph.region(path), order) is cut)
-    return next(named, None) or next((b.name for b in graph.blocks() if end_of(b, order) is cut), None)
+    named = (path for path in paths if path and end_of(region_at(graph, path), order) is cut)
+    return next(named, None) or next((b.name for b in find_blocks(graph) if end_of(b, order) is cut), None)
 
 
 # -- cutting ------------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ with them. What remains depends on where the region lies:
 - The frozen *prefix*, everything with nothing trainable before it, runs under `no_grad`: no backward, nothing saved.
 - A frozen region *behind* something that trains must still pass the gradient of its input on. Stock PyTorch saves a convolution's input
   for that although only the weight is needed, and a norm's and a ReLU's; the rewrite puts lean operators there, which save the weight, the
-  statistics, and one bit per element (`functions.py` and `gates.py` have the table). ResNet-50 with its front half frozen
+  statistics, and one bit per element (`operators.py` and `activations.py` have the table). ResNet-50 with its front half frozen
   behind a trainable stem: `tools/freeze_bench.py` prints what it comes to.
 
 Attention, softmax, GELU and SiLU need what they save for their input's gradient: blocks made of them gain by the missing weight gradients
@@ -23,20 +23,20 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
-from graphopt.errors import PassError
-from graphopt.passes.freeze.extent import Extent, below, extent
-from graphopt.passes.freeze.rewriting import cut_prefix, freeze_norms, make_lean
-from graphopt.regions import Region
-from graphopt.rewriting import Effects, Mark, Match, Note, Pass
-from graphopt.rewriting.passes import Property
-from graphopt.select import Selector, select
-from graphopt.trace import Graph
+from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, Selector, Status, select
+from graphopt.compiler.pass_base import Candidate, Diagnostics
+from graphopt.compiler.verify import Property
+from graphopt.ir.blocks import disjoint_parts
+from graphopt.ir.paths import is_below
+from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, use_lean_operators
+from graphopt.passes.freeze.scope import Scope, freeze_scope
 
 
 class Freeze(Pass):
-    """Takes regions out of training.
+    """Stops training the selected regions, and stops paying for them.
 
     Attributes:
         select: the regions, see selectors. A parameter that the graph reads itself can be named too (`cls_token`, `pos_embed`).
@@ -48,72 +48,75 @@ class Freeze(Pass):
     Refuses: selections without parameters; freezing everything; a parameter that is tied to one outside the selection.
     """
 
-    use: ClassVar[str] = "freeze"
-    preserves: ClassVar[frozenset[Property]] = frozenset({"eval output", "state-dict keys", "gradients of the rest"})
+    name: ClassVar[str] = "freeze"
+    preserves: ClassVar[frozenset[Property]] = frozenset({"eval output", "state-dict keys", "gradients of unselected parameters"})
     claim: ClassVar[str | None] = "frozen"
 
     select: Selector
     lean: bool = True
 
-    def match(self, graph: Graph) -> Match:
-        return Match(select(self.select, graph))
-
-    def check(self, graph: Graph, match: Match) -> list[Note]:
-        found = extent(graph, match.regions)
-        notes = [Note("skip", r.name, "it has no parameters: nothing to freeze") for r in match.regions if not _holds_parameters(r, found)]
-        if not found.parameters:
-            return [Note("refuse", match.regions[0].name, "nothing that is selected has parameters. Select the layers themselves")]
-        rest = [n for n, p in graph.module.named_parameters() if p.requires_grad and n not in found.parameters and n not in graph.unused]
-        if not rest:
-            notes.append(
-                Note("refuse", "the backbone", "no trainable parameter would be left. Exclude at least the head from the selection")
-            )
-        for inside, outside in found.tied:
-            why = f"it is one tensor with {outside}, which is not selected: it cannot be frozen and train. Select both, or exclude it"
-            notes.append(Note("refuse", inside, why))
-        return [*notes, *_notes(found, self.lean)]
-
-    def rewrite(self, graph: Graph, match: Match) -> Effects:
-        found = extent(graph, match.regions)
-        if found.tied or not found.parameters:
-            raise PassError("the selection cannot be frozen alone", where=match.regions[0].name if match.regions else None)
-        for name in found.parameters:
-            graph.module.get_parameter(name).requires_grad_(False)
-        chosen = [n for r in match.regions for n in r.nodes]
-        norms = freeze_norms(graph, chosen, set(found.behind) if self.lean else set(), by=self.use)
-        lean = make_lean(graph, found.behind, by=self.use) if self.lean else {}
-        cut_prefix(graph, found.prefix, by=self.use)
-        frozen = tuple(r.name for r in match.regions if _holds_parameters(r, found))
-        prefix = set(found.prefix)
-        marks = {}
+    def match(self, graph: Graph) -> Match[None]:
+        match: Match[None] = Match(select(self.select, graph))
+        scope = freeze_scope(graph, match.regions)
+        if not scope.parameters:
+            match.refuse(match.regions[0].name, "nothing that is selected has parameters", fix="Select the layers themselves")
         for region in match.regions:
-            if region.name in frozen:
+            if not _is_frozen(region, scope):
+                match.skip(region.name, "it has no parameters: nothing to freeze")
+        trainable = {n for n, p in graph.module.named_parameters() if p.requires_grad}
+        if trainable <= {*scope.parameters, *graph.unused}:
+            match.refuse("the backbone", "no trainable parameter would be left", fix="Exclude at least the head from the selection")
+        for inside, outside in scope.tied:
+            what = f"it shares its tensor with {outside}, which is not selected, so it cannot be frozen"
+            match.refuse(inside, what, fix="Select both, or exclude it")
+        self._warn(match, scope)
+        return match
+
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        scope = freeze_scope(edit.graph, match.regions)
+        if scope.tied or not scope.parameters:
+            raise PassError("the selection cannot be frozen alone", where=next(iter(match.names), None))
+        edit.freeze(scope.parameters)
+        norms = freeze_norms(edit, [n for r in match.regions for n in r.nodes], set(scope.behind) if self.lean else set())
+        lean = use_lean_operators(edit, scope.behind) if self.lean else {}
+        cut_prefix(edit, scope.prefix)
+        effects = Effects(
+            figures={"frozen_parameters": len(scope.parameters), "prefix_nodes": len(scope.prefix), "norms": norms, "lean": lean}
+        )
+        prefix = set(scope.prefix)
+        for region in match.regions:
+            if _is_frozen(region, scope):
                 cut = all(n in prefix for n in region.nodes if n.op == "call_module")
-                marks[region.name] = Mark("frozen", detail={"backward": "cut off" if cut else "lean" if self.lean else "stock"})
-        figures = {"frozen_parameters": len(found.parameters), "prefix_nodes": len(found.prefix), "norms": norms, "lean": lean}
-        return Effects(frozen, tuple(_notes(found, self.lean)), figures=figures, marks=marks)
+                effects.mark(region.name, Status.FROZEN, backward="cut off" if cut else "lean" if self.lean else "stock")
+        self._warn(effects, scope)
+        return effects
+
+    def _warn(self, out: Diagnostics, scope: Scope) -> None:
+        for region, name in scope.borrowed:
+            out.warn(region, f"it reads {name}, which another part owns and trains: {name} is not frozen")
+        if scope.blockers:
+            first, *more = scope.blockers
+            paths = scope.blockers[first]
+            named = _listed(paths)
+            also = f"; so for {len(more)} more of its regions" if more else ""
+            cost = " and what its input gradient takes is still saved" if self.lean else " and its activations are still saved"
+            verb = "train" if len(paths) > 1 else "trains"
+            out.warn(
+                first, f"frozen, but {named} before it {verb}: the backward passes through{cost}{also}. Freeze {named} too to cut it off"
+            )
+
+    @classmethod
+    def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
+        names = [r.name for r in disjoint_parts(graph) if r.parameters]
+        for share in (0.25, 0.5, 0.75):
+            prefix = tuple(names[: max(1, round(share * len(names)))])
+            if len(prefix) < len(names):
+                yield Candidate(f"freeze up to {prefix[-1]}", cls(select=prefix))
 
 
-def _holds_parameters(region: Region, found: Extent) -> bool:
+def _is_frozen(region: Region, scope: Scope) -> bool:
     """Whether anything of the region is frozen: what its nodes read, or what is registered there and never read."""
-    return not set(region.parameters).isdisjoint(found.parameters) or any(below(n, region.paths) for n in found.parameters)
-
-
-def _notes(found: Extent, lean: bool) -> list[Note]:
-    notes = [
-        Note("warn", region, f"it reads {name}, which another part owns and trains: {name} is not frozen")
-        for region, name in found.borrowed
-    ]
-    if found.blockers:
-        first, *more = found.blockers
-        paths = found.blockers[first]
-        named = _listed(paths)
-        also = f"; so for {len(more)} more of its regions" if more else ""
-        cost = " and what its input gradient takes is still saved" if lean else " and its activations are still saved"
-        verb = "train" if len(paths) > 1 else "trains"
-        why = f"frozen, but {named} before it {verb}: the backward passes through{cost}{also}. Freeze {named} too to cut it off"
-        notes.append(Note("warn", first, why))
-    return notes
+    return not set(region.parameters).isdisjoint(scope.parameters) or any(is_below(n, region.paths) for n in scope.parameters)
 
 
 def _listed(paths: tuple[str, ...]) -> str:

@@ -20,93 +20,94 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from graphopt.passes.freeze import functions, gates
+from graphopt.passes.freeze import activations, operators
+from graphopt.runtime.eval_mode import AlwaysEval
 
 
 # -- what a frozen form computes: forwards that take the place of the original class's ------------------------------------------------
 class _Conv:
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode == "zeros":
-            return functions.conv(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        padded = functions.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-        return functions.conv(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+            return operators.conv(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = operators.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+        return operators.conv(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 class _ConvSame:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
-        return functions.conv(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return operators.conv(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class _ConvTranspose:
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         n = len(self.kernel_size)
         extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
-        return functions.conv_transpose(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return operators.conv_transpose(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 
 class _Linear:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return functions.linear(input, self.weight, self.bias)
+        return operators.linear(input, self.weight, self.bias)
 
 
 class _LayerNorm:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return functions.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return operators.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class _GroupNorm:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return functions.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return operators.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class _ReLU:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return gates.relu(input)
+        return activations.relu(input)
 
 
 class _Hardtanh:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return gates.hardtanh(input, self.min_val, self.max_val)
+        return activations.hardtanh(input, self.min_val, self.max_val)
 
 
 class _LeakyReLU:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return gates.leaky_relu(input, self.negative_slope)
+        return activations.leaky_relu(input, self.negative_slope)
 
 
 class _PReLU:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return gates.prelu(input, self.weight)
+        return activations.prelu(input, self.weight)
 
 
 class _Hardsigmoid:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return gates.hardsigmoid(input)
+        return activations.hardsigmoid(input)
 
 
 class _MaxPool2d:
     def forward(self: Any, input: Tensor) -> Tensor:
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return gates.max_pool2d(input, *sizes, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
+        return activations.max_pool2d(input, *sizes, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
 
 class _AvgPool2d:
     def forward(self: Any, input: Tensor) -> Tensor:
         sizes = (self.kernel_size, self.stride, self.padding)
-        return gates.avg_pool2d(input, *sizes, self.ceil_mode, self.count_include_pad, self.divisor_override)
+        return activations.avg_pool2d(input, *sizes, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
 
 class _AdaptiveAvgPool2d:
     def forward(self: Any, input: Tensor) -> Tensor:
-        return gates.adaptive_avg_pool2d(input, self.output_size)
+        return activations.adaptive_avg_pool2d(input, self.output_size)
 
 
 class _EvalBatchNorm:
     """By the running statistics in both modes, and they stay put."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        norm = functions.batch_norm if self.lean else F.batch_norm
+        norm = operators.batch_norm if self.lean else F.batch_norm
         return norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
@@ -117,20 +118,8 @@ class _EvalBatchNormAct(_EvalBatchNorm):
 
 class _EvalInstanceNorm:
     def _apply_instance_norm(self: Any, input: Tensor) -> Tensor:
-        norm = functions.instance_norm if self.lean else F.instance_norm
+        norm = operators.instance_norm if self.lean else F.instance_norm
         return norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
-
-class _AlwaysEval:
-    """For a norm whose forward we do not know: it is told that it is in eval mode, whatever `train()` says."""
-
-    @property
-    def training(self) -> bool:
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        pass
 
 
 #: original class, what changes, and the method that must be that class's own for its form to fit a subclass
@@ -159,29 +148,29 @@ _EVAL: tuple[tuple[type[nn.Module], type, str], ...] = (
 
 #: stock functions, and their lean forms with the same arguments
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), functions.conv),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), functions.conv_transpose),
-    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), functions.conv_transpose),
-    F.linear: functions.linear,
-    F.pad: functions.pad,
-    F.layer_norm: functions.layer_norm,
-    F.group_norm: functions.group_norm,
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), gates.relu),
-    F.relu6: gates.relu6,
-    **dict.fromkeys((F.hardtanh, F.hardtanh_), gates.hardtanh),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), gates.leaky_relu),
-    **dict.fromkeys((F.prelu, torch.prelu), gates.prelu),
-    F.hardsigmoid: gates.hardsigmoid,
-    F.max_pool2d: gates.max_pool2d,
-    F.avg_pool2d: gates.avg_pool2d,
-    F.adaptive_avg_pool2d: gates.adaptive_avg_pool2d,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), operators.conv),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), operators.conv_transpose),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), operators.conv_transpose),
+    F.linear: operators.linear,
+    F.pad: operators.pad,
+    F.layer_norm: operators.layer_norm,
+    F.group_norm: operators.group_norm,
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), activations.relu),
+    F.relu6: activations.relu6,
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), activations.hardtanh),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), activations.leaky_relu),
+    **dict.fromkeys((F.prelu, torch.prelu), activations.prelu),
+    F.hardsigmoid: activations.hardsigmoid,
+    F.max_pool2d: activations.max_pool2d,
+    F.avg_pool2d: activations.avg_pool2d,
+    F.adaptive_avg_pool2d: activations.adaptive_avg_pool2d,
 }
 #: tensor methods, and their lean forms
-METHODS: dict[str, Callable[..., Any]] = {"relu": gates.relu, "relu_": gates.relu}
+METHODS: dict[str, Callable[..., Any]] = {"relu": activations.relu, "relu_": activations.relu}
 #: functions that normalise by running statistics when given them: (stock, name of the argument that says otherwise, lean)
 NORM_FUNCTIONS: dict[Any, tuple[str, Callable[..., Any]]] = {
-    F.batch_norm: ("training", functions.batch_norm),
-    F.instance_norm: ("use_input_stats", functions.instance_norm),
+    F.batch_norm: ("training", operators.batch_norm),
+    F.instance_norm: ("use_input_stats", operators.instance_norm),
 }
 
 
@@ -198,11 +187,11 @@ def _frozen_form(module: nn.Module, lean: bool, inside: bool) -> nn.Module | Non
     if isinstance(module, _Frozen) and (module.lean or not lean):
         return None
     if isinstance(getattr(module, "running_mean", None), Tensor):
-        change = _change_for(module, _EVAL) or _AlwaysEval
+        change = _change_for(module, _EVAL) or AlwaysEval
         # The act of a BatchNormAct2d follows at once on a fresh tensor: in place or not is all the same.
         return _become(module, change, lean, _changed_children(module, lean, inside=change is not _EvalBatchNormAct))
     if _moves_its_buffers(module):
-        return _become(module, _AlwaysEval, lean, _changed_children(module, lean, inside=True))
+        return _become(module, AlwaysEval, lean, _changed_children(module, lean, inside=True))
     change = _change_for(module, _LEAN) if lean else None
     # Inside a module kept whole, code may count on an activation having worked in place.
     if change is not None and not (inside and getattr(module, "inplace", False)):

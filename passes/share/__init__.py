@@ -26,16 +26,16 @@ import pydantic
 from pydantic import Field
 from torch import Tensor, fx
 
+from graphopt.compiler.pass_base import Effects, Mark, Match, Needs, Note, Pass, StateMap
 from graphopt.errors import PassError, SelectError
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Index, Region
+from graphopt.ir.select import Filter, Selector, select
 from graphopt.passes.share.mix import Manner, Mixed, give_up_weights, materialise, recognise, stamp
 from graphopt.passes.share.neighbours import Found, Sharing, find
 from graphopt.passes.share.parts import is_norm, owner_of
 from graphopt.passes.share.surrogate import Unfit, make_partial, partial_slice, partial_width, surrogate_of, take_out
-from graphopt.regions import Index, Region
-from graphopt.rewriting import Effects, Mark, Match, Needs, Note, Pass
-from graphopt.rewriting.passes import StateMap
-from graphopt.select import Filter, Selector, select
-from graphopt.trace import Graph
 
 
 class Share(Pass):
@@ -206,7 +206,7 @@ def _nobody(found: Found) -> str:
 
 def _homes(graph: Graph, sharing: Sharing) -> tuple[str, ...]:
     """Paths of modules that hold what a mix is made of: they must be sharded together."""
-    paths = {p for block in graph.blocks() for p in block.paths}
+    paths = {p for block in find_blocks(graph) for p in block.paths}
     homes: dict[str, None] = {sharing.paths[0]: None}
     for blend in sharing.blends:
         for name in (blend.before, blend.after):

@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from graphopt.errors import PassError
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import attribute
+from graphopt.ir.shapes import as_fake
 from graphopt.passes.share.neighbours import Blend, Sharing
 from graphopt.passes.share.parts import is_batch_norm, leaves_of
-from graphopt.regions import attribute
-from graphopt.trace import Graph
-from graphopt.trace.graph import as_fake
 
 _CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {"Conv1d": F.conv1d, "Conv2d": F.conv2d, "Conv3d": F.conv3d}
 

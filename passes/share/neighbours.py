@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from graphopt.compiler.pass_base import Note
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Region
 from graphopt.passes.share.parts import Unfit, attention_path, demand_mixable, is_norm, part_of
 from graphopt.passes.share.surrogate import surrogate_of
-from graphopt.regions import Region
-from graphopt.rewriting import Note
-from graphopt.trace import Graph
 
 Boundary = Literal["skip", "nearest", "one-sided"]
 Mode = Literal["mix", "surrogate"]
@@ -143,7 +144,7 @@ class _Street:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.blocks = graph.blocks()
+        self.blocks = find_blocks(graph)
 
     def host(self, region: Region) -> int:
         for index, block in enumerate(self.blocks):

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from graphopt.regions import Region
-from graphopt.trace import Graph
-from graphopt.trace.normalise import ByMode
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Region
+from graphopt.runtime.by_mode import ByMode
 
 _MLP_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_?forward)(_|\d|\.|$)")
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "__matmul__")

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations, parameters_of
+from graphopt.ir.regions import Region
 from graphopt.passes.share.parts import Unfit, attention_path, is_norm, part_of
-from graphopt.regions import Region, activations, parameters_of
-from graphopt.trace import Graph
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

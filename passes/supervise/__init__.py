@@ -48,7 +48,12 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, fx, nn
 
+from graphopt.compiler.pass_base import Effects, Mark, Match, Needs, Note, Pass, Property
 from graphopt.errors import PassError
+from graphopt.ir.graph import Graph, Origin
+from graphopt.ir.nodes import parameters_of
+from graphopt.ir.regions import Region
+from graphopt.ir.section import Section
 from graphopt.passes.supervise import balance as memory
 from graphopt.passes.supervise import cuts as cutting
 from graphopt.passes.supervise import decoders, heads
@@ -57,10 +62,6 @@ from graphopt.passes.supervise.cuts import Place
 from graphopt.passes.supervise.layout import Layout, layout_of
 from graphopt.passes.supervise.local import BOUNDARY, LocalModule, compile_modules
 from graphopt.passes.supervise.stretch import divide_sections, mark, members_between, parameters_in
-from graphopt.regions import Region, parameters_of
-from graphopt.rewriting.passes import Effects, Mark, Match, Needs, Note, Pass, Property
-from graphopt.rewriting.sections import Section
-from graphopt.trace import Graph, Origin
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 

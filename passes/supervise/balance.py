@@ -22,11 +22,11 @@ from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.stand_in import fake_copy
 from graphopt.errors import PassError
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.passes.supervise.cuts import Place, demand, most_modules
 from graphopt.passes.supervise.layout import Layout, layout_of
-from graphopt.regions import activations
-from graphopt.trace import Graph
 
 #: samples the pieces are measured with; bytes are per so many samples
 BATCH = 8

@@ -14,9 +14,12 @@ from itertools import pairwise
 from torch import Tensor, fx
 
 from graphopt.errors import PassError, did_you_mean
-from graphopt.regions import Region, parameters_of
-from graphopt.trace import Graph
-from graphopt.trace.graph import SHAPE_BATCH
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.flow import cut_points
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import parameters_of
+from graphopt.ir.regions import Region, region_at
+from graphopt.ir.shapes import SHAPE_BATCH
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Place:
 
 def places(graph: Graph) -> tuple[Place, ...]:
     """All possible cuts, in execution order. The last of them still has something to train behind it."""
-    points = [n for n in graph.cut_points() if _usable(graph, n)]
+    points = [n for n in cut_points(graph) if _usable(graph, n)]
     order = {n: i for i, n in enumerate(graph.nodes)}
     named = _labels(graph, set(points))
     found: list[Place] = []
@@ -59,7 +62,7 @@ def evenly(graph: Graph, found: Sequence[Place], modules: int) -> tuple[Place, .
     """K-1 cuts that leave each module about the same number of blocks; of places, where there are fewer blocks than modules."""
     demand(found, modules)
     at = {p.node: p for p in found}
-    ends = [at.get(b.exits[0]) if len(b.exits) == 1 else None for b in graph.blocks()]
+    ends = [at.get(b.exits[0]) if len(b.exits) == 1 else None for b in find_blocks(graph)]
     usable = [p for p in ends[:-1] if p is not None]
     if len(usable) >= modules - 1:
         chosen: list[Place] = []
@@ -82,7 +85,7 @@ def by_stage(graph: Graph, found: Sequence[Place], modules: int | None) -> tuple
     Raises:
         PassError: the backbone has no stages, or fewer than K.
     """
-    blocks = [b for b in graph.blocks() if len(b.exits) == 1 and b.entries]
+    blocks = [b for b in find_blocks(graph) if len(b.exits) == 1 and b.entries]
     shapes = [tuple(b.exits[0].meta["val"].shape) for b in blocks]
     at = {p.node: p for p in found}
     ends = []
@@ -136,7 +139,7 @@ def named_region(graph: Graph, name: str) -> Region:
     Raises:
         SelectError: there is none; with near misses.
     """
-    return next((b for b in graph.blocks() if b.name == name), None) or graph.region(name)
+    return next((b for b in find_blocks(graph) if b.name == name), None) or region_at(graph, name)
 
 
 def demand(found: Sequence[Place], modules: int) -> None:
@@ -197,7 +200,7 @@ def _labels(graph: Graph, points: set[fx.Node]) -> dict[fx.Node, str]:
         for depth in range(1, len(parts) + 1):
             members.setdefault(".".join(parts[:depth]), []).append(node)
     labels: dict[fx.Node, str] = {}
-    named = [(b.name, b.nodes) for b in graph.blocks()]
+    named = [(b.name, b.nodes) for b in find_blocks(graph)]
     for path, nodes in [*named, *sorted(members.items(), key=lambda item: item[0].count("."))]:
         inside = set(nodes)
         leaving = [n for n in nodes if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
@@ -210,7 +213,7 @@ def _why_not(graph: Graph, exits: Sequence[fx.Node]) -> str:
     if len(exits) > 1:
         return f"it has {len(exits)} ways out"
     node = exits[0]
-    if node not in graph.cut_points():
+    if node not in cut_points(graph):
         return "other paths go around it"
     if graph.output in node.users:
         return "it is the output"

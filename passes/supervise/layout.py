@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphopt.trace import Graph
+from graphopt.ir.graph import Graph
 
 #: more leading tokens than any published backbone adds (class, distillation and register tokens)
 MOST_PREFIX_TOKENS = 16

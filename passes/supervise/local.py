@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.errors import PassError, RunError
 from graphopt.passes.supervise.auxiliary import Auxiliary
-from graphopt.rewriting.sections import Body
+from graphopt.runtime.body import Body
 
 #: key of a node's meta: the boundary it is
 BOUNDARY = "boundary"

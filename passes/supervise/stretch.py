@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
-from graphopt.regions import activations, attribute
-from graphopt.rewriting.sections import Section
-from graphopt.trace import Graph
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations, attribute
+from graphopt.ir.section import Section
 
 
 def mark(graph: Graph, path: str | None) -> fx.Node | None:

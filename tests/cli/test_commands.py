@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from graphopt.cifar import CifarResNet
 from graphopt.cli import COMMANDS, app, main
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.spec import load, loads
 from tests.cli.test_bad_input import SPEC
 

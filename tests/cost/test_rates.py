@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from graphopt import cifar
 from graphopt.cost import Rates, forecast, measure_rates
 from graphopt.cost.rates import fitted
+from graphopt.models import cifar_resnet as cifar
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 import torchvision
 
 import graphopt
-from graphopt import cifar
+from graphopt.compiler.registry import passes
 from graphopt.cost import forecast, measure
-from graphopt.rewriting.registry import passes
+from graphopt.models import cifar_resnet as cifar
 
 HALF = ["conv1", "bn1", "layer1", "layer2"]
 TABLES = {

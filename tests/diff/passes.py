@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import graphopt
-from graphopt.rewriting import Body, Effects, FeatureCut, Mark, Match, Needs, Note, Section
-from graphopt.select import select
+from graphopt.compiler.pass_base import Effects, FeatureCut, Mark, Match, Needs, Note
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.section import Section
+from graphopt.ir.select import select
+from graphopt.runtime.body import Body
 
 
 class _Selecting(graphopt.Pass):
@@ -37,7 +40,7 @@ class Blend(_Selecting):
     use: ClassVar[str] = "blend"
 
     def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
-        blocks = [b.name for b in graph.blocks()]
+        blocks = [b.name for b in find_blocks(graph)]
         for region in match.regions:
             index = blocks.index(region.name)
             scalar = nn.Parameter(graph.module.get_parameter(region.parameters[0]).new_tensor(0.25))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.rewriting import Plan
+from graphopt.compiler.plan import Plan
 from tests.backbones import Small
 
 

@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 
+from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import diff
 from graphopt.diff.phases import film
 from graphopt.diff.render.files import write_html
-from graphopt.rewriting.triggers import AtEpoch
 from tests.backbones import Small
 from tests.diff.browser import opened
 from tests.diff.passes import Blend, Ice, Part, Say

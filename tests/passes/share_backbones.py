@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from graphopt.cifar import CifarResNet
+from graphopt.models.cifar_resnet import CifarResNet
 
 
 class Difficult(nn.Module):

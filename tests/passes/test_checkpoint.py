@@ -85,9 +85,9 @@ def test_before_freeze_too():
 def test_a_trigger_starts_and_ends_it():
     plan = compiled(Checkpoint(segments=2, when={"epoch": 1, "until": 2}))
     assert not hasattr(plan.module, "sections")
-    later = plan.at(plan.due(1))
+    later = plan.advance_to(plan.due(1))
     assert later.report.passes[0].regions
-    back = later.at((*later.decisions, *later.due(2)))
+    back = later.advance_to((*later.decisions, *later.due(2)))
     assert not hasattr(back.module, "sections")
 
 

@@ -12,11 +12,11 @@ import torchvision
 from torch import nn
 
 import graphopt
-from graphopt import cifar
+from graphopt.compiler.triggers import Decision
 from graphopt.errors import PassError, SelectError
+from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
-from graphopt.rewriting import Decision
 from graphopt.trace import trace
 from tests.backbones import Small
 
@@ -123,11 +123,11 @@ def test_later_decisions_lengthen_the_prefix():
     assert all(p.requires_grad for p in plan.module.parameters())
     (first,) = plan.due(1, None, 5)
     assert first == Decision(index=0, epoch=1, regions=("blocks.0",))
-    plan = plan.at([first])
+    plan = plan.advance_to([first])
     assert plan.needs.features.region == "blocks.0"
     (second,) = plan.due(3, None, 5)
     assert second.regions == ("blocks.2",)
-    plan = plan.at([first, second])
+    plan = plan.advance_to([first, second])
     assert plan.needs.features.region == "blocks.2"
     assert {n.split(".")[0] for n, p in plan.module.named_parameters() if not p.requires_grad} == {"stem", "blocks"}
     assert plan.due(4, None, 5) == ()
@@ -316,6 +316,6 @@ def test_progressive_layer_dropping_joins_from_the_deepest():
     for epoch in range(20):
         due = plan.due(epoch, None, 20)
         taken += [name for d in due for name in reversed(d.regions)]
-        plan = plan.at((*plan.decisions, *due), verify="fast") if due else plan
+        plan = plan.advance_to((*plan.decisions, *due), verify="fast") if due else plan
     assert taken == ["blocks.3", "blocks.2", "blocks.1"]
     assert [s.probability for s in plan.module.get_submodule("sections").children()] == [0.25, 0.375, 0.5], "by depth among all blocks"

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.cost import forecast
 from graphopt.errors import PassError
+from graphopt.ir.regions import region_at
+from graphopt.ir.section import Section
 from graphopt.passes.freeze import Freeze
-from graphopt.rewriting import NoGrad, Section
+from graphopt.runtime.body import NoGrad
 from tests.backbones import Small
 
 
@@ -328,7 +330,7 @@ class Stretch(graphopt.Pass):
     select: str
 
     def match(self, graph: graphopt.Graph) -> graphopt.Match:
-        return graphopt.Match((graph.region(self.select),))
+        return graphopt.Match((region_at(graph, self.select),))
 
     def rewrite(self, graph: graphopt.Graph, match: graphopt.Match) -> graphopt.Effects:
         graph.add_section(Section("stretch", match.regions[0].nodes, NoGrad, self.use))
@@ -350,10 +352,10 @@ def test_thawing_gives_the_stock_graph_back() -> None:
     model, shape = built("resnet18")
     plan = compiled(model, "layer1", shape, when={"epoch": 1, "until": 3})
     stock = [(n.op, n.target) for n in plan.module.graph.nodes]
-    frozen = plan.at((*plan.decisions, *plan.due(1)))
+    frozen = plan.advance_to((*plan.decisions, *plan.due(1)))
     assert not frozen.module.get_parameter("layer1.0.conv1.weight").requires_grad
     assert type(frozen.module.get_submodule("layer1.0.bn1")) is not nn.BatchNorm2d
-    thawed = frozen.at((*frozen.decisions, *frozen.due(3)))
+    thawed = frozen.advance_to((*frozen.decisions, *frozen.due(3)))
     assert [(n.op, n.target) for n in thawed.module.graph.nodes] == stock
     assert all(p.requires_grad for p in thawed.module.parameters())
     assert type(thawed.module.get_submodule("layer1.0.bn1")) is nn.BatchNorm2d

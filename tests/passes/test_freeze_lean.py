@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphopt.passes.freeze import functions, gates, masks
+from graphopt.passes.freeze import operators, activations, bitmask
 from graphopt.passes.freeze.lean import frozen_form
 
 IMAGE = (2, 8, 13, 12)
@@ -286,7 +286,7 @@ def test_unknown_modules_keep_their_forward_and_get_eval_semantics(make: Callabl
     assert all(torch.equal(before[k], v) for k, v in lean.state_dict().items())
 
 
-@pytest.mark.parametrize("function", [gates.relu, gates.relu6, gates.hardsigmoid, gates.leaky_relu])
+@pytest.mark.parametrize("function", [activations.relu, activations.relu6, activations.hardsigmoid, activations.leaky_relu])
 def test_extreme_values_behave_as_in_stock(function: Callable[[Tensor], Tensor]) -> None:
     stock = getattr(F, function.__name__)
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.0, -3.0, 6.0, 1e-40, -1e-40])
@@ -303,9 +303,9 @@ def test_extreme_values_behave_as_in_stock(function: Callable[[Tensor], Tensor])
 @given(st.lists(st.booleans(), min_size=0, max_size=70))
 def test_packing_is_lossless(bits: list[bool]) -> None:
     mask = torch.tensor(bits, dtype=torch.bool)
-    packed = masks.pack(mask.clone())
+    packed = bitmask.pack(mask.clone())
     assert packed.numel() == -(-len(bits) // 8)
-    assert torch.equal(masks.unpack(packed, len(bits)) != 0, mask)
+    assert torch.equal(bitmask.unpack(packed, len(bits)) != 0, mask)
 
 
 @settings(max_examples=40, deadline=None)
@@ -346,8 +346,8 @@ def test_traces_whole_under_compile(name: str, autocast: bool) -> None:
 def test_functional_forms_take_stock_arguments() -> None:
     x = sample(IMAGE).requires_grad_()
     w = sample((4, 8, 3, 3))
-    assert torch.equal(functions.conv(x, weight=w, padding="same"), F.conv2d(x, w, padding="same"))
-    assert torch.equal(functions.conv(input=x, weight=w, stride=[2], padding=[1]), F.conv2d(x, w, stride=[2], padding=[1]))
-    assert torch.equal(gates.max_pool2d(x, kernel_size=2), F.max_pool2d(x, 2))
-    assert gates.max_pool2d(x, 2, return_indices=True)[1].dtype == torch.int64
-    assert torch.equal(gates.adaptive_avg_pool2d(x, (None, 2)), F.adaptive_avg_pool2d(x, (None, 2)))
+    assert torch.equal(operators.conv(x, weight=w, padding="same"), F.conv2d(x, w, padding="same"))
+    assert torch.equal(operators.conv(input=x, weight=w, stride=[2], padding=[1]), F.conv2d(x, w, stride=[2], padding=[1]))
+    assert torch.equal(activations.max_pool2d(x, kernel_size=2), F.max_pool2d(x, 2))
+    assert activations.max_pool2d(x, 2, return_indices=True)[1].dtype == torch.int64
+    assert torch.equal(activations.adaptive_avg_pool2d(x, (None, 2)), F.adaptive_avg_pool2d(x, (None, 2)))

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import graphopt
 from graphopt import PassError, Plan
-from graphopt.cifar import CifarResNet
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.share import Share
 from tests.passes.share_backbones import FAMILIES, family
 
@@ -109,7 +109,7 @@ def test_every_family_exports(name: str, options: dict[str, Any]) -> None:
 
 def test_the_graph_reads_as_a_newcomer_would_expect() -> None:
     plan = planned(CifarResNet(20), (3, 8, 8), every=2, select={"blocks": True, "first": 2})
-    from graphopt.trace.text import graph_text
+    from graphopt.ir.printing import graph_text
 
     lines = [" ".join(line.split()) for line in graph_text(plan.graph).splitlines() if "layer1.1" in line]
     assert lines[:6] == [

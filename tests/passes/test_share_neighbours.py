@@ -13,7 +13,7 @@ from torchvision import models
 
 import graphopt
 from graphopt import GraphoptError, PassError
-from graphopt.cifar import CifarResNet
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.spec import from_table

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt import GraphoptError, PassError, Plan, RunError
-from graphopt.cifar import CifarResNet
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.regions import region_at
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.share import Share
 from graphopt.spec import from_table
 from tests.passes.share_backbones import Units, family
@@ -95,7 +97,7 @@ def mixed(plan: Plan, path: str, tensor: str) -> Tensor:
 def inside(plan: Plan, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """A block's input and output in the emitted module."""
     seen: dict[str, Tensor] = {}
-    region = plan.graph.region(path)
+    region = region_at(plan.graph, path)
     module = plan.module
 
     class Watch(torch.fx.Interpreter):
@@ -152,7 +154,7 @@ def test_a_plain_unit_is_a_partial_convolution_with_a_shortcut(norms: bool) -> N
     torch.manual_seed(0)
     plan = planned(Units(norms), (3, 16, 16), every=2)
     (name,) = plan.report.passes[0].regions
-    path = plan.graph.blocks()[3].paths[0]
+    path = find_blocks(plan.graph)[3].paths[0]
     assert name.startswith(path)
     module = plan.module.eval()
     sharing = plan.passes[0].match(plan.base).data.shared[0]
@@ -176,9 +178,9 @@ def test_a_plain_unit_is_a_partial_convolution_with_a_shortcut(norms: bool) -> N
     x = seen[conv.args[0].args[0].name]
     part = F.conv2d(x[:, :4], weight[:, :4], bias, padding=1)
     if norms:
-        part = module.get_submodule(plan.graph.blocks()[3].paths[1])(part)
+        part = module.get_submodule(find_blocks(plan.graph)[3].paths[1])(part)
     expected = F.relu(torch.cat([x[:, :4] + part, x[:, 4:]], 1))
-    relu = next(n for n in module.graph.nodes if n.op == "call_module" and n.target == plan.graph.blocks()[3].paths[1 + norms])
+    relu = next(n for n in module.graph.nodes if n.op == "call_module" and n.target == find_blocks(plan.graph)[3].paths[1 + norms])
     torch.testing.assert_close(seen[relu.name], expected)
 
 

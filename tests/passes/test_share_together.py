@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from graphopt import Decision, PassError, Plan
-from graphopt.cifar import CifarResNet
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.train import export_run, train
@@ -43,7 +43,7 @@ def test_a_neighbour_frozen_later(mode: str) -> None:
     plan = planned(Share(select="layer1.1", mode=mode), Freeze(select="layer1.2", when={"epoch": 2}))
     with torch.no_grad():
         plan.module.get_parameter("layer1.1.share.a").fill_(0.8)
-    later = plan.at([Decision(index=1, epoch=2)])
+    later = plan.advance_to([Decision(index=1, epoch=2)])
     assert later.module.get_parameter("layer1.1.share.a").item() == pytest.approx(0.8)
     found = gradients(later.module.eval())
     assert not any(n.startswith("layer1.2.") for n in found), "a frozen neighbour gets no gradient through the mix either"
@@ -101,12 +101,12 @@ def test_two_passes_share_what_does_not_touch_and_say_so_where_it_does() -> None
 def test_a_mix_can_begin_late_and_be_taken_back() -> None:
     plan = planned(Share(select="layer1.1", when={"epoch": 1, "until": 3}))
     assert "layer1.1.conv1.weight" in plan.module.state_dict()
-    shared = plan.at(plan.due(1))
+    shared = plan.advance_to(plan.due(1))
     assert "layer1.1.conv1.weight" not in shared.module.state_dict()
     with torch.no_grad():
         shared.module.get_parameter("layer1.1.share.a").fill_(0.9)
         shared.module.get_parameter("layer1.0.conv1.weight").add_(0.1)
-    back = shared.at((*shared.decisions, *shared.due(3)))
+    back = shared.advance_to((*shared.decisions, *shared.due(3)))
     state = back.module.state_dict()
     expected = 0.9 * state["layer1.0.conv1.weight"] + 0.5 * state["layer1.2.conv1.weight"]
     torch.testing.assert_close(state["layer1.1.conv1.weight"], expected)
@@ -117,8 +117,8 @@ def test_a_surrogate_lives_through_the_phases_of_others() -> None:
     plan = planned(*passes, model=CifarResNet(32))
     with torch.no_grad():
         plan.module.get_parameter("layer1.1.share.a").fill_(0.9)
-    later = plan.at([Decision(index=1, epoch=1)])
-    back = later.at([Decision(index=1, epoch=1), Decision(index=1, epoch=2, action="undo")])
+    later = plan.advance_to([Decision(index=1, epoch=1)])
+    back = later.advance_to([Decision(index=1, epoch=1), Decision(index=1, epoch=2, action="undo")])
     state = back.module.state_dict()
     assert state["layer1.1.share.a"].item() == pytest.approx(0.9)
     expected = 0.5 * state["layer3.1.conv1.weight"] + 0.5 * state["layer3.3.conv1.weight"]
@@ -254,7 +254,7 @@ def test_beside_a_dropped_prefix() -> None:
     drop = pytest.importorskip("graphopt.passes.drop")
     dropped = drop.Drop(upto="layer1", when={"epoch": 1})
     plan = planned(Share(select="layer3.2"), dropped, model=CifarResNet(32), verify="fast")
-    later = plan.at(plan.due(1))
+    later = plan.advance_to(plan.due(1))
     module = later.module.eval()
     torch.testing.assert_close(later.suffix.eval()(later.prefix(X)), module(X))
     later.export()

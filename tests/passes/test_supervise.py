@@ -16,11 +16,11 @@ import torchvision
 from torch import nn
 
 import graphopt
-from graphopt import cifar
+from graphopt.compiler.triggers import Decision
 from graphopt.cost import forecast
 from graphopt.errors import PassError, SelectError
+from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.supervise import Supervise, balance, cuts
-from graphopt.rewriting import Decision
 from tests.backbones import Small
 from tests.passes.supervise_backbones import BACKBONES
 from tests.passes.supervise_steps import compiled, step
@@ -337,8 +337,8 @@ def test_from_an_epoch_on_and_back() -> None:
     plan = compiled(Small(drop=0.0), Supervise(modules=2, when={"epoch": 1, "until": 2}), verify="fast")
     x = torch.randn(2, 3, 8, 8)
     assert isinstance(plan.module.train()(x), torch.Tensor)
-    later = plan.at([Decision(index=0, epoch=1)])
+    later = plan.advance_to([Decision(index=0, epoch=1)])
     assert len(later.module.train()(x, torch.zeros(2, dtype=torch.long))) == 2
-    after = later.at([Decision(index=0, epoch=1), Decision(index=0, epoch=2, action="undo")])
+    after = later.advance_to([Decision(index=0, epoch=1), Decision(index=0, epoch=2, action="undo")])
     assert torch.equal(after.module.eval()(x), later.module.eval()(x))
     assert after.module.state_dict().keys() == Small().state_dict().keys()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.ir.regions import region_at
 from graphopt.passes.supervise.layout import layout_of
 from tests.passes.supervise_backbones import BACKBONES
 
@@ -27,7 +28,7 @@ LAYOUTS = [
 def test_layouts_are_read_off_the_graph(name: str, path: str, expected: tuple[Any, ...]) -> None:
     make, input = BACKBONES[name]
     graph = graphopt.trace(make(), input, compare=False)
-    found = layout_of(graph, graph.region(path).exits[0])
+    found = layout_of(graph, region_at(graph, path).exits[0])
     assert (found.channel, found.channels, found.length, found.grid, found.prefix) == expected
 
 
@@ -47,5 +48,5 @@ def test_a_map_with_as_many_channels_as_rows_is_told_by_its_neighbours() -> None
 
     for last, channel in ((True, 3), (False, 1)):
         graph = graphopt.trace(Square(last), (3, 8, 8))
-        node = graph.region("norm" if last else "conv").exits[0]
+        node = region_at(graph, "norm" if last else "conv").exits[0]
         assert layout_of(graph, node).channel == channel

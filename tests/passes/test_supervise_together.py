@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from graphopt.compiler.triggers import Decision
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.rewriting import Decision
 from tests.backbones import Small
 from tests.passes.supervise_steps import compiled, step
 
@@ -37,7 +37,7 @@ def test_with_freeze(frozen: list[str], first: bool) -> None:
 
 def test_a_later_phase_freezes_under_supervision() -> None:
     plan = compiled(Small(drop=0.0), [Supervise(modules=4), Freeze(select=["stem", "blocks.0", "blocks.1"], when={"epoch": 3})])
-    later = plan.at([Decision(index=1, epoch=3)], verify="full")
+    later = plan.advance_to([Decision(index=1, epoch=3)], verify="full")
     found = step(later)
     assert found["blocks.0.conv1.weight"] is None
     assert found["blocks.2.conv1.weight"] is not None

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from graphopt import Effects, Graph, Match, Note, Pass, Section, Selector, select
-from graphopt.rewriting import Body
-from graphopt.rewriting.passes import Property
+from graphopt.compiler.pass_base import Property
+from graphopt.runtime.body import Body
 
 
 class Recompute(nn.Module):

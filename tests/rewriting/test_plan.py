@@ -13,7 +13,7 @@ from torch import nn
 
 import graphopt
 from graphopt import Decision, Filter, PassError, SelectError, SpecError, VerifyError
-from graphopt.rewriting.triggers import AtEpoch
+from graphopt.compiler.triggers import AtEpoch
 from tests.backbones import Small
 from tests.rewriting.passes import Fails, Gone, Liar, Still, Stretch
 
@@ -85,7 +85,7 @@ def test_sections_nest_and_follow_the_mode() -> None:
 def test_overlapping_sections_name_both_passes() -> None:
     class Run(Stretch):
         def match(self, graph: graphopt.Graph) -> graphopt.Match:
-            from graphopt.regions import region_of
+            from graphopt.ir.regions import region_of
 
             return graphopt.Match((region_of(graph, ("blocks.0", "blocks.1")), region_of(graph, ("blocks.1", "blocks.2"))))
 
@@ -148,7 +148,7 @@ def test_decisions_alone_make_a_phase() -> None:
     plan = compiled(Still(select="blocks.0", when=AtEpoch(epoch=2, until=4)), Still(select="stem", when=AtEpoch(epoch=3)))
     frozen = {}
     for epoch in range(6):
-        plan = plan.at(plan.decisions + plan.due(epoch))
+        plan = plan.advance_to(plan.decisions + plan.due(epoch))
         frozen[epoch] = {
             n.split(".conv")[0].split(".bn")[0].split(".weight")[0].split(".bias")[0]
             for n, p in plan.module.named_parameters()
@@ -164,7 +164,7 @@ def test_weights_and_statistics_cross_a_phase() -> None:
     with torch.no_grad():
         for parameter in plan.module.parameters():
             parameter.add_(0.1)
-    later = plan.at([Decision(index=0, epoch=1)])
+    later = plan.advance_to([Decision(index=0, epoch=1)])
     for key, value in plan.module.state_dict().items():
         assert torch.equal(later.module.state_dict()[key], value), key
     assert any(n.startswith("blocks.1.") for n, _ in later.module.named_parameters())

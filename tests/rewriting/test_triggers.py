@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphopt.compiler import scores
+from graphopt.compiler.triggers import AtEpoch, Decision, FreezeOut, Progressive, Score, Start, Steps, Trigger, active_regions
 from graphopt.errors import PassError
-from graphopt.rewriting import scores
-from graphopt.rewriting.triggers import AtEpoch, Decision, FreezeOut, Progressive, Score, Start, Steps, Trigger, active_regions
 from graphopt.train.history import EpochRecord, History
 
 NAMES = ("a", "b", "c", "d")

@@ -123,8 +123,8 @@ def test_each_key_has_its_line(path: tuple[str | int, ...], line: int) -> None:
 def test_places_of_passes_for_the_compiler() -> None:
     spec = loads(POSITIONS, file="s.toml")
     assert [spec.line_of(0), spec.line_of(1)] == [11, 18]
-    assert spec.place_of(1) == "s.toml:18"
-    assert loads(dumps(spec)).place_of(0) is None
+    assert spec.location_of(1) == "s.toml:18"
+    assert loads(dumps(spec)).location_of(0) is None
 
 
 def test_where_it_was_read_takes_no_part_in_equality() -> None:
@@ -227,7 +227,7 @@ class Mine(Pass):
     strength: int = 1
 
     def match(self, graph):
-        return Match(graph.blocks())
+        return Match(find_blocks(graph))
 
     def rewrite(self, graph, match):
         return Effects(())

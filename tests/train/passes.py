@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt import Effects, Graph, Match, Needs, Pass, Section, Selector, select
-from graphopt.rewriting import Body
+from graphopt.runtime.body import Body
 
 
 class HeldNorm(nn.BatchNorm2d):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import graphopt
 from graphopt import Pass, Plan
+from graphopt.data.loader import Data, open_data
 from graphopt.spec import DataSpec, TrainSpec
-from graphopt.train import Data, open_data
 from tests.backbones import Small
 
 SHAPE = (3, 8, 8)

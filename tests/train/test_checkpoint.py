@@ -13,14 +13,9 @@ import pytest
 import torch
 
 from graphopt import RunError
+from graphopt.files import write_atomically
 from graphopt.train import train
-from graphopt.train.checkpoint import (
-    RunFolder,
-    load_checkpoint,
-    random_states,
-    restore_random_states,
-    write_atomically,
-)
+from graphopt.train.checkpoint import RunFolder, load_checkpoint, random_states, restore_random_states
 from tests.train import small
 
 

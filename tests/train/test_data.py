@@ -12,9 +12,8 @@ import torch
 from torchvision import datasets
 
 from graphopt import RunError
+from graphopt.data.loader import Batch, ImageFeed, Mixer, open_data, stratified
 from graphopt.spec import AugmentSpec, DataSpec
-from graphopt.train import open_data
-from graphopt.train.data import Batch, ImageFeed, Mixer, stratified
 from tests.train import formats
 
 LIVELY = AugmentSpec(crop="resized", hflip=0.5, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", erase=0.3)

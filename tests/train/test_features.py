@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.data.loader import ImageFeed, open_data
 from graphopt.errors import RunError
 from graphopt.passes.drop import Drop
 from graphopt.spec import AugmentSpec, DataSpec, TrainSpec
-from graphopt.train import feature_store, train
+from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
-from graphopt.train.data import ImageFeed, open_data
-from graphopt.train.feature_store import Folder, Layout, MemoryFill
-from graphopt.train.features import FeatureFeed, Keeper
+from graphopt.train.feature_cache import store as feature_store
+from graphopt.train.feature_cache.cache import FeatureFeed, Keeper
+from graphopt.train.feature_cache.store import Folder, Layout, MemoryFill
 from graphopt.train.strategy import Strategy
 from tests.backbones import Small
 

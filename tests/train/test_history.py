@@ -67,7 +67,7 @@ def test_it_goes_through_a_weights_only_checkpoint() -> None:
 
 
 def test_regions_of_triggers_that_measure_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.rewriting.triggers import BaseTrigger
+    from graphopt.compiler.triggers import BaseTrigger
     from graphopt.train import train
     from tests.train.passes import Hold
 

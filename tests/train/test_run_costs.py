@@ -9,13 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 import graphopt
-from graphopt import cifar
-from graphopt.backbone import build
 from graphopt.cost import Rates, forecast
+from graphopt.driver import build_backbone as build
+from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
+from graphopt.planning.run_cost import counts, decisions_of, drop_points, run_work
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
-from graphopt.train.run_costs import counts, decisions_of, drop_points, run_work
 from tests.backbones import Small
 
 TRAIN = TrainSpec(epochs=10, batch=10)
@@ -161,7 +161,7 @@ def test_replayed_schedules_save_what_was_published(name, least):
 
 
 def test_known_data_sets_have_the_size_that_is_known():
-    from graphopt.train.sources import open_split
+    from graphopt.data.datasets import open_split
 
     assert counts(DataSpec(name="digits")) == tuple(len(open_split("digits", None, s).targets) for s in ("train", "validation"))
     assert counts(DataSpec(name="CIFAR10", train_limit=100)) == (100, 10_000)

@@ -7,13 +7,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from graphopt.compiler.plan import Plan
 from graphopt.diff.phases import film
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import filled, scripts, to_html
 from graphopt.diff.render.style import for_page, web
 from graphopt.diff.run import Run
-from graphopt.quantities import show_count, show_size
-from graphopt.rewriting import Plan
+from graphopt.units import show_count, show_size
 
 #: points in one curve; more could not be told apart on any screen
 POINTS = 1500

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from graphopt.diff.join import Diff, Fold
 from graphopt.diff.rows import PassLine, Row
 from graphopt.diff.status import look
-from graphopt.quantities import show_count, show_size
+from graphopt.units import show_count, show_size
 
 #: figure -> (title, how it is written)
 SHOWN = {

@@ -1,0 +1,266 @@
+"""Emission: the flat graph becomes the module that trains, with its sections outlined.
+
+Passes rewrite one flat graph. What has to run as a unit (nodes under no_grad, checkpointed ones, locally supervised ones) is declared
+as a `Section` and becomes a nested module only here, after all passes. The parameters stay where they are: a section's body shares
+leaf modules with the root and is not registered, and tensors that the graph reads itself are read by the root and passed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+
+from torch import fx, nn
+from torch.fx import Node
+
+from graphopt.errors import PassError
+from graphopt.ir.graph import Graph, Origin
+from graphopt.ir.module import TrainingModule
+from graphopt.ir.nodes import storages, writes_in_place
+from graphopt.ir.section import Section
+from graphopt.runtime.body import WithLocalLoss
+
+Members = tuple[Node, ...]
+
+
+def emit(graph: Graph, *, start: Node | None = None, stop: Node | None = None) -> TrainingModule:
+    """The module that trains. Leaves, parameters and buffers are shared with `graph`, which stays flat.
+
+    Args:
+        start: an activation that takes the input's place; what only led to it is gone.
+        stop: an activation that takes the output's place.
+
+    Raises:
+        PassError: two sections overlap without one holding the other, a section without a local loss holds one with, or a section is
+            not convex.
+    """
+    flat, copies = _copied(graph, start, stop)
+    _drop_dead(flat, graph.module, keep_input=start is None)
+    alive = set(flat.nodes)
+    sections: list[tuple[Section, Members]] = []
+    for section in graph.sections:
+        members = tuple(copies[n] for n in section.nodes if n in copies and copies[n] in alive and n is not start)
+        if any(m.op != "get_attr" for m in members):
+            sections.append((section, members))
+    _check_nesting(sections)
+    outliner = _Outliner(flat, _root_of(graph.module, bool(sections)))
+    # Inner before outer; of two that hold the same nodes, the one with a local loss is the outer.
+    for section, members in sorted(sections, key=lambda s: (len(s[1]), s[0].target)):
+        outliner.outline(section, members)
+    if stop is None:
+        outliner.add_losses()
+    flat.lint()
+    return TrainingModule(outliner.root, flat, type(graph.module).__name__)
+
+
+def _copied(graph: Graph, start: Node | None, stop: Node | None) -> tuple[fx.Graph, dict[Node, Node]]:
+    """A copy of the nodes from `start` to `stop`, and which node became which."""
+    flat = fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes if stop is None else graph.nodes[: graph.order[stop] + 1]:
+        if node is start:
+            with flat.inserting_before(next(iter(flat.nodes))):
+                features = flat.placeholder("features")
+            features.meta = dict(node.meta)
+            copies[node] = features
+        else:
+            copies[node] = flat.node_copy(node, lambda n: copies[n])
+    if stop is not None:
+        flat.output(copies[stop])
+    return flat, copies
+
+
+def _root_of(module: fx.GraphModule, sections: bool) -> nn.Module:
+    """A module that holds what `module` holds, for a graph of its own."""
+    root = nn.Module()
+    shared = ("_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+    root.__dict__.update({name: module.__dict__[name] for name in shared})
+    root._modules = dict(module._modules)
+    if sections:
+        root.add_module("sections", nn.Module())
+    return root
+
+
+class _Outliner:
+    """Replaces the nodes of sections by calls of modules that run them, inner sections first.
+
+    Attributes:
+        graph: the graph that gets shorter. root: the module that it runs on; wrappers are registered there.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.graph, self.root = graph, root
+        self._losses: list[Node] = []
+        self._target: Node | None = None
+        #: the call that a node has become part of, and the nodes that such a call consists of (itself, and what takes its output apart)
+        self._caller: dict[Node, Node] = {}
+        self._parts: dict[Node, Members] = {}
+
+    def outline(self, section: Section, members: Members) -> None:
+        current = dict.fromkeys(n for m in members for n in self._standing_for(m))
+        inside = {m for m in current if m.op not in ("get_attr", "placeholder", "output")}
+        _check_convex(self.graph, section, inside)
+        known = set(self.graph.nodes)
+        order = {n: i for i, n in enumerate(self.graph.nodes)}
+        ordered = sorted(inside, key=order.__getitem__)
+        leaving = [m for m in ordered if any(u not in inside for u in m.users)]
+        # Activations first, then tensors that the root reads for the body.
+        inputs = sorted({i for m in ordered for i in m.all_input_nodes if i not in inside}, key=lambda n: (n.op == "get_attr", order[n]))
+        self._register(section, ordered, inputs, leaving)
+        call = self._call(section, inputs, ordered[-1], leaving)
+        self._read_instead(section, call, leaving, inside)
+        for node in reversed(ordered):
+            self.graph.erase_node(node)
+        _restore_order(self.graph)
+        self._parts[call] = (call, *(n for n in self.graph.nodes if n not in known and n is not call))
+        self._caller |= dict.fromkeys(members, call)
+        self._caller |= {node: call for node, caller in self._caller.items() if caller in inside}
+
+    def _standing_for(self, member: Node) -> Members:
+        """What a node of the flat graph is now: itself, or the call of an inner section with what takes its outputs apart."""
+        node = self._caller.get(member, member)
+        return self._parts.get(node, (node,))
+
+    def _register(self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node]) -> None:
+        body = fx.Graph()
+        copies: dict[Node, Node] = {}
+        for node in inputs:
+            copies[node] = body.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        for node in ordered:
+            copies[node] = body.node_copy(node, lambda n: copies[n])
+        out = tuple(copies[n] for n in leaving)
+        body.output(out[0] if len(out) == 1 else out)
+        body.lint()
+        wrapper = section.wrap(fx.GraphModule(self.root, body, f"Section_{section.name}"))
+        wrapper.train(self.root.training)
+        self.root.get_submodule("sections").add_module(section.name, wrapper)
+
+    def _call(self, section: Section, inputs: Sequence[Node], last: Node, leaving: Sequence[Node]) -> Node:
+        extra: list[Node] = [self._target_input(section)] if section.target else []
+        if section.image:
+            first = next(n for n in self.graph.nodes if n.op == "placeholder")
+            if first.name == "features":
+                raise PassError(f"section {section.name!r} needs the image, which is behind the cut", where=str(section.author))
+            extra.append(first)
+        with self.graph.inserting_after(last):
+            call = self.graph.call_module(f"sections.{section.name}", (*extra, *inputs))
+        call.meta = {"origin": leaving[-1].meta["origin"], "pass": section.author.index, "section": section.name}
+        return call
+
+    def _target_input(self, section: Section) -> Node:
+        if self._target is None:
+            with self.graph.inserting_after([n for n in self.graph.nodes if n.op == "placeholder"][-1]):
+                self._target = self.graph.placeholder("target", default_value=None)
+            self._target.meta = {"origin": Origin("", 0), "pass": section.author.index}
+        return self._target
+
+    def _read_instead(self, section: Section, call: Node, leaving: Sequence[Node], inside: set[Node]) -> None:
+        """Readers of what leaves a section read the outputs of its call."""
+        result = last = call
+        if section.target:
+            result = self._item(call, 0, call)
+            last = self._item(call, 1, result)
+            self._losses.append(last)
+        for number, node in enumerate(leaving):
+            value = result
+            if len(leaving) > 1:
+                value = last = self._item(result, number, last)
+                value.meta = dict(node.meta)
+            else:
+                value.meta |= {k: v for k, v in node.meta.items() if k not in value.meta}
+            node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
+
+    def _item(self, value: Node, number: int, after: Node) -> Node:
+        with self.graph.inserting_after(after):
+            item = self.graph.call_function(operator.getitem, (value, number))
+        item.meta = dict(value.meta)
+        return item
+
+    def add_losses(self) -> None:
+        """Where sections have local losses: the output becomes `(output, local_loss)` in training."""
+        if not self._losses:
+            return
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        self.root.get_submodule("sections").add_module("output", WithLocalLoss())
+        losses = set(self._losses)
+        with self.graph.inserting_before(output):
+            final = self.graph.call_module("sections.output", (output.args[0], *(n for n in self.graph.nodes if n in losses)))
+        final.meta = {"origin": Origin("", 0)}
+        output.args = (final,)
+
+
+def _restore_order(graph: fx.Graph) -> None:
+    """Restores a topological order with as few moves as possible, so that random operations keep their order."""
+    placed: set[Node] = set()
+    order: list[Node] = []
+    for node in list(graph.nodes):
+        stack = [node]
+        while stack:
+            missing = [i for i in stack[-1].all_input_nodes if i not in placed]
+            if missing:
+                stack += reversed(missing)
+                continue
+            top = stack.pop()
+            if top not in placed:
+                placed.add(top)
+                order.append(top)
+    if order != list(graph.nodes):
+        for before, after in itertools.pairwise(order):
+            before.append(after)
+
+
+def _check_convex(flat: fx.Graph, section: Section, inside: set[Node]) -> None:
+    after: set[Node] = set()
+    for node in flat.nodes:
+        through = next((i for i in node.all_input_nodes if i in after), None)
+        if node in inside:
+            if through is not None:
+                raise PassError(
+                    f"section {section.name!r} is not convex: node {through} lies outside it, between two of its nodes",
+                    where=str(section.author),
+                    fix="End it at a cut point (graphopt inspect shows them)",
+                )
+        elif through is not None or any(i in inside for i in node.all_input_nodes):
+            after.add(node)
+
+
+def _check_nesting(sections: Iterable[tuple[Section, Members]]) -> None:
+    computing = [(section, {n for n in members if n.op != "get_attr"}) for section, members in sections]
+    for (one, mine), (other, theirs) in itertools.combinations(computing, 2):
+        if not mine & theirs:
+            continue
+        where = f"{one.author} and {other.author}"
+        if not (mine <= theirs or theirs <= mine):
+            raise PassError(
+                f"the sections {one.name!r} and {other.name!r} overlap",
+                where=where,
+                fix="Let one hold the other whole: move a cut, or select other regions",
+            )
+        outer, inner = (one, other) if mine > theirs else (other, one)
+        if inner.target and not outer.target and mine != theirs:
+            raise PassError(
+                f"section {outer.name!r} holds section {inner.name!r}, which has a local loss: that loss could not leave it",
+                where=where,
+                fix="Declare sections with Editor.outline, which divides them, or select other regions",
+            )
+
+
+def _drop_dead(graph: fx.Graph, module: fx.GraphModule, *, keep_input: bool) -> None:
+    """Erases what nothing uses. A node that writes in place is used where the memory that it changed is read after it."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or node.users or (node.op == "placeholder" and (keep_input or node.name == "features")):
+            continue
+        # Without its input, a graph has no use for assertions on the input's size.
+        if keep_input and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
+            continue
+        if writes_in_place(module, node) and _is_read_later(graph, node, order):
+            continue
+        graph.erase_node(node)
+
+
+def _is_read_later(graph: fx.Graph, node: Node, order: dict[Node, int]) -> bool:
+    memory = storages(node)
+    return any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users)

@@ -1,0 +1,306 @@
+"""What a pass is: a frozen typed value that matches regions of a graph and rewrites them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
+
+import pydantic
+from pydantic import ConfigDict
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.compiler.triggers import Start, Trigger
+from graphopt.compiler.verify import Property
+from graphopt.ir.editor import Editor
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import Region, region_of
+
+StateMap = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Decided = TypeVar("Decided")
+
+
+class Severity(StrEnum):
+    """How much a diagnostic matters: a note, something left alone, a warning, or a reason not to compile."""
+
+    NOTE = "note"
+    SKIPPED = "skipped"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A message about one region.
+
+    Attributes:
+        location: name of the region, or of the option that is wrong.
+        message: one sentence without a full stop.
+        fix: what the user can do about it.
+    """
+
+    severity: Severity
+    location: str
+    message: str
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.severity} {self.location}: {self.message}"
+        return f"{text}. {self.fix}" if self.fix else text
+
+
+class Diagnostics:
+    """Collects diagnostics; the base of what `match` and `rewrite` return."""
+
+    diagnostics: list[Diagnostic]
+
+    def note(self, location: str, message: str) -> None:
+        """Something worth knowing."""
+        self._add(Severity.NOTE, location, message)
+
+    def skip(self, location: str, message: str) -> None:
+        """A region that is left alone, and why."""
+        self._add(Severity.SKIPPED, location, message)
+
+    def warn(self, location: str, message: str) -> None:
+        """Something that costs memory, compute or accuracy."""
+        self._add(Severity.WARNING, location, message)
+
+    def refuse(self, location: str, message: str, fix: str | None = None) -> None:
+        """A reason not to compile; the first one becomes the error that the user sees."""
+        self._add(Severity.ERROR, location, message, fix)
+
+    def _add(self, severity: Severity, location: str, message: str, fix: str | None = None) -> None:
+        self.diagnostics.append(Diagnostic(severity, location, message, fix))
+
+
+@dataclass
+class Match(Diagnostics, Generic[Decided]):
+    """What a pass will do, decided once, on the untouched graph.
+
+    Attributes:
+        regions: what it acts on, in execution order.
+        decision: whatever else it decided (where to cut, whose weights to mix). It must hold names only, no nodes, because it is used
+            on clones of the graph.
+        feature_options: options for caching features, where the pass may ask for that (see `FeatureCut`).
+    """
+
+    regions: tuple[Region, ...]
+    decision: Decided | None = None
+    feature_options: Mapping[str, Any] | None = None
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(r.name for r in self.regions)
+
+
+@dataclass(frozen=True)
+class ActiveMatch(Generic[Decided]):
+    """The part of a match that has to be rewritten now, in the graph that is being rewritten.
+
+    Attributes:
+        graph: the graph as earlier passes have left it.
+        names: of the regions that are due, in execution order.
+        decision: as in `Match`.
+        paths: module paths of those regions.
+        all_names: of all the match's regions, due or not.
+    """
+
+    graph: Graph
+    names: tuple[str, ...]
+    decision: Decided
+    paths: Mapping[str, tuple[str, ...]]
+    all_names: tuple[str, ...]
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions that are due, found again by their paths; those of which earlier passes left nothing are missing."""
+        found = (region_of(self.graph, self.paths[name]) for name in self.names)
+        return tuple(region for region in found if region.nodes)
+
+
+@dataclass(frozen=True)
+class FeatureCut:
+    """A prefix that has left the training graph: its output replaces the images as the input of training.
+
+    Attributes:
+        node: the activation that is cached; in the flat graph.
+        region: name of the last region before the cut.
+        options: the pass's options for caching it (where, dtype, limit, views).
+    """
+
+    node: Node
+    region: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RuntimeNeeds:
+    """What a pass needs at run time; the runner reads these and no pass's name.
+
+    Attributes:
+        targets: training calls `module(x, target)` and gets `(output, local_loss)`.
+        features: the cut behind which training runs on cached features.
+        scores: regions whose parameters the runner must watch for score triggers.
+    """
+
+    targets: bool = False
+    features: FeatureCut | None = None
+    scores: tuple[str, ...] = ()
+
+    def __or__(self, other: RuntimeNeeds) -> RuntimeNeeds:
+        scores = tuple(dict.fromkeys(self.scores + other.scores))
+        return RuntimeNeeds(self.targets or other.targets, other.features or self.features, scores)
+
+
+class Status(StrEnum):
+    """What became of a region."""
+
+    FROZEN = "frozen"
+    SHARED = "shared"
+    DROPPED = "dropped"
+    BYPASSED = "bypassed"
+    ISOLATED = "isolated"
+    INSERTED = "inserted"
+    REWIRED = "rewired"
+    CHECKPOINTED = "checkpointed"
+
+
+@dataclass(frozen=True)
+class RegionStatus:
+    """What became of one region.
+
+    Attributes:
+        status: the new state; ISOLATED means that gradients end here.
+        sources: names of the regions it now uses (shared), or the region that an inserted module is attached to.
+        detail: short facts to show beside it, `{"a": 0.5, "b": 0.5}` or `{"decoder": "features"}`.
+        skip_probability: of a region that training steps leave out at random.
+    """
+
+    status: Status
+    sources: tuple[str, ...] = ()
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    skip_probability: float = 0.0
+
+
+@dataclass
+class Effects(Diagnostics):
+    """What a rewrite did.
+
+    Attributes:
+        statuses: region name (or path of an inserted module) -> what became of it.
+        needs: at run time.
+        to_original_state: emitted state dict -> the keys there were before this pass (None: the same keys and values).
+        from_original_state: the way back.
+        no_decay: names of parameters that are never weight-decayed.
+        figures: figures of the pass's own for the report.
+        diagnostics: what it left alone, and warnings.
+    """
+
+    statuses: dict[str, RegionStatus] = field(default_factory=dict)
+    needs: RuntimeNeeds = RuntimeNeeds()
+    to_original_state: StateMap | None = None
+    from_original_state: StateMap | None = None
+    no_decay: frozenset[str] = frozenset()
+    figures: dict[str, Any] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+    def mark(self, name: str, status: Status, *, sources: tuple[str, ...] = (), skip_probability: float = 0.0, **detail: Any) -> None:
+        """Records what became of a region."""
+        self.statuses[name] = RegionStatus(status, sources, detail, skip_probability)
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Names of the regions it changed; what it inserted aside."""
+        return tuple(name for name, s in self.statuses.items() if s.status is not Status.INSERTED)
+
+
+class Pass(pydantic.BaseModel):
+    """A rewrite with typed options. Subclass it, give it a `name`, and write `match` and `rewrite`.
+
+    The value is frozen and round-trips through TOML: `[[pass]] use = "name"` plus its fields.
+
+    Attributes:
+        name: its name in specs.
+        preserves: what it promises; the compiler checks each promise on the model at hand.
+        claim: what it does to its regions, as a participle ("frozen", "shared", "removed").
+        conflicts_with: claims of other passes that its own regions must be free of.
+        once: whether a plan can have only one of its kind, which the budget search then replaces instead of adding a second.
+        when: its trigger.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    name: ClassVar[str]
+    preserves: ClassVar[frozenset[Property]] = frozenset()
+    claim: ClassVar[str | None] = None
+    conflicts_with: ClassVar[frozenset[str]] = frozenset()
+    once: ClassVar[bool] = False
+
+    when: Trigger = Start()
+
+    def preserved_properties(self) -> frozenset[Property]:
+        """What this value of the pass preserves: `preserves`, unless its options change that."""
+        return self.preserves
+
+    def match(self, graph: Graph) -> Match[Any]:
+        """Decides what it will do. Runs once per plan, on the untouched graph, which it must not change.
+
+        Raises:
+            SelectError: a selector matches nothing.
+            PassError: its options make no sense for this graph.
+        """
+        raise NotImplementedError
+
+    def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
+        """Does what was decided, through the editor.
+
+        Raises:
+            PassError: an earlier pass has changed what this one needs.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
+        """Values of this pass that the budget search may try on a graph, mildest first; none by default.
+
+        Args:
+            current: the value of this pass that the spec has already, if any; its other options are worth keeping.
+        """
+        return ()
+
+    def table(self) -> dict[str, Any]:
+        """The TOML table it was written as: `use` and the fields that were given."""
+        return {"use": self.name, **self.model_dump(mode="json", exclude_unset=True, exclude_none=True)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A value of a pass that the budget search may try, and what to call it."""
+
+    label: str
+    value: Pass
+
+
+@dataclass(frozen=True)
+class PassInstance:
+    """One pass of a plan: its value, its number (from 0), and where in a spec it was written.
+
+    Attributes:
+        location: `"spec.toml:12"`, None for a pass made in code. line: the line alone.
+    """
+
+    value: Pass
+    index: int
+    location: str | None = None
+    line: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`"spec.toml:12 (pass 1, freeze)"`."""
+        here = f"pass {self.index + 1}, {self.value.name}"
+        return f"{self.location} ({here})" if self.location else here

@@ -1,0 +1,190 @@
+"""The pipeline: every pass decides on the untouched graph; then each rewrites a clone, and is checked before the next one starts.
+
+Between two passes the compiler looks at what a pass did: structure, declared properties, costs. That is one function for all passes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from graphopt.compiler.emit import emit
+from graphopt.compiler.measure import Measure
+from graphopt.compiler.pass_base import ActiveMatch, Effects, Match, PassInstance, Severity
+from graphopt.compiler.report import PassReport
+from graphopt.compiler.triggers import Decision, active_regions
+from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
+from graphopt.cost.figures import Cost
+from graphopt.errors import GraphoptError, PassError
+from graphopt.ir.editor import Editor, Edits
+from graphopt.ir.graph import Graph
+from graphopt.ir.section import Author
+
+Verify = Literal["full", "fast", "off"]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One pass of a plan with what it decided. `active` names the regions it is applied to."""
+
+    instance: PassInstance
+    match: Match[Any]
+
+    def active(self, decisions: tuple[Decision, ...]) -> tuple[str, ...]:
+        """Names of the regions that the pass is applied to after `decisions`, in execution order."""
+        return active_regions(self.match.names, self.instance.value.when, self.instance.index, decisions)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph after its passes, with what each did. The tuples follow the passes' numbers; None for a pass that has not fired.
+
+    Attributes:
+        before, after: costs of one training step of the whole, where they were measured.
+    """
+
+    graph: Graph
+    effects: tuple[Effects | None, ...]
+    edits: tuple[Edits | None, ...]
+    reports: tuple[PassReport, ...]
+    before: Cost | None = None
+    after: Cost | None = None
+
+
+def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched, ...]:
+    """Lets every pass decide on the untouched graph, and finds conflicts. Changes nothing.
+
+    Raises:
+        SelectError, PassError: a selector matches nothing, a pass refuses, or two passes contradict each other.
+    """
+    found: list[Matched] = []
+    for instance in instances:
+        with located(instance):
+            match = instance.value.match(graph)
+            refused = next((d for d in match.diagnostics if d.severity is Severity.ERROR), None)
+            if refused is not None:
+                raise PassError(refused.message, where=refused.location, fix=refused.fix)
+            instance.value.when.check(match.names)
+            found.append(Matched(instance, match))
+    for one in found:
+        for other in found:
+            if one is not other:
+                _check_no_conflict(one, other)
+    return tuple(found)
+
+
+def rewrite(
+    untouched: Graph,
+    matched: Sequence[Matched],
+    decisions: tuple[Decision, ...] = (),
+    *,
+    verify: Verify = "full",
+    measure: Measure | None = None,
+) -> Rewritten:
+    """Applies the passes that are active after `decisions` to a clone; `untouched` stays as it is.
+
+    Args:
+        verify: "full" tries every declared property in numbers, "fast" the structure and the keys only, "off" nothing.
+        measure: costs of an emitted module, for the report; called around each pass.
+
+    Raises:
+        VerifyError: a pass did not keep what it declares; with the pass and its place in the spec.
+    """
+    graph = untouched.clone()
+    effects: list[Effects | None] = []
+    edits: list[Edits | None] = []
+    reports: list[PassReport] = []
+    module: nn.Module = emit(graph)
+    first = cost = measure(module, graph, ()) if measure else None
+    for item in matched:
+        active = item.active(decisions)
+        if not active:
+            effects.append(None)
+            edits.append(None)
+            reports.append(PassReport(item.instance, False, diagnostics=tuple(item.match.diagnostics)))
+            continue
+        with located(item.instance):
+            reference = _reference(module, item.instance, verify)
+            keys = tuple(module.state_dict())
+            editor = Editor(graph, Author(item.instance.index, item.instance.value.name))
+            result = item.instance.value.rewrite(editor, _active_match(graph, item.match, active))
+            graph.refresh()
+            module = emit(graph)
+            checked = _verified(graph, module, item.instance, keys, reference, verify)
+        effects.append(result)
+        edits.append(editor.edits)
+        cost_before, cost = cost, measure(module, graph, tuple(e for e in effects if e)) if measure else None
+        diagnostics = tuple(dict.fromkeys((*item.match.diagnostics, *result.diagnostics)))
+        reports.append(
+            PassReport(item.instance, True, result.regions, diagnostics, checked, cost_before, cost, figures=dict(result.figures))
+        )
+    if verify == "full":
+        _check_gradients(graph, matched, effects, reports)
+    return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost)
+
+
+def _active_match(graph: Graph, match: Match[Any], active: tuple[str, ...]) -> ActiveMatch[Any]:
+    paths = {r.name: r.paths for r in match.regions if r.name in active}
+    return ActiveMatch(graph, active, match.decision, paths, match.names)
+
+
+def _reference(module: nn.Module, instance: PassInstance, verify: Verify) -> nn.Module | None:
+    """The network before a pass, for comparison: a copy, because a rewrite can replace modules that it shares with the graph."""
+    return copy.deepcopy(module) if verify == "full" and instance.value.preserved_properties() else None
+
+
+def _verified(
+    graph: Graph, module: nn.Module, instance: PassInstance, keys: tuple[str, ...], reference: nn.Module | None, verify: Verify
+) -> tuple[Checked, ...]:
+    if verify == "off":
+        return ()
+    properties = instance.value.preserved_properties()
+    checked = check_structure(graph, module)
+    if "state-dict keys" in properties:
+        checked.append(check_keys(keys, module))
+    if reference is not None:
+        checked += [check_property(name, reference, module, graph.input) for name in sorted(properties)]
+    return tuple(checked)
+
+
+def _check_gradients(graph: Graph, matched: Sequence[Matched], effects: list[Effects | None], reports: list[PassReport]) -> None:
+    """After the last pass: every trainable parameter gets a gradient. That goes into the last pass's report."""
+    applied = [i for i, effect in enumerate(effects) if effect is not None]
+    if not applied:
+        return
+    with located(matched[applied[-1]].instance):
+        targets = any(e.needs.targets for e in effects if e)
+        # The whole module is checked: with features cached, the runner trains only what is behind the cut, and checks that itself.
+        checked = check_gradients_arrive(emit(graph), graph.input, targets, graph.unused)
+    last = reports[applied[-1]]
+    reports[applied[-1]] = replace(last, verified=(*last.verified, checked))
+
+
+def _check_no_conflict(one: Matched, other: Matched) -> None:
+    mine, theirs = one.instance.value, other.instance.value
+    if theirs.claim is None or theirs.claim not in mine.conflicts_with:
+        return
+    for region in one.match.regions:
+        for rival in other.match.regions:
+            if set(region.nodes) & set(rival.nodes):
+                spot = region.name if rival.covers(region) else rival.name
+                raise PassError(
+                    f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}: "
+                    f"it cannot be {mine.claim} and {theirs.claim}",
+                    where=one.instance.location,
+                    fix="Narrow one of the two selections (exclude = ...)",
+                )
+
+
+@contextmanager
+def located(instance: PassInstance) -> Iterator[None]:
+    """Puts the pass and its place in the spec before the location of any error that is raised inside."""
+    try:
+        yield
+    except GraphoptError as error:
+        raise error.with_location(instance.label)

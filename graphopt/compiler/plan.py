@@ -1,0 +1,298 @@
+"""A plan: a backbone and its passes, compiled; and every later phase of it, which is a pure function of (spec, decisions)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from graphopt.compiler.emit import emit
+from graphopt.compiler.measure import Measure
+from graphopt.compiler.pass_base import Effects, Pass, PassInstance, RuntimeNeeds
+from graphopt.compiler.pipeline import Matched, Verify, rewrite
+from graphopt.compiler.report import Report
+from graphopt.compiler.triggers import Decision
+from graphopt.errors import PassError
+from graphopt.ir.editor import Edits
+from graphopt.ir.graph import Graph
+from graphopt.ir.module import TrainingModule
+from graphopt.ir.regions import region_at
+
+
+class Phase(NamedTuple):
+    """A run of epochs with one graph: its first epoch (from 0), the first that is no longer in it, what began it, its plan."""
+
+    start: int
+    end: int
+    decisions: tuple[Decision, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all phases of a plan have in common.
+
+    Attributes:
+        backbone: the user's model, as it was. untouched: its graph before any rewrite.
+        matched: the passes in order, with what each decided on that graph.
+        name, digest: of the spec; the digest identifies spec and backbone, and checkpoints carry it.
+        batch: samples in the training step that costs are of. measure: the cost model; None where costs were not asked for.
+        spec: the spec it came from, if any.
+    """
+
+    backbone: nn.Module
+    untouched: Graph
+    matched: tuple[Matched, ...]
+    name: str
+    digest: str
+    batch: int
+    measure: Measure | None = None
+    spec: Any = None
+
+
+class Progress(NamedTuple):
+    """How far a pass has come: the pass, the names of all its regions, and of those that it is applied to now."""
+
+    instance: PassInstance
+    names: tuple[str, ...]
+    active: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A compiled backbone in one of its phases.
+
+    Attributes:
+        source: what all phases share. decisions: what has fired so far.
+        graph: the rewritten graph, flat. module: what trains: `module(x)` returns what the backbone returns; with `needs.targets`,
+            training calls `module(x, target)` and gets `(output, local_loss)`.
+        effects: what each pass did; None for one that has not fired. edits: the same, as the editor recorded it.
+        report: what changed, in figures and per pass.
+    """
+
+    source: Source
+    decisions: tuple[Decision, ...]
+    graph: Graph
+    effects: tuple[Effects | None, ...]
+    edits: tuple[Edits | None, ...]
+    module: TrainingModule
+    report: Report
+
+    def __repr__(self) -> str:
+        return f"Plan({self.name!r}, passes={[p.name for p in self.passes]}, decisions={len(self.decisions)})"
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.source.backbone
+
+    @property
+    def base(self) -> Graph:
+        """The untouched graph."""
+        return self.source.untouched
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes, in order."""
+        return tuple(item.instance.value for item in self.source.matched)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest
+
+    @property
+    def batch(self) -> int:
+        return self.source.batch
+
+    @property
+    def spec(self) -> Any:
+        return self.source.spec
+
+    @cached_property
+    def needs(self) -> RuntimeNeeds:
+        """What the runner must provide."""
+        return needs_of(e for e in self.effects if e is not None)
+
+    # -- phases -------------------------------------------------------------------------------------------------------------
+    def progress(self) -> tuple[Progress, ...]:
+        """How far each pass has come."""
+        return tuple(Progress(m.instance, m.match.names, m.active(self.decisions)) for m in self.source.matched)
+
+    def due(self, epoch: int, history: Any = None, epochs: int | None = None) -> tuple[Decision, ...]:
+        """What the triggers decide before `epoch` (from 0) starts, given what was decided already."""
+        found = []
+        for instance, names, active in self.progress():
+            for action, regions in instance.value.when.fire(names, active, epoch, epochs, history):
+                found.append(Decision(index=instance.index, epoch=epoch, action=action, regions=regions))
+        return tuple(found)
+
+    def phases(self, epochs: int, decisions: Sequence[Decision] | None = None) -> tuple[Phase, ...]:
+        """What a run of `epochs` from this plan would go through, without gaps; unverified.
+
+        Args:
+            decisions: of a finished run, to be replayed; default: what the triggers decide that need no measurement.
+        """
+        begun: list[tuple[int, tuple[Decision, ...], Plan]] = []
+        plan, taken = self, self.decisions
+        for epoch in range(epochs):
+            due = plan.due(epoch, None, epochs) if decisions is None else tuple(d for d in decisions if d.epoch == epoch)
+            if due:
+                taken = (*taken, *due)
+                plan = plan.advance_to(taken, verify="off")
+            if due or not begun:
+                begun.append((epoch, due, plan))
+        ends = [*(epoch for epoch, _, _ in begun[1:]), epochs]
+        return tuple(Phase(start, end, due, plan) for (start, due, plan), end in zip(begun, ends, strict=True))
+
+    def advance_to(self, decisions: Iterable[Decision], *, verify: Verify = "fast", costs: bool = False) -> Plan:
+        """The same plan after `decisions`, with the current weights carried over by name."""
+        later = compile_phase(self.source, tuple(decisions), verify=verify, costs=costs)
+        later._take_weights_from(self)
+        return later
+
+    def _take_weights_from(self, earlier: Plan) -> None:
+        """Weights by name; what the other phase does not store is derived through the backbone's own keys."""
+        mine, theirs = self.module.state_dict(), earlier.module.state_dict()
+        values = dict(theirs)
+        if missing := mine.keys() - theirs.keys():
+            adopted = self.from_backbone(earlier.to_backbone(theirs, partial=True))
+            values |= {k: adopted[k] for k in missing if k in adopted}
+        self.module.load_state_dict({k: v for k, v in values.items() if k in mine}, strict=False)
+        device = next((p.device for p in earlier.module.parameters()), torch.device("cpu"))
+        self.module.to(device)
+        self.module.train(earlier.module.training)
+
+    @cached_property
+    def scored(self) -> dict[str, tuple[str, ...]]:
+        """Regions whose weights the runner must watch, with their parameters in the backbone: those of passes that decide by measurement,
+        and those that a pass asks for."""
+        measured = (m.match.regions for m in self.source.matched if not m.instance.value.when.foreseeable)
+        found = {region.name: region.parameters for regions in measured for region in regions}
+        return found | {name: region_at(self.base, name).parameters for name in self.needs.scores if name not in found}
+
+    # -- weights ------------------------------------------------------------------------------------------------------------
+    def to_backbone(self, state: dict[str, Tensor], *, partial: bool = False) -> dict[str, Tensor]:
+        """The emitted module's state dict under the backbone's keys (auxiliary parts gone, mixed weights worked out).
+
+        Args:
+            partial: leave what the backbone's architecture cannot express as it is, instead of raising.
+
+        Raises:
+            PassError: a pass replaced something that the backbone's architecture cannot express.
+        """
+        for effect in reversed(self.effects):
+            if effect is None or effect.to_original_state is None:
+                continue
+            try:
+                state = effect.to_original_state(dict(state))
+            except PassError:
+                if not partial:
+                    raise
+        return state
+
+    def from_backbone(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The way back: a checkpoint of the backbone, under the emitted module's keys."""
+        for effect in self.effects:
+            if effect is not None and effect.from_original_state is not None:
+                state = effect.from_original_state(dict(state))
+        return state
+
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Loads a checkpoint of the backbone (its own keys) into the plan.
+
+        Raises:
+            PassError: keys are missing or unexpected; lists them.
+        """
+        self._check_keys(state, "the checkpoint does not fit the backbone")
+        adopted = self.from_backbone(state)
+        own = self.module.state_dict()
+        self.module.load_state_dict({k: v for k, v in adopted.items() if k in own}, strict=False)
+
+    def export_state(self) -> dict[str, Tensor]:
+        """The trained weights under the backbone's own keys, on the CPU."""
+        restored = self.to_backbone({k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()})
+        self._check_keys(restored, "the plan cannot be written as the backbone")
+        return {k: restored[k] for k in self.backbone.state_dict()}
+
+    def _check_keys(self, state: dict[str, Tensor], what: str) -> None:
+        reference = self.backbone.state_dict().keys()
+        missing, unexpected = sorted(reference - state.keys()), sorted(state.keys() - reference)
+        if missing or unexpected:
+            raise PassError(f"{what}: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+    def export(self) -> nn.Module:
+        """The backbone itself, of its original class, with the trained weights; in eval mode."""
+        module = copy.deepcopy(self.backbone)
+        module.load_state_dict(self.export_state(), strict=True)
+        for parameter in module.parameters():
+            parameter.grad = None
+        return module.eval()
+
+    @property
+    def no_decay(self) -> frozenset[str]:
+        """Names of parameters that passes ask not to be weight-decayed."""
+        return frozenset(n for e in self.effects if e is not None for n in e.no_decay)
+
+    # -- training on cached features ----------------------------------------------------------------------------------------
+    @cached_property
+    def suffix(self) -> TrainingModule:
+        """What is left to train behind `needs.features`: takes the cached activation in the place of the images.
+
+        It shares parameters with `module`. Make it after moving `module` to its device.
+
+        Raises:
+            PassError: no pass has cut a prefix off.
+        """
+        suffix = emit(self.graph, start=self._feature_cut())
+        suffix.train(self.module.training)
+        return suffix
+
+    @cached_property
+    def prefix(self) -> TrainingModule:
+        """The part before `needs.features`: images in, the activation to cache out. It computes the same in either mode.
+
+        It is not put into eval mode here: its root holds the other leaves too, which would change along with it.
+        """
+        return emit(self.graph, stop=self._feature_cut())
+
+    def _feature_cut(self) -> Node:
+        if self.needs.features is None:
+            raise PassError("no pass has cut a prefix off in this phase", fix="Use the drop pass, or take plan.module")
+        return self.needs.features.node
+
+
+def needs_of(effects: Iterable[Effects]) -> RuntimeNeeds:
+    """What several passes need at run time, together."""
+    needs = RuntimeNeeds()
+    for effect in effects:
+        needs = needs | effect.needs
+    return needs
+
+
+def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True) -> Plan:
+    """The plan of one phase: the source's passes applied as `decisions` say.
+
+    Raises:
+        PassError, VerifyError: with the pass and its place in the spec.
+    """
+    result = rewrite(source.untouched, source.matched, decisions, verify=verify, measure=source.measure if costs else None)
+    report = Report(
+        name=source.name,
+        digest=source.digest,
+        batch=source.batch,
+        before=result.before,
+        after=result.after,
+        passes=result.reports,
+        opaque=tuple((o.path, o.reason) for o in source.untouched.opaque),
+        unused=source.untouched.unused,
+    )
+    return Plan(source, decisions, result.graph, result.effects, result.edits, emit(result.graph), report)

@@ -1,0 +1,37 @@
+"""Passes by name, found through the entry-point group `graphopt.passes` and nowhere else."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+from graphopt.compiler.pass_base import Pass
+from graphopt.errors import PassError
+
+GROUP = "graphopt.passes"
+
+
+@lru_cache(maxsize=1)
+def passes() -> dict[str, type[Pass]]:
+    """Every installed pass, by the name specs use.
+
+    Raises:
+        PassError: an entry point does not load, is no `Pass`, or two have one name.
+    """
+    found: dict[str, type[Pass]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        where = f"entry point {entry.name} = {entry.value}"
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise PassError(
+                f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that brings it"
+            ) from error
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise PassError("what it names is no graphopt.Pass", where=where, fix="Name a subclass of graphopt.Pass there")
+        if getattr(loaded, "name", None) != entry.name:
+            raise PassError(f"its class calls itself {getattr(loaded, 'name', None)!r}", where=where, fix="Give the entry point that name")
+        if entry.name in found and found[entry.name] is not loaded:
+            raise PassError(f"two installed packages bring a pass called {entry.name!r}", where=where, fix="Uninstall one of them")
+        found[entry.name] = loaded
+    return found

@@ -1,0 +1,343 @@
+"""Triggers: when a pass fires. A trigger that fired is a decision, and decisions alone make the phases of a plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from graphopt.compiler.scores import MEASURES
+from graphopt.errors import PassError, did_you_mean
+
+Fired = tuple[Literal["apply", "undo"], tuple[str, ...] | None]
+
+
+ScoreName = Literal["change", "continuation", "slope"]
+Threshold = Annotated[float, Field(gt=0)]
+_BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05}
+
+
+class Decision(pydantic.BaseModel):
+    """A trigger that fired.
+
+    Attributes:
+        index: number of the pass in the spec, from 0.
+        epoch: it holds from the start of this epoch on.
+        action: the pass is applied, or taken back.
+        regions: names of the regions it is about; None means the whole selection.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index: int
+    epoch: int
+    action: Literal["apply", "undo"] = "apply"
+    regions: tuple[str, ...] | None = None
+
+
+class BaseTrigger(pydantic.BaseModel):
+    """A rule that decides, before an epoch starts, what a pass applies or takes back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """What fires before `epoch`.
+
+        Args:
+            names: regions of the pass, in execution order. active: those it is applied to already.
+            epoch: from 0. epochs: length of the run, where known.
+            history: what the runner measured so far (see `graphopt.train`), or None.
+        """
+        raise NotImplementedError
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Raises PassError where the trigger names what is none of the pass's regions."""
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether the spec alone says when it fires (no measurement is needed)."""
+        return True
+
+
+class Start(BaseTrigger):
+    """From the first step to the last: `when = "start"`."""
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        return []
+
+
+class AtEpoch(BaseTrigger):
+    """From an epoch on, and optionally only until another: `when = { epoch = 10, until = 20 }`. Epochs count from 0."""
+
+    epoch: Annotated[int, Field(ge=0, strict=True)]
+    until: Annotated[int, Field(ge=1, strict=True)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> AtEpoch:
+        if self.until is not None and self.until <= self.epoch:
+            raise ValueError(f"until = {self.until} must come after epoch = {self.epoch}")
+        return self
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        on = self.epoch <= epoch and (self.until is None or epoch < self.until)
+        if on and not active:
+            return [("apply", None)]
+        if active and not on:
+            return [("undo", None)]
+        return []
+
+
+class Step(pydantic.BaseModel):
+    """One entry of an explicit schedule: from `epoch` (from 0) on, every region up to `upto` and with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: Annotated[int, Field(ge=0, strict=True)]
+    upto: Annotated[str, Field(min_length=1)]
+
+
+class Steps(BaseTrigger):
+    """An explicit schedule, so that a published trajectory can be replayed: `when = [{ epoch = 3, upto = "layer1" }, { epoch = 5, upto =
+    "layer2" }]`. Epochs rise, and so does what is taken."""
+
+    steps: Annotated[tuple[Step, ...], Field(min_length=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Steps:
+        for before, after in zip(self.steps, self.steps[1:], strict=False):
+            if after.epoch <= before.epoch:
+                raise ValueError(f"epoch = {after.epoch} stands after epoch = {before.epoch}: a schedule's epochs must rise")
+        return self
+
+    def check(self, names: tuple[str, ...]) -> None:
+        reached = -1
+        for step in self.steps:
+            if step.upto not in names:
+                fix = did_you_mean(step.upto, names) or f"Its regions are {', '.join(names[:8])}"
+                raise PassError(f"the schedule goes up to {step.upto!r}, which is no region of this pass", where="when", fix=fix)
+            if names.index(step.upto) <= reached:
+                raise PassError(f"the schedule goes back to {step.upto!r} at epoch {step.epoch}", where="when", fix="Go further each time")
+            reached = names.index(step.upto)
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        due = [s.upto for s in self.steps if s.epoch <= epoch]
+        return _take(names[: names.index(due[-1]) + 1], active) if due else []
+
+
+class Score(BaseTrigger):
+    """When the weights have come to rest, as measured: `when = { score = "change", below = 0.02, patience = 2 }`.
+
+    A region fires once it and all regions before it have been under every threshold for `patience` checks in a row, so regions go from the
+    input on. Weights are equal on all ranks, and so are the scores.
+
+    Attributes:
+        score: `"change"`, `"continuation"`, `"slope"` (see `graphopt.rewriting.scores`), or several, which must all agree.
+        below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05.
+        patience: checks in a row.
+        every: epochs between checks.
+        warmup: epochs at the start that count for no check (they do for the largest change).
+        window: epochs that a slope is taken over.
+        most: at most so many of the regions ever: a count, or a share.
+        by: the epoch (or share of the run) at which `most` may be reached; the cap grows in a straight line from `warmup` until then.
+    """
+
+    score: ScoreName | Annotated[tuple[ScoreName, ...], Field(min_length=1)]
+    below: Threshold | tuple[Threshold, ...] | None = None
+    patience: Annotated[int, Field(ge=1, strict=True)] = 2
+    every: Annotated[int, Field(ge=1, strict=True)] = 1
+    warmup: Annotated[int, Field(ge=0, strict=True)] = 0
+    window: Annotated[int, Field(ge=2, strict=True)] = 3
+    most: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    by: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_threshold_each(self) -> Score:
+        if isinstance(self.below, tuple) and len(self.below) != len(self.scores):
+            raise ValueError(f"below has {len(self.below)} thresholds for {len(self.scores)} scores")
+        return self
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return (self.score,) if isinstance(self.score, str) else self.score
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One for each of `scores`."""
+        if self.below is None:
+            return tuple(_BELOW[s] for s in self.scores)
+        return self.below if isinstance(self.below, tuple) else (self.below,) * len(self.scores)
+
+    @property
+    def foreseeable(self) -> bool:
+        return False
+
+    def converged(self, series: list[float]) -> bool:
+        """Whether a region whose change per epoch is `series` is under every threshold now."""
+        scores = (MEASURES[name](series, self.window) for name in self.scores)
+        return bool(series) and all(score < below for score, below in zip(scores, self.thresholds, strict=True))
+
+    def cap(self, count: int, epoch: int, epochs: int | None) -> int:
+        """How many of `count` regions may be taken before `epoch`."""
+        most = count if self.most is None else self.most if isinstance(self.most, int) else int(self.most * count + 1e-9)
+        if self.by is None or (isinstance(self.by, float) and epochs is None):
+            return min(most, count)
+        by = self.by if isinstance(self.by, int) else self.by * (epochs or 0)
+        grown = 1.0 if epoch >= by else max(0.0, (epoch - self.warmup) / (by - self.warmup)) if by > self.warmup else 0.0
+        return min(int(most * grown + 1e-9), count)
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        if history is None or epoch % self.every:
+            return []
+        checks = range(epoch, epoch - self.patience * self.every, -self.every)
+        if min(checks) <= self.warmup:
+            return []
+        found: list[str] = []
+        for name in names[: self.cap(len(names), epoch, epochs)]:
+            if name not in active:
+                series = history.change(name)
+                # A region that has not been watched that long has rested for no check.
+                if len(series) < epoch or not all(self.converged(series[:check]) for check in checks):
+                    break
+            found.append(name)
+        return _take(tuple(found), active)
+
+
+class _Published(BaseTrigger):
+    schedule: str
+
+    @pydantic.field_validator("schedule", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value not in _SCHEDULES:
+            raise ValueError(f"schedule is {' or '.join(map(repr, _SCHEDULES))}, found {value!r}")
+        return value
+
+
+class FreezeOut(_Published):
+    """FreezeOut's schedule (arXiv 1706.04983), known beforehand: `when = { schedule = "freezeout", t0 = 0.5 }`.
+
+    Region i of L stops training once t_i of the run is over, with t_i = t0 + (1 - t0) i / L, cubed by default as the paper recommends;
+    what comes after the last region would be at 1. The paper also anneals each layer's learning rate to zero at its t_i, which a
+    trigger cannot: the run's own scheduler goes on.
+
+    Attributes:
+        t0: share of the run after which the first region fires, before cubing.
+        how: "cubic" or "linear".
+    """
+
+    t0: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    how: Literal["cubic", "linear"] = "cubic"
+
+    def end(self, i: int, count: int) -> float:
+        """t_i, as a share of the run."""
+        linear = self.t0 + (1 - self.t0) * i / count
+        return linear**3 if self.how == "cubic" else linear
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        if epochs is None:
+            return []
+        return _take(tuple(n for i, n in enumerate(names) if self.end(i, len(names)) * epochs <= epoch + 1e-9), active)
+
+
+class Progressive(_Published):
+    """Progressive layer dropping (arXiv 2010.13369, equations 5 and 6), for passes that skip regions at random: `when = { schedule =
+    "progressive", keep = 0.5 }`.
+
+    The expected number of skipped regions follows 1 - theta(t), with theta(t) = (1 - keep) exp(-gamma t) + keep and t the share of the run
+    that is over. Regions join from the deepest on, each with the probability that its pass gives it, and only when its whole share is due.
+
+    Attributes:
+        keep: the limit of theta.
+        gamma: how fast theta falls; the paper's 100 over the run reaches the limit within the first twentieth.
+    """
+
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    gamma: Annotated[float, Field(gt=0)] = 100.0
+
+    def theta(self, time: float) -> float:
+        """The deepest region's keep probability."""
+        return (1 - self.keep) * math.exp(-self.gamma * time) + self.keep
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        if epochs is None:
+            return []
+        count = len(names)
+        # Region i of L is skipped with a probability proportional to i: so are the shares that add up to what is due.
+        due = (1 - self.theta(epoch / epochs)) / (1 - self.keep) * count * (count + 1) / 2
+        joined = []
+        for i in range(count, 0, -1):
+            due -= i
+            if due < -1e-6 * count:
+                break
+            joined.append(names[i - 1])
+        return _take(tuple(reversed(joined)), active)
+
+
+_SCHEDULES = {"freezeout": "FreezeOut", "progressive": "Progressive"}
+
+
+def _take(wanted: tuple[str, ...], active: tuple[str, ...]) -> list[Fired]:
+    """One decision for what is wanted and not there yet."""
+    missing = tuple(n for n in wanted if n not in active)
+    return [("apply", missing)] if missing else []
+
+
+def _from_short(value: Any) -> Any:
+    """`"start"`, and schedules without their key: a list of steps, or one step."""
+    if value == "start":
+        return {}
+    if isinstance(value, list | tuple):
+        return {"steps": tuple(value)}
+    if isinstance(value, dict) and "upto" in value:
+        return {"steps": (value,)}
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, BaseTrigger):
+        return type(value).__name__
+    if isinstance(value, dict):
+        if "schedule" in value:
+            return _SCHEDULES.get(str(value["schedule"]), "FreezeOut")
+        for key, kind in _KEYS.items():
+            if key in value:
+                return kind
+    return "Start"
+
+
+def _to_short(trigger: BaseTrigger) -> Any:
+    if isinstance(trigger, Start):
+        return "start"
+    table = trigger.model_dump(mode="json", exclude_none=True)
+    return table["steps"] if isinstance(trigger, Steps) else table
+
+
+#: the key that tells a trigger's kind in a spec
+_KEYS = {"steps": "Steps", "epoch": "AtEpoch", "score": "Score"}
+
+Trigger = Annotated[
+    Annotated[Start, pydantic.Tag("Start")]
+    | Annotated[AtEpoch, pydantic.Tag("AtEpoch")]
+    | Annotated[Steps, pydantic.Tag("Steps")]
+    | Annotated[Score, pydantic.Tag("Score")]
+    | Annotated[FreezeOut, pydantic.Tag("FreezeOut")]
+    | Annotated[Progressive, pydantic.Tag("Progressive")],
+    pydantic.Discriminator(_kind),
+    BeforeValidator(_from_short),
+    PlainSerializer(_to_short, return_type=Any),
+]
+
+
+def active_regions(names: tuple[str, ...], trigger: BaseTrigger, index: int, decisions: tuple[Decision, ...]) -> tuple[str, ...]:
+    """The regions a pass is applied to after `decisions`, in execution order."""
+    if isinstance(trigger, Start):
+        return names
+    on: set[str] = set()
+    for decision in decisions:
+        if decision.index != index:
+            continue
+        about = set(names) if decision.regions is None else set(decision.regions)
+        on = on | about if decision.action == "apply" else on - about
+    return tuple(n for n in names if n in on)

@@ -1,0 +1,229 @@
+"""The checks behind "preserves": each declared property, tried on the very model, before against after.
+
+Numbers are compared on random input: in float32, where most rewrites turn out equal bit for bit and nothing more need be asked; else in
+float64, where a tolerance as tight as 1e-9 separates rounding from error. Gradients are compared
+in eval mode, where a frozen norm and a trainable one compute the same function; so what is compared is the backward alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import VerifyError
+from graphopt.ir.graph import Graph
+
+#: what a pass can promise, and the compiler can check
+Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
+ALL_PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
+
+#: largest relative difference in float64 that counts as rounding
+TOLERANCE = 1e-9
+#: samples in a numerical check
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One property that was tried and held: its name, and the largest relative difference found (0.0 is bit-equal)."""
+
+    property: str
+    difference: float
+
+
+def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
+    """Lint, shapes, origins, and that sections emit: what every pass must leave intact.
+
+    Raises:
+        VerifyError: with the node.
+    """
+    try:
+        graph.fx.lint()
+    except Exception as error:
+        raise VerifyError(f"the rewritten graph is not well formed: {error}") from error
+    for node in graph.nodes:
+        if "origin" not in node.meta:
+            raise VerifyError(f"node {node} has no origin", fix='The pass must stamp meta["origin"], or call graph.refresh()')
+        if node.op != "output" and "val" not in node.meta:
+            raise VerifyError(f"node {node} has no shape", fix="The pass must call graph.refresh() after its last edit")
+    names = [n for n, _ in emitted.named_parameters(remove_duplicate=False)]
+    missing = {n for n, _ in graph.module.named_parameters(remove_duplicate=False)} - set(names)
+    if missing:
+        raise VerifyError(f"emission lost the parameters {sorted(missing)[:5]}")
+    return [Checked("graph is well formed, shapes and origins complete", 0.0)]
+
+
+def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
+    """The emitted module has the very keys there were before the pass.
+
+    Raises:
+        VerifyError: names what was lost and gained.
+    """
+    now = after.state_dict().keys()
+    lost, gained = sorted(set(before) - now), sorted(now - set(before))
+    if lost or gained:
+        raise VerifyError(f"state-dict keys are not preserved: lost {lost[:5]}, gained {gained[:5]}")
+    return Checked("state-dict keys", 0.0)
+
+
+def check_property(name: Property, before: nn.Module, after: nn.Module, input: tuple[int, ...]) -> Checked:
+    """Tries one declared property.
+
+    Raises:
+        VerifyError: it does not hold; says what was expected and what was found.
+    """
+    if name == "state-dict keys":
+        return _values(before, after)
+    found = _MEASURES[name](before, after, input, torch.float32)
+    if found.difference:
+        found = _MEASURES[name](before, after, input, torch.float64)
+    if found.difference > TOLERANCE:
+        what = found.where or name
+        raise VerifyError(
+            f"{what} is not preserved: relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}", where=found.node
+        )
+    return Checked(name, found.difference)
+
+
+def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: bool, unused: tuple[str, ...]) -> Checked:
+    """After one training step's backward every trainable parameter has a finite gradient, and no frozen one has any.
+
+    Raises:
+        VerifyError: with the parameter.
+    """
+    module = _copy(module, torch.float32).train()
+    if not any(p.requires_grad for p in module.parameters()):
+        raise VerifyError("no trainable parameter is left", fix="Freeze or drop less")
+    _scalar(module, input, torch.float32, targets).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.grad is None and name not in unused:
+            raise VerifyError(f"the trainable parameter {name} gets no gradient", where=name)
+        if parameter.requires_grad and parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise VerifyError(f"the gradient of {name} is not finite on random input", where=name)
+        if not parameter.requires_grad and parameter.grad is not None:
+            raise VerifyError(f"the frozen parameter {name} gets a gradient", where=name)
+    return Checked("every trainable parameter gets a gradient, no frozen one does", 0.0)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The class scores in whatever a backbone returns: a tensor, or the first of several (auxiliary heads)."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    copied = copy.deepcopy(module).to("cpu", dtype)
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
+
+
+def _sample(input: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.rand(BATCH, *input, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def _scalar(module: nn.Module, input: tuple[int, ...], dtype: torch.dtype, targets: bool = False) -> Tensor:
+    """A loss that reaches every output: a fixed random weighting of the scores, plus local losses."""
+    x = _sample(input, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        if targets:
+            shape = first_tensor(module.eval()(x)).shape
+            module.train()
+            output, local = module(x, torch.arange(shape[0]) % shape[-1])
+        else:
+            output, local = module(x), torch.zeros((), dtype=dtype)
+    tensors = [t for t in _flatten(output) if t.requires_grad]
+    loss = local
+    for tensor in tensors:
+        weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype)
+        loss = loss + (tensor * weights).sum()
+    return loss
+
+
+def _flatten(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _flatten(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    scale = a.abs().max().clamp_min(1e-30)
+    difference = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
+    return difference if difference == difference else float("inf")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The largest relative difference, and where it stood."""
+
+    difference: float
+    where: str | None = None
+    node: str | None = None
+
+
+def _outputs(training: bool) -> _Measure:
+    def measure(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Found:
+        results = []
+        for module in (before, after):
+            module = _copy(module, dtype).train(training)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(2)
+                results.append(_flatten(module(_sample(input, dtype))))
+        if len(results[0]) != len(results[1]):
+            name = "training output" if training else "eval output"
+            raise VerifyError(f"{name}: {len(results[0])} tensors before, {len(results[1])} after")
+        return _Found(max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0))
+
+    return measure
+
+
+def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Found:
+    found = []
+    for module in (before, after):
+        module = _copy(module, dtype).eval()
+        loss = _scalar(module, input, dtype)
+        if loss.requires_grad:
+            loss.backward()
+        found.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
+    expected, got = found
+    worst = _Found(0.0)
+    for name, gradient in got.items():
+        if name not in expected:
+            continue
+        reference = expected[name]
+        if (gradient is None) != (reference is None):
+            raise VerifyError(f"the gradient of {name} is {'gone' if gradient is None else 'new'} after the rewrite", where=name)
+        if gradient is None or reference is None:
+            continue
+        difference = _difference(reference, gradient)
+        if difference > worst.difference:
+            worst = _Found(difference, f"the gradient of {name}", name)
+    return worst
+
+
+def _values(before: nn.Module, after: nn.Module) -> Checked:
+    old, new = before.state_dict(), after.state_dict()
+    moved = [k for k in old if not torch.equal(torch.nan_to_num(old[k]), torch.nan_to_num(new[k]))]
+    if moved:
+        raise VerifyError(f"the values of {moved[:5]} changed in rewriting", where=moved[0])
+    return Checked("state-dict values", 0.0)
+
+
+_Measure = Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Found]
+
+_MEASURES: dict[Property, _Measure] = {
+    "eval output": _outputs(training=False),
+    "training output": _outputs(training=True),
+    "gradients of unselected parameters": _gradients,
+}

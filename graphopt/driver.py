@@ -1,0 +1,128 @@
+"""From a spec to a plan: the one place that builds a backbone, traces it, lets the passes decide, and compiles the first phase."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graphopt.compiler.measure import measure_with
+from graphopt.compiler.pass_base import Pass, PassInstance
+from graphopt.compiler.pipeline import Verify, match_all
+from graphopt.compiler.plan import Plan, Source, compile_phase
+from graphopt.compiler.triggers import Decision
+from graphopt.errors import BackboneError, SpecError, TraceError
+from graphopt.models.build import build
+from graphopt.spec import BackboneSpec, Spec, load
+from graphopt.trace import trace
+
+#: default batch size for cost estimates
+DEFAULT_BATCH = 32
+
+
+def compile(
+    model: nn.Module | None,
+    spec: Spec | Sequence[Pass] | Pass | str | Path,
+    *,
+    input: tuple[int, ...] | None = None,
+    batch: int | None = None,
+    verify: Verify = "full",
+    decisions: Sequence[Decision] = (),
+    costs: bool = True,
+    trust: bool = False,
+) -> Plan:
+    """Compiles a backbone with a spec, or with passes.
+
+    Args:
+        model: the backbone; None builds the one the spec names. It is left as it was.
+        spec: a `Spec`, the path or name of one, one pass, or several.
+        input: shape of one sample, e.g. (3, 224, 224); needed where `spec` is passes.
+        batch: samples in the training step that the report's costs are of (default: the spec's, else 32).
+        verify: "full" tries every declared property in numbers, "fast" the structure only, "off" nothing.
+        decisions: triggers that have fired: the phase to compile.
+        costs: fill in the report's costs.
+        trust: let a spec run Python code that it names.
+
+    Raises:
+        GraphoptError: see `graphopt.errors`; the model is left as it was.
+    """
+    source = prepare(model, spec, input=input, batch=batch, compare=verify != "off", trust=trust)
+    return compile_phase(source, tuple(decisions), verify=verify, costs=costs)
+
+
+def prepare(
+    model: nn.Module | None,
+    spec: Spec | Sequence[Pass] | Pass | str | Path,
+    *,
+    input: tuple[int, ...] | None = None,
+    batch: int | None = None,
+    compare: bool = True,
+    trust: bool = False,
+) -> Source:
+    """Everything that a plan's phases share: the traced backbone, and what each pass decided on it. Rewrites nothing.
+
+    Args:
+        compare: run backbone and graph side by side and demand equal bits. The others are as in `compile`.
+
+    Raises:
+        GraphoptError: the spec, the backbone, the trace or a pass's decision is at fault.
+    """
+    spec = load(spec, trust=trust) if isinstance(spec, (str, Path)) else spec
+    if isinstance(spec, Spec):
+        return _from_spec(model, spec, input, batch, compare, trust)
+    passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
+    if model is None or input is None:
+        raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
+    batch = batch or DEFAULT_BATCH
+    graph = trace(model, tuple(input), compare=compare)
+    matched = match_all(graph, [PassInstance(value, index) for index, value in enumerate(passes)])
+    return Source(model, graph, matched, type(model).__name__, digest_of(passes, model, tuple(input)), batch, measure_with(batch))
+
+
+def _from_spec(model: nn.Module | None, spec: Spec, input: tuple[int, ...] | None, batch: int | None, compare: bool, trust: bool) -> Source:
+    with located_backbone(spec):
+        model = build_backbone(spec.backbone, trust=trust) if model is None else model
+        graph = trace(model, tuple(input or spec.backbone.input), compare=compare)
+    matched = match_all(graph, instances_of(spec))
+    batch = batch or spec.train.batch
+    measure = measure_with(batch, **spec.train.forecast_options())
+    return Source(model, graph, matched, spec.name, spec.digest, batch, measure, spec)
+
+
+def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = True) -> nn.Module:
+    """The backbone that `[backbone]` names, in train mode.
+
+    Args:
+        weights: load its weights file, if it names one; False where the state comes from elsewhere (a checkpoint).
+
+    Raises:
+        BackboneError: see `graphopt.models.build`.
+    """
+    return build(spec.source, spec.name, spec.arguments, weights=spec.weights if weights else None, trust=trust)
+
+
+def instances_of(spec: Spec) -> tuple[PassInstance, ...]:
+    """The passes of a spec with the places where they were written."""
+    return tuple(PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes))
+
+
+@contextmanager
+def located_backbone(spec: Spec) -> Iterator[None]:
+    """Puts the line of `[backbone]` before the location of an error about the backbone."""
+    try:
+        yield
+    except (BackboneError, TraceError) as error:
+        where = spec.where("backbone", "input" if isinstance(error, TraceError) else "name")
+        raise (error.with_location(where) if where else error)
+
+
+def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...]) -> str:
+    """Identifies a plan made in code: its passes, and the names and shapes of the backbone's parameters."""
+    shapes = {k: list(v.shape) for k, v in backbone.state_dict().items()}
+    plain: dict[str, Any] = {"passes": [p.table() for p in passes], "shapes": shapes, "input": list(input)}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

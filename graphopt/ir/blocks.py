@@ -1,0 +1,184 @@
+"""The natural blocks of a backbone, and its division into disjoint parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations
+from graphopt.ir.paths import lineage, owner
+from graphopt.ir.regions import Region, entries_and_exits, region_of
+
+
+def find_blocks(graph: Graph) -> tuple[Region, ...]:
+    """The family's natural repeated blocks, in execution order, as they stand in this graph.
+
+    Which paths are blocks is a fact of the backbone: it is found once, on the untouched graph.
+    """
+    return graph.cached(_blocks)
+
+
+def _blocks(graph: Graph) -> tuple[Region, ...]:
+    regions = (region_of(graph, paths) for paths in graph.untouched.cached(block_paths))
+    return tuple(region for region in regions if region.nodes)
+
+
+def disjoint_parts(graph: Graph) -> tuple[Region, ...]:
+    """A backbone in disjoint parts, in execution order: its blocks, and the outermost paths outside of them that hold none."""
+    blocks = find_blocks(graph)
+    taken = {path for block in blocks for path in block.paths}
+    above = {p for path in taken for p in lineage(path)} - taken
+    others = [p for p in graph.paths if p not in above and p not in taken and owner(p) in above | {""}]
+    found = [*blocks, *(region_of(graph, (p,)) for p in others)]
+    return tuple(sorted((r for r in found if r.nodes), key=lambda r: graph.order[r.nodes[0]]))
+
+
+#: modules that only hold others: never blocks themselves
+_CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
+
+
+class _Tree:
+    """Module paths that take part in a graph, with what their flow looks like."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.active = activations(graph)
+        self.nodes: dict[str, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            parts = node.meta["origin"].path.split(".") if node.meta["origin"].path else []
+            for depth in range(len(parts) + 1):
+                self.nodes.setdefault(".".join(parts[:depth]), []).append(node)
+
+    def children(self, path: str) -> list[str]:
+        """Direct children in execution order."""
+        prefix = f"{path}." if path else ""
+        found: dict[str, None] = {}
+        for node in self.nodes.get(path, ()):
+            below = node.meta["origin"].path
+            if below != path and below.startswith(prefix):
+                found.setdefault(prefix + below[len(prefix) :].split(".")[0])
+        return list(found)
+
+    def closed(self, path: str) -> bool:
+        entries, exits = entries_and_exits(self.nodes[path], self.active)
+        return len(entries) == 1 and len(exits) == 1
+
+    def is_leaf(self, path: str) -> bool:
+        return not self.children(path)
+
+    def is_chain(self, path: str) -> bool:
+        """Whether activations flow through the parts of a module one after the other: no branch, no shortcut."""
+        owner: dict[fx.Node, str] = {}
+        children = self.children(path)
+        for child in children:
+            for node in self.nodes[child]:
+                owner[node] = child
+        parts: dict[Any, list[fx.Node]] = {}
+        for node in self.nodes[path]:
+            if node in self.active:
+                parts.setdefault(owner.get(node, node), []).append(node)
+        previous: tuple[fx.Node, ...] | None = None
+        for nodes in parts.values():
+            entries, exits = entries_and_exits(nodes, self.active)
+            if len(entries) != 1 or len(exits) != 1 or (previous is not None and entries != previous):
+                return False
+            previous = exits
+        return True
+
+
+def block_paths(graph: Graph) -> tuple[tuple[str, ...], ...]:
+    """Paths of each block: the author's where timm publishes them, else the repeated closed parts that are no mere chain, else units.
+
+    A unit is a run of leaves that starts at a convolution or linear layer and goes on to the next (conv, norm, activation, pool).
+    """
+    tree = _Tree(graph)
+    authored = _authored_blocks(tree)
+    if authored:
+        return authored
+    found: list[str] = []
+    kinds = Counter(graph.types.get(p, "") for p in tree.nodes if p and not tree.is_leaf(p))
+
+    def walk(path: str) -> None:
+        for child in tree.children(path):
+            if tree.is_leaf(child):
+                continue
+            kind = graph.types.get(child, "")
+            repeated = kinds[kind] > 1 and kind not in _CONTAINERS
+            if repeated and tree.closed(child) and not tree.is_chain(child):
+                found.append(child)
+            else:
+                walk(child)
+
+    walk("")
+    return _with_sisters(tree, found) or _units(tree)
+
+
+def _with_sisters(tree: _Tree, found: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Blocks of the same kinds as those found: one without a shortcut (a stage's first) is a mere chain, and still a block."""
+    kinds = {tree.graph.types[p] for p in found}
+    sisters = [p for p in tree.nodes if tree.graph.types.get(p) in kinds and tree.closed(p)]
+    outer = [p for p in sisters if not any(p != q and p.startswith(f"{q}.") for q in sisters)]
+    return tuple((p,) for p in _in_order(tree, outer))
+
+
+def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
+    """The author's groups that are whole modules, closed and repeated. Stems, heads and groups that gather strays are none."""
+    graph = tree.graph
+    owned = Counter[str]()
+    for name, _ in graph.module.named_parameters():
+        parts = name.split(".")
+        owned.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+    paths: list[str] = []
+    for names in graph.groups:
+        owners = [name.split(".")[:-1] for name in names]
+        path = ".".join(level[0] for level in _while_equal(owners))
+        if path not in tree.nodes or tree.is_leaf(path) or graph.types[path] in _CONTAINERS:
+            continue
+        if owned[path] == len(names) and tree.closed(path):
+            paths.append(path)
+    kinds = Counter(graph.types[p] for p in paths)
+    paths = [p for p in paths if kinds[graph.types[p]] > 1]
+    # Groups can be coarser than blocks (whole stages): then the structure knows better.
+    if all(tree.is_chain(p) for p in paths):
+        return ()
+    return _with_sisters(tree, paths)
+
+
+def _while_equal(parts: list[list[str]]) -> Iterator[tuple[str, ...]]:
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            return
+        yield level
+
+
+def _in_order(tree: _Tree, paths: Iterable[str]) -> list[str]:
+    return sorted(paths, key=lambda p: tree.graph.order[tree.nodes[p][0]])
+
+
+def _units(tree: _Tree) -> tuple[tuple[str, ...], ...]:
+    """Conv-norm-act units of a plain chain (VGG, AlexNet): convolutional ones, or linear ones where there are none."""
+    weighted = {"Conv1d", "Conv2d", "Conv3d", "Linear"}
+    runs: list[list[str]] = []
+    last_parent = None
+    for node in tree.graph.nodes:
+        if node.op != "call_module":
+            continue
+        path = node.meta["origin"].path
+        parent = path.rpartition(".")[0]
+        module = tree.graph.module.get_submodule(str(node.target))
+        is_weighted = type(module).__name__ in weighted or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        if is_weighted:
+            runs.append([path])
+        elif runs and parent == last_parent:
+            runs[-1].append(path)
+        last_parent = parent
+    kinds = Counter(tree.graph.types[r[0]] for r in runs)
+    convolutional = [r for r in runs if "Conv" in tree.graph.types[r[0]]]
+    chosen = convolutional if len(convolutional) > 1 else runs
+    return tuple(tuple(dict.fromkeys(r)) for r in chosen if kinds[tree.graph.types[r[0]]] > 1)

@@ -1,0 +1,299 @@
+"""The editor: the only way to change a graph.
+
+It stamps every node that it makes or changes with its origin and with the pass instance that did it, keeps sections nested, keeps shapes up
+to date, forgets stale analyses, and records what it did, so that nobody has to find that out from the graph afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+
+from graphopt.ir.graph import Graph, Origin
+from graphopt.ir.nodes import attribute
+from graphopt.ir.paths import owner
+from graphopt.ir.section import Author, Section
+from graphopt.ir.shapes import as_fake
+
+Nodes = tuple[Node, ...]
+
+
+@dataclass
+class Edits:
+    """What one pass instance did to a graph, by name, in the order it was done.
+
+    Attributes:
+        inserted: names of new nodes. changed: of nodes whose operation or inputs changed. erased: of nodes that are gone.
+        added: paths of new modules and names of new parameters. replaced: paths of leaves that have another form now.
+        removed: names of modules, parameters and buffers that are gone.
+        frozen: names of parameters that no longer require a gradient.
+        sections: names of the sections that were declared.
+    """
+
+    inserted: dict[str, None] = field(default_factory=dict)
+    changed: dict[str, None] = field(default_factory=dict)
+    erased: dict[str, None] = field(default_factory=dict)
+    added: dict[str, None] = field(default_factory=dict)
+    replaced: dict[str, None] = field(default_factory=dict)
+    removed: dict[str, None] = field(default_factory=dict)
+    frozen: dict[str, None] = field(default_factory=dict)
+    sections: dict[str, None] = field(default_factory=dict)
+
+
+class Editor:
+    """Changes a graph on behalf of one pass instance.
+
+    Attributes:
+        graph: the graph; analyses of it are always up to date.
+        author: the pass instance.
+        edits: what was done so far.
+    """
+
+    def __init__(self, graph: Graph, author: Author) -> None:
+        self.graph, self.author, self.edits = graph, author, Edits()
+
+    # -- new nodes ----------------------------------------------------------------------------------------------------------
+    def call(
+        self,
+        target: Callable[..., Any] | str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        before: Node | None = None,
+        after: Node | None = None,
+        like: Node | None = None,
+    ) -> Node:
+        """A new call of a function, or of a tensor method by name.
+
+        Args:
+            before, after: where it goes; exactly one.
+            like: the node whose origin and sections it gets; default: the node it is put next to.
+        """
+        op = "call_method" if isinstance(target, str) else "call_function"
+        return self._insert(op, target, args, kwargs or {}, before, after, like)
+
+    def call_module(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], *, before: Node | None = None, after: Node | None = None
+    ) -> Node:
+        """Registers a new module at `path` and calls it. Its output has the shape of its first argument."""
+        self.add_module(path, module)
+        node = self._insert("call_module", path, args, {}, before, after, None)
+        if isinstance(args[0], Node) and "val" in args[0].meta:
+            node.meta["val"] = args[0].meta["val"]
+        return node
+
+    def read(self, name: str, *, before: Node, like: Node | None = None) -> Node:
+        """A new node that reads a parameter or a buffer."""
+        return self._insert("get_attr", name, (), {}, before, None, like)
+
+    def _insert(
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: Node | None,
+        after: Node | None,
+        like: Node | None,
+    ) -> Node:
+        place = before or after
+        if place is None or (before is not None and after is not None):
+            raise ValueError("give one of before and after")
+        with self.graph.fx.inserting_before(place) if before is not None else self.graph.fx.inserting_after(place):
+            node = self.graph.fx.create_node(op, target, args, kwargs)
+        model = like or place
+        node.meta["origin"] = model.meta.get("origin", Origin("", 0))
+        node.meta["pass"] = self.author.index
+        self.graph.sections[:] = [replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections]
+        self._infer(node)
+        self.edits.inserted[node.name] = None
+        self.graph.changed()
+        return node
+
+    def _infer(self, node: Node) -> None:
+        """The node's value on fake tensors, where those of its inputs are known; `Graph.refresh` finds the rest."""
+        mode = getattr(self.graph.placeholder.meta.get("val"), "fake_mode", None)
+        if mode is None or any("val" not in i.meta for i in node.all_input_nodes):
+            return
+        if node.op == "get_attr":
+            value = attribute(self.graph.module, str(node.target))
+            node.meta["val"] = as_fake(value, mode).detach() if isinstance(value, torch.Tensor) else value
+        elif node.op in ("call_function", "call_method"):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with mode, torch.no_grad():
+                function: Any = node.target
+                node.meta["val"] = (
+                    getattr(args[0], function)(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
+                )
+
+    # -- changed nodes ------------------------------------------------------------------------------------------------------
+    def set_call(self, node: Node, target: Any = None, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> None:
+        """Another operation, or other inputs, for a node; what is not given stays.
+
+        Args:
+            target: a function, or a string: a leaf's path where the node calls a module, else a tensor method.
+        """
+        if callable(target):
+            node.op, node.target = "call_function", target
+        elif target is not None:
+            node.target = target
+        node.args = node.args if args is None else args
+        node.kwargs = node.kwargs if kwargs is None else kwargs
+        self.touch(node)
+
+    def redirect(self, old: Node, new: Any, users: Iterable[Node] | None = None) -> None:
+        """Lets readers of `old` read `new` (a node, or a constant): all of them, `new` itself aside, or the given `users`."""
+        for user in tuple(old.users) if users is None else tuple(users):
+            if user is not new:
+                user.args, user.kwargs = fx.node.map_aggregate((user.args, user.kwargs), lambda a: new if a is old else a)  # type: ignore[assignment,misc]  # map_aggregate's declared result is wider than what it gives
+                self.edits.changed[user.name] = None
+        self.graph.changed()
+
+    def touch(self, node: Node) -> None:
+        """Marks a node as changed by this pass instance."""
+        node.meta["pass"] = self.author.index
+        self.edits.changed[node.name] = None
+        self.graph.changed()
+
+    def erase(self, nodes: Iterable[Node]) -> None:
+        """Removes nodes. Nothing outside them may read them any more."""
+        gone = set(nodes)
+        for node in sorted(gone, reverse=True):
+            self.edits.erased[node.name] = None
+            self.graph.fx.erase_node(node)
+        kept = (replace(s, nodes=tuple(n for n in s.nodes if n not in gone)) for s in self.graph.sections)
+        self.graph.sections[:] = [s for s in kept if s.nodes]
+        self.graph.changed()
+
+    # -- modules and parameters ---------------------------------------------------------------------------------------------
+    def replace_leaf(self, node: Node, module: nn.Module) -> None:
+        """Puts `module` in the place of the leaf that a node calls, for all its calls.
+
+        Parameter and buffer names should stay, so that state-dict keys do.
+        """
+        path = str(node.target)
+        module.training = self.graph.module.get_submodule(path).training
+        self.graph.module.get_submodule(owner(path))._modules[path.rpartition(".")[2]] = module
+        self.edits.replaced[path] = None
+        for call in self.calls(path):
+            self.touch(call)
+
+    def calls(self, path: str) -> Nodes:
+        """The nodes that call the leaf at `path`."""
+        return tuple(self.graph.fx.find_nodes(op="call_module", target=path))
+
+    def add_module(self, path: str, module: nn.Module) -> None:
+        """Registers a new module."""
+        self.graph.module.add_submodule(path, module)
+        self.edits.added[path] = None
+
+    def add_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """Registers a new parameter, making the modules on the way where there are none."""
+        path, _, last = name.rpartition(".")
+        holder: nn.Module = self.graph.module
+        for part in path.split(".") if path else ():
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        holder.register_parameter(last, parameter)
+        self.edits.added[name] = None
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Unregisters modules, parameters and buffers; those that are gone already are passed over."""
+        for name in names:
+            try:
+                holder = self.graph.module.get_submodule(owner(name))
+            except AttributeError:
+                continue
+            last = name.rpartition(".")[2]
+            for registry in (holder._parameters, holder._buffers, holder._modules):
+                registry.pop(last, None)
+            holder._non_persistent_buffers_set.discard(last)
+            self.edits.removed[name] = None
+        self.graph.changed()
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Parameters that no longer require a gradient."""
+        for name in names:
+            self.graph.module.get_parameter(name).requires_grad_(False)
+            self.edits.frozen[name] = None
+        self.graph.changed()
+
+    # -- sections -----------------------------------------------------------------------------------------------------------
+    def outline(
+        self,
+        nodes: Iterable[Node],
+        wrap: Callable[[fx.GraphModule], nn.Module],
+        name: str,
+        *,
+        target: bool = False,
+        image: bool = False,
+        outside: Callable[[fx.GraphModule], nn.Module] | None = None,
+        only: Callable[[Nodes], bool] | None = None,
+    ) -> tuple[Section, ...]:
+        """Declares that nodes run as one unit in the emitted module, keeping all sections nested.
+
+        The rule: a section with a local loss stays whole, and those without one that reach over its border are divided there. A section
+        without a loss is divided along the sections with one, and along those that it overlaps in part; a section that lies wholly
+        inside it nests. Each piece becomes a section.
+
+        Args:
+            nodes: a convex set, in any order. wrap, target, image: as in `Section`.
+            name: of the section; pieces and names that are taken get a number.
+            outside: leave out what runs in a section of this kind already.
+            only: which pieces are worth a section; default: all that compute something.
+
+        Returns:
+            The new sections; none where nothing was left of the nodes.
+        """
+        chosen = set(nodes)
+        if target:
+            whole = Section(name, tuple(n for n in self.graph.nodes if n in chosen), wrap, self.author, target, image)
+            self.graph.sections[:] = [piece for s in self.graph.sections for piece in self._divided(s, whole)]
+            return (self._declare(whole),)
+        if outside is not None:
+            chosen -= {n for s in self.graph.sections if s.wrap is outside for n in s.nodes}
+        pieces = [p for p in _divide(self.graph, chosen, self.graph.sections) if only is None or only(p)]
+        return tuple(self._declare(Section(name, piece, wrap, self.author, target, image)) for piece in pieces)
+
+    def remove_sections(self, chosen: Callable[[Section], bool]) -> None:
+        """Withdraws sections: their nodes run as part of what holds them."""
+        self.graph.sections[:] = [s for s in self.graph.sections if not chosen(s)]
+
+    def _declare(self, section: Section) -> Section:
+        taken = {s.name for s in self.graph.sections}
+        name, number = section.name, 1
+        while name in taken:
+            number += 1
+            name = f"{section.name}_{number}"
+        section = replace(section, name=name)
+        self.graph.sections.append(section)
+        self.edits.sections[name] = None
+        return section
+
+    def _divided(self, section: Section, border: Section) -> Sequence[Section]:
+        pieces = [] if section.target else _divide(self.graph, set(section.nodes), [border])
+        if len(pieces) < 2:
+            return (section,)
+        return [replace(section, name=f"{section.name}_{number}", nodes=piece) for number, piece in enumerate(pieces)]
+
+
+def _divide(graph: Graph, nodes: set[Node], sections: Sequence[Section]) -> list[Nodes]:
+    """Nodes by the sections that hold them; what no section holds, by the sections it depends on, so that every piece is convex."""
+    dividing = [(i, set(s.nodes)) for i, s in enumerate(sections)]
+    dividing = [(i, held) for i, held in dividing if held & nodes and (sections[i].target or not held <= nodes)]
+    before: dict[Node, frozenset[int]] = {}
+    pieces: dict[tuple[frozenset[int], frozenset[int]], list[Node]] = {}
+    holders: dict[Node, frozenset[int]] = {}
+    for node in (n for n in graph.nodes if n in nodes):
+        sources = [i for i in node.all_input_nodes if i in before]
+        before[node] = frozenset().union(*(before[i] | holders[i] for i in sources))
+        holders[node] = frozenset(i for i, held in dividing if node in held)
+        key = (holders[node], frozenset() if holders[node] else before[node])
+        pieces.setdefault(key, []).append(node)
+    return [tuple(p) for p in pieces.values() if any(n.op != "get_attr" for n in p)]

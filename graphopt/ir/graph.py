@@ -1,0 +1,146 @@
+"""The flat training graph that passes rewrite."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from torch import fx
+from torch.fx import Node
+
+from graphopt.ir.section import Section
+from graphopt.ir.shapes import propagate_shapes
+
+Result = TypeVar("Result")
+
+
+class Origin(NamedTuple):
+    """Where in the backbone a node comes from: module path (`""` is the backbone itself) and which call of that module."""
+
+    path: str
+    call: int
+
+
+class Opaque(NamedTuple):
+    """A module kept as one leaf, with the reason."""
+
+    path: str
+    reason: str
+
+
+class Graph:
+    """One backbone as a flat graph: a placeholder `x` of shape (N, *input), leaf modules at the backbone's own paths, one output.
+
+    Every node carries `meta["origin"]` (`Origin`), `meta["val"]` (a fake tensor, or the Python value, at batch 2) and, where a pass put
+    or changed it, `meta["pass"]` (number of the pass instance, from 0). Change a graph through `graphopt.ir.editor.Editor` only.
+
+    Attributes:
+        module: the `fx.GraphModule`; its state-dict keys are the backbone's until a pass says otherwise.
+        input: shape of one sample; the batch stays free.
+        types: class name of every module of the backbone, by path.
+        groups: the author's own blocks as lists of parameter names, where the model publishes them (timm's `group_matcher`).
+        opaque: modules kept whole, with reasons.
+        unused: parameters that no node uses; they are kept, and reported.
+        sections: nodes that run as one unit in the emitted module; passes append, emission outlines.
+        untouched: the graph as it was traced; itself, for a graph that is no clone.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        input: tuple[int, ...],
+        types: dict[str, str],
+        groups: tuple[tuple[str, ...], ...] = (),
+        opaque: tuple[Opaque, ...] = (),
+        unused: tuple[str, ...] = (),
+        untouched: Graph | None = None,
+    ) -> None:
+        self.module, self.input, self.types, self.groups = module, input, types, groups
+        self.opaque, self.unused = opaque, unused
+        self.sections: list[Section] = []
+        self.untouched = untouched or self
+        self._results: dict[Callable[..., Any], Any] = {}
+
+    # -- reading ------------------------------------------------------------------------------------------------------------
+    @property
+    def fx(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes in execution order."""
+        return self.cached(_nodes)
+
+    @property
+    def order(self) -> dict[Node, int]:
+        """Position of each node in execution order."""
+        return self.cached(_order)
+
+    @property
+    def placeholder(self) -> Node:
+        return next(n for n in self.nodes if n.op == "placeholder")
+
+    @property
+    def output(self) -> Node:
+        return next(n for n in reversed(self.nodes) if n.op == "output")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What a selector can name, in execution order, outer before inner: module paths, and parameters that the graph reads itself."""
+        return self.cached(_paths)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def cached(self, analysis: Callable[[Graph], Result]) -> Result:
+        """`analysis(self)`, kept until the graph changes. Do not change the result."""
+        if analysis not in self._results:
+            self._results[analysis] = analysis(self)
+        return self._results[analysis]
+
+    # -- changing -----------------------------------------------------------------------------------------------------------
+    def changed(self) -> None:
+        """Forgets the results of all analyses. The editor calls it after every edit."""
+        self._results.clear()
+
+    def clone(self) -> Graph:
+        """A deep copy, weights included; sections are not carried over (rewriting makes them)."""
+        if self.sections:
+            raise ValueError("clone a graph before passes add sections to it")
+        module = copy.deepcopy(self.module)
+        return Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.untouched)
+
+    def refresh(self) -> None:
+        """After edits: lint, recompile, shapes, and an origin for every new node (that of its last input, if none was given)."""
+        graph = self.module.graph
+        graph.lint()
+        self.module.recompile()
+        for node in graph.nodes:
+            if "origin" not in node.meta:
+                given = [n.meta["origin"] for n in node.all_input_nodes if "origin" in n.meta]
+                node.meta["origin"] = given[-1] if given else Origin("", 0)
+        propagate_shapes(self.module, self.input)
+        self.changed()
+
+
+def _nodes(graph: Graph) -> tuple[Node, ...]:
+    return tuple(graph.module.graph.nodes)
+
+
+def _order(graph: Graph) -> dict[Node, int]:
+    return {node: position for position, node in enumerate(graph.nodes)}
+
+
+def _paths(graph: Graph) -> tuple[str, ...]:
+    seen: dict[str, None] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        parts = node.meta["origin"].path.split(".")
+        for depth in range(1, len(parts) + 1):
+            seen.setdefault(".".join(parts[:depth]))
+        if node.op == "get_attr":
+            seen.setdefault(str(node.target))
+    seen.pop("", None)
+    return tuple(seen)

@@ -1,0 +1,52 @@
+"""The `fx.GraphModule` that graphopt emits, and the module hierarchy it stands on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+
+class TrainingModule(fx.GraphModule):
+    """A `GraphModule` that keeps everything its root holds: parameters that no node uses, buffers' persistence, registration order.
+
+    Stock `GraphModule` keeps only what the graph mentions and makes every buffer persistent, so that a state dict neither loads
+    into nor from the backbone.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TrainingModule") -> None:
+        super().__init__(root, graph, class_name)
+        # The very dicts, not copies: modules emitted from one graph must agree when `.to()` puts new buffers in place.
+        self._parameters = root._parameters
+        self._buffers = root._buffers
+        self._non_persistent_buffers_set = root._non_persistent_buffers_set
+        self._modules = dict(root._modules)
+        self.training = root.training
+
+    def _deepcopy_init(self) -> Any:
+        return TrainingModule.__init__
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a training graph is not pickled: save its state dict with the spec and the decisions")
+
+
+def skeleton(backbone: nn.Module, called: frozenset[str]) -> nn.Module:
+    """Registers what `backbone` registers, in its order; leaves and tensors are shared, containers become plain modules.
+
+    A container is a module that no node calls whole (`called` are those that one does); since calling it would run code that the
+    graph has replaced, only its place in the hierarchy is kept.
+    """
+
+    def hold(old: nn.Module, prefix: str) -> nn.Module:
+        new = nn.Module()
+        new.training = old.training
+        new._parameters = dict(old._parameters)
+        new._buffers = dict(old._buffers)
+        new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+        for name, child in old._modules.items():
+            path = f"{prefix}{name}"
+            keep = child is None or path in called or next(child.children(), None) is None
+            new._modules[name] = child if keep else hold(child, f"{path}.")  # type: ignore[arg-type]
+        return new
+
+    return hold(backbone, "")

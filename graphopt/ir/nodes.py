@@ -1,0 +1,146 @@
+"""Facts about single nodes: what they carry, which parameters they read, which memory they write and share."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from graphopt.ir.graph import Graph
+from graphopt.runtime.by_mode import ByMode
+
+#: Python's augmented assignments as `fx` records them: they write into their first operand
+_AUGMENTED = frozenset(
+    getattr(operator, f"i{name}")
+    for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+)
+
+
+def activations(graph: Graph) -> set[Node]:
+    """Nodes that carry activations: floating-point tensors computed from the input.
+
+    Shape arithmetic and what is computed from parameters alone do not count.
+    """
+    return graph.cached(_activations)
+
+
+def _activations(graph: Graph) -> set[Node]:
+    found: set[Node] = set()
+    for node in graph.nodes:
+        computed = node.op != "output" and any(n in found for n in node.all_input_nodes)
+        if node.op == "placeholder" or (computed and _holds_floats(node.meta.get("val"))):
+            found.add(node)
+    return found
+
+
+def _holds_floats(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, (tuple, list)) and any(map(_holds_floats, value))
+
+
+def leaf(graph: Graph, node: Node) -> nn.Module | None:
+    """The module that a node calls; None for any other node."""
+    return graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a `get_attr` node with this target reads."""
+    path, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(path), name)
+
+
+def parameters_read(module: fx.GraphModule, node: Node) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and values of the parameters that a node itself reads: those of the leaf it calls, or the one it gets."""
+    if node.op == "call_module":
+        for name, parameter in module.get_submodule(str(node.target)).named_parameters():
+            yield f"{node.target}.{name}", parameter
+    elif node.op == "get_attr":
+        value = attribute(module, str(node.target))
+        if isinstance(value, nn.Parameter):
+            yield str(node.target), value
+
+
+def parameters_of(graph: Graph, nodes: Iterable[Node]) -> tuple[str, ...]:
+    """Names of the parameters that nodes read, in order of use, each once (a tied one under the name it is first read by)."""
+    names: dict[int, str] = {}
+    for node in nodes:
+        for name, parameter in parameters_read(graph.module, node):
+            names.setdefault(id(parameter), name)
+    return tuple(names.values())
+
+
+def trainable(graph: Graph, node: Node) -> bool:
+    """Whether a node reads a parameter that requires a gradient."""
+    return any(p.requires_grad for _, p in parameters_read(graph.module, node))
+
+
+def writes_in_place(module: fx.GraphModule, node: Node) -> bool:
+    """Whether a node writes into one of its inputs: by name (`relu_`), by argument (`inplace=True`, `out=`) or by module (`ReLU(inplace)`).
+
+    A leaf counts if it, or a module inside it, says `inplace`.
+    """
+    if node.op == "call_module":
+        return _leaf_writes_in_place(module.get_submodule(str(node.target)))
+    if node.op == "call_method":
+        return _named_in_place(str(node.target)) or str(node.target) == "__setitem__"
+    return node.op == "call_function" and _call_writes_in_place(node.target, node.args, node.kwargs)
+
+
+def _leaf_writes_in_place(leaf: nn.Module) -> bool:
+    if isinstance(leaf, ByMode):
+        calls = (leaf.train_arguments, leaf.eval_arguments)
+        if isinstance(leaf.function, str):
+            return _named_in_place(leaf.function)
+        return any(_call_writes_in_place(leaf.function, args, kwargs) for args, kwargs in calls)
+    return bool(getattr(leaf, "inplace", False))
+
+
+def _call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
+    if function in _AUGMENTED or function is operator.setitem or _named_in_place(getattr(function, "__name__", "")):
+        return True
+    if kwargs.get("inplace") is True or kwargs.get("out") is not None:
+        return True
+    position = _position_of_inplace(function)
+    return position is not None and len(args) > position and args[position] is True
+
+
+def _named_in_place(name: str) -> bool:
+    """torch's convention: a trailing underscore."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+@cache
+def _position_of_inplace(function: Any) -> int | None:
+    """Which positional argument of a function is called `inplace`."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def storages(node: Node) -> set[StorageWeakRef]:
+    """The memory behind a node's value; two nodes whose sets meet share memory."""
+    return {StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)}
+
+
+def overwriter(graph: Graph, node: Node) -> Node | None:
+    """The first node that writes into an activation, or into a view of it; None where nothing does."""
+    memory, here = storages(node), graph.order[node]
+    views = {node}
+    for user in graph.nodes[here + 1 :]:
+        if any(i in views for i in user.all_input_nodes):
+            if writes_in_place(graph.module, user):
+                return user
+            if memory & storages(user):
+                views.add(user)
+    return None

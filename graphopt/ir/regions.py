@@ -1,0 +1,124 @@
+"""Regions: the nodes of a module path, or of a run of paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from graphopt.errors import SelectError, did_you_mean
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations, parameters_of
+from graphopt.ir.paths import is_below, lineage
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes of one module path, or of a run of paths, in one graph.
+
+    Attributes:
+        name: `"layer1.0"`; a run reads `"features.0-2"`.
+        paths: the module paths it is made of.
+        kind: class name of the module; `"Conv2d unit"` for a run that starts with a `Conv2d`.
+        nodes: in execution order.
+        entries: activations from outside that feed it (input included). exits: activations inside that are used outside.
+        closed: one activation in, one out.
+        parameters: names of the parameters its nodes use, in order of use.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    kind: str
+    nodes: tuple[Node, ...]
+    entries: tuple[Node, ...]
+    exits: tuple[Node, ...]
+    closed: bool
+    parameters: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Region({self.name!r}, {self.kind}, {len(self.nodes)} nodes)"
+
+    def covers(self, other: Region) -> bool:
+        """Whether every node of `other` is one of this region's."""
+        return set(other.nodes) <= set(self.nodes)
+
+
+def entries_and_exits(nodes: Iterable[Node], active: set[Node]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Activations that come in from outside, and those that go out. Reading only the shape of an activation does not count as an exit."""
+    nodes = tuple(nodes)
+    members = set(nodes)
+    entries = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in members and i in active)
+    exits = tuple(n for n in nodes if n in active and any(u not in members and (u in active or u.op == "output") for u in n.users))
+    return tuple(entries), exits
+
+
+def region_at(graph: Graph, path: str) -> Region:
+    """The region of one module path, or of a parameter that the graph reads itself (`cls_token`).
+
+    Raises:
+        SelectError: nothing in the graph comes from there; names the nearest paths.
+    """
+    found = region_of(graph, (path,))
+    if not found.nodes:
+        raise SelectError(f"no part of the graph has the path {path!r}", fix=did_you_mean(path, graph.paths))
+    return found
+
+
+def region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
+    """The region of a run of paths, whatever it holds (empty where nothing comes from there)."""
+    below = graph.cached(_nodes_below)
+    if len(paths) == 1:
+        return _region(graph, paths, tuple(below.get(paths[0], ())))
+    nodes = {n for p in paths for n in below.get(p, ())}
+    return _region(graph, paths, tuple(sorted(nodes, key=graph.order.__getitem__)))
+
+
+def _nodes_below(graph: Graph) -> dict[str, dict[Node, None]]:
+    """The nodes at or below each path, in execution order."""
+    below: dict[str, dict[Node, None]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        # A parameter lies where it is registered, too; but one that a pass reads for another region (a neighbour's weight in a mix)
+        # lies only where it is read, or execution order would lose its meaning.
+        own = node.op == "get_attr" and "pass" not in node.meta
+        for path in {*lineage(node.meta["origin"].path), *(lineage(str(node.target)) if own else ())}:
+            below.setdefault(path, {})[node] = None
+    return below
+
+
+def _region(graph: Graph, paths: tuple[str, ...], nodes: tuple[Node, ...]) -> Region:
+    entries, exits = entries_and_exits(nodes, activations(graph))
+    return Region(
+        name=_run_name(paths),
+        paths=paths,
+        kind=_kind(graph, paths),
+        nodes=nodes,
+        entries=entries,
+        exits=exits,
+        closed=len(entries) == 1 and len(exits) == 1,
+        # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
+        parameters=parameters_of(graph, (n for n in nodes if n.op != "get_attr" or "pass" not in n.meta or is_below(str(n.target), paths))),
+    )
+
+
+def _kind(graph: Graph, paths: tuple[str, ...]) -> str:
+    if len(paths) == 1:
+        return graph.types.get(paths[0], "Parameter")
+    first = next((graph.types[p] for p in paths if _has_parameters(graph, p)), graph.types.get(paths[0], ""))
+    return f"{first} unit"
+
+
+def _has_parameters(graph: Graph, path: str) -> bool:
+    try:
+        return next(graph.module.get_submodule(path).parameters(), None) is not None
+    except AttributeError:
+        return False
+
+
+def _run_name(paths: tuple[str, ...]) -> str:
+    """`features.0-2` for a run under one parent, `conv1-maxpool` at the root."""
+    if len(paths) == 1:
+        return paths[0]
+    return f"{paths[0]}-{paths[-1].rpartition('.')[2]}"

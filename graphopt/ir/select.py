@@ -1,0 +1,247 @@
+"""Selectors: the part of a spec that names regions.
+
+A string is a glob on module paths (`*` one segment or part of one, `**` any number of segments, none included); `re:` makes it a regular
+expression for the whole path; a list is a union; a table starts from paths, types or blocks and filters. Regions come in execution
+order, each once, and none inside another. What matches nothing is an error that shows the nearest paths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from graphopt.errors import SelectError, did_you_mean
+from graphopt.ir.blocks import find_blocks
+from graphopt.ir.paths import containers
+from graphopt.ir.regions import Region, region_of
+
+if TYPE_CHECKING:
+    from graphopt.ir.graph import Graph
+
+Glob = Annotated[str, Field(min_length=1)]
+
+
+class Filter(pydantic.BaseModel):
+    """A selector table. Filters apply in the order of the fields below; at least one of `path`, `type`, `blocks` starts the set.
+
+    Attributes:
+        path: globs; with `blocks`, the blocks at or below the paths they match.
+        type: class names of modules, as globs (`"Conv2d"`, `"*Norm*"`).
+        blocks: the family's natural blocks.
+        before, after, between: only what runs before, after or strictly between these paths.
+        exclude: a selector; drops what lies inside or contains what it matches.
+        first, last: a count, or a fraction of what is left (`0.5`).
+        every: each k-th of what is left: the k-th, the 2k-th and so on. offset: index (from 0) of the first one taken instead.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Glob | tuple[Glob, ...] | None = None
+    type: Glob | tuple[Glob, ...] | None = None
+    blocks: bool | None = None
+    before: Glob | None = None
+    after: Glob | None = None
+    between: tuple[Glob, Glob] | None = None
+    exclude: Glob | tuple[Glob | Filter, ...] | Filter | None = None
+    first: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    last: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    every: Annotated[int, Field(ge=1, strict=True)] | None = None
+    offset: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _starts_somewhere(self) -> Filter:
+        if self.path is None and self.type is None and not self.blocks:
+            raise ValueError("a selector table needs one of path, type or blocks = true to start from")
+        if self.offset is not None and self.every is None:
+            raise ValueError("offset goes with every")
+        if self.first is not None and self.last is not None:
+            raise ValueError("first and last exclude each other")
+        if self.between is not None and (self.before is not None or self.after is not None):
+            raise ValueError("between says both ends: leave out before and after")
+        return self
+
+
+Selector = Glob | Annotated[tuple[Glob | Filter, ...], Field(min_length=1)] | Filter
+
+
+def select(selector: Selector, graph: Graph) -> tuple[Region, ...]:
+    """The regions a selector names in a graph, in execution order, none inside another.
+
+    Raises:
+        SelectError: an entry matches nothing; says which, with the nearest paths.
+    """
+    return _outermost(graph, _select(selector, graph))
+
+
+def _select(selector: Any, graph: Graph) -> list[Region]:
+    if isinstance(selector, str):
+        return _by_path(selector, graph)
+    if isinstance(selector, Filter):
+        return _by_table(selector, graph)
+    return [region for entry in selector for region in _select(entry, graph)]
+
+
+def _by_path(pattern: str, graph: Graph) -> list[Region]:
+    matches = compile_pattern(pattern)
+    paths = [p for p in graph.paths if matches(p)]
+    if pattern == "**":
+        paths = [""]
+    if paths:
+        inside: set[str] = set(paths)
+        # What lies inside a matched path adds nothing: only the outermost become regions.
+        paths = [p for p in paths if not any(p.startswith(f"{q}.") for q in containers(p) if q in inside)]
+        return [region_of(graph, (p,)) for p in paths]
+    named = [b for b in find_blocks(graph) if b.name == pattern]
+    if named:
+        return named
+    raise SelectError(
+        f"{pattern!r} matches no path of the graph",
+        fix=did_you_mean(_plain(pattern), graph.paths) or f"Its first paths are {', '.join(graph.paths[:5])}",
+    )
+
+
+def _by_table(table: Filter, graph: Graph) -> list[Region]:
+    steps: list[str] = []
+
+    def narrowed(regions: list[Region], step: str, before: list[Region]) -> list[Region]:
+        steps.append(step)
+        if not regions:
+            had = ", ".join(r.name for r in before[:5]) + (", ..." if len(before) > 5 else "")
+            raise SelectError(f"the selector is empty after {' and '.join(steps)}", fix=f"Before that step it held: {had or 'nothing'}")
+        return regions
+
+    regions = _start(table, graph, steps)
+    order = graph.order
+    after, before = table.between or (table.after, table.before)
+    if after is not None:
+        edge = max(order[n] for n in _one(after, graph).nodes)
+        regions = narrowed([r for r in regions if min(order[n] for n in r.nodes) > edge], f"after = {after!r}", regions)
+    if before is not None:
+        edge = min(order[n] for n in _one(before, graph).nodes)
+        regions = narrowed([r for r in regions if max(order[n] for n in r.nodes) < edge], f"before = {before!r}", regions)
+    if table.exclude is not None:
+        out = _select(table.exclude, graph)
+        regions = narrowed(
+            [r for r in regions if not any(o.covers(r) or r.covers(o) for o in out)], f"exclude = {table.exclude!r}", regions
+        )
+    regions = list(_outermost(graph, regions))
+    if table.first is not None:
+        regions = narrowed(regions[: _count(table.first, len(regions))], f"first = {table.first}", regions)
+    if table.last is not None:
+        count = _count(table.last, len(regions))
+        regions = narrowed(regions[len(regions) - count :], f"last = {table.last}", regions)
+    if table.every is not None:
+        offset = table.every - 1 if table.offset is None else table.offset
+        step = f"every = {table.every}" + ("" if table.offset is None else f", offset = {table.offset}")
+        regions = narrowed(regions[offset :: table.every], step, regions)
+    return regions
+
+
+def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
+    globs = (table.path,) if isinstance(table.path, str) else table.path
+    if table.blocks:
+        regions = list(find_blocks(graph))
+        steps.append("blocks = true")
+        if not regions:
+            raise SelectError("the backbone has no repeated blocks", fix="Select by path or type instead")
+        if globs is not None:
+            within = [r for g in globs for r in _by_path(g, graph)]
+            regions = [b for b in regions if any(r.covers(b) for r in within)]
+            steps.append(f"path = {table.path!r}")
+            if not regions:
+                raise SelectError(f"no block lies at or below {table.path!r}", fix=f"The blocks are {_names(find_blocks(graph))}")
+        if table.type is not None:
+            regions = _of_type(table.type, regions)
+        return regions
+    if globs is not None:
+        if table.type is None:
+            return [r for g in globs for r in _by_path(g, graph)]
+        # With a type, every matched path counts, not only the outermost: `path = "layer1.**", type = "Conv2d"`.
+        found = []
+        for glob in globs:
+            matches = compile_pattern(glob)
+            paths = [p for p in graph.paths if matches(p)]
+            if not paths:
+                _by_path(glob, graph)
+            found += [region_of(graph, (p,)) for p in paths if p in graph.types]
+        return _of_type(table.type, found)
+    return _of_type(table.type or "*", [region_of(graph, (p,)) for p in graph.paths if p in graph.types])
+
+
+def _of_type(types: str | tuple[str, ...], regions: list[Region]) -> list[Region]:
+    patterns = (types,) if isinstance(types, str) else types
+    kinds = {r.kind for r in regions}
+    chosen: list[Region] = []
+    for pattern in patterns:
+        matches = compile_pattern(pattern)
+        hits = [r for r in regions if matches(r.kind)]
+        if not hits:
+            raise SelectError(
+                f"type = {pattern!r} matches no module",
+                fix=did_you_mean(_plain(pattern), kinds) or f"There are {', '.join(sorted(kinds)[:8])}",
+            )
+        chosen += hits
+    return chosen
+
+
+def _one(pattern: str, graph: Graph) -> Region:
+    regions = _outermost(graph, _by_path(pattern, graph))
+    if len(regions) == 1:
+        return regions[0]
+    return region_of(graph, tuple(p for r in regions for p in r.paths))
+
+
+def _outermost(graph: Graph, regions: Iterable[Region]) -> tuple[Region, ...]:
+    order = graph.order
+    largest_first = sorted({r.name: r for r in regions}.values(), key=lambda r: -len(r.nodes))
+    owner: set[Any] = set()
+    kept = []
+    for region in largest_first:
+        if not set(region.nodes) <= owner:
+            kept.append(region)
+            owner |= set(region.nodes)
+    return tuple(sorted(kept, key=lambda r: order[r.nodes[0]]))
+
+
+def _count(share: int | float, total: int) -> int:
+    return min(share, total) if isinstance(share, int) else round(share * total)
+
+
+def _names(regions: Iterable[Region]) -> str:
+    names = [r.name for r in regions]
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _plain(pattern: str) -> str:
+    return pattern.removeprefix("re:").replace("**", "").replace("*", "").strip(".") or pattern
+
+
+@lru_cache(maxsize=512)
+def compile_pattern(pattern: str) -> Any:
+    """A predicate on whole paths.
+
+    Raises:
+        SelectError: the text after `re:` is no regular expression.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.compile(pattern[3:]).fullmatch
+        except re.error as error:
+            raise SelectError(f"{pattern!r} is no regular expression: {error}") from None
+    parts = []
+    segments = pattern.split(".")
+    for i, segment in enumerate(segments):
+        last = i == len(segments) - 1
+        if segment == "**":
+            # `a.**` also means `a` itself: any number of segments, none included.
+            parts.append(r"(?:[^.]+(?:\.|$))*" if not last else r"(?:[^.]+(?:\.[^.]+)*)?")
+        else:
+            parts.append("".join("[^.]*" if c == "*" else "[^.]" if c == "?" else re.escape(c) for c in segment))
+            if not last:
+                parts.append(r"\." if segments[i + 1 :] != ["**"] else r"(?:\.|$)")
+    return re.compile("".join(parts)).fullmatch

@@ -1,0 +1,103 @@
+"""Shapes of every node, found by running the graph on fake tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import TraceError
+
+#: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
+SHAPE_BATCH = 2
+
+
+def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
+    """Stamps `meta["val"]` on every node of `module` by running it on fake tensors, without gradients and without weights.
+
+    Raises:
+        TraceError: the graph cannot take this input; names the node and its module path.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = fake_copy(module, mode)
+        fake.eval()
+        floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
+        x = torch.empty(batch, *input, dtype=None if floating is None else floating.dtype)
+        at: list[fx.Node] = []
+
+        class Shapes(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                at[:] = [n]
+                try:
+                    value = super().run_node(n)
+                except (DataDependentOutputException, DynamicOutputShapeException):
+                    value = _shape_by_running(module, n, *self.fetch_args_kwargs_from_env(n), mode)
+                original[n.name].meta["val"] = value
+                return value
+
+        original = {n.name: n for n in module.graph.nodes}
+        try:
+            with torch.no_grad():
+                Shapes(fake, garbage_collect_values=True).run(x)
+        except Exception as error:
+            node = at[0] if at else None
+            origin = node.meta.get("origin") if node is not None else None
+            where = f"node {node} of {(origin.path if origin else '') or 'the backbone'}" if node is not None else None
+            cause = error.__cause__ or error
+            raise TraceError(
+                f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {_first_line(cause)}",
+                where=where,
+                fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
+            ) from error
+
+
+def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """Shapes of a leaf that branches on values: they cannot be known without values, so it runs once on random ones."""
+    if node.op != "call_module":
+        raise TypeError(f"{node} branches on values outside any module")
+    leaf = copy.deepcopy(module.get_submodule(str(node.target))).eval()
+    if any(t.is_meta for t in (*leaf.parameters(), *leaf.buffers())):
+        raise TypeError(f"{node.target} branches on values: its shapes are not known without its weights")
+
+    def real(value: Any) -> Any:
+        return torch.rand(value.shape).to(value.dtype) if isinstance(value, torch.Tensor) else value
+
+    with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+        args, kwargs = pytree.tree_map(real, (args, kwargs))
+        out = leaf(*args, **kwargs)
+    return pytree.tree_map(lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, out)
+
+
+def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
+    """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory."""
+    memo: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = as_fake(tensor, mode)
+    for gm in module.modules():
+        # Shapes stamped earlier would be copied, and belong to another mode.
+        if isinstance(gm, fx.GraphModule):
+            memo[id(gm.meta)] = {}
+    return copy.deepcopy(module, memo)
+
+
+def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake CPU tensor of the same shape, strides, dtype and kind; parameters on the meta device count as on the CPU."""
+    with mode, torch.no_grad():
+        fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

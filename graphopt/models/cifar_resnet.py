@@ -1,0 +1,96 @@
+"""The CIFAR residual networks of He et al. (arXiv 1512.03385, section 4.2), which neither torchvision nor timm has.
+
+Depth 6n+2: a 3x3 stem, three stages of n basic blocks at widths 16, 32 and 64, global pooling, one linear layer. Where
+a stage begins, the shortcut is a 1x1 convolution with a norm (the paper's option B), as in the systems that graphopt
+reproduces: depth 110 has 1,730,714 parameters and depth 32 has 466,906, at 10 classes.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphopt.errors import BackboneError
+from graphopt.models import cifar_vgg
+
+#: The depths of the published systems; any depth 6n+2 works.
+DEPTHS = (20, 32, 44, 56, 110)
+WIDTHS = (16, 32, 64)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with norms beside a shortcut: (N, C, H, W) -> (N, width, H/stride, W/stride)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """(N, in_chans, H, W) -> logits (N, num_classes); H and W at least 4, 32 in the paper.
+
+    Raises:
+        BackboneError: the depth is not 6n+2 with n at least 1.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise BackboneError(f"a CIFAR ResNet's depth is 6n+2, not {depth}", fix=f"Use one of {DEPTHS}")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = self._stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
+        self.layer2 = self._stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
+        self.layer3 = self._stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.fc = nn.Linear(WIDTHS[2], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(channels, width, stride)
+        return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.fc(out.mean((2, 3)))
+
+
+def names() -> list[str]:
+    """The published depths by name, and the VGGs; `build` takes any other `resnet<6n+2>` too."""
+    return [*(f"resnet{depth}" for depth in DEPTHS), *cifar_vgg.LAYERS]
+
+
+def arguments(name: str) -> list[str]:
+    """What `build` takes for this backbone."""
+    return ["num_classes", "in_chans", *(["width"] if name in cifar_vgg.LAYERS else [])]
+
+
+def build(name: str, *, num_classes: int = 10, in_chans: int = 3, **more: float) -> nn.Module:
+    """`"resnet110"` and its kin, `"vgg11"` and its kin.
+
+    Raises:
+        BackboneError: not a name of these families.
+    """
+    if name in cifar_vgg.LAYERS:
+        return cifar_vgg.CifarVGG(name, num_classes, in_chans, **more)
+    found = re.fullmatch(r"resnet(\d+)", name)
+    if found is None:
+        raise BackboneError(f"no CIFAR backbone is named {name!r}", fix=f"There are {', '.join(names())}")
+    return CifarResNet(int(found[1]), num_classes=num_classes, in_chans=in_chans, **more)
