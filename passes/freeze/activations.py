@@ -5,7 +5,7 @@ The in-place variants compute out of place: nothing keeps their input alive any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -152,14 +152,15 @@ def max_pool2d(
 ) -> Tensor:
     """`F.max_pool2d` on (N, C, H, W); saves each maximum's place within its window."""
     if input.dim() != 4 or return_indices or not recorded(input):
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]  # no overload takes a bool that is not known
+        stock: Callable[..., Tensor] = F.max_pool2d
+        return stock(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     sizes = (kernel_size, stride or kernel_size, padding, dilation)
     return _MaxPool2d.apply(input, *(as_tuple(s, 2) for s in sizes), ceil_mode)
 
 
 class _AvgPool2d(Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, *arguments) -> Any:
+    def forward(ctx: Any, x: Any, *arguments: Any) -> Any:
         save_metadata(ctx, x)
         ctx.arguments = arguments
         return aten.avg_pool2d(x, *arguments)
