@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -257,7 +258,7 @@ def _cost(
         rows=rows,
     )
     if per_block:
-        object.__setattr__(cost, "blocks", cost.by(per_block))
+        return replace(cost, blocks=cost.by(per_block))
     return cost
 
 
@@ -320,7 +321,6 @@ LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def _quiet_collector() -> Iterator[None]:
     # The cycle collector frees at moments of its own; what is live must depend on the step alone.
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
