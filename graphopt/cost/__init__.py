@@ -3,7 +3,7 @@
 from graphopt.cost.advice import Advice, advise, where_memory_is
 from graphopt.cost.figures import BlockCost, Cost
 from graphopt.cost.rates import Rates, measure_rates
-from graphopt.cost.step import forecast, measure
+from graphopt.cost.step import StepOptions, forecast, measure
 from graphopt.errors import CostError
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Cost",
     "CostError",
     "Rates",
+    "StepOptions",
     "advise",
     "forecast",
     "measure",
