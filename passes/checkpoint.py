@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -51,6 +51,7 @@ class Checkpoint(Pass):
     name: ClassVar[str] = "checkpoint"
     preserves: ClassVar[frozenset[Property]] = ALL_PROPERTIES
     once: ClassVar[bool] = True
+    position: ClassVar[Literal["first", "anywhere", "last"]] = "last"
 
     select: Selector | None = None
     segments: Annotated[int, Field(ge=1, strict=True)] | None = None

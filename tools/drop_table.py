@@ -17,7 +17,7 @@ from machine import heading
 
 from graphopt.driver import build_backbone as build
 from graphopt.driver import compile
-from graphopt.planning.run_cost import counts, run_work
+from graphopt.planning.run_cost import counts, forecast_run
 from graphopt.spec import load
 from graphopt.units import show_count, show_size
 
@@ -36,7 +36,7 @@ def row(name: str, published: str) -> str:
         model = build(spec.backbone)
     plan = compile(model, spec, verify="off", costs=False)
     samples, evaluated = counts(spec.data)
-    work = run_work(plan, spec.train, samples=samples, evaluated=evaluated)
+    work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated)
     taken = ", ".join(f"{d.epoch}: {d.regions[-1]}" for phase in work.phases for d in phase.decisions if d.regions)
     backward = 1 - work.run.backward_flops / work.before.backward_flops
     cells = (

@@ -64,14 +64,14 @@ def _run(spec: Any, source: Any, path: Path, rates: Any) -> tuple[int | None, An
     from graphopt.compiler.plan import compile_phase
     from graphopt.cost import CostError
     from graphopt.errors import RunError
-    from graphopt.planning.run_cost import counts, decisions_of, drop_points, run_work
+    from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
 
     points = drop_points(source.untouched) if any(item.match.feature_options is not None for item in source.matched) else ()
     decisions = decisions_of(path) if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
         plan = compile_phase(source, verify="off", costs=False)
-        work = run_work(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
+        work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
         return samples, work, points
     except (RunError, CostError):
         # A forecast that cannot be had is no reason to withhold the rest of the dry run.
@@ -134,7 +134,7 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
     if run.seconds is not None:
         ratio = run.seconds / before.seconds
         show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; loading data is not in it)")
-    if not work.foreseen:
+    if not work.complete:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 
 

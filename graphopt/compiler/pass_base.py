@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from functools import cached_property, reduce
+from operator import or_
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pydantic
 from pydantic import ConfigDict
@@ -153,6 +154,11 @@ class RuntimeNeeds:
     features: FeatureCut | None = None
     scores: tuple[str, ...] = ()
 
+    @staticmethod
+    def of(effects: Iterable[Effects]) -> RuntimeNeeds:
+        """What several passes need together."""
+        return reduce(or_, (effect.needs for effect in effects), RuntimeNeeds())
+
     def __or__(self, other: RuntimeNeeds) -> RuntimeNeeds:
         scores = tuple(dict.fromkeys(self.scores + other.scores))
         return RuntimeNeeds(self.targets or other.targets, other.features or self.features, scores)
@@ -231,6 +237,7 @@ class Pass(pydantic.BaseModel):
         claim: what it does to its regions, as a participle ("frozen", "shared", "removed").
         conflicts_with: claims of other passes that its own regions must be free of.
         once: whether a plan can have only one of its kind, which the budget search then replaces instead of adding a second.
+        position: where the budget search adds it: "first" if it splits the backbone, "last" if it reuses the splits of others.
         when: its trigger.
     """
 
@@ -241,6 +248,7 @@ class Pass(pydantic.BaseModel):
     claim: ClassVar[str | None] = None
     conflicts_with: ClassVar[frozenset[str]] = frozenset()
     once: ClassVar[bool] = False
+    position: ClassVar[Literal["first", "anywhere", "last"]] = "anywhere"
 
     when: Trigger = Start()
 

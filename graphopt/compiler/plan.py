@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,7 +126,7 @@ class Plan:
     @cached_property
     def needs(self) -> RuntimeNeeds:
         """What the runner must provide."""
-        return needs_of(e for e in self.effects if e is not None)
+        return RuntimeNeeds.of(e for e in self.effects if e is not None)
 
     # -- phases -------------------------------------------------------------------------------------------------------------
     def progress(self) -> tuple[Progress, ...]:
@@ -134,29 +135,34 @@ class Plan:
 
     def due(self, epoch: int, history: Any = None, epochs: int | None = None) -> tuple[Decision, ...]:
         """What the triggers decide before `epoch` (from 0) starts, given what was decided already."""
-        found = []
-        for instance, names, active in self.progress():
-            for action, regions in instance.value.when.fire(names, active, epoch, epochs, history):
-                found.append(Decision(index=instance.index, epoch=epoch, action=action, regions=regions))
-        return tuple(found)
+        return _due(self.source.matched, self.decisions, epoch, history, epochs)
+
+    def foreseen(self, epochs: int) -> tuple[Decision, ...]:
+        """What the triggers that need no measurement will decide in a run of `epochs`. Compiles nothing."""
+        foreseeable = [m for m in self.source.matched if m.instance.value.when.foreseeable]
+        decisions = self.decisions
+        for epoch in range(epochs):
+            decisions += _due(foreseeable, decisions, epoch, None, epochs)
+        return decisions[len(self.decisions) :]
 
     def phases(self, epochs: int, decisions: Sequence[Decision] | None = None) -> tuple[Phase, ...]:
-        """What a run of `epochs` from this plan would go through, without gaps; unverified.
+        """The phases of a run of `epochs` that starts with this plan, without gaps; unverified.
 
         Args:
-            decisions: of a finished run, to be replayed; default: what the triggers decide that need no measurement.
+            decisions: of a finished run, to be replayed; default: what can be foreseen.
         """
-        begun: list[tuple[int, tuple[Decision, ...], Plan]] = []
-        plan, taken = self, self.decisions
-        for epoch in range(epochs):
-            due = plan.due(epoch, None, epochs) if decisions is None else tuple(d for d in decisions if d.epoch == epoch)
-            if due:
-                taken = (*taken, *due)
-                plan = plan.advance_to(taken, verify="off")
-            if due or not begun:
-                begun.append((epoch, due, plan))
-        ends = [*(epoch for epoch, _, _ in begun[1:]), epochs]
-        return tuple(Phase(start, end, due, plan) for (start, due, plan), end in zip(begun, ends, strict=True))
+        later = [d for d in (self.foreseen(epochs) if decisions is None else decisions) if d.epoch < epochs]
+        plan, found = self, []
+        for start, end in itertools.pairwise(sorted({0, epochs, *(d.epoch for d in later)})):
+            due = tuple(d for d in later if d.epoch == start)
+            plan = plan.advance_to((*plan.decisions, *due), verify="off") if due else plan
+            found.append(Phase(start, end, due, plan))
+        return tuple(found)
+
+    def phase_at(self, epoch: int, epochs: int, *, verify: Verify = "fast", costs: bool = False) -> Plan:
+        """The plan that `epoch` of a run of `epochs` trains with, as far as that can be foreseen. Compiles that phase only."""
+        due = (d for d in self.foreseen(epochs) if d.epoch <= epoch)
+        return self.advance_to((*self.decisions, *due), verify=verify, costs=costs)
 
     def advance_to(self, decisions: Iterable[Decision], *, verify: Verify = "fast", costs: bool = False) -> Plan:
         """The same plan after `decisions`, with the current weights carried over by name."""
@@ -277,12 +283,13 @@ class Plan:
         return self.needs.features.node
 
 
-def needs_of(effects: Iterable[Effects]) -> RuntimeNeeds:
-    """What several passes need at run time, together."""
-    needs = RuntimeNeeds()
-    for effect in effects:
-        needs = needs | effect.needs
-    return needs
+def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int, history: Any, epochs: int | None) -> tuple[Decision, ...]:
+    found = []
+    for item in matched:
+        when, index = item.instance.value.when, item.instance.index
+        for action, regions in when.fire(item.match.names, item.active(decisions), epoch, epochs, history):
+            found.append(Decision(index=index, epoch=epoch, action=action, regions=regions))
+    return tuple(found)
 
 
 def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True) -> Plan:

@@ -1,4 +1,4 @@
-"""Passes by name, found through the entry-point group `graphopt.passes` and nowhere else."""
+"""Installed passes by name, found through the entry-point group `graphopt.passes` only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def passes() -> dict[str, type[Pass]]:
     """Every installed pass, by the name specs use.
 
     Raises:
-        PassError: an entry point does not load, is no `Pass`, or two have one name.
+        PassError: an entry point does not load, is not a `Pass`, or two have the same name.
     """
     found: dict[str, type[Pass]] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
@@ -27,13 +27,13 @@ def passes() -> dict[str, type[Pass]]:
             continue
         except Exception as error:
             raise PassError(
-                f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that brings it"
+                f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that provides it"
             ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-            raise PassError("what it names is no graphopt.Pass", where=where, fix="Name a subclass of graphopt.Pass there")
+            raise PassError("it does not name a subclass of graphopt.Pass", where=where, fix="Name one there")
         if getattr(loaded, "name", None) != entry.name:
-            raise PassError(f"its class calls itself {getattr(loaded, 'name', None)!r}", where=where, fix="Give the entry point that name")
+            raise PassError(f"its class has the name {getattr(loaded, 'name', None)!r}", where=where, fix="Give the entry point that name")
         if entry.name in found and found[entry.name] is not loaded:
-            raise PassError(f"two installed packages bring a pass called {entry.name!r}", where=where, fix="Uninstall one of them")
+            raise PassError(f"two installed packages provide a pass called {entry.name!r}", where=where, fix="Uninstall one of them")
         found[entry.name] = loaded
     return found

@@ -1,9 +1,9 @@
-"""What a compilation changed, in figures and per pass."""
+"""The report of a compilation: its figures, whole and per pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.compiler.pass_base import Diagnostic, PassInstance
@@ -17,8 +17,8 @@ class PassReport:
 
     Attributes:
         instance: the pass. active: whether its trigger has fired.
-        regions: names of the regions it changed. diagnostics: what it has to say. verified: the properties that were checked.
-        before, after: costs of one training step around this pass (None when costs were not asked for).
+        regions: names of the regions it changed. verified: the properties that were checked.
+        before, after: costs of one training step before and after this pass; None if costs were not asked for.
         figures: figures of the pass's own.
     """
 
@@ -37,15 +37,14 @@ class PassReport:
         return advise(self.before, self.after) if self.before is not None and self.after is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return {
             **self.instance.value.table(),
             "active": self.active,
             "regions": list(self.regions),
             "diagnostics": [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in self.diagnostics],
             "verified": [{"property": c.property, "difference": c.difference} for c in self.verified],
-            "before": self.before.to_dict() if self.before is not None else None,
-            "after": self.after.to_dict() if self.after is not None else None,
-            "advice": [{"where": a.where, "what": a.what, "worth": a.worth} for a in self.advice],
+            **_costs(self.before, self.after, self.advice),
             "line": self.instance.line,
             "figures": dict(self.figures),
         }
@@ -57,7 +56,7 @@ class Report:
 
     Attributes:
         batch: samples in the training step that the costs are of.
-        opaque: modules the trace kept whole, as (path, reason). unused: parameters the backbone's forward never reads.
+        opaque: modules that were not traced into, as (path, reason). unused: parameters that the backbone's forward never reads.
     """
 
     name: str
@@ -71,19 +70,25 @@ class Report:
 
     @property
     def advice(self) -> tuple[Advice, ...]:
-        """Where the memory of the compiled step is; none without costs."""
+        """Which part holds most of the compiled step's memory; none without costs."""
         return where_memory_is(self.after) if self.after is not None else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: `name, digest, batch, before, after, passes` and what tracing has to tell."""
+        """Plain values, for JSON."""
         return {
             "name": self.name,
             "digest": self.digest,
             "batch": self.batch,
-            "before": self.before.to_dict() if self.before is not None else None,
-            "after": self.after.to_dict() if self.after is not None else None,
+            **_costs(self.before, self.after, self.advice),
             "passes": [p.to_dict() for p in self.passes],
-            "advice": [{"where": a.where, "what": a.what, "worth": a.worth} for a in self.advice],
             "opaque": [{"path": path, "reason": reason} for path, reason in self.opaque],
             "unused_parameters": list(self.unused),
         }
+
+
+def _costs(before: Cost | None, after: Cost | None, advice: tuple[Advice, ...]) -> dict[str, Any]:
+    return {
+        "before": before.to_dict() if before is not None else None,
+        "after": after.to_dict() if after is not None else None,
+        "advice": [asdict(a) for a in advice],
+    }

@@ -1,30 +1,32 @@
-"""What a score trigger looks at: how far a region's weights still move, as series with one entry per finished epoch.
+"""Scores of convergence: how much a region's weights still change, from a series with one entry per finished epoch.
 
-The scores are named in Learn&Drop (arXiv 2604.23403), whose formulas and thresholds are not published where we could read; these are ours.
+Learn&Drop (arXiv 2604.23403) names the scores, but publishes neither formulas nor thresholds; those here are our own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: change per epoch, oldest first, `|w_e - w_(e-1)| / |w_(e-1)|` -> the score now
+#: from the changes per epoch `|w_e - w_(e-1)| / |w_(e-1)|`, oldest first, and a window in epochs, to the score now
 Measure = Callable[[Sequence[float], int], float]
 
 
-def change(series: Sequence[float], window: int) -> float:
-    """How far the weights moved in the last epoch, relative to themselves."""
+def change(series: Sequence[float], _window: int) -> float:
+    """The last epoch's change of the weights, relative to the weights."""
     return series[-1]
 
 
-def continuation(series: Sequence[float], window: int) -> float:
-    """The last epoch's change over the largest one so far: 1.0 while a region moves as fast as it ever did."""
+def continuation(series: Sequence[float], _window: int) -> float:
+    """The last epoch's change over the largest one so far: 1.0 while a region changes as fast as ever."""
     largest = max(series)
     return series[-1] / largest if largest > 0 else 0.0
 
 
 def slope(series: Sequence[float], window: int) -> float:
-    """How fast the change itself still changes: the least-squares slope per epoch over the last `window` epochs, as a share of the largest
-    change so far, without its sign. Infinite until there are `window` epochs (a slope of one point says nothing)."""
+    """How fast the change itself changes: its absolute least-squares slope over the last `window` epochs, over the largest change so far.
+
+    Infinite until there are `window` epochs.
+    """
     recent = series[-window:]
     largest = max(series)
     if len(recent) < window:

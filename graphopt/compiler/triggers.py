@@ -1,4 +1,4 @@
-"""Triggers: when a pass fires. A trigger that fired is a decision, and decisions alone make the phases of a plan."""
+"""Triggers: rules for when a pass is applied. Each time one fires is a decision; the phases of a plan follow from decisions alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 from graphopt.compiler.scores import MEASURES
 from graphopt.errors import PassError, did_you_mean
 
+#: an action, and the names of the regions it is about (None: all)
 Fired = tuple[Literal["apply", "undo"], tuple[str, ...] | None]
-
 
 ScoreName = Literal["change", "continuation", "slope"]
 Threshold = Annotated[float, Field(gt=0)]
@@ -24,8 +24,8 @@ class Decision(pydantic.BaseModel):
 
     Attributes:
         index: number of the pass in the spec, from 0.
-        epoch: it holds from the start of this epoch on.
-        action: the pass is applied, or taken back.
+        epoch: the epoch before which it takes effect.
+        action: apply the pass, or undo it.
         regions: names of the regions it is about; None means the whole selection.
     """
 
@@ -38,7 +38,7 @@ class Decision(pydantic.BaseModel):
 
 
 class BaseTrigger(pydantic.BaseModel):
-    """A rule that decides, before an epoch starts, what a pass applies or takes back."""
+    """A rule that decides, before each epoch, to which regions a pass is applied, or undone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,17 +47,21 @@ class BaseTrigger(pydantic.BaseModel):
 
         Args:
             names: regions of the pass, in execution order. active: those it is applied to already.
-            epoch: from 0. epochs: length of the run, where known.
-            history: what the runner measured so far (see `graphopt.train`), or None.
+            epoch: from 0. epochs: length of the run, if known.
+            history: what the runner has measured so far (see `graphopt.train`), or None.
         """
         raise NotImplementedError
 
     def check(self, names: tuple[str, ...]) -> None:
-        """Raises PassError where the trigger names what is none of the pass's regions."""
+        """Checks the trigger against the regions of its pass.
+
+        Raises:
+            PassError: it names something else.
+        """
 
     @property
     def foreseeable(self) -> bool:
-        """Whether the spec alone says when it fires (no measurement is needed)."""
+        """Whether it fires without measurements, so that the spec alone determines when."""
         return True
 
 
@@ -65,6 +69,7 @@ class Start(BaseTrigger):
     """From the first step to the last: `when = "start"`."""
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """Never: such a pass is active from the start."""
         return []
 
 
@@ -81,6 +86,7 @@ class AtEpoch(BaseTrigger):
         return self
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """All regions at once."""
         on = self.epoch <= epoch and (self.until is None or epoch < self.until)
         if on and not active:
             return [("apply", None)]
@@ -90,7 +96,7 @@ class AtEpoch(BaseTrigger):
 
 
 class Step(pydantic.BaseModel):
-    """One entry of an explicit schedule: from `epoch` (from 0) on, every region up to `upto` and with it."""
+    """One entry of an explicit schedule: from `epoch` (from 0) on, every region up to and including `upto`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -99,8 +105,10 @@ class Step(pydantic.BaseModel):
 
 
 class Steps(BaseTrigger):
-    """An explicit schedule, so that a published trajectory can be replayed: `when = [{ epoch = 3, upto = "layer1" }, { epoch = 5, upto =
-    "layer2" }]`. Epochs rise, and so does what is taken."""
+    """An explicit schedule, to replay a published run: `when = [{ epoch = 3, upto = "layer1" }, { epoch = 5, upto = "layer2" }]`.
+
+    Epochs rise, and each step includes more regions than the one before.
+    """
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
 
@@ -108,39 +116,41 @@ class Steps(BaseTrigger):
     def _ordered(self) -> Steps:
         for before, after in zip(self.steps, self.steps[1:], strict=False):
             if after.epoch <= before.epoch:
-                raise ValueError(f"epoch = {after.epoch} stands after epoch = {before.epoch}: a schedule's epochs must rise")
+                raise ValueError(f"epoch = {after.epoch} comes after epoch = {before.epoch}: a schedule's epochs must rise")
         return self
 
     def check(self, names: tuple[str, ...]) -> None:
+        """Every step names a region, further than the step before."""
         reached = -1
         for step in self.steps:
             if step.upto not in names:
                 fix = did_you_mean(step.upto, names) or f"Its regions are {', '.join(names[:8])}"
-                raise PassError(f"the schedule goes up to {step.upto!r}, which is no region of this pass", where="when", fix=fix)
+                raise PassError(f"the schedule goes up to {step.upto!r}, which is not a region of this pass", where="when", fix=fix)
             if names.index(step.upto) <= reached:
                 raise PassError(f"the schedule goes back to {step.upto!r} at epoch {step.epoch}", where="when", fix="Go further each time")
             reached = names.index(step.upto)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """The regions up to the last step that is due."""
         due = [s.upto for s in self.steps if s.epoch <= epoch]
-        return _take(names[: names.index(due[-1]) + 1], active) if due else []
+        return _apply(names[: names.index(due[-1]) + 1], active) if due else []
 
 
 class Score(BaseTrigger):
-    """When the weights have come to rest, as measured: `when = { score = "change", below = 0.02, patience = 2 }`.
+    """When the weights have converged, by measurement: `when = { score = "change", below = 0.02, patience = 2 }`.
 
-    A region fires once it and all regions before it have been under every threshold for `patience` checks in a row, so regions go from the
-    input on. Weights are equal on all ranks, and so are the scores.
+    A region fires once it and all regions before it have been under every threshold for `patience` checks in a row, so regions fire in
+    order from the input on. Weights are equal on all ranks, and so are the scores.
 
     Attributes:
-        score: `"change"`, `"continuation"`, `"slope"` (see `graphopt.rewriting.scores`), or several, which must all agree.
+        score: `"change"`, `"continuation"`, `"slope"` (see `graphopt.compiler.scores`), or several, all of which must be under theirs.
         below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05.
         patience: checks in a row.
         every: epochs between checks.
-        warmup: epochs at the start that count for no check (they do for the largest change).
-        window: epochs that a slope is taken over.
-        most: at most so many of the regions ever: a count, or a share.
-        by: the epoch (or share of the run) at which `most` may be reached; the cap grows in a straight line from `warmup` until then.
+        warmup: epochs at the start without checks (they still count for the largest change).
+        window: epochs that a slope is computed over.
+        most: the largest number of regions that may ever fire: a count, or a share of all.
+        by: the epoch (or share of the run) at which `most` may be reached; the limit grows linearly from `warmup` until then.
     """
 
     score: ScoreName | Annotated[tuple[ScoreName, ...], Field(min_length=1)]
@@ -160,6 +170,7 @@ class Score(BaseTrigger):
 
     @property
     def scores(self) -> tuple[str, ...]:
+        """Names of its scores."""
         return (self.score,) if isinstance(self.score, str) else self.score
 
     @property
@@ -171,6 +182,7 @@ class Score(BaseTrigger):
 
     @property
     def foreseeable(self) -> bool:
+        """No: it waits for measurements."""
         return False
 
     def converged(self, series: list[float]) -> bool:
@@ -179,7 +191,7 @@ class Score(BaseTrigger):
         return bool(series) and all(score < below for score, below in zip(scores, self.thresholds, strict=True))
 
     def cap(self, count: int, epoch: int, epochs: int | None) -> int:
-        """How many of `count` regions may be taken before `epoch`."""
+        """How many of `count` regions may have fired before `epoch`."""
         most = count if self.most is None else self.most if isinstance(self.most, int) else int(self.most * count + 1e-9)
         if self.by is None or (isinstance(self.by, float) and epochs is None):
             return min(most, count)
@@ -188,6 +200,7 @@ class Score(BaseTrigger):
         return min(int(most * grown + 1e-9), count)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """Regions that have converged, and all before them too."""
         if history is None or epoch % self.every:
             return []
         checks = range(epoch, epoch - self.patience * self.every, -self.every)
@@ -197,14 +210,16 @@ class Score(BaseTrigger):
         for name in names[: self.cap(len(names), epoch, epochs)]:
             if name not in active:
                 series = history.change(name)
-                # A region that has not been watched that long has rested for no check.
+                # A region that has not been measured for that long cannot have converged.
                 if len(series) < epoch or not all(self.converged(series[:check]) for check in checks):
                     break
             found.append(name)
-        return _take(tuple(found), active)
+        return _apply(tuple(found), active)
 
 
 class _Published(BaseTrigger):
+    """A published schedule, by its name."""
+
     schedule: str
 
     @pydantic.field_validator("schedule", mode="before")
@@ -216,11 +231,11 @@ class _Published(BaseTrigger):
 
 
 class FreezeOut(_Published):
-    """FreezeOut's schedule (arXiv 1706.04983), known beforehand: `when = { schedule = "freezeout", t0 = 0.5 }`.
+    """FreezeOut's schedule (arXiv 1706.04983): `when = { schedule = "freezeout", t0 = 0.5 }`.
 
-    Region i of L stops training once t_i of the run is over, with t_i = t0 + (1 - t0) i / L, cubed by default as the paper recommends;
-    what comes after the last region would be at 1. The paper also anneals each layer's learning rate to zero at its t_i, which a
-    trigger cannot: the run's own scheduler goes on.
+    Region i of L stops training once the share t_i of the run is over, with t_i = t0 + (1 - t0) i / L, cubed by default as the paper
+    recommends. The paper also anneals each layer's learning rate to zero at its t_i, which a trigger cannot do: the run's own
+    scheduler continues.
 
     Attributes:
         t0: share of the run after which the first region fires, before cubing.
@@ -236,21 +251,22 @@ class FreezeOut(_Published):
         return linear**3 if self.how == "cubic" else linear
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """Each region at its t_i."""
         if epochs is None:
             return []
-        return _take(tuple(n for i, n in enumerate(names) if self.end(i, len(names)) * epochs <= epoch + 1e-9), active)
+        return _apply(tuple(n for i, n in enumerate(names) if self.end(i, len(names)) * epochs <= epoch + 1e-9), active)
 
 
 class Progressive(_Published):
-    """Progressive layer dropping (arXiv 2010.13369, equations 5 and 6), for passes that skip regions at random: `when = { schedule =
-    "progressive", keep = 0.5 }`.
+    """Progressive layer dropping (arXiv 2010.13369, equations 5 and 6): `when = { schedule = "progressive", keep = 0.5 }`.
 
-    The expected number of skipped regions follows 1 - theta(t), with theta(t) = (1 - keep) exp(-gamma t) + keep and t the share of the run
-    that is over. Regions join from the deepest on, each with the probability that its pass gives it, and only when its whole share is due.
+    It is for passes that skip regions at random. The expected number of skipped regions follows 1 - theta(t), with
+    theta(t) = (1 - keep) exp(-gamma t) + keep and t the share of the run that is over. Regions are added from the deepest on, each with
+    the skip probability that its pass gives it, once the schedule has room for all of it.
 
     Attributes:
         keep: the limit of theta.
-        gamma: how fast theta falls; the paper's 100 over the run reaches the limit within the first twentieth.
+        gamma: how fast theta falls; with the paper's 100 it reaches the limit within the first twentieth of the run.
     """
 
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -261,31 +277,32 @@ class Progressive(_Published):
         return (1 - self.keep) * math.exp(-self.gamma * time) + self.keep
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
+        """The deepest regions that are due."""
         if epochs is None:
             return []
         count = len(names)
-        # Region i of L is skipped with a probability proportional to i: so are the shares that add up to what is due.
+        # Region i of L is skipped with a probability proportional to i; those of the added regions sum to what is due.
         due = (1 - self.theta(epoch / epochs)) / (1 - self.keep) * count * (count + 1) / 2
-        joined = []
+        added = []
         for i in range(count, 0, -1):
             due -= i
             if due < -1e-6 * count:
                 break
-            joined.append(names[i - 1])
-        return _take(tuple(reversed(joined)), active)
+            added.append(names[i - 1])
+        return _apply(tuple(reversed(added)), active)
 
 
 _SCHEDULES = {"freezeout": "FreezeOut", "progressive": "Progressive"}
 
 
-def _take(wanted: tuple[str, ...], active: tuple[str, ...]) -> list[Fired]:
-    """One decision for what is wanted and not there yet."""
+def _apply(wanted: tuple[str, ...], active: tuple[str, ...]) -> list[Fired]:
+    """One decision for the regions that should be active and are not yet."""
     missing = tuple(n for n in wanted if n not in active)
     return [("apply", missing)] if missing else []
 
 
 def _from_short(value: Any) -> Any:
-    """`"start"`, and schedules without their key: a list of steps, or one step."""
+    """Short forms of a trigger in a spec: `"start"`, one step, or a list of steps."""
     if value == "start":
         return {}
     if isinstance(value, list | tuple):
@@ -314,7 +331,7 @@ def _to_short(trigger: BaseTrigger) -> Any:
     return table["steps"] if isinstance(trigger, Steps) else table
 
 
-#: the key that tells a trigger's kind in a spec
+#: the key by which a spec says which trigger it means
 _KEYS = {"steps": "Steps", "epoch": "AtEpoch", "score": "Score"}
 
 Trigger = Annotated[
@@ -338,6 +355,6 @@ def active_regions(names: tuple[str, ...], trigger: BaseTrigger, index: int, dec
     for decision in decisions:
         if decision.index != index:
             continue
-        about = set(names) if decision.regions is None else set(decision.regions)
-        on = on | about if decision.action == "apply" else on - about
+        regions = set(names if decision.regions is None else decision.regions)
+        on = on | regions if decision.action == "apply" else on - regions
     return tuple(n for n in names if n in on)

@@ -1,8 +1,8 @@
-"""The checks behind "preserves": each declared property, tried on the very model, before against after.
+"""Checks of the properties that passes declare to preserve, on the model at hand: before the pass against after it.
 
-Numbers are compared on random input: in float32, where most rewrites turn out equal bit for bit and nothing more need be asked; else in
-float64, where a tolerance as tight as 1e-9 separates rounding from error. Gradients are compared
-in eval mode, where a frozen norm and a trainable one compute the same function; so what is compared is the backward alone.
+Outputs and gradients are compared on random input, first in float32, where most rewrites give equal bits; if not, in float64, where a
+tolerance of 1e-9 separates rounding from errors. Gradients are compared in eval mode, where a frozen norm and a trainable one
+compute the same function, so that only the backward pass is compared.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Graph
+from graphopt.ir.shapes import tensors_in
 
-#: what a pass can promise, and the compiler can check
+#: the properties that a pass can declare and the compiler can check
 Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
 ALL_PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
 
-#: largest relative difference in float64 that counts as rounding
+#: the largest relative difference in float64 that counts as rounding
 TOLERANCE = 1e-9
 #: samples in a numerical check
 BATCH = 2
@@ -30,14 +31,14 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Checked:
-    """One property that was tried and held: its name, and the largest relative difference found (0.0 is bit-equal)."""
+    """A property that holds: its name, and the largest relative difference found (0.0 means equal bits)."""
 
     property: str
     difference: float
 
 
 def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
-    """Lint, shapes, origins, and that sections emit: what every pass must leave intact.
+    """What every pass must leave intact: a well-formed graph, shapes, origins, and all parameters in the emitted module.
 
     Raises:
         VerifyError: with the node.
@@ -48,9 +49,9 @@ def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
         raise VerifyError(f"the rewritten graph is not well formed: {error}") from error
     for node in graph.nodes:
         if "origin" not in node.meta:
-            raise VerifyError(f"node {node} has no origin", fix='The pass must stamp meta["origin"], or call graph.refresh()')
+            raise VerifyError(f"node {node} has no origin", fix="The pass must make nodes with the editor")
         if node.op != "output" and "val" not in node.meta:
-            raise VerifyError(f"node {node} has no shape", fix="The pass must call graph.refresh() after its last edit")
+            raise VerifyError(f"node {node} has no shape", fix="The pass must make nodes with the editor")
     names = [n for n, _ in emitted.named_parameters(remove_duplicate=False)]
     missing = {n for n, _ in graph.module.named_parameters(remove_duplicate=False)} - set(names)
     if missing:
@@ -59,10 +60,10 @@ def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
 
 
 def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
-    """The emitted module has the very keys there were before the pass.
+    """The emitted module has the same state-dict keys as before the pass.
 
     Raises:
-        VerifyError: names what was lost and gained.
+        VerifyError: names the keys that were lost and gained.
     """
     now = after.state_dict().keys()
     lost, gained = sorted(set(before) - now), sorted(now - set(before))
@@ -72,10 +73,10 @@ def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
 
 
 def check_property(name: Property, before: nn.Module, after: nn.Module, input: tuple[int, ...]) -> Checked:
-    """Tries one declared property.
+    """One declared property holds.
 
     Raises:
-        VerifyError: it does not hold; says what was expected and what was found.
+        VerifyError: it does not; with the difference that was found and the one allowed.
     """
     if name == "state-dict keys":
         return _values(before, after)
@@ -83,15 +84,15 @@ def check_property(name: Property, before: nn.Module, after: nn.Module, input: t
     if found.difference:
         found = _MEASURES[name](before, after, input, torch.float64)
     if found.difference > TOLERANCE:
-        what = found.where or name
+        what = f"the gradient of {found.parameter}" if found.parameter else name
         raise VerifyError(
-            f"{what} is not preserved: relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}", where=found.node
+            f"{what} is not preserved: relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}", where=found.parameter
         )
     return Checked(name, found.difference)
 
 
 def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: bool, unused: tuple[str, ...]) -> Checked:
-    """After one training step's backward every trainable parameter has a finite gradient, and no frozen one has any.
+    """After a backward pass every trainable parameter has a finite gradient, and no frozen one has any.
 
     Raises:
         VerifyError: with the parameter.
@@ -99,7 +100,7 @@ def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: b
     module = _copy(module, torch.float32).train()
     if not any(p.requires_grad for p in module.parameters()):
         raise VerifyError("no trainable parameter is left", fix="Freeze or drop less")
-    _scalar(module, input, torch.float32, targets).backward()
+    torch.autograd.backward(_scalar(module, input, torch.float32, targets))
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.grad is None and name not in unused:
             raise VerifyError(f"the trainable parameter {name} gets no gradient", where=name)
@@ -111,10 +112,8 @@ def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: b
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The class scores in whatever a backbone returns: a tensor, or the first of several (auxiliary heads)."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+    """The class scores in what a backbone returns: a tensor, or the first of several (auxiliary heads)."""
+    return tensors_in(output)[0]
 
 
 def _copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -129,7 +128,7 @@ def _sample(input: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _scalar(module: nn.Module, input: tuple[int, ...], dtype: torch.dtype, targets: bool = False) -> Tensor:
-    """A loss that reaches every output: a fixed random weighting of the scores, plus local losses."""
+    """A loss that depends on every output: a fixed random weighting of them, plus local losses."""
     x = _sample(input, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -139,20 +138,11 @@ def _scalar(module: nn.Module, input: tuple[int, ...], dtype: torch.dtype, targe
             output, local = module(x, torch.arange(shape[0]) % shape[-1])
         else:
             output, local = module(x), torch.zeros((), dtype=dtype)
-    tensors = [t for t in _flatten(output) if t.requires_grad]
-    loss = local
-    for tensor in tensors:
+    loss: Tensor = local
+    for tensor in (t for t in tensors_in(output) if t.requires_grad):
         weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype)
         loss = loss + (tensor * weights).sum()
     return loss
-
-
-def _flatten(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _flatten(v)] if isinstance(value, (list, tuple)) else []
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -164,63 +154,57 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The largest relative difference, and where it stood."""
+class _Largest:
+    """The largest relative difference, and the parameter whose gradient has it."""
 
     difference: float
-    where: str | None = None
-    node: str | None = None
+    parameter: str | None = None
 
 
 def _outputs(training: bool) -> _Measure:
-    def measure(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Found:
+    def measure(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Largest:
         results = []
         for module in (before, after):
             module = _copy(module, dtype).train(training)
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(2)
-                results.append(_flatten(module(_sample(input, dtype))))
+                results.append(tensors_in(module(_sample(input, dtype))))
         if len(results[0]) != len(results[1]):
             name = "training output" if training else "eval output"
             raise VerifyError(f"{name}: {len(results[0])} tensors before, {len(results[1])} after")
-        return _Found(max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0))
+        return _Largest(max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0))
 
     return measure
 
 
-def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Found:
+def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Largest:
     found = []
     for module in (before, after):
         module = _copy(module, dtype).eval()
         loss = _scalar(module, input, dtype)
         if loss.requires_grad:
-            loss.backward()
+            torch.autograd.backward(loss)
         found.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
     expected, got = found
-    worst = _Found(0.0)
-    for name, gradient in got.items():
-        if name not in expected:
-            continue
-        reference = expected[name]
+    worst = _Largest(0.0)
+    for name in (n for n in got if n in expected):
+        reference, gradient = expected[name], got[name]
         if (gradient is None) != (reference is None):
             raise VerifyError(f"the gradient of {name} is {'gone' if gradient is None else 'new'} after the rewrite", where=name)
-        if gradient is None or reference is None:
-            continue
-        difference = _difference(reference, gradient)
-        if difference > worst.difference:
-            worst = _Found(difference, f"the gradient of {name}", name)
+        if gradient is not None and reference is not None and (difference := _difference(reference, gradient)) > worst.difference:
+            worst = _Largest(difference, name)
     return worst
 
 
 def _values(before: nn.Module, after: nn.Module) -> Checked:
     old, new = before.state_dict(), after.state_dict()
-    moved = [k for k in old if not torch.equal(torch.nan_to_num(old[k]), torch.nan_to_num(new[k]))]
-    if moved:
-        raise VerifyError(f"the values of {moved[:5]} changed in rewriting", where=moved[0])
+    changed = [k for k in old if not torch.equal(torch.nan_to_num(old[k]), torch.nan_to_num(new[k]))]
+    if changed:
+        raise VerifyError(f"the rewrite changed the values of {changed[:5]}", where=changed[0])
     return Checked("state-dict values", 0.0)
 
 
-_Measure = Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Found]
+_Measure = Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Largest]
 
 _MEASURES: dict[Property, _Measure] = {
     "eval output": _outputs(training=False),

@@ -1,33 +1,34 @@
-"""What a whole run costs: the forecast of one step, integrated over phases; evaluation and the filling of feature caches counted in.
+"""The cost of a whole run: the forecast of one step, summed over the phases, with evaluation and the filling of feature caches.
 
-Phases come from decisions: a spec's own, where its triggers are known beforehand, or those of a finished run, where they were measured.
-FLOPs and bytes are exact for what they count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
+Phases follow from decisions: those that can be foreseen from a spec, or those of a finished run. FLOPs and bytes are exact for what they
+count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.cost import Cost, Rates, forecast
+from graphopt.data.datasets import open_split
 from graphopt.errors import RunError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
-from graphopt.ir.shapes import SHAPE_BATCH
+from graphopt.ir.shapes import SHAPE_BATCH, tensors_in
 from graphopt.spec import DataSpec, TrainSpec
 
-#: training and evaluation images of data sets whose files need not be there for a forecast
+#: numbers of training and evaluation images of known data sets, so that a forecast does not need the files
 KNOWN = {
     "digits": (1442, 355),
     "cifar10": (50_000, 10_000),
@@ -43,17 +44,17 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """A run, or what it would be without its passes. FLOPs are 2 per multiply-accumulate.
+class RunTotals:
+    """The sums of a run. FLOPs are 2 per multiply-accumulate.
 
     Attributes:
-        forward_flops, backward_flops: everything, evaluation and cache filling included.
+        forward_flops, backward_flops: all, with evaluation and cache filling.
         training_forward_flops: of training steps alone; their backward is `backward_flops`, there is no other.
-        evaluation_forward_flops: the full network over the evaluation split, as often as the run evaluates.
-        filling_forward_flops: prefixes over the training set, once per drop and view.
-        feature_bytes: the largest cache that the run keeps.
-        peak_bytes: the most that a step of any phase holds (see `graphopt.cost.Cost`).
-        seconds: steps, evaluation and filling at the rates that were given, else None. Loading data is not in it.
+        evaluation_forward_flops: of the full network over the evaluation split, as often as the run evaluates.
+        filling_forward_flops: of prefixes over the training set, once per cache and view.
+        feature_bytes: size of the largest feature cache.
+        peak_bytes: the highest peak of a step (see `graphopt.cost.Cost`).
+        seconds: of steps, evaluation and filling, without loading data; None without rates.
     """
 
     forward_flops: int
@@ -67,18 +68,20 @@ class Work:
 
     @property
     def flops(self) -> int:
+        """Forward and backward."""
         return self.forward_flops + self.backward_flops
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class PhaseWork:
-    """One phase: its epochs, what began it, its FLOPs per epoch of training, and the bytes it keeps.
+class PhaseCost:
+    """One phase of a run.
 
     Attributes:
-        seconds: per epoch of training, filling aside; None without rates. step: one training step.
+        epoch, epochs: its first epoch, and their number. decisions: those that started it.
+        forward_flops, backward_flops, seconds: of training, per epoch; no seconds without rates.
+        step: one training step.
+        filling_flops, filling_seconds: of filling its feature cache, once.
+        feature_bytes: size of its feature cache.
     """
 
     epoch: int
@@ -86,83 +89,82 @@ class PhaseWork:
     decisions: tuple[Decision, ...]
     forward_flops: int
     backward_flops: int
-    filling_flops: int
-    feature_bytes: int
-    peak_bytes: int
     seconds: float | None
     step: Cost = field(repr=False)
+    filling_flops: int = 0
+    filling_seconds: float | None = None
+    feature_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
-        return {**plain, "decisions": [d.model_dump(mode="json") for d in self.decisions]}
+        return {**plain, "peak_bytes": self.step.peak_bytes, "decisions": [d.model_dump(mode="json") for d in self.decisions]}
 
 
 @dataclass(frozen=True)
-class RunWork:
-    """A run before and after its passes.
+class RunCost:
+    """A run without its passes, and with them.
 
     Attributes:
         samples, evaluated: images per epoch, and per evaluation.
-        before: every epoch trained whole. run: as the decisions have it. phases: one by one.
-        foreseen: whether the decisions are the run's own; False where a trigger has yet to measure, and has not fired here.
+        before: every epoch trains the whole backbone. run: with the passes as decided. phases: one by one.
+        complete: whether all decisions are known; False if a trigger waits for measurements: it has not fired here.
     """
 
     samples: int
     evaluated: int
     epochs: int
-    before: Work
-    run: Work
-    phases: tuple[PhaseWork, ...] = field(default=())
-    foreseen: bool = True
+    before: RunTotals
+    run: RunTotals
+    phases: tuple[PhaseCost, ...]
+    complete: bool
 
     @property
     def forward_saved(self) -> float:
-        """Share of the forward FLOPs that the run does without, averaged over it, everything counted in."""
+        """Share of all forward FLOPs of the run that its passes save."""
         return 1 - self.run.forward_flops / self.before.forward_flops
 
     @property
     def training_forward_saved(self) -> float:
-        """The same of training steps and filling, without evaluation, which costs the same in both."""
-        kept = self.run.training_forward_flops + self.run.filling_forward_flops
-        return 1 - kept / self.before.training_forward_flops
+        """The same without evaluation, which costs the same with and without passes."""
+        spent = self.run.training_forward_flops + self.run.filling_forward_flops
+        return 1 - spent / self.before.training_forward_flops
 
     @property
     def final_forward_saved(self) -> float:
-        """The share of a training step's forward FLOPs that the last phase does without."""
+        """Share of a training step's forward FLOPs that is saved in the last phase."""
         return 1 - self.phases[-1].forward_flops * self.epochs / self.before.training_forward_flops
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: `run_before`, `run`, and what they were worked out from."""
+        """Plain values, for JSON."""
         return {
-            "run_before": self.before.to_dict(),
-            "run": self.run.to_dict(),
+            "run_before": asdict(self.before),
+            "run": asdict(self.run),
             "run_phases": [p.to_dict() for p in self.phases],
             "run_samples": self.samples,
             "run_evaluated": self.evaluated,
             "run_epochs": self.epochs,
-            "run_foreseen": self.foreseen,
+            "run_complete": self.complete,
         }
 
 
 def counts(data: DataSpec) -> tuple[int, int]:
-    """Images per epoch, and per evaluation, of the data a spec names; the files are opened only for a data set of unknown size.
+    """Images per epoch, and per evaluation, of the data that a spec names. Opens the files only of a data set of unknown size.
 
     Raises:
-        RunError: a folder of images that is not there.
+        RunError: a folder of images does not exist.
     """
     name = data.name.casefold().removeprefix("torch/").replace("-", "_")
     default = data.train_split == "train" and data.eval_split == "validation"
     if name in KNOWN and default:
         train, evaluation = KNOWN[name]
     else:
-        from graphopt.data.datasets import open_split
-
         train = len(open_split(data.name, data.root, data.train_split).targets)
         evaluation = len(open_split(data.name, data.root, data.eval_split).targets)
     return min(train, data.train_limit or train), min(evaluation, data.eval_limit or evaluation)
 
 
-def run_work(
+def forecast_run(
     plan: Plan,
     train: TrainSpec,
     *,
@@ -170,134 +172,123 @@ def run_work(
     evaluated: int,
     decisions: Sequence[Decision] | None = None,
     rates: Rates | None = None,
-) -> RunWork:
-    """What a run of `plan` (as compiled, before any decision) computes, holds, and takes.
+) -> RunCost:
+    """The cost of a run that starts with `plan`.
 
     Args:
+        plan: in its first phase.
         train: the run: epochs, batch, optimizer, how often it evaluates.
         samples, evaluated: images per epoch and per evaluation (see `counts`).
-        decisions: of a finished run; default: what the triggers decide that need no measurement.
+        decisions: of a finished run; default: those that can be foreseen.
         rates: the machine's, for seconds.
 
     Raises:
-        RunError: the training set has not even one batch.
+        RunError: the training set has less than one batch.
         CostError: a step cannot be forecast.
     """
-    batch, steps = train.batch, samples // (train.batch * train.accumulate) * train.accumulate
+    batch, options = train.batch, train.forecast_options()
+    steps = samples // (batch * train.accumulate) * train.accumulate
     if not steps:
-        raise RunError(
-            f"one training step takes {train.batch * train.accumulate} images, the training set has {samples}", where="train.batch"
-        )
-    options = train.forecast_options()
-    bare = emit(plan.base)
-    whole = forecast(bare, plan.base.input, batch, **options)
-    tested = _forward(bare, plan.base.input, batch, train.amp)
-    # As many batches, or parts of one.
-    batches = (train.epochs // train.eval_every + (train.epochs % train.eval_every > 0)) * evaluated / batch
-    before = _Sum(rates, batches, tested)
-    before.train(whole, whole.forward_flops, whole.backward_flops, train.epochs * steps)
-    run = _Sum(rates, batches, tested)
-    phases: list[PhaseWork] = []
+        raise RunError(f"one training step takes {batch * train.accumulate} images, the training set has {samples}", where="train.batch")
+    backbone = emit(plan.base)
+    whole = forecast(backbone, plan.base.input, batch, **options)
+    before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
+    phases: list[PhaseCost] = []
     earlier: Plan | None = None
-    for start, end, new, current in plan.phases(train.epochs, decisions):
-        step, filling, kept = _step(current, earlier, batch, samples, options)
-        forward, backward = _expected(current, step)
-        run.train(step, forward, backward, (end - start) * steps)
-        fill = run.fill(*filling) if filling else 0
-        run.feature_bytes = max(run.feature_bytes, kept)
-        seconds = steps * run.step_seconds(step, forward + backward) if rates else None
-        made = (start, end - start, new, steps * forward, steps * backward, fill, kept, step.peak_bytes, seconds, step)
-        phases.append(PhaseWork(*made))
-        earlier = current if kept else None
-    foreseen = decisions is not None or all(value.when.foreseeable for value in plan.passes)
-    return RunWork(samples, evaluated, train.epochs, before.work(), run.work(), tuple(phases), foreseen)
+    for start, end, due, current in plan.phases(train.epochs, decisions):
+        step, filling, cached = _phase_cost(current, earlier, batch, samples, options)
+        forward, backward = _expected_flops(current, step)
+        # Blocks that are skipped at random save time in proportion to their FLOPs.
+        seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)
+        phase = PhaseCost(start, end - start, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
+        if filling is not None:
+            cost, batches = filling
+            phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
+        phases.append(phase)
+        earlier = current if cached else None
+    # The last evaluation batch of an epoch counts as the part that it is.
+    evaluation = _forward_cost(backbone, plan.base.input, batch, train.amp)
+    batches = math.ceil(train.epochs / train.eval_every) * evaluated / batch
+    evaluating = int(batches * evaluation.forward_flops), _seconds(rates, evaluation, batches)
+    complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
+    totals = _totals([before], *evaluating), _totals(phases, *evaluating)
+    return RunCost(samples, evaluated, train.epochs, *totals, tuple(phases), complete)
 
 
-class _Sum:
-    """Adds a run up."""
-
-    def __init__(self, rates: Rates | None, evaluated: float, tested: Cost) -> None:
-        self.rates = rates
-        self.evaluation = int(evaluated * tested.forward_flops)
-        self.seconds = evaluated * self._seconds(tested)
-        self.training = self.backward = self.filling = self.feature_bytes = self.peak_bytes = 0
-
-    def _seconds(self, cost: Cost) -> float:
-        return self.rates.seconds(cost) if self.rates else 0.0
-
-    def step_seconds(self, step: Cost, flops: int) -> float:
-        """Of a step that takes `flops` on average: what is skipped at random saves time as it saves FLOPs."""
-        return self._seconds(step) * (flops / step.flops if step.flops else 1.0)
-
-    def train(self, step: Cost, forward: int, backward: int, steps: int) -> None:
-        self.training += steps * forward
-        self.backward += steps * backward
-        self.peak_bytes = max(self.peak_bytes, step.peak_bytes)
-        self.seconds += steps * self.step_seconds(step, forward + backward)
-
-    def fill(self, cost: Cost, batches: float) -> int:
-        """`batches` forward passes of a prefix; their FLOPs."""
-        flops = int(batches * cost.forward_flops)
-        self.filling += flops
-        self.seconds += batches * self._seconds(cost)
-        return flops
-
-    def work(self) -> Work:
-        forward = self.training + self.evaluation + self.filling
-        seconds = self.seconds if self.rates else None
-        return Work(forward, self.backward, self.training, self.evaluation, self.filling, self.feature_bytes, self.peak_bytes, seconds)
+def _seconds(rates: Rates | None, cost: Cost, times: float) -> float | None:
+    return times * rates.seconds(cost) if rates else None
 
 
-def _step(
+def _totals(phases: Sequence[PhaseCost], evaluation: int, evaluation_seconds: float | None) -> RunTotals:
+    training, filling = sum(p.epochs * p.forward_flops for p in phases), sum(p.filling_flops for p in phases)
+    seconds = evaluation_seconds
+    if seconds is not None:
+        seconds += sum(p.epochs * (p.seconds or 0.0) + (p.filling_seconds or 0.0) for p in phases)
+    return RunTotals(
+        forward_flops=training + evaluation + filling,
+        backward_flops=sum(p.epochs * p.backward_flops for p in phases),
+        training_forward_flops=training,
+        evaluation_forward_flops=evaluation,
+        filling_forward_flops=filling,
+        feature_bytes=max(p.feature_bytes for p in phases),
+        peak_bytes=max(p.step.peak_bytes for p in phases),
+        seconds=seconds,
+    )
+
+
+def _phase_cost(
     plan: Plan, earlier: Plan | None, batch: int, samples: int, options: Mapping[str, Any]
 ) -> tuple[Cost, tuple[Cost, float] | None, int]:
-    """One training step; a batch of filling the cache that it begins with, and how many; and the bytes that are kept."""
+    """One training step; one batch of filling the feature cache, and the number of batches; and the size of the cache.
+
+    Args:
+        earlier: the plan of the phase before, if it has a cache, from which this one's is filled.
+    """
+    options = {**options, "targets": plan.needs.targets}
     cut = plan.needs.features
-    if cut is None or not (kept := cache_bytes(cut.node, cut.options, samples)):
-        return forecast(plan.module, plan.graph.input, batch, targets=plan.needs.targets, **options), None, 0
-    shape = tuple(cut.node.meta["val"].shape[1:])
-    step = forecast(emit(plan.graph, start=cut.node), shape, batch, targets=plan.needs.targets, **options)
+    if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
+        return forecast(plan.module, plan.graph.input, batch, **options), None, 0
+    step = forecast(emit(plan.graph, start=cut.node), _shape(cut.node), batch, **options)
     old = earlier.needs.features if earlier is not None else None
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:
-        return step, None, kept
-    entered = tuple(start.meta["val"].shape[1:]) if start is not None else plan.graph.input
-    fill = _forward(emit(plan.graph, start=start, stop=cut.node), entered, batch, options["amp"])
-    return step, (fill, samples * (cut.options.get("views") or 1) / batch), kept
+        return step, None, cached
+    prefix = emit(plan.graph, start=start, stop=cut.node)
+    fill = _forward_cost(prefix, _shape(start) if start is not None else plan.graph.input, batch, options["amp"])
+    return step, (fill, samples * (cut.options.get("views") or 1) / batch), cached
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Of one sample."""
+    return tuple(node.meta["val"].shape[1:])
 
 
 def cache_bytes(cut: fx.Node, options: Mapping[str, Any], samples: int) -> int:
-    """Bytes that a cache at `cut` takes; 0 where it is over its limit and the prefix runs every time."""
+    """Size of a feature cache at `cut`; 0 if that is over its limit, so that the prefix runs in every step instead."""
     dtype = getattr(torch, options.get("dtype") or "float32")
     size = int(cut.meta["val"][0].numel()) * dtype.itemsize * samples * (options.get("views") or 1)
     limit = options.get("limit")
     return size if limit is None or size <= limit else 0
 
 
-def _expected(plan: Plan, step: Cost) -> tuple[int, int]:
-    """A step's FLOPs, less what blocks that are skipped at random save on average."""
+def _expected_flops(plan: Plan, step: Cost) -> tuple[int, int]:
+    """A step's forward and backward FLOPs, less what blocks that are skipped at random save on average."""
     forward, backward = float(step.forward_flops), float(step.backward_flops)
-    chances = {
-        name: status.skip_probability
-        for effect in plan.effects
-        if effect is not None
-        for name, status in effect.statuses.items()
-        if status.skip_probability
-    }
-    if chances:
-        by_name = {block.name: block for block in find_blocks(plan.base) if block.name in chances}
-        for row in step.by(by_name.values()):
-            forward -= chances.get(row.path, 0.0) * row.forward_flops
-            backward -= chances.get(row.path, 0.0) * row.backward_flops
+    statuses = (item for effects in plan.effects if effects is not None for item in effects.statuses.items())
+    skipped = {name: status.skip_probability for name, status in statuses if status.skip_probability}
+    if skipped:
+        for row in step.by(block for block in find_blocks(plan.base) if block.name in skipped):
+            forward -= skipped.get(row.path, 0.0) * row.forward_flops
+            backward -= skipped.get(row.path, 0.0) * row.backward_flops
     return round(forward), round(backward)
 
 
-def _forward(module: nn.Module, input: tuple[int, ...], batch: int, amp: str | None) -> Cost:
-    return forecast(_NoBackward(module), input, batch, optimizer=None, amp=amp, loss=_first)
+def _forward_cost(module: nn.Module, input: tuple[int, ...], batch: int, amp: str | None) -> Cost:
+    return forecast(_NoBackward(module), input, batch, optimizer=None, amp=amp, loss=lambda output, _labels: output)
 
 
 class _NoBackward(nn.Module):
-    """A forward alone, as something that can be forecast: it has nothing to train and nothing to go backward through."""
+    """A forward pass alone, in a form that can be forecast: no backward runs through it."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -307,17 +298,12 @@ class _NoBackward(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             y = self.body(x)
-        y = y if isinstance(y, torch.Tensor) else next(t for t in pytree.tree_leaves(y) if isinstance(t, torch.Tensor))
-        return y.sum() * self.unit
-
-
-def _first(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return output
+        return tensors_in(y)[0].sum() * self.unit
 
 
 @dataclass(frozen=True)
 class DropPoint:
-    """A block after which a prefix may end, and the features that would be kept there of one sample, in float32."""
+    """A block after which a prefix may end, and the features of one sample there, in float32."""
 
     name: str
     shape: tuple[int, ...]
@@ -327,24 +313,19 @@ class DropPoint:
 def drop_points(graph: Graph) -> tuple[DropPoint, ...]:
     """The blocks that end at a cut point, in execution order."""
     cuts = {n for n in cut_points(graph) if n.meta["val"].shape[:1] == (SHAPE_BATCH,)}
-    found = []
-    for block in find_blocks(graph):
-        end = block.exits[-1] if block.exits else None
-        if end in cuts and end is not None:
-            shape = tuple(end.meta["val"].shape[1:])
-            found.append(DropPoint(block.name, shape, torch.Size(shape).numel() * 4))
-    return tuple(found)
+    ends = ((block.name, block.exits[-1]) for block in find_blocks(graph) if block.exits)
+    return tuple(DropPoint(name, _shape(end), 4 * math.prod(_shape(end))) for name, end in ends if end in cuts)
 
 
 def decisions_of(folder: Path) -> tuple[Decision, ...]:
-    """What a finished run decided, by its summary.json.
+    """The decisions of a finished run, from its summary.json.
 
     Raises:
         RunError: the folder holds no finished run.
     """
     try:
         phases = json.loads((folder / "summary.json").read_text())["phases"]
-        tables = [{k: v for k, v in d.items() if k != "pass"} for phase in phases for d in phase["decisions"]]
-        return tuple(Decision(**{**d, "regions": None if d["regions"] is None else tuple(d["regions"])}) for d in tables)
+        tables = ({k: v for k, v in table.items() if k != "pass"} for phase in phases for table in phase["decisions"])
+        return tuple(map(Decision.model_validate, tables))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError("there is no finished run here", where=str(folder), fix="Train it to its end first.") from error
+        raise RunError("there is no finished run here", where=str(folder), fix="Train it to its end first") from error

@@ -82,13 +82,13 @@ def test_schedule_takes_every_region_up_to_each_step():
 def test_schedule_that_names_no_region_shows_the_nearest():
     trigger = ADAPTER.validate_python({"epoch": 2, "upto": "layer3"})
     with pytest.raises(PassError, match="layer2"):
-        active_regions(("layer1", "layer2"), trigger, 0, ())
+        trigger.check(("layer1", "layer2"))
 
 
 def test_schedule_must_not_go_back():
     trigger = ADAPTER.validate_python([{"epoch": 2, "upto": "c"}, {"epoch": 4, "upto": "b"}])
     with pytest.raises(PassError, match="goes back"):
-        active_regions(NAMES, trigger, 0, ())
+        trigger.check(NAMES)
 
 
 def test_score_waits_for_patience_and_for_all_regions_before():

@@ -59,7 +59,7 @@ def test_the_batch_found_fits_and_the_next_does_not(search):
     memory = 10 * 2**20
     found = search.largest_batch(Budget(memory=memory))
     assert found.spec.train.batch == found.batch
-    assert found.chosen.cost.peak_bytes <= memory < search.cost((search.plan,), found.batch + 1).peak_bytes
+    assert found.chosen.cost.peak_bytes <= memory < search.cost(search.phases(search.plan), found.batch + 1).peak_bytes
     with_room = search.largest_batch(Budget(memory=memory, allowance=1.25))
     assert with_room.batch < found.batch
 
@@ -81,7 +81,7 @@ def test_a_suggestion_fits_trains_everything_where_it_can_and_is_a_spec(search):
     assert found.chosen.cost.flops == min(c.cost.flops for c in rivals)
     again = loads(dumps(found.spec))
     assert again == found.spec
-    assert [p.table()["use"] for p in again.passes] == [t["use"] for t in found.chosen.added]
+    assert [p.name for p in again.passes] == [v.name for v in found.chosen.added]
     json.dumps(found.to_dict())
 
 
@@ -106,14 +106,14 @@ def test_another_division_replaces_the_specs_own():
     search = Search(loads(SPEC + own), trust=True)
     tried = next(c for c in search.front if c.name == "supervise, 3 modules")
     assert tried.refused is None
-    assert tried.added[0]["decoder"] == "none", "what else the spec asks of it stays"
+    assert tried.added[0].decoder == "none", "what else the spec asks of it stays"
     found = search.suggest(Budget(memory=tried.cost.peak_bytes))
-    assert [p.use for p in found.spec.passes].count("supervise") == 1
+    assert [p.name for p in found.spec.passes].count("supervise") == 1
 
 
 def test_pairs_that_save_differently_are_tried(search):
     pairs = [c for c in search.front if ";" in c.name]
-    assert {tuple(t["use"] for t in c.added) for c in pairs} == {
+    assert {tuple(v.name for v in c.added) for c in pairs} == {
         ("supervise", "checkpoint"),
         ("freeze", "supervise"),
         ("freeze", "checkpoint"),
@@ -137,7 +137,7 @@ def test_nothing_fits_nothing_is_chosen(search):
 
 def test_the_specs_own_passes_stay(frozen):
     found = frozen.suggest(Budget(memory=frozen.backbone.peak_bytes * 7 // 10))
-    assert "freeze" in [p.use for p in found.spec.passes]
+    assert "freeze" in [p.name for p in found.spec.passes]
 
 
 @pytest.mark.parametrize("budget", [{}, {"flops": 0.0}, {"memory": 1, "allowance": 0.5}])

@@ -13,7 +13,7 @@ from graphopt.cost import Rates, forecast
 from graphopt.driver import build_backbone as build
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
-from graphopt.planning.run_cost import counts, decisions_of, drop_points, run_work
+from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
 from tests.support.backbones import Small
@@ -26,7 +26,7 @@ def plan_of(*passes):
 
 
 def work_of(plan, train_spec=TRAIN, **more):
-    return run_work(plan, train_spec, samples=105, evaluated=20, **more)
+    return forecast_run(plan, train_spec, samples=105, evaluated=20, **more)
 
 
 def test_without_passes_a_run_is_its_steps_and_evaluations():
@@ -53,7 +53,7 @@ def test_time_and_peak_are_the_steps():
     assert dropped.before.seconds == plain.run.seconds
     assert dropped.run.seconds < plain.run.seconds
     assert dropped.run.peak_bytes == step.peak_bytes, "the first phase's is the largest"
-    assert dropped.phases[1].peak_bytes < step.peak_bytes
+    assert dropped.phases[1].step.peak_bytes < step.peak_bytes
 
 
 def test_a_dropped_prefix_is_computed_once_and_trained_no_more():
@@ -130,10 +130,10 @@ batch = 16
     from graphopt.cli import app
 
     before, after = (json.loads(CliRunner().invoke(app, ["check", str(what), "--json"]).stdout) for what in (path, tmp_path / "run"))
-    assert not before["run_foreseen"]
+    assert not before["run_complete"]
     assert before["run"] == before["run_before"], "nothing is known of it yet"
     assert after["run"]["forward_flops"] < after["run_before"]["forward_flops"]
-    assert after["run_foreseen"]
+    assert after["run_complete"]
     assert after["drop_points"][0]["bytes"]["float16"] == 64 * 16 * 8 * 8 * 2
 
 
@@ -154,10 +154,10 @@ def test_replayed_schedules_save_what_was_published(name, least):
     plan = graphopt.compile(model, spec, verify="off", costs=False)
     samples, evaluated = counts(spec.data)
     assert (samples, evaluated) == (50_000, 10_000)
-    work = run_work(plan, spec.train, samples=samples, evaluated=evaluated)
+    work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated)
     assert work.forward_saved >= least
     assert work.training_forward_saved >= least
-    assert work.foreseen
+    assert work.complete
 
 
 def test_known_data_sets_have_the_size_that_is_known():

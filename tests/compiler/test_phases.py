@@ -1,0 +1,56 @@
+"""Phases of a plan: foreseen from the triggers alone, or replayed from decisions."""
+
+from __future__ import annotations
+
+import pytest
+
+import graphopt
+from graphopt.compiler import plan as plan_module
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
+from graphopt.passes.freeze import Freeze
+from tests.backbones import Small
+
+THAWED = Freeze(select=("stem",), when={"epoch": 2, "until": 5})
+STEPS = Freeze(select=("blocks.0", "blocks.1"), when=[{"epoch": 2, "upto": "blocks.0"}, {"epoch": 4, "upto": "blocks.1"}])
+MEASURED = Freeze(select=("blocks.3",), when={"score": "change"})
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return graphopt.compile(Small(drop=0.0), [THAWED, STEPS, MEASURED], input=(3, 8, 8), verify="off", costs=False)
+
+
+def frozen(plan: Plan) -> set[str]:
+    return {name.rpartition(".")[0] for name, p in plan.module.named_parameters() if not p.requires_grad}
+
+
+def test_decisions_are_foreseen_without_compiling_and_measurements_are_not(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "compile_phase", None)
+    decisions = [(d.index, d.epoch, d.action, d.regions) for d in plan.foreseen(6)]
+    assert decisions == [(0, 2, "apply", None), (1, 2, "apply", ("blocks.0",)), (1, 4, "apply", ("blocks.1",)), (0, 5, "undo", None)]
+    assert [d.epoch for d in plan.foreseen(3)] == [2, 2]
+
+
+def test_phases_have_no_gaps_and_follow_the_decisions(plan: Plan) -> None:
+    phases = plan.phases(6)
+    assert [(p.start, p.end) for p in phases] == [(0, 2), (2, 4), (4, 5), (5, 6)]
+    assert phases[0].plan is plan
+    assert tuple(d for p in phases for d in p.decisions) == plan.foreseen(6)
+    assert ["stem" in frozen(p.plan) for p in phases] == [False, True, True, False]
+    assert ["blocks.1.conv1" in frozen(p.plan) for p in phases] == [False, False, True, True]
+
+
+def test_decisions_of_a_run_are_replayed(plan: Plan) -> None:
+    decisions = (Decision(index=2, epoch=0, regions=("blocks.3",)), Decision(index=0, epoch=9))
+    (phase,) = plan.phases(4, decisions)
+    assert (phase.start, phase.end, phase.decisions) == (0, 4, decisions[:1])
+    assert "blocks.3.conv1" in frozen(phase.plan)
+
+
+@pytest.mark.parametrize("epoch", range(6))
+def test_one_phase_is_found_by_its_epoch(plan: Plan, epoch: int) -> None:
+    expected = next(p.plan for p in plan.phases(6) if p.start <= epoch < p.end)
+    found = plan.phase_at(epoch, 6, verify="off")
+    assert found.decisions == expected.decisions
+    assert frozen(found) == frozen(expected)
