@@ -69,11 +69,11 @@ def apply(
 def _pictures(plan: Any, epoch: int | None) -> dict[str, str]:
     """The diff as a page and as a picture: of all phases, or of the one that --epoch asks for."""
     from graphopt.diff import diff
-    from graphopt.diff.phases import film
+    from graphopt.diff.phases import phase_diffs
     from graphopt.diff.render.page import to_html
     from graphopt.diff.render.svg import to_svg
 
-    shown = film(plan) if epoch is None else diff(plan)
+    shown = phase_diffs(plan) if epoch is None else diff(plan)
     return {"diff.html": to_html(shown), "diff.svg": to_svg(shown)}
 
 

@@ -51,6 +51,7 @@ def diff(
     from graphopt.cli.screen import console, show, show_json, show_text
     from graphopt.diff import Diff
     from graphopt.diff.render import files
+    from graphopt.diff.render.data import main_diff
     from graphopt.diff.render.dot import to_dot
     from graphopt.diff.render.mermaid import to_mermaid
     from graphopt.diff.render.text import render
@@ -58,7 +59,7 @@ def diff(
     asked = {"html": html, "svg": svg, "png": png, "model-explorer": explorer}
     targets = {name: _target(name, path) for name, path in asked.items() if path}
     shown = _shown(spec, other, phase, epoch, batch, costs, set_, trust)
-    main = files.main_diff(shown)
+    main = main_diff(shown)
     written: list[Path] = []
     writers: dict[str, Any] = {"html": files.write_html, "svg": files.write_svg, "png": files.write_png}
     for name, path in targets.items():
@@ -79,8 +80,8 @@ def diff(
     elif not written and "-" not in (mermaid, dot):
         out = console()
         if not isinstance(shown, Diff) and len(shown) > 1:
-            for number, frame in enumerate(shown):
-                show(f"phase {number}, from epoch {frame.epoch}: {frame.label}{'   (shown)' if frame.diff is main else ''}")
+            for number, phase_diff in enumerate(shown):
+                show(f"phase {number}, from epoch {phase_diff.epoch}: {phase_diff.label}{'   (shown)' if phase_diff.diff is main else ''}")
         out.print(render(main, unfold=unfold, nodes=nodes, unicode="utf" in (out.encoding or "").lower()))
     elif written:
         show(f"written: {', '.join(map(str, written))}")
@@ -100,27 +101,27 @@ def _target(name: str, path: str) -> Path:
 def _shown(
     spec: str, other: str | None, phase: list[int], epoch: int | None, batch: int | None, costs: bool, set_: list[str], trust: bool
 ) -> Any:
-    """The diff asked for, or the whole film of one plan."""
-    from graphopt.diff import join
-    from graphopt.diff.phases import film
+    """The diff asked for, or the phases of one plan."""
+    from graphopt.diff import align
+    from graphopt.diff.phases import phase_diffs
 
     if phase and epoch is not None:
         raise RunError("say --phase or --epoch, not both", where="--epoch")
     if len(phase) > 2 or (other is not None and len(phase) > 1):
         raise RunError("two phases can be compared, no more", where="--phase")
     plan, decisions = _plan(spec, batch, costs, set_, trust)
-    frames = film(plan, decisions, costs=costs)
+    phases = phase_diffs(plan, decisions, costs=costs)
     if other is not None:
         second, later = _plan(other, batch, costs, set_, trust)
-        others = film(second, later, costs=costs)
-        a, b = _at(frames, phase[:1], epoch, spec), _at(others, phase[:1], epoch, other)
-        return join(a.after, b.after)
+        others = phase_diffs(second, later, costs=costs)
+        a, b = _at(phases, phase[:1], epoch, spec), _at(others, phase[:1], epoch, other)
+        return align(a.after, b.after)
     if len(phase) == 2:
-        a, b = (_at(frames, [number], None, spec) for number in phase)
-        return join(a.after, b.after)
+        a, b = (_at(phases, [number], None, spec) for number in phase)
+        return align(a.after, b.after)
     if phase or epoch is not None:
-        return _at(frames, phase, epoch, spec)
-    return frames
+        return _at(phases, phase, epoch, spec)
+    return phases
 
 
 def _plan(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> tuple[Any, Any]:
@@ -141,16 +142,16 @@ def _plan(argument: str, batch: int | None, costs: bool, set_: list[str], trust:
         return graphopt.compile(module, loaded, batch=batch, verify="off", costs=costs), decisions
 
 
-def _at(frames: Any, phase: list[int], epoch: int | None, name: str) -> Any:
+def _at(phases: Any, phase: list[int], epoch: int | None, name: str) -> Any:
     from graphopt.diff.render.data import most_changed
 
     if phase:
-        if phase[0] >= len(frames):
-            raise RunError(f"{name} has phases 0 to {len(frames) - 1}, not {phase[0]}", where="--phase")
-        return frames[phase[0]].diff
+        if phase[0] >= len(phases):
+            raise RunError(f"{name} has phases 0 to {len(phases) - 1}, not {phase[0]}", where="--phase")
+        return phases[phase[0]].diff
     if epoch is not None:
-        return [f for f in frames if f.epoch <= epoch][-1].diff
-    return frames[most_changed(frames)].diff
+        return [f for f in phases if f.epoch <= epoch][-1].diff
+    return phases[most_changed(phases)].diff
 
 
 def register(app: typer.Typer) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+from graphopt.units import show_count, show_size
 
 
 class Named(Protocol):
@@ -148,3 +150,29 @@ def _parents(path: str) -> Iterable[str]:
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
+
+
+class Figure(NamedTuple):
+    """A figure of a training step that reports show: its attribute in `Cost`, its title, and its unit."""
+
+    name: str
+    title: str
+    unit: Literal["count", "bytes"] = "count"
+
+    def text(self, value: float) -> str:
+        """A value of it, human-readable: `11.2 M`, `374 MiB`."""
+        return show_size(value) if self.unit == "bytes" else show_count(value)
+
+
+#: in the order in which reports show them
+FIGURES = (
+    Figure("parameters", "parameters"),
+    Figure("trainable_parameters", "trainable parameters"),
+    Figure("forward_flops", "forward FLOPs"),
+    Figure("backward_flops", "backward FLOPs"),
+    Figure("saved_activation_bytes", "saved activations", "bytes"),
+    Figure("peak_activation_bytes", "peak activations", "bytes"),
+    Figure("peak_bytes", "peak memory", "bytes"),
+)
+#: names of those that single blocks have too
+BLOCK_FIGURES = tuple(f.name for f in FIGURES if hasattr(BlockCost, f.name))
