@@ -153,11 +153,12 @@ def _parents(path: str) -> Iterable[str]:
 
 
 class Figure(NamedTuple):
-    """A figure of a training step that reports show: its attribute in `Cost`, its title, and its unit."""
+    """A figure of a training step that reports show: its attribute in `Cost`, its title, its unit, and a word for it where room is short."""
 
     name: str
     title: str
-    unit: Literal["count", "bytes"] = "count"
+    unit: Literal["count", "bytes"]
+    short: str
 
     def text(self, value: float) -> str:
         """A value of it, human-readable: `11.2 M`, `374 MiB`."""
@@ -166,13 +167,13 @@ class Figure(NamedTuple):
 
 #: in the order in which reports show them
 FIGURES = (
-    Figure("parameters", "parameters"),
-    Figure("trainable_parameters", "trainable parameters"),
-    Figure("forward_flops", "forward FLOPs"),
-    Figure("backward_flops", "backward FLOPs"),
-    Figure("saved_activation_bytes", "saved activations", "bytes"),
-    Figure("peak_activation_bytes", "peak activations", "bytes"),
-    Figure("peak_bytes", "peak memory", "bytes"),
+    Figure("parameters", "parameters", "count", "parameters"),
+    Figure("trainable_parameters", "trainable parameters", "count", "trainable"),
+    Figure("forward_flops", "forward FLOPs", "count", "forward"),
+    Figure("backward_flops", "backward FLOPs", "count", "backward"),
+    Figure("saved_activation_bytes", "saved activations", "bytes", "saved"),
+    Figure("peak_activation_bytes", "peak activations", "bytes", "activations"),
+    Figure("peak_bytes", "peak memory", "bytes", "peak"),
 )
 #: names of those that single blocks have too
 BLOCK_FIGURES = tuple(f.name for f in FIGURES if hasattr(BlockCost, f.name))

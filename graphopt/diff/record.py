@@ -97,7 +97,9 @@ class Records:
                 path = name if name in modules else owner(name)
                 module = modules.get(path) if path and self.map.of_path(path) is None else None
                 if module is not None and any(True for _ in module.parameters()) and not is_below(path, self._by_name):
-                    self._insert_row(path, type(module).__name__, index, None)
+                    calls = self.graph.fx.find_nodes(op="call_module", target=path)
+                    reads = (self.of(source) for call in calls for source in call.all_input_nodes)
+                    self._insert_row(path, type(module).__name__, index, next(reads, None))
 
     def _insert_row(self, name: str, kind: str, index: int, attached_to: RowRecord | None) -> None:
         stage = attached_to.location.stage if attached_to else name.split(".")[0]

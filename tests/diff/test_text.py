@@ -13,7 +13,7 @@ from graphopt.diff.render.dot import to_dot
 from graphopt.diff.render.explorer import to_model_explorer, to_node_data
 from graphopt.diff.render.mermaid import to_mermaid
 from graphopt.diff.render.text import to_text
-from graphopt.diff.status import STATUSES
+from graphopt.diff.status import STYLES
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
 
@@ -46,7 +46,7 @@ def test_golden(name: str) -> None:
 
 def test_no_two_statuses_look_alike_without_colour() -> None:
     for sign in ("glyph", "ascii"):
-        signs = [getattr(look, sign) for look in STATUSES.values()]
+        signs = [getattr(style, sign) for style in STYLES.values()]
         assert len(set(signs)) == len(signs)
         assert all(len(s) == 1 for s in signs)
 

@@ -131,6 +131,6 @@ def _figure_words(group: RowGroup) -> str:
     if changes:
         name = max(changes, key=lambda k: abs(changes[k][1] - changes[k][0]) / max(changes[k]))
         figure, (old, new) = _FIGURE[name], changes[name]
-        return f"  {figure.title} {figure.text(old)} → {figure.text(new)} ({change(old, new)})"
+        return f"  {figure.short} {figure.text(old)} → {figure.text(new)} ({change(old, new)})"
     added = total(group.rows, "parameters", "after") if group.rows[0].attached_to else None
     return f"  {_FIGURE['parameters'].text(added)} parameters" if added else ""
