@@ -212,7 +212,7 @@
 
   function setPhase(next) {
     at = Math.max(0, Math.min(data.phases.length - 1, next));
-    document.querySelectorAll("\.phases button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === at)));
+    document.querySelectorAll(".phases button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === at)));
     tiles(); filters(); draw(true);
     if (chosen) show(chosen);
   }
@@ -231,7 +231,7 @@
 
   function phaseButtons() {
     if (data.phases.length < 2) return;
-    const host = $("\.phases");
+    const host = $(".phases");
     host.hidden = false;
     host.innerHTML = data.phases.map((f, i) => {
       const before = i ? new Map(data.phases[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
