@@ -13,9 +13,9 @@ from graphopt.diff import Diff, diff
 from graphopt.diff.align import group_name
 from graphopt.models.build import build
 from graphopt.passes.freeze import Freeze
-from tests.backbones import Hollow, Small, Twice
 from tests.diff.passes import Adapter, Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
+from tests.support.backbones import Hollow, Small, Twice
 
 
 def statuses(found: Diff) -> dict[str, tuple[str, ...]]:
