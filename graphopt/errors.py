@@ -62,6 +62,10 @@ class VerifyError(GraphoptError):
     exit_code = 1
 
 
+class CostError(GraphoptError):
+    """A training step cannot be forecast, or a budget makes no sense."""
+
+
 class RunError(GraphoptError):
     """Training, a checkpoint or an output folder is not as it must be."""
 

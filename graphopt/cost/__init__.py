@@ -1,10 +1,10 @@
-"""What a training step costs, known before it is paid for: parameters, FLOPs, saved activations, peak memory; whole and per block."""
+"""The cost of a training step, forecast without running it: parameters, FLOPs, saved activations, peak memory; whole and per block."""
 
 from graphopt.cost.advice import Advice, advise, where_memory_is
-from graphopt.cost.errors import CostError
 from graphopt.cost.figures import BlockCost, Cost
 from graphopt.cost.rates import Rates, measure_rates
 from graphopt.cost.step import forecast, measure
+from graphopt.errors import CostError
 
 __all__ = [
     "Advice",

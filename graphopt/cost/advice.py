@@ -1,6 +1,6 @@
-"""Warnings worth money: where a plan pays for nothing, and where the memory is.
+"""Warnings about wasted memory or compute: rewrites that save nothing, and the part of a step that holds its memory.
 
-All of it is read off two costs of one training step, before and after a rewrite, by block; nothing here knows a pass.
+They are derived from the costs of one training step before and after a rewrite, by block; nothing here knows a pass.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from graphopt.cost.figures import BlockCost, Cost
 from graphopt.units import show_count, show_size
 
-#: a saving under this share is none
-NOTHING = 0.01
-#: a block that keeps more than this share of what it saved has not been freed of it
-KEPT = 0.9
+#: differences under this share do not count
+NEGLIGIBLE = 0.01
+#: a frozen block that saves more than this share of what it saved before has gained nothing
+STILL_SAVED = 0.9
 #: a part with more than this share of all saved activations holds most of the memory
 MOST = 0.5
 
@@ -24,9 +24,9 @@ class Advice:
     """One warning.
 
     Attributes:
-        where: block, or "the step".
-        what: the fact and what to do about it, in a sentence.
-        worth: bytes of memory, or FLOPs, that are at stake in one step.
+        where: the block, or "the step".
+        what: the fact and what to do about it.
+        worth: how many bytes of memory, or FLOPs, of one step it is about.
     """
 
     where: str
@@ -38,32 +38,31 @@ class Advice:
 
 
 def advise(before: Cost, after: Cost) -> tuple[Advice, ...]:
-    """What one rewrite (or a whole plan) should have its user know. Both costs must carry the same blocks (`per_block`)."""
-    return (*_open_prefix(before, after), *_no_saving(before, after), *_dearer(before, after))
+    """Warnings about one rewrite, or about a whole plan. Both costs must have the same blocks (`per_block`)."""
+    return (*_open_prefix(before, after), *_no_saving(before, after), *_more_expensive(before, after))
 
 
 def where_memory_is(cost: Cost) -> tuple[Advice, ...]:
-    """Which part of a step holds its memory, so that a cut or a freeze goes there; or that activations are not what fills it."""
-    found: list[Advice] = []
-    standing = cost.parameter_bytes + cost.buffer_bytes + cost.gradient_bytes + cost.optimizer_bytes
-    if standing > MOST * cost.peak_bytes:
-        share = _percent(standing, cost.peak_bytes)
+    """The part of a step that holds most of its memory, where a cut or a freeze helps most; or that this is not its activations."""
+    constant = cost.parameter_bytes + cost.buffer_bytes + cost.gradient_bytes + cost.optimizer_bytes
+    if constant > MOST * cost.peak_bytes:
+        share = _percent(constant, cost.peak_bytes)
         what = (
-            f"{share} of the peak is parameters, gradients and optimizer state ({show_size(standing)}): at this batch, passes that save "
-            "activations gain little. Freeze or share parameters, choose a lighter optimizer, or use the room for a larger batch"
+            f"{share} of the peak is parameters, gradients and optimizer state ({show_size(constant)}): at this batch, passes that save "
+            "activations gain little. Freeze or share parameters, choose an optimizer with less state, or use a larger batch"
         )
-        found.append(Advice("the step", what, standing))
-        return tuple(found)
+        return (Advice("the step", what, constant),)
     total = cost.saved_activation_bytes
-    for name, saved in _parts(cost.blocks):
-        if name and total and saved > MOST * total:
-            what = f"{_percent(saved, total)} of the saved activations ({show_size(saved)}) are here: cut inside it, or checkpoint it"
-            found.append(Advice(name, what, saved))
-    return tuple(found)
+    where = "of the saved activations ({}) are here: cut inside it, or checkpoint it"
+    return tuple(
+        Advice(name, f"{_percent(saved, total)} {where.format(show_size(saved))}", saved)
+        for name, saved in _outer_parts(cost.blocks)
+        if saved > MOST * total
+    )
 
 
-def _parts(blocks: Sequence[BlockCost]) -> list[tuple[str, int]]:
-    """Saved bytes of the outermost parts; a part that holds everything is taken apart."""
+def _outer_parts(blocks: Sequence[BlockCost]) -> list[tuple[str, int]]:
+    """Saved bytes of the outermost modules that are more than three in number, the largest first."""
     rows = [(b.path.split("."), b.saved_activation_bytes) for b in blocks if b.path]
     depth = 1
     while True:
@@ -77,21 +76,20 @@ def _parts(blocks: Sequence[BlockCost]) -> list[tuple[str, int]]:
 
 
 def _open_prefix(before: Cost, after: Cost) -> list[Advice]:
-    """Frozen blocks that still save what they saved, because something before them trains."""
+    """Frozen blocks that save as much as before, because something before them is trainable."""
     old = {b.path: b for b in before.blocks}
     frozen = [b for b in after.blocks if b.path and b.parameters and not b.trainable_parameters and old.get(b.path, b).trainable_parameters]
-    stuck = [b for b in frozen if b.saved_activation_bytes > KEPT * max(old[b.path].saved_activation_bytes, 1)]
-    if not stuck:
+    unchanged = [b for b in frozen if b.saved_activation_bytes > STILL_SAVED * max(old[b.path].saved_activation_bytes, 1)]
+    if not unchanged:
         return []
-    paths = [b.path for b in after.blocks]
-    first = paths.index(stuck[0].path)
-    open_ = [b.path for b in after.blocks[:first] if b.path and b.trainable_parameters]
-    if not open_:
+    first = after.blocks.index(unchanged[0])
+    trainable = [b.path for b in after.blocks[:first] if b.path and b.trainable_parameters]
+    if not trainable:
         return []
-    kept = sum(b.saved_activation_bytes for b in stuck)
-    names, them = _some([b.path for b in stuck]), _some(open_)
-    what = f"frozen but open prefix: still saves {show_size(kept)}, because {them} before it {_trains(open_)}. Freeze {them} too"
-    return [Advice(names, what, kept)]
+    saved = sum(b.saved_activation_bytes for b in unchanged)
+    them, verb = _listed(trainable), "trains" if len(trainable) == 1 else "train"
+    what = f"frozen but open prefix: still saves {show_size(saved)}, because {them} before it {verb}. Freeze {them} too"
+    return [Advice(_listed([b.path for b in unchanged]), what, saved)]
 
 
 def _no_saving(before: Cost, after: Cost) -> list[Advice]:
@@ -106,31 +104,27 @@ def _no_saving(before: Cost, after: Cost) -> list[Advice]:
     return [Advice("the step", what, 0)]
 
 
-def _dearer(before: Cost, after: Cost) -> list[Advice]:
+def _more_expensive(before: Cost, after: Cost) -> list[Advice]:
     found = []
-    if after.peak_bytes > before.peak_bytes * (1 + NOTHING):
+    if after.peak_bytes > before.peak_bytes * (1 + NEGLIGIBLE):
         more = after.peak_bytes - before.peak_bytes
         added = after.parameters - before.parameters
         why = f" (it adds {show_count(added)} parameters, with gradients and optimizer state)" if added > 0 else ""
         found.append(Advice("the step", f"this costs {show_size(more)} more at the peak than it saves{why}", more))
-    if after.flops > before.flops * (1 + NOTHING):
+    if after.flops > before.flops * (1 + NEGLIGIBLE):
         more = after.flops - before.flops
-        text = f"this costs {_percent(more, before.flops)} more FLOPs a step"
-        found.append(Advice("the step", text + (", run again in the backward" if after.recomputed_flops else ""), more))
+        why = ", run again in the backward" if after.recomputed_flops else ""
+        found.append(Advice("the step", f"this costs {_percent(more, before.flops)} more FLOPs a step{why}", more))
     return found
 
 
 def _less(before: int, after: int) -> bool:
-    return after < before * (1 - NOTHING)
+    return after < before * (1 - NEGLIGIBLE)
 
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "all"
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} ... {names[-1]}"
-
-
-def _trains(names: list[str]) -> str:
-    return "trains" if len(names) == 1 else "train"

@@ -1,19 +1,19 @@
-"""What a CUDA device would hold, from a forecast: a model of the caching allocator, and what the forecast does not see.
+"""Memory of a CUDA device, from a forecast: a model of the caching allocator, and a list of what the forecast leaves out.
 
-NOT CALIBRATED: no figure here was fitted to a GPU, and none is invented. `Device` takes the terms that only a measurement gives (context,
-workspaces), and says whether somebody measured them. `tools/gpu_checks.py` measures them where there is a GPU.
+NOT CALIBRATED: no figure here was fitted to a GPU. `Device` takes the terms that only a measurement gives (context, workspaces), and
+records whether they were measured. `tools/gpu_checks.py` measures them on a GPU.
 
-What is modelled, because it is documented: PyTorch's caching allocator hands out blocks in multiples of 512 bytes, and
+The model follows the documentation: PyTorch's caching allocator allocates blocks in multiples of 512 bytes, and
 `torch.cuda.max_memory_allocated` counts those blocks (PyTorch, "CUDA semantics", memory management; `kMinBlockSize` in
 `c10/cuda/CUDACachingAllocator`). Fragmentation and the reserved segments that `nvidia-smi` shows are not modelled.
 
-What kernels do otherwise on CUDA than on the CPU, and the forecast therefore leaves out:
+Kernels differ between CUDA and the CPU, which the forecast does not model:
 
-- Attention: the forecast runs the CPU's flash kernel, which keeps the output and a log-sum-exp a query, as CUDA's flash and efficient ones
-  do; with a float mask, or a head width they refuse, CUDA may take the math kernel, which keeps the whole score matrix.
-- Convolutions: cuDNN takes a workspace inside the operator, whose size depends on the algorithm it picks. `workspace_bytes` is its place.
-- Dropout: CUDA's fused kernel keeps a mask of a byte an element, the CPU a float's four; so the forecast is high there.
-- Optimizers: on CUDA torch's default is the for-each form, whose passing results are as large as all gradients together.
+- Attention: the forecast runs the CPU's flash kernel, which saves the output and one log-sum-exp per query, as CUDA's flash and efficient
+  kernels do. With a float mask, or a head width that those do not support, CUDA may use the math kernel, which saves the score matrix.
+- Convolutions: cuDNN allocates a workspace inside the operator, whose size depends on the algorithm. `workspace_bytes` accounts for it.
+- Dropout: CUDA's fused kernel saves a mask of one byte per element, the CPU one of four; so the forecast is high there.
+- Optimizers: on CUDA torch's default is the for-each form, whose temporary results are as large as all gradients together.
 - Autocast: CUDA and CPU cast different operators (layer norm and softmax run in float32 under CUDA autocast).
 """
 
@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt.cost.errors import CostError
 from graphopt.cost.figures import Cost
+from graphopt.errors import CostError
 
-#: bytes; the caching allocator's smallest block, and the multiple that all blocks come in
+#: bytes of the caching allocator's smallest block; all blocks are multiples of it
 BLOCK = 512
 
 
@@ -35,13 +35,13 @@ def rounded(size: int) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device as far as memory goes.
+    """The memory figures of a CUDA device.
 
     Attributes:
-        name: for people.
+        name: a human-readable name.
         context_bytes: what the process holds before its first tensor (context, kernels). Unknown until measured.
-        workspace_bytes: the most that kernels take inside one operator on the models that were measured. Unknown until measured.
-        measured: where the two come from: device, versions, date; None: not calibrated.
+        workspace_bytes: the most that kernels allocate inside one operator on the models that were measured. Unknown until measured.
+        measured: the source of the two: device, versions, date; None: not calibrated.
     """
 
     name: str = "CUDA"
@@ -51,6 +51,7 @@ class Device:
 
     @property
     def calibrated(self) -> bool:
+        """Whether its figures were measured."""
         return self.measured is not None
 
     def __post_init__(self) -> None:
@@ -63,9 +64,9 @@ class DeviceMemory:
     """A forecast for a device.
 
     Attributes:
-        allocated_bytes: the allocator's blocks at the peak: what `torch.cuda.max_memory_allocated` would show, workspaces aside
-            where they are unknown.
-        process_bytes: with the context; None while that is unknown.
+        allocated_bytes: the allocator's blocks at the peak, as `torch.cuda.max_memory_allocated` shows them; without workspaces
+            where those are unknown.
+        process_bytes: with the context; None if that is unknown.
         state: "calibrated: ..." or "not calibrated".
     """
 
@@ -75,7 +76,7 @@ class DeviceMemory:
 
 
 def on_device(cost: Cost, device: Device = Device()) -> DeviceMemory:
-    """What one training step would hold on a CUDA device, as far as the model goes."""
+    """The memory of one training step on a CUDA device, according to the model."""
     allocated = cost.peak_block_bytes + (device.workspace_bytes or 0)
     process = None if device.context_bytes is None else allocated + device.context_bytes
     state = f"calibrated: {device.measured}" if device.calibrated else "not calibrated"

@@ -1,4 +1,4 @@
-"""What a training step costs: the figures, whole and per block."""
+"""The figures of a training step's cost, whole and per block."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
+from graphopt.ir.paths import lineage
 from graphopt.units import show_count, show_size
 
 
 class Named(Protocol):
-    """A region, as far as costs are concerned: a name, and the module paths that make it up."""
+    """What costs need to know of a region."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name."""
+
     @property
-    def paths(self) -> tuple[str, ...]: ...
+    def paths(self) -> tuple[str, ...]:
+        """The module paths that make it up."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,10 @@ class BlockCost:
 
     Attributes:
         path: the block's name; `""` is everything outside the blocks (the loss too).
-        parameters, trainable_parameters: elements; a shared one counts for the first of its names.
-        forward_flops: contractions run by the block's own modules, once. A stretch that is run again counts under `recomputed_flops`.
+        parameters, trainable_parameters: elements; a shared one counts under the first of its names.
+        forward_flops: contractions that the block's own modules run, once. A checkpointed segment's second run is in `recomputed_flops`.
         weight_gradient_flops, input_gradient_flops, recomputed_flops: the parts of the backward.
-        saved_activation_bytes: storages kept for the backward at the end of the forward, at the block that first saved them.
+        saved_activation_bytes: storages saved for the backward at the end of the forward, at the block that first saved them.
     """
 
     path: str
@@ -41,6 +45,7 @@ class BlockCost:
 
     @property
     def backward_flops(self) -> int:
+        """All parts of the backward."""
         return self.weight_gradient_flops + self.input_gradient_flops + self.recomputed_flops
 
     def __add__(self, other: BlockCost) -> BlockCost:
@@ -48,6 +53,7 @@ class BlockCost:
         return BlockCost(self.path, **sums)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return {**asdict(self), "backward_flops": self.backward_flops}
 
 
@@ -55,35 +61,35 @@ class BlockCost:
 class Cost:
     """One training step: forward, loss, backward, optimizer. FLOPs are 2 per multiply-accumulate; sizes are bytes.
 
-    Live bytes are those of unique storages, before any allocator's rounding. What a device's kernels allocate inside one operator
-    (workspaces) is not in them.
+    Live bytes are those of unique storages, before any rounding by an allocator. What kernels allocate inside one operator
+    (workspaces) is not included.
 
     Attributes:
         batch: samples in the step.
-        parameters, trainable_parameters: elements, shared ones once, those the forward never reads included.
+        parameters, trainable_parameters: elements; shared ones count once, and those that the forward never reads are included.
         parameter_bytes, buffer_bytes: the model itself.
         gradient_bytes: all gradients that reach a parameter's `.grad`.
         optimizer_bytes: the optimizer's state between steps.
         input_bytes: the batch and its targets.
         forward_flops, backward_flops: of one step. A backward that runs inside the forward (local supervision) is backward here.
-        weight_gradient_flops, input_gradient_flops, recomputed_flops: the backward's parts, which add up to it. Where a weight
-            is itself computed (a mix of two), its gradient is a weight gradient.
-        saved_activation_bytes: storages that autograd keeps for the backward at the end of forward and loss, parameters and buffers
-            aside. The batch counts where something keeps it (an open first convolution does).
+        weight_gradient_flops, input_gradient_flops, recomputed_flops: the backward's parts, which add up to it. The gradient of a
+            weight that is itself computed (a mix of two) is a weight gradient.
+        saved_activation_bytes: storages that autograd saves for the backward, at the end of forward and loss; parameters and buffers
+            left out. The input batch is included if autograd saves it (it does if the first convolution is trainable).
         peak_bytes: the most that is live at once over the whole step: parameters, buffers, gradients, optimizer state, batch,
-            activations and passing results. The optimizer's state exists from the start, as in every step but the first.
-        peak_activation_bytes: the most that is live at once of everything that is *not* parameters, buffers, gradients or the
-            optimizer's (its state, its step's passing results): the batch, activations, activations' gradients. Its moment may be another
-            than `peak_bytes`'. A gradient counts as one from the moment its storage is allocated, whether autograd brings
-            it to `.grad` or `torch.autograd.grad` hands it out for a parameter.
-        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator hands it out.
-        peak_phase: where the step reaches `peak_bytes`: forward, backward or optimizer.
+            activations and temporary results. The optimizer's state exists from the start, as in every step but the first.
+        peak_activation_bytes: the most that is live at once of the batch, activations and their gradients; parameters, buffers,
+            parameter gradients, and the optimizer's state and temporary results are left out. It may be reached at another moment than
+            `peak_bytes`. A parameter gradient counts as one from the allocation of its storage, whether autograd writes it
+            to `.grad` or `torch.autograd.grad` returns it.
+        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator does.
+        peak_phase: the part of the step that reaches `peak_bytes`: forward, backward or optimizer.
         peak_parts: bytes by kind at that moment.
-        all_reduced_bytes: what data-parallel training adds up over ranks every step: one gradient per trainable parameter.
-        kernels, moved_bytes: calls of operators that compute (views are none), and the bytes of all tensors they take and give: what a
-            step's time is made of besides FLOPs (`graphopt.cost.rates`). The optimizer's are among them.
-        rows: the step by module path, finest attribution.
-        blocks: the step by the blocks asked for, in their order, then `""` for the rest.
+        all_reduced_bytes: what data-parallel training sums over ranks in every step: one gradient per trainable parameter.
+        kernels, moved_bytes: operator calls that compute (views do not), and the bytes of all tensors that they read and write, the
+            optimizer's included: what a step's time depends on besides FLOPs (see `graphopt.cost.rates`).
+        rows: the step by module path, the finest attribution.
+        blocks: the step by the blocks asked for, in their order, then `""` for everything else.
     """
 
     batch: int
@@ -117,9 +123,9 @@ class Cost:
         return self.forward_flops + self.backward_flops
 
     def by(self, blocks: Iterable[str | Named]) -> tuple[BlockCost, ...]:
-        """The rows added up by block, in the order given, then `""` for the rest.
+        """The rows added up by block, in the order given, then `""` for everything else.
 
-        A block is a module path, which takes everything under it, or anything with a `name` and `paths` (a region). Where blocks
+        A block is a module path, with everything below it, or anything with a `name` and `paths` (a region). Where blocks
         nest, a row counts for the innermost.
         """
         owner: dict[str, str] = {}
@@ -128,28 +134,22 @@ class Cost:
             name, paths = (block, (block,)) if isinstance(block, str) else (block.name, block.paths)
             totals[name] = BlockCost(name)
             owner.update(dict.fromkeys(paths, name))
-        rest = totals.pop("", BlockCost(""))
+        outside = totals.pop("", BlockCost(""))
         for row in self.rows:
-            name = owner.get(row.path) or next((owner[p] for p in _parents(row.path) if p in owner), "")
+            name = next((owner[p] for p in reversed([*lineage(row.path)][1:]) if p in owner), "")
             if name:
                 totals[name] += row
             else:
-                rest += row
-        return (*totals.values(), rest)
+                outside += row
+        return (*totals.values(), outside)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `blocks` where blocks were asked for, `rows` left out."""
+        """Plain values, for JSON; with `blocks` if blocks were asked for, without `rows`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks")}
         plain["peak_parts"] = dict(self.peak_parts)
         if self.blocks:
             plain["blocks"] = [block.to_dict() for block in self.blocks]
         return plain
-
-
-def _parents(path: str) -> Iterable[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 class Figure(NamedTuple):

@@ -1,13 +1,13 @@
-"""Every storage of a training step, from the operator that allocates it to the moment it dies; and every contraction.
+"""Records every storage of a training step, from allocation to release, and the FLOPs of every operator.
 
-The ledger sits under autograd and above the kernels (a dispatch mode), so it sees each operator's results on fake tensors exactly
-as on real ones. Storages are known by identity: views cost nothing, and a weak reference tells when the last one is gone.
+The ledger is a dispatch mode, below autograd and above the kernels, so it sees each operator's results on fake tensors exactly as on real
+ones. Storages are identified by address: views cost nothing, and a weak reference reports when a storage is freed.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.cost.attribution import Attribution
-from graphopt.cost.corrections import corrected
-from graphopt.cost.flops import work
+from graphopt.cost.fake_kernel_fixes import fixed
+from graphopt.cost.flops import operator_flops
+from graphopt.ir.shapes import tensors_in
 
 
 class Kind(IntEnum):
-    """What a storage is for. What is nothing else is an activation: passing results and activations' gradients too."""
+    """What a storage is for. Storages of no other kind count as activations: temporary results and gradients of activations too."""
 
     ACTIVATION = 0
     PARAMETER = 1
@@ -30,10 +31,12 @@ class Kind(IntEnum):
     INPUT = 3
     OPTIMIZER = 4
     GRADIENT = 5
-    SCRATCH = 6  # passing results of the optimizer's step
+    SCRATCH = 6  # temporary results of the optimizer's step
 
 
-class _Watch(weakref.ref):  # type: ignore[type-arg]
+class _StorageRef(weakref.ref[torch.UntypedStorage]):
+    """A weak reference to a storage, with its address and its number in the ledger."""
+
     __slots__ = ("address", "index")
 
     address: int
@@ -41,7 +44,7 @@ class _Watch(weakref.ref):  # type: ignore[type-arg]
 
 
 class _Saved:
-    """What autograd keeps in place of a saved tensor: it is alive as long as autograd keeps it."""
+    """What autograd stores in place of a saved tensor: it is alive as long as autograd needs it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -50,49 +53,55 @@ class _Saved:
 
 
 class Ledger(TorchDispatchMode):
-    """Use as a context around the step. Kinds are given with `set_kind`, before or after: peaks are computed from the events at the end."""
+    """Use as a context around the step. `set_kind` may come before or after an allocation: peaks are computed at the end.
+
+    Attributes:
+        sizes, kinds: of each storage. default: the kind of a new storage.
+        weights: whether a storage is a function of parameters alone (a cast or mixed weight): its products are products with a weight.
+        events: storage i allocated: i; freed: ~i.
+        phases: (name of a phase, number of events before it).
+        saved: (stored tensor, storage, path that saved it).
+        kernels, moved: kernel calls, and the bytes of all that they read and write: what a step's time depends on besides FLOPs.
+    """
 
     def __init__(self, attribution: Attribution) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.attribution = attribution
         self.sizes: list[int] = []
         self.kinds: list[int] = []
-        #: of each storage: a function of parameters alone (a cast or mixed weight), which makes its products weight products.
-        self.weights: list[bool] = []
-        #: storage i allocated: i; dead: ~i.
-        self.events: list[int] = []
-        self.marks: list[tuple[str, int]] = []
-        self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
-        #: kernel calls, and the bytes of all that they read and write: what a step's time is made of besides FLOPs
-        self.kernels = self.moved = 0
-        self._watches: dict[int, _Watch] = {}
-        self._open = True
-        #: what a new storage is until told otherwise.
         self.default = Kind.ACTIVATION
+        self.weights: list[bool] = []
+        self.events: list[int] = []
+        self.phases: list[tuple[str, int]] = []
+        self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
+        self.kernels = self.moved = 0
+        self._references: dict[int, _StorageRef] = {}
+        self._open = True
 
     # -- storages
 
     def index(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage, which is new from now on if it was not known."""
-        return self._enter(tensor.untyped_storage())[0]
+        """The number of a tensor's storage; an unknown storage gets one."""
+        return self._register(tensor.untyped_storage())[0]
 
-    def _enter(self, storage: torch.UntypedStorage) -> tuple[int, bool]:
+    def _register(self, storage: torch.UntypedStorage) -> tuple[int, bool]:
+        """A storage's number, and whether it is new."""
         address = storage._cdata
-        known = self._watches.get(address)
+        known = self._references.get(address)
         if known is not None:
             return known.index, False
-        watch = _Watch(storage, self._gone)
-        watch.address, watch.index = address, len(self.sizes)
-        self._watches[address] = watch
+        reference = _StorageRef(storage, self._freed)
+        reference.address, reference.index = address, len(self.sizes)
+        self._references[address] = reference
         self.sizes.append(storage.nbytes())
         self.kinds.append(self.default)
         self.weights.append(False)
-        self.events.append(watch.index)
-        return watch.index, True
+        self.events.append(reference.index)
+        return reference.index, True
 
-    def _gone(self, watch: _Watch) -> None:
-        if self._open and self._watches.pop(watch.address, None) is not None:
-            self.events.append(~watch.index)
+    def _freed(self, reference: _StorageRef) -> None:
+        if self._open and self._references.pop(reference.address, None) is not None:
+            self.events.append(~reference.index)
 
     def set_kind(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """What these tensors' storages are, from their allocation on. The first kind given to a storage stays."""
@@ -103,72 +112,70 @@ class Ledger(TorchDispatchMode):
             if kind == Kind.PARAMETER:
                 self.weights[number] = True
 
-    def mark(self, phase: str) -> None:
+    def start_phase(self, name: str) -> None:
         """A phase of the step starts here."""
-        self.marks.append((phase, len(self.events)))
+        self.phases.append((name, len(self.events)))
 
     def close(self) -> None:
+        """Records no more."""
         self._open = False
-        self._watches.clear()
+        self._references.clear()
 
     # -- operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        out = corrected(func.overloadpacket, args, func(*args, **kwargs))
+        out = fixed(func.overloadpacket, args, func(*args, **kwargs))
         if func.namespace == "prim":  # a fake tensor asked for its device
             return out
-        tensors = list(_flat(out))
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
         if self._open and not func.is_view:
             self.kernels += 1
-            self.moved += sum(t.numel() * t.element_size() for t in (*_flat(args), *_flat(kwargs), *tensors))
-        fresh = [self._enter(t.untyped_storage()) for t in tensors]
-        weight: bool | None = None
-        if any(new for _, new in fresh):
-            weight = self._weights_only(args, kwargs)
-            if weight:
-                for number, new in fresh:
-                    self.weights[number] |= new
-        done = work(func.overloadpacket, args, kwargs, out)
-        if done is not None:
-            touches = any(self._is_weight(t) for t in (*_flat(args), *_flat(kwargs)))
-            self.attribution.contraction(done.plain, done.weight, touches_weight=touches)
+            self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        registered = [self._register(t.untyped_storage()) for t in outputs]
+        if any(new for _, new in registered) and self._weights_only(inputs):
+            for number, new in registered:
+                self.weights[number] |= new
+        flops = operator_flops(func.overloadpacket, args, kwargs, out)
+        if flops is not None:
+            self.attribution.add(flops.plain, flops.weight, reads_weight=any(map(self._is_weight, inputs)))
         return out
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        watch = self._watches.get(tensor.untyped_storage()._cdata)
-        return watch is not None and self.weights[watch.index]
+        known = self._references.get(tensor.untyped_storage()._cdata)
+        return known is not None and self.weights[known.index]
 
-    def _weights_only(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _weights_only(self, inputs: Iterable[Tensor]) -> bool:
         found = False
-        for tensor in (*_flat(args), *_flat(kwargs)):
-            watch = self._watches.get(tensor.untyped_storage()._cdata)
-            if watch is None:
+        for tensor in inputs:
+            known = self._references.get(tensor.untyped_storage()._cdata)
+            if known is None:
                 return False
-            if self.weights[watch.index]:
+            if self.weights[known.index]:
                 found = True
-            elif self.kinds[watch.index] != Kind.BUFFER:
+            elif self.kinds[known.index] != Kind.BUFFER:
                 return False
         return found
 
     # -- saved tensors
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """`saved_tensors_hooks`' pack: notes who saves what, and keeps the tensor as autograd would have."""
+        """`saved_tensors_hooks`' pack: records who saves what, and holds the tensor as autograd would have."""
         saved = _Saved(tensor)
         self.saved.append((weakref.ref(saved), self.index(tensor), self.attribution.path()))
         return saved
 
     @staticmethod
     def unpack(saved: _Saved) -> Tensor:
+        """`saved_tensors_hooks`' unpack."""
         return saved.tensor
 
     def saved_now(self) -> dict[str, int]:
-        """Bytes by path of what autograd keeps at this moment: unique storages at the first path that saved each, the model's aside."""
+        """Bytes by path that autograd holds now: each storage once, at the first path that saved it; parameters and buffers left out."""
         seen: set[int] = set()
         totals: dict[str, int] = {}
-        for keeper, number, path in self.saved:
-            if keeper() is not None and number not in seen and self.kinds[number] in (Kind.ACTIVATION, Kind.INPUT):
+        for reference, number, path in self.saved:
+            if reference() is not None and number not in seen and self.kinds[number] in (Kind.ACTIVATION, Kind.INPUT):
                 seen.add(number)
                 totals[path] = totals.get(path, 0) + self.sizes[number]
         return totals
@@ -176,9 +183,10 @@ class Ledger(TorchDispatchMode):
     # -- results
 
     def peak(self, kinds: Iterable[Kind] = tuple(Kind), *, block: int = 1) -> tuple[int, int]:
-        """(the most bytes of `kinds` live at once, the event that reaches it). The event is -1 where there never are any.
+        """The most bytes of `kinds` that are live at once, and the event that reaches it (-1 if there never are any).
 
-        With `block`, every storage counts as so many bytes or a multiple.
+        Args:
+            block: sizes are rounded up to multiples of so many bytes.
         """
         live = np.cumsum(self._changes(kinds, block))
         if not live.size:
@@ -191,26 +199,13 @@ class Ledger(TorchDispatchMode):
         return {kind.name.lower(): int(self._changes((kind,))[: event + 1].sum()) for kind in Kind}
 
     def phase_of(self, event: int) -> str:
-        current = self.marks[0][0] if self.marks else ""
-        for phase, start in self.marks:
-            if event >= start:
-                current = phase
-        return current
+        """Name of the phase that an event belongs to."""
+        before = [name for name, start in self.phases if event >= start]
+        return before[-1] if before else self.phases[0][0]
 
-    def _changes(self, kinds: Iterable[Kind], block: int = 1) -> np.ndarray:
+    def _changes(self, kinds: Iterable[Kind], block: int = 1) -> np.ndarray[Any, Any]:
         events = np.asarray(self.events, dtype=np.int64)
         numbers = np.where(events < 0, ~events, events)
         counted = np.isin(np.asarray(self.kinds, dtype=np.int64), [int(k) for k in kinds])
         sizes = -(-np.asarray(self.sizes, dtype=np.int64) // block) * block * counted
         return np.where(events < 0, -1, 1) * sizes[numbers] if events.size else np.zeros(0, dtype=np.int64)
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _flat(item)

@@ -1,8 +1,8 @@
-"""From a step's figures to seconds: three rates of a machine, measured on it in a few seconds.
+"""Seconds from a step's figures, by three rates of a machine that are measured on it in a few seconds.
 
-A step is taken to last `flops / F + moved_bytes / B + kernels * t`: arithmetic, memory traffic and calls, one after the other. F, B and t
-are those that suit real steps of six small networks best (least squares of the relative error, none negative). It is a forecast for
-comparing plans, not a clock: see tools/tables/cost_time.md for how far it is off, by backbone. Loading data is not in it.
+A step is modelled as `flops / F + moved_bytes / B + kernels * t`: arithmetic, memory traffic and calls, one after the other. F, B and t
+are fitted to real steps of six small networks (least squares of the relative error, none negative). The result is for comparing
+plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +21,18 @@ from torch import nn
 from graphopt.cost.figures import Cost
 from graphopt.cost.step import AMP_DTYPES, forecast
 
-#: steps of which the fastest counts (others share the machine), after one that warms up
+#: timed steps, of which the fastest counts (other processes may share the machine), after one step of warm-up
 STEPS = 3
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device reaches on training steps; seconds each.
+    """How fast one device runs training steps.
 
     Attributes:
-        flop, byte, kernel: of one FLOP, of one byte moved, of one kernel call.
-        error: the largest relative error on the networks it was measured with.
-        device: which. It stands for as many threads as torch had then.
+        flop, byte, kernel: seconds of one FLOP, of one byte moved, of one kernel call.
+        error: the largest relative error on the networks that were timed.
+        device: its name. The rates hold for the number of threads that torch used.
     """
 
     flop: float
@@ -55,9 +56,9 @@ def measure_rates(device: str = "cpu", *, amp: str | None = None) -> Rates:
     return fitted(costs, found, device)
 
 
-def fitted(costs: Sequence[Cost], seconds: np.ndarray, device: str) -> Rates:
-    """The rates that suit steps of these costs that took these seconds."""
-    from scipy.optimize import nnls  # type: ignore[import-untyped]
+def fitted(costs: Sequence[Cost], seconds: np.ndarray[Any, Any], device: str) -> Rates:
+    """The rates that fit steps of these costs, which took these seconds, best."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # scipy has no type information
 
     figures = np.array([[c.flops, c.moved_bytes, c.kernels] for c in costs], dtype=float)
     scale = figures.max(axis=0)
@@ -67,7 +68,7 @@ def fitted(costs: Sequence[Cost], seconds: np.ndarray, device: str) -> Rates:
 
 
 def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
-    """Where calls tell, where arithmetic does, and where memory beyond the caches does; convolutions and attention."""
+    """Networks dominated by launch overhead, by arithmetic and by memory bandwidth; with convolutions and with attention."""
     import timm
 
     from graphopt.models import cifar_resnet as cifar
@@ -96,7 +97,7 @@ def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
 def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, amp: str | None) -> float:
     module.to(device).train()
     optimizer = torch.optim.SGD(module.parameters(), 1e-3, momentum=0.9)
-    # Drawn on the CPU, whose random numbers are put back.
+    # Drawn on the CPU, whose random state the caller restores.
     x, y = torch.randn(batch, *input).to(device), torch.zeros(batch, dtype=torch.long, device=device)
     taken = []
     for _ in range(STEPS + 1):
@@ -104,7 +105,7 @@ def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, am
         optimizer.zero_grad()
         with torch.autocast(torch.device(device).type, AMP_DTYPES[amp]) if amp else nullcontext():
             loss = F.cross_entropy(module(x), y)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         taken.append(_now(device) - start)
     return min(taken[1:])

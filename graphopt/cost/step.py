@@ -1,12 +1,13 @@
-"""One training step under the ledger: on fake tensors (`forecast`), or really (`measure`)."""
+"""The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`)."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,17 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.nn import functional as F
 
-from graphopt.cost.attribution import Attribution, follow
+from graphopt.cost.attribution import Attribution, instrument
+from graphopt.cost.copies import fake_cpu_copy, real_cpu_copy
 from graphopt.cost.cuda import BLOCK
-from graphopt.cost.errors import CostError
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.stand_in import fake_copy, real_copy
+from graphopt.cost.losses import LOSSES, Loss
+from graphopt.errors import CostError
+from graphopt.ir.shapes import tensors_in
 
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
-Loss = str | Callable[[Any, Tensor], Tensor]
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEEDS_VALUES = (
     DataDependentOutputException,
@@ -37,17 +38,32 @@ _NEEDS_VALUES = (
 )
 
 
+class StepOptions(TypedDict, total=False):
+    """How a step trains; each may be left out.
+
+    Attributes:
+        targets: use the emitted protocol `module(x, target) -> (output, local_loss)`. Default: `module(x) -> output`.
+        optimizer: a name timm knows (default "sgd"), or a function from parameters to an optimizer; None leaves the optimizer out.
+        optimizer_options: further arguments for timm's factory: `{"momentum": 0.0}`.
+        amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
+        loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
+            (auxiliary heads) are added.
+    """
+
+    targets: bool
+    optimizer: Optimizer
+    optimizer_options: Mapping[str, Any] | None
+    amp: str | None
+    loss: str | Loss
+
+
 def forecast(
     module: nn.Module,
     input: tuple[int, ...],
     batch: int,
     *,
-    targets: bool = False,
-    optimizer: Optimizer = "sgd",
-    optimizer_options: Mapping[str, Any] | None = None,
-    amp: str | None = None,
     per_block: Sequence[str | Named] = (),
-    loss: Loss = "cross_entropy",
+    **options: Unpack[StepOptions],
 ) -> Cost:
     """What one training step of `module` costs, without running it: no memory, no GPU, no data.
 
@@ -58,19 +74,19 @@ def forecast(
         module: on any device, meta included; not touched. Its `requires_grad` flags say what trains.
         input: one sample's shape, `(C, H, W)`; for a suffix, that of the features it takes.
         batch: samples in the step.
-        targets: the emitted protocol `module(x, target) -> (output, local_loss)`.
-        optimizer: a name timm knows, or a function from parameters to an optimizer; None leaves the optimizer out.
-        optimizer_options: what timm's factory takes besides: `{"momentum": 0.0}`.
-        amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules.
         per_block: module paths, or regions, to add the step up by (`Cost.blocks`); `Cost.by` does it later, too.
-        loss: `"cross_entropy"`, `"binary_cross_entropy"`, or a function of (output, labels (N,)). Several outputs (auxiliary heads) add up.
+        options: see `StepOptions`.
 
     Raises:
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copied = fake_copy(module, mode)
-    return _account(module, copied, mode, input, batch, targets, optimizer, optimizer_options, amp, per_block, loss, attribute=True)
+    copied = fake_cpu_copy(module, mode)
+    attribution = Attribution()
+    instrument(copied, attribution)
+    with mode, _silent_fake_tensor_log():
+        ledger, saved, gradient_bytes = _train_once(copied, input, batch, attribution, options)
+    return _cost(module, ledger, saved, gradient_bytes, batch, per_block)
 
 
 def measure(
@@ -78,117 +94,112 @@ def measure(
     input: tuple[int, ...],
     batch: int,
     *,
-    targets: bool = False,
-    optimizer: Optimizer = "sgd",
-    optimizer_options: Mapping[str, Any] | None = None,
-    amp: str | None = None,
     per_block: Sequence[str | Named] = (),
-    loss: Loss = "cross_entropy",
     attribute: bool = False,
+    **options: Unpack[StepOptions],
 ) -> Cost:
-    """The same account of a real step on the CPU, on a copy of `module` and a random batch: what `forecast` must equal.
+    """The cost of a real step on the CPU, on a copy of `module` and a random batch: what `forecast` must equal.
 
-    With `attribute` the step runs node by node as the forecast's does; without, the module's own code runs and every
-    figure goes to `""`. Raises CostError for a module on the meta device.
+    Args:
+        attribute: run the step node by node, as the forecast does, to attribute costs; otherwise the module's own code runs, and every
+            figure is attributed to `""`. The others are as in `forecast`.
+
+    Raises:
+        CostError: as in `forecast`, or the module is on the meta device.
     """
-    copied = real_copy(module)
-    return _account(module, copied, None, input, batch, targets, optimizer, optimizer_options, amp, per_block, loss, attribute=attribute)
-
-
-def _account(
-    module: nn.Module,
-    copied: nn.Module,
-    mode: FakeTensorMode | None,
-    input: tuple[int, ...],
-    batch: int,
-    targets: bool,
-    optimizer: Optimizer,
-    options: Mapping[str, Any] | None,
-    amp: str | None,
-    per_block: Sequence[str | Named],
-    loss: Loss,
-    attribute: bool,
-) -> Cost:
-    if amp is not None and amp not in AMP_DTYPES:
-        raise CostError(f"amp is one of {', '.join(map(repr, AMP_DTYPES))} or None, found {amp!r}")
-    if batch < 1:
-        raise CostError(f"a batch has at least one sample, found {batch}")
+    copied = real_cpu_copy(module)
     attribution = Attribution()
     if attribute:
-        follow(copied, attribution)
-    ledger = Ledger(attribution)
-    trained = [p for p in copied.parameters() if p.requires_grad]
-    autocast = torch.autocast("cpu", dtype=AMP_DTYPES[amp]) if amp else nullcontext()
-    criterion = LOSSES.get(loss) if isinstance(loss, str) else loss
-    if criterion is None:
-        raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
-    copied.train()
-    with ExitStack() as stack:
-        if mode is not None:
-            stack.enter_context(mode)
-            stack.enter_context(_quiet_fakes())
-        stack.enter_context(_quiet_collector())
-        x = torch.randn(batch, *input, device="cpu")
-        target = torch.zeros(batch, dtype=torch.long, device="cpu")
-        stepper = _stepper(optimizer, options, trained)
-        ledger.set_kind(copied.parameters(), Kind.PARAMETER)
-        ledger.set_kind(copied.buffers(), Kind.BUFFER)
-        ledger.set_kind((x, target), Kind.INPUT)
-        if stepper is not None:
-            ledger.set_kind(_state(stepper), Kind.OPTIMIZER)
-        stack.enter_context(_known_gradients(ledger))
-        stack.enter_context(ledger)
-        saved, gradient_bytes = _step(ledger, copied, x, target, targets, criterion, autocast, stepper)
-        ledger.close()
+        instrument(copied, attribution)
+    ledger, saved, gradient_bytes = _train_once(copied, input, batch, attribution, options)
     return _cost(module, ledger, saved, gradient_bytes, batch, per_block)
 
 
-def _step(
+def _train_once(
+    module: nn.Module, input: tuple[int, ...], batch: int, attribution: Attribution, options: StepOptions
+) -> tuple[Ledger, dict[str, int], int]:
+    """The ledger of a step; saved bytes by path at the end of its forward; and the bytes of all `.grad`."""
+    if batch < 1:
+        raise CostError(f"a batch has at least one sample, found {batch}")
+    autocast, criterion = _autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
+    ledger = Ledger(attribution)
+    module.train()
+    with ExitStack() as stack:
+        stack.enter_context(_no_garbage_collection())
+        x = torch.randn(batch, *input, device="cpu")
+        target = torch.zeros(batch, dtype=torch.long, device="cpu")
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = _optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
+        ledger.set_kind(module.parameters(), Kind.PARAMETER)
+        ledger.set_kind(module.buffers(), Kind.BUFFER)
+        ledger.set_kind((x, target), Kind.INPUT)
+        if optimizer is not None:
+            ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+        stack.enter_context(_known_gradients(ledger))
+        stack.enter_context(ledger)
+        # The output lives until the step's end, as it does in a training loop.
+        output, loss = _forward(ledger, module, x, target, criterion, autocast, targets=options.get("targets", False))
+        saved = ledger.saved_now()
+        gradient_bytes = _backward(ledger, module, x, loss, optimizer) if loss.requires_grad else 0
+        del output
+        ledger.close()
+    return ledger, saved, gradient_bytes
+
+
+def _autocast(amp: str | None) -> AbstractContextManager[Any]:
+    if amp is not None and amp not in AMP_DTYPES:
+        raise CostError(f"amp is one of {', '.join(map(repr, AMP_DTYPES))} or None, found {amp!r}")
+    return torch.autocast("cpu", dtype=AMP_DTYPES[amp]) if amp else nullcontext()
+
+
+def _criterion(loss: str | Loss) -> Loss:
+    criterion = LOSSES.get(loss) if isinstance(loss, str) else loss
+    if criterion is None:
+        raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
+    return criterion
+
+
+def _forward(
     ledger: Ledger,
     module: nn.Module,
     x: Tensor,
     target: Tensor,
+    criterion: Loss,
+    autocast: AbstractContextManager[Any],
+    *,
     targets: bool,
-    criterion: Callable[[Any, Tensor], Tensor],
-    autocast: Any,
-    optimizer: torch.optim.Optimizer | None,
-) -> tuple[dict[str, int], int]:
-    """Saved bytes by path at the end of the forward, and the bytes of all `.grad`."""
-    ledger.mark("forward")
+) -> tuple[Any, Tensor]:
+    ledger.start_phase("forward")
     with _explained(x), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack), autocast:
-        if targets:
-            output, local = module(x, target)
-            total = criterion(output, target)
-            if local is not None:
-                total = total + local
-            del local
-        else:
-            output = module(x)
-            total = criterion(output, target)
-    saved, gradient_bytes = ledger.saved_now(), 0
-    if total.requires_grad:
-        ledger.mark("backward")
-        with _explained(x):
-            total.backward()
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        ledger.set_kind(gradients, Kind.GRADIENT)
-        gradient_bytes = sum(ledger.sizes[number] for number in {ledger.index(g) for g in gradients})
-        del gradients
-        if optimizer is not None:
-            ledger.mark("optimizer")
-            ledger.default = Kind.SCRATCH
-            optimizer.step()
-            ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
-            optimizer.zero_grad(set_to_none=True)
-    return saved, gradient_bytes
+        output, local = module(x, target) if targets else (module(x), None)
+        total = criterion(output, target)
+        return output, total if local is None else total + local
 
 
-def _stepper(optimizer: Optimizer, options: Mapping[str, Any] | None, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer as it stands between two steps: its state is there. Steps once on gradients of zero for that."""
+def _backward(ledger: Ledger, module: nn.Module, x: Tensor, loss: Tensor, optimizer: torch.optim.Optimizer | None) -> int:
+    """Backward and optimizer step; the bytes of all `.grad`."""
+    ledger.start_phase("backward")
+    with _explained(x):
+        torch.autograd.backward(loss)
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    ledger.set_kind(gradients, Kind.GRADIENT)
+    gradient_bytes = sum(ledger.sizes[number] for number in {ledger.index(g) for g in gradients})
+    del gradients
+    if optimizer is not None:
+        ledger.start_phase("optimizer")
+        ledger.default = Kind.SCRATCH
+        optimizer.step()
+        ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+        optimizer.zero_grad(set_to_none=True)
+    return gradient_bytes
+
+
+def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer as it is between two steps, with its state; it takes one step with gradients of zero to get that."""
     if optimizer is None or not trained:
         return None
     if isinstance(optimizer, str):
-        from timm.optim import create_optimizer_v2
+        from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # re-exported without saying so
 
         try:
             made = create_optimizer_v2(trained, opt=optimizer, lr=1e-3, **{"momentum": 0.9, **(options or {})})
@@ -208,44 +219,25 @@ def _stepper(optimizer: Optimizer, options: Mapping[str, Any] | None, trained: l
     return made
 
 
-def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from _tensors(state)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return tensors_in(list(optimizer.state.values()))
 
 
 def _cost(
     module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int, per_block: Sequence[str | Named]
 ) -> Cost:
     rows = _rows(module, ledger.attribution, saved)
-    whole = sum(rows, BlockCost(""))
+    sums = sum(rows, BlockCost("")).to_dict()
+    del sums["path"]
     sizes = {kind: sum(s for s, k in zip(ledger.sizes, ledger.kinds, strict=True) if k == kind) for kind in Kind}
     peak, at = ledger.peak()
     cost = Cost(
         batch=batch,
-        parameters=whole.parameters,
-        trainable_parameters=whole.trainable_parameters,
         parameter_bytes=sizes[Kind.PARAMETER],
         buffer_bytes=sizes[Kind.BUFFER],
         gradient_bytes=gradient_bytes,
         optimizer_bytes=sizes[Kind.OPTIMIZER],
         input_bytes=sizes[Kind.INPUT],
-        forward_flops=whole.forward_flops,
-        backward_flops=whole.backward_flops,
-        weight_gradient_flops=whole.weight_gradient_flops,
-        input_gradient_flops=whole.input_gradient_flops,
-        recomputed_flops=whole.recomputed_flops,
-        saved_activation_bytes=whole.saved_activation_bytes,
         peak_bytes=peak,
         peak_activation_bytes=ledger.peak((Kind.ACTIVATION, Kind.INPUT))[0],
         peak_block_bytes=ledger.peak(block=BLOCK)[0],
@@ -255,10 +247,9 @@ def _cost(
         kernels=ledger.kernels,
         moved_bytes=ledger.moved,
         rows=rows,
+        **sums,
     )
-    if per_block:
-        object.__setattr__(cost, "blocks", cost.by(per_block))
-    return cost
+    return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
 def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) -> tuple[BlockCost, ...]:
@@ -267,60 +258,21 @@ def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) ->
         count = counts.setdefault(name.rpartition(".")[0], [0, 0])
         count[0] += parameter.numel()
         count[1] += parameter.numel() if parameter.requires_grad else 0
-    order = dict.fromkeys([*attribution.totals, *saved, *counts])
     rows = []
-    for path in order:
-        flops = attribution.totals.get(path, [0, 0, 0, 0])
-        rows.append(BlockCost(path, *counts.get(path, [0, 0]), *flops, saved_activation_bytes=saved.get(path, 0)))  # type: ignore[misc]
+    for path in dict.fromkeys([*attribution.totals, *saved, *counts]):
+        parameters, trainable = counts.get(path, (0, 0))
+        forward, weight, input, again = attribution.totals.get(path, (0, 0, 0, 0))
+        rows.append(BlockCost(path, parameters, trainable, forward, weight, input, again, saved.get(path, 0)))
     return tuple(rows)
-
-
-# -- losses
-
-
-def _each(output: Any) -> Iterable[Tensor]:
-    values = [t for t in _tensors(output) if t.is_floating_point()]
-    if not values:
-        what = f"the module returns {type(output).__name__}, which holds no tensor to take a loss of"
-        raise CostError(what, fix="Pass `loss=`, a function")
-    return values
-
-
-def _cross_entropy(output: Any, target: Tensor) -> Tensor:
-    def one(logits: Tensor) -> Tensor:
-        # Dense outputs (N, C, ...) take a label per position.
-        labels = target if logits.ndim == 2 else target.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:])
-        return F.cross_entropy(logits, labels)
-
-    return _sum(one(t) for t in _each(output))
-
-
-def _binary_cross_entropy(output: Any, target: Tensor) -> Tensor:
-    return _sum(F.binary_cross_entropy_with_logits(t, torch.zeros_like(t)) for t in _each(output))
-
-
-def _sum(losses: Iterable[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for loss in losses:
-        total = loss if total is None else total + loss
-    assert total is not None
-    return total
-
-
-LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "cross_entropy": _cross_entropy,
-    "binary_cross_entropy": _binary_cross_entropy,
-}
 
 
 # -- around the step
 
 
 @contextmanager
-def _quiet_collector() -> Iterator[None]:
-    # The cycle collector frees at moments of its own; what is live must depend on the step alone.
+def _no_garbage_collection() -> Iterator[None]:
+    # The collector frees at moments of its own; what is live must depend on the step alone.
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -330,7 +282,7 @@ def _quiet_collector() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_fakes() -> Iterator[None]:
+def _silent_fake_tensor_log() -> Iterator[None]:
     # torch logs the traceback of a shape that does not fit; the error that we raise says it.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
@@ -343,7 +295,7 @@ def _quiet_fakes() -> Iterator[None]:
 
 @contextmanager
 def _known_gradients(ledger: Ledger) -> Iterator[None]:
-    """Gradients that `torch.autograd.grad` hands out for parameters are gradients, though they never pass through `.grad`."""
+    """Counts what `torch.autograd.grad` returns for parameters as gradients, although it never passes through `.grad`."""
     real = torch.autograd.grad
 
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import TraceError
+from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
@@ -78,16 +80,38 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
-    """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory."""
+    """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
+    return copy_with(module, lambda tensor: as_fake(tensor, mode))
+
+
+def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A deep copy of `module` with `replace(tensor)` for each tensor in it; tensors that were shared are shared again.
+
+    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list or tuple).
+    """
+    # deepcopy asks the memo before it copies.
     memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = as_fake(tensor, mode)
-    for gm in module.modules():
-        # Shapes stamped earlier would be copied, and belong to another mode.
-        if isinstance(gm, fx.GraphModule):
-            memo[id(gm.meta)] = {}
+    for root in (module, *(body for _, body in bodies(module))):
+        for part in root.modules():
+            if isinstance(part, fx.GraphModule):
+                # It can hold fake tensors of another mode.
+                memo[id(part.meta)] = {}
+            for tensor in _tensors_of(part):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = replace(tensor)
     return copy.deepcopy(module, memo)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and dictionaries, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,19 +25,25 @@ class Body:
         Where they are kept is looked up once, which parameters those are every time: moving a module may replace them.
         """
         if self._slots is None:
-            self._slots = [(m._parameters, name) for body in self._bodies() for m in body.modules() for name in m._parameters]
+            graphs = [self.module, *(body for _, body in bodies(self.module))]
+            self._slots = [(m._parameters, name) for graph in graphs for m in graph.modules() for name in m._parameters]
         return list({id(p): p for holder, name in self._slots if (p := holder[name]) is not None}.values())
-
-    def _bodies(self) -> list[nn.Module]:
-        found: list[nn.Module] = [self.module]
-        for module in self.module.modules():
-            for value in vars(module).values():
-                if isinstance(value, Body):
-                    found += value._bodies()
-        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slots": None}
+
+
+def bodies(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Bodies of the sections in `module`, nested ones too, each once: the module that holds it, and the body's graph module."""
+    seen: set[int] = set()
+    queue = [module]
+    while queue:
+        for holder in queue.pop().modules():
+            for value in vars(holder).values():
+                if isinstance(value, Body) and id(value.module) not in seen:
+                    seen.add(id(value.module))
+                    queue.append(value.module)
+                    yield holder, value.module
 
 
 class NoGrad(nn.Module):
