@@ -35,7 +35,7 @@ def inspect(
     from graphopt.driver import build_backbone as build
     from graphopt.models.catalog import SOURCES
     from graphopt.spec import BackboneSpec, installed, resolve
-    from graphopt.trace import trace
+    from graphopt.tracing import trace
 
     shape = parse_shape(input)
     source = what.partition("/")[0]

@@ -17,7 +17,7 @@ from graphopt.errors import PassError, SelectError
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
-from graphopt.trace import trace
+from graphopt import trace
 from tests.backbones import Small
 
 
