@@ -127,7 +127,9 @@ def located_backbone(spec: Spec) -> Iterator[None]:
     except (BackboneError, TraceError) as error:
         key = "input" if isinstance(error, TraceError) else "weights" if isinstance(error, WeightsError) else "name"
         where = spec.where("backbone", key)
-        raise (error.with_location(where) if where else error)
+        if where and not (error.where or "").startswith(where):  # it may have been located further in
+            error.with_location(where)
+        raise
 
 
 def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...]) -> str:
