@@ -81,7 +81,7 @@ def _scaled(value: float, base: int) -> tuple[str, str]:
     """A number with about three digits, and its prefix."""
     for prefix in _PREFIXES:
         value /= base
-        if value < 999.5:
+        if value < 999.5 or prefix == _PREFIXES[-1]:
             break
     return _three(value), prefix
 

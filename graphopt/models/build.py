@@ -25,7 +25,10 @@ from graphopt.models.weights import load_weights
 
 #: arguments of constructors that would download weights or open other files
 _WEIGHTS = frozenset(
-    "pretrained weights weights_backbone pretrained_backbone checkpoint_path pretrained_cfg pretrained_cfg_overlay cache_dir".split()
+    {
+        *("weights", "weights_backbone", "pretrained", "pretrained_backbone"),
+        *("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    }
 )
 
 

@@ -65,4 +65,6 @@ def unknown(source: str, name: str) -> BackboneError:
         return BackboneError(f"{name!r} would be downloaded; graphopt never downloads", where="backbone, name", fix=fix)
     elsewhere = next((other for other in ("torchvision", "timm", "cifar") if other != source and name in names(other)), None)
     known_elsewhere = f'{elsewhere} has one: source = "{elsewhere}"' if elsewhere else None
-    return BackboneError(f"{source} has no model {name!r}", where="backbone, name", fix=known_elsewhere or did_you_mean(name, names(source)))
+    return BackboneError(
+        f"{source} has no model {name!r}", where="backbone, name", fix=known_elsewhere or did_you_mean(name, names(source))
+    )
