@@ -153,7 +153,7 @@ class Cost:
 
 
 class Figure(NamedTuple):
-    """A figure of a training step that reports show: its attribute in `Cost`, its title, its unit, and a word for it where room is short."""
+    """A figure of a training step: its attribute in `Cost`, its title, its unit, and a word for it where room is short."""
 
     name: str
     title: str
