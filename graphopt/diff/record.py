@@ -48,7 +48,7 @@ class Records:
     Attributes:
         rows: the backbone's in execution order, then the inserted ones.
         done: of every pass that has fired: its number, what it declared, and what the editor recorded. Nothing for a bare backbone.
-        inserted, changed, erased: names of nodes. frozen: names of parameters.
+        inserted, changed, redirected, erased: names of nodes. frozen: names of parameters.
     """
 
     def __init__(self, plan: Plan, graph: Graph) -> None:
@@ -56,7 +56,8 @@ class Records:
         rewritten = zip(plan.effects, plan.edits, strict=True) if graph is not plan.base else ()
         self.done: list[tuple[int, Effects, Edits]] = [(i, effect, edit) for i, (effect, edit) in enumerate(rewritten) if effect and edit]
         self.inserted = {name for _, _, edits in self.done for name in edits.inserted}
-        self.changed = {name for _, _, edits in self.done for name in (*edits.changed, *edits.redirected)}
+        self.changed = {name for _, _, edits in self.done for name in edits.changed}
+        self.redirected = {name for _, _, edits in self.done for name in edits.redirected}
         self.erased = {name for _, _, edits in self.done for name in edits.erased}
         self.frozen = {name for _, _, edits in self.done for name in edits.frozen}
         self.map = self.base.cached(RowMap)

@@ -150,16 +150,20 @@ class _ViewBuilder:
     def _node_rows(self, row: RowRecord) -> Iterator[NodeRow]:
         """The row's operations, and after them those that are gone."""
         for node in row.nodes:
-            yield describe(self.graph, node, self._node_statuses(node))
+            yield describe(self.graph, node, self._node_statuses(node, row.edited))
         for node in row.original:
             if node.name in self.records.erased:
                 yield describe(self.base, node, (Status.BYPASSED,))
 
-    def _node_statuses(self, node: Node) -> tuple[str, ...]:
-        if node.name in self.records.inserted:
+    def _node_statuses(self, node: Node, edited: bool) -> tuple[str, ...]:
+        """What became of a node. That it reads another node now counts in an edited row only: else another row's edit is the cause."""
+        records = self.records
+        if node.name in records.inserted:
             return (Status.INSERTED,)
-        statuses = {Status.REWIRED} if node.name in self.records.changed else set()
-        if any(name in self.records.frozen for name, _ in parameters_read(self.graph.module, node)) and not trainable(self.graph, node):
+        statuses = set()
+        if node.name in records.changed or (edited and node.name in records.redirected):
+            statuses.add(Status.REWIRED)
+        if any(name in records.frozen for name, _ in parameters_read(self.graph.module, node)) and not trainable(self.graph, node):
             statuses.add(Status.FROZEN)
         return ranked(statuses)
 
