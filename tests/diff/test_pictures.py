@@ -127,8 +127,8 @@ def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.
         (["--svg", "gone/d.svg"], ["gone/d.svg", "its folder does not exist"]),
         (["--html", "."], ["is a folder", "diff.html"]),
         (["--phase", "2"], ["--phase", "s.toml has phases 0 to 1, not 2"]),
-        (["--phase", "0", "--epoch", "1"], ["--epoch", "not both"]),
-        (["t.toml", "--phase", "0", "--phase", "1"], ["--phase", "no more"]),
+        (["--phase", "0", "--epoch", "1"], ["--epoch", "exclude each other"]),
+        (["t.toml", "--phase", "0", "--phase", "1"], ["--phase", "at most two"]),
         (["quikstart"], ["quikstart", "no such spec"]),
     ],
 )

@@ -13,7 +13,7 @@ from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import filled, scripts, to_html
 from graphopt.diff.render.style import for_page, web
 from graphopt.diff.run import Run
-from graphopt.units import show_count, show_size
+from graphopt.units import show_count, show_size, show_time
 
 #: points in one curve at most: more than a screen has columns
 POINTS = 1500
@@ -48,7 +48,7 @@ def to_report(run: Run, plan: Plan) -> str:
 
 
 def charts(run: Run) -> dict[str, Any]:
-    """The four charts' curves over epochs: a step's place is its share of the way to the end of its epoch."""
+    """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends."""
     ends = [0, *(int(r["step"]) for r in run.epochs)]
 
     def at(record: Mapping[str, Any]) -> float:
@@ -117,7 +117,7 @@ def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
     if _number(loss := done.get("loss", last.get("loss"))):
         yield "loss", f"{loss:.4f}", "evaluation"
     if (seconds := done.get("seconds") or sum(float(r.get("seconds", 0)) for r in run.epochs)) > 0:
-        yield "time", _duration(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
+        yield "time", show_time(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
     if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
         yield "peak memory", show_size(peak), str(done.get("device", ""))
     if run.phases:
@@ -131,13 +131,6 @@ def _tile(what: str, big: str, small: str) -> str:
         f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
         f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _phase_lines(run: Run) -> list[dict[str, Any]]:
