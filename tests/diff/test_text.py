@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from graphopt import Status
 from graphopt.diff import Diff, diff
 from graphopt.diff.render.dot import to_dot
 from graphopt.diff.render.explorer import to_model_explorer, to_node_data
@@ -49,6 +50,10 @@ def test_no_two_statuses_look_alike_without_colour() -> None:
         signs = [getattr(style, sign) for style in STYLES.values()]
         assert len(set(signs)) == len(signs)
         assert all(len(s) == 1 for s in signs)
+
+
+def test_every_status_that_a_pass_can_give_has_a_style() -> None:
+    assert set(Status) <= set(STYLES)
 
 
 def test_ascii_is_ascii_but_for_the_guides() -> None:
