@@ -16,10 +16,11 @@ from graphopt.compiler.pass_base import Pass, PassInstance
 from graphopt.compiler.pipeline import Verify, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
-from graphopt.errors import BackboneError, SpecError, TraceError
+from graphopt.errors import BackboneError, SpecError, TraceError, WeightsError
+from graphopt.ir.graph import Graph
 from graphopt.models.build import build
 from graphopt.spec import BackboneSpec, Spec, load
-from graphopt.trace import trace
+from graphopt.tracing import trace
 
 #: default batch size for cost estimates
 DEFAULT_BATCH = 32
@@ -85,13 +86,20 @@ def prepare(
 
 
 def _from_spec(model: nn.Module | None, spec: Spec, input: tuple[int, ...] | None, batch: int | None, compare: bool, trust: bool) -> Source:
-    with located_backbone(spec):
-        model = build_backbone(spec.backbone, trust=trust) if model is None else model
-        graph = trace(model, tuple(input or spec.backbone.input), compare=compare)
+    model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
     matched = match_all(graph, instances_of(spec))
     batch = batch or spec.train.batch
     measure = measure_with(batch, **spec.train.forecast_options())
     return Source(model, graph, matched, spec.name, spec.digest, batch, measure, spec)
+
+
+def trace_backbone(
+    spec: Spec, *, model: nn.Module | None = None, input: tuple[int, ...] | None = None, compare: bool = True, trust: bool = False
+) -> tuple[nn.Module, Graph]:
+    """The backbone of a spec and its graph; no pass is applied. Arguments and errors are as in `prepare`."""
+    with located_backbone(spec):
+        model = build_backbone(spec.backbone, trust=trust) if model is None else model
+        return model, trace(model, tuple(input or spec.backbone.input), compare=compare)
 
 
 def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = True) -> nn.Module:
@@ -107,18 +115,19 @@ def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = T
 
 
 def instances_of(spec: Spec) -> tuple[PassInstance, ...]:
-    """The passes of a spec with the places where they were written."""
+    """The passes of a spec, with their locations in it."""
     return tuple(PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes))
 
 
 @contextmanager
 def located_backbone(spec: Spec) -> Iterator[None]:
-    """Puts the line of `[backbone]` before the location of an error about the backbone."""
+    """Puts the line of the key of `[backbone]` that is at fault before the location of an error."""
     try:
         yield
     except (BackboneError, TraceError) as error:
-        where = spec.where("backbone", "input" if isinstance(error, TraceError) else "weights" if "weights" in error.what else "name")
-        if where:
+        key = "input" if isinstance(error, TraceError) else "weights" if isinstance(error, WeightsError) else "name"
+        where = spec.where("backbone", key)
+        if where and not (error.where or "").startswith(where):  # it may have been located further in
             error.with_location(where)
         raise
 

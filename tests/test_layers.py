@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "units", "files", "runtime"),
     ("ir",),
-    ("trace", "models"),
+    ("tracing", "models"),
     ("cost",),
     ("compiler",),
     ("spec",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 #: packages on one line where the first may not import the second
-APART = {("trace", "models"), ("passes", "plan_file"), ("runtime", "files"), ("units", "files")}
+APART = {("tracing", "models"), ("passes", "plan_file"), ("runtime", "files"), ("units", "files")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

@@ -34,7 +34,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.blocks import disjoint_parts
 from graphopt.ir.graph import Graph
 from graphopt.planning.run_cost import drop_points
-from graphopt.trace import trace
+from graphopt import trace
 
 PASSES = ("freeze", "share", "drop", "supervise", "checkpoint")
 #: known outliers, and why

@@ -31,7 +31,7 @@ from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.trace import trace
+from graphopt import trace
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Pass]]] = {
     "cifar resnet110": (

@@ -24,7 +24,7 @@ from graphopt.driver import build_backbone as build
 from graphopt.ir.blocks import find_blocks
 from graphopt.planning.run_cost import drop_points
 from graphopt.spec import BackboneSpec
-from graphopt.trace import trace
+from graphopt import trace
 from graphopt.train.feature_cache.store import Folder, Layout, MemoryFill
 from graphopt.units import show_size
 

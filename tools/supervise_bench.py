@@ -44,7 +44,7 @@ from graphopt.ir.graph import Graph
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.supervise import Supervise
-from graphopt.trace import trace
+from graphopt import trace
 
 #: how to build it, one sample, and the batch its CPU steps are timed at
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

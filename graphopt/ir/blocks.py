@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
-from graphopt.ir.paths import lineage, owner
+from graphopt.ir.paths import common_path, lineage, owner
 from graphopt.ir.regions import Region, entries_and_exits, region_of
 
 
@@ -136,8 +136,7 @@ def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
         owned.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     paths: list[str] = []
     for names in graph.groups:
-        owners = [name.split(".")[:-1] for name in names]
-        path = ".".join(level[0] for level in _while_equal(owners))
+        path = common_path(owner(name) for name in names)
         if path not in tree.nodes or tree.is_leaf(path) or graph.types[path] in _CONTAINERS:
             continue
         if owned[path] == len(names) and tree.closed(path):
@@ -148,13 +147,6 @@ def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
     if all(tree.is_chain(p) for p in paths):
         return ()
     return _with_sisters(tree, paths)
-
-
-def _while_equal(parts: list[list[str]]) -> Iterator[tuple[str, ...]]:
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            return
-        yield level
 
 
 def _in_order(tree: _Tree, paths: Iterable[str]) -> list[str]:

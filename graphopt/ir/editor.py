@@ -28,7 +28,8 @@ class Edits:
     """What one pass instance did to a graph, by name, in the order it was done.
 
     Attributes:
-        inserted: names of new nodes. changed: of nodes whose operation or inputs changed. erased: of nodes that are gone.
+        inserted: names of new nodes. changed: of nodes whose call or leaf changed. redirected: of nodes that only read another node now.
+        erased: of nodes that are gone.
         added: paths of new modules and names of new parameters. replaced: paths of leaves that have another form now.
         removed: names of modules, parameters and buffers that are gone.
         frozen: names of parameters that no longer require a gradient.
@@ -37,6 +38,7 @@ class Edits:
 
     inserted: dict[str, None] = field(default_factory=dict)
     changed: dict[str, None] = field(default_factory=dict)
+    redirected: dict[str, None] = field(default_factory=dict)
     erased: dict[str, None] = field(default_factory=dict)
     added: dict[str, None] = field(default_factory=dict)
     replaced: dict[str, None] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class Editor:
         for user in tuple(old.users) if users is None else tuple(u for u in users if old in u.all_input_nodes):
             if user is not new:
                 user.args, user.kwargs = _replaced((user.args, user.kwargs), old, new)
-                self.edits.changed[user.name] = None
+                self.edits.redirected[user.name] = None
         self.graph.changed()
 
     def touch(self, node: Node) -> None:

@@ -12,12 +12,12 @@ import torchvision
 from torch import nn
 
 import graphopt
+from graphopt import trace
 from graphopt.compiler.triggers import Decision
 from graphopt.errors import PassError, SelectError
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
-from graphopt.trace import trace
 from tests.support.backbones import Small
 
 

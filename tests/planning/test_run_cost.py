@@ -139,7 +139,7 @@ batch = 16
 
 def test_drop_points_have_the_size_that_was_published():
     """FACTS: VGG-11 at 32 px in fp16, after 2, 4 and 6 units: 16, 8 and 4 KiB an image."""
-    from graphopt.trace import trace
+    from graphopt import trace
 
     points = drop_points(trace(cifar.build("vgg11"), (3, 32, 32), compare=False))
     assert [points[i].bytes_per_sample // 2 for i in (1, 3, 5)] == [16384, 8192, 4096]

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from graphopt import TraceError, trace
-from graphopt.trace.equivalence import same, untouched
+from graphopt.tracing.equivalence import same, untouched
 from tests import backbones
 
 Factory = Callable[[], nn.Module]

@@ -1,4 +1,4 @@
-"""What became of every block, told from the graph alone or from what a pass says."""
+"""What became of every block, as passes declare it and the editor records it; and how two views are aligned."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import Diff, diff
-from graphopt.diff.join import fold_name
-from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
+from graphopt.diff.align import group_name
+from graphopt.models.build import build
+from graphopt.passes.freeze import Freeze
+from tests.diff.passes import Adapter, Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
-from tests.support.backbones import Small
+from tests.support.backbones import Hollow, Small, Twice
 
 
 def statuses(found: Diff) -> dict[str, tuple[str, ...]]:
@@ -32,15 +35,16 @@ CASES = [
     ([Ice(select=("stem", "blocks.0")), Store(select="blocks.0")], {"stem": ("dropped",), "blocks.0": ("dropped",)}),
     ([Say(select="blocks.3", status="checkpointed")], {"blocks.3": ("checkpointed",)}),
     ([Ice(select="blocks.1"), Say(select="blocks.1", status="checkpointed")], {"blocks.1": ("frozen", "checkpointed")}),
-    ([Say(select="fc", status="quantised")], {"head": ("quantised",)}),
+    ([Skip(select="blocks.2", declare=False)], {"blocks.2": ("rewired",)}),
+    ([Adapter(select="blocks.1")], {"adapter": ("inserted",)}),
 ]
 
 
-@pytest.mark.parametrize(("passes", "expected"), CASES, ids=lambda v: "+".join(p.use for p in v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(("passes", "expected"), CASES, ids=lambda v: "+".join(p.name for p in v) if isinstance(v, list) else "")
 def test_every_status_is_found(passes: list, expected: dict) -> None:
     found = diff(plan(*passes))
     assert statuses(found) == expected
-    assert [r.name for r in found.rows if r.beside is None] == ROWS
+    assert [r.name for r in found.rows if r.name not in ("aux.0", "adapter")] == ROWS
     json.dumps(found.to_dict())
 
 
@@ -60,41 +64,68 @@ def test_sharing_names_its_sources_and_coefficients() -> None:
 
 
 def test_where_the_backward_stops() -> None:
-    assert diff(plan()).after.frontier == ()
-    assert diff(plan(Ice(select=("stem", "blocks.0")))).after.frontier == (("blocks.0", "blocks.1"),)
+    assert diff(plan()).after.gradient_stops == ()
+    assert diff(plan(Ice(select=("stem", "blocks.0")))).after.gradient_stops == (("blocks.0", "blocks.1"),)
     behind = diff(plan(Ice(select="blocks.1"))).after
-    assert behind.frontier == ()  # a frozen block behind a training one passes the gradient on
+    assert behind.gradient_stops == ()  # a frozen block behind a training one passes the gradient on
     assert behind["blocks.1"].backward
-    assert diff(plan(Part(select="blocks.1"))).after.frontier == (("blocks.1", "blocks.2"),)
-    assert diff(plan(Store(select="blocks.1"))).after.tap == "blocks.1"
+    assert diff(plan(Part(select="blocks.1"))).after.gradient_stops == (("blocks.1", "blocks.2"),)
+    assert diff(plan(Store(select="blocks.1"))).after.feature_input == "blocks.1"
 
 
-def test_a_local_module_is_a_band_with_its_head_beside_it() -> None:
+def test_a_local_module_is_a_section_with_its_head_attached() -> None:
     found = diff(plan(Part(select="blocks.1")))
-    first, rest = found.after.bands
+    first, rest = found.after.sections
     assert first.rows == ("stem", "blocks.0", "blocks.1")
     assert rest.rows == ("blocks.2", "blocks.3", "head")
     head = found.after["aux.0"]
-    assert (head.beside, head.band, head.kind) == ("blocks.1", "first", "Linear")
+    assert (head.attached_to, head.section, head.kind) == ("blocks.1", "first", "Linear")
     assert ("blocks.1", "aux.0", "after") in found.edges
+
+
+def test_an_undeclared_module_is_attached_to_what_it_reads() -> None:
+    found = diff(plan(Adapter(select="blocks.1")))
+    assert [r.name for r in found.rows][2:5] == ["blocks.1", "adapter", "blocks.2"]
+    assert (found.after["adapter"].attached_to, found.after["adapter"].passes) == ("blocks.1", (0,))
+
+
+def test_two_passes_of_one_kind_are_told_apart() -> None:
+    passes = [Freeze(select=("layer3.2",), when=AtEpoch(epoch=4)), Freeze(select=("conv1", "bn1", "layer1.0"))]
+    found = diff(plan(*passes, model=build("cifar", "resnet20"), input=(3, 32, 32))).after
+    assert [p.active for p in found.passes] == [False, True]
+    assert {r.name: r.passes for r in found.rows if r.passes} == {"stem": (1,), "layer1.0": (1,)}
+    assert {n.changed_by for n in found["stem"].nodes} <= {None, 1}
+
+
+def test_an_edit_of_two_passes_names_both() -> None:
+    row = diff(plan(Ice(select="blocks.1"), Blend(select="blocks.1"))).after["blocks.1"]
+    assert row.statuses == ("shared", "frozen")
+    assert row.passes == (0, 1)
+
+
+@pytest.mark.parametrize("model", [Small(), Twice(), Hollow()])
+def test_a_clone_has_the_names_of_its_original(model: nn.Module) -> None:
+    """Rows and phases are matched by the names of nodes."""
+    base = plan(model=model).base
+    assert [n.name for n in base.clone().nodes] == [n.name for n in base.nodes]
 
 
 def test_rows_say_which_pass_and_why() -> None:
     found = diff(plan(Say(select="blocks.3", status="checkpointed"), Ice(select="blocks.0")))
     row = found.after["blocks.0"]
     assert row.passes == (1,)
-    assert row.reasons == ("ice: cold <b>here</b>",)
+    assert row.messages == ("ice: cold <b>here</b>",)
     assert found.after.passes[1].text == '[[pass]]\nuse = "ice"\nselect = "blocks.0"'
 
 
-def test_equal_neighbours_fold() -> None:
-    names = [f.name for f in diff(plan(Ice(select=("stem", "blocks.0")))).folded()]
+def test_equal_neighbours_are_grouped() -> None:
+    names = [g.name for g in diff(plan(Ice(select=("stem", "blocks.0")))).groups()]
     assert names == ["stem", "blocks.0", "blocks.1-3 ×3", "head"]
-    assert [f.name for f in diff(plan()).folded()] == ["stem", "blocks.0-3 ×4", "head"]
+    assert [g.name for g in diff(plan()).groups()] == ["stem", "blocks.0-3 ×4", "head"]
 
 
 @pytest.mark.parametrize(
-    ("names", "folded"),
+    ("names", "grouped"),
     [
         (["layer3.2", "layer3.3", "layer3.4", "layer3.5"], "layer3.2-5 ×4"),
         (["features.0-2", "features.3-5"], "features.0-5 ×2"),
@@ -104,8 +135,8 @@ def test_equal_neighbours_fold() -> None:
         (["stem"], "stem"),
     ],
 )
-def test_names_of_folds(names: list[str], folded: str) -> None:
-    assert fold_name(names) == folded
+def test_names_of_groups(names: list[str], grouped: str) -> None:
+    assert group_name(names) == grouped
 
 
 def test_the_same_twice_is_the_same_to_the_byte() -> None:

@@ -12,9 +12,9 @@ from graphopt.errors import TraceError
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.shapes import propagate_shapes
-from graphopt.trace.equivalence import compare_modes, same
-from graphopt.trace.modes import Difference, merge_modes
-from graphopt.trace.tracer import Tracer, constants_of, optional_arguments
+from graphopt.tracing.equivalence import compare_modes, same
+from graphopt.tracing.modes import Difference, merge_modes
+from graphopt.tracing.tracer import Tracer, constants_of, optional_arguments
 
 __all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 
