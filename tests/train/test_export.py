@@ -99,7 +99,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no checkpoint yet"):
         export_run(tmp_path / "empty", tmp_path / "m.safetensors")
     plan = run(tmp_path / "run", epochs=1)
-    with pytest.raises(RunError, match="kept no averaged weights"):
+    with pytest.raises(RunError, match="has no averaged weights"):
         export_run(tmp_path / "run", tmp_path / "m.safetensors", weights="ema", plan=plan)
     with pytest.raises(RunError, match="compiled by hand"):
         export_run(tmp_path / "run", tmp_path / "m.safetensors")
