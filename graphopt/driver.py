@@ -117,8 +117,10 @@ def located_backbone(spec: Spec) -> Iterator[None]:
     try:
         yield
     except (BackboneError, TraceError) as error:
-        where = spec.where("backbone", "input" if isinstance(error, TraceError) else "name")
-        raise (error.with_location(where) if where else error)
+        where = spec.where("backbone", "input" if isinstance(error, TraceError) else "weights" if "weights" in error.what else "name")
+        if where:
+            error.with_location(where)
+        raise
 
 
 def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...]) -> str:

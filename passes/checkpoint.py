@@ -74,9 +74,9 @@ class Checkpoint(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
         effects = Effects()
+        active = activations(edit.graph)  # outlining changes no node
         count = 0
         for regions in [(r,) for r in match.regions] if self.segments is None else _evenly(match.regions, self.segments):
-            active = activations(edit.graph)
             nodes = regions[0].nodes if self.segments is None else _from_first_to_last(edit.graph, regions)
             sections = edit.outline(nodes, Checkpointed, f"checkpoint_{count + 1}", outside=NoGrad, only=lambda p: bool(active & set(p)))
             count += len(sections)

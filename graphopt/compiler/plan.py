@@ -89,6 +89,7 @@ class Plan:
 
     @property
     def backbone(self) -> nn.Module:
+        """The user's model, as it was."""
         return self.source.backbone
 
     @property
@@ -103,18 +104,22 @@ class Plan:
 
     @property
     def name(self) -> str:
+        """Name of the spec, or of the backbone's class."""
         return self.source.name
 
     @property
     def digest(self) -> str:
+        """Identifies spec and backbone; checkpoints carry it."""
         return self.source.digest
 
     @property
     def batch(self) -> int:
+        """Samples in the training step that costs are of."""
         return self.source.batch
 
     @property
     def spec(self) -> Any:
+        """The spec it came from, if any."""
         return self.source.spec
 
     @cached_property
@@ -173,8 +178,10 @@ class Plan:
 
     @cached_property
     def scored(self) -> dict[str, tuple[str, ...]]:
-        """Regions whose weights the runner must watch, with their parameters in the backbone: those of passes that decide by measurement,
-        and those that a pass asks for."""
+        """Regions whose weights the runner must watch, with their parameters in the backbone.
+
+        Those are the regions of passes that decide by measurement, and those that a pass asks for.
+        """
         measured = (m.match.regions for m in self.source.matched if not m.instance.value.when.foreseeable)
         found = {region.name: region.parameters for regions in measured for region in regions}
         return found | {name: region_at(self.base, name).parameters for name in self.needs.scores if name not in found}

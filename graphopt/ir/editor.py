@@ -147,10 +147,10 @@ class Editor:
         self.touch(node)
 
     def redirect(self, old: Node, new: Any, users: Iterable[Node] | None = None) -> None:
-        """Lets readers of `old` read `new` (a node, or a constant): all of them, `new` itself aside, or the given `users`."""
-        for user in tuple(old.users) if users is None else tuple(users):
+        """Lets readers of `old` read `new` (a node, or a constant): all of them, `new` itself aside, or those among `users`."""
+        for user in tuple(old.users) if users is None else tuple(u for u in users if old in u.all_input_nodes):
             if user is not new:
-                user.args, user.kwargs = fx.node.map_aggregate((user.args, user.kwargs), lambda a: new if a is old else a)  # type: ignore[assignment,misc]  # map_aggregate's declared result is wider than what it gives
+                user.args, user.kwargs = _replaced((user.args, user.kwargs), old, new)
                 self.edits.changed[user.name] = None
         self.graph.changed()
 
@@ -281,6 +281,10 @@ class Editor:
         if len(pieces) < 2:
             return (section,)
         return [replace(section, name=f"{section.name}_{number}", nodes=piece) for number, piece in enumerate(pieces)]
+
+
+def _replaced(arguments: Any, old: Node, new: Any) -> Any:
+    return fx.node.map_aggregate(arguments, lambda a: new if a is old else a)
 
 
 def _divide(graph: Graph, nodes: set[Node], sections: Sequence[Section]) -> list[Nodes]:

@@ -65,6 +65,7 @@ class Graph:
     # -- reading ------------------------------------------------------------------------------------------------------------
     @property
     def fx(self) -> fx.Graph:
+        """The `torch.fx` graph itself, for reading."""
         return self.module.graph
 
     @property
@@ -79,10 +80,12 @@ class Graph:
 
     @property
     def placeholder(self) -> Node:
+        """The input, `x`."""
         return next(n for n in self.nodes if n.op == "placeholder")
 
     @property
     def output(self) -> Node:
+        """The output node."""
         return next(n for n in reversed(self.nodes) if n.op == "output")
 
     @property

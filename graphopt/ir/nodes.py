@@ -114,7 +114,7 @@ def _call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _named_in_place(name: str) -> bool:
-    """torch's convention: a trailing underscore."""
+    """By the convention of torch: a trailing underscore."""
     return name.endswith("_") and not name.endswith("__")
 
 
@@ -130,7 +130,8 @@ def _position_of_inplace(function: Any) -> int | None:
 
 def storages(node: Node) -> set[StorageWeakRef]:
     """The memory behind a node's value; two nodes whose sets meet share memory."""
-    return {StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)}
+    tensors = (t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
+    return {StorageWeakRef(t.untyped_storage()) for t in tensors}  # type: ignore[no-untyped-call]  # not annotated in torch
 
 
 def overwriter(graph: Graph, node: Node) -> Node | None:

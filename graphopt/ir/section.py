@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import fx, nn
 from torch.fx import Node
 
 
-class Author(NamedTuple):
+@dataclass(frozen=True)
+class Author:
     """The pass instance that made an edit: its number in the spec (from 0) and the name of the pass."""
 
     index: int

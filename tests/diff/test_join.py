@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from graphopt.diff import Diff, diff
 from graphopt.diff.join import fold_name
-from tests.backbones import Small
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
+from tests.support.backbones import Small
 
 
 def statuses(found: Diff) -> dict[str, tuple[str, ...]]:

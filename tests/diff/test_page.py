@@ -14,10 +14,10 @@ from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import diff
 from graphopt.diff.phases import film
 from graphopt.diff.render.files import write_html
-from tests.backbones import Small
 from tests.diff.browser import opened
 from tests.diff.passes import Blend, Ice, Part, Say
 from tests.diff.plans import plan
+from tests.support.backbones import Small
 
 pytestmark = pytest.mark.browser
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">"

@@ -11,7 +11,7 @@ from graphopt.cost import forecast, measure
 from graphopt.errors import PassError
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 INPUT = (3, 8, 8)
 

@@ -18,7 +18,7 @@ from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.trace import trace
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 class Vgg(nn.Module):

@@ -16,7 +16,7 @@ from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 DATA = DataSpec(name="digits", train_limit=64, eval_limit=16)
 TRAIN = TrainSpec(epochs=6, batch=16, device="cpu", optimizer={"name": "sgd", "lr": 0.02})

@@ -18,9 +18,9 @@ from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.train import export_run, train
-from tests.backbones import Small
 from tests.passes.share_backbones import family
-from tests.rewriting.passes import Stretch
+from tests.support.backbones import Small
+from tests.support.passes import Stretch
 from tests.train import small
 
 BOTH = pytest.mark.parametrize("mode", ["mix", "surrogate"])

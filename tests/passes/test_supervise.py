@@ -21,9 +21,9 @@ from graphopt.cost import forecast
 from graphopt.errors import PassError, SelectError
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.supervise import Supervise, balance, cuts
-from tests.backbones import Small
 from tests.passes.supervise_backbones import BACKBONES
 from tests.passes.supervise_steps import compiled, step
+from tests.support.backbones import Small
 
 
 def labels(plan: graphopt.Plan) -> list[str]:

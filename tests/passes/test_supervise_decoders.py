@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from graphopt.passes.supervise import Supervise, compile_modules
 from graphopt.passes.supervise.decoders import build, misfit, place
 from graphopt.passes.supervise.layout import Layout
-from tests.backbones import Small
 from tests.passes.supervise_steps import compiled
+from tests.support.backbones import Small
 
 
 def first(channels: int, *grid: int) -> Layout:

@@ -6,7 +6,7 @@ from torch import nn
 
 from graphopt import RunError
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 def trained() -> Small:

@@ -12,7 +12,7 @@ import graphopt
 from graphopt import BackboneError, GraphoptError, RunError
 from graphopt.spec import from_table
 from graphopt.train import export_run, load_run, train
-from tests.backbones import Small
+from tests.support.backbones import Small
 from tests.train import small
 from tests.train.passes import Extra, Hold
 

@@ -22,7 +22,7 @@ from graphopt.train.feature_cache import store as feature_store
 from graphopt.train.feature_cache.cache import FeatureFeed, Keeper
 from graphopt.train.feature_cache.store import Folder, Layout, MemoryFill
 from graphopt.train.strategy import Strategy
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 DATA = DataSpec(name="digits", train_limit=80, eval_limit=20)
 TRAIN = TrainSpec(epochs=5, batch=16, device="cpu", optimizer={"name": "sgd", "lr": 0.05}, checkpoint_steps=2)

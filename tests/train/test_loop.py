@@ -14,7 +14,7 @@ from graphopt import RunError
 from graphopt.data.loader import open_data
 from graphopt.spec import AugmentSpec, DataSpec, from_table
 from graphopt.train import Stopped, train
-from tests.backbones import Small
+from tests.support.backbones import Small
 from tests.train import small
 from tests.train.passes import Extra, Hold, Local
 

@@ -20,7 +20,7 @@ from graphopt.train.optimizer import (
     optimizer_state,
     trainable,
 )
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 def labels(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, str]:

@@ -16,7 +16,7 @@ from graphopt.passes.drop import Drop
 from graphopt.planning.run_cost import counts, decisions_of, drop_points, run_work
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 TRAIN = TrainSpec(epochs=10, batch=10)
 

@@ -14,8 +14,9 @@ from torch import nn
 import graphopt
 from graphopt import Decision, Filter, PassError, SelectError, SpecError, VerifyError
 from graphopt.compiler.triggers import AtEpoch
-from tests.backbones import Small
-from tests.rewriting.passes import Fails, Gone, Liar, Still, Stretch
+from graphopt.ir.regions import region_of
+from tests.support.backbones import Small
+from tests.support.passes import Fails, Gone, Liar, Outline, Recompute, Still
 
 SHAPE = (3, 8, 8)
 
@@ -42,7 +43,7 @@ def test_the_callers_model_shares_nothing_with_the_plan() -> None:
 
 def test_trained_weights_come_back_under_the_original_keys() -> None:
     model = Small()
-    plan = compiled(Stretch(), Still(select="stem"), model=model)
+    plan = compiled(Outline(), Still(select="stem"), model=model)
     optimizer = torch.optim.SGD([p for p in plan.module.parameters() if p.requires_grad], lr=0.1)
     x = torch.rand(4, *SHAPE)
     plan.module.train()(x).square().sum().backward()
@@ -56,7 +57,7 @@ def test_trained_weights_come_back_under_the_original_keys() -> None:
 
 
 def test_a_deep_copy_is_independent_and_equal() -> None:
-    plan = compiled(Stretch())
+    plan = compiled(Outline())
     twin = copy.deepcopy(plan.module)
     x = torch.rand(4, *SHAPE)
     assert torch.equal(twin.eval()(x), plan.module.eval()(x))
@@ -67,13 +68,13 @@ def test_a_deep_copy_is_independent_and_equal() -> None:
 
 
 def test_sections_do_not_register_parameters_twice() -> None:
-    plan = compiled(Stretch())
+    plan = compiled(Outline())
     names = [n for n, _ in plan.module.named_parameters(remove_duplicate=False)]
     assert names == [n for n, _ in Small().named_parameters()]
 
 
 def test_sections_nest_and_follow_the_mode() -> None:
-    plan = compiled(Stretch(select="blocks"), Stretch(select="blocks.1"))
+    plan = compiled(Outline(select="blocks"), Outline(select="blocks.1"))
     plan.module.eval()
     assert not any(m.training for m in plan.module.modules())
     plan.module.train()
@@ -82,21 +83,33 @@ def test_sections_nest_and_follow_the_mode() -> None:
     assert all(p.grad is not None for p in plan.module.parameters())
 
 
-def test_overlapping_sections_name_both_passes() -> None:
-    class Run(Stretch):
-        def match(self, graph: graphopt.Graph) -> graphopt.Match:
-            from graphopt.ir.regions import region_of
+class Runs(Outline):
+    """Outlines two runs of blocks that overlap."""
 
-            return graphopt.Match((region_of(graph, ("blocks.0", "blocks.1")), region_of(graph, ("blocks.1", "blocks.2"))))
+    with_loss: bool = False
 
-    with pytest.raises(PassError, match="overlap"):
-        compiled(Run(), verify="off")
+    def match(self, graph: graphopt.Graph) -> graphopt.Match[None]:
+        return graphopt.Match((region_of(graph, ("blocks.0", "blocks.1")), region_of(graph, ("blocks.1", "blocks.2"))))
+
+    def edit(self, edit: graphopt.Editor, region: Any) -> None:
+        edit.outline(region.nodes, Recompute, "run", target=self.with_loss)
 
 
-@pytest.mark.parametrize("about", ["eval output", "training output", "state-dict keys", "gradients of the rest"])
+def test_overlapping_sections_are_divided() -> None:
+    plan = compiled(Runs())
+    held = [{".".join(n.meta["origin"].path.split(".")[:2]) for n in s.nodes} for s in plan.graph.sections]
+    assert held == [{"blocks.0", "blocks.1"}, {"blocks.1"}, {"blocks.2"}]
+
+
+def test_overlapping_sections_with_local_losses_name_their_passes() -> None:
+    with pytest.raises(PassError, match=r"pass 1 \(outline\).*overlap"):
+        compiled(Runs(with_loss=True), verify="off")
+
+
+@pytest.mark.parametrize("about", ["eval output", "training output", "state-dict keys", "gradients of unselected parameters"])
 def test_a_broken_promise_is_found_and_named(about: str) -> None:
-    with pytest.raises(VerifyError, match=about if about != "gradients of the rest" else "gradient of") as caught:
-        compiled(Stretch(), Liar(select="blocks.2", about=about))
+    with pytest.raises(VerifyError, match=about if about != "gradients of unselected parameters" else "gradient of") as caught:
+        compiled(Outline(), Liar(select="blocks.2", about=about))
     assert "pass 2, liar" in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -106,11 +119,11 @@ def test_verification_can_be_turned_off() -> None:
 
 
 def test_what_was_verified_is_reported() -> None:
-    (report,) = compiled(Stretch()).report.passes
+    (report,) = compiled(Outline()).report.passes
     found = {c.property: c.difference for c in report.verified}
     assert found["eval output"] == 0.0
     assert found["training output"] == 0.0
-    assert "gradients of the rest" in found
+    assert "gradients of unselected parameters" in found
 
 
 def test_no_trainable_parameter_left_is_said() -> None:
@@ -133,12 +146,12 @@ def test_conflicts_surface_before_any_rewrite() -> None:
 
 def test_errors_carry_the_pass() -> None:
     with pytest.raises(SelectError, match=r"pass 2, still.*blocks\.9"):
-        compiled(Stretch(), Still(select="blocks.9"))
+        compiled(Outline(), Still(select="blocks.9"))
 
 
 def test_passes_alone_need_a_model_and_an_input() -> None:
     with pytest.raises(SpecError, match="input="):
-        graphopt.compile(Small(), [Stretch()])
+        graphopt.compile(Small(), [Outline()])
 
 
 # -- phases ---------------------------------------------------------------------------------------------------------------------
@@ -174,9 +187,9 @@ def test_weights_and_statistics_cross_a_phase() -> None:
 
 _region = st.sampled_from(["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3"])
 _pass = st.one_of(
-    st.builds(lambda r: Stretch(select=r), _region),
+    st.builds(lambda r: Outline(select=r), _region),
     st.builds(lambda r: Still(select=r), _region),
-    st.builds(lambda n: Stretch(select=Filter(blocks=True, first=n)), st.integers(1, 4)),
+    st.builds(lambda n: Outline(select=Filter(blocks=True, first=n)), st.integers(1, 4)),
 )
 
 
