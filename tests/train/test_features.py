@@ -267,7 +267,7 @@ def test_every_sample_once_per_epoch_in_the_images_order(tmp_path):
     assert torch.equal(late[0].sample, list(feed.batches(1))[3].sample)
 
 
-# -- what may be cached -------------------------------------------------------------------------------------------------------------------------------
+# -- what may be cached ----------------------------------------------------------------------------------------------------------
 AUGMENTED = DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5)})
 
 
