@@ -116,7 +116,7 @@ def test_a_run_of_code_is_exported_with_trust_only(tmp_path: Path) -> None:
     spec = from_table(
         {
             "name": "code",
-            "backbone": {"source": "python", "name": "tests.backbones:Small", "input": [3, 8, 8]},
+            "backbone": {"source": "python", "name": "tests.support.backbones:Small", "input": [3, 8, 8]},
             "data": {"name": "digits", "train_limit": 32, "eval_limit": 20},
             "train": {"epochs": 1, "batch": 16, "device": "cpu"},
         }
