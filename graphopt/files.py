@@ -59,11 +59,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], No
 
 
 def link_atomically(source: Path, target: Path) -> None:
-    """Makes `target` a second name of `source`'s content (a copy where links are impossible); replacing `source` later does not touch it.
-
-    Raises:
-        RunError: the disk is full or refuses.
-    """
+    """Makes `target` a second name of `source`'s content (a copy where links are impossible); replacing `source` later does not touch it."""
     temporary = target.with_name(f".{target.name}.link")
     temporary.unlink(missing_ok=True)
     try:

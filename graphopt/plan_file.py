@@ -44,20 +44,12 @@ def packed(plan: Plan, metadata: Mapping[str, str] | None = None) -> bytes:
 
 
 def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Writes a plan's weights with its spec and decisions to `path`, atomically. `load` gives the model back.
-
-    Raises:
-        RunError: there is no room, or no such folder.
-    """
+    """Writes a plan's weights with its spec and decisions to `path`, atomically; `load` gives the model back. Raises as `write_model`."""
     return write_model(Path(path), packed(plan))
 
 
 def write_model(target: Path, content: bytes) -> Path:
-    """Writes a model file atomically.
-
-    Raises:
-        RunError: there is no room or no such folder, or `target` is a folder.
-    """
+    """Writes a model file atomically. Raises RunError if there is no room or no such folder, or if `target` is a folder."""
     if not target.parent.is_dir():
         raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another")
     if target.is_dir():
@@ -144,11 +136,7 @@ def check_digest(found: str, expected: str, where: str, fix: str) -> None:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads a state dict whose names and shapes must be the module's.
-
-    Raises:
-        RunError: names the tensors that do not fit.
-    """
+    """Loads a state dict; raises RunError unless its names and shapes are the module's."""
     own = module.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
     if wrong:

@@ -164,11 +164,7 @@ SOURCES: dict[str, Source] = {
 
 
 def source(name: str) -> Source:
-    """The data set called `name`; case, `-` for `_`, and timm's prefix `torch/` do not matter.
-
-    Raises:
-        RunError: there is none of that name.
-    """
+    """The data set called `name`; case, `-` for `_`, and timm's prefix `torch/` do not matter. Raises RunError if there is none."""
     known = name.casefold().removeprefix("torch/").replace("-", "_")
     known = {"image_folder": "folder", "fashionmnist": "fashion_mnist"}.get(known, known)
     if known not in SOURCES:
@@ -178,11 +174,7 @@ def source(name: str) -> Source:
 
 
 def open_split(name: str, root: str | None, split: str) -> Split:
-    """One split of a data set.
-
-    Raises:
-        RunError: an unknown split, no root, or files that are missing or damaged.
-    """
+    """One split of a data set. Raises RunError for an unknown split, no root, and files that are missing or damaged."""
     found = source(name)
     if found.splits:
         split = found.splits[1] if split in _SYNONYMS["validation"] and split not in found.splits else split

@@ -269,11 +269,7 @@ class Mixer:
         return cls(augment, classes, smoothing, seed) if augment.mixup or augment.cutmix else None
 
     def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
-        """The batch, mixed, with soft targets (N, classes).
-
-        Raises:
-            RunError: a batch of odd size, which timm cannot pair.
-        """
+        """The batch, mixed, with soft targets (N, classes). Raises RunError for a batch of odd size, which timm cannot pair."""
         if len(batch.input) % 2:
             raise RunError(f"mixup pairs images, the batch has {len(batch.input)}", where="train.batch")
         with preserved():

@@ -20,13 +20,10 @@ def gradients_finite(module: nn.Module) -> bool:
 
 
 def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
-    """Checks, after a phase's first backward pass, that every trainable parameter has a finite gradient and no frozen one has any.
+    """Raises RunError unless, after a phase's first backward pass, trainable parameters have finite gradients and frozen ones none.
 
     Args:
         unused: parameters that the forward never reads.
-
-    Raises:
-        RunError: names the parameters that violate it.
     """
     missing, broken, extra = [], [], []
     for name, parameter in named_parameters(module).items():
@@ -69,11 +66,7 @@ def fingerprints(module: nn.Module) -> dict[str, str]:
 
 
 def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
-    """Checks, at a phase's end, that every tensor that was frozen at its start is bit for bit the same.
-
-    Raises:
-        RunError: names the tensors that have changed.
-    """
+    """Raises RunError unless, at a phase's end, every tensor that was frozen at its start is bit for bit the same."""
     now = fingerprints(module)
     changed = [name for name, old in before.items() if now.get(name) != old]
     if changed:

@@ -20,9 +20,6 @@ def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: in
 
     Args:
         after_batch: called after each batch; may raise an exception to stop.
-
-    Raises:
-        RunError: the module does not classify into at least `classes` classes.
     """
     module.eval()
     meter = Meter()

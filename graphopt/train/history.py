@@ -40,9 +40,6 @@ class History:
     records: list[EpochRecord] = field(default_factory=list)
     snapshot: dict[str, Tensor] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.records)
-
     def change(self, region: str) -> list[float]:
         """The region's change per epoch, oldest first; epochs in which it was not scored are left out."""
         return [record.change[region] for record in self.records if region in record.change]

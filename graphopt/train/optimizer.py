@@ -88,8 +88,7 @@ def build_optimizer(
 def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | None:
     """Learning-rate factor per parameter name: 1 at the head, times `decay` for each layer (as timm counts them) before it.
 
-    Raises:
-        RunError: the backbone does not define its layers.
+    Raises RunError if the backbone does not define its layers.
     """
     if decay is None:
         return None
@@ -121,11 +120,7 @@ def undecayed(backbone: nn.Module) -> frozenset[str]:
 
 
 def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Checks that the optimizer holds exactly the trainable parameters, each once.
-
-    Raises:
-        RunError: names the parameters that violate it.
-    """
+    """Raises RunError unless the optimizer holds exactly the trainable parameters, each once."""
     counts: dict[int, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -28,11 +28,7 @@ def resume_settings(train: TrainSpec, data: DataSpec | Data) -> dict[str, Any]:
 
 
 def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Checks that the settings on which training steps depend are those of the checkpoint.
-
-    Raises:
-        RunError: names the settings that differ.
-    """
+    """Raises RunError unless the settings on which training steps depend are those of the checkpoint."""
     changed = [
         f"{table}.{key} was {saved[table].get(key)!r} and is {now[table].get(key)!r}"
         for table in ("train", "data")

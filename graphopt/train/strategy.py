@@ -43,11 +43,7 @@ class Strategy:
 
     @classmethod
     def of(cls, spec: TrainSpec) -> Strategy:
-        """The strategy of a spec.
-
-        Raises:
-            RunError: the machine has no such device, or the spec asks for several ranks.
-        """
+        """The strategy of a spec. Raises RunError if the machine has no such device, or the spec asks for several ranks."""
         if spec.strategy in ("ddp", "fsdp") or torch.distributed.is_torchelastic_launched():
             fix = 'Start it without torchrun, with strategy = "single"'
             raise RunError("training runs on one device for now", where="train.strategy", fix=fix)

@@ -40,8 +40,7 @@ class Cut:
 class Prefix:
     """Computes the features of the last of several cuts, from images or from the features of the cut before it.
 
-    Raises:
-        RunError: it still trains.
+    Raises RunError if it still trains.
     """
 
     def __init__(self, plan: Plan, cuts: Sequence[Cut], strategy: Strategy) -> None:
@@ -60,11 +59,7 @@ class Prefix:
             return self._module(batch.input.float())
 
     def check(self, inputs: Tensor, features: Tensor) -> None:
-        """Checks that features depend on nothing but their own sample.
-
-        Raises:
-            RunError: the prefix draws random numbers, or mixes the samples of a batch.
-        """
+        """Raises RunError unless features depend on nothing but their own sample."""
         again = self.compute(inputs)
         half = self.compute(inputs[: max(1, len(inputs) // 2)])
         # Kernels may round differently from call to call, or by batch size; dropout and batch statistics differ by far more.
@@ -74,11 +69,7 @@ class Prefix:
                 raise RunError(f"the prefix {what}: its features cannot be cached", where="features")
 
     def convert(self, features: Tensor) -> Tensor:
-        """Features as they are stored.
-
-        Raises:
-            Declined: a value is too large for the dtype.
-        """
+        """Features as they are stored. Raises Declined if a value is too large for the dtype."""
         dtype = self.layout.dtype
         stored = features.to(dtype)
         if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(features).all()):
