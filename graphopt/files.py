@@ -59,7 +59,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], No
 
 
 def link_atomically(source: Path, target: Path) -> None:
-    """Makes `target` a second name of `source`'s content (a copy where links are impossible); replacing `source` later does not touch it."""
+    """Makes `target` a second name of the content of `source`, which stays when `source` is replaced; a copy where links are impossible."""
     temporary = target.with_name(f".{target.name}.link")
     temporary.unlink(missing_ok=True)
     try:

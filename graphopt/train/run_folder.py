@@ -69,7 +69,7 @@ class RunFolder:
         """Replaces `last.pt` by `state`, atomically.
 
         Args:
-            best: `best.pt` too (unless only one is kept).
+            best: `best.pt` too (unless only one stays).
             keep: how many checkpoints stay: the last, the best, and from 3 on the latest epochs' (`epoch-0007.pt`).
             epoch: finished epochs, where this is the end of one.
         """

@@ -1,4 +1,4 @@
-"""Caches what a dropped prefix computes, so that the rest of the network trains on features in the place of images.
+"""Caches what a dropped prefix computes, so that the remaining network trains on features instead of images.
 
 Features are cached only if the prefix is frozen and in eval semantics and every sample's input is the same each time; all three are
 checked. An entry's key is a hash of the prefix (its graph and every tensor in it), of the data and its transform, of dtype and precision,
