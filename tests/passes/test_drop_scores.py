@@ -57,7 +57,7 @@ def test_decisions_fire_in_order_and_survive_a_resume(tmp_path, monkeypatch, val
 
     def stopping(self):
         closed(self)
-        if self.at.epoch == 3:
+        if self.progress.epoch == 3:
             raise RunError("cut off")
 
     with monkeypatch.context() as patch:

@@ -12,9 +12,9 @@ import torch
 from torchvision import datasets
 
 from graphopt import RunError
-from graphopt.data.loader import Batch, ImageFeed, Mixer, open_data, stratified
+from graphopt.data.loader import Batch, ImageFeed, Mixer, Rank, open_data, stratified
 from graphopt.spec import AugmentSpec, DataSpec
-from tests.train import formats
+from tests.data import formats
 
 LIVELY = AugmentSpec(crop="resized", hflip=0.5, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", erase=0.3)
 
@@ -119,7 +119,7 @@ def test_every_sample_is_evaluated_once_in_order() -> None:
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
     data = opened(train_limit=70)
-    parts = [everything(feed(data, batch=8, rank=rank, world=2).batches(0)).sample for rank in (0, 1)]
+    parts = [everything(feed(data, batch=8, rank=Rank(rank, 2)).batches(0)).sample for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1]) == 32
     assert not set(parts[0].tolist()) & set(parts[1].tolist())
 
@@ -210,7 +210,7 @@ def test_damaged_files_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.Mon
     formats.cifar(tmp_path, monkeypatch)
     file = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(RunError, match="not found whole"):
+    with pytest.raises(RunError, match="missing or damaged"):
         opened((3, 32, 32), name="cifar10", root=str(tmp_path))
 
 
