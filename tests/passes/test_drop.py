@@ -243,7 +243,7 @@ def test_no_cache_needs_no_features():
 def test_check_says_what_each_drop_point_keeps():
     graph = trace(cifar.build("resnet20"), (3, 16, 16))
     value = Drop(when={"score": "change"}, dtype="float16")
-    notes = value.check(graph, value.match(graph))
+    notes = value.match(graph).diagnostics
     assert len(notes) == 9
     assert "64x4x4 features: 2.00 KiB a sample in float16" in str(notes[-1])
 
