@@ -17,7 +17,7 @@ from graphopt.ir.nodes import leaf, overwriter
 from graphopt.ir.regions import Region
 
 #: functions and methods that add two tensors
-SUMS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+_SUMS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 #: methods that give another view of a tensor with its elements in the same order
 VIEWS = frozenset({"reshape", "view", "flatten", "contiguous"})
 _ACTIVATIONS: frozenset[Any] = frozenset({F.relu, torch.relu, F.relu_, torch.relu_, F.gelu, F.silu, "relu", "relu_"})
@@ -59,25 +59,24 @@ def residuals(graph: Graph, block: Region) -> tuple[Residual, ...]:
     inside = set(block.nodes)
     found: list[Residual] = []
     while current is not end:
-        residual = _residual_at(graph, block, current)
+        residual = _residual_at(graph, current, inside)
+        users = [u for u in current.users if u in inside and isinstance(u.meta.get("val"), Tensor)]
         if residual is not None:
             found.append(residual)
             current = residual.sum
-            continue
-        users = [u for u in current.users if u in inside and isinstance(u.meta.get("val"), Tensor)]
-        if len(users) != 1 or not _passes_on(graph, users[0]):
-            raise NotResidualError("it has no identity shortcut around what it computes")
-        current = users[0]
-    if not found:
+        elif len(users) == 1 and _passes_on(graph, users[0]):
+            current = users[0]
+        else:
+            break
+    if current is not end or not found:
         raise NotResidualError("it has no identity shortcut around what it computes")
     return tuple(found)
 
 
-def _residual_at(graph: Graph, block: Region, shortcut: Node) -> Residual | None:
-    """The first sum of an activation and a branch that is computed from it."""
-    inside = set(block.nodes)
-    for node in block.nodes:
-        if node.op == "call_module" or node.target not in SUMS or len(node.args) != 2 or node.kwargs:
+def _residual_at(graph: Graph, shortcut: Node, inside: set[Node]) -> Residual | None:
+    """The first sum inside a block of an activation and a branch that is computed from it."""
+    for node in sorted(inside, key=graph.order.__getitem__):
+        if node.op == "call_module" or node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
             continue
         others = [a for a in node.args if not _is_same(graph, a, shortcut, inside)]
         branch = others[0] if len(others) == 1 else None
@@ -104,7 +103,7 @@ def _separable(graph: Graph, node: Node, shortcut: Node, branch: Node, nodes: se
 
 def _is_same(graph: Graph, summand: Any, shortcut: Node, inside: set[Node]) -> bool:
     """Whether a summand is the shortcut, or passes it on through identity modules."""
-    while summand is not shortcut and summand in inside and isinstance(leaf(graph, summand), nn.Identity):
+    while isinstance(summand, Node) and summand in inside and isinstance(leaf(graph, summand), nn.Identity):
         summand = summand.args[0]
     return summand is shortcut
 

@@ -36,6 +36,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
+import torch
 from pydantic import Field
 from torch.fx import Node
 
@@ -44,7 +45,7 @@ from graphopt.compiler.pass_base import FeatureCut
 from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
 from graphopt.compiler.verify import Property
 from graphopt.ir.patterns import residuals
-from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random, with_zeros
+from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
 from graphopt.passes.drop.cut import block_cuts, bytes_per_sample, check_cut, named_cut, parts_between
 from graphopt.passes.drop.prefix import drop_prefix
 from graphopt.units import Size, show_size
@@ -208,4 +209,5 @@ class Drop(Pass):
         edit.freeze(name for item in found.values() for name in item.unread)
         for name in found:
             effects.mark(name, Status.BYPASSED)
-        effects.to_original_state = with_zeros(tuple(name for item in found.values() for name in item.zeros))
+        zeros = [name for item in found.values() for name in item.zeros]
+        effects.to_original_state = lambda state: state | {name: torch.zeros_like(state[name]) for name in zeros}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 from torch.fx import Node
 
 from graphopt import Editor, Graph, PassError, Region
-from graphopt.compiler.pass_base import Diagnostics, StateMap
+from graphopt.compiler.pass_base import Diagnostics
 from graphopt.ir.nodes import attribute, leaf, overwriter, parameters_read
 from graphopt.ir.patterns import VIEWS, NotResidualError, Residual, residuals
 from graphopt.runtime.stochastic import StochasticBranch
@@ -129,10 +130,7 @@ def skip_at_random(edit: Editor, block: str, residual: Residual, probability: fl
         PassError: sections of an earlier pass divide the branch.
     """
     shape = tuple(residual.shortcut.meta["val"].shape[1:])
-
-    def wrap(body: fx.GraphModule) -> StochasticBranch:
-        return StochasticBranch(body, probability, shape)
-
+    wrap = partial(StochasticBranch, probability=probability, shape=shape)
     sections = edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")
     if len(sections) != 1:
         raise PassError(
@@ -140,12 +138,3 @@ def skip_at_random(edit: Editor, block: str, residual: Residual, probability: fl
             where=block,
             fix="Let drop come before that pass, or select other blocks",
         )
-
-
-def with_zeros(names: tuple[str, ...]) -> StateMap:
-    """Sets parameters to zero in a state dict."""
-
-    def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state | {name: torch.zeros_like(state[name]) for name in names}
-
-    return to_original

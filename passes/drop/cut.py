@@ -18,15 +18,8 @@ from graphopt.ir.shapes import SHAPE_BATCH
 
 def possible_cuts(graph: Graph) -> tuple[Node, ...]:
     """Cut points whose first dimension is the batch, so that each sample's features can be stored; in execution order."""
-    return graph.cached(_possible_cuts)
-
-
-def _possible_cuts(graph: Graph) -> tuple[Node, ...]:
-    return tuple(n for n in cut_points(graph) if _is_per_sample(n.meta["val"]))
-
-
-def _is_per_sample(value: torch.Tensor) -> bool:
-    return value.dim() > 0 and value.shape[0] == SHAPE_BATCH and value.is_floating_point()
+    values = ((n, n.meta["val"]) for n in cut_points(graph))
+    return tuple(n for n, value in values if value.shape[:1] == (SHAPE_BATCH,) and value.is_floating_point())
 
 
 def prefix_of(graph: Graph, cut: Node) -> tuple[Node, ...]:

@@ -62,7 +62,7 @@ def _check_separable(graph: Graph, prefix: Sequence[Node]) -> None:
             raise PassError(
                 f"{section.author.name} trains a part of the prefix with a local loss, so it cannot be dropped",
                 where=str(section.author),
-                fix="Drop less, or leave one of the two passes out",
+                fix="End the prefix earlier, or leave one of the two passes out",
             )
 
 
