@@ -103,7 +103,7 @@ def _separable(graph: Graph, node: Node, shortcut: Node, branch: Node, nodes: se
 
 def _is_same(graph: Graph, summand: Any, shortcut: Node, inside: set[Node]) -> bool:
     """Whether a summand is the shortcut, or passes it on through identity modules."""
-    while isinstance(summand, Node) and summand in inside and isinstance(leaf(graph, summand), nn.Identity):
+    while summand is not shortcut and isinstance(summand, Node) and summand in inside and isinstance(leaf(graph, summand), nn.Identity):
         summand = summand.args[0]
     return summand is shortcut
 
