@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.errors import PassError, RunError
+from graphopt.errors import RunError
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
-from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
@@ -76,11 +75,3 @@ def test_change_is_logged_per_region(tmp_path):
     changes = [e["change"] for e in epochs if e["kind"] == "epoch"]
     assert all(set(c) == {f"blocks.{i}" for i in range(4)} for c in changes)
     assert all(0 < v < 10 for c in changes for v in c.values())
-
-
-def test_a_prefix_that_is_supervised_locally_is_refused():
-    passes = [Supervise(modules=2, decoder="none"), Drop(upto="blocks.0")]
-    with pytest.raises(PassError) as caught:
-        graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), costs=False)
-    assert "\n" not in str(caught.value)
-    assert "supervise" in str(caught.value)

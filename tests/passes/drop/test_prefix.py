@@ -1,4 +1,4 @@
-"""drop: a prefix leaves training, and the rest trains on what it computed."""
+"""drop: a prefix leaves training, and the suffix trains on what it computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import pydantic
 import pytest
-import timm
 import torch
 import torchvision
 from torch import nn
@@ -16,44 +15,11 @@ from graphopt import trace
 from graphopt.compiler.triggers import Decision
 from graphopt.errors import PassError, SelectError
 from graphopt.models import cifar_resnet as cifar
+from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from tests.support.backbones import Small
-
-
-class Vgg(nn.Module):
-    """A plain chain of conv-norm-act units, some with a pool, before a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 16, 16, "M"], batch_norm=True)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x):
-        return self.fc(self.features(x).mean((2, 3)))
-
-
-BACKBONES = {
-    "small": (lambda: Small(), (3, 8, 8), "blocks.1"),
-    "resnet20": (lambda: cifar.build("resnet20"), (3, 16, 16), "layer2"),
-    "bottlenecks": (
-        lambda: torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 2, 1, 1], 10, width_per_group=16),
-        (3, 32, 32),
-        "layer2",
-    ),
-    "vgg": (lambda: Vgg(), (3, 32, 32), "features.4-7"),
-    "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=10), (3, 32, 32), "features.transition1"),
-    "vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=10), (3, 32, 32), "blocks.1"),
-    "swin": (
-        lambda: timm.create_model(
-            "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=10
-        ),
-        (3, 64, 64),
-        "layers.0",
-    ),
-    "convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), num_classes=10), (3, 32, 32), "stages.1"),
-    "efficientnet": (lambda: timm.create_model("mobilenetv2_035", num_classes=10), (3, 32, 32), "blocks.3"),
-}
+from tests.passes.drop.networks import BACKBONES
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -72,7 +38,7 @@ def test_prefix_and_suffix_are_the_network(name):
     assert [n.name for n in inputs] == ["features"], "the remaining graph has one input, and it is not the images"
 
 
-def test_prefix_rests_whatever_train_says():
+def test_a_prefix_stays_in_eval_mode_whatever_train_says():
     plan = graphopt.compile(Small(drop=0.5), [Drop(upto="blocks.1")], input=(3, 8, 8), costs=False)
     before = {k: v.clone() for k, v in plan.module.state_dict().items()}
     plan.module.train()
@@ -82,7 +48,7 @@ def test_prefix_rests_whatever_train_says():
     assert torch.equal(plan.prefix(x), plan.prefix(x)), "no dropout"
     after = plan.module.state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
-    assert {k.split(".")[1] for k in moved} == {"2", "3"}, "statistics of the rest move, of the prefix do not"
+    assert {k.split(".")[1] for k in moved} == {"2", "3"}, "statistics after the cut move, those of the prefix do not"
     with_gradient = {n for n, p in plan.module.named_parameters() if p.grad is not None}
     assert with_gradient == {n for n, p in plan.module.named_parameters() if p.requires_grad}
     assert all(n.startswith(("blocks.2", "blocks.3", "fc")) for n in with_gradient)
@@ -90,18 +56,18 @@ def test_prefix_rests_whatever_train_says():
 
 def test_training_on_features_is_training_the_whole():
     plan = graphopt.compile(Small(drop=0.0), [Drop(upto="blocks.0")], input=(3, 8, 8), costs=False)
-    twin = graphopt.compile(copy.deepcopy(plan.backbone), [Drop(upto="blocks.0")], input=(3, 8, 8), costs=False)
-    twin.module.load_state_dict(plan.module.state_dict())
+    copied = graphopt.compile(copy.deepcopy(plan.backbone), [Drop(upto="blocks.0")], input=(3, 8, 8), costs=False)
+    copied.module.load_state_dict(plan.module.state_dict())
     x, y = torch.rand(6, 3, 8, 8), torch.arange(6)
     features = plan.prefix(x)
-    for whole, module, given in ((plan, plan.suffix, features), (twin, twin.module, x)):
+    for whole, module, given in ((plan, plan.suffix, features), (copied, copied.module, x)):
         module.train()
         optimizer = torch.optim.SGD([p for p in whole.module.parameters() if p.requires_grad], lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
             nn.functional.cross_entropy(module(given), y).backward()
             optimizer.step()
-    states = plan.module.state_dict(), twin.module.state_dict()
+    states = plan.module.state_dict(), copied.module.state_dict()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
@@ -151,18 +117,18 @@ def test_dense_blocks_are_cut_at_transitions_only():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"upto": "blocks.1.conv1"}, "not closed.*'blocks.0' and 'blocks.1'"),
         ({"upto": "fc"}, "head itself cannot be dropped.*'blocks'"),
-        ({"upto": "blocks.1", "limit": "16 B"}, "not even one sample"),
+        ({"upto": "blocks.1", "limit": "16 B"}, "smaller than one sample"),
         ({"when": [{"epoch": 1, "upto": "blocks.1"}, {"epoch": 2, "upto": "blocks.0"}]}, "goes back"),
     ],
 )
-def test_bad_input_is_one_clear_error(options, says):
+def test_bad_input_is_one_clear_error(options, message):
     model = Small()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(PassError, match=says) as caught:
+    with pytest.raises(PassError, match=message) as caught:
         graphopt.compile(model, [Drop(**options)], input=(3, 8, 8), costs=False)
     assert "\n" not in str(caught.value)
     assert all(p.requires_grad for p in model.parameters())
@@ -175,20 +141,20 @@ def test_a_misspelt_part_shows_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({}, "say where the prefix ends"),
-        ({"upto": "a", "probability": 0.5}, "probability is of mode = 'bypass'"),
-        ({"mode": "bypass", "dtype": "float16"}, "dtype is of mode = 'prefix'"),
-        ({"upto": "a", "folder": "x"}, 'folder is for cache = "disk"'),
+        ({"upto": "a", "probability": 0.5}, "probability: only valid with mode = 'bypass'"),
+        ({"mode": "bypass", "dtype": "float16"}, "dtype: only valid with mode = 'prefix'"),
+        ({"upto": "a", "folder": "x"}, 'folder: only valid with cache = "disk"'),
         ({"upto": "a", "when": [{"epoch": 1, "upto": "b"}]}, "its own upto"),
         ({"mode": "bypass", "when": {"schedule": "progressive"}}, "give a probability"),
         ({"upto": "a", "dtype": "int8"}, "float32"),
         ({"upto": "a", "views": 0}, "greater than or equal to 1"),
     ],
 )
-def test_options_that_make_no_sense(options, says):
-    with pytest.raises(pydantic.ValidationError, match=says):
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(pydantic.ValidationError, match=message):
         Drop(**options)
 
 
@@ -202,7 +168,7 @@ def test_claims_that_contradict_each_other_surface_first(other):
         graphopt.compile(Small(), [other, Drop(upto="blocks.2")], input=(3, 8, 8), costs=False)
 
 
-def test_freeze_behind_the_cut_composes():
+def test_freeze_after_the_cut_composes():
     passes = [Drop(upto="blocks.0"), Freeze(select="blocks.1")]
     plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), verify="full", costs=False)
     assert {n.split(".")[1] for n, p in plan.module.named_parameters() if p.requires_grad and n.startswith("blocks")} == {"2", "3"}
@@ -218,7 +184,7 @@ def test_a_parameter_on_both_sides_is_refused():
         def forward(self, x):
             return self.fc(self.second(self.first(x).relu()).relu())
 
-    with pytest.raises(PassError, match=r"first.weight is read before the cut and behind it \(as second.weight\)"):
+    with pytest.raises(PassError, match=r"first.weight is read before the cut and after it \(as second.weight\)"):
         graphopt.compile(Tied(), [Drop(upto="first")], input=(6,), costs=False)
 
 
@@ -240,82 +206,67 @@ def test_no_cache_needs_no_features():
     assert not plan.module.get_parameter("stem.weight").requires_grad
 
 
-def test_check_says_what_each_drop_point_keeps():
+def test_a_match_reports_the_size_of_the_features_at_each_cut():
     graph = trace(cifar.build("resnet20"), (3, 16, 16))
     value = Drop(when={"score": "change"}, dtype="float16")
-    notes = value.check(graph, value.match(graph))
+    notes = value.match(graph).diagnostics
     assert len(notes) == 9
-    assert "64x4x4 features: 2.00 KiB a sample in float16" in str(notes[-1])
+    assert "64x4x4 features: 2.00 KiB per sample in float16" in str(notes[-1])
 
 
-# -- bypass -------------------------------------------------------------------------------------------------------------------------
-def test_bypass_at_random_evaluates_as_the_backbone_and_expects_it():
-    model = Small(drop=0.0)
-    plan = graphopt.compile(model, [Drop(mode="bypass", probability=0.5)], input=(3, 8, 8), verify="full", costs=False)
-    x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(plan.module.eval()(x), model.eval()(x))
-    probabilities = [s.probability for s in plan.module.get_submodule("sections").children()]
-    assert probabilities == [0.125, 0.25, 0.375, 0.5], "linear by depth"
-    branch = plan.module.get_submodule("sections.bypass_blocks_3").train()
-    h = torch.rand(2, 8, 8, 8)
-    plan.module.get_submodule("blocks.3").eval()
-    full = branch.body(h)
-    draws = [branch(h) for _ in range(200)]
-    kinds = {bool(d.any()) for d in draws}
-    assert kinds == {True, False}
-    kept = next(d for d in draws if d.any())
-    # A branch that runs is scaled so that the mean over draws is what eval mode adds.
-    assert torch.allclose(kept * (1 - branch.probability), full)
-    with pytest.raises(graphopt.PassError, match="both claim"):
-        graphopt.compile(Small(), [Drop(mode="bypass"), Drop(upto="blocks.0")], input=(3, 8, 8), costs=False)
+class CalledTwice(nn.Module):
+    """One module between two layers and again after the second."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.first, self.shared, self.second, self.fc = nn.Linear(6, 6), shared, nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(self.shared(self.second(self.shared(self.first(x)))))
 
 
-def test_a_skipped_branch_gets_zero_gradients():
-    plan = graphopt.compile(Small(drop=0.0), [Drop(mode="bypass", probability=0.999)], input=(3, 8, 8), costs=False, verify="off")
+def test_dropout_that_is_called_before_and_after_the_cut_stays_on_after_it():
+    plan = graphopt.compile(CalledTwice(nn.Dropout(0.5)), [Drop(upto="second")], input=(6,), costs=False)
     plan.module.train()
-    torch.manual_seed(0)
-    plan.module(torch.rand(2, 3, 8, 8)).sum().backward()
-    gradient = plan.module.get_parameter("blocks.3.conv1.weight").grad
-    assert gradient is not None
-    assert not gradient.any()
-    assert plan.module.get_parameter("stem.weight").grad.any()
+    x = torch.rand(8, 6)
+    assert torch.equal(plan.prefix(x), plan.prefix(x))
+    assert not torch.equal(plan.suffix(plan.prefix(x)), plan.suffix(plan.prefix(x)))
+    assert plan.report.passes[0].figures["always_eval"] == 1
 
 
-@pytest.mark.parametrize("name", ["small", "resnet20", "vit", "convnext"])
-def test_bypass_for_good_is_what_the_export_computes(name):
-    build, shape, _ = BACKBONES[name]
-    model = build()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("gamma"):
-            nn.init.constant_(parameter, 0.5)  # from 1e-6, where a branch adds less than rounding
-    plan = graphopt.compile(model, [Drop(mode="bypass", select={"blocks": True, "last": 2})], input=shape, batch=2)
-    x = torch.rand(2, *shape)
-    ours = plan.module.eval()(x)
-    assert torch.allclose(plan.export()(x), ours, atol=1e-6)
-    assert not torch.equal(model.eval()(x), ours)
-    assert plan.report.after.forward_flops < plan.report.before.forward_flops
-    assert plan.report.after.trainable_parameters < plan.report.before.trainable_parameters
+def test_a_norm_with_state_on_both_sides_is_refused():
+    with pytest.raises(PassError, match="shared is called before the cut and after it, and has buffers"):
+        graphopt.compile(CalledTwice(nn.BatchNorm1d(6, affine=False)), [Drop(upto="second")], input=(6,), costs=False)
 
 
-def test_blocks_that_change_shape_are_left_alone_with_the_reason():
-    plan = graphopt.compile(cifar.build("resnet20"), [Drop(mode="bypass", probability=0.2)], input=(3, 8, 8), costs=False)
-    skipped = {n.where: n.why for n in plan.report.passes[0].notes if n.level == "skip"}
-    assert set(skipped) == {"layer2.0", "layer3.0"}
-    assert "(16, 8, 8) goes in, (32, 4, 4) comes out" in skipped["layer2.0"]
+def test_a_prefix_that_draws_random_numbers_is_refused():
+    class Noisy(Small):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    with pytest.raises(PassError, match="draws random numbers"):
+        graphopt.compile(Noisy(drop=0.0), [Drop(upto="blocks.1")], input=(3, 8, 8), verify="off", costs=False)
 
 
-def test_nothing_to_bypass_is_an_error():
-    with pytest.raises(PassError, match="not shape-preserving"):
-        graphopt.compile(cifar.build("resnet20"), [Drop(mode="bypass", select="layer2.0")], input=(3, 8, 8), costs=False)
+def test_what_an_earlier_pass_has_frozen_does_not_train_after_the_cut():
+    passes = [Freeze(select=["blocks.2", "blocks.3", "fc"]), Drop(upto="blocks.1")]
+    with pytest.raises(PassError, match=r"nothing trainable is left after 'blocks\.1'"):
+        graphopt.compile(Small(), passes, input=(3, 8, 8), costs=False)
 
 
-def test_progressive_layer_dropping_joins_from_the_deepest():
-    passes = [Drop(mode="bypass", probability=0.5, when={"schedule": "progressive", "gamma": 3.0})]
-    plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), costs=False)
-    taken: list[str] = []
-    for epoch in range(20):
-        due = plan.due(epoch, None, 20)
-        taken += [name for d in due for name in reversed(d.regions)]
-        plan = plan.advance_to((*plan.decisions, *due), verify="fast") if due else plan
-    assert taken == ["blocks.3", "blocks.2", "blocks.1"]
-    assert [s.probability for s in plan.module.get_submodule("sections").children()] == [0.25, 0.375, 0.5], "by depth among all blocks"
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("first", ["checkpoint", "drop"])
+def test_checkpointed_segments_across_the_cut_are_divided(segments, first):
+    passes = [Checkpoint(segments=segments), Drop(upto="blocks.1")]
+    model = Small(drop=0.0)
+    alone = graphopt.compile(copy.deepcopy(model), passes[1:], input=(3, 8, 8), costs=False)
+    both = graphopt.compile(model, passes if first == "checkpoint" else passes[::-1], input=(3, 8, 8), costs=False)
+    x, expected = torch.rand(4, 3, 8, 8), {}
+    for plan, module, given in ((alone, alone.module, x), (both, both.module, x), (both, both.suffix, both.prefix(x))):
+        plan.module.zero_grad()
+        module.train()
+        module(given).square().sum().backward()
+        found = {n: p.grad for n, p in plan.module.named_parameters() if p.requires_grad}
+        expected = expected or found
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n], expected[n]) for n in found)
