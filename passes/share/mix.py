@@ -21,9 +21,9 @@ from torch.fx import Node
 from graphopt.errors import PassError
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import Graph
+from graphopt.ir.paths import is_below
 from graphopt.passes.share.neighbours import MixedTensor, SharedBlock
-from graphopt.passes.share.parts import is_batch_norm, leaves_of
-from graphopt.runtime.eval_mode import AlwaysEval, always_eval
+from graphopt.passes.share.parts import leaves_of
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -44,53 +44,31 @@ def mixed(sources: Sequence[Any], scalars: Sequence[Any]) -> tuple[Callable[...,
 
 
 class WithWeights(nn.Module):
-    """A leaf that receives the weights it used to own: `forward(weights, *args, **kwargs)`.
+    """A leaf that receives the weights it used to own: `forward(weights, *args, **kwargs)`. It keeps its buffers.
 
     Args:
-        leaf: without buffers. names: of its parameters, in the order of `weights`.
+        leaf: its submodules have no buffers. names: of its parameters, in the order of `weights`.
     """
 
     leaf: Any
 
     def __init__(self, leaf: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
-        # Not registered: its parameters no longer exist, and its own tensors only stand for them, without memory.
+        # Not registered: its parameters no longer exist, and those on the meta device only stand for the ones it is called with.
         self.__dict__["leaf"] = copy.deepcopy(leaf).to("meta")
+        self._buffers = self.leaf._buffers = leaf._buffers
         self.names = names
         self.training = leaf.training
 
     def forward(self, weights: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-        """The leaf's own forward with `weights` in place of its parameters."""
+        """The leaf's own forward, with `weights` in place of its parameters."""
         if self.leaf.training != self.training:
             self.leaf.train(self.training)
-        return functional_call(self.leaf, dict(zip(self.names, weights, strict=True)), args, kwargs, strict=True)
+        return functional_call(self.leaf, dict(zip(self.names, weights, strict=True)), args, kwargs)
 
     def extra_repr(self) -> str:
         """The class of the leaf."""
         return type(self.leaf).__name__
-
-
-class BatchNormWithWeights(nn.modules.batchnorm._BatchNorm):
-    """A batch norm with statistics of its own that receives weight and bias, each (C,)."""
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=norm.track_running_stats)
-        self._buffers = norm._buffers
-        self.training = norm.training
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        return None
-
-    def forward(self, weights: tuple[Tensor, Tensor], input: Tensor) -> Tensor:  # type: ignore[override]  # takes the weights too
-        """`input` (N, C, ...) normalised as the stock class does it."""
-        factor = self.momentum or 0.0
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-        by_batch = self.training or self.running_mean is None
-        statistics = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
-        return F.batch_norm(input, *statistics, *weights, by_batch, factor, self.eps)
 
 
 # -- rewriting --------------------------------------------------------------------------------------------------------------
@@ -130,8 +108,8 @@ def replace_weights(edit: Editor, block: SharedBlock, options: MixOptions, chann
         if _function_of(graph, path) is not None:
             edit.remove([path])
         else:
-            edit.replace_leaf(edit.calls(path)[0], _with_weights(graph, path, leaf, parameters[path]))
-    edit.remove(sorted(names))
+            edit.replace_leaf(edit.calls(path)[0], WithWeights(leaf, parameters[path]))
+    edit.remove(sorted(n for n in names if not is_below(n, leaves)))
     mixtures = _add_scalars(edit, block, options, own[0].device, any(p.requires_grad for p in own))
     writer = _Writer(edit, options, channels, readers[0])
     values = {m.tensor.name: writer.value(m, next(n for n in readers if _reads(n, m.tensor.name))) for m in mixtures}
@@ -217,13 +195,6 @@ def _function_of(graph: Graph, path: str) -> Callable[..., Tensor] | None:
     """The function with a leaf's computation and its weights as arguments, by the class that the backbone has there."""
     kind = type(graph.untouched.module.get_submodule(path))
     return F.linear if kind is nn.Linear else _CONVOLUTIONS.get(kind)
-
-
-def _with_weights(graph: Graph, path: str, leaf: Any, names: tuple[str, ...]) -> nn.Module:
-    if not is_batch_norm(graph.untouched.module.get_submodule(path)):
-        return WithWeights(leaf, names)
-    norm = BatchNormWithWeights(leaf)
-    return always_eval(norm) if isinstance(leaf, AlwaysEval) else norm
 
 
 def _pass_weights(edit: Editor, node: Node, leaf: Any, weights: dict[str, Node]) -> None:

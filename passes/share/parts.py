@@ -18,6 +18,7 @@ from graphopt.ir.regions import Region
 
 Part = Literal["attention", "mlp", "all"]
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _MLP_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_?forward)(_|\d|\.|$)")
 
 
@@ -64,10 +65,5 @@ def check_mixable(graph: Graph, names: Collection[str]) -> None:
         leaf = graph.module.get_submodule(path)
         if any(f"{path}.{n}" not in names for n, _ in leaf.named_parameters()):
             raise NotShareable(f"{path} ({type(leaf).__name__}) is one leaf, and only some of its parameters would be mixed")
-        if next(leaf.buffers(), None) is not None and not is_batch_norm(leaf):
+        if next(leaf.buffers(), None) is not None and type(leaf) not in _BATCH_NORMS:
             raise NotShareable(f"{path} ({type(leaf).__name__}) is one leaf with buffers, so its weights cannot be mixed")
-
-
-def is_batch_norm(leaf: nn.Module) -> bool:
-    """Whether a leaf is one of torch's own batch norms, exactly."""
-    return type(leaf) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -57,9 +58,7 @@ def test_every_family_computes_what_its_backbone_would_with_mixed_weights(name: 
     disturb(plan.module)
     module, stock = copy.deepcopy(plan.module).double().eval(), copy.deepcopy(model).double().eval()
     x = torch.rand(3, *shape, dtype=torch.float64)
-    double = copy.copy(plan)
-    double.module = module
-    expected, leaves = reference(stock, double, x)
+    expected, leaves = reference(stock, dataclasses.replace(plan, module=module), x)
     got = module(x)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
     weights = torch.rand(expected.shape, dtype=torch.float64)

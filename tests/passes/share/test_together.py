@@ -18,6 +18,7 @@ from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
+from graphopt.plan_file import is_plan_file
 from graphopt.train import export_run, train
 from tests.backbones import Small
 from tests.passes.share.backbones import family
@@ -161,7 +162,7 @@ def test_a_run_resumes_bit_for_bit_and_exports(tmp_path: Path, mode: str) -> Non
     assert small.same(small.weights(tmp_path / "whole"), small.weights(tmp_path / "cut"))
     written = export_run(tmp_path / "whole", tmp_path / "model.safetensors", which="last", weights="model", plan=plan())
     if mode == "surrogate":
-        assert graphopt.loading.is_plan_file(written)
+        assert is_plan_file(written)
         model = graphopt.load(written, plan=plan())
     else:
         from safetensors.torch import load_file
