@@ -90,13 +90,13 @@ def _half(graph: Graph, block: Region, sums: tuple[WeightedSum, ...], attention:
     if attention == block.paths[0]:
         raise NotShareable("its own forward computes the attention: there is no module to separate from the rest of the block")
     wanted = [n for n in part_of(graph, block, part) if not is_norm(graph, n)]
-    stays = [s for s in sums if set(parameters_of(graph, s.nodes)) & set(wanted)]
-    goes = [s for s in sums if s not in stays]
-    if len(stays) != 1 or not goes:
+    retained = [s for s in sums if set(parameters_of(graph, s.nodes)) & set(wanted)]
+    removed = [s for s in sums if s not in retained]
+    if len(retained) != 1 or not removed:
         raise NotShareable(f"its {part} is not one branch with one shortcut, so it cannot stand alone")
-    names = parameters_of(graph, stays[0].nodes)
+    names = parameters_of(graph, retained[0].nodes)
     norms = tuple(n for n in names if is_norm(graph, n))
-    return Surrogate(part, tuple(n for n in names if n in wanted), norms, _checked({s.sum: s.shortcut for s in goes}))
+    return Surrogate(part, tuple(n for n in names if n in wanted), norms, _checked({s.sum: s.shortcut for s in removed}))
 
 
 def _convolutional(graph: Graph, block: Region, residual: WeightedSum) -> Surrogate:
@@ -105,16 +105,16 @@ def _convolutional(graph: Graph, block: Region, residual: WeightedSum) -> Surrog
     nodes, modules = [n for n, _ in layers], [m for _, m in layers]
     pointwise = [_is_pointwise(m) for m in modules]
     if pointwise == [False, True, True] and getattr(modules[0], "groups", 1) > 1:
-        stays, bypassed = nodes[:1], {nodes[2]: _input(nodes[1])}
+        retained, bypassed = nodes[:1], {nodes[2]: _input(nodes[1])}
     elif pointwise == [True, False, True]:
-        stays, bypassed = [nodes[0], nodes[2]], {_input(nodes[2]): nodes[0]}
+        retained, bypassed = [nodes[0], nodes[2]], {_input(nodes[2]): nodes[0]}
     elif len(nodes) == 2 and all(isinstance(m, _CONVOLUTIONS) for m in modules):
-        stays, bypassed = nodes[1:], {_input(nodes[1]): _input(nodes[0])}
+        retained, bypassed = nodes[1:], {_input(nodes[1]): _input(nodes[0])}
     else:
         raise NotShareable(f"its branch has {len(nodes)} layers with weights, in no arrangement that a light operator is known for")
     removed = _removed_nodes(block, bypassed)
     norms = tuple(n for n in parameters_of(graph, [b for b in residual.nodes if b not in removed]) if is_norm(graph, n))
-    return Surrogate("all", parameters_of(graph, stays), norms, _checked(bypassed))
+    return Surrogate("all", parameters_of(graph, retained), norms, _checked(bypassed))
 
 
 def _plain(graph: Graph, block: Region) -> Surrogate:

@@ -1,4 +1,4 @@
-"""Surrogates: what stays of a block, what it computes, what it saves, and how it is kept."""
+"""Surrogates: what stays of a block, what it computes, what it saves, and how it is stored."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def test_a_basic_block_is_its_last_convolution_norm_and_shortcut() -> None:
     norm = plan.module.get_submodule("layer1.1.bn2")
     expected = F.relu(norm(F.conv2d(x, mixed(plan, "layer1.1", "conv2.weight"), padding=1)) + x)
     torch.testing.assert_close(y, expected)
-    kept = {k for k in plan.module.state_dict() if k.startswith("layer1.1.")}
-    assert kept == {"layer1.1.share.a", "layer1.1.share.b"} | {
+    stored = {k for k in plan.module.state_dict() if k.startswith("layer1.1.")}
+    assert stored == {"layer1.1.share.a", "layer1.1.share.b"} | {
         f"layer1.1.bn2.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
 
@@ -213,7 +213,7 @@ def test_blocks_without_a_light_form_say_why(model: Any, options: dict[str, Any]
         planned(model(), (3, 16, 16), **options)
 
 
-# -- how it is kept -------------------------------------------------------------------------------------------------------------
+# -- how it is stored -------------------------------------------------------------------------------------------------------------
 def test_export_says_what_to_do_instead_and_load_gives_the_model_back(tmp_path: Path) -> None:
     spec = from_table(
         {
