@@ -15,7 +15,7 @@ from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.regions import region_at
 from graphopt.models.cifar_resnet import build as cifar
-from tests import backbones
+from tests.support import backbones
 
 
 def _tv(name: str, **arguments: object) -> Callable[[], nn.Module]:

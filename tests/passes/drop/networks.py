@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from graphopt.models import cifar_resnet as cifar
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 class Vgg(nn.Module):

@@ -18,7 +18,7 @@ from graphopt.ir.regions import region_at
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.runtime.checkpointed import Checkpointed
-from tests.backbones import Residual, Small
+from tests.support.backbones import Residual, Small
 from tests.passes.drop.networks import BACKBONES
 
 

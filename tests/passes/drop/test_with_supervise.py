@@ -8,7 +8,7 @@ import graphopt
 from graphopt.errors import PassError
 from graphopt.passes.drop import Drop
 from graphopt.passes.supervise import Supervise
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 def test_a_prefix_that_is_supervised_locally_is_refused():

@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 import graphopt
 from graphopt import Decision, PassError, Plan
 from graphopt.models.cifar_resnet import CifarResNet
+from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
+from graphopt.plan_file import is_plan_file
 from graphopt.train import export_run, train
-from tests.passes.share_backbones import family
 from tests.support.backbones import Small
-from tests.support.passes import Stretch
+from tests.passes.share.backbones import family
 from tests.train import small
 
 BOTH = pytest.mark.parametrize("mode", ["mix", "surrogate"])
@@ -60,17 +61,26 @@ def test_a_shared_block_frozen_itself(order: int) -> None:
     assert {"layer1.0.conv1.weight", "layer1.2.conv1.weight"} <= found.keys()
 
 
+def test_mixed_norms_of_a_frozen_block_use_their_running_statistics_in_both_modes() -> None:
+    plan = planned(Freeze(select="layer1.1"), Share(select="layer1.1", norm="mix"))
+    statistics = plan.module.get_buffer("layer1.1.bn1.running_mean").clone()
+    plan.module.train()(X)
+    assert torch.equal(plan.module.get_buffer("layer1.1.bn1.running_mean"), statistics)
+    assert not torch.equal(plan.module.get_buffer("layer1.0.bn1.running_mean"), statistics)
+
+
 def test_the_report_warns_of_a_frozen_source() -> None:
     plan = planned(Freeze(select="layer1.2"), Share(select="layer1.1"))
-    assert "warn layer1.1: its neighbour layer1.2 is frozen: only its scalars still move that side" in map(str, plan.report.passes[1].notes)
+    expected = "warning layer1.1: its neighbour layer1.2 is frozen: of that part of the mix only the scalar trains"
+    assert expected in map(str, plan.report.passes[1].diagnostics)
 
 
 @BOTH
 @pytest.mark.parametrize("order", [1, -1])
-def test_inside_a_stretch_that_runs_as_a_unit(mode: str, order: int) -> None:
-    passes = [Share(select="layer1.1", mode=mode), Stretch(select="layer1")][::order]
+def test_inside_a_section_that_runs_as_a_unit(mode: str, order: int) -> None:
+    passes = [Share(select="layer1.1", mode=mode), Checkpoint(select="layer1")][::order]
     plan, alone = planned(*passes), planned(passes[0 if order > 0 else 1])
-    one, other = gradients(plan.module.eval()), gradients(alone.module.eval())
+    one, other = gradients(plan.module.train()), gradients(alone.module.train())
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
@@ -88,13 +98,27 @@ def test_under_local_supervision(options: dict[str, Any]) -> None:
             assert parameter.grad.isfinite().all(), name
 
 
-def test_two_passes_share_what_does_not_touch_and_say_so_where_it_does() -> None:
+def test_two_passes_share_blocks_that_do_not_touch() -> None:
     model, shape, _ = family("timm ViT")
     first, second = Share(select="blocks.1"), Share(select="blocks.3", parts="mlp")
     plan = graphopt.compile(model, [first, second], input=shape, costs=False)
     plan.export()
-    with pytest.raises(PassError, match=r"it would live on layer1\.1\..*, which an earlier pass has replaced"):
+    with pytest.raises(PassError, match=r"it needs layer1\.1\..*, which an earlier pass has replaced"):
         planned(Share(select="layer1.1"), Share(select="layer1.2", boundary="one-sided"))
+
+
+def test_a_weight_that_an_earlier_mix_uses_outlives_its_block() -> None:
+    model, shape, _ = family("timm ViT")
+    passes = [Share(select="blocks.1", parts="mlp"), Share(select="blocks.2", mode="surrogate", boundary="nearest")]
+    plan = graphopt.compile(model, passes, input=shape, costs=False)
+    state = plan.module.state_dict()
+    assert {"blocks.2.mlp.fc1.weight", "blocks.2.mlp.fc1.bias"} <= state.keys()
+    assert not any(k.startswith("blocks.2.attn.") for k in state if "share" not in k and "norm" not in k)
+
+
+def test_a_block_is_shared_once() -> None:
+    with pytest.raises(PassError, match=r"layer1\.1: an earlier pass has replaced or removed what it would share"):
+        planned(Share(select="layer1.1"), Share(select="layer1.1"))
 
 
 # -- phases ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +136,7 @@ def test_a_mix_can_begin_late_and_be_taken_back() -> None:
     torch.testing.assert_close(state["layer1.1.conv1.weight"], expected)
 
 
-def test_a_surrogate_lives_through_the_phases_of_others() -> None:
+def test_a_surrogate_stays_through_the_phases_of_others() -> None:
     passes = [Share(select="layer1.1", mode="surrogate"), Share(select="layer3.2", when={"epoch": 1, "until": 2})]
     plan = planned(*passes, model=CifarResNet(32))
     with torch.no_grad():
@@ -138,7 +162,7 @@ def test_a_run_resumes_bit_for_bit_and_exports(tmp_path: Path, mode: str) -> Non
     assert small.same(small.weights(tmp_path / "whole"), small.weights(tmp_path / "cut"))
     written = export_run(tmp_path / "whole", tmp_path / "model.safetensors", which="last", weights="model", plan=plan())
     if mode == "surrogate":
-        assert graphopt.loading.is_plan_file(written)
+        assert is_plan_file(written)
         model = graphopt.load(written, plan=plan())
     else:
         from safetensors.torch import load_file
@@ -154,11 +178,11 @@ def test_a_run_resumes_bit_for_bit_and_exports(tmp_path: Path, mode: str) -> Non
 @BOTH
 def test_copies_are_apart(mode: str) -> None:
     plan = planned(Share(every=2, mode=mode))
-    twin = copy.deepcopy(plan.module)
+    duplicate = copy.deepcopy(plan.module)
     expected = gradients(plan.module.eval())
     with torch.no_grad():
         plan.module.get_parameter("layer1.0.conv2.weight").zero_()
-    for name, value in gradients(twin.eval()).items():
+    for name, value in gradients(duplicate.eval()).items():
         assert torch.equal(value, expected[name])
 
 
@@ -192,16 +216,6 @@ def test_autocast(mode: str) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
-
-
-def test_what_must_be_sharded_together() -> None:
-    apart = planned(Share(select=("layer1.1", "layer3.2")), model=CifarResNet(32), verify="off").needs.co_shard
-    assert apart == (("layer1.0", "layer1.1", "layer1.2"), ("layer3.1", "layer3.2", "layer3.3"))
-    # layer1.2 feeds two mixes, and a tensor can be in one group only.
-    chained = planned(Share(select=("layer1.1", "layer1.3")), model=CifarResNet(32), verify="off").needs.co_shard
-    assert chained == (("layer1.0", "layer1.1", "layer1.2", "layer1.3", "layer1.4"),)
-    module = planned(Share(every=2), verify="off").module
-    assert all(module.get_submodule(p) is not None for g in chained for p in g if not p.startswith("layer1.3") and p != "layer1.4")
 
 
 def _rank(rank: int, port: int, mode: str, folder: str) -> None:
@@ -240,7 +254,7 @@ def test_two_ranks_are_one(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "resnet32", "resnet110", "repl-resnet32", "repl-resnet110", "vit-b", "repl-vit-b"])
 def test_installed_specs_are_read(name: str) -> None:
     spec = graphopt.spec.load(f"replacement/{name}")
-    assert [p.use for p in spec.passes] == ["share"]
+    assert [p.name for p in spec.passes] == ["share"]
 
 
 def test_selections_by_order_mean_the_same_after_sharing() -> None:
@@ -250,7 +264,7 @@ def test_selections_by_order_mean_the_same_after_sharing() -> None:
     assert not plan.module.get_parameter("layer1.2.conv1.weight").requires_grad
 
 
-def test_beside_a_dropped_prefix() -> None:
+def test_with_a_dropped_prefix() -> None:
     drop = pytest.importorskip("graphopt.passes.drop")
     dropped = drop.Drop(upto="layer1", when={"epoch": 1})
     plan = planned(Share(select="layer3.2"), dropped, model=CifarResNet(32), verify="fast")

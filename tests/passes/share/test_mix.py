@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,20 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import graphopt
 from graphopt import PassError, Plan
+from graphopt.ir.printing import graph_text
 from graphopt.models.cifar_resnet import CifarResNet
-from graphopt.passes.share import Share
-from tests.passes.share_backbones import FAMILIES, family
+from graphopt.passes.share.neighbours import MixedTensor
+from tests.passes.share.backbones import FAMILIES, compiled, family, shared_blocks
 
 
-def planned(model: nn.Module, input: tuple[int, ...], **options: Any) -> Plan:
-    return graphopt.compile(model, Share(**options), input=input, verify="fast", costs=False)
-
-
-def blends(plan: Plan) -> list[tuple[str, str | None, str | None]]:
-    found = plan.passes[0].match(plan.base).data
-    return [(b.own, b.before, b.after) for s in found.shared for b in s.blends]
+def mixed_tensors(plan: Plan) -> list[MixedTensor]:
+    return [t for block in shared_blocks(plan).values() for t in block.tensors]
 
 
 def scalars(plan: Plan) -> list[str]:
@@ -45,28 +41,24 @@ def reference(model: nn.Module, plan: Plan, x: Tensor, *, detach: bool = False) 
     leaves = {n: p.detach().clone().requires_grad_() for n, p in plan.module.named_parameters()}
     state = {**dict(plan.module.named_buffers()), **leaves}
     own = {k: v for k, v in state.items() if k in model.state_dict()}
-    for name, before, after in blends(plan):
-        holder = next(n.rpartition(".")[0] for n in scalars(plan) if name.startswith(n.partition(".share")[0] + "."))
-        sources = [leaves[before], leaves[after]]
-        if detach:
-            sources = [s.detach() for s in sources]
-        own[name] = leaves[f"{holder}.a"] * sources[0] + leaves[f"{holder}.b"] * sources[1]
+    for tensor in mixed_tensors(plan):
+        holder = next(n.rpartition(".")[0] for n in scalars(plan) if tensor.name.startswith(n.partition(".share")[0] + "."))
+        before, after = (leaves[s].detach() if detach else leaves[s] for s in tensor.sources)
+        own[tensor.name] = leaves[f"{holder}.a"] * before + leaves[f"{holder}.b"] * after
     return functional_call(model, own, (x,)), leaves
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_what_its_backbone_would_with_mixed_weights(name: str) -> None:
     model, shape, count = family(name)
-    plan = planned(model, shape, every=2)
+    plan = compiled(model, shape, every=2)
     assert len(plan.report.passes[0].regions) == count
     state = plan.module.state_dict()
-    assert not any(own in state for own, _, _ in blends(plan)), "a replaced weight is still stored"
+    assert not any(t.name in state for t in mixed_tensors(plan)), "a replaced weight is still stored"
     disturb(plan.module)
-    module, twin = copy.deepcopy(plan.module).double().eval(), copy.deepcopy(model).double().eval()
+    module, stock = copy.deepcopy(plan.module).double().eval(), copy.deepcopy(model).double().eval()
     x = torch.rand(3, *shape, dtype=torch.float64)
-    double = copy.copy(plan)
-    double.module = module
-    expected, leaves = reference(twin, double, x)
+    expected, leaves = reference(stock, dataclasses.replace(plan, module=module), x)
     got = module(x)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
     weights = torch.rand(expected.shape, dtype=torch.float64)
@@ -85,7 +77,7 @@ def test_every_family_computes_what_its_backbone_would_with_mixed_weights(name: 
 def test_every_family_exports(name: str, options: dict[str, Any]) -> None:
     model, shape, _ = family(name)
     try:
-        plan = planned(model, shape, every=2, **options)
+        plan = compiled(model, shape, every=2, **options)
     except PassError as error:
         assert "BatchNormAct2d) is one leaf with buffers" in str(error)  # noqa: PT017 (the reason is part of the table)
         assert "ResNetV2" in name
@@ -101,30 +93,28 @@ def test_every_family_exports(name: str, options: dict[str, Any]) -> None:
         expected = plan.module.eval()(x)
         torch.testing.assert_close(fresh.eval()(x), expected, rtol=1e-4, atol=1e-6)
     # And in again: the scalars come back out of the blended weights.
-    back = planned(model, shape, every=2, **options)
+    back = compiled(model, shape, every=2, **options)
     back.load_backbone(plan.export_state())
     for key, value in plan.module.state_dict().items():
         torch.testing.assert_close(back.module.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_graph_reads_as_a_newcomer_would_expect() -> None:
-    plan = planned(CifarResNet(20), (3, 8, 8), every=2, select={"blocks": True, "first": 2})
-    from graphopt.ir.printing import graph_text
-
+def test_the_graph_as_text() -> None:
+    plan = compiled(CifarResNet(20), (3, 8, 8), every=2, select={"blocks": True, "first": 2})
     lines = [" ".join(line.split()) for line in graph_text(plan.graph).splitlines() if "layer1.1" in line]
     assert lines[:6] == [
-        "layer1_1_share_a get layer1.1.share.a -> () # layer1.1.conv1, by share",
-        "layer1_1_share_b get layer1.1.share.b -> () # layer1.1.conv1, by share",
-        "layer1_0_conv1_weight get layer1.0.conv1.weight -> (16, 16, 3, 3) # layer1.1.conv1, by share",
-        "layer1_2_conv1_weight get layer1.2.conv1.weight -> (16, 16, 3, 3) # layer1.1.conv1, by share",
+        "layer1_1_share_a get layer1.1.share.a -> () # layer1.1.conv1, pass 1",
+        "layer1_1_share_b get layer1.1.share.b -> () # layer1.1.conv1, pass 1",
+        "layer1_0_conv1_weight get layer1.0.conv1.weight -> (16, 16, 3, 3) # layer1.1.conv1, pass 1",
+        "layer1_2_conv1_weight get layer1.2.conv1.weight -> (16, 16, 3, 3) # layer1.1.conv1, pass 1",
         "mix mix(layer1_0_conv1_weight, layer1_2_conv1_weight, layer1_1_share_a, layer1_1_share_b) -> (16, 16, 3, 3) "
-        "# layer1.1.conv1, by share",
-        "conv2d conv2d(relu_2, mix, None, (1, 1), (1, 1), (1, 1), 1) -> (2, 16, 8, 8) # layer1.1.conv1, by share",
+        "# layer1.1.conv1, pass 1",
+        "layer1_1_conv1 conv2d(relu_2, mix, None, (1, 1), (1, 1), (1, 1), 1) -> (2, 16, 8, 8) # layer1.1.conv1, pass 1",
     ]
 
 
 def test_scalars_are_shapeless_float32_and_never_decayed() -> None:
-    plan = planned(CifarResNet(20), (3, 8, 8), every=2, init=(0.7, 0.3))
+    plan = compiled(CifarResNet(20), (3, 8, 8), every=2, init=(0.7, 0.3))
     assert scalars(plan) == ["layer1.1.share.a", "layer1.1.share.b"]
     assert plan.no_decay == set(scalars(plan))
     for name in scalars(plan):
@@ -135,13 +125,13 @@ def test_scalars_are_shapeless_float32_and_never_decayed() -> None:
 
 
 def test_a_pair_of_scalars_per_tensor() -> None:
-    plan = planned(CifarResNet(20), (3, 8, 8), select="layer1.1", scalars="parameter")
+    plan = compiled(CifarResNet(20), (3, 8, 8), select="layer1.1", scalars="parameter")
     assert set(scalars(plan)) == {f"layer1.1.share.conv{i}_weight.{s}" for i in (1, 2) for s in "ab"}
 
 
 def test_detached_mixes_leave_their_sources_alone() -> None:
     model = CifarResNet(20).double()
-    plan = planned(model, (3, 8, 8), select="layer1.1", detach=True)
+    plan = compiled(model, (3, 8, 8), select="layer1.1", detach=True)
     module = plan.module.double().eval()
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     expected, leaves = reference(copy.deepcopy(model).eval(), plan, x, detach=True)
@@ -152,8 +142,8 @@ def test_detached_mixes_leave_their_sources_alone() -> None:
 
 
 def test_norms_stay_a_blocks_own_unless_asked() -> None:
-    own = planned(CifarResNet(20), (3, 8, 8), select="layer1.1").module.state_dict()
-    mixed = planned(CifarResNet(20), (3, 8, 8), select="layer1.1", norm="mix").module.state_dict()
+    own = compiled(CifarResNet(20), (3, 8, 8), select="layer1.1").module.state_dict()
+    mixed = compiled(CifarResNet(20), (3, 8, 8), select="layer1.1", norm="mix").module.state_dict()
     assert "layer1.1.bn1.weight" in own
     assert "layer1.1.bn1.weight" not in mixed
     assert "layer1.1.bn1.running_mean" in mixed, "statistics are of a block's own activations"
@@ -165,7 +155,7 @@ def test_mixed_norms_keep_statistics_as_stock_ones_do(momentum: float | None) ->
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
-    plan = planned(model, (3, 8, 8), select="layer1.1", norm="mix")
+    plan = compiled(model, (3, 8, 8), select="layer1.1", norm="mix")
     stock = plan.export()
     x = torch.rand(4, 3, 8, 8)
     for module in (plan.module.train(), stock.train()):
@@ -175,8 +165,8 @@ def test_mixed_norms_keep_statistics_as_stock_ones_do(momentum: float | None) ->
         torch.testing.assert_close(plan.module.get_buffer(key), value)
 
 
-def test_another_checkpoint_gives_the_blocks_up_and_leaves_the_scalars() -> None:
-    plan = planned(CifarResNet(20), (3, 8, 8), select="layer1.1", init=(0.6, 0.4))
+def test_another_checkpoint_leaves_the_scalars_as_they_are() -> None:
+    plan = compiled(CifarResNet(20), (3, 8, 8), select="layer1.1", init=(0.6, 0.4))
     other = CifarResNet(20).state_dict()
     plan.load_backbone(other)
     state = plan.module.state_dict()
@@ -187,16 +177,17 @@ def test_another_checkpoint_gives_the_blocks_up_and_leaves_the_scalars() -> None
 def test_the_users_model_is_left_as_it_was() -> None:
     model = CifarResNet(20)
     before = copy.deepcopy(model.state_dict())
-    plan = planned(model, (3, 8, 8), every=2)
+    plan = compiled(model, (3, 8, 8), every=2)
     disturb(plan.module)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_figures_and_marks_tell_what_became_of_a_block() -> None:
-    plan = planned(CifarResNet(20), (3, 8, 8), select="layer1.1")
+def test_figures_and_statuses() -> None:
+    plan = compiled(CifarResNet(20), (3, 8, 8), select="layer1.1")
     report = plan.report.passes[0].to_dict()
     assert report["figures"] == {"shared": 1, "tensors_replaced": 2, "parameters_removed": 2 * 16 * 16 * 9 - 2}
-    mark = plan.effects[0].marks["layer1.1"]  # type: ignore[union-attr]
-    assert (mark.status, mark.sources) == ("shared", ("layer1.0", "layer1.2"))
-    assert mark.detail == {"a": 0.5, "b": 0.5, "mode": "mix", "part": "all"}
+    assert plan.effects[0] is not None
+    status = plan.effects[0].statuses["layer1.1"]
+    assert (status.status, status.sources) == ("shared", ("layer1.0", "layer1.2"))
+    assert status.detail == {"a": 0.5, "b": 0.5, "mode": "mix", "part": "all"}

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
+import graphopt
+from graphopt import Plan
+from graphopt.compiler.pipeline import Verify
 from graphopt.models.cifar_resnet import CifarResNet
+from graphopt.passes.share import Share
+from graphopt.passes.share.neighbours import SharedBlock
 
 
 class Difficult(nn.Module):
@@ -98,3 +103,17 @@ def family(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model, shape, count
+
+
+def compiled(
+    model: nn.Module, input: tuple[int, ...] = (3, 8, 8), *, verify: Verify = "fast", costs: bool = False, batch: int = 32, **options: Any
+) -> Plan:
+    """A plan with one share pass."""
+    return graphopt.compile(model, Share(**options), input=input, verify=verify, costs=costs, batch=batch)
+
+
+def shared_blocks(plan: Plan) -> dict[str, SharedBlock]:
+    """What the plan's first pass decided."""
+    decision = plan.source.matched[0].match.decision
+    assert decision is not None
+    return decision

@@ -1,8 +1,9 @@
-"""Surrogates: what stays of a block, what it computes, what it saves, and how it is kept."""
+"""Surrogates: what stays of a block, what it computes, what it saves, and how it is stored."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphopt
-from graphopt import GraphoptError, PassError, Plan, RunError
+from graphopt import GraphoptError, PassError, Plan, RunError, Severity
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.regions import region_at
 from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.share import Share
 from graphopt.spec import from_table
-from tests.passes.share_backbones import Units, family
+from tests.passes.share.backbones import Units, compiled, family, shared_blocks
 
-
-def planned(model: nn.Module, input: tuple[int, ...], *, costs: bool = False, batch: int = 32, **options: Any) -> Plan:
-    passes = Share(mode="surrogate", **options)
-    return graphopt.compile(model, passes, input=input, verify="full", costs=costs, batch=batch)
+planned = functools.partial(compiled, mode="surrogate", verify="full")
 
 
 # -- what it saves --------------------------------------------------------------------------------------------------------------
@@ -68,12 +66,12 @@ def test_every_family_saves_flops_activations_and_parameters(name: str) -> None:
     assert all(any(n == c or n.startswith(f"{c}.") for c in called) for n in names - set(plan.base.unused)), "an orphan is still stored"
 
 
-def test_the_report_says_where_nothing_can_be_saved() -> None:
+def test_the_report_notes_where_nothing_can_be_saved() -> None:
     bare = planned(Units(norms=False), (3, 16, 16), every=2, costs=True, batch=64).report
     assert bare.after.forward_flops < bare.before.forward_flops
-    assert any(n.level == "info" and "what is saved here is FLOPs" in n.why for n in bare.passes[0].notes)
-    mix = graphopt.compile(CifarResNet(20), Share(every=2), input=(3, 8, 8), costs=False).report
-    assert any(n.level == "info" and "not FLOPs or activations" in n.why for n in mix.passes[0].notes)
+    mix = compiled(CifarResNet(20), every=2).report
+    for report, message in ((bare, "saves FLOPs only"), (mix, "not FLOPs or activations")):
+        assert any(d.severity is Severity.NOTE and message in d.message for d in report.passes[0].diagnostics)
 
 
 @pytest.mark.parametrize("name", ["torchvision ViT", "timm ViT", "torchvision Swin", "timm Swin"])
@@ -88,28 +86,30 @@ def test_the_mlp_can_be_the_half_that_stays(name: str) -> None:
 # -- what it computes -----------------------------------------------------------------------------------------------------------
 def mixed(plan: Plan, path: str, tensor: str) -> Tensor:
     """What a tensor of `path` is a mix of, by hand: half of each neighbour's."""
-    sharing = next(s for s in plan.passes[0].match(plan.base).data.shared if s.region == path)
-    blend = next(b for b in sharing.blends if b.own == f"{path}.{tensor}")
+    before, after = next(t.sources for t in shared_blocks(plan)[path].tensors if t.name == f"{path}.{tensor}")
     state = plan.module.state_dict()
-    return 0.5 * state[blend.before] + 0.5 * state[blend.after]
+    return 0.5 * state[before] + 0.5 * state[after]
 
 
 def inside(plan: Plan, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """A block's input and output in the emitted module."""
+    region, seen = region_at(plan.graph, path), values(plan, x)
+    return seen[region.entries[0].name], seen[region.exits[0].name]
+
+
+def values(plan: Plan, x: Tensor) -> dict[str, Tensor]:
+    """What every node of the emitted module computes."""
     seen: dict[str, Tensor] = {}
-    region = region_at(plan.graph, path)
-    module = plan.module
 
     class Watch(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             value = super().run_node(n)
-            if n.name in (region.entries[0].name, region.exits[0].name):
-                seen[n.name] = value.clone() if isinstance(value, Tensor) else value
+            seen[n.name] = value.clone() if isinstance(value, Tensor) else value
             return value
 
     with torch.no_grad():
-        Watch(module).run(x)
-    return seen[region.entries[0].name], seen[region.exits[0].name]
+        Watch(plan.module).run(x)
+    return seen
 
 
 def test_a_basic_block_is_its_last_convolution_norm_and_shortcut() -> None:
@@ -120,8 +120,8 @@ def test_a_basic_block_is_its_last_convolution_norm_and_shortcut() -> None:
     norm = plan.module.get_submodule("layer1.1.bn2")
     expected = F.relu(norm(F.conv2d(x, mixed(plan, "layer1.1", "conv2.weight"), padding=1)) + x)
     torch.testing.assert_close(y, expected)
-    kept = {k for k in plan.module.state_dict() if k.startswith("layer1.1.")}
-    assert kept == {"layer1.1.share.a", "layer1.1.share.b"} | {
+    stored = {k for k in plan.module.state_dict() if k.startswith("layer1.1.")}
+    assert stored == {"layer1.1.share.a", "layer1.1.share.b"} | {
         f"layer1.1.bn2.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
 
@@ -157,23 +157,8 @@ def test_a_plain_unit_is_a_partial_convolution_with_a_shortcut(norms: bool) -> N
     path = find_blocks(plan.graph)[3].paths[0]
     assert name.startswith(path)
     module = plan.module.eval()
-    sharing = plan.passes[0].match(plan.base).data.shared[0]
-    weight, bias = (
-        0.5 * module.get_parameter(b.before)[:4, ..., :] + 0.5 * module.get_parameter(b.after)[:4, ..., :]
-        if b.own.endswith("weight")
-        else 0.5 * module.get_parameter(b.before)[:4] + 0.5 * module.get_parameter(b.after)[:4]
-        for b in sharing.blends
-    )
-    seen: dict[str, Tensor] = {}
-
-    class Watch(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> Any:
-            value = super().run_node(n)
-            seen[n.name] = value.clone() if isinstance(value, Tensor) else value
-            return value
-
-    with torch.no_grad():
-        Watch(module).run(torch.rand(2, 3, 16, 16))
+    weight, bias = (sum(0.5 * module.get_parameter(s)[:4] for s in t.sources) for t in shared_blocks(plan)[name].tensors)
+    seen = values(plan, torch.rand(2, 3, 16, 16))
     conv = next(n for n in module.graph.nodes if n.target is torch.conv2d or getattr(n.target, "__name__", "") == "conv2d")
     x = seen[conv.args[0].args[0].name]
     part = F.conv2d(x[:, :4], weight[:, :4], bias, padding=1)
@@ -193,9 +178,8 @@ def test_it_trains_and_sources_get_gradients_from_both_places(name: str) -> None
     for module in (plan.module, alone.module):
         module.eval()(x).square().sum().backward()
         gradients.append({n: p.grad for n, p in module.named_parameters()})
-    blends = plan.passes[0].match(plan.base).data.shared[0].blends
-    for blend in blends:
-        for source in (blend.before, blend.after):
+    for tensor in next(iter(shared_blocks(plan).values())).tensors:
+        for source in tensor.sources:
             assert not torch.equal(gradients[0][source], gradients[1][source])
     scalars = [n for n in gradients[0] if n.endswith((".share.a", ".share.b"))]
     assert scalars
@@ -229,7 +213,7 @@ def test_blocks_without_a_light_form_say_why(model: Any, options: dict[str, Any]
         planned(model(), (3, 16, 16), **options)
 
 
-# -- how it is kept -------------------------------------------------------------------------------------------------------------
+# -- how it is stored -------------------------------------------------------------------------------------------------------------
 def test_export_says_what_to_do_instead_and_load_gives_the_model_back(tmp_path: Path) -> None:
     spec = from_table(
         {

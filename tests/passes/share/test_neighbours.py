@@ -12,21 +12,30 @@ from torch import Tensor, nn
 from torchvision import models
 
 import graphopt
-from graphopt import GraphoptError, PassError
+from graphopt import GraphoptError, PassError, Plan, Severity
 from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.spec import from_table
+from tests.passes.share.backbones import compiled
 
 
-def shared(model: nn.Module, input: tuple[int, ...] = (3, 16, 16), **options: Any) -> tuple[str, ...]:
-    plan = graphopt.compile(model, Share(**options), input=input, verify="off", costs=False)
-    return plan.report.passes[0].regions
+def shared(model: nn.Module, **options: Any) -> tuple[str, ...]:
+    return compiled(model, verify="off", **options).report.passes[0].regions
 
 
-def reasons(model: nn.Module, input: tuple[int, ...] = (3, 16, 16), **options: Any) -> dict[str, str]:
-    plan = graphopt.compile(model, Share(**options), input=input, verify="off", costs=False)
-    return {n.where: n.why for n in plan.report.passes[0].notes if n.level == "skip"}
+def sources(plan: Plan, index: int = 0) -> dict[str, tuple[str, ...]]:
+    effects = plan.effects[index]
+    assert effects is not None
+    return {name: status.sources for name, status in effects.statuses.items()}
+
+
+def messages(plan: Plan, severity: Severity) -> dict[str, str]:
+    return {d.location: d.message for d in plan.report.passes[0].diagnostics if d.severity == severity}
+
+
+def reasons(model: nn.Module, **options: Any) -> dict[str, str]:
+    return messages(compiled(model, verify="off", **options), Severity.SKIPPED)
 
 
 def parameters(model: nn.Module) -> int:
@@ -40,7 +49,7 @@ def parameters(model: nn.Module) -> int:
 )
 def test_residual_networks(depth: int, k: int, blocks: int, percent: float) -> None:
     model = CifarResNet(depth)
-    plan = graphopt.compile(model, Share(every=k), input=(3, 8, 8), verify="off", costs=False)
+    plan = compiled(model, verify="off", every=k)
     assert len(plan.report.passes[0].regions) == blocks
     # To the published digit, with a tenth of it for the scalars, which are not in the published figures.
     assert 100 * (parameters(plan.module) / parameters(model) - 1) == pytest.approx(percent, abs=0.06)
@@ -49,7 +58,7 @@ def test_residual_networks(depth: int, k: int, blocks: int, percent: float) -> N
 @pytest.mark.parametrize(("k", "blocks", "percent"), [(4, 2, -5.6), (2, 5, -13.9)])
 def test_a_vision_transformer_by_its_attention(k: int, blocks: int, percent: float) -> None:
     model = models.vit_b_16()
-    plan = graphopt.compile(model, Share(every=k), input=(3, 224, 224), verify="off", costs=False)
+    plan = compiled(model, (3, 224, 224), verify="off", every=k)
     assert len(plan.report.passes[0].regions) == blocks
     held = sum(p.numel() for n, p in model.named_parameters() if ".encoder_layer_" in n)
     assert held == pytest.approx(85.05e6, rel=1e-4)
@@ -78,7 +87,7 @@ def test_options_survive_toml() -> None:
 def test_other_shapes_are_skipped_with_the_reason() -> None:
     found = reasons(CifarResNet(20), every=1, select=("layer1.1", "layer1.2", "layer2.0"))
     assert "layer2.0 has other shapes (conv1.weight is 32x16x3x3, not 16x16x3x3)" in found["layer1.2"]
-    assert found["layer2.0"].startswith("it has no neighbour to live on")
+    assert found["layer2.0"].startswith("it has no neighbour whose weights it could use")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +105,7 @@ def test_boundaries(boundary: str, expected: tuple[str, ...]) -> None:
 
 
 def test_a_one_sided_block_is_its_neighbour_scaled() -> None:
-    plan = graphopt.compile(CifarResNet(20), Share(select="layer1.0", boundary="one-sided"), input=(3, 8, 8), costs=False)
+    plan = compiled(CifarResNet(20), verify="full", select="layer1.0", boundary="one-sided")
     assert "layer1.0.share.b" in plan.module.state_dict()
     assert "layer1.0.share.a" not in plan.module.state_dict()
     assert plan.module.get_parameter("layer1.0.share.b").item() == 1.0
@@ -104,30 +113,28 @@ def test_a_one_sided_block_is_its_neighbour_scaled() -> None:
 
 
 def test_adjacent_blocks_pass_each_other_over() -> None:
-    plan = graphopt.compile(CifarResNet(32), Share(select=("layer1.1", "layer1.2")), input=(3, 8, 8), verify="off", costs=False)
-    marks = plan.effects[0].marks  # type: ignore[union-attr]
-    assert marks["layer1.1"].sources == marks["layer1.2"].sources == ("layer1.0", "layer1.3")
-    told = {n.where: n.why for n in plan.report.passes[0].notes}
-    assert told["layer1.1"] == "it lives on layer1.0 and layer1.3: what lies between cannot be its source"
+    plan = compiled(CifarResNet(32), verify="off", select=("layer1.1", "layer1.2"))
+    assert sources(plan) == dict.fromkeys(("layer1.1", "layer1.2"), ("layer1.0", "layer1.3"))
+    why = "it uses the weights of layer1.0 and layer1.3: the blocks between cannot be its sources"
+    assert messages(plan, Severity.NOTE)["layer1.1"] == why
 
 
 def test_a_selected_block_that_is_skipped_serves_others() -> None:
-    # layer1.0 has no block of its shapes before it, so it keeps its weights, and layer1.1 lives on them.
+    # layer1.0 has no block of its shapes before it, so it keeps its weights, and layer1.1 uses them.
     assert shared(CifarResNet(20), select=("layer1.0", "layer1.1")) == ("layer1.1",)
 
 
-def test_blocks_that_the_backbone_brings_frozen_are_no_source() -> None:
+def test_blocks_that_are_frozen_in_the_backbone_are_no_sources() -> None:
     model = CifarResNet(32)
     model.layer1[2].requires_grad_(False)
-    plan = graphopt.compile(model, Share(select="layer1.1"), input=(3, 8, 8), verify="off", costs=False)
-    assert plan.effects[0].marks["layer1.1"].sources == ("layer1.0", "layer1.3")  # type: ignore[union-attr]
+    assert sources(compiled(model, verify="off", select="layer1.1")) == {"layer1.1": ("layer1.0", "layer1.3")}
 
 
 def test_a_neighbour_frozen_by_a_pass_stays_the_source_in_every_order() -> None:
-    for passes in ([Freeze(select="layer1.2"), Share(select="layer1.1")], [Share(select="layer1.1"), Freeze(select="layer1.2")]):
+    share, freeze = Share(select="layer1.1"), Freeze(select="layer1.2")
+    for passes in ([share, freeze], [freeze, share]):
         plan = graphopt.compile(CifarResNet(32), passes, input=(3, 8, 8), costs=False)
-        share = next(e for e, p in zip(plan.effects, passes, strict=True) if p.use == "share")
-        assert share.marks["layer1.1"].sources == ("layer1.0", "layer1.2")  # type: ignore[union-attr]
+        assert sources(plan, passes.index(share)) == {"layer1.1": ("layer1.0", "layer1.2")}
 
 
 def test_tied_weights_are_left_alone() -> None:
@@ -137,8 +144,8 @@ def test_tied_weights_are_left_alone() -> None:
         shared(model, select="layer1.1")
 
 
-def test_parts_of_blocks_live_on_the_same_parts() -> None:
-    plan = graphopt.compile(CifarResNet(20), Share(select="layer1.1.conv2"), input=(3, 8, 8), verify="full", costs=False)
+def test_parts_of_blocks_use_the_same_parts() -> None:
+    plan = compiled(CifarResNet(20), verify="full", select="layer1.1.conv2")
     assert "layer1.1.conv2.share.a" in plan.module.state_dict()
     assert "layer1.1.conv1.weight" in plan.module.state_dict()
     assert "layer1.1.conv2.weight" not in plan.module.state_dict()
@@ -160,15 +167,19 @@ class Plain(nn.Module):
     ("model", "options", "message"),
     [
         (lambda: CifarResNet(20), {"every": 10}, "every = 10 takes none of the 9 blocks. Use at most 9"),
-        (lambda: CifarResNet(8), {"every": 1}, "none of the 3 selected blocks can be shared; the first: it has no neighbour to live on"),
+        (
+            lambda: CifarResNet(8),
+            {"every": 1},
+            "none of the 3 selected blocks can be shared; the first: it has no neighbour whose weights it could use",
+        ),
         (lambda: CifarResNet(20), {"parts": "attention"}, "it has no attention"),
         (lambda: CifarResNet(20), {"parts": "mlp"}, "it has no MLP"),
         (lambda: CifarResNet(20), {"select": "conv1"}, "neither a block nor part of one"),
         (lambda: CifarResNet(20), {"select": "layer1"}, "holds 3 blocks: select them one by one"),
-        (lambda: CifarResNet(20), {"select": "layer1.1.bn1"}, "nothing to give up but norms"),
+        (lambda: CifarResNet(20), {"select": "layer1.1.bn1"}, "it has no parameters besides norms"),
         (lambda: CifarResNet(20), {"select": "layer9.*"}, "matches no path"),
         (lambda: CifarResNet(20), {"every": 2, "mode": "surrogate", "when": {"epoch": 1, "until": 2}}, "cannot be taken back at epoch 2"),
-        (lambda: CifarResNet(20), {"select": "layer1.1.conv1", "mode": "surrogate"}, "a surrogate stands for a whole block"),
+        (lambda: CifarResNet(20), {"select": "layer1.1.conv1", "mode": "surrogate"}, "a surrogate replaces a whole block"),
         (Plain, {}, "no repeated blocks"),
     ],
 )
@@ -190,26 +201,22 @@ def test_everything_selected_leaves_the_ends_of_each_stage() -> None:
 
 
 CHAIN = CifarResNet(38)
+GRAPH = graphopt.trace(CHAIN, (3, 8, 8), compare=False)
 NAMES = [f"layer{s}.{i}" for s in (1, 2, 3) for i in range(6)]
 
 
 @given(st.sets(st.sampled_from(NAMES), min_size=1), st.sampled_from(["skip", "nearest", "one-sided"]))
-def test_whatever_is_selected(chosen: set[str], boundary: str) -> None:
+def test_whatever_is_selected(chosen: set[str], boundary: Any) -> None:
     """Every selected block is shared or skipped with a reason; sources keep their weights, have the shapes, and are of the stage."""
-    value = Share(select=tuple(sorted(chosen)), boundary=boundary)  # type: ignore[arg-type]
-    graph = graphopt.trace(CHAIN, (3, 8, 8), compare=False) if not hasattr(CHAIN, "graph") else CHAIN.graph
-    CHAIN.__dict__["graph"] = graph
-    try:
-        found = value.match(graph).data
-    except PassError:
-        return
-    told = {s.region for s in found.shared} | {n.where for n in found.notes if n.level == "skip"}
-    assert told == chosen
-    replaced = {s.region for s in found.shared}
-    for sharing in found.shared:
-        assert replaced.isdisjoint(sharing.sources)
-        assert all(s.split(".")[0] == sharing.region.split(".")[0] for s in sharing.sources)
-        assert len(sharing.sources) == 2 or boundary == "one-sided"
-        for blend in sharing.blends:
-            for source in (blend.before, blend.after):
-                assert source is None or CHAIN.get_parameter(source).shape == CHAIN.get_parameter(blend.own).shape
+    match = Share(select=tuple(sorted(chosen)), boundary=boundary).match(GRAPH)
+    assert match.decision is not None
+    skipped = {d.location for d in match.diagnostics if d.severity == Severity.SKIPPED}
+    assert match.decision.keys() | skipped == chosen
+    assert match.decision.keys() == set(match.names)
+    for name, block in match.decision.items():
+        assert match.decision.keys().isdisjoint(block.sources)
+        assert all(s.split(".")[0] == name.split(".")[0] for s in block.sources)
+        assert len(block.sources) == 2 or boundary == "one-sided"
+        for tensor in block.tensors:
+            assert len(tensor.sources) == len(block.sources)
+            assert all(CHAIN.get_parameter(s).shape == CHAIN.get_parameter(tensor.name).shape for s in tensor.sources)
