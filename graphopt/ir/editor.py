@@ -80,11 +80,18 @@ class Editor:
         return self._insert(op, target, args, kwargs or {}, before, after, like)
 
     def call_module(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], *, before: Node | None = None, after: Node | None = None
+        self,
+        path: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        *,
+        before: Node | None = None,
+        after: Node | None = None,
+        like: Node | None = None,
     ) -> Node:
-        """Registers a new module at `path` and calls it. Its output has the shape of its first argument."""
+        """Registers a new module at `path` and calls it. Its output has the shape of its first argument. The rest is as in `call`."""
         self.add_module(path, module)
-        node = self._insert("call_module", path, args, {}, before, after, None)
+        node = self._insert("call_module", path, args, {}, before, after, like)
         if isinstance(args[0], Node) and "val" in args[0].meta:
             node.meta["val"] = args[0].meta["val"]
         return node

@@ -159,7 +159,7 @@ def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Mo
 
 
 def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """timm's own grouping of parameters into layers (`group_matcher`), in its order; empty where the model has none."""
+    """Timm's own grouping of parameters into layers (`group_matcher`), in its order; empty where the model has none."""
     matcher = getattr(backbone, "group_matcher", None)
     if not callable(matcher):
         return ()

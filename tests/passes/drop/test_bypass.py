@@ -18,8 +18,8 @@ from graphopt.ir.regions import region_at
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.runtime.checkpointed import Checkpointed
-from tests.support.backbones import Residual, Small
 from tests.passes.drop.networks import BACKBONES
+from tests.support.backbones import Residual, Small
 
 
 class WithoutWeights(Small):

@@ -18,8 +18,8 @@ from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
-from tests.support.backbones import Small
 from tests.passes.drop.networks import BACKBONES
+from tests.support.backbones import Small
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -20,8 +20,8 @@ from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.plan_file import is_plan_file
 from graphopt.train import export_run, train
-from tests.support.backbones import Small
 from tests.passes.share.backbones import family
+from tests.support.backbones import Small
 from tests.train import small
 
 BOTH = pytest.mark.parametrize("mode", ["mix", "surrogate"])
