@@ -12,7 +12,7 @@ from torch import nn
 
 from graphopt import TraceError, trace
 from graphopt.tracing.equivalence import same, untouched
-from tests import backbones
+from tests.support import backbones
 
 Factory = Callable[[], nn.Module]
 
