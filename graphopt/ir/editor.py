@@ -22,6 +22,7 @@ from graphopt.ir.section import Author, Section
 from graphopt.ir.shapes import as_fake
 
 Nodes = tuple[Node, ...]
+Wrap = Callable[[fx.GraphModule], nn.Module]
 
 
 @dataclass
@@ -230,12 +231,12 @@ class Editor:
     def outline(
         self,
         nodes: Iterable[Node],
-        wrap: Callable[[fx.GraphModule], nn.Module],
+        wrap: Wrap,
         name: str,
         *,
         target: bool = False,
         image: bool = False,
-        outside: Callable[[fx.GraphModule], nn.Module] | None = None,
+        outside: Wrap | None = None,
         only: Callable[[Nodes], bool] | None = None,
     ) -> tuple[Section, ...]:
         """Declares that nodes run as one unit in the emitted module, keeping all sections nested or disjoint.
@@ -246,20 +247,17 @@ class Editor:
         Args:
             nodes: a convex set, in any order. wrap, target, image: as in `Section`.
             name: of the section; pieces and names that are taken get a number.
-            outside: leave out what runs in a section of this kind already.
+            outside: without `target`: leave out what runs in a section of this kind already.
             only: which pieces are worth a section; default: all that compute something.
 
         Returns:
             The new sections; none if nothing was left of the nodes.
         """
-        chosen = set(nodes)
-        if outside is not None:
-            chosen -= {n for s in self.graph.sections if s.wrap is outside for n in s.nodes}
         if target:
-            section = Section(name, tuple(sorted(chosen)), wrap, self.author, target, image)
+            section = Section(name, tuple(sorted(set(nodes))), wrap, self.author, target, image)
             self._divide_others(section)
             return (self._declare(section),)
-        pieces = [p for p in _divide(chosen, self.graph.sections) if only is None or only(p)]
+        pieces = [p for p in _divide(set(nodes), self.graph.sections, outside) if only is None or only(p)]
         return tuple(self._declare(Section(name, piece, wrap, self.author, target, image)) for piece in pieces)
 
     def _divide_others(self, border: Section) -> None:
@@ -290,30 +288,33 @@ def _replaced(arguments: Any, old: Node, new: Any) -> Any:
     return fx.node.map_aggregate(arguments, lambda a: new if a is old else a)
 
 
-def _divide(nodes: set[Node], sections: Sequence[Section]) -> list[Nodes]:
-    """A convex set in convex pieces, each of which nests with all sections; pieces that compute nothing are left out."""
+def _divide(nodes: set[Node], sections: Sequence[Section], outside: Wrap | None = None) -> list[Nodes]:
+    """A convex set in convex pieces, each of which nests with all sections; without what computes nothing or runs `outside`."""
     whole, pieces = [nodes], list[Nodes]()
     while whole:
         piece = whole.pop()
-        border = next((held for s in sections if _divides(held := set(s.nodes), piece, s.target)), None)
-        if border is not None:
-            whole += _cells(piece, border & piece)
+        section = next((s for s in sections if _divides(s, piece, outside)), None)
+        if section is not None:
+            before, inside, after = _cells(piece, piece & set(section.nodes))
+            whole += [before, after] if section.wrap is outside else [before, inside, after]
         elif any(n.op != "get_attr" for n in piece):
             pieces.append(tuple(sorted(piece)))
     return sorted(pieces)
 
 
-def _divides(held: set[Node], nodes: set[Node], has_loss: bool) -> bool:
-    """Whether a section would not nest with `nodes`: they overlap in part, or the section has a loss and is inside them."""
-    computing = {n for n in held & nodes if n.op != "get_attr"}
-    return bool(computing) and not nodes <= held and (has_loss or not held <= nodes)
+def _divides(section: Section, nodes: set[Node], outside: Wrap | None) -> bool:
+    """Whether `nodes` cannot stay whole: the section overlaps them in part, has a loss and is inside them, or is one to be left out."""
+    held = set(section.nodes)
+    if not any(n.op != "get_attr" for n in held & nodes):
+        return False
+    return section.wrap is outside or (not nodes <= held and (section.target or not held <= nodes))
 
 
-def _cells(nodes: set[Node], border: set[Node]) -> list[set[Node]]:
-    """A convex set in three: what is in `border`, what runs after it or depends on it, and the others. All are convex if `border` is."""
+def _cells(nodes: set[Node], border: set[Node]) -> tuple[set[Node], set[Node], set[Node]]:
+    """A convex set in three: what runs before a convex part of it, that part, and what runs after it or depends on it. All are convex."""
     last = max(border)
     before, after = set[Node](), set[Node]()
     for node in sorted(nodes - border):
         depends = any(i in border or i in after for i in node.all_input_nodes)
         (after if depends or last < node else before).add(node)
-    return [cell for cell in (before, border, after) if cell]
+    return before, border, after
