@@ -11,6 +11,7 @@ from torch import fx, nn
 from graphopt.errors import TraceError
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
+from graphopt.ir.paths import owner
 from graphopt.ir.shapes import propagate_shapes
 from graphopt.tracing.equivalence import compare_modes, same
 from graphopt.tracing.modes import Difference, merge_modes
@@ -18,20 +19,20 @@ from graphopt.tracing.tracer import Tracer, constants_of, optional_arguments
 
 __all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 
-#: giving up after so many opaque leaves: past that, a graph would be hollow
+#: stop tracing after this many opaque modules: too little of the model would be visible to the passes
 MOST_OPAQUE = 64
 
 
 def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
-    """Traces a backbone. The graph shares the backbone's parameters; the backbone itself is left as it was.
+    """Traces a backbone. The graph shares its parameters; the backbone itself is left as it was.
 
     Args:
         backbone: takes one tensor (N, *input).
         input: shape of one sample, e.g. (3, 224, 224).
-        compare: run backbone and graph on random input in both modes, and demand equal bits. Needs real weights (no meta device).
+        compare: run backbone and graph on random input in both modes, and require bit-equal outputs (not for weights on the meta device).
 
     Raises:
-        TraceError: the backbone itself (not a part of it) cannot be traced, or cannot take such an input.
+        TraceError: the forward of the backbone itself (not of a part of it) cannot be traced, or cannot take such an input.
     """
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
@@ -46,7 +47,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
             if differing is None:
                 break
             path, mode = differing
-            _give_up_on(path, f"its output in {mode} mode differs from the backbone's when traced", opaque)
+            _make_opaque(path, f"its output in {mode} mode differs from the backbone's when traced", opaque)
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -57,7 +58,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
 
 
 def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque]) -> Graph | None:
-    """One attempt; None when a further module had to be declared opaque."""
+    """One attempt; None if it made one more module opaque, so that the next may succeed."""
     graphs: list[fx.Graph] = []
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     constants: list[dict[str, torch.Tensor]] = []
@@ -70,16 +71,16 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
             except TraceError:
                 raise
             except Exception as error:
-                _give_up_on(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
+                _make_opaque(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
                 return None
             constants.append(constants_of(backbone, graphs[-1], own))
     if not same(*constants):
-        _give_up_on("", "it makes other constants in each mode", opaque)
+        _make_opaque("", "its constants depend on the mode", opaque)
     train, eval_ = graphs
     try:
         switches = merge_modes(train, eval_, _scope_of)
     except Difference as difference:
-        _give_up_on(difference.path, "its structure depends on the mode", opaque)
+        _make_opaque(difference.path, "its structure depends on the mode", opaque)
         return None
     module = TrainingModule(_root_for(backbone, train, switches, constants[0]), train, type(backbone).__name__)
     for node in train.nodes:
@@ -100,7 +101,7 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
 
 @contextmanager
 def _without_new_attributes(module: nn.Module) -> Iterator[None]:
-    """Tracing parks constants on the root it traces: they are taken off again."""
+    """Removes the attributes that tracing sets on the root for constants."""
     attributes, buffers = set(module.__dict__), set(module._buffers)
     try:
         yield
@@ -111,13 +112,14 @@ def _without_new_attributes(module: nn.Module) -> Iterator[None]:
             del module._buffers[name]
 
 
-def _give_up_on(path: str, reason: str, opaque: list[Opaque]) -> None:
+def _make_opaque(path: str, reason: str, opaque: list[Opaque]) -> None:
+    """Adds a module to the opaque ones; its container, if it is one of them already."""
     while path and any(o.path == path for o in opaque):
         path = path.rpartition(".")[0]
     if not path:
         raise TraceError(
             f"the backbone's own forward: {reason}",
-            fix="Move the part of forward() that depends on values or on the mode into a module of its own: it will be kept whole",
+            fix="Move the part of forward() that depends on values or on the mode into a module of its own: that one can stay whole",
         )
     opaque[:] = [o for o in opaque if not o.path.startswith(f"{path}.")]
     opaque.append(Opaque(path, reason))
@@ -143,23 +145,19 @@ def _origin_of(node: fx.Node) -> Origin:
 
 
 def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
-    """A root for the graph: the backbone's own registrations, plus mode switches and stray constants, neither with state-dict keys."""
+    """A root for the graph: what the backbone registers, plus modules that depend on the mode and constants, without state-dict keys."""
     root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
+    if any(target.startswith("by_mode.") for target in switches):
+        root.add_module("by_mode", nn.Module())
     for target, switch in switches.items():
-        head, _, tail = target.partition(".")
-        if not tail:
-            root.add_module(head, switch)
-            continue
-        if head not in root._modules:
-            root.add_module(head, nn.Module())
-        root.get_submodule(head).add_module(tail, switch)
+        root.get_submodule(owner(target)).add_module(target.rpartition(".")[2], switch)
     for name, value in constants.items():
         root.register_buffer(name, value, persistent=False)
     return root
 
 
 def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Timm's own grouping of parameters into layers (`group_matcher`), in its order; empty where the model has none."""
+    """The layers into which timm groups the parameters of this model (`group_matcher`), in order; empty if it does not."""
     matcher = getattr(backbone, "group_matcher", None)
     if not callable(matcher):
         return ()
@@ -167,7 +165,7 @@ def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
 
     try:
         groups = group_parameters(backbone, matcher(coarse=False))
-    except Exception:  # a matcher that does not fit its own model says nothing about blocks: they are found structurally
+    except Exception:  # the matcher does not fit its own model: blocks are found by structure instead
         return ()
     return tuple(tuple(names) for _, names in sorted(groups.items()))
 

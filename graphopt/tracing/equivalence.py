@@ -1,4 +1,4 @@
-"""Is the graph the backbone? Both run on the same random input, in both modes, under one seed."""
+"""Compares a graph with its backbone: both run on the same random input, in both modes, under one seed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from graphopt.ir.graph import Graph
-from graphopt.ir.regions import region_at
+from graphopt.ir.regions import region_of
 
 
 def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[str, str] | None:
-    """The smallest module whose traced form differs from the backbone's, with the mode; None when all bits are equal."""
+    """The innermost module whose traced form computes something else, and in which mode; None if all outputs are bit-equal."""
     generator = torch.Generator().manual_seed(0)
     reference = next((p for p in backbone.parameters() if p.is_floating_point()), None)
     x = torch.rand(batch, *graph.input, generator=generator)
@@ -31,7 +31,7 @@ def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[st
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal in structure, and equal in every bit of every tensor (NaN equals NaN)."""
+    """Whether two values are equal in structure, and in every bit of every tensor (NaN equals NaN)."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -43,35 +43,34 @@ def same(a: Any, b: Any) -> bool:
 
 @contextmanager
 def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Runs a block under a seed of its own and puts buffers (running statistics) and generators back afterwards."""
-    kept = [(b, b.detach().clone()) for b in module.buffers()]
+    """Runs under a seed of its own; restores buffers (running statistics) and random generators at the end."""
+    saved = [(b, b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            for buffer, value in kept:
+            for buffer, value in saved:
                 buffer.copy_(value)
 
 
 def _run(run: Callable[[torch.Tensor], Any], holder: nn.Module, x: torch.Tensor) -> Any:
+    """The output of `run`, and the buffers of `holder` after it."""
     with untouched(holder):
-        buffers_after: list[torch.Tensor] = []
         out = run(x.clone())
-        buffers_after = [b.clone() for b in holder.buffers()]
-    return out, buffers_after
+        return out, [b.clone() for b in holder.buffers()]
 
 
 def _first_difference(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> str:
-    """Path of the innermost module, in order of completion, whose first call gives another output in the graph."""
-    seen: dict[str, Any] = {}
+    """Path of the first module to complete whose first call gives another output in the graph."""
+    outputs: dict[str, Any] = {}
     handles = []
     for path, module in backbone.named_modules():
 
-        def note(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
-            seen.setdefault(path, output.clone() if isinstance(output, torch.Tensor) else output)
+        def record(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
+            outputs.setdefault(path, output.clone() if isinstance(output, torch.Tensor) else output)
 
-        handles.append(module.register_forward_hook(note))
+        handles.append(module.register_forward_hook(record))
     with untouched(backbone):
         backbone(x.clone())
     for handle in handles:
@@ -86,12 +85,9 @@ def _first_difference(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> str
 
     with untouched(backbone):
         Recorder(graph.module, garbage_collect_values=False).run(x.clone())
-    for path in seen:
-        if not path:
-            continue
-        region = region_at(graph, path) if path in graph.paths else None
-        if region is None or len(region.exits) != 1 or any(n.meta["origin"].call for n in region.nodes):
-            continue
-        if not same(values[region.exits[0]], seen[path]):
+    for path, output in outputs.items():
+        region = region_of(graph, (path,))
+        comparable = path and len(region.exits) == 1 and not any(n.meta["origin"].call for n in region.nodes)
+        if comparable and not same(values[region.exits[0]], output):
             return path
     return ""

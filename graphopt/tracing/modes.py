@@ -1,19 +1,19 @@
 """One graph for both modes: what `self.training` decided while tracing becomes a module that decides while running.
 
-A backbone is traced twice, in train and in eval mode. Where the two graphs differ only in constants (`F.dropout(training=True)`,
-`dropout_p=0.1`), the node becomes a `ByMode` module. Where their structure differs, the smallest module that holds the difference must
-stay opaque; a difference in the backbone's own forward is met when the eval graph is part of the train graph (GoogLeNet's
-auxiliary heads): the output then follows the mode.
+A backbone is traced in train mode and in eval mode. Nodes of the two graphs that differ only in constants (`F.dropout(training=True)`,
+`dropout_p=0.1`) become a `ByMode` module. If the structure differs, the smallest module that contains the difference has to stay opaque.
+There is one exception: where the eval graph is a part of the train graph (the auxiliary heads of GoogLeNet), only the output depends on
+the mode.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from graphopt.runtime.by_mode import ByMode, OutputByMode, Slot
 
@@ -26,100 +26,89 @@ class Difference(Exception):
         self.path = path
 
 
-def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[fx.Node], str]) -> dict[str, ByMode | OutputByMode]:
-    """Rewrites `train` in place so that it serves eval mode too; returns the modules it now calls, by target.
+def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -> dict[str, ByMode | OutputByMode]:
+    """Rewrites `train` in place so that it serves eval mode too; returns the modules that it now calls, by target.
 
     Args:
         train, eval: the graphs of one backbone in each mode.
-        scope_of: path of the module whose forward made a node (for a leaf's call: its parent's).
+        scope_of: path of the module whose forward made a node (for the call of a leaf: path of its parent).
 
     Raises:
         Difference: with the path of the smallest module whose structure depends on the mode.
     """
-    pair: dict[fx.Node, fx.Node] = {}  # eval node -> train node
-    train_nodes = list(train.nodes)
-    position = 0
+    train_node_of = _matched(train, eval, scope_of)
     new: dict[str, ByMode | OutputByMode] = {}
-    pending: list[tuple[fx.Node, fx.Node]] = []
-    for node in eval.nodes:
-        skipped = position
+    for number, (eval_node, node) in enumerate(train_node_of.items()):
+        in_train = (node.args, node.kwargs)
+        in_eval = fx.node.map_arg((eval_node.args, eval_node.kwargs), train_node_of.__getitem__)
+        if _equal(in_train, in_eval):
+            continue
         if node.op == "output":
-            # What is left of the train graph feeds nothing that eval mode computes: auxiliary heads, which only the output needs.
-            skipped = len(train_nodes) - 1
-        while skipped < len(train_nodes) and not _same_call(train_nodes[skipped], node, pair):
-            skipped += 1
-        if skipped == len(train_nodes):
-            raise Difference(scope_of(train_nodes[position]))
-        twin = train_nodes[skipped]
-        pair[node] = twin
-        position = skipped + 1
-        pending.append((twin, node))
-    for number, (twin, node) in enumerate(pending):
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: pair[n])
-        if _equal((twin.args, twin.kwargs), (args, kwargs)):
-            continue
-        if twin.op == "output":
-            with train.inserting_before(twin):
-                switch = train.call_module("output_by_mode", (twin.args[0], args[0]))
-            switch.meta = dict(args[0].meta) if isinstance(args[0], fx.Node) else {}
-            twin.args = (switch,)
+            _switch_output(train, node, in_eval[0][0])
             new["output_by_mode"] = OutputByMode()
-            continue
-        if twin.op not in ("call_function", "call_method"):
-            raise Difference(scope_of(twin))
-        inputs: list[fx.Node] = []
-        templates = tuple(_template(t, inputs) for t in ((twin.args, twin.kwargs), (args, kwargs)))
-        target = f"by_mode.{number}"
-        new[target] = ByMode(twin.target, *templates)  # type: ignore[arg-type]
-        twin.op, twin.target, twin.args, twin.kwargs = "call_module", target, tuple(inputs), {}
+        elif node.op in ("call_function", "call_method"):
+            target, inputs = f"by_mode.{number}", list[Node]()
+            new[target] = ByMode(node.target, _template(in_train, inputs), _template(in_eval, inputs))
+            node.op, node.target, node.args, node.kwargs = "call_module", target, tuple(inputs), {}
+        else:
+            raise Difference(scope_of(node))
     return new
 
 
-def _same_call(a: fx.Node, b: fx.Node, pair: dict[fx.Node, fx.Node]) -> bool:
-    """The same operation on the same values, constants aside."""
-    if a.op != b.op:
+def _matched(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -> dict[Node, Node]:
+    """Eval node -> train node, in execution order. Train nodes that compute only what eval mode does not need are skipped."""
+    matched: dict[Node, Node] = {}
+    train_nodes = list(train.nodes)
+    position = 0
+    for node in eval.nodes:
+        # What is left of the train graph before its output (auxiliary heads) feeds nothing that eval mode computes.
+        found = len(train_nodes) - 1 if node.op == "output" else position
+        while found < len(train_nodes) and not _is_same_call(train_nodes[found], node, matched):
+            found += 1
+        if found == len(train_nodes):
+            raise Difference(scope_of(train_nodes[position]))
+        matched[node] = train_nodes[found]
+        position = found + 1
+    return matched
+
+
+def _is_same_call(train_node: Node, eval_node: Node, matched: dict[Node, Node]) -> bool:
+    """Whether two nodes are the same operation on the same values; their constants may differ."""
+    if train_node.op != eval_node.op:
         return False
-    if a.op == "output":
+    if train_node.op == "output":
         return True
-    if a.target != b.target:
-        return False
-    if a.op == "placeholder":
-        return True
-    mine, theirs = a.all_input_nodes, b.all_input_nodes
-    return len(mine) == len(theirs) and all(pair.get(t) is m for m, t in zip(mine, theirs, strict=True))
+    return train_node.target == eval_node.target and train_node.all_input_nodes == [matched.get(i) for i in eval_node.all_input_nodes]
+
+
+def _switch_output(graph: fx.Graph, output: Node, value_in_eval: Any) -> None:
+    with graph.inserting_before(output):
+        switch = graph.call_module("output_by_mode", (output.args[0], value_in_eval))
+    switch.meta = dict(value_in_eval.meta) if isinstance(value_in_eval, Node) else {}
+    output.args = (switch,)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a is b
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, slice) and isinstance(b, slice):
-        return all(_equal(getattr(a, f), getattr(b, f)) for f in ("start", "stop", "step"))
-    if isinstance(a, float) and isinstance(b, float) and a != a and b != b:
+    """Whether two nested arguments are equal in structure, types and values (NaN equals NaN)."""
+    (leaves_a, structure_a), (leaves_b, structure_b) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    return structure_a == structure_b and all(map(_equal_leaves, leaves_a, leaves_b))
+
+
+def _equal_leaves(a: Any, b: Any) -> bool:
+    if a is b:
         return True
-    return type(a) is type(b) and (a is b or bool(operator.eq(a, b)))
+    # The values of tensors are not compared: two of them count as different constants.
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b or (a != a and b != b))
 
 
-def _template(arguments: Any, inputs: list[fx.Node]) -> Any:
-    def slot(node: fx.Node) -> Slot:
-        if node not in inputs:
-            inputs.append(node)
-        return Slot(inputs.index(node))
+def _template(arguments: Any, inputs: list[Node]) -> Any:
+    """`arguments` with a `Slot` for each node; nodes that `inputs` lacks are added to it."""
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return slot(value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(walk, value))
-        if isinstance(value, (list, tuple)):
-            return tuple(map(walk, value)) if isinstance(value, tuple) else [walk(v) for v in value]
-        if isinstance(value, dict):
-            return {k: walk(v) for k, v in value.items()}
-        if isinstance(value, slice):
-            return slice(walk(value.start), walk(value.stop), walk(value.step))
-        return value
+    def slot(value: Any) -> Any:
+        if not isinstance(value, Node):
+            return value
+        if value not in inputs:
+            inputs.append(value)
+        return Slot(inputs.index(value))
 
-    return walk(arguments)
+    return fx.node.map_aggregate(arguments, slot)

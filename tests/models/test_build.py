@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from graphopt.driver import build_backbone as build
-from graphopt.errors import BackboneError
-from graphopt.models import build as backbone
+from graphopt.errors import BackboneError, WeightsError
+from graphopt.models.catalog import names
 from graphopt.models.cifar_resnet import DEPTHS, CifarResNet
 from graphopt.models.weights import load_weights
 from graphopt.spec import BackboneSpec, resolve
@@ -39,7 +39,7 @@ def test_cifar_resnets_of_other_shapes(depth: int, classes: int, channels: int, 
 
 
 def test_every_published_depth_is_listed() -> None:
-    assert backbone.names("cifar") == [*(f"resnet{depth}" for depth in DEPTHS), "vgg11", "vgg13", "vgg16", "vgg19"]
+    assert names("cifar") == [*(f"resnet{depth}" for depth in DEPTHS), "vgg11", "vgg13", "vgg16", "vgg19"]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_source_and_name(text: str, kind: str, shape: tuple[int, ...]) -> None:
     assert module.training
 
 
-def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A segmentation builder of torchvision fetches its backbone's weights by default."""
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segmentation builder of torchvision downloads its backbone's weights by default."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("fetched")
+        raise AssertionError("downloaded")
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
@@ -76,10 +76,10 @@ REFUSED = [
     ("torchvision", "resnet26d", {}, ['source = "timm"']),
     ("cifar", "alexnet", {}, ["cifar has no model 'alexnet'"]),
     ("cifar", "resnet21", {}, ["6n+2", "110"]),
-    ("timm", "hf-hub:timm/resnet18", {}, ["would be fetched", "weights ="]),
-    ("timm", "local-dir:/tmp", {}, ["would be fetched"]),
-    ("timm", "resnet18", {"pretrained": True}, ["'pretrained' would fetch weights", "weights ="]),
-    ("torchvision", "resnet18", {"weights": "DEFAULT"}, ["'weights' would fetch"]),
+    ("timm", "hf-hub:timm/resnet18", {}, ["would be downloaded", "weights ="]),
+    ("timm", "local-dir:/tmp", {}, ["would be downloaded"]),
+    ("timm", "resnet18", {"pretrained": True}, ["'pretrained' would download weights", "weights ="]),
+    ("torchvision", "resnet18", {"weights": "DEFAULT"}, ["'weights' would download"]),
     ("timm", "resnet18", {"num_clases": 3}, ["takes no argument 'num_clases'", "Did you mean 'num_classes'", "in_chans"]),
     ("torchvision", "resnet18", {"num_clases": 3}, ["takes no argument 'num_clases'", "Did you mean 'num_classes'", "norm_layer"]),
     ("cifar", "resnet20", {"width": 3}, ["takes no argument 'width'", "It takes num_classes, in_chans"]),
@@ -88,16 +88,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("source", "name", "arguments", "told"), REFUSED, ids=[f"{c[0]}/{c[1]} {list(c[2])}" for c in REFUSED])
-def test_refused(source: str, name: str, arguments: dict[str, Any], told: list[str]) -> None:
+@pytest.mark.parametrize(("source", "name", "arguments", "parts"), REFUSED, ids=[f"{c[0]}/{c[1]} {list(c[2])}" for c in REFUSED])
+def test_refused(source: str, name: str, arguments: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(BackboneError) as caught:
         build(spec(source, name, **arguments))
-    for part in told:
+    for part in parts:
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("resnet50", "source/name"),
         ("tim/resnet50", "Did you mean 'timm'"),
@@ -105,8 +105,8 @@ def test_refused(source: str, name: str, arguments: dict[str, Any], told: list[s
         ("python/a.b:c", "--input"),
     ],
 )
-def test_shorthand_that_is_none(text: str, told: str) -> None:
-    with pytest.raises(BackboneError, match=told):
+def test_shorthand_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
         resolve(text)
 
 
@@ -146,7 +146,7 @@ def test_a_factory_from_the_working_directory() -> None:
 
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize(
-    ("name", "arguments", "told"),
+    ("name", "arguments", "message"),
     [
         ("backbones_of_mine", {}, "not package.module:factory"),
         ("nowhere_at_all:make", {}, "working directory"),
@@ -158,8 +158,8 @@ def test_a_factory_from_the_working_directory() -> None:
         ("backbones_of_mine:small", {"clases": 2}, "Did you mean 'classes'"),
     ],
 )
-def test_a_factory_that_is_none(name: str, arguments: dict[str, Any], told: str) -> None:
-    with pytest.raises(BackboneError, match=told):
+def test_a_factory_that_is_none(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
         build(spec("python", name, **arguments), trust=True)
 
 
@@ -198,7 +198,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     module = CifarResNet(8)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    with pytest.raises(BackboneError) as caught:
+    with pytest.raises(WeightsError) as caught:
         load_weights(module, tmp_path / "w.safetensors")
     message = str(caught.value)
     assert "1 missing (conv1.weight)" in message
@@ -222,7 +222,7 @@ def test_no_code_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("w.safetensors", b"junk", "cannot be read as weights"),
         ("w.pt", b"junk", "weights"),
@@ -230,10 +230,10 @@ def test_no_code_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
         ("w.pt", None, "no such weights file"),
     ],
 )
-def test_files_that_are_no_weights(name: str, content: bytes | None, told: str, tmp_path: Path) -> None:
+def test_files_that_are_no_weights(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(BackboneError, match=told):
+    with pytest.raises(BackboneError, match=message):
         load_weights(CifarResNet(8), tmp_path / name)
 
 

@@ -96,6 +96,7 @@ def test_what_matches_nothing_is_an_error_with_near_misses(selector: Any, says: 
 @pytest.mark.parametrize(
     "selector",
     [{}, {"every": 2}, {"blocks": False}, {"blocks": True, "offset": 1}, {"blocks": True, "first": 1, "last": 1},
+     {"blocks": True, "between": ["layer1", "layer4"], "after": "layer2"}, {"path": "*", "between": ["0", "5"], "before": "3"},
      {"blocks": True, "first": 1.5}, {"blocks": True, "first": 0}, {"blocks": True, "evry": 2}, {"blocks": True, "every": "2"}, "", 3],
 )  # fmt: skip
 def test_what_is_no_selector_is_refused_when_parsed(selector: Any) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from graphopt import Graph, SelectError, trace
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
+from graphopt.ir.nodes import activations
 from graphopt.ir.regions import region_at
 from graphopt.models.cifar_resnet import build as cifar
 from tests.support import backbones
@@ -74,8 +75,6 @@ def test_cut_points_are_counted_as_published(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_cut_point_the_output_is_out_of_reach(name: str) -> None:
     graph = graph_of(name)
-    from graphopt.ir.nodes import activations
-
     active = activations(graph)
     for cut in cut_points(graph)[:: max(1, len(cut_points(graph)) // 7)]:
         reached = {graph.placeholder}
