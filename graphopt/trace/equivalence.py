@@ -44,13 +44,16 @@ def same(a: Any, b: Any) -> bool:
 @contextmanager
 def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Runs a block under a seed of its own and puts buffers (running statistics) and generators back afterwards."""
-    kept = [(b, b.detach().clone()) for b in module.buffers()]
+    holders = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    values = [(b, b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            for buffer, value in kept:
+            for buffers, former in holders:
+                buffers.update(former)  # a forward may have put other tensors there
+            for buffer, value in values:
                 buffer.copy_(value)
 
 
