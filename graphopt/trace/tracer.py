@@ -40,6 +40,7 @@ _BATCH = 1009
 _UNKNOWN = object()
 #: methods and functions that ask a tensor for a number: what they give is looked at at once, everything else when it is needed
 _QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size"})
+_ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_quantized", "itemsize", "names"})
 _QUERY_FUNCTIONS = frozenset({torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor})
 
 
@@ -62,9 +63,9 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, Tensor):
             if name == "shape":
                 return self.tracer.shape_of(self, value)
-            if name == "ndim":
-                return value.dim()
-        if name == "_is_param":
+            if name in _ATTRIBUTES:
+                return getattr(value, name)
+        if name in ("_is_param", "_is_buffer"):
             return False
         return super().__getattr__(name)
 
