@@ -81,6 +81,10 @@ class ValueProxy(fx.Proxy):
 class Shape(tuple[Any, ...]):
     """A tensor's shape while tracing: numbers, and nodes where a size depends on the batch."""
 
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Shape(found) if isinstance(index, slice) else found
+
     def numel(self) -> Any:
         """The number of elements."""
         total: Any = 1
