@@ -116,7 +116,14 @@ def block_paths(graph: Graph) -> tuple[tuple[str, ...], ...]:
                 walk(child)
 
     walk("")
-    return _with_sisters(tree, found) or _units(tree)
+    return _with_sisters(tree, found) or _compound_leaves(tree) or _units(tree)
+
+
+def _compound_leaves(tree: _Tree) -> tuple[tuple[str, ...], ...]:
+    """Repeated leaves that have parts of their own (`nn.TransformerEncoderLayer`, blocks that could not be traced)."""
+    paths = [p for p in tree.nodes if p and tree.is_leaf(p) and next(tree.graph.module.get_submodule(p).children(), None) is not None]
+    kinds = Counter(tree.graph.types[p] for p in paths)
+    return tuple((p,) for p in _in_order(tree, (p for p in paths if kinds[tree.graph.types[p]] > 1 and tree.closed(p))))
 
 
 def _with_sisters(tree: _Tree, found: list[str]) -> tuple[tuple[str, ...], ...]:

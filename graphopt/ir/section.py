@@ -17,7 +17,11 @@ class Author:
     name: str
 
     def __str__(self) -> str:
-        return f"pass {self.index + 1} ({self.name})"
+        return f"pass {self.index + 1} ({self.name})" if self.index >= 0 else self.name
+
+
+#: the author of what a backbone brings itself
+BACKBONE = Author(-1, "the backbone")
 
 
 @dataclass(frozen=True)

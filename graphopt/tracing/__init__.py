@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
+from graphopt.ir.section import BACKBONE, Section
 from graphopt.ir.shapes import propagate_shapes
+from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same
 from graphopt.tracing.modes import Difference, merge_modes
-from graphopt.tracing.tracer import Tracer, constants_of, optional_arguments
+from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
 
 __all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 
@@ -34,11 +40,15 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     Raises:
         TraceError: the forward of the backbone itself (not of a part of it) cannot be traced, or cannot take such an input.
     """
+    lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
+    meta = cache(lambda: meta_copy(backbone))
     try:
         while True:
-            graph = _trace_once(backbone, tuple(input), opaque)
+            graph = _trace_once(backbone, tuple(input), meta, opaque)
             if graph is None:
                 continue
             if not compare or any(p.is_meta for p in backbone.parameters()):
@@ -57,23 +67,31 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     return graph
 
 
-def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque]) -> Graph | None:
+def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: list[Opaque]) -> Graph | None:
     """One attempt; None if it made one more module opaque, so that the next may succeed."""
     graphs: list[fx.Graph] = []
+    segments: list[tuple[fx.Node, ...]] = []
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     constants: list[dict[str, torch.Tensor]] = []
     for training in (True, False):
         backbone.train(training)
-        tracer = Tracer(o.path for o in opaque)
-        with _without_new_attributes(backbone):
+        tracer = Tracer(input, meta, (o.path for o in opaque))
+        with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda tracer=tracer: tracer.graph) as noted:
             try:
-                graphs.append(tracer.trace(backbone, optional_arguments(backbone)))
+                graphs.append(tracer.trace(backbone))
             except TraceError:
                 raise
             except Exception as error:
-                _make_opaque(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
+                path, reason = next(((p, _ASSIGNS) for p in reassigned()), (tracer.failed or "", f"cannot be traced: {_reason(error)}"))
+                _make_opaque(path, reason, opaque)
                 return None
             constants.append(constants_of(backbone, graphs[-1], own))
+            changed = reassigned()
+        if changed:
+            _make_opaque(changed[0], _ASSIGNS, opaque)
+            return None
+        if training:
+            segments = noted
     if not same(*constants):
         _make_opaque("", "its constants depend on the mode", opaque)
     train, eval_ = graphs
@@ -96,20 +114,49 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
     reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
     unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
-    return Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+    alive = set(graph.nodes)
+    for number, nodes in enumerate(segments):
+        if members := tuple(n for n in nodes if n in alive):
+            graph.sections.append(Section(f"backbone_checkpoint_{number}", members, Checkpointed, BACKBONE))
+    return graph
+
+
+_ASSIGNS = "its forward assigns to its own buffers or parameters"
 
 
 @contextmanager
-def _without_new_attributes(module: nn.Module) -> Iterator[None]:
-    """Removes the attributes that tracing sets on the root for constants."""
-    attributes, buffers = set(module.__dict__), set(module._buffers)
+def _restored(backbone: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Whatever tracing leaves on modules is taken off again: constants, and what forwards assign to `self`.
+
+    Gives a function that lists the paths of modules whose buffers or parameters have been assigned to.
+    """
+    python = ((path, m) for path, m in backbone.named_modules() if not isinstance(m, torch.jit.ScriptModule))
+    before = [(path, m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for path, m in python]
+    containers = [(value, copy.copy(value)) for _, _, own, _, _ in before for value in own.values() if type(value) in (dict, list)]
+
+    def reassigned() -> list[str]:
+        changed = (
+            path
+            for path, module, _, buffers, parameters in before
+            if any(module._buffers.get(name) is not value for name, value in buffers.items())
+            or any(module._parameters.get(name) is not value for name, value in parameters.items())
+        )
+        return list(changed)
+
     try:
-        yield
+        yield reassigned
     finally:
-        for name in set(module.__dict__) - attributes:
-            del module.__dict__[name]
-        for name in set(module._buffers) - buffers:
-            del module._buffers[name]
+        for container, value in containers:
+            container.clear()
+            container.update(value) if isinstance(value, dict) else container.extend(value)
+        for _, module, own, buffers, parameters in before:
+            training = module.training
+            module.__dict__.clear()
+            module.__dict__.update(own, training=training)
+            for current, former in ((module._buffers, buffers), (module._parameters, parameters)):
+                current.clear()
+                current.update(former)
 
 
 def _make_opaque(path: str, reason: str, opaque: list[Opaque]) -> None:

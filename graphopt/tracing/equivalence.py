@@ -43,14 +43,17 @@ def same(a: Any, b: Any) -> bool:
 
 @contextmanager
 def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Runs under a seed of its own; restores buffers (running statistics) and random generators at the end."""
-    saved = [(b, b.detach().clone()) for b in module.buffers()]
+    """Runs a block under a seed of its own and puts buffers (running statistics) and generators back afterwards."""
+    holders = [(m._buffers, dict(m._buffers)) for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    values = [(b, b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            for buffer, value in saved:
+            for buffers, former in holders:
+                buffers.update(former)  # a forward may have put other tensors there
+            for buffer, value in values:
                 buffer.copy_(value)
 
 
