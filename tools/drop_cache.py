@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from machine import heading
 
+from graphopt import trace
 from graphopt.compiler.emit import emit
 from graphopt.driver import build_backbone as build
 from graphopt.ir.blocks import find_blocks
 from graphopt.planning.run_cost import drop_points
 from graphopt.spec import BackboneSpec
-from graphopt.trace import trace
 from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
 from graphopt.units import show_size
 

@@ -68,14 +68,14 @@ def _run(spec: Spec, source: Source, path: Path, rates: Any) -> tuple[int | None
     from graphopt.compiler.plan import compile_phase
     from graphopt.cost import CostError
     from graphopt.errors import RunError
-    from graphopt.planning.run_cost import counts, decisions_of, drop_points, run_work
+    from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
 
     points = drop_points(source.untouched) if any(item.match.feature_options is not None for item in source.matched) else ()
     decisions = decisions_of(path) if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
         plan = compile_phase(source, verify="off", costs=False)
-        work = run_work(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
+        work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
         return samples, work, points
     except (RunError, CostError):
         # The rest of the dry run is still of use without a forecast of the run.

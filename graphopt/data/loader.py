@@ -260,7 +260,7 @@ class Mixer:
     """timm's mixup and CutMix, seeded by (seed, epoch, batch number)."""
 
     def __init__(self, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> None:
-        self._mixup: Any = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=classes)  # type: ignore[no-untyped-call]  # timm's
+        self._mixup: Any = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=classes)
         self._seed = seed
 
     @classmethod

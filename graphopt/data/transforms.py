@@ -88,7 +88,7 @@ def _fix_posterize(transform: Any) -> None:
 
 
 def _posterize(image: Any, bits: int, **_: Any) -> Any:
-    return auto_augment.posterize(image, max(1, bits))  # type: ignore[no-untyped-call]  # timm's
+    return auto_augment.posterize(image, max(1, bits))
 
 
 def _geometry(spec: DataSpec, input: tuple[int, ...]) -> list[Any]:

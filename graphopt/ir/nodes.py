@@ -135,7 +135,7 @@ def _position_of_inplace(function: Any) -> int | None:
 def storages(node: Node) -> set[StorageWeakRef]:
     """The memory behind a node's value; two nodes whose sets meet share memory."""
     tensors = (t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
-    return {StorageWeakRef(t.untyped_storage()) for t in tensors}  # type: ignore[no-untyped-call]  # not annotated in torch
+    return {StorageWeakRef(t.untyped_storage()) for t in tensors}
 
 
 def overwriter(graph: Graph, node: Node) -> Node | None:

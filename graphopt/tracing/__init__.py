@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -48,16 +49,15 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     meta = cache(lambda: meta_copy(backbone))
     try:
         while True:
-            graph = _trace_once(backbone, tuple(input), meta, opaque)
-            if graph is None:
-                continue
-            if not compare or any(p.is_meta for p in backbone.parameters()):
+            try:
+                graph = _trace_once(backbone, tuple(input), meta, opaque)
+                if compare and not any(p.is_meta for p in backbone.parameters()):
+                    differing = compare_modes(backbone, graph)
+                    if differing is not None:
+                        raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
                 break
-            differing = compare_modes(backbone, graph)
-            if differing is None:
-                break
-            path, mode = differing
-            _make_opaque(path, f"its output in {mode} mode differs from the backbone's when traced", opaque)
+            except _Untraceable as found:
+                _make_opaque(found.path, found.reason, opaque)
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -67,62 +67,67 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     return graph
 
 
-def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: list[Opaque]) -> Graph | None:
-    """One attempt; None if it made one more module opaque, so that the next may succeed."""
-    graphs: list[fx.Graph] = []
-    segments: list[tuple[fx.Node, ...]] = []
-    own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
-    constants: list[dict[str, torch.Tensor]] = []
-    for training in (True, False):
-        backbone.train(training)
-        tracer = Tracer(input, meta, (o.path for o in opaque))
-        with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda tracer=tracer: tracer.graph) as noted:
-            try:
-                graphs.append(tracer.trace(backbone))
-            except TraceError:
-                raise
-            except Exception as error:
-                path, reason = next(((p, _ASSIGNS) for p in reassigned()), (tracer.failed or "", f"cannot be traced: {_reason(error)}"))
-                _make_opaque(path, reason, opaque)
-                return None
-            constants.append(constants_of(backbone, graphs[-1], own))
-            changed = reassigned()
-        if changed:
-            _make_opaque(changed[0], _ASSIGNS, opaque)
-            return None
-        if training:
-            segments = noted
-    if not same(*constants):
-        _make_opaque("", "its constants depend on the mode", opaque)
-    train, eval_ = graphs
+class _Untraceable(Exception):
+    """A module that has to stay whole, with the reason."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+
+class _Traced(NamedTuple):
+    """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
+
+    graph: fx.Graph
+    constants: dict[str, torch.Tensor]
+    segments: list[tuple[fx.Node, ...]]
+
+
+def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Sequence[Opaque]) -> Graph:
+    train, eval_ = (_trace_mode(backbone, training, Tracer(input, meta, (o.path for o in opaque))) for training in (True, False))
+    if not same(train.constants, eval_.constants):
+        raise _Untraceable("", "its constants depend on the mode")
     try:
-        switches = merge_modes(train, eval_, _scope_of)
+        switches = merge_modes(train.graph, eval_.graph, _scope_of)
     except Difference as difference:
-        _make_opaque(difference.path, "its structure depends on the mode", opaque)
-        return None
-    module = TrainingModule(_root_for(backbone, train, switches, constants[0]), train, type(backbone).__name__)
-    for node in train.nodes:
+        raise _Untraceable(difference.path, "its structure depends on the mode") from None
+    nodes = train.graph.nodes
+    module = TrainingModule(_root_for(backbone, train.graph, switches, train.constants), train.graph, type(backbone).__name__)
+    for node in nodes:
         node.meta["origin"] = _origin_of(node)
         node.meta.pop("nn_module_stack", None)
-        if node.op == "placeholder" and node.name != "x":
-            node._rename("x")
-            node.target = node.name
     module.recompile()
     propagate_shapes(module, input)
-    used = {n.target for n in train.nodes if n.op == "get_attr"}
-    called = tuple(f"{n.target}." for n in train.nodes if n.op == "call_module")
+    used = {n.target for n in nodes if n.op == "get_attr"}
+    called = tuple(f"{n.target}." for n in nodes if n.op == "call_module")
     reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
     unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
     graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
-    alive = set(graph.nodes)
-    for number, nodes in enumerate(segments):
-        if members := tuple(n for n in nodes if n in alive):
+    alive = set(nodes)
+    for number, segment in enumerate(train.segments):
+        if members := tuple(n for n in segment if n in alive):
             graph.sections.append(Section(f"backbone_checkpoint_{number}", members, Checkpointed, BACKBONE))
     return graph
 
 
-_ASSIGNS = "its forward assigns to its own buffers or parameters"
+def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> _Traced:
+    own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
+    backbone.train(training)
+    with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda: tracer.graph) as segments:
+        error: Exception | None = None
+        try:
+            graph = tracer.trace(backbone)
+        except TraceError:
+            raise
+        except Exception as caught:
+            error = caught
+        changed = reassigned()
+        if changed:
+            raise _Untraceable(changed[0], "its forward assigns to its own buffers or parameters") from error
+        if error is not None:
+            raise _Untraceable(tracer.failed or "", f"cannot be traced: {_reason(error)}") from error
+        return _Traced(graph, constants_of(backbone, graph, own), segments)
 
 
 @contextmanager

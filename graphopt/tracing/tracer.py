@@ -1,7 +1,7 @@
 """`nn.Module` -> flat `fx.Graph`, with the shapes of everything known while Python runs.
 
-Every proxy carries the value that its node has on the meta device. What is a Python number then, and does not depend on the batch, is given to
-the backbone's code as that number; so asserts on shapes, padding, loops over sizes, unpacking and `isinstance(x, Tensor)` trace as they
+Every proxy knows the value that its node has on the meta device. What is a Python number then, and does not depend on the batch, is given
+to the backbone's code as that number; so asserts on shapes, padding, loops over sizes, unpacking and `isinstance(x, Tensor)` trace as they
 run. Sizes that depend on the batch stay nodes, and so the batch stays free.
 """
 
@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import timm.layers
-import timm.models
 import torch
+from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torchvision.ops import StochasticDepth, misc
@@ -41,7 +40,7 @@ _UNKNOWN = object()
 #: methods and functions that ask a tensor for a number: what they give is looked at at once, everything else when it is needed
 _QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size"})
 _ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_quantized", "itemsize", "names"})
-_QUERY_FUNCTIONS = frozenset({torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor})
+_QUERY_FUNCTIONS: tuple[Any, ...] = (torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor)
 
 
 class ValueProxy(fx.Proxy):
@@ -54,8 +53,8 @@ class ValueProxy(fx.Proxy):
         """What the node gives on the meta device; `_UNKNOWN` where that takes real ones."""
         return self.tracer.value_of(self.node)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]  # so that isinstance(x, Tensor) in a backbone's forward is true
+    @property  # type: ignore[misc]  # read-only, so that isinstance(x, Tensor) is true in a backbone's forward
+    def __class__(self) -> Any:
         return Tensor if isinstance(self.value, Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -106,11 +105,11 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
-        functions = tuple(f for f in timm.layers.get_notrace_functions() if callable(f))
+        functions = tuple(f for f in get_notrace_functions() if callable(f))
         super().__init__(autowrap_modules=(math,), autowrap_functions=(*functions, *_einops_functions()))
         self.proxy_buffer_attributes = True
         self.input, self.opaque = input, frozenset(opaque)
-        self._registered = (*timm.layers.get_notrace_modules(), *_TORCHVISION_LEAVES, torch.jit.ScriptModule)
+        self._registered = (*get_notrace_modules(), *_TORCHVISION_LEAVES, torch.jit.ScriptModule)
         self._meta = meta
         #: while a node is evaluated, nothing is recorded
         self._evaluating = False
@@ -189,7 +188,7 @@ class Tracer(fx.Tracer):
         sizes = enumerate(value.shape)
         return Shape(self.create_proxy("call_method", "size", (proxy, i), {}) if _depends_on_batch(s) else s for i, s in sizes)
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         value = self.value_of(obj.node)
         if isinstance(value, (tuple, list)):
             return (obj[i] for i in range(len(value)))

@@ -138,7 +138,7 @@ class Phase:
         for batch in batches:
             with self.strategy.autocast():
                 loss, output = self._loss(batch)
-            self.scaler.scale(loss / len(batches)).backward()  # type: ignore[no-untyped-call]  # torch's
+            self.scaler.scale(loss / len(batches)).backward()
             total = total + loss.detach() / len(batches)
             correct = correct + count_correct(output, batch.target)
             samples += len(batch.target)

@@ -56,7 +56,9 @@ def called(
     return fx.GraphModule(nn.ModuleDict(parts), graph), made
 
 
-@pytest.mark.parametrize(("target", "args", "kwargs", "writes"), FUNCTIONS, ids=[f"{c[0]} {c[1]} {list(c[2])}" for c in FUNCTIONS])
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs", "writes"), FUNCTIONS, ids=[f"{getattr(c[0], '__name__', c[0])} {c[1]} {list(c[2])}" for c in FUNCTIONS]
+)
 def test_which_calls_write_in_place(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> None:
     op = "call_method" if isinstance(target, str) else "call_function"
     module, made = called(op, target, args, kwargs)
