@@ -11,7 +11,6 @@ from torch import fx, nn
 from graphopt.errors import TraceError
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
-from graphopt.ir.paths import owner
 from graphopt.ir.shapes import propagate_shapes
 from graphopt.tracing.equivalence import compare_modes, same
 from graphopt.tracing.modes import Difference, merge_modes
@@ -47,7 +46,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
             if differing is None:
                 break
             path, mode = differing
-            _make_opaque(path, f"its output in {mode} mode differs from the backbone's when traced", opaque)
+            _give_up_on(path, f"its output in {mode} mode differs from the backbone's when traced", opaque)
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -58,7 +57,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
 
 
 def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque]) -> Graph | None:
-    """One attempt; None if it made one more module opaque, so that the next may succeed."""
+    """One attempt; None when a further module had to be declared opaque."""
     graphs: list[fx.Graph] = []
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     constants: list[dict[str, torch.Tensor]] = []
@@ -71,16 +70,16 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
             except TraceError:
                 raise
             except Exception as error:
-                _make_opaque(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
+                _give_up_on(tracer.failed or "", f"cannot be traced: {_reason(error)}", opaque)
                 return None
             constants.append(constants_of(backbone, graphs[-1], own))
     if not same(*constants):
-        _make_opaque("", "its constants depend on the mode", opaque)
+        _give_up_on("", "it makes other constants in each mode", opaque)
     train, eval_ = graphs
     try:
         switches = merge_modes(train, eval_, _scope_of)
     except Difference as difference:
-        _make_opaque(difference.path, "its structure depends on the mode", opaque)
+        _give_up_on(difference.path, "its structure depends on the mode", opaque)
         return None
     module = TrainingModule(_root_for(backbone, train, switches, constants[0]), train, type(backbone).__name__)
     for node in train.nodes:
@@ -101,7 +100,7 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], opaque: list[Opaque
 
 @contextmanager
 def _without_new_attributes(module: nn.Module) -> Iterator[None]:
-    """Removes the attributes that tracing sets on the root for constants."""
+    """Tracing parks constants on the root it traces: they are taken off again."""
     attributes, buffers = set(module.__dict__), set(module._buffers)
     try:
         yield
@@ -112,8 +111,7 @@ def _without_new_attributes(module: nn.Module) -> Iterator[None]:
             del module._buffers[name]
 
 
-def _make_opaque(path: str, reason: str, opaque: list[Opaque]) -> None:
-    """Adds a module to the opaque ones; its container, if it is one of them already."""
+def _give_up_on(path: str, reason: str, opaque: list[Opaque]) -> None:
     while path and any(o.path == path for o in opaque):
         path = path.rpartition(".")[0]
     if not path:
@@ -150,7 +148,8 @@ def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Mo
     if any(target.startswith("by_mode.") for target in switches):
         root.add_module("by_mode", nn.Module())
     for target, switch in switches.items():
-        root.get_submodule(owner(target)).add_module(target.rpartition(".")[2], switch)
+        parent, _, name = target.rpartition(".")
+        root.get_submodule(parent).add_module(name, switch)
     for name, value in constants.items():
         root.register_buffer(name, value, persistent=False)
     return root

@@ -43,14 +43,14 @@ def same(a: Any, b: Any) -> bool:
 
 @contextmanager
 def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Runs under a seed of its own; restores buffers (running statistics) and random generators at the end."""
-    saved = [(b, b.detach().clone()) for b in module.buffers()]
+    """Runs a block under a seed of its own and puts buffers (running statistics) and generators back afterwards."""
+    kept = [(b, b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            for buffer, value in saved:
+            for buffer, value in kept:
                 buffer.copy_(value)
 
 
