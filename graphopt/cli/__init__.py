@@ -13,12 +13,22 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli import apply, check, diff, export, fit, inspect, page, passes, schema, specs, train
+from graphopt.cli.apply import apply
+from graphopt.cli.check import check
+from graphopt.cli.diff import diff
+from graphopt.cli.export import export
+from graphopt.cli.fit import fit
+from graphopt.cli.inspect import inspect
+from graphopt.cli.page import report
+from graphopt.cli.passes import passes
+from graphopt.cli.schema import schema
 from graphopt.cli.screen import show_error
+from graphopt.cli.specs import specs
+from graphopt.cli.train import train
 from graphopt.errors import GraphoptError
 
-#: in the order of `graphopt --help`; a command is a module with `register(app)`
-COMMANDS = (inspect, check, apply, diff, fit, train, page, export, passes, specs, schema)
+#: in the order of `graphopt --help`
+COMMANDS = (inspect, check, apply, diff, fit, train, report, export, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",
@@ -31,7 +41,7 @@ app = typer.Typer(
     "A SPEC is a TOML file, a folder that apply or train wrote, or the name of an installed spec.",
 )
 for command in COMMANDS:
-    command.register(app)
+    app.command(command.__name__)(command)
 
 
 def _version(asked: bool) -> None:

@@ -81,8 +81,3 @@ def _pictures(plan: Plan, *, all_phases: bool) -> dict[str, str]:
 
     shown = phase_diffs(plan) if all_phases else diff(plan)
     return {"diff.html": to_html(shown), "diff.svg": to_svg(shown)}
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("apply")(apply)

@@ -144,8 +144,3 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
 
 def _less(share: float) -> str:
     return f"{abs(100 * share):.2f} % {'fewer' if share >= 0 else 'more'}"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("check")(check)

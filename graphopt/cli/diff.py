@@ -167,8 +167,3 @@ def _one(phases: tuple[PhaseDiff, ...], phase: list[int], epoch: int | None, nam
     if epoch is not None:
         return [item for item in phases if item.epoch <= epoch][-1].diff
     return phases[most_changed(phases)].diff
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("diff")(diff)

@@ -37,8 +37,3 @@ def export(
     show(f"written: {written} ({show_size(written.stat().st_size)})")
     if is_plan_file(written):
         show("it holds the rewritten model and its spec: the backbone's architecture cannot express it. Load it with graphopt.load(file)")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("export")(export)

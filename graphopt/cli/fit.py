@@ -89,8 +89,3 @@ def _show(found: Any, suggest: bool) -> None:
         show("> chosen   * no other candidate is better in peak, FLOPs and the share that trains")
     if found.chosen is not None and not suggest:
         show(f"largest batch that fits: {found.batch}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("fit")(fit)

@@ -132,8 +132,3 @@ def _show(table: dict[str, Any]) -> None:
         show(f"opaque {entry['path']}: {entry['reason']}")
     if table["unused_parameters"]:
         show(f"never read by the forward: {', '.join(table['unused_parameters'])}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("inspect")(inspect)

@@ -37,8 +37,3 @@ def report(
     plan = seeded_plan(load_spec(str(run), [], trust), trust=trust, verify="off", costs=costs)
     write(target, to_report(found, plan))
     show(f"written: {target}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("report")(report)

@@ -85,8 +85,3 @@ def _default(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return '"start"' if isinstance(value, Start) else repr(value).replace("'", '"')
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("passes")(passes)

@@ -32,8 +32,3 @@ def schema(
     else:
         write_atomically(out, text.encode())
         show(f"written: {out}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("schema")(schema)

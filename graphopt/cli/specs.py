@@ -53,8 +53,3 @@ def _summary(path: Path) -> dict[str, Any]:
         "passes": [item.get("use", "?") for item in table.get("pass", [])],
         "file": str(path),
     }
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("specs")(specs)

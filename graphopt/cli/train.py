@@ -62,8 +62,3 @@ def _folder(spec: str, resume: bool) -> Path:
         if not folder.exists():
             return (taken or folder) if resume else folder
         taken, number = folder, number + 1
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("train")(train)

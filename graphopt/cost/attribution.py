@@ -9,13 +9,11 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from operator import attrgetter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_arg
 
 from graphopt.ir.paths import is_below
 from graphopt.runtime.body import bodies
@@ -125,68 +123,41 @@ def _reporting(forward: Callable[..., Any], name: str, attribution: Attribution)
     return run
 
 
-class _NodeRunner:
+class _NodeRunner(fx.Interpreter):
     """Runs a graph module node by node. Values live exactly as long as in the code that fx generates: until their last use."""
 
     def __init__(self, module: fx.GraphModule, path: str, attribution: Attribution) -> None:
-        self.module, self.path, self.attribution = module, path, attribution
-        self.nodes = list(module.graph.nodes)
-        self.last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        seen: set[fx.Node] = set()
-        for node in reversed(self.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                self.last_uses[node].append(node)
-            for used in node.all_input_nodes:
-                if used not in seen:
-                    seen.add(used)
-                    self.last_uses[node].append(used)
-        self.paths = {node: self._path(node) for node in self.nodes}
+        super().__init__(module)
+        self.extra_traceback = False
+        self.attribution, self.signature = attribution, inspect.signature(module.forward)
+        self.paths = {node: _path_of(node, path) for node in module.graph.nodes}
 
-    def _path(self, node: fx.Node) -> str:
-        origin = node.meta.get("origin")
-        if origin is not None:
-            return str(origin.path)
-        if node.op == "call_module":
-            return f"{self.path}.{node.target}" if self.path else str(node.target)
-        stack = node.meta.get("nn_module_stack")
-        return str(next(reversed(stack.values()))[0]) if stack else self.path
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        values: dict[fx.Node, Any] = {}
-        positional = iter(inputs)
-        for node in self.nodes:
-            if node.op == "placeholder":
-                values[node] = _input(node, positional, named)
-            elif node.op == "output":
-                return map_arg(node.args[0], values.__getitem__)
-            else:
-                values[node] = self._run(node, values)
-                for dead in self.last_uses[node]:
-                    del values[dead]
-        return None
-
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        target: Any = node.target
-        if node.op == "get_attr":
-            return attrgetter(target)(self.module)
-        args = map_arg(node.args, values.__getitem__)
-        kwargs = map_arg(node.kwargs, values.__getitem__)
-        self.attribution.push(self.paths[node], target if node.op == "call_module" else "")
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.signature.bind(*args, **kwargs)
+        given.apply_defaults()
         try:
-            if node.op == "call_module":
-                return self.module.get_submodule(target)(*args, **kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], target)(*args[1:], **kwargs)
-            return target(*args, **kwargs)
+            return self.run(*given.args)
+        finally:
+            # The interpreter would keep the inputs and the output alive.
+            self.env, self.args_iter = {}, iter(())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; the value of one that nothing uses is not kept."""
+        if n.op in ("placeholder", "get_attr", "output"):
+            return super().run_node(n)
+        self.attribution.push(self.paths[n], str(n.target) if n.op == "call_module" else "")
+        try:
+            value = super().run_node(n)
         finally:
             self.attribution.pop()
+        return value if n.users else None
 
 
-def _input(node: fx.Node, positional: Iterator[Any], named: dict[str, Any]) -> Any:
-    if str(node.target) in named:
-        return named[str(node.target)]
-    default = node.args[0] if node.args else inspect.Parameter.empty
-    value = next(positional, default)
-    if value is inspect.Parameter.empty:
-        raise TypeError(f"missing input {node.target!r}")
-    return value
+def _path_of(node: fx.Node, path: str) -> str:
+    """What a node of the module at `path` is attributed to."""
+    if (origin := node.meta.get("origin")) is not None:
+        return str(origin.path)
+    if node.op == "call_module":
+        return f"{path}.{node.target}" if path else str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else path

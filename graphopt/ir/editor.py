@@ -299,13 +299,13 @@ def _replaced(arguments: Any, old: Node, new: Any) -> Any:
 
 def _divide(nodes: set[Node], sections: Sequence[Section], outside: Wrap | None = None) -> list[Nodes]:
     """A convex set in convex pieces, each of which nests with all sections; without what computes nothing or runs `outside`."""
-    whole, pieces = [nodes], list[Nodes]()
-    while whole:
-        piece = whole.pop()
+    pending, pieces = [nodes], list[Nodes]()
+    while pending:
+        piece = pending.pop()
         section = next((s for s in sections if _divides(s, piece, outside)), None)
         if section is not None:
             before, inside, after = _cells(piece, piece & set(section.nodes))
-            whole += [before, after] if section.wrap is outside else [before, inside, after]
+            pending += [before, after] if section.wrap is outside else [before, inside, after]
         elif any(n.op != "get_attr" for n in piece):
             pieces.append(tuple(sorted(piece)))
     return sorted(pieces)

@@ -25,7 +25,7 @@ def names(source: str) -> list[str]:
 
 
 def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Default input shape of one sample, according to the library; None for `python`, whose code nobody has run.
+    """Default input shape of one sample, according to the library; None for `python`, whose code has not run.
 
     Raises:
         BackboneError: the library has no such model.
