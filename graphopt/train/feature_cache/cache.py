@@ -73,7 +73,7 @@ class FeatureCache:
         Raises:
             RunError: a sample's input is not the same each time, or the limit is smaller than one batch.
         """
-        for item in plan.source.matched:
+        for item in plan.matched:
             options = item.match.feature_options
             if options is None:
                 continue
