@@ -138,7 +138,7 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
     if run.seconds is not None:
         ratio = run.seconds / before.seconds
         show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
-    if not work.foreseen:
+    if not work.complete:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 
 
