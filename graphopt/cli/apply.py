@@ -1,39 +1,29 @@
 """`graphopt apply`: rewrite, verify, and report what that costs and saves."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from graphopt.cli.options import (
-    BatchOption,
-    EpochOption,
-    JsonOption,
-    SetOption,
-    SpecArgument,
-    TrustOption,
-    VerifyOption,
-    checked_verify,
-    expanded,
-    load_spec,
-    plan_at_epoch,
-)
+from graphopt.cli.options import BatchOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, out_option, seeded_plan
+from graphopt.errors import RunError
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
+    from graphopt.spec import Spec
+
+#: the files that `apply` writes; a folder that holds anything else is left alone
+FILES = frozenset({"spec.toml", "report.json", "graph.txt", "diff.html", "diff.svg"})
+_EPOCH = "Show the phase that this epoch (from 0) trains in; default: the first."
 
 
 def apply(
     spec: SpecArgument,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", parser=expanded, help="Write spec, report, graph and diff there.")
-    ] = None,
-    epoch: EpochOption = None,
+    out: Annotated[Path | None, out_option("Write spec, report, graph and diff there.", "DIR")] = None,
+    epoch: Annotated[int | None, typer.Option("--epoch", min=0, help=_EPOCH)] = None,
     batch: BatchOption = None,
-    verify: VerifyOption = None,
+    verify: Annotated[str | None, typer.Option("--verify", help="full, fast or off; default: the spec's.")] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
@@ -48,22 +38,29 @@ def apply(
 
         graphopt apply spec.toml --json --set backbone.arguments.num_classes=100
     """
-    from graphopt.cli.folder import check_folder, write_folder
     from graphopt.cli.report import show_report
     from graphopt.cli.screen import show, show_json
+    from graphopt.diff import diff
+    from graphopt.diff.phases import phase_diffs
+    from graphopt.diff.render.page import to_html
+    from graphopt.diff.render.svg import to_svg
+    from graphopt.files import write_folder
     from graphopt.ir.printing import graph_text
-    from graphopt.spec import dumps
+    from graphopt.spec import dumps, load
 
     if out is not None:
-        check_folder(out)
-    level = checked_verify(verify)
-    loaded = load_spec(spec, set_, trust)
-    plan = plan_at_epoch(loaded, epoch, trust=trust, verify=level or loaded.verify or "full", batch=batch)
+        _check_folder(out)
+    if verify is not None:
+        check_choice("--verify", verify, ("full", "fast", "off"))
+    loaded = load(spec, trust=trust, overrides=set_)
+    plan = _plan_at(loaded, epoch, trust=trust, verify=verify or loaded.verify or "full", batch=batch)
     report = plan.report.to_dict()
     if out is not None:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+        shown = phase_diffs(plan) if epoch is None else diff(plan)  # all phases, or this one alone
         files = {"spec.toml": dumps(loaded), "report.json": text, "graph.txt": graph_text(plan.graph)}
-        write_folder(out, {**files, **_pictures(plan, all_phases=epoch is None)})
+        _check_folder(out)  # others may have written there meanwhile
+        write_folder(out, {**files, "diff.html": to_html(shown), "diff.svg": to_svg(shown)}, FILES)
     if as_json:
         show_json(report)
         return
@@ -72,12 +69,35 @@ def apply(
         show(f"\nwritten: {out}/spec.toml, report.json, graph.txt, diff.html, diff.svg")
 
 
-def _pictures(plan: Plan, *, all_phases: bool) -> dict[str, str]:
-    """The diff as a page and as a picture: of all phases from this one on, or of this one alone."""
-    from graphopt.diff import diff
-    from graphopt.diff.phases import phase_diffs
-    from graphopt.diff.render.page import to_html
-    from graphopt.diff.render.svg import to_svg
+def _check_folder(path: Path) -> None:
+    """Refuses an output folder that is not new, empty, or written by `apply`."""
+    from graphopt.files import reason
 
-    shown = phase_diffs(plan) if all_phases else diff(plan)
-    return {"diff.html": to_html(shown), "diff.svg": to_svg(shown)}
+    try:
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise RunError(f"cannot be an output folder: {reason(error)}", where=str(path), fix="Choose another folder") from error
+    if names and (names - FILES or not _is_report(path / "report.json")):
+        other = min(names - FILES or names)
+        raise RunError(f"exists and was not written by apply (it holds {other!r})", where=str(path), fix="Choose a new or an empty folder")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"digest", "passes"} <= report.keys()
+
+
+def _plan_at(spec: "Spec", epoch: int | None, *, trust: bool, verify: Any, batch: int | None) -> "Plan":
+    """The plan of a spec in the phase that `epoch` trains in (None: the first). Triggers that wait for measurements do not fire."""
+    if epoch is None:
+        return seeded_plan(spec, trust=trust, verify=verify, batch=batch)
+    if epoch >= spec.train.epochs:
+        raise RunError(f"the run has epochs 0 to {spec.train.epochs - 1}, not {epoch}", where="--epoch")
+    plan = seeded_plan(spec, trust=trust, batch=batch, costs=False)
+    for now in range(epoch + 1):
+        if due := plan.due(now, None, spec.train.epochs):
+            plan = plan.advance_to((*plan.decisions, *due), verify="off")
+    return plan.advance_to(plan.decisions, verify=verify, costs=True)

@@ -1,17 +1,17 @@
 """`graphopt check`: the dry run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, load_spec
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
     from graphopt.compiler.plan import Source
+    from graphopt.cost import Rates
+    from graphopt.planning.run_cost import DropPoint, RunCost
     from graphopt.spec import Spec
 
 
@@ -38,21 +38,27 @@ def check(
     """
     from graphopt.cli.screen import show_json
     from graphopt.driver import prepare
+    from graphopt.planning.run_cost import drop_points
+    from graphopt.spec import load
 
-    loaded = load_spec(spec, set_, trust)
+    loaded = load(spec, trust=trust, overrides=set_)
     source = prepare(None, loaded, trust=trust)
     rows = [_row(item) for item in source.matched]
-    samples, work, points = _run(loaded, source, Path(spec), _rates(device or "cpu", loaded.train.amp) if time or device else None)
+    caches = any(item.match.feature_options is not None for item in source.matched)
+    points = drop_points(source.base) if caches else ()
+    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
+    samples, work = _forecast(loaded, source, Path(spec), rates)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
         show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **run})
-        return
-    _show(loaded, rows)
-    _show_run(samples, work, points)
+    else:
+        _show_passes(loaded, rows)
+        _show_points(samples, points)
+        _show_run(work)
 
 
-def _rates(device: str, amp: str | None) -> Any:
+def _rates(device: str, amp: str | None) -> "Rates":
     from graphopt.cost import measure_rates
     from graphopt.errors import RunError
 
@@ -63,31 +69,27 @@ def _rates(device: str, amp: str | None) -> Any:
         raise RunError(f"no steps can be timed there: {reason}", where="--device", fix="Use cpu, or cuda if there is a GPU") from error
 
 
-def _run(spec: Spec, source: Source, path: Path, rates: Any) -> tuple[int | None, Any, Any]:
-    """Images per epoch, the FLOPs of the run, and where a prefix may be dropped; None for what cannot be known here."""
+def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
+    """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
     from graphopt.compiler.plan import compile_phase
-    from graphopt.cost import CostError
-    from graphopt.errors import RunError
-    from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
+    from graphopt.errors import CostError, RunError
+    from graphopt.planning.run_cost import counts, decisions_of, forecast_run
 
-    points = drop_points(source.base) if any(item.match.feature_options is not None for item in source.matched) else ()
     decisions = decisions_of(path) if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
         plan = compile_phase(source, verify="off", costs=False)
-        work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
-        return samples, work, points
+        return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
     except (RunError, CostError):
-        # The rest of the dry run is still of use without a forecast of the run.
-        return None, None, points
+        return None, None
 
 
-def _point(point: Any, samples: int | None) -> dict[str, Any]:
+def _point(point: "DropPoint", samples: int | None) -> dict[str, Any]:
     sizes = {dtype: point.bytes_per_sample // share * (samples or 1) for dtype, share in (("float32", 1), ("float16", 2), ("bfloat16", 2))}
     return {"upto": point.name, "shape": list(point.shape), "bytes_per_sample": point.bytes_per_sample, "bytes": sizes}
 
 
-def _row(item: Matched) -> dict[str, Any]:
+def _row(item: "Matched") -> dict[str, Any]:
     value, match = item.instance.value, item.match
     return {
         **value.table(),
@@ -98,14 +100,13 @@ def _row(item: Matched) -> dict[str, Any]:
     }
 
 
-def _show(spec: Spec, rows: list[dict[str, Any]]) -> None:
+def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
     from graphopt.cli.report import some
     from graphopt.cli.screen import show
 
     show(f"{spec.name or 'unnamed spec'}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
     for number, row in enumerate(rows, start=1):
-        line = f", line {row['line']}" if row["line"] else ""
-        show(f"pass {number} {row['use']}{line}")
+        show(f"pass {number} {row['use']}" + (f", line {row['line']}" if row["line"] else ""))
         show(f"  would act on: {some(row['regions']) or 'nothing'}")
         for d in row["diagnostics"]:
             show(f"  {d['severity']} {d['location']}: {d['message']}")
@@ -114,18 +115,24 @@ def _show(spec: Spec, rows: list[dict[str, Any]]) -> None:
     show("no conflicts" if rows else "no passes: the backbone trains as it is")
 
 
-def _show_run(samples: int | None, work: Any, points: Any) -> None:
+def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
     from graphopt.cli.screen import grid, show
-    from graphopt.units import show_count, show_size, show_time
+    from graphopt.units import show_size
 
+    table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
+    for point in points:
+        size = point.bytes_per_sample
+        all_of = (show_size(size * samples), show_size(size * samples // 2)) if samples else ("?", "?")
+        table.add_row(point.name, "x".join(map(str, point.shape)), show_size(size), *all_of)
     if points:
-        table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
-        for point in points:
-            size, all_of = point.bytes_per_sample, point.bytes_per_sample * (samples or 0)
-            sizes = (show_size(size), show_size(all_of), show_size(all_of // 2)) if samples else (show_size(size), "?", "?")
-            table.add_row(point.name, "x".join(map(str, point.shape)), *sizes)
         show(f"features that a drop would cache for {samples or 'an unknown number of'} samples")
         show(table)
+
+
+def _show_run(work: "RunCost | None") -> None:
+    from graphopt.cli.screen import show
+    from graphopt.units import show_count, show_size, show_time
+
     if work is None:
         show("no costs of the run: its images cannot be counted here, or its step cannot be forecast")
         return
@@ -135,7 +142,7 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
     show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
     show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
     show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")
-    if run.seconds is not None:
+    if run.seconds is not None and before.seconds is not None:
         ratio = run.seconds / before.seconds
         show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
     if not work.complete:

@@ -1,26 +1,27 @@
 """`graphopt fit`: the batch, or the passes, that fit a budget."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, expanded, load_spec
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, out_option
 from graphopt.errors import RunError
+
+if TYPE_CHECKING:
+    from graphopt.planning.budget import Fit
+
+_FLOPS = "FLOPs of a step, as a fraction of the backbone's; with --suggest."
 
 
 def fit(
     spec: SpecArgument,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help='Peak memory of a step: "8 GiB".')] = None,
-    flops: Annotated[
-        float | None, typer.Option("--flops", help="FLOPs of a step, as a fraction of the backbone's; with --suggest.")
-    ] = None,
+    flops: Annotated[float | None, typer.Option("--flops", help=_FLOPS)] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
     allowance: Annotated[float, typer.Option("--allowance", help="Memory of a process per live byte. See tools/tables/cost_rss.md.")] = 1.0,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch for --suggest; default: the spec's.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", parser=expanded, help="Write the chosen spec there.")] = None,
+    out: Annotated[Path | None, out_option("Write the chosen spec there.")] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
@@ -38,42 +39,40 @@ def fit(
     from graphopt.cli.screen import show, show_json
     from graphopt.files import write_atomically
     from graphopt.planning.budget import Budget, Search
-    from graphopt.spec import dumps
+    from graphopt.spec import dumps, load
     from graphopt.units import parse_size
 
     try:
-        size = None if memory is None else parse_size(memory)
+        budget = Budget(None if memory is None else parse_size(memory), flops, allowance)
     except ValueError as error:
         raise RunError(str(error), where="--memory") from error
-    budget = Budget(size, flops, allowance)
     if out is not None and out.exists():
         raise RunError("the file exists", where=str(out), fix="Choose another name, or remove it")
-    loaded = load_spec(spec, [*set_, *([f"train.batch={batch}"] if batch else [])], trust)
-    search = Search(loaded, trust=trust)
+    search = Search(load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])]), trust=trust)
     found = search.suggest(budget) if suggest else search.largest_batch(budget)
     if out is not None and found.spec is not None:
-        write_atomically(out, dumps(found.spec).encode())
+        write_atomically(out, dumps(found.spec))
     if as_json:
         show_json(found.to_dict())
     else:
         _show(found, suggest)
-        if found.spec is not None and out is not None:
+        if out is not None and found.spec is not None:
             show(f"\nwritten: {out}")
     if found.chosen is None:
         raise RunError("nothing that was tried fits the budget", fix="Give more, or a smaller batch (--batch)")
 
 
-def _show(found: Any, suggest: bool) -> None:
+def _show(found: "Fit", suggest: bool) -> None:
     from graphopt.cli.screen import grid, show
     from graphopt.units import show_count, show_size
 
-    limits = [f"memory {show_size(found.budget.memory)}"] if found.budget.memory is not None else []
-    limits += [f"FLOPs {found.budget.flops:g} of the backbone's"] if found.budget.flops is not None else []
-    if found.budget.allowance != 1:
-        limits.append(f"allowance {found.budget.allowance:g}")
+    budget = found.budget
+    limits = [f"memory {show_size(budget.memory)}"] if budget.memory is not None else []
+    limits += [f"FLOPs {budget.flops:g} of the backbone's"] if budget.flops is not None else []
+    limits += [f"allowance {budget.allowance:g}"] if budget.allowance != 1 else []
     show(f"budget: {', '.join(limits)}; batch {found.batch}")
     table = grid("", "candidate", "peak", "FLOPs a step", "of the backbone's", "untrained", "", right=(2, 3, 4, 5))
-    for candidate in sorted(found.candidates, key=lambda c: (c.cost is None, not c.best, c.price)):
+    for candidate in sorted(found.candidates, key=lambda c: (not c.best, c.price)):
         if candidate.cost is None:
             continue
         mark = ">" if candidate is found.chosen else "*" if candidate.best else ""
@@ -87,5 +86,5 @@ def _show(found: Any, suggest: bool) -> None:
             show(f"left out {candidate.name}: {candidate.refused}")
     if suggest:
         show("> chosen   * no other candidate is better in peak, FLOPs and the share that trains")
-    if found.chosen is not None and not suggest:
+    elif found.chosen is not None:
         show(f"largest batch that fits: {found.batch}")

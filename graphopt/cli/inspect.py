@@ -1,21 +1,19 @@
 """`graphopt inspect`: a backbone's blocks, cut points and shapes, before writing a spec for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, TrustOption, load_spec, parse_shape
+from graphopt.cli.options import JsonOption, SetOption, TrustOption
+from graphopt.errors import RunError
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from graphopt.ir.graph import Graph
     from graphopt.ir.regions import Region
-    from graphopt.spec import BackboneSpec
 
 
 def inspect(
@@ -38,33 +36,58 @@ def inspect(
     from graphopt.cli.screen import show_json
     from graphopt.driver import build_backbone, trace_backbone
     from graphopt.models.catalog import SOURCES
-    from graphopt.spec import installed, resolve
+    from graphopt.spec import installed, load, resolve
     from graphopt.tracing import trace
 
-    shape = parse_shape(input)
+    shape = None if input is None else _parse_shape(input)
     source = what.partition("/")[0]
     if not Path(what).exists() and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
         backbone = resolve(what, input=shape)
         graph = trace(build_backbone(backbone, trust=trust), backbone.input)
     else:
-        loaded = load_spec(what, set_, trust)
+        loaded = load(what, trust=trust, overrides=set_)
         backbone = loaded.backbone
         _, graph = trace_backbone(loaded, input=shape, trust=trust)
-    table = _table(backbone, graph)
+    table = _table(f"{backbone.source}/{backbone.name}", graph)
     if as_json:
         show_json(table)
     else:
         _show(table)
 
 
-def _table(backbone: BackboneSpec, graph: Graph) -> dict[str, Any]:
+def _parse_shape(text: str) -> tuple[int, ...]:
+    """`"3,224,224"` as (3, 224, 224)."""
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = (0,)
+    if min(shape) < 1:
+        raise RunError(f"expected one sample's shape such as 3,224,224, found {text!r}", where="--input")
+    return shape
+
+
+def _table(backbone: str, graph: "Graph") -> dict[str, Any]:
     from graphopt.ir.flow import cut_points
 
     sizes = {name: parameter.numel() for name, parameter in graph.module.named_parameters()}
     cuts = cut_points(graph)
-    rows = [_row(region, sizes, set(cuts), level, block) for region, level, block in tree(graph)]
+
+    def row(region: "Region", level: int, block: bool) -> dict[str, Any]:
+        out = region.exits[0] if len(region.exits) == 1 else None
+        return {
+            "name": region.name,
+            "kind": region.kind,
+            "level": level,
+            "block": block,
+            "parameters": sum(sizes.get(name, 0) for name in region.parameters),
+            "output": None if out is None else _shape(out),
+            "closed": region.closed,
+            "cut_point": out in cuts,
+        }
+
+    rows = [row(*entry) for entry in _tree(graph)]
     return {
-        "backbone": f"{backbone.source}/{backbone.name}",
+        "backbone": backbone,
         "input": list(graph.input),
         "parameters": sum(sizes.values()),
         "blocks": [row["name"] for row in rows if row["block"]],
@@ -75,21 +98,7 @@ def _table(backbone: BackboneSpec, graph: Graph) -> dict[str, Any]:
     }
 
 
-def _row(region: Region, sizes: dict[str, int], cuts: set[Node], level: int, block: bool) -> dict[str, Any]:
-    out = region.exits[0] if len(region.exits) == 1 else None
-    return {
-        "name": region.name,
-        "kind": region.kind,
-        "level": level,
-        "block": block,
-        "parameters": sum(sizes.get(name, 0) for name in region.parameters),
-        "output": _shape(out) if out is not None else None,
-        "closed": region.closed,
-        "cut_point": out in cuts,
-    }
-
-
-def tree(graph: Graph) -> Iterator[tuple[Region, int, bool]]:
+def _tree(graph: "Graph") -> "Iterator[tuple[Region, int, bool]]":
     """Blocks, the modules that contain them, and the modules next to them, in execution order: (region, depth, is a block)."""
     from graphopt.ir.blocks import find_blocks
     from graphopt.ir.paths import containers, owner
@@ -108,7 +117,7 @@ def tree(graph: Graph) -> Iterator[tuple[Region, int, bool]]:
                 yield region, path.count("."), False
 
 
-def _shape(node: Node) -> list[Any] | None:
+def _shape(node: "Node") -> list[Any] | None:
     shape = getattr(node.meta.get("val"), "shape", ())
     return ["N", *shape[1:]] if len(shape) else None
 
@@ -117,12 +126,12 @@ def _show(table: dict[str, Any]) -> None:
     from graphopt.cli.screen import grid, show
     from graphopt.units import show_count
 
-    shape = ", ".join(str(size) for size in table["input"])
+    shape = ", ".join(map(str, table["input"]))
     cuts = len(table["cut_points"])
     show(f"{table['backbone']}  input (N, {shape}), {table['parameters']:,} parameters, {len(table['blocks'])} blocks, {cuts} cut points")
     rows = grid("path", "kind", "parameters", "output", "closed", "cut point", right=(2,))
     for row in table["tree"]:
-        output = f"({', '.join(str(size) for size in row['output'])})" if row["output"] else "several" if not row["closed"] else ""
+        output = f"({', '.join(map(str, row['output']))})" if row["output"] else "" if row["closed"] else "several"
         name = "  " * row["level"] + row["name"] + (" *" if row["block"] else "")
         flags = ("yes" if row["closed"] else "no", "yes" if row["cut_point"] else "")
         rows.add_row(name, row["kind"], show_count(row["parameters"]) if row["parameters"] else "", output, *flags)

@@ -1,0 +1,148 @@
+"""What is installed: `graphopt passes` (and their manuals), `specs`, and `schema`, the JSON Schema of a spec."""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphopt.cli.options import JsonOption, out_option
+from graphopt.errors import PassError, SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from graphopt.compiler.pass_base import Pass
+
+
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, to print its manual.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the installed passes, or print the manual of one: what it does, its options and defaults, what it preserves.
+
+    Examples:
+
+        graphopt passes
+
+        graphopt passes freeze
+    """
+    from graphopt.cli.screen import grid, show, show_json
+    from graphopt.compiler.registry import passes as registered
+
+    known = registered()
+    if name is not None and name not in known:
+        raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(sorted(known))}")
+    chosen = {name: known[name]} if name else dict(sorted(known.items()))
+    if as_json:
+        show_json({key: {"summary": _summary(cls), **cls.model_json_schema()} for key, cls in chosen.items()})
+    elif name:
+        _manual(known[name])
+    else:
+        table = grid("pass", "what it does", "preserves")
+        for key, cls in chosen.items():
+            table.add_row(key, _summary(cls), ", ".join(sorted(cls.preserves)))
+        show(table)
+        show("graphopt passes NAME prints a pass's manual.")
+
+
+def _summary(cls: "type[Pass]") -> str:
+    text = (_module_text(cls) or inspect.getdoc(cls) or "").strip().split("\n\n")[0].replace("\n", " ")
+    return text.removeprefix(f"{cls.name}: ")
+
+
+def _module_text(cls: "type[Pass]") -> str:
+    return inspect.cleandoc(getattr(sys.modules.get(cls.__module__), "__doc__", None) or "")
+
+
+def _manual(cls: "type[Pass]") -> None:
+    from graphopt.cli.screen import grid, show
+    from graphopt.spec.docs import option_texts, without_attributes
+
+    for text in dict.fromkeys((_module_text(cls), without_attributes(cls.__doc__ or ""))):
+        if text:
+            show(f"{text}\n")
+    meanings = option_texts(cls)
+    table = grid("option", "default", "meaning")
+    for name, field in cls.model_fields.items():
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        table.add_row(field.alias or name, default, meanings.get(name, ""))
+    show(table)
+    if cls.preserves:
+        show(f"\npreserves: {', '.join(sorted(cls.preserves))}")
+    if cls.claim:
+        show(f"its regions are: {cls.claim}")
+    if cls.conflicts_with:
+        show(f"they must not also be: {', '.join(sorted(cls.conflicts_with))}")
+
+
+def _default(value: Any) -> str:
+    """A default value as TOML would have it."""
+    from graphopt.compiler.triggers import Start
+
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return '"start"' if isinstance(value, Start) else repr(value).replace("'", '"')
+
+
+def specs(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the installed specs, or print one as a start for your own.
+
+    Examples:
+
+        graphopt specs
+
+        graphopt specs quickstart > my.toml
+    """
+    import tomli
+
+    from graphopt.cli.screen import grid, show, show_json, show_text
+    from graphopt.spec import installed
+
+    known = installed()
+    if name is not None:
+        if name not in known:
+            raise SpecError(f"no installed spec is called {name!r}", fix=did_you_mean(name, known))
+        show_text(known[name].read_text(encoding="utf-8"))
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    for key, path in known.items():
+        spec = tomli.loads(path.read_text(encoding="utf-8"))
+        backbone = "{source}/{name}".format(**spec["backbone"])
+        rows[key] = {
+            "name": spec.get("name", ""),
+            "backbone": backbone,
+            "passes": [item["use"] for item in spec.get("pass", [])],
+            "file": str(path),
+        }
+    if as_json:
+        show_json(rows)
+        return
+    table = grid("spec", "backbone", "passes", "what it is")
+    for key, row in rows.items():
+        table.add_row(key, row["backbone"], ", ".join(row["passes"]), row["name"])
+    show(table)
+
+
+def schema(out: Annotated[Path | None, out_option("Write it there; default: print it.")] = None) -> None:
+    """Print the JSON Schema of a spec with the installed passes, for editors that complete and check TOML.
+
+    Example (then begin a spec with the line #:schema graphopt.schema.json):
+
+        graphopt schema -o graphopt.schema.json
+    """
+    from graphopt.cli.screen import show, show_text
+    from graphopt.files import write_atomically
+    from graphopt.spec import schema as spec_schema
+
+    text = json.dumps(spec_schema(), indent=2) + "\n"
+    if out is None:
+        show_text(text)
+    else:
+        write_atomically(out, text)
+        show(f"written: {out}")

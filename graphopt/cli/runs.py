@@ -1,0 +1,116 @@
+"""The commands that write and read runs: `graphopt train`, `report` (a run as one HTML page) and `export` (its ordinary model)."""
+
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphopt.cli.options import (
+    CostsOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, check_target, expanded, out_option, seeded_plan
+)
+
+
+def train(
+    spec: SpecArgument,
+    out: Annotated[Path | None, out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    set_: SetOption = [],  # noqa: B006
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    trust: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train SPEC into a folder: checkpoints, metrics.jsonl, summary.json.
+
+    Ctrl-C stops after the current step and writes a checkpoint; --resume continues from there. Examples:
+
+        graphopt train quickstart
+
+        graphopt train spec.toml -o runs/first --set train.epochs=3
+
+        graphopt train spec.toml -o runs/first --resume
+    """
+    from dataclasses import asdict
+
+    from graphopt.cli.screen import console, show, show_json
+    from graphopt.driver import located_backbone
+    from graphopt.spec import load
+    from graphopt.train import train as run
+
+    loaded = load(spec, trust=trust, overrides=set_)
+    folder, screen = out or _folder(spec, resume), None if quiet or as_json else console()
+    with located_backbone(loaded):
+        summary = run(loaded, folder, resume=resume, trust=trust, tensorboard=tensorboard, console=screen)
+    if as_json:
+        show_json(asdict(summary))
+    elif not quiet:
+        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch + 1}"
+        show(f"accuracy {100 * summary.accuracy:.2f} % ({best}) after {summary.seconds:.0f} s on {summary.device}")
+        show(f"run: {summary.folder}   export it: graphopt export {summary.folder} -o model.safetensors")
+
+
+def _folder(spec: str, resume: bool) -> Path:
+    """`runs/<spec>`, or the next free `runs/<spec>-2` if that exists; with `resume`, the newest that exists."""
+    path = Path(spec)
+    name = path.parent.name if path.name == "spec.toml" else path.name if path.is_dir() else path.stem
+    newest = folder = Path("runs", name)
+    for number in count(2):
+        if not folder.exists():
+            break
+        newest, folder = folder, Path("runs", f"{name}-{number}")
+    return newest if resume else folder
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=expanded, help="The folder that `graphopt train` wrote.")],
+    out: Annotated[Path | None, out_option("The page; default: report.html in the folder.")] = None,
+    costs: CostsOption = True,
+    trust: TrustOption = False,
+) -> None:
+    """Write one HTML page about a run: curves, phases and decisions, memory and step time, and the diff.
+
+    The page needs no network and no other files. Examples:
+
+        graphopt report runs/quickstart
+
+        graphopt report runs/quickstart -o quickstart.html
+    """
+    from graphopt.cli.screen import show
+    from graphopt.diff.render.run import to_report
+    from graphopt.diff.run import read_run
+    from graphopt.files import write_atomically
+    from graphopt.spec import load
+
+    found = read_run(run)
+    target = out or run / "report.html"
+    check_target(target, "report.html")
+    write_atomically(target, to_report(found, seeded_plan(load(run, trust=trust), trust=trust, costs=costs)))
+    show(f"written: {target}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=expanded, help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, out_option("The safetensors file to write.")],
+    which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
+    weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
+    trust: TrustOption = False,
+) -> None:
+    """Write a run's weights under the backbone's own keys; they load strictly into the untouched backbone.
+
+    Example:
+
+        graphopt export runs/quickstart -o model.safetensors
+    """
+    from graphopt.cli.screen import show
+    from graphopt.plan_file import is_plan_file
+    from graphopt.train.export import export_run
+    from graphopt.units import show_size
+
+    check_choice("--which", which, ("best", "last"))
+    check_choice("--weights", weights, ("auto", "model", "ema"))
+    options: dict[str, Any] = {"which": which, "weights": weights}
+    written = export_run(run, out, **options, trust=trust)
+    show(f"written: {written} ({show_size(written.stat().st_size)})")
+    if is_plan_file(written):
+        show("it holds the rewritten model and its spec: the backbone's architecture cannot express it. Load it with graphopt.load(file)")
