@@ -3,22 +3,28 @@
 plan = graphopt.compile(model, "spec.toml")      # or a list of passes, with input=(3, 224, 224)
 train(plan.module)                               # any loop
 backbone = plan.export()                         # the ordinary model, trained
+
+Names are imported when they are first used, so that `graphopt --help` starts without torch.
 """
 
-from graphopt.compiler.pass_base import ActiveMatch, Diagnostic, Effects, Match, Pass, RuntimeNeeds, Severity, Status
-from graphopt.compiler.plan import Plan
-from graphopt.compiler.report import Report
-from graphopt.compiler.triggers import Decision
-from graphopt.driver import compile
-from graphopt.errors import BackboneError, GraphoptError, PassError, RunError, SelectError, SpecError, TraceError, VerifyError
-from graphopt.ir.editor import Editor
-from graphopt.ir.graph import Graph
-from graphopt.ir.regions import Region
-from graphopt.ir.section import Section
-from graphopt.ir.select import Filter, Selector, select
-from graphopt.loading import load
-from graphopt.plan_file import save
-from graphopt.trace import trace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.compiler.pass_base import ActiveMatch, Diagnostic, Effects, Match, Pass, RuntimeNeeds, Severity, Status
+    from graphopt.compiler.plan import Plan
+    from graphopt.compiler.report import Report
+    from graphopt.compiler.triggers import Decision
+    from graphopt.driver import compile
+    from graphopt.errors import BackboneError, GraphoptError, PassError, RunError, SelectError, SpecError, TraceError, VerifyError
+    from graphopt.ir.editor import Editor
+    from graphopt.ir.graph import Graph
+    from graphopt.ir.regions import Region
+    from graphopt.ir.section import Section
+    from graphopt.ir.select import Filter, Selector, select
+    from graphopt.loading import load
+    from graphopt.plan_file import save
+    from graphopt.tracing import trace
 
 __all__ = [
     "ActiveMatch",
@@ -52,3 +58,32 @@ __all__ = [
     "select",
     "trace",
 ]
+
+_MODULE_OF = {
+    **dict.fromkeys(("ActiveMatch", "Diagnostic", "Effects", "Match", "Pass", "RuntimeNeeds", "Severity", "Status"), "compiler.pass_base"),
+    **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
+    **dict.fromkeys(("Filter", "Selector", "select"), "ir.select"),
+    "Decision": "compiler.triggers",
+    "Editor": "ir.editor",
+    "Graph": "ir.graph",
+    "Plan": "compiler.plan",
+    "Region": "ir.regions",
+    "Report": "compiler.report",
+    "Section": "ir.section",
+    "compile": "driver",
+    "load": "loading",
+    "save": "plan_file",
+    "trace": "tracing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

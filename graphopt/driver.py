@@ -16,10 +16,11 @@ from graphopt.compiler.pass_base import Pass, PassInstance
 from graphopt.compiler.pipeline import Verify, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
-from graphopt.errors import BackboneError, SpecError, TraceError
+from graphopt.errors import BackboneError, SpecError, TraceError, WeightsError
+from graphopt.ir.graph import Graph
 from graphopt.models.build import build
 from graphopt.spec import BackboneSpec, Spec, load
-from graphopt.trace import trace
+from graphopt.tracing import trace
 
 #: default batch size for cost estimates
 DEFAULT_BATCH = 32
@@ -74,24 +75,29 @@ def prepare(
     """
     spec = load(spec, trust=trust) if isinstance(spec, (str, Path)) else spec
     if isinstance(spec, Spec):
-        return _from_spec(model, spec, input, batch, compare, trust)
-    passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
-    if model is None or input is None:
-        raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
-    batch = batch or DEFAULT_BATCH
-    graph = trace(model, tuple(input), compare=compare)
-    matched = match_all(graph, [PassInstance(value, index) for index, value in enumerate(passes)])
-    return Source(model, graph, matched, type(model).__name__, digest_of(passes, model, tuple(input)), batch, measure_with(batch))
+        model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
+        instances = [PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes)]
+        batch, options = batch or spec.train.batch, spec.train.forecast_options()
+        about: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "spec": spec}
+    else:
+        passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
+        if model is None or input is None:
+            raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
+        graph = trace(model, tuple(input), compare=compare)
+        instances = [PassInstance(value, index) for index, value in enumerate(passes)]
+        batch, options = batch or DEFAULT_BATCH, {}
+        about = {"name": type(model).__name__, "digest": digest_of(passes, model, tuple(input))}
+    matched = match_all(graph, instances)
+    return Source(backbone=model, base=graph, matched=matched, batch=batch, measure=measure_with(batch, **options), **about)
 
 
-def _from_spec(model: nn.Module | None, spec: Spec, input: tuple[int, ...] | None, batch: int | None, compare: bool, trust: bool) -> Source:
+def trace_backbone(
+    spec: Spec, *, model: nn.Module | None = None, input: tuple[int, ...] | None = None, compare: bool = True, trust: bool = False
+) -> tuple[nn.Module, Graph]:
+    """The backbone of a spec and its graph; no pass is applied. Arguments and errors are as in `prepare`."""
     with located_backbone(spec):
         model = build_backbone(spec.backbone, trust=trust) if model is None else model
-        graph = trace(model, tuple(input or spec.backbone.input), compare=compare)
-    matched = match_all(graph, instances_of(spec))
-    batch = batch or spec.train.batch
-    measure = measure_with(batch, **spec.train.forecast_options())
-    return Source(model, graph, matched, spec.name, spec.digest, batch, measure, spec)
+        return model, trace(model, tuple(input or spec.backbone.input), compare=compare)
 
 
 def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = True) -> nn.Module:
@@ -106,19 +112,17 @@ def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = T
     return build(spec.source, spec.name, spec.arguments, weights=spec.weights if weights else None, trust=trust)
 
 
-def instances_of(spec: Spec) -> tuple[PassInstance, ...]:
-    """The passes of a spec with the places where they were written."""
-    return tuple(PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes))
-
-
 @contextmanager
 def located_backbone(spec: Spec) -> Iterator[None]:
-    """Puts the line of `[backbone]` before the location of an error about the backbone."""
+    """Puts the line of the key of `[backbone]` that is at fault before the location of an error."""
     try:
         yield
     except (BackboneError, TraceError) as error:
-        where = spec.where("backbone", "input" if isinstance(error, TraceError) else "name")
-        raise (error.with_location(where) if where else error)
+        key = "input" if isinstance(error, TraceError) else "weights" if isinstance(error, WeightsError) else "name"
+        where = spec.where("backbone", key)
+        if where and not (error.where or "").startswith(where):  # it may have been located further in
+            error.with_location(where)
+        raise
 
 
 def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...]) -> str:

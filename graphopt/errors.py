@@ -1,4 +1,4 @@
-"""One family of errors: each says where, what, and what to do."""
+"""The errors that graphopt raises on purpose. Each says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Self
 
 
 class GraphoptError(Exception):
-    """Base of everything graphopt raises on purpose.
+    """Base class of all errors that graphopt raises on purpose.
 
     Args:
-        what: the fact, in one sentence without a final full stop.
+        what: what is wrong, in one sentence without a full stop.
         where: file:line and field, pass, node or module path.
-        fix: what the user can do about it.
+        fix: what the user can do about it, without a full stop at the end.
     """
 
-    #: process exit status of the command line: 2 is the user's to mend, 1 is a failure of ours or of the machine.
+    #: exit status of the command line: 2 if the user can correct it, 1 if graphopt or the machine has failed
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
@@ -30,34 +30,38 @@ class GraphoptError(Exception):
         return text
 
     def with_location(self, where: str) -> Self:
-        """The same error with an outer location put before its own (a line of the spec before a region)."""
+        """The same error with an outer location (a line of the spec) before its own (a region)."""
         self.where = f"{where}: {self.where}" if self.where else where
         self.args = (self.what, self.where, self.fix)
         return self
 
 
 class SpecError(GraphoptError):
-    """The spec is not one: syntax, an unknown key, a wrong type."""
+    """A spec is not valid: syntax, an unknown key, a wrong type."""
 
 
 class BackboneError(GraphoptError):
-    """The backbone cannot be built, or its weights do not fit."""
+    """The backbone cannot be built."""
+
+
+class WeightsError(BackboneError):
+    """A weights file cannot be read, or does not fit the backbone."""
 
 
 class TraceError(GraphoptError):
-    """The backbone cannot become one graph."""
+    """The backbone cannot be traced into one graph."""
 
 
 class SelectError(GraphoptError):
-    """A selector names nothing, or something that is not there."""
+    """A selector matches nothing."""
 
 
 class PassError(GraphoptError):
-    """A pass cannot do what it was asked to."""
+    """A pass cannot be applied as its options say."""
 
 
 class VerifyError(GraphoptError):
-    """A rewrite did not keep a property it declared."""
+    """A rewrite broke a property that its pass declares."""
 
     exit_code = 1
 
@@ -67,24 +71,24 @@ class CostError(GraphoptError):
 
 
 class RunError(GraphoptError):
-    """Training, a checkpoint or an output folder is not as it must be."""
+    """A run, a checkpoint, an output folder or a command-line option is not usable."""
 
 
 def near(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` known names nearest to `name`, best first; case is ignored."""
+    """The known names most similar to `name`, at most `count`, best first; case is ignored."""
     by_folded: dict[str, str] = {}
     for item in known:
         by_folded.setdefault(item.casefold(), item)
     hits = difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.5)
     if len(hits) < count:
-        # A path that merely ends or starts with what was typed reads as a near miss although difflib scores it low.
+        # A name that contains what was typed is similar too, although difflib's score of it is low.
         inside = [folded for folded in by_folded if name and name.casefold() in folded and folded not in hits]
         hits += sorted(inside, key=len)[: count - len(hits)]
     return [by_folded[hit] for hit in hits]
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:
-    """`"did you mean 'a', 'b' or 'c'?"`, or None where nothing is near."""
+    """`"Did you mean 'a', 'b' or 'c'?"`, or None if no known name is similar."""
     hits = [repr(hit) for hit in near(name, known, count)]
     if not hits:
         return None

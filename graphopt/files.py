@@ -1,22 +1,36 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and locks on them."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from graphopt.errors import RunError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]  # the module's type has no None
 
-def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
-    """Write a file that appears under `path` whole, on disk, or not at all; what was there before stays until then.
+_ROOM = "Make room or choose another folder; what was there before is untouched"
 
-    Raises RunError when the disk is full or refuses; no temporary file is left behind.
+
+def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], None]) -> None:
+    """Writes a file that appears under `path` whole, on disk, or not at all; what was there before stays until then.
+
+    Args:
+        content: text (as UTF-8), bytes, or a function that writes to an open file.
+
+    Raises:
+        RunError: the disk is full or refuses; no temporary file is left.
     """
+    if isinstance(content, str):
+        content = content.encode()
     handle = None
     temporary = ""
     try:
@@ -31,33 +45,117 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
         handle.close()
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         if handle is not None:
             with suppress(OSError):  # closing flushes, and fails again where writing did
                 handle.close()
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
         # torch's archive writer reports a failed write of ours as a RuntimeError of its own.
         if isinstance(error, (OSError, RuntimeError)):
-            raise RunError(
-                f"could not be written: {_reason(error)}",
-                where=str(path),
-                fix="Make room or choose another folder; what was there before is untouched.",
-            ) from error
+            raise RunError(f"could not be written: {reason(error)}", where=str(path), fix=_ROOM) from error
         raise
 
 
-def _reason(error: BaseException) -> str:
+def link_atomically(source: Path, target: Path) -> None:
+    """Makes `target` a second name of the content of `source`, which stays when `source` is replaced; a copy where links are impossible."""
+    temporary = target.with_name(f".{target.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"could not be written: {reason(error)}", where=str(target), fix=_ROOM) from error
+
+
+def write_folder(path: Path, files: Mapping[str, str], allowed: Collection[str]) -> None:
+    """Writes `files` (name -> text) as the folder `path`: all of them, or none.
+
+    A new folder appears by one rename. In a folder that exists each file is replaced whole, and files of `allowed` that are no longer
+    written are removed.
+
+    Args:
+        allowed: names of all files that such a folder may hold.
+
+    Raises:
+        RunError: the disk is full or refuses; nothing is half-written.
+    """
+    staging: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        for name, text in files.items():
+            write_atomically(staging / name, text)
+        staging.chmod(0o755)
+        if path.exists() and any(path.iterdir()):
+            for name in files:
+                os.replace(staging / name, path / name)
+            for stale in set(allowed) - files.keys():
+                (path / stale).unlink(missing_ok=True)
+        else:
+            os.replace(staging, path)
+    except (OSError, RunError) as error:
+        raise RunError(f"could not be written: {reason(error)}", where=str(path), fix="Make room, or choose another folder") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def lock_folder(path: Path) -> int | None:
+    """Takes a folder for this process.
+
+    The folder itself carries the lock, so that no file is left for it; the system frees it however the process ends.
+
+    Returns:
+        A descriptor that holds the lock until it is closed; None where there are no locks (Windows, some network file systems).
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock file `path` while open; waits until no other process holds it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def reason(error: BaseException) -> str:
+    """Why a file operation failed, in the system's words: `"no space left on device"`."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror.lower()
         cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's entries to the disk, where the system can do that."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,18 +1,20 @@
-"""A plan in one file, and back: for models that the backbone's architecture cannot express, and for going on elsewhere.
+"""A plan in one file: for models that the backbone's architecture cannot express, and for continuing elsewhere.
 
 The file is safetensors: the emitted module's state dict, with the spec and the decisions in its metadata. Nothing is pickled; loading
-replays the passes and then loads by name, strictly. What the backbone can express is better exported (`plan.export()`).
+replays the passes and then loads the weights by name, strictly. What the backbone can express is better exported (`plan.export()`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as pack
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
@@ -21,70 +23,125 @@ from graphopt.errors import RunError
 from graphopt.files import write_atomically
 from graphopt.spec import dumps, loads
 
-#: metadata key that tells such a file from an ordinary checkpoint
-MARK = "graphopt-plan"
+#: metadata key that only plan files have; its value is the version of the format
+FORMAT_KEY = "graphopt-plan"
+FORMAT_VERSION = "1"
 
 
-FORMAT = "1"
-
-
-def packed(plan: Plan, metadata: dict[str, str] | None = None) -> bytes:
+def packed(plan: Plan, metadata: Mapping[str, str] | None = None) -> bytes:
     """The content of a plan's file: safetensors, every tensor of `plan.module` under its own name."""
     about = {
         **(metadata or {}),
         "format": "pt",
-        MARK: FORMAT,
+        FORMAT_KEY: FORMAT_VERSION,
         "name": plan.name,
         "digest": plan.digest,
         "decisions": json.dumps([d.model_dump(mode="json") for d in plan.decisions]),
         "spec": dumps(plan.spec) if plan.spec is not None else "",
     }
-    # Clones: two names of one tensor would be refused.
-    return pack({k: v.detach().cpu().contiguous().clone() for k, v in plan.module.state_dict().items()}, about)
+    # Clones, because safetensors refuses two names of one tensor.
+    return to_safetensors({k: v.detach().cpu().contiguous().clone() for k, v in plan.module.state_dict().items()}, about)
 
 
 def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Writes a plan's weights with its spec and decisions to `path`, atomically. `load` gives the model back.
+    """Writes a plan's weights with its spec and decisions to `path`, atomically; `load` gives the model back. Raises as `write_model`."""
+    return write_model(Path(path), packed(plan))
 
-    Raises:
-        RunError: there is no room, or no such folder.
-    """
-    target = Path(path)
+
+def write_model(target: Path, content: bytes) -> Path:
+    """Writes a model file atomically. Raises RunError if there is no room or no such folder, or if `target` is a folder."""
     if not target.parent.is_dir():
         raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another")
-    write_atomically(target, packed(plan))
+    if target.is_dir():
+        raise RunError("is a folder", where=str(target), fix="Name a file, model.safetensors for example")
+    write_atomically(target, content)
     return target
 
 
 def is_plan_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds a whole plan, and not a backbone's checkpoint."""
+    """Whether a file holds a plan, rather than a checkpoint of a backbone."""
     try:
         with safe_open(os.fspath(path), "pt") as file:
-            return MARK in (file.metadata() or {})
+            return FORMAT_KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
 
-def read_plan_file(source: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def read_plan_file(path: Path, *, trust: bool = False, plan: Plan | None = None) -> Plan:
+    """The plan in a file that `save` wrote, with its weights; see `restore` for the arguments.
+
+    Raises:
+        RunError: there is no such file, it is damaged or holds something else, or see `restore`.
+    """
     try:
-        with safe_open(os.fspath(source), "pt") as file:
+        with safe_open(os.fspath(path), "pt") as file:
             about = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError as error:
-        raise RunError("there is no such file", where=str(source)) from error
+        raise RunError("there is no such file", where=str(path)) from error
     except (SafetensorError, OSError) as error:
-        raise RunError(f"is damaged or no safetensors file: {error}", where=str(source)) from error
-    if about.get(MARK) != FORMAT:
+        raise RunError(f"is damaged or no safetensors file: {error}", where=str(path)) from error
+    if FORMAT_KEY not in about:
         raise RunError(
             "is a checkpoint of a backbone, not of a plan",
-            where=str(source),
+            where=str(path),
             fix="Load it into the backbone itself: model.load_state_dict(safetensors.torch.load_file(path))",
         )
-    return about, state
+    check_version(about[FORMAT_KEY], FORMAT_VERSION, str(path))
+    return restore({**about, "decisions": json.loads(about["decisions"])}, state, plan=plan, trust=trust, where=str(path))
 
 
-def rebuilt(text: str, decisions: list[Decision], trust: bool) -> Plan:
+def restore(about: Mapping[str, Any], state: Mapping[str, Tensor], *, plan: Plan | None, trust: bool, where: str) -> Plan:
+    """A plan from what a file says about it, with its weights.
+
+    Args:
+        about: the text of its "spec" (empty for a plan compiled by hand), its "digest", and its "decisions" as plain values.
+        state: state dict of the emitted module.
+        plan: for a plan compiled by hand, that plan (in any phase).
+        trust: let the spec run Python code that it names.
+
+    Raises:
+        RunError: `plan` is another plan or missing, or the weights do not fit.
+    """
+    decisions = [Decision.model_validate(d) for d in about["decisions"]]
+    if plan is not None:
+        check_digest(about["digest"], plan.digest, where, fix="Give the plan that was saved")
+        plan = plan.advance_to(decisions, verify="off")
+    elif not about["spec"]:
+        raise RunError("it holds a plan that was compiled by hand, without a spec", where=where, fix="Give that plan: plan=plan")
+    else:
+        plan = _rebuilt(str(about["spec"]), decisions, trust)
+    load_strictly(plan.module, state)
+    return plan
+
+
+def _rebuilt(text: str, decisions: Sequence[Decision], trust: bool) -> Plan:
     """The plan that a spec's text and the decisions of its run give, without weights."""
     spec = loads(text, trust=trust)
     model = build_backbone(spec.backbone, trust=trust, weights=False)
     return compile(model, spec, decisions=decisions, verify="off", costs=False, trust=trust)
+
+
+def check_version(found: object, expected: object, where: str) -> None:
+    """Raises RunError unless a file's format is the one that this version of graphopt reads and writes."""
+    if found != expected:
+        what = f"has format {found!r}, this version of graphopt reads format {expected!r}"
+        raise RunError(what, where=where, fix="Use the version of graphopt that wrote it")
+
+
+def check_digest(found: str, expected: str, where: str, fix: str) -> None:
+    """Raises RunError unless a checkpoint's digest is the spec's."""
+    if found != expected:
+        raise RunError(f"it was made with another spec (digest {found[:12]}, yours is {expected[:12]})", where=where, fix=fix)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads a state dict; raises RunError unless its names and shapes are the module's."""
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+    if wrong:
+        raise RunError(
+            f"the checkpoint does not fit the network that its spec and decisions give: {', '.join(wrong[:5])}",
+            fix="It was written with another version of a pass or of the backbone's library",
+        )
+    module.load_state_dict(dict(state), strict=True)

@@ -1,4 +1,4 @@
-"""Sizes as people write them (`"8 GiB"`, `"512MB"`, `1024`), to bytes and back; and large figures for people."""
+"""Human-readable figures: sizes in bytes (`"8 GiB"`, `"512MB"`, `1024`), read and written; counts and times, written."""
 
 from __future__ import annotations
 
@@ -52,42 +52,45 @@ def exact_size(size: int) -> str:
 
 
 def show_size(size: float) -> str:
-    """About three figures, for people: `"1.31 GiB"`, `"512 B"`, `"-3.2 MiB"`."""
+    """A size with about three digits: `"1.31 GiB"`, `"512 B"`, `"-3.20 MiB"`."""
     sign, size = ("-", -size) if size < 0 else ("", size)
     if size < 1024:
         return f"{sign}{size:.0f} B"
-    for prefix in _PREFIXES:
-        size /= 1024
-        if size < 999.5 or prefix == _PREFIXES[-1]:
-            break
-    return f"{sign}{_three(size)} {prefix.upper()}iB"
+    number, prefix = _scaled(size, 1024)
+    return f"{sign}{number} {prefix.upper()}iB"
 
 
 def show_count(count: float) -> str:
-    """About three figures with a decimal prefix: `"1.73 M"` parameters, `"23.0 G"` FLOPs; whole below 10,000."""
+    """A count with about three digits and a decimal prefix: `"1.73 M"` parameters, `"23.0 G"` FLOPs; whole below 10,000."""
     sign, count = ("-", -count) if count < 0 else ("", count)
     if count < 10_000:
         return f"{sign}{count:,.0f}"
-    for prefix in _PREFIXES:
-        count /= 1000
-        if count < 999.5 or prefix == _PREFIXES[-1]:
-            break
-    return f"{sign}{_three(count)} {prefix}"
+    number, prefix = _scaled(count, 1000)
+    return f"{sign}{number} {prefix}"
 
 
 def show_time(seconds: float) -> str:
-    """About three figures, for people: `"0.31 s"`, `"42.0 s"`, `"7.50 min"`, `"31.2 h"`, `"4.02 days"`."""
+    """A duration with about three digits: `"0.31 s"`, `"42.0 s"`, `"7.50 min"`, `"31.2 h"`, `"4.02 days"`."""
     for unit, length, upto in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
         if seconds < upto:
             return f"{_three(seconds / length)} {unit}"
     return f"{_three(seconds / 86400)} days"
 
 
+def _scaled(value: float, base: int) -> tuple[str, str]:
+    """A number with about three digits, and its prefix."""
+    for prefix in _PREFIXES:
+        value /= base
+        if value < 999.5 or prefix == _PREFIXES[-1]:
+            break
+    return _three(value), prefix
+
+
 def _three(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
-#: A pydantic field in bytes; `"8 GiB"` in TOML, an int in Python, and `"8 GiB"` again in the resolved spec.
+#: a pydantic field in bytes: `"8 GiB"` in TOML, an int in Python, and `"8 GiB"` again in the resolved spec
 Size = Annotated[
     int,
     BeforeValidator(parse_size),

@@ -1,19 +1,20 @@
-"""checkpoint: regions keep only their inputs, and run again when the backward pass needs their activations.
+"""checkpoint: regions save only their inputs, and run again when the backward pass needs their activations.
 
 Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174), by `torch.utils.checkpoint`
 inside the emitted module. Gradients stay the same; a checkpointed segment runs its forward twice, so a whole backbone costs about a third
 more compute. It is the baseline that freezing, dropping and local supervision are compared with.
 
-What it saves is everything between a segment's input and its output; the input is kept. While a segment runs again its activations are
+What it saves is everything between a segment's input and its output; the input is stored. While a segment runs again its activations are
 live, so the peak is about the inputs of all segments plus the activations of the largest one: the square root of the number of blocks is
 a good number of segments. The last segment runs again at once and gains nothing.
 
-The random state is kept, so dropout draws the same masks again. Norms count every batch once: their running statistics move in the
+The random state is restored, so dropout draws the same masks again. Norms count every batch once: their running statistics move in the
 forward and stay put when it runs again (`torch.utils.checkpoint` alone moves them twice).
 
     [[pass]]
     use = "checkpoint"
     segments = 4                      # or: select = ["layer1", "layer2"], each region a segment of its own
+    balance = "memory"                # default "blocks": as many blocks in each segment
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.fx import Node
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, Selector, Status, select
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.verify import ALL_PROPERTIES, Property
+from graphopt.cost.partition import recomputed_by_memory
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.nodes import activations
 from graphopt.runtime.body import NoGrad
@@ -40,7 +42,8 @@ class Checkpoint(Pass):
 
     Attributes:
         select: regions to recompute, each a segment of its own; see selectors.
-        segments: instead: the natural blocks in this many segments of (nearly) equal counts, with what lies between them.
+        segments: instead: the natural blocks in this many segments, with what lies between them.
+        balance: of the segments: "blocks" (as many in each), "memory" (the lowest predicted peak of a step).
         when: from which epoch, until which.
 
     Preserves everything: eval and training output, keys, and all gradients.
@@ -55,55 +58,65 @@ class Checkpoint(Pass):
 
     select: Selector | None = None
     segments: Annotated[int, Field(ge=1, strict=True)] | None = None
+    balance: Literal["blocks", "memory"] = "blocks"
 
     @pydantic.model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if (self.select is None) == (self.segments is None):
-            raise ValueError("give either select (regions) or segments (a number of equal segments)")
+            raise ValueError("give either select (regions) or segments (a number of segments)")
+        if self.select is not None and self.balance != "blocks":
+            raise ValueError("balance divides the blocks into segments: it needs segments, not select")
         return self
 
-    def match(self, graph: Graph) -> Match[None]:
-        match: Match[None] = Match(find_blocks(graph) if self.select is None else select(self.select, graph))
+    def match(self, graph: Graph) -> Match[tuple[str, ...]]:
+        """Finds the regions. With `balance = "memory"` it decides after which blocks a segment ends."""
+        match: Match[tuple[str, ...]] = Match(find_blocks(graph) if self.select is None else select(self.select, graph))
         if self.segments is not None and self.segments > len(match.regions):
             why = f"segments = {self.segments}, but there are {len(match.regions)} blocks to divide"
             match.refuse("the backbone", why, fix=f"Use at most {len(match.regions)}")
-        active = activations(graph)
+        elif self.segments is not None and self.balance == "memory":
+            match.decision = recomputed_by_memory(graph, match.regions, self.segments)
         for region in match.regions:
-            if not active & set(region.nodes):
+            if activations(graph).isdisjoint(region.nodes):
                 match.skip(region.name, "it computes no activations: there is nothing to recompute")
         return match
 
-    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
-        effects = Effects()
-        count = 0
-        for regions in [(r,) for r in match.regions] if self.segments is None else _evenly(match.regions, self.segments):
-            active = activations(edit.graph)
+    def rewrite(self, edit: Editor, match: ActiveMatch[tuple[str, ...] | None]) -> Effects:
+        """Declares each segment a section that runs again."""
+        effects, count = Effects(), 0
+        active = activations(edit.graph)
+        for regions in self._segments(match.regions, match.decision):
             nodes = regions[0].nodes if self.segments is None else _from_first_to_last(edit.graph, regions)
-            sections = edit.outline(nodes, Checkpointed, f"checkpoint_{count + 1}", outside=NoGrad, only=lambda p: bool(active & set(p)))
+            name = f"checkpoint_{count + 1}"
+            sections = edit.outline(nodes, Checkpointed, name, outside=NoGrad, only=lambda piece: not active.isdisjoint(piece))
             count += len(sections)
             for region in regions:
                 if sections:
                     effects.mark(region.name, Status.CHECKPOINTED)
-                elif active & set(region.nodes):
+                elif not active.isdisjoint(region.nodes):
                     effects.skip(region.name, "it runs without a backward pass already: nothing is saved there")
         if not count and not effects.diagnostics:
             raise PassError("nothing that is selected computes activations")
         effects.figures["segments"] = count
         return effects
 
+    def _segments(self, regions: Sequence[Region], ends: tuple[str, ...] | None) -> list[Sequence[Region]]:
+        if self.segments is None:
+            return [(r,) for r in regions]
+        edges = [round(i * len(regions) / self.segments) for i in range(self.segments + 1)]
+        if ends is not None:
+            edges = [0, *(i for i, r in enumerate(regions, start=1) if r.name in ends), len(regions)]
+        return [regions[a:b] for a, b in itertools.pairwise(edges) if a < b]
+
     @classmethod
-    def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
+    def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:  # it has no other options to take over
+        """A few numbers of segments, the square root of the number of blocks among them."""
         blocks = len(find_blocks(graph))
         counts = sorted({k for k in (2, 4, round(blocks**0.5), blocks // 2, blocks) if 2 <= k <= blocks})
         return (Candidate(f"checkpoint, {k} segments", cls(segments=k)) for k in counts)
 
 
-def _evenly(regions: Sequence[Region], count: int) -> list[tuple[Region, ...]]:
-    edges = [round(i * len(regions) / count) for i in range(count + 1)]
-    return [tuple(regions[a:b]) for a, b in itertools.pairwise(edges) if a < b]
-
-
 def _from_first_to_last(graph: Graph, regions: Sequence[Region]) -> list[Node]:
     """Everything from the first region's first node to the last one's last: a slice of an execution order is convex."""
-    places = [graph.order[n] for r in regions for n in r.nodes]
-    return [n for n in graph.nodes[min(places) : max(places) + 1] if n.op not in ("placeholder", "output")]
+    positions = [graph.order[n] for r in regions for n in r.nodes]
+    return [n for n in graph.nodes[min(positions) : max(positions) + 1] if n.op not in ("placeholder", "output")]

@@ -19,3 +19,7 @@ settings.load_profile("graphopt")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the graphs in tests/golden anew")

@@ -27,6 +27,7 @@ import torchvision
 from machine import heading
 from torch import nn
 
+from graphopt import trace
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.registry import passes as installed
 from graphopt.cost import Cost, CostError, forecast, measure
@@ -34,7 +35,6 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.blocks import disjoint_parts
 from graphopt.ir.graph import Graph
 from graphopt.planning.run_cost import drop_points
-from graphopt.trace import trace
 
 PASSES = ("freeze", "share", "drop", "supervise", "checkpoint")
 #: known outliers, and why

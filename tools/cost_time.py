@@ -23,6 +23,7 @@ import torchvision
 from machine import heading
 from torch import nn
 
+from graphopt import trace
 from graphopt.compiler.pass_base import Pass
 from graphopt.compiler.plan import Plan
 from graphopt.cost import forecast, measure_rates
@@ -31,7 +32,6 @@ from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.trace import trace
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Pass]]] = {
     "cifar resnet110": (

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from machine import heading
 
+from graphopt import trace
 from graphopt.compiler.emit import emit
 from graphopt.driver import build_backbone as build
 from graphopt.ir.blocks import find_blocks
 from graphopt.planning.run_cost import drop_points
 from graphopt.spec import BackboneSpec
-from graphopt.trace import trace
-from graphopt.train.feature_cache.store import Folder, Layout, MemoryFill
+from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
 from graphopt.units import show_size
 
 BACKBONES = {
@@ -44,7 +44,7 @@ def timed(function: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def reading(fill: object, layout: Layout) -> float:
+def reading(fill: object, layout: EntryLayout) -> float:
     """Seconds to read every row once, in shuffled batches."""
     order = torch.randperm(layout.rows).split(layout.chunk)
     return timed(lambda: [fill.read(part) for part in order], 3)  # type: ignore[attr-defined]
@@ -62,10 +62,10 @@ def table(spec: BackboneSpec, batch: int, rows: int, repeats: int, every: int) -
         with torch.no_grad():
             computing = timed(lambda run=prefix: run(x), repeats) / batch
         for dtype in (torch.float32, torch.float16):
-            layout = Layout("k" * 8, rows, point.shape, dtype, batch)
+            layout = EntryLayout("k" * 8, rows, point.shape, dtype, batch)
             seconds = {}
             memory = MemoryFill(layout)
-            with tempfile.TemporaryDirectory() as folder, Folder(Path(folder) / "cache", "tool").filling(layout) as file:
+            with tempfile.TemporaryDirectory() as folder, CacheDirectory(Path(folder) / "cache", "tool").filling(layout) as file:
                 for fill, name in ((memory, "RAM"), (file, "file")):
                     for number in range(layout.chunks):
                         first, end = layout.span(number)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import graphopt
-from graphopt.diff.phases import film
+from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.files import write_svg
 
 #: picture -> (installed spec, window it should fit)
@@ -32,7 +32,7 @@ def main() -> None:
         spec, (width, height) = PICTURES[name]
         torch.manual_seed(0)
         path = arguments.out / f"{name}.svg"
-        write_svg(film(graphopt.compile(None, spec, verify="off")), path, width=width, height=height)
+        write_svg(phase_diffs(graphopt.compile(None, spec, verify="off")), path, width=width, height=height)
         print(f"{path}  from {spec}")
 
 

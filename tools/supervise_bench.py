@@ -36,6 +36,7 @@ import torchvision
 from machine import heading
 from torch import nn
 
+from graphopt import trace
 from graphopt.compiler.emit import emit
 from graphopt.compiler.pass_base import Pass
 from graphopt.cost import Cost, forecast
@@ -44,7 +45,6 @@ from graphopt.ir.graph import Graph
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.supervise import Supervise
-from graphopt.trace import trace
 
 #: how to build it, one sample, and the batch its CPU steps are timed at
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

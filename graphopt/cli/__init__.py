@@ -1,4 +1,7 @@
-"""The command line. Thin: each command parses, calls and prints, in a file of its own; `COMMANDS` is the list of them."""
+"""The command line: each command parses, calls and prints, in a file of its own; `COMMANDS` lists them.
+
+Commands import what they use when they run, because torch takes seconds to load and `graphopt --help` does not need it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,22 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli import apply, check, diff, export, fit, inspect, page, passes, schema, specs, train
+from graphopt.cli.apply import apply
+from graphopt.cli.check import check
+from graphopt.cli.diff import diff
+from graphopt.cli.export import export
+from graphopt.cli.fit import fit
+from graphopt.cli.inspect import inspect
+from graphopt.cli.page import report
+from graphopt.cli.passes import passes
+from graphopt.cli.schema import schema
 from graphopt.cli.screen import show_error
+from graphopt.cli.specs import specs
+from graphopt.cli.train import train
 from graphopt.errors import GraphoptError
 
-#: In the order of `graphopt --help`. A command is a module with `register(app)`.
-COMMANDS = (inspect, check, apply, diff, fit, train, page, export, passes, specs, schema)
+#: in the order of `graphopt --help`
+COMMANDS = (inspect, check, apply, diff, fit, train, report, export, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",
@@ -28,7 +41,7 @@ app = typer.Typer(
     "A SPEC is a TOML file, a folder that apply or train wrote, or the name of an installed spec.",
 )
 for command in COMMANDS:
-    command.register(app)
+    app.command(command.__name__)(command)
 
 
 def _version(asked: bool) -> None:
@@ -48,7 +61,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit status: 0, 2 (the user's to mend), 1 (a failure), 130 (Ctrl-C)."""
+    """Runs the command line. The exit status is 0, 2 (the user can correct it), 1 (a failure) or 130 (Ctrl-C)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -73,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _trace(debug)
         what = (str(error).strip().splitlines() or [""])[0]
         again = "" if debug else " Run again with --debug for the traceback."
-        show_error(f"{type(error).__name__}: {what}. This is a fault of graphopt, or of a pass or backbone it ran.{again}")
+        show_error(f"{type(error).__name__}: {what}. This is an error in graphopt, or in a pass or backbone that it ran.{again}")
         return 1
 
 

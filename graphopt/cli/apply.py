@@ -1,9 +1,10 @@
-"""`graphopt apply`: rewrite, verify, and say what it costs and saves."""
+"""`graphopt apply`: rewrite, verify, and report what that costs and saves."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,16 +16,21 @@ from graphopt.cli.options import (
     SpecArgument,
     TrustOption,
     VerifyOption,
-    as_path,
-    build_plan,
-    check_verify,
+    checked_verify,
+    expanded,
     load_spec,
+    plan_at_epoch,
 )
+
+if TYPE_CHECKING:
+    from graphopt.compiler.plan import Plan
 
 
 def apply(
     spec: SpecArgument,
-    out: Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="Write spec, report, graph and diff there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", parser=expanded, help="Write spec, report, graph and diff there.")
+    ] = None,
     epoch: EpochOption = None,
     batch: BatchOption = None,
     verify: VerifyOption = None,
@@ -48,35 +54,30 @@ def apply(
     from graphopt.ir.printing import graph_text
     from graphopt.spec import dumps
 
-    folder = as_path(out)
-    if folder is not None:
-        check_folder(folder)
+    if out is not None:
+        check_folder(out)
+    level = checked_verify(verify)
     loaded = load_spec(spec, set_, trust)
-    plan = build_plan(loaded, trust=trust, verify=check_verify(verify, loaded.verify or "full"), batch=batch, epoch=epoch)
+    plan = plan_at_epoch(loaded, epoch, trust=trust, verify=level or loaded.verify or "full", batch=batch)
     report = plan.report.to_dict()
-    if folder is not None:
+    if out is not None:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
         files = {"spec.toml": dumps(loaded), "report.json": text, "graph.txt": graph_text(plan.graph)}
-        write_folder(folder, {**files, **_pictures(plan, epoch)})
+        write_folder(out, {**files, **_pictures(plan, all_phases=epoch is None)})
     if as_json:
         show_json(report)
         return
     show_report(plan)
-    if folder is not None:
-        show(f"\nwritten: {folder}/spec.toml, report.json, graph.txt, diff.html, diff.svg")
+    if out is not None:
+        show(f"\nwritten: {out}/spec.toml, report.json, graph.txt, diff.html, diff.svg")
 
 
-def _pictures(plan: Any, epoch: int | None) -> dict[str, str]:
-    """The diff as a page and as a picture: of all phases, or of the one that --epoch asks for."""
+def _pictures(plan: Plan, *, all_phases: bool) -> dict[str, str]:
+    """The diff as a page and as a picture: of all phases from this one on, or of this one alone."""
     from graphopt.diff import diff
-    from graphopt.diff.phases import film
+    from graphopt.diff.phases import phase_diffs
     from graphopt.diff.render.page import to_html
     from graphopt.diff.render.svg import to_svg
 
-    shown = film(plan) if epoch is None else diff(plan)
+    shown = phase_diffs(plan) if all_phases else diff(plan)
     return {"diff.html": to_html(shown), "diff.svg": to_svg(shown)}
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("apply")(apply)

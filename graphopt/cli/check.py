@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, load_spec
 
+if TYPE_CHECKING:
+    from graphopt.compiler.pipeline import Matched
+    from graphopt.compiler.plan import Source
+    from graphopt.spec import Spec
+
 
 def check(
     spec: SpecArgument,
-    time: Annotated[bool, typer.Option("--time", help="Say how long the run takes, by a few seconds of steps timed here.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Forecast how long the run takes, from a few seconds of steps timed here.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="Where the steps are timed: cpu (default), cuda. Implies --time.")] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what each pass of SPEC would act on, what it would leave alone and why, and what the run would compute. Changes nothing.
+    """Show what each pass of SPEC would act on, what it would skip and why, and what the run would compute. Changes nothing.
 
-    SPEC may be the folder of a finished run: what it decided by measurement then counts. Triggers that wait for measurements
-    are left out of a run that has not been.
+    SPEC may be the folder of a finished run: its decisions are then taken from it. Otherwise triggers that wait for measurements
+    are left out.
 
     Examples:
 
@@ -36,13 +41,12 @@ def check(
 
     loaded = load_spec(spec, set_, trust)
     source = prepare(None, loaded, trust=trust)
-    base = source.untouched
     rows = [_row(item) for item in source.matched]
     samples, work, points = _run(loaded, source, Path(spec), _rates(device or "cpu", loaded.train.amp) if time or device else None)
     if as_json:
-        opaque = [{"path": path, "reason": reason} for path, reason in base.opaque]
-        told = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
-        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **told})
+        opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
+        run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
+        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **run})
         return
     _show(loaded, rows)
     _show_run(samples, work, points)
@@ -55,18 +59,18 @@ def _rates(device: str, amp: str | None) -> Any:
     try:
         return measure_rates(device, amp=amp)
     except (RuntimeError, AssertionError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"no steps can be timed there: {why}", where="--device", fix="Use cpu, or cuda where it is") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"no steps can be timed there: {reason}", where="--device", fix="Use cpu, or cuda if there is a GPU") from error
 
 
-def _run(spec: Any, source: Any, path: Path, rates: Any) -> tuple[int | None, Any, Any]:
-    """Images per epoch, the run's FLOPs, and where a prefix may be dropped; None for what cannot be known here."""
+def _run(spec: Spec, source: Source, path: Path, rates: Any) -> tuple[int | None, Any, Any]:
+    """Images per epoch, the FLOPs of the run, and where a prefix may be dropped; None for what cannot be known here."""
     from graphopt.compiler.plan import compile_phase
     from graphopt.cost import CostError
     from graphopt.errors import RunError
     from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
 
-    points = drop_points(source.untouched) if any(item.match.feature_options is not None for item in source.matched) else ()
+    points = drop_points(source.base) if any(item.match.feature_options is not None for item in source.matched) else ()
     decisions = decisions_of(path) if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
@@ -74,16 +78,16 @@ def _run(spec: Any, source: Any, path: Path, rates: Any) -> tuple[int | None, An
         work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
         return samples, work, points
     except (RunError, CostError):
-        # A forecast that cannot be had is no reason to withhold the rest of the dry run.
+        # The rest of the dry run is still of use without a forecast of the run.
         return None, None, points
 
 
 def _point(point: Any, samples: int | None) -> dict[str, Any]:
-    kept = {dtype: point.bytes_per_sample // share * (samples or 1) for dtype, share in (("float32", 1), ("float16", 2), ("bfloat16", 2))}
-    return {"upto": point.name, "shape": list(point.shape), "bytes_per_sample": point.bytes_per_sample, "bytes": kept}
+    sizes = {dtype: point.bytes_per_sample // share * (samples or 1) for dtype, share in (("float32", 1), ("float16", 2), ("bfloat16", 2))}
+    return {"upto": point.name, "shape": list(point.shape), "bytes_per_sample": point.bytes_per_sample, "bytes": sizes}
 
 
-def _row(item: Any) -> dict[str, Any]:
+def _row(item: Matched) -> dict[str, Any]:
     value, match = item.instance.value, item.match
     return {
         **value.table(),
@@ -94,14 +98,14 @@ def _row(item: Any) -> dict[str, Any]:
     }
 
 
-def _show(spec: Any, rows: list[dict[str, Any]]) -> None:
+def _show(spec: Spec, rows: list[dict[str, Any]]) -> None:
     from graphopt.cli.report import some
     from graphopt.cli.screen import show
 
     show(f"{spec.name or 'unnamed spec'}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
     for number, row in enumerate(rows, start=1):
-        at = f", line {row['line']}" if row["line"] else ""
-        show(f"pass {number} {row['use']}{at}")
+        line = f", line {row['line']}" if row["line"] else ""
+        show(f"pass {number} {row['use']}{line}")
         show(f"  would act on: {some(row['regions']) or 'nothing'}")
         for d in row["diagnostics"]:
             show(f"  {d['severity']} {d['location']}: {d['message']}")
@@ -120,28 +124,23 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
             size, all_of = point.bytes_per_sample, point.bytes_per_sample * (samples or 0)
             sizes = (show_size(size), show_size(all_of), show_size(all_of // 2)) if samples else (show_size(size), "?", "?")
             table.add_row(point.name, "x".join(map(str, point.shape)), *sizes)
-        show(f"features that a drop would keep of {samples or 'an unknown number of'} samples")
+        show(f"features that a drop would cache for {samples or 'an unknown number of'} samples")
         show(table)
     if work is None:
-        show("the run is not summed up: its data cannot be counted here, or its step not forecast")
+        show("no costs of the run: its images cannot be counted here, or its step cannot be forecast")
         return
     before, run = work.before, work.run
     saved = f"{_less(work.forward_saved)}, averaged over the run; {_less(work.final_forward_saved)} in a step at its end"
     show(f"run of {work.epochs} epochs: forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
     show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
     show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
-    show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, the largest phase's")
+    show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")
     if run.seconds is not None:
         ratio = run.seconds / before.seconds
-        show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; loading data is not in it)")
+        show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
     if not work.complete:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 
 
 def _less(share: float) -> str:
     return f"{abs(100 * share):.2f} % {'fewer' if share >= 0 else 'more'}"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("check")(check)

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import BatchOption, JsonOption, SetOption, SpecArgument, TrustOption, as_path, backbone_of, load_spec
+from graphopt.cli.options import (
+    BatchOption,
+    JsonOption,
+    SetOption,
+    SpecArgument,
+    TrustOption,
+    check_target,
+    expanded,
+    load_spec,
+    seeded_plan,
+)
 from graphopt.errors import RunError
+
+if TYPE_CHECKING:
+    from graphopt.diff import Diff
+    from graphopt.diff.phases import PhaseDiff
+
+#: as a file name: print instead
+STDOUT = Path("-")
 
 _PHASE = "A phase, from 0: with one SPEC twice to compare two; with two, of both."
 
 
 def _file(flag: str, what: str) -> Any:
-    return typer.Option(flag, metavar="FILE", help=f"Write {what}.", rich_help_panel="Pictures")
+    return typer.Option(flag, metavar="FILE", parser=expanded, help=f"Write {what}.", rich_help_panel="Pictures")
 
 
 def diff(
@@ -22,12 +40,12 @@ def diff(
     other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="A second spec or run to compare with.")] = None,
     phase: Annotated[list[int], typer.Option("--phase", min=0, help=_PHASE)] = [],  # noqa: B006
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help="The phase that this epoch (from 0) trains in.")] = None,
-    html: Annotated[str | None, _file("--html", "one HTML page, to explore")] = None,
-    svg: Annotated[str | None, _file("--svg", "a picture for a paper or a pull request")] = None,
-    png: Annotated[str | None, _file("--png", "the same as PNG (needs Chromium or CairoSVG)")] = None,
-    mermaid: Annotated[str | None, _file("--mermaid", "a Mermaid flowchart; - prints")] = None,
-    dot: Annotated[str | None, _file("--dot", "Graphviz DOT; - prints")] = None,
-    explorer: Annotated[str | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
+    html: Annotated[Path | None, _file("--html", "one HTML page, to explore")] = None,
+    svg: Annotated[Path | None, _file("--svg", "a picture for a paper or a pull request")] = None,
+    png: Annotated[Path | None, _file("--png", "the same as PNG (needs Chromium or CairoSVG)")] = None,
+    mermaid: Annotated[Path | None, _file("--mermaid", "a Mermaid flowchart; - prints")] = None,
+    dot: Annotated[Path | None, _file("--dot", "Graphviz DOT; - prints")] = None,
+    explorer: Annotated[Path | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="One line for every block, equal neighbours too.")] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="The operations of the blocks that changed.")] = False,
     batch: BatchOption = None,
@@ -48,111 +66,104 @@ def diff(
 
         graphopt diff runs/quickstart --phase 0 --phase 1
     """
-    from graphopt.cli.screen import console, show, show_json, show_text
-    from graphopt.diff import Diff
-    from graphopt.diff.render import files
-    from graphopt.diff.render.dot import to_dot
-    from graphopt.diff.render.mermaid import to_mermaid
-    from graphopt.diff.render.text import render
+    from graphopt.cli.screen import show, show_json
+    from graphopt.diff.render.data import main_diff
 
-    asked = {"html": html, "svg": svg, "png": png, "model-explorer": explorer}
-    targets = {name: _target(name, path) for name, path in asked.items() if path}
-    shown = _shown(spec, other, phase, epoch, batch, costs, set_, trust)
-    main = files.main_diff(shown)
-    written: list[Path] = []
-    writers: dict[str, Any] = {"html": files.write_html, "svg": files.write_svg, "png": files.write_png}
-    for name, path in targets.items():
-        if name == "model-explorer":
-            written += files.write_model_explorer(shown, path)
-        else:
-            writers[name](shown, path)
-            written.append(path)
-    texts = [(mermaid, lambda: to_mermaid(main, unfold=unfold)), (dot, lambda: to_dot(main, unfold=unfold))]
-    for target, text in texts:
-        if target == "-":
-            show_text(text())
-        elif target:
-            files.write(_target("", target), text())
-            written.append(Path(target).expanduser())
+    asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
+    targets = {suffix: path for suffix, path in asked.items() if path is not None}
+    for suffix, path in targets.items():
+        if path != STDOUT:
+            check_target(path, f"diff.{suffix}")
+
+    def phases_of(argument: str) -> tuple[PhaseDiff, ...]:
+        return _phases(argument, batch, costs, set_, trust)
+
+    shown = _shown(phases_of, spec, other, phase, epoch)
+    written = _write(shown, targets, unfold)
     if as_json:
-        show_json(main.to_dict())
-    elif not written and "-" not in (mermaid, dot):
-        out = console()
-        if not isinstance(shown, Diff) and len(shown) > 1:
-            for number, frame in enumerate(shown):
-                show(f"phase {number}, from epoch {frame.epoch}: {frame.label}{'   (shown)' if frame.diff is main else ''}")
-        out.print(render(main, unfold=unfold, nodes=nodes, unicode="utf" in (out.encoding or "").lower()))
+        show_json(main_diff(shown).to_dict())
     elif written:
         show(f"written: {', '.join(map(str, written))}")
+    elif not targets:
+        _print(shown, unfold=unfold, nodes=nodes)
 
 
-def _target(name: str, path: str) -> Path:
-    """Where a picture goes; known before any work to be a place that can be written to."""
-    target = as_path(path)
-    assert target is not None
-    if target.is_dir():
-        raise RunError("is a folder", where=str(target), fix=f"Name a file in it: {target / ('diff.' + (name or 'txt'))}")
-    if not target.parent.is_dir():
-        raise RunError("its folder does not exist", where=str(target), fix="Make the folder first")
-    return target
+def _write(shown: Diff | tuple[PhaseDiff, ...], targets: dict[str, Path], unfold: bool) -> list[Path]:
+    """Writes, or prints, each of the formats that were asked for; the files that were written."""
+    from graphopt.cli.screen import show_text
+    from graphopt.diff.render import files
+    from graphopt.diff.render.data import main_diff
+    from graphopt.diff.render.dot import to_dot
+    from graphopt.diff.render.mermaid import to_mermaid
+
+    pictures = {"html": files.write_html, "svg": files.write_svg, "png": files.write_png}
+    texts = {"mmd": to_mermaid, "dot": to_dot}
+    written: list[Path] = []
+    for suffix, path in targets.items():
+        if suffix == "json":
+            written += files.write_model_explorer(shown, path)
+        elif suffix in pictures:
+            pictures[suffix](shown, path)
+            written.append(path)
+        elif path == STDOUT:
+            show_text(texts[suffix](main_diff(shown), unfold=unfold))
+        else:
+            files.write(path, texts[suffix](main_diff(shown), unfold=unfold))
+            written.append(path)
+    return written
+
+
+def _print(shown: Diff | tuple[PhaseDiff, ...], *, unfold: bool, nodes: bool) -> None:
+    from graphopt.cli.screen import console, show
+    from graphopt.diff import Diff
+    from graphopt.diff.render.data import main_diff
+    from graphopt.diff.render.text import render
+
+    main, out = main_diff(shown), console()
+    if not isinstance(shown, Diff) and len(shown) > 1:
+        for number, item in enumerate(shown):
+            show(f"phase {number}, from epoch {item.epoch}: {item.label}{'   (shown)' if item.diff is main else ''}")
+    out.print(render(main, unfold=unfold, nodes=nodes, unicode="utf" in (out.encoding or "").lower()))
 
 
 def _shown(
-    spec: str, other: str | None, phase: list[int], epoch: int | None, batch: int | None, costs: bool, set_: list[str], trust: bool
-) -> Any:
-    """The diff asked for, or the whole film of one plan."""
-    from graphopt.diff import join
-    from graphopt.diff.phases import film
+    phases_of: Callable[[str], tuple[PhaseDiff, ...]], spec: str, other: str | None, phase: list[int], epoch: int | None
+) -> Diff | tuple[PhaseDiff, ...]:
+    """The diff that was asked for, or all phases of one plan."""
+    from graphopt.diff import align
 
     if phase and epoch is not None:
-        raise RunError("say --phase or --epoch, not both", where="--epoch")
+        raise RunError("--phase and --epoch exclude each other", where="--epoch")
     if len(phase) > 2 or (other is not None and len(phase) > 1):
-        raise RunError("two phases can be compared, no more", where="--phase")
-    plan, decisions = _plan(spec, batch, costs, set_, trust)
-    frames = film(plan, decisions, costs=costs)
+        raise RunError("at most two phases can be compared", where="--phase")
+    phases = phases_of(spec)
     if other is not None:
-        second, later = _plan(other, batch, costs, set_, trust)
-        others = film(second, later, costs=costs)
-        a, b = _at(frames, phase[:1], epoch, spec), _at(others, phase[:1], epoch, other)
-        return join(a.after, b.after)
+        return align(_one(phases, phase, epoch, spec).after, _one(phases_of(other), phase, epoch, other).after)
     if len(phase) == 2:
-        a, b = (_at(frames, [number], None, spec) for number in phase)
-        return join(a.after, b.after)
-    if phase or epoch is not None:
-        return _at(frames, phase, epoch, spec)
-    return frames
+        before, after = (_one(phases, [number], None, spec) for number in phase)
+        return align(before.after, after.after)
+    return _one(phases, phase, epoch, spec) if phase or epoch is not None else phases
 
 
-def _plan(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> tuple[Any, Any]:
-    """The plan of a spec in its first phase; of a run also what it decided."""
-    import torch
-
-    import graphopt
+def _phases(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> tuple[PhaseDiff, ...]:
+    """The phases of a spec, or those that a run has gone through."""
+    from graphopt.diff.phases import phase_diffs
     from graphopt.diff.run import is_run, read_run
-    from graphopt.driver import build_backbone as build
 
-    path = as_path(argument)
-    assert path is not None
+    path = expanded(argument)
     decisions = read_run(path).decisions if is_run(path) else None
-    loaded = load_spec(argument, set_, trust)
-    torch.manual_seed(loaded.train.seed)
-    with backbone_of(loaded):
-        module = build(loaded.backbone, trust=trust)
-        return graphopt.compile(module, loaded, batch=batch, verify="off", costs=costs), decisions
+    plan = seeded_plan(load_spec(argument, set_, trust), trust=trust, verify="off", batch=batch, costs=costs)
+    return phase_diffs(plan, decisions, costs=costs)
 
 
-def _at(frames: Any, phase: list[int], epoch: int | None, name: str) -> Any:
+def _one(phases: tuple[PhaseDiff, ...], phase: list[int], epoch: int | None, name: str) -> Diff:
+    """The diff of the phase that was asked for; by default of the one that changes the most."""
     from graphopt.diff.render.data import most_changed
 
     if phase:
-        if phase[0] >= len(frames):
-            raise RunError(f"{name} has phases 0 to {len(frames) - 1}, not {phase[0]}", where="--phase")
-        return frames[phase[0]].diff
+        if phase[0] >= len(phases):
+            raise RunError(f"{name} has phases 0 to {len(phases) - 1}, not {phase[0]}", where="--phase")
+        return phases[phase[0]].diff
     if epoch is not None:
-        return [f for f in frames if f.epoch <= epoch][-1].diff
-    return frames[most_changed(frames)].diff
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("diff")(diff)
+        return [item for item in phases if item.epoch <= epoch][-1].diff
+    return phases[most_changed(phases)].diff

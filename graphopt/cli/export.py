@@ -1,18 +1,19 @@
-"""`graphopt export`: the ordinary model out of a run."""
+"""`graphopt export`: the ordinary model from a run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import TrustOption, as_path
+from graphopt.cli.options import TrustOption, expanded
 from graphopt.errors import RunError
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="The safetensors file to write.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=expanded, help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", parser=expanded, help="The safetensors file to write.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
     trust: TrustOption = False,
@@ -31,14 +32,8 @@ def export(
     for option, value, known in (("--which", which, ("best", "last")), ("--weights", weights, ("auto", "model", "ema"))):
         if value not in known:
             raise RunError(f"expected {' or '.join(known)}, found {value!r}", where=option)
-    path: Any = as_path(out)
-    checked: Any = (which, weights)
-    written = export_run(as_path(run), path, which=checked[0], weights=checked[1], trust=trust)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"which": which, "weights": weights}
+    written = export_run(run, out, **options, trust=trust)
     show(f"written: {written} ({show_size(written.stat().st_size)})")
     if is_plan_file(written):
-        show("it holds the rewritten model with its spec: the backbone's architecture cannot express it. graphopt.load(file) gives it back")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("export")(export)
+        show("it holds the rewritten model and its spec: the backbone's architecture cannot express it. Load it with graphopt.load(file)")

@@ -1,32 +1,33 @@
-"""`graphopt fit`: start from a budget."""
+"""`graphopt fit`: the batch, or the passes, that fit a budget."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, as_path, load_spec
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, expanded, load_spec
 from graphopt.errors import RunError
 
 
 def fit(
     spec: SpecArgument,
-    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help='What a step may hold: "8 GiB".')] = None,
-    flops: Annotated[float | None, typer.Option("--flops", help="Share of the backbone's FLOPs a step may take; with --suggest.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help='Peak memory of a step: "8 GiB".')] = None,
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="FLOPs of a step, as a fraction of the backbone's; with --suggest.")
+    ] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
-    allowance: Annotated[
-        float, typer.Option("--allowance", help="What a process takes over live bytes, as a factor. See tools/tables/cost_rss.md.")
-    ] = 1.0,
+    allowance: Annotated[float, typer.Option("--allowance", help="Memory of a process per live byte. See tools/tables/cost_rss.md.")] = 1.0,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch for --suggest; default: the spec's.")] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="Write the chosen spec there.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", parser=expanded, help="Write the chosen spec there.")] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find the largest batch that fits a budget, or the cheapest passes that do.
 
-    The search is by forecast; nothing trains. Memory is live bytes: leave room for the allocator. Examples:
+    Candidates are forecast; nothing trains. Memory means live bytes: leave room for the allocator. Examples:
 
         graphopt fit quickstart --memory "256 MiB"
 
@@ -35,6 +36,7 @@ def fit(
         graphopt fit spec.toml --flops 0.5 --suggest
     """
     from graphopt.cli.screen import show, show_json
+    from graphopt.files import write_atomically
     from graphopt.planning.budget import Budget, Search
     from graphopt.spec import dumps
     from graphopt.units import parse_size
@@ -44,23 +46,19 @@ def fit(
     except ValueError as error:
         raise RunError(str(error), where="--memory") from error
     budget = Budget(size, flops, allowance)
-    target = as_path(out)
-    if target is not None and target.exists():
-        raise RunError("the file exists", where=str(target), fix="Choose another name, or remove it")
+    if out is not None and out.exists():
+        raise RunError("the file exists", where=str(out), fix="Choose another name, or remove it")
     loaded = load_spec(spec, [*set_, *([f"train.batch={batch}"] if batch else [])], trust)
     search = Search(loaded, trust=trust)
     found = search.suggest(budget) if suggest else search.largest_batch(budget)
-    if target is not None and found.spec is not None:
-        # A name of our own first, so that a full disk leaves nothing half-written under the final one.
-        partial = target.with_name(f".{target.name}.part")
-        partial.write_text(dumps(found.spec), encoding="utf-8")
-        partial.replace(target)
+    if out is not None and found.spec is not None:
+        write_atomically(out, dumps(found.spec).encode())
     if as_json:
         show_json(found.to_dict())
     else:
         _show(found, suggest)
-        if found.spec is not None and target is not None:
-            show(f"\nwritten: {target}")
+        if found.spec is not None and out is not None:
+            show(f"\nwritten: {out}")
     if found.chosen is None:
         raise RunError("nothing that was tried fits the budget", fix="Give more, or a smaller batch (--batch)")
 
@@ -79,21 +77,15 @@ def _show(found: Any, suggest: bool) -> None:
         if candidate.cost is None:
             continue
         mark = ">" if candidate is found.chosen else "*" if candidate.best else ""
-        said = "fits" if candidate.fits else "too much"
-        said += ", verified" if candidate.verified else ""
+        verdict = ("fits" if candidate.fits else "too much") + (", verified" if candidate.verified else "")
         ratio = f"{candidate.cost.flops / found.backbone.flops:.3f}"
         peak, flops = show_size(candidate.cost.peak_bytes), show_count(candidate.cost.flops)
-        table.add_row(mark, candidate.name, peak, flops, ratio, f"{100 * candidate.untrained:.0f} %", said)
+        table.add_row(mark, candidate.name, peak, flops, ratio, f"{100 * candidate.untrained:.0f} %", verdict)
     show(table)
     for candidate in found.candidates:
         if candidate.refused:
             show(f"left out {candidate.name}: {candidate.refused}")
     if suggest:
-        show("> chosen   * no other candidate is better in peak, FLOPs and what it trains")
+        show("> chosen   * no other candidate is better in peak, FLOPs and the share that trains")
     if found.chosen is not None and not suggest:
         show(f"largest batch that fits: {found.batch}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("fit")(fit)

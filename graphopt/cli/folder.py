@@ -1,4 +1,4 @@
-"""Write a folder of results so that it is whole or not there; never over something that is not ours."""
+"""Writes the folder of `apply`: all of it or nothing, and never over files that `apply` did not write."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from graphopt.errors import RunError
 
-#: What `apply` writes into its folder. A folder that holds anything else is not ours to touch.
+#: the files that `apply` writes; a folder that holds anything else is left alone
 OURS = frozenset({"spec.toml", "report.json", "graph.txt", "diff.html", "diff.svg"})
 
 
 def check_folder(path: Path) -> None:
-    """Before any work: `path` is new, empty, or an earlier `apply`'s.
+    """Before any work: `path` is new, empty, or was written by `apply`.
 
     Raises:
-        RunError: it is a file, somebody else's folder, or cannot be read.
+        RunError: it is a file, a folder with other content, or cannot be read.
     """
     try:
         if not path.exists():
@@ -33,17 +33,19 @@ def check_folder(path: Path) -> None:
         return
     if names - OURS or not _is_report(path / "report.json"):
         other = sorted(names - OURS) or sorted(names)
-        raise RunError(f"exists and is not apply's (it holds {other[0]!r})", where=str(path), fix="Choose a new or an empty folder")
+        raise RunError(
+            f"exists and was not written by apply (it holds {other[0]!r})", where=str(path), fix="Choose a new or an empty folder"
+        )
 
 
 def write_folder(path: Path, files: Mapping[str, str]) -> None:
-    """Write `files` (name -> text) as the folder `path`: all of them, or none.
+    """Writes `files` (name -> text) as the folder `path`: all of them, or none.
 
-    A new folder appears by one rename. In an earlier `apply`'s folder each file is replaced whole, and files that are no
-    longer written go.
+    A new folder appears by one rename. In a folder that `apply` has written before, each file is replaced at once, and files that
+    are no longer written are removed.
 
     Raises:
-        RunError: the disk is full, or refuses; nothing half-written is left.
+        RunError: the folder cannot be written, or the disk is full; no partial file is left.
     """
     check_folder(path)
     staging: Path | None = None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, TrustOption, backbone_of, load_spec, parse_shape
-from graphopt.ir.blocks import find_blocks
-from graphopt.ir.flow import cut_points
-from graphopt.ir.regions import region_at
+from graphopt.cli.options import JsonOption, SetOption, TrustOption, load_spec, parse_shape
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from graphopt.ir.graph import Graph
+    from graphopt.ir.regions import Region
+    from graphopt.spec import BackboneSpec
 
 
 def inspect(
@@ -32,35 +36,36 @@ def inspect(
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
     from graphopt.cli.screen import show_json
-    from graphopt.driver import build_backbone as build
+    from graphopt.driver import build_backbone, trace_backbone
     from graphopt.models.catalog import SOURCES
-    from graphopt.spec import BackboneSpec, installed, resolve
-    from graphopt.trace import trace
+    from graphopt.spec import installed, resolve
+    from graphopt.tracing import trace
 
     shape = parse_shape(input)
     source = what.partition("/")[0]
     if not Path(what).exists() and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
         backbone = resolve(what, input=shape)
-        graph = trace(build(backbone, trust=trust), backbone.input)
+        graph = trace(build_backbone(backbone, trust=trust), backbone.input)
     else:
         loaded = load_spec(what, set_, trust)
-        backbone = loaded.backbone if shape is None else BackboneSpec(**{**loaded.backbone.model_dump(), "input": shape})
-        with backbone_of(loaded):
-            graph = trace(build(backbone, trust=trust), backbone.input)
-    told = _table(backbone, graph)
+        backbone = loaded.backbone
+        _, graph = trace_backbone(loaded, input=shape, trust=trust)
+    table = _table(backbone, graph)
     if as_json:
-        show_json(told)
+        show_json(table)
     else:
-        _show(told)
+        _show(table)
 
 
-def _table(backbone: Any, graph: Any) -> dict[str, Any]:
+def _table(backbone: BackboneSpec, graph: Graph) -> dict[str, Any]:
+    from graphopt.ir.flow import cut_points
+
     sizes = {name: parameter.numel() for name, parameter in graph.module.named_parameters()}
     cuts = cut_points(graph)
-    rows = [_row(graph, region, sizes, set(cuts), level, block) for region, level, block in tree(graph)]
+    rows = [_row(region, sizes, set(cuts), level, block) for region, level, block in tree(graph)]
     return {
         "backbone": f"{backbone.source}/{backbone.name}",
-        "input": list(backbone.input),
+        "input": list(graph.input),
         "parameters": sum(sizes.values()),
         "blocks": [row["name"] for row in rows if row["block"]],
         "tree": rows,
@@ -70,7 +75,7 @@ def _table(backbone: Any, graph: Any) -> dict[str, Any]:
     }
 
 
-def _row(graph: Any, region: Any, sizes: dict[str, int], cuts: set[Any], level: int, block: bool) -> dict[str, Any]:
+def _row(region: Region, sizes: dict[str, int], cuts: set[Node], level: int, block: bool) -> dict[str, Any]:
     out = region.exits[0] if len(region.exits) == 1 else None
     return {
         "name": region.name,
@@ -84,50 +89,46 @@ def _row(graph: Any, region: Any, sizes: dict[str, int], cuts: set[Any], level: 
     }
 
 
-def tree(graph: Any) -> Iterator[tuple[Any, int, bool]]:
-    """Blocks, what contains them, and what stands beside them, in execution order: (region, depth, is a block)."""
+def tree(graph: Graph) -> Iterator[tuple[Region, int, bool]]:
+    """Blocks, the modules that contain them, and the modules next to them, in execution order: (region, depth, is a block)."""
+    from graphopt.ir.blocks import find_blocks
+    from graphopt.ir.paths import containers, owner
+    from graphopt.ir.regions import region_of
+
     blocks = find_blocks(graph)
     first = {block.paths[0]: block for block in blocks}
     inside = {path for block in blocks for path in block.paths}
-    above = {".".join(path.split(".")[:depth]) for path in inside for depth in range(1, path.count(".") + 1)}
+    above = {"", *(container for path in inside for container in containers(path))}
     for path in graph.paths:
-        parent = path.rpartition(".")[0]
         if path in first:
             yield first[path], path.count("."), True
-        elif path in inside or (parent and parent not in above):
-            continue  # a later member of a block's run, or the inside of something shown already
-        else:
-            region = region_at(graph, path)
+        elif path not in inside and owner(path) in above:  # not a later part of a block, nor a part of a module that is shown
+            region = region_of(graph, (path,))
             if region.nodes:
                 yield region, path.count("."), False
 
 
-def _shape(node: Any) -> list[Any] | None:
-    value = node.meta.get("val")
-    return ["N", *value.shape[1:]] if hasattr(value, "shape") and len(value.shape) else None
+def _shape(node: Node) -> list[Any] | None:
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return ["N", *shape[1:]] if len(shape) else None
 
 
-def _show(told: dict[str, Any]) -> None:
+def _show(table: dict[str, Any]) -> None:
     from graphopt.cli.screen import grid, show
     from graphopt.units import show_count
 
-    shape = ", ".join(str(size) for size in told["input"])
-    cuts = len(told["cut_points"])
-    show(f"{told['backbone']}  input (N, {shape}), {told['parameters']:,} parameters, {len(told['blocks'])} blocks, {cuts} cut points")
-    table = grid("path", "kind", "parameters", "output", "closed", "cut point", right=(2,))
-    for row in told["tree"]:
+    shape = ", ".join(str(size) for size in table["input"])
+    cuts = len(table["cut_points"])
+    show(f"{table['backbone']}  input (N, {shape}), {table['parameters']:,} parameters, {len(table['blocks'])} blocks, {cuts} cut points")
+    rows = grid("path", "kind", "parameters", "output", "closed", "cut point", right=(2,))
+    for row in table["tree"]:
         output = f"({', '.join(str(size) for size in row['output'])})" if row["output"] else "several" if not row["closed"] else ""
         name = "  " * row["level"] + row["name"] + (" *" if row["block"] else "")
-        marks = ("yes" if row["closed"] else "no", "yes" if row["cut_point"] else "")
-        table.add_row(name, row["kind"], show_count(row["parameters"]) if row["parameters"] else "", output, *marks)
-    show(table)
+        flags = ("yes" if row["closed"] else "no", "yes" if row["cut_point"] else "")
+        rows.add_row(name, row["kind"], show_count(row["parameters"]) if row["parameters"] else "", output, *flags)
+    show(rows)
     show("* a block: what `blocks = true`, every and first/last count in a selector")
-    for entry in told["opaque"]:
+    for entry in table["opaque"]:
         show(f"opaque {entry['path']}: {entry['reason']}")
-    if told["unused_parameters"]:
-        show(f"never read by the forward: {', '.join(told['unused_parameters'])}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("inspect")(inspect)
+    if table["unused_parameters"]:
+        show(f"never read by the forward: {', '.join(table['unused_parameters'])}")

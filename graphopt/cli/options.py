@@ -1,15 +1,23 @@
-"""Arguments and options that commands share, and the steps from them to a spec and a backbone."""
+"""Arguments and options that commands share, and the way from them to a spec and a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from graphopt.errors import BackboneError, RunError, TraceError
+from graphopt.errors import RunError
+
+if TYPE_CHECKING:
+    from graphopt.compiler.plan import Plan
+    from graphopt.spec import Spec
+    from graphopt.spec.model import Verify
+
+
+def expanded(text: str) -> Path:
+    """A path on the command line, with `~` expanded."""
+    return Path(text).expanduser()
 
 
 def _names(incomplete: str) -> list[str]:
@@ -31,62 +39,47 @@ EpochOption = Annotated[
 ]
 
 
-def load_spec(argument: str, overrides: list[str], trust: bool) -> Any:
-    """The spec that an argument and its --set options mean."""
+def load_spec(argument: str, overrides: list[str], trust: bool) -> Spec:
+    """The spec that an argument names, with its --set options applied."""
     from graphopt.spec import load
 
     return load(argument, trust=trust, overrides=overrides)
 
 
-@contextmanager
-def backbone_of(spec: Any) -> Iterator[None]:
-    """Puts the place in the spec before what is said of its backbone."""
-    try:
-        yield
-    except BackboneError as error:
-        raise _placed(error, spec, "weights" if "weights" in error.what else "name") from error
-    except TraceError as error:
-        raise _placed(error, spec, "input") from error
+def checked_verify(verify: str | None) -> Verify | None:
+    """The value of --verify, if it is one."""
+    from graphopt.spec.model import Verify
 
-
-def _placed(error: Any, spec: Any, field: str) -> Any:
-    where = spec.where("backbone", field)
-    return error.with_location(where) if where else error
-
-
-def check_verify(verify: str | None, default: Any) -> Any:
-    """The level of verification asked for, or `default`."""
-    if verify is None:
-        return default
-    if verify not in ("full", "fast", "off"):
+    if verify is not None and verify not in get_args(Verify):
         raise RunError(f"expected full, fast or off, found {verify!r}", where="--verify")
-    return verify
+    return cast("Verify | None", verify)
 
 
-def build_plan(spec: Any, *, trust: bool, verify: Any, batch: int | None, epoch: int | None, costs: bool = True) -> Any:
-    """The plan of a spec, in the phase that `epoch` trains in."""
+def seeded_plan(spec: Spec, *, trust: bool, verify: Verify, batch: int | None = None, costs: bool = True) -> Plan:
+    """The plan of a spec in its first phase, with the initial weights of a run."""
     import torch
 
     import graphopt
-    from graphopt.driver import build_backbone as build
 
-    if epoch is not None and epoch >= spec.train.epochs:
-        raise RunError(f"the run has epochs 0 to {spec.train.epochs - 1}, not {epoch}", where="--epoch")
     torch.manual_seed(spec.train.seed)
-    with backbone_of(spec):
-        module = build(spec.backbone, trust=trust)
-        first = epoch is None
-        plan = graphopt.compile(module, spec, batch=batch, verify=verify if first else "off", costs=costs and first)
+    return graphopt.compile(None, spec, batch=batch, verify=verify, costs=costs, trust=trust)
+
+
+def plan_at_epoch(spec: Spec, epoch: int | None, *, trust: bool, verify: Verify, batch: int | None) -> Plan:
+    """The plan of a spec in the phase that `epoch` trains in; None: in its first phase.
+
+    Nothing is measured, so triggers that wait for measurements do not fire.
+    """
     if epoch is None:
-        return plan
-    # A trigger that waits for measurements has not fired where nothing is measured; the others say all the spec knows.
-    decisions: tuple[Any, ...] = ()
+        return seeded_plan(spec, trust=trust, verify=verify, batch=batch)
+    if epoch >= spec.train.epochs:
+        raise RunError(f"the run has epochs 0 to {spec.train.epochs - 1}, not {epoch}", where="--epoch")
+    plan = seeded_plan(spec, trust=trust, verify="off", batch=batch, costs=False)
     for now in range(epoch + 1):
         due = plan.due(now, None, spec.train.epochs)
         if due:
-            decisions = (*decisions, *due)
-            plan = plan.advance_to(decisions, verify="off")
-    return graphopt.compile(module, spec, batch=batch, verify=verify, costs=costs, decisions=decisions)
+            plan = plan.advance_to((*plan.decisions, *due), verify="off")
+    return plan.advance_to(plan.decisions, verify=verify, costs=True)
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
@@ -102,6 +95,13 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
-def as_path(text: str | None) -> Path | None:
-    """A path option, with `~`."""
-    return None if text is None else Path(text).expanduser()
+def check_target(path: Path, name: str) -> None:
+    """Before any work: a file can be written at `path`.
+
+    Args:
+        name: a file name to suggest where `path` is a folder.
+    """
+    if path.is_dir():
+        raise RunError("is a folder", where=str(path), fix=f"Name a file in it: {path / name}")
+    if not path.parent.is_dir():
+        raise RunError("its folder does not exist", where=str(path), fix="Make the folder first")

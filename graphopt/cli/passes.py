@@ -1,22 +1,25 @@
-"""`graphopt passes`: each pass's own manual."""
+"""`graphopt passes`: the manuals of the installed passes."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli.options import JsonOption
 from graphopt.errors import PassError, did_you_mean
 
+if TYPE_CHECKING:
+    from graphopt.compiler.pass_base import Pass
+
 
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, for its whole manual.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, to print its manual.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the installed passes, or print one's manual: what it does, its options and defaults, what it preserves.
+    """List the installed passes, or print the manual of one: what it does, its options and defaults, what it preserves.
 
     Examples:
 
@@ -32,27 +35,27 @@ def passes(
         raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(sorted(known))}")
     chosen = {name: known[name]} if name else known
     if as_json:
-        show_json({use: {"summary": _summary(cls), **cls.model_json_schema()} for use, cls in sorted(chosen.items())})
+        show_json({key: {"summary": _summary(cls), **cls.model_json_schema()} for key, cls in sorted(chosen.items())})
     elif name:
         _manual(known[name])
     else:
         table = grid("pass", "what it does", "preserves")
-        for use, cls in sorted(known.items()):
-            table.add_row(use, _summary(cls), ", ".join(sorted(cls.preserves)))
+        for key, cls in sorted(known.items()):
+            table.add_row(key, _summary(cls), ", ".join(sorted(cls.preserves)))
         show(table)
         show("graphopt passes NAME prints a pass's manual.")
 
 
-def _summary(cls: Any) -> str:
+def _summary(cls: type[Pass]) -> str:
     text = (_module_text(cls) or inspect.getdoc(cls) or "").strip().split("\n\n")[0].replace("\n", " ")
     return text.removeprefix(f"{cls.name}: ")
 
 
-def _module_text(cls: Any) -> str:
+def _module_text(cls: type[Pass]) -> str:
     return inspect.cleandoc(getattr(sys.modules.get(cls.__module__), "__doc__", None) or "")
 
 
-def _manual(cls: Any) -> None:
+def _manual(cls: type[Pass]) -> None:
     from graphopt.cli.screen import grid, show
     from graphopt.spec.docs import option_texts, without_attributes
 
@@ -74,11 +77,11 @@ def _manual(cls: Any) -> None:
 
 
 def _default(value: Any) -> str:
-    if type(value).__name__ == "Start":
-        return '"start"'
-    return "" if value is None else ("true" if value else "false") if isinstance(value, bool) else repr(value).replace("'", '"')
+    """A default value as TOML would have it."""
+    from graphopt.compiler.triggers import Start
 
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("passes")(passes)
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return '"start"' if isinstance(value, Start) else repr(value).replace("'", '"')

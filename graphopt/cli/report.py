@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from graphopt.cli.screen import grid, show
 from graphopt.units import show_count, show_size
+
+if TYPE_CHECKING:
+    from graphopt.compiler.plan import Plan
+    from graphopt.compiler.report import PassReport
 
 _FIGURES = (
     ("parameters", "parameters", show_count),
@@ -20,8 +25,8 @@ _FIGURES = (
 )
 
 
-def show_report(plan: Any) -> None:
-    """Figures before and after, then each pass: regions, what it saved, what was verified, what it has to say."""
+def show_report(plan: Plan) -> None:
+    """Prints figures before and after, then for each pass its regions, what it saved, what was verified, and its diagnostics."""
     report = plan.report
     show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
     if report.before is not None and report.after is not None:
@@ -46,35 +51,35 @@ def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
     return table
 
 
-def _show_pass(number: int, item: Any) -> None:
-    told = item.to_dict()
-    at = f", line {item.instance.line}" if item.instance.line else ""
+def _show_pass(number: int, item: PassReport) -> None:
+    report = item.to_dict()
+    line = f", line {item.instance.line}" if item.instance.line else ""
     state = "" if item.active else "  not in this phase: its trigger has not fired (see --epoch)"
-    show(f"pass {number} {told['use']}{at}{state}")
-    if told["regions"]:
-        show(f"  regions: {some(told['regions'])}")
-    before, after = told["before"], told["after"]
+    show(f"pass {number} {report['use']}{line}{state}")
+    if report["regions"]:
+        show(f"  regions: {some(report['regions'])}")
+    before, after = report["before"], report["after"]
     if item.active and before and after:
         show(_savings(before, after))
-    for d in told["diagnostics"]:
+    for d in report["diagnostics"]:
         show(f"  {d['severity']} {d['location']}: {d['message']}")
-    warned = any(d["severity"] == "warning" for d in told["diagnostics"])
+    warned = any(d["severity"] == "warning" for d in report["diagnostics"])
     for advice in item.advice:
-        # The pass itself has named the layers to freeze too.
+        # The warning of the pass names the layers to freeze already.
         if not (warned and "open prefix" in advice.what):
             show(f"  worth knowing: {advice}")
-    if told["verified"]:
-        names = [f"{entry['property']} ({_difference(entry['difference'])})" for entry in told["verified"]]
+    if report["verified"]:
+        names = [f"{entry['property']} ({_difference(entry['difference'])})" for entry in report["verified"]]
         show(f"  verified: {', '.join(names)}")
 
 
 def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
-    """The figures that a pass moved: before, after, and the share of them it saved."""
-    moved = [(key, title, text) for key, title, text in _FIGURES if before[key] != after[key]]
-    if not moved:
+    """The figures that a pass changed: before, after, and the fraction it saved."""
+    changed = [(key, title, text) for key, title, text in _FIGURES if before[key] != after[key]]
+    if not changed:
         return "  changes no figure of a training step"
     table = grid("  this pass", "before", "after", "saved", right=(1, 2, 3))
-    for key, title, text in moved:
+    for key, title, text in changed:
         saved = f"{1 - after[key] / before[key]:.1%}" if before[key] else ""
         table.add_row(f"  {title}", text(before[key]), text(after[key]), saved)
     return table
@@ -84,8 +89,8 @@ def _difference(value: Any) -> str:
     return "holds" if value is None else "equal" if value == 0 else f"within {value:.1e}"
 
 
-def some(names: Any, most: int = 6) -> str:
-    """The first few names, and how many there are."""
+def some(names: Iterable[object], most: int = 6) -> str:
+    """The first few names and the last one, and how many there are."""
     listed = [str(name) for name in names]
     if len(listed) <= most:
         return ", ".join(listed)

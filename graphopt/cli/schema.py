@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from graphopt.cli.options import as_path
+from graphopt.cli.options import expanded
 
 
 def schema(
-    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE", help="Write it there; default: print it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", parser=expanded, help="Write it there; default: print it.")
+    ] = None,
 ) -> None:
     """Print the JSON Schema of a spec with the installed passes, for editors that complete and check TOML.
 
@@ -24,14 +27,8 @@ def schema(
     from graphopt.spec import schema as spec_schema
 
     text = json.dumps(spec_schema(), indent=2) + "\n"
-    path = as_path(out)
-    if path is None:
+    if out is None:
         show_text(text)
     else:
-        write_atomically(path, text.encode())
-        show(f"written: {path}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("schema")(schema)
+        write_atomically(out, text.encode())
+        show(f"written: {out}")

@@ -1,8 +1,8 @@
-"""`graphopt specs`: the specs that are installed."""
+"""`graphopt specs`: the installed specs."""
 
 from __future__ import annotations
 
-import tomllib
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +15,7 @@ def specs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the installed specs, or print one to start your own from.
+    """List the installed specs, or print one as a start for your own.
 
     Examples:
 
@@ -32,7 +32,7 @@ def specs(
             raise SpecError(f"no installed spec is called {name!r}", fix=did_you_mean(name, known))
         show_text(known[name].read_text(encoding="utf-8"))
         return
-    rows = {key: _about(path) for key, path in known.items()}
+    rows = {key: _summary(path) for key, path in known.items()}
     if as_json:
         show_json(rows)
         return
@@ -42,8 +42,10 @@ def specs(
     show(table)
 
 
-def _about(path: Any) -> dict[str, Any]:
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+def _summary(path: Path) -> dict[str, Any]:
+    import tomli
+
+    table = tomli.loads(path.read_text(encoding="utf-8"))
     backbone = table.get("backbone", {})
     return {
         "name": table.get("name", ""),
@@ -51,8 +53,3 @@ def _about(path: Any) -> dict[str, Any]:
         "passes": [item.get("use", "?") for item in table.get("pass", [])],
         "file": str(path),
     }
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("specs")(specs)

@@ -1,4 +1,4 @@
-"""`graphopt train`: run a spec."""
+"""`graphopt train`: train a spec."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, as_path, backbone_of, load_spec
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, expanded, load_spec
 
 
 def train(
     spec: SpecArgument,
-    out: Annotated[str | None, typer.Option("--out", "-o", metavar="RUN", help="The run's folder; default: runs/<spec>.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RUN", parser=expanded, help="The run's folder; default: runs/<spec>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     set_: SetOption = [],  # noqa: B006
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -22,7 +24,7 @@ def train(
 ) -> None:
     """Train SPEC into a folder: checkpoints, metrics.jsonl, summary.json.
 
-    Ctrl-C stops after the step, with a checkpoint; --resume goes on from there. Examples:
+    Ctrl-C stops after the current step and writes a checkpoint; --resume continues from there. Examples:
 
         graphopt train quickstart
 
@@ -33,12 +35,13 @@ def train(
     from dataclasses import asdict
 
     from graphopt.cli.screen import console, show, show_json
+    from graphopt.driver import located_backbone
     from graphopt.train import train as run
 
     loaded = load_spec(spec, set_, trust)
-    folder = as_path(out) or _folder(spec, resume)
+    folder = out or _folder(spec, resume)
     silent = quiet or as_json
-    with backbone_of(loaded):
+    with located_backbone(loaded):
         summary = run(loaded, folder, resume=resume, trust=trust, tensorboard=tensorboard, console=None if silent else console())
     if as_json:
         show_json(asdict(summary))
@@ -49,7 +52,7 @@ def train(
 
 
 def _folder(spec: str, resume: bool) -> Path:
-    """`runs/<spec>`, or where a run is there already the next free `runs/<spec>-2`; the newest of them to resume."""
+    """`runs/<spec>`, or the next free `runs/<spec>-2` if that exists; with `resume`, the newest that exists."""
     path = Path(spec)
     name = path.parent.name if path.name == "spec.toml" else path.name if path.is_dir() else path.stem
     taken: Path | None = None
@@ -59,8 +62,3 @@ def _folder(spec: str, resume: bool) -> Path:
         if not folder.exists():
             return (taken or folder) if resume else folder
         taken, number = folder, number + 1
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("train")(train)

@@ -96,6 +96,7 @@ class Match(Diagnostics, Generic[Decided]):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the regions."""
         return tuple(r.name for r in self.regions)
 
 

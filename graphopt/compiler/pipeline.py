@@ -187,4 +187,5 @@ def located(instance: PassInstance) -> Iterator[None]:
     try:
         yield
     except GraphoptError as error:
-        raise error.with_location(instance.label)
+        error.with_location(instance.label)
+        raise

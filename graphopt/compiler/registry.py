@@ -23,8 +23,6 @@ def passes() -> dict[str, type[Pass]]:
         where = f"entry point {entry.name} = {entry.value}"
         try:
             loaded = entry.load()
-        except ImportError:  # TEMPORARY: passes that are not ported yet
-            continue
         except Exception as error:
             raise PassError(
                 f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that provides it"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from graphopt.ir.paths import lineage
+from graphopt.units import show_count, show_size
 
 
 class Named(Protocol):
@@ -149,3 +150,30 @@ class Cost:
         if self.blocks:
             plain["blocks"] = [block.to_dict() for block in self.blocks]
         return plain
+
+
+class Figure(NamedTuple):
+    """A figure of a training step: its attribute in `Cost`, its title, its unit, and a word for it where room is short."""
+
+    name: str
+    title: str
+    unit: Literal["count", "bytes"]
+    short: str
+
+    def text(self, value: float) -> str:
+        """A value of it, human-readable: `11.2 M`, `374 MiB`."""
+        return show_size(value) if self.unit == "bytes" else show_count(value)
+
+
+#: in the order in which reports show them
+FIGURES = (
+    Figure("parameters", "parameters", "count", "parameters"),
+    Figure("trainable_parameters", "trainable parameters", "count", "trainable"),
+    Figure("forward_flops", "forward FLOPs", "count", "forward"),
+    Figure("backward_flops", "backward FLOPs", "count", "backward"),
+    Figure("saved_activation_bytes", "saved activations", "bytes", "saved"),
+    Figure("peak_activation_bytes", "peak activations", "bytes", "activations"),
+    Figure("peak_bytes", "peak memory", "bytes", "peak"),
+)
+#: names of those that single blocks have too
+BLOCK_FIGURES = tuple(f.name for f in FIGURES if hasattr(BlockCost, f.name))

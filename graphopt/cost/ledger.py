@@ -188,11 +188,15 @@ class Ledger(TorchDispatchMode):
         Args:
             block: sizes are rounded up to multiples of so many bytes.
         """
-        live = np.cumsum(self._changes(kinds, block))
+        live = self.live(kinds, block=block)
         if not live.size:
             return 0, -1
         at = int(live.argmax())
         return int(live[at]), at
+
+    def live(self, kinds: Iterable[Kind] = tuple(Kind), *, block: int = 1) -> np.ndarray:
+        """Bytes of `kinds` that are live after each event."""
+        return np.cumsum(self._changes(kinds, block))
 
     def live_at(self, event: int) -> dict[str, int]:
         """Bytes by kind after `event`."""

@@ -1,6 +1,6 @@
-"""Where images come from: the embedded digits, the usual data sets in their own file formats, and folders of images.
+"""Data sets: the embedded digits, the usual ones in their own file formats, and folders of images.
 
-Nothing is ever downloaded. What is not there is one error that says where it was looked for and what belongs there.
+Nothing is ever downloaded. A missing file is one error that says where it was expected and what belongs there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """One opened split: its images, their classes without opening them, and how many classes there are."""
+    """One opened split: its images, their targets (known without opening them), and how many classes there are."""
 
     images: Images
     targets: Sequence[int]
@@ -43,9 +43,9 @@ class Source:
 
     Attributes:
         open: (root, split) -> Split; may raise what the reading library raises.
-        splits: split names it knows; the one that "validation" means comes second.
+        splits: names of its splits; the second is what "validation" means.
         mean, std: per channel, of images in 0..1.
-        expects: what must lie under the root, for the error message.
+        expects: what the root folder must hold, for the error message.
     """
 
     open: Callable[[Path, str], Split]
@@ -64,8 +64,8 @@ class _Digits:
         bunch = load_digits()
         pixels = np.clip(np.rint(bunch.images * (255 / 16)), 0, 255).astype(np.uint8)
         rank = _rank_in_class(bunch.target)
-        kept = (rank % 5 != 4) == train
-        self.pixels, self.targets = pixels[kept], bunch.target[kept].tolist()
+        chosen = (rank % 5 != 4) == train
+        self.pixels, self.targets = pixels[chosen], bunch.target[chosen].tolist()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -78,12 +78,12 @@ def _rank_in_class(targets: np.ndarray) -> np.ndarray:
     """For each sample, how many of its class come before it."""
     rank = np.empty(len(targets), dtype=np.int64)
     for label in np.unique(targets):
-        where = np.flatnonzero(targets == label)
-        rank[where] = np.arange(len(where))
+        members = np.flatnonzero(targets == label)
+        rank[members] = np.arange(len(members))
     return rank
 
 
-def _digits(root: Path, split: str) -> Split:
+def _digits(_: Path, split: str) -> Split:
     images = _Digits(split == "train")
     return Split(images, images.targets, 10)
 
@@ -107,7 +107,7 @@ _SYNONYMS = {
 
 def _folder(root: Path, split: str) -> Split:
     names = _SYNONYMS.get(split, (split,))
-    # As unpacked (imagenette2-320/train) or as named (train).
+    # The root itself may hold the splits, or a folder in it, as unpacked (imagenette2-320/train).
     bases = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
     found = [base / name for base in bases for name in names if (base / name).is_dir()]
     if not found:
@@ -164,25 +164,25 @@ SOURCES: dict[str, Source] = {
 
 
 def source(name: str) -> Source:
-    """The data set called `name`; case, `-` for `_`, and timm's prefix `torch/` do not matter. Raises RunError."""
+    """The data set called `name`; case, `-` for `_`, and timm's prefix `torch/` do not matter. Raises RunError if there is none."""
     known = name.casefold().removeprefix("torch/").replace("-", "_")
     known = {"image_folder": "folder", "fashionmnist": "fashion_mnist"}.get(known, known)
     if known not in SOURCES:
-        fix = did_you_mean(known, SOURCES) or f"There are {', '.join(SOURCES)}."
+        fix = did_you_mean(known, SOURCES) or f"There are {', '.join(SOURCES)}"
         raise RunError(f"there is no data set {name!r}", where="data.name", fix=fix)
     return SOURCES[known]
 
 
 def open_split(name: str, root: str | None, split: str) -> Split:
-    """One split of a data set. Raises RunError: unknown split, no root, files missing or damaged, and where it looked."""
+    """One split of a data set. Raises RunError for an unknown split, no root, and files that are missing or damaged."""
     found = source(name)
     if found.splits:
         split = found.splits[1] if split in _SYNONYMS["validation"] and split not in found.splits else split
         if split not in found.splits:
-            raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}.")
+            raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}")
     if found is SOURCES["digits"]:
         return found.open(Path(), split)
-    wanted = f"It must hold {found.expects}; graphopt never downloads."
+    wanted = f"It must hold {found.expects}; graphopt never downloads"
     if root is None:
         raise RunError(f"{name} needs a folder", where="data.root", fix=wanted)
     folder = Path(root).expanduser()
@@ -192,6 +192,5 @@ def open_split(name: str, root: str | None, split: str) -> Split:
         return found.open(folder, split)
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, ImportError) as error:
         reason = str(error).split(". You can use download")[0].splitlines()[0]
-        raise RunError(
-            f"{name} ({split}) was not found whole under {folder.absolute()} ({reason})", where="data.root", fix=wanted
-        ) from error
+        what = f"{name} ({split}) is missing or damaged under {folder.absolute()} ({reason})"
+        raise RunError(what, where="data.root", fix=wanted) from error

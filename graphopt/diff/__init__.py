@@ -1,14 +1,16 @@
-"""Graph diffs to look at: one data structure, and its renderings under `render`."""
+"""What a plan does to its backbone, block by block: one data structure, and its renderings under `render`."""
 
 from __future__ import annotations
 
 from graphopt.compiler.plan import Plan
-from graphopt.diff.join import Diff, Fold, join
-from graphopt.diff.rows import Band, NodeRow, PassLine, Row, Side
-from graphopt.diff.side import backbone_side, plan_side
-from graphopt.diff.status import STATUSES
+from graphopt.diff.align import Diff, RowGroup, align
+from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox
+from graphopt.diff.status import STYLES
+from graphopt.diff.view import backbone_view, plan_view
 
-__all__ = ["STATUSES", "Band", "Diff", "Fold", "NodeRow", "PassLine", "Row", "Side", "backbone_side", "diff", "join", "plan_side"]
+__all__ = [
+    "STYLES", "Diff", "ModelView", "NodeRow", "PassInfo", "Row", "RowGroup", "SectionBox", "align", "backbone_view", "diff", "plan_view"
+]  # fmt: skip
 
 
 def diff(before: Plan, after: Plan | None = None) -> Diff:
@@ -17,5 +19,5 @@ def diff(before: Plan, after: Plan | None = None) -> Diff:
     The plans may be of one backbone (two specs, two phases) or of two. Costs appear where the plans were compiled with costs.
     """
     if after is None:
-        return join(backbone_side(before), plan_side(before))
-    return join(plan_side(before), plan_side(after))
+        return align(backbone_view(before), plan_view(before))
+    return align(plan_view(before), plan_view(after))

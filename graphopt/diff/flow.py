@@ -1,73 +1,74 @@
-"""What flows between rows, where the backward stops, and what each row costs."""
+"""What flows between rows, how far the backward pass comes, and what each row costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from torch import fx
+from torch import nn
+from torch.fx import Node
 
-from graphopt.diff.nodes import parameters, shape
-from graphopt.diff.places import Place
-from graphopt.diff.rows import FIGURES
+from graphopt.cost.figures import BLOCK_FIGURES, FIGURES, Cost
+from graphopt.diff.locate import RowLocation
+from graphopt.diff.model import Shape
+from graphopt.diff.nodes import shape
 from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations, parameters_read, trainable
 
-#: what of a step's costs the pictures show
-TOTALS = (*FIGURES, "peak_bytes", "peak_activation_bytes")
-
-
-def named(graph: Graph, node: fx.Node) -> list[tuple[str, Any]]:
-    found = parameters(graph, node)
-    if node.op == "get_attr":
-        return [(str(node.target), p) for p in found]
-    return [(f"{node.target}.{n}", p) for n, p in graph.module.get_submodule(str(node.target)).named_parameters()] if found else []
+Edge = tuple[str, str]
 
 
-def edges(graph: Graph, active: set[fx.Node], name_of: Callable[[fx.Node], str | None]) -> tuple[tuple[str, str], ...]:
-    found: dict[tuple[str, str], None] = {}
+def edges_between_rows(graph: Graph, name_of: Callable[[Node], str | None]) -> tuple[Edge, ...]:
+    """Pairs of rows over which activations flow, in execution order."""
+    active = activations(graph)
+    pairs = ((name_of(i), name_of(n)) for n in graph.nodes if n in active for i in n.all_input_nodes if i in active)
+    return tuple(dict.fromkeys((a, b) for a, b in pairs if a is not None and b is not None and a != b))
+
+
+def reached_by_backward(graph: Graph) -> set[Node]:
+    """Activations that the backward pass reaches. What enters a section with a loss of its own enters it detached."""
+    active = activations(graph)
+    section_of = {n: number for number, s in enumerate(graph.sections) if s.target for n in s.nodes}
+    found: set[Node] = set()
     for node in graph.nodes:
-        if node in active and (mine := name_of(node)) is not None:
-            for source in node.all_input_nodes:
-                if source in active and (theirs := name_of(source)) is not None and theirs != mine:
-                    found.setdefault((theirs, mine))
-    return tuple(found)
+        inputs = node.all_input_nodes
+        if node in section_of:
+            inputs = [i for i in inputs if i not in active or section_of.get(i) == section_of[node]]
+        if trainable(graph, node) or any(i in found for i in inputs):
+            found.add(node)
+    return found & active
 
 
-def frontier(edges: Iterable[tuple[str, str]], live: set[str]) -> tuple[tuple[str, str], ...]:
-    """The edges over which no gradient flows although it could reach their end."""
-    return tuple((a, b) for a, b in edges if b in live and a not in live)
+def input_shape(graph: Graph, nodes: Sequence[Node]) -> Shape | None:
+    """Shape of the first activation that some nodes take from outside."""
+    active, inside = activations(graph), set(nodes)
+    return next((shape(i) for n in nodes if n in active for i in n.all_input_nodes if i not in inside and i in active), None)
 
 
-def entering(nodes: Sequence[fx.Node], active: set[fx.Node]) -> tuple[str | int, ...] | None:
-    members = set(nodes)
-    return next((shape(i) for n in nodes if n in active for i in n.all_input_nodes if i not in members and i in active), None)
+def output_shape(graph: Graph, nodes: Sequence[Node]) -> Shape | None:
+    """Shape of the last activation that is used outside of some nodes."""
+    active, inside = activations(graph), set(nodes)
+    return next((shape(n) for n in reversed(nodes) if n in active and any(u not in inside for u in n.users)), None)
 
 
-def leaving(nodes: Sequence[fx.Node], active: set[fx.Node]) -> tuple[str | int, ...] | None:
-    members = set(nodes)
-    return next((shape(n) for n in reversed(nodes) if n in active and any(u not in members for u in n.users)), None)
-
-
-def figures(cost: Any, places: Sequence[Place], graph: Graph, held: Mapping[int, Sequence[fx.Node]]) -> dict[str, dict[str, int]]:
-    """Per row: the cost model's figures, or without one the parameters alone, each counted where it is first read."""
-    if cost is not None and hasattr(cost, "by"):
-        whole = [p for p in places if p.paths]
-        found = {b.path: {k: int(getattr(b, k)) for k in FIGURES} for b in cost.by(whole)}
-        return {p.name: found.get(p.name, dict.fromkeys(FIGURES, 0)) for p in places}
-    seen: set[int] = set()
+def figures(cost: Cost | None, rows: Sequence[RowLocation], graph: Graph, nodes: Sequence[Sequence[Node]]) -> dict[str, dict[str, int]]:
+    """Each row's share of a training step; without a cost, its parameters alone, each counted where it is first read."""
+    if cost is not None:
+        found = {b.path: {name: int(getattr(b, name)) for name in BLOCK_FIGURES} for b in cost.by([r for r in rows if r.paths])}
+        return {r.name: found.get(r.name, dict.fromkeys(BLOCK_FIGURES, 0)) for r in rows}
+    seen: set[nn.Parameter] = set()
     result = {}
-    for index, place in enumerate(places):
-        fresh = []
-        for _, parameter in (item for n in held.get(index, ()) if n.op != "get_attr" or "pass" not in n.meta for item in named(graph, n)):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                fresh.append(parameter)
-        result[place.name] = {
+    for row, inside in zip(rows, nodes, strict=True):
+        # A neighbour's weight that a pass reads here counts at the neighbour.
+        own = [n for n in inside if n.op != "get_attr" or "pass" not in n.meta]
+        fresh = {p for n in own for _, p in parameters_read(graph.module, n)} - seen
+        seen |= fresh
+        result[row.name] = {
             "parameters": sum(p.numel() for p in fresh),
             "trainable_parameters": sum(p.numel() for p in fresh if p.requires_grad),
         }
     return result
 
 
-def totals(cost: Any) -> dict[str, int] | None:
-    return None if cost is None else {k: int(getattr(cost, k)) for k in TOTALS if hasattr(cost, k)}
+def totals(cost: Cost | None) -> dict[str, int] | None:
+    """The figures of a whole training step."""
+    return None if cost is None else {f.name: int(getattr(cost, f.name)) for f in FIGURES}

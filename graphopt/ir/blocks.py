@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
-from graphopt.ir.paths import lineage, owner
+from graphopt.ir.paths import common_path, lineage, owner
 from graphopt.ir.regions import Region, entries_and_exits, region_of
 
 
 def find_blocks(graph: Graph) -> tuple[Region, ...]:
-    """The family's natural repeated blocks, in execution order, as they stand in this graph.
+    """The natural repeated blocks of the model, in execution order, with the nodes they have in this graph.
 
     Which paths are blocks is a fact of the backbone: it is found once, on the untouched graph.
     """
@@ -28,7 +28,7 @@ def _blocks(graph: Graph) -> tuple[Region, ...]:
 
 
 def disjoint_parts(graph: Graph) -> tuple[Region, ...]:
-    """A backbone in disjoint parts, in execution order: its blocks, and the outermost paths outside of them that hold none."""
+    """A backbone in disjoint parts, in execution order: its blocks, and the outermost other paths that contain no block."""
     blocks = find_blocks(graph)
     taken = {path for block in blocks for path in block.paths}
     above = {p for path in taken for p in lineage(path)} - taken
@@ -42,7 +42,7 @@ _CONTAINERS = frozenset({"Sequential", "ModuleList", "ModuleDict"})
 
 
 class _Tree:
-    """Module paths that take part in a graph, with what their flow looks like."""
+    """The module paths of a graph, and how activations flow through them."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -93,7 +93,7 @@ class _Tree:
 
 
 def block_paths(graph: Graph) -> tuple[tuple[str, ...], ...]:
-    """Paths of each block: the author's where timm publishes them, else the repeated closed parts that are no mere chain, else units.
+    """Paths of each block: timm's own groups if the model has them; else repeated closed modules with a branch or shortcut; else units.
 
     A unit is a run of leaves that starts at a convolution or linear layer and goes on to the next (conv, norm, activation, pool).
     """
@@ -116,11 +116,18 @@ def block_paths(graph: Graph) -> tuple[tuple[str, ...], ...]:
                 walk(child)
 
     walk("")
-    return _with_sisters(tree, found) or _units(tree)
+    return _with_sisters(tree, found) or _compound_leaves(tree) or _units(tree)
+
+
+def _compound_leaves(tree: _Tree) -> tuple[tuple[str, ...], ...]:
+    """Repeated leaves that have parts of their own (`nn.TransformerEncoderLayer`, blocks that could not be traced)."""
+    paths = [p for p in tree.nodes if p and tree.is_leaf(p) and next(tree.graph.module.get_submodule(p).children(), None) is not None]
+    kinds = Counter(tree.graph.types[p] for p in paths)
+    return tuple((p,) for p in _in_order(tree, (p for p in paths if kinds[tree.graph.types[p]] > 1 and tree.closed(p))))
 
 
 def _with_sisters(tree: _Tree, found: list[str]) -> tuple[tuple[str, ...], ...]:
-    """Blocks of the same kinds as those found: one without a shortcut (a stage's first) is a mere chain, and still a block."""
+    """The blocks found, and other modules of their classes: the first of a stage may have no shortcut, and still is a block."""
     kinds = {tree.graph.types[p] for p in found}
     sisters = [p for p in tree.nodes if tree.graph.types.get(p) in kinds and tree.closed(p)]
     outer = [p for p in sisters if not any(p != q and p.startswith(f"{q}.") for q in sisters)]
@@ -128,7 +135,7 @@ def _with_sisters(tree: _Tree, found: list[str]) -> tuple[tuple[str, ...], ...]:
 
 
 def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
-    """The author's groups that are whole modules, closed and repeated. Stems, heads and groups that gather strays are none."""
+    """The groups of timm that are whole modules, closed and repeated. Stems, heads and catch-all groups are not blocks."""
     graph = tree.graph
     owned = Counter[str]()
     for name, _ in graph.module.named_parameters():
@@ -136,25 +143,17 @@ def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
         owned.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     paths: list[str] = []
     for names in graph.groups:
-        owners = [name.split(".")[:-1] for name in names]
-        path = ".".join(level[0] for level in _while_equal(owners))
+        path = common_path(owner(name) for name in names)
         if path not in tree.nodes or tree.is_leaf(path) or graph.types[path] in _CONTAINERS:
             continue
         if owned[path] == len(names) and tree.closed(path):
             paths.append(path)
     kinds = Counter(graph.types[p] for p in paths)
     paths = [p for p in paths if kinds[graph.types[p]] > 1]
-    # Groups can be coarser than blocks (whole stages): then the structure knows better.
+    # Groups can be coarser than blocks (whole stages): then blocks are found by structure.
     if all(tree.is_chain(p) for p in paths):
         return ()
     return _with_sisters(tree, paths)
-
-
-def _while_equal(parts: list[list[str]]) -> Iterator[tuple[str, ...]]:
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            return
-        yield level
 
 
 def _in_order(tree: _Tree, paths: Iterable[str]) -> list[str]:

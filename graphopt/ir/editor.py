@@ -1,11 +1,12 @@
 """The editor: the only way to change a graph.
 
-It stamps every node that it makes or changes with its origin and with the pass instance that did it, keeps sections nested, keeps shapes up
-to date, forgets stale analyses, and records what it did, so that nobody has to find that out from the graph afterwards.
+It stamps the nodes that it inserts with their origin, and those that it inserts or whose operation it changes with the pass instance. It
+keeps sections nested and shapes up to date, clears cached analyses, and records all that it did, so that nobody has to infer it later.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from graphopt.ir.section import Author, Section
 from graphopt.ir.shapes import as_fake
 
 Nodes = tuple[Node, ...]
+Wrap = Callable[[fx.GraphModule], nn.Module]
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Edits:
     """What one pass instance did to a graph, by name, in the order it was done.
 
     Attributes:
-        inserted: names of new nodes. changed: of nodes whose operation or inputs changed. erased: of nodes that are gone.
+        inserted: names of new nodes. changed: of nodes whose call or leaf changed. redirected: of nodes that only read another node now.
+        erased: of nodes that are gone.
         added: paths of new modules and names of new parameters. replaced: paths of leaves that have another form now.
         removed: names of modules, parameters and buffers that are gone.
         frozen: names of parameters that no longer require a gradient.
@@ -37,6 +40,7 @@ class Edits:
 
     inserted: dict[str, None] = field(default_factory=dict)
     changed: dict[str, None] = field(default_factory=dict)
+    redirected: dict[str, None] = field(default_factory=dict)
     erased: dict[str, None] = field(default_factory=dict)
     added: dict[str, None] = field(default_factory=dict)
     replaced: dict[str, None] = field(default_factory=dict)
@@ -78,11 +82,18 @@ class Editor:
         return self._insert(op, target, args, kwargs or {}, before, after, like)
 
     def call_module(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], *, before: Node | None = None, after: Node | None = None
+        self,
+        path: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        *,
+        before: Node | None = None,
+        after: Node | None = None,
+        like: Node | None = None,
     ) -> Node:
-        """Registers a new module at `path` and calls it. Its output has the shape of its first argument."""
+        """Registers a new module at `path` and calls it. Its output has the shape of its first argument. The rest is as in `call`."""
         self.add_module(path, module)
-        node = self._insert("call_module", path, args, {}, before, after, None)
+        node = self._insert("call_module", path, args, {}, before, after, like)
         if isinstance(args[0], Node) and "val" in args[0].meta:
             node.meta["val"] = args[0].meta["val"]
         return node
@@ -141,17 +152,17 @@ class Editor:
         if callable(target):
             node.op, node.target = "call_function", target
         elif target is not None:
-            node.target = target
+            node.op, node.target = "call_module" if node.op == "call_module" else "call_method", target
         node.args = node.args if args is None else args
         node.kwargs = node.kwargs if kwargs is None else kwargs
         self.touch(node)
 
     def redirect(self, old: Node, new: Any, users: Iterable[Node] | None = None) -> None:
-        """Lets readers of `old` read `new` (a node, or a constant): all of them, `new` itself aside, or the given `users`."""
-        for user in tuple(old.users) if users is None else tuple(users):
+        """Lets readers of `old` read `new` (a node, or a constant): all of them, `new` itself aside, or those among `users`."""
+        for user in tuple(old.users) if users is None else tuple(u for u in users if old in u.all_input_nodes):
             if user is not new:
-                user.args, user.kwargs = fx.node.map_aggregate((user.args, user.kwargs), lambda a: new if a is old else a)  # type: ignore[assignment,misc]  # map_aggregate's declared result is wider than what it gives
-                self.edits.changed[user.name] = None
+                user.args, user.kwargs = _replaced((user.args, user.kwargs), old, new)
+                self.edits.redirected[user.name] = None
         self.graph.changed()
 
     def touch(self, node: Node) -> None:
@@ -204,7 +215,7 @@ class Editor:
         self.edits.added[name] = None
 
     def remove(self, names: Iterable[str]) -> None:
-        """Unregisters modules, parameters and buffers; those that are gone already are passed over."""
+        """Unregisters modules, parameters and buffers; names that are gone already are ignored."""
         for name in names:
             try:
                 holder = self.graph.module.get_submodule(owner(name))
@@ -212,9 +223,10 @@ class Editor:
                 continue
             last = name.rpartition(".")[2]
             for registry in (holder._parameters, holder._buffers, holder._modules):
-                registry.pop(last, None)
+                if last in registry:
+                    del registry[last]
+                    self.edits.removed[name] = None
             holder._non_persistent_buffers_set.discard(last)
-            self.edits.removed[name] = None
         self.graph.changed()
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -228,38 +240,45 @@ class Editor:
     def outline(
         self,
         nodes: Iterable[Node],
-        wrap: Callable[[fx.GraphModule], nn.Module],
+        wrap: Wrap,
         name: str,
         *,
         target: bool = False,
         image: bool = False,
-        outside: Callable[[fx.GraphModule], nn.Module] | None = None,
+        outside: Wrap | None = None,
         only: Callable[[Nodes], bool] | None = None,
     ) -> tuple[Section, ...]:
-        """Declares that nodes run as one unit in the emitted module, keeping all sections nested.
+        """Declares that nodes run as one unit in the emitted module, keeping all sections nested or disjoint.
 
-        The rule: a section with a local loss stays whole, and those without one that reach over its border are divided there. A section
-        without a loss is divided along the sections with one, and along those that it overlaps in part; a section that lies wholly
-        inside it nests. Each piece becomes a section.
+        The rule: a section with a local loss stays whole, and is never inside one without. A section without a loss is divided along those
+        with one, and along those that it overlaps in part; a section that lies wholly inside another nests. Each piece becomes a section.
 
         Args:
             nodes: a convex set, in any order. wrap, target, image: as in `Section`.
             name: of the section; pieces and names that are taken get a number.
-            outside: leave out what runs in a section of this kind already.
+            outside: without `target`: leave out what runs in a section of this kind already.
             only: which pieces are worth a section; default: all that compute something.
 
         Returns:
-            The new sections; none where nothing was left of the nodes.
+            The new sections; none if nothing was left of the nodes.
         """
-        chosen = set(nodes)
         if target:
-            whole = Section(name, tuple(n for n in self.graph.nodes if n in chosen), wrap, self.author, target, image)
-            self.graph.sections[:] = [piece for s in self.graph.sections for piece in self._divided(s, whole)]
-            return (self._declare(whole),)
-        if outside is not None:
-            chosen -= {n for s in self.graph.sections if s.wrap is outside for n in s.nodes}
-        pieces = [p for p in _divide(self.graph, chosen, self.graph.sections) if only is None or only(p)]
+            section = Section(name, tuple(sorted(set(nodes))), wrap, self.author, target, image)
+            self._divide_others(section)
+            return (self._declare(section),)
+        pieces = [p for p in _divide(set(nodes), self.graph.sections, outside) if only is None or only(p)]
         return tuple(self._declare(Section(name, piece, wrap, self.author, target, image)) for piece in pieces)
+
+    def _divide_others(self, border: Section) -> None:
+        """Divides the sections without a local loss that a new one with a loss would not nest with."""
+        settled = [border, *(s for s in self.graph.sections if s.target)]
+        for section in [s for s in self.graph.sections if not s.target]:
+            pieces = _divide(set(section.nodes), settled)
+            if len(pieces) < 2:
+                settled.append(section)
+            else:
+                self.graph.sections.remove(section)
+                settled += [self._declare(replace(section, nodes=piece)) for piece in pieces]
 
     def remove_sections(self, chosen: Callable[[Section], bool]) -> None:
         """Withdraws sections: their nodes run as part of what holds them."""
@@ -267,33 +286,44 @@ class Editor:
 
     def _declare(self, section: Section) -> Section:
         taken = {s.name for s in self.graph.sections}
-        name, number = section.name, 1
-        while name in taken:
-            number += 1
-            name = f"{section.name}_{number}"
-        section = replace(section, name=name)
+        names = itertools.chain([section.name], (f"{section.name}_{number}" for number in itertools.count(2)))
+        section = replace(section, name=next(name for name in names if name not in taken))
         self.graph.sections.append(section)
-        self.edits.sections[name] = None
+        self.edits.sections[section.name] = None
         return section
 
-    def _divided(self, section: Section, border: Section) -> Sequence[Section]:
-        pieces = [] if section.target else _divide(self.graph, set(section.nodes), [border])
-        if len(pieces) < 2:
-            return (section,)
-        return [replace(section, name=f"{section.name}_{number}", nodes=piece) for number, piece in enumerate(pieces)]
+
+def _replaced(arguments: Any, old: Node, new: Any) -> Any:
+    return fx.node.map_aggregate(arguments, lambda a: new if a is old else a)
 
 
-def _divide(graph: Graph, nodes: set[Node], sections: Sequence[Section]) -> list[Nodes]:
-    """Nodes by the sections that hold them; what no section holds, by the sections it depends on, so that every piece is convex."""
-    dividing = [(i, set(s.nodes)) for i, s in enumerate(sections)]
-    dividing = [(i, held) for i, held in dividing if held & nodes and (sections[i].target or not held <= nodes)]
-    before: dict[Node, frozenset[int]] = {}
-    pieces: dict[tuple[frozenset[int], frozenset[int]], list[Node]] = {}
-    holders: dict[Node, frozenset[int]] = {}
-    for node in (n for n in graph.nodes if n in nodes):
-        sources = [i for i in node.all_input_nodes if i in before]
-        before[node] = frozenset().union(*(before[i] | holders[i] for i in sources))
-        holders[node] = frozenset(i for i, held in dividing if node in held)
-        key = (holders[node], frozenset() if holders[node] else before[node])
-        pieces.setdefault(key, []).append(node)
-    return [tuple(p) for p in pieces.values() if any(n.op != "get_attr" for n in p)]
+def _divide(nodes: set[Node], sections: Sequence[Section], outside: Wrap | None = None) -> list[Nodes]:
+    """A convex set in convex pieces, each of which nests with all sections; without what computes nothing or runs `outside`."""
+    pending, pieces = [nodes], list[Nodes]()
+    while pending:
+        piece = pending.pop()
+        section = next((s for s in sections if _divides(s, piece, outside)), None)
+        if section is not None:
+            before, inside, after = _cells(piece, piece & set(section.nodes))
+            pending += [before, after] if section.wrap is outside else [before, inside, after]
+        elif any(n.op != "get_attr" for n in piece):
+            pieces.append(tuple(sorted(piece)))
+    return sorted(pieces)
+
+
+def _divides(section: Section, nodes: set[Node], outside: Wrap | None) -> bool:
+    """Whether `nodes` cannot stay whole: the section overlaps them in part, has a loss and is inside them, or is one to be left out."""
+    held = set(section.nodes)
+    if not any(n.op != "get_attr" for n in held & nodes):
+        return False
+    return section.wrap is outside or (not nodes <= held and (section.target or not held <= nodes))
+
+
+def _cells(nodes: set[Node], border: set[Node]) -> tuple[set[Node], set[Node], set[Node]]:
+    """A convex set in three: what runs before a convex part of it, that part, and what runs after it or depends on it. All are convex."""
+    last = max(border)
+    before, after = set[Node](), set[Node]()
+    for node in sorted(nodes - border):
+        depends = any(i in border or i in after for i in node.all_input_nodes)
+        (after if depends or last < node else before).add(node)
+    return before, border, after

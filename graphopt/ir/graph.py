@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from torch import fx
@@ -65,6 +66,7 @@ class Graph:
     # -- reading ------------------------------------------------------------------------------------------------------------
     @property
     def fx(self) -> fx.Graph:
+        """The `torch.fx` graph itself, for reading."""
         return self.module.graph
 
     @property
@@ -79,10 +81,12 @@ class Graph:
 
     @property
     def placeholder(self) -> Node:
+        """The input, `x`."""
         return next(n for n in self.nodes if n.op == "placeholder")
 
     @property
     def output(self) -> Node:
+        """The output node."""
         return next(n for n in reversed(self.nodes) if n.op == "output")
 
     @property
@@ -105,11 +109,12 @@ class Graph:
         self._results.clear()
 
     def clone(self) -> Graph:
-        """A deep copy, weights included; sections are not carried over (rewriting makes them)."""
-        if self.sections:
-            raise ValueError("clone a graph before passes add sections to it")
+        """A deep copy, weights and sections included."""
         module = copy.deepcopy(self.module)
-        return Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.untouched)
+        other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.untouched)
+        by_name = {node.name: node for node in module.graph.nodes}
+        other.sections = [replace(s, nodes=tuple(by_name[n.name] for n in s.nodes)) for s in self.sections]
+        return other
 
     def refresh(self) -> None:
         """After edits: lint, recompile, shapes, and an origin for every new node (that of its last input, if none was given)."""

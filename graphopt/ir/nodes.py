@@ -17,11 +17,15 @@ from torch.utils import _pytree as pytree
 from graphopt.ir.graph import Graph
 from graphopt.runtime.by_mode import ByMode
 
-#: Python's augmented assignments as `fx` records them: they write into their first operand
-_AUGMENTED = frozenset(
-    getattr(operator, f"i{name}")
-    for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+#: Python's assignments to a part of an object (`x += 1`, `x[0] = 1`), as methods and as functions: they write into their first operand
+_WRITING_METHODS = frozenset(
+    f"__{name}__"
+    for name in (
+        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem"),
+    )
 )
+_WRITING_FUNCTIONS = frozenset(getattr(operator, name) for name in _WRITING_METHODS)
 
 
 def activations(graph: Graph) -> set[Node]:
@@ -86,12 +90,12 @@ def trainable(graph: Graph, node: Node) -> bool:
 def writes_in_place(module: fx.GraphModule, node: Node) -> bool:
     """Whether a node writes into one of its inputs: by name (`relu_`), by argument (`inplace=True`, `out=`) or by module (`ReLU(inplace)`).
 
-    A leaf counts if it, or a module inside it, says `inplace`.
+    A leaf counts by its own `inplace`: modules inside of it usually write into what the leaf itself has computed.
     """
     if node.op == "call_module":
         return _leaf_writes_in_place(module.get_submodule(str(node.target)))
     if node.op == "call_method":
-        return _named_in_place(str(node.target)) or str(node.target) == "__setitem__"
+        return _named_in_place(str(node.target))
     return node.op == "call_function" and _call_writes_in_place(node.target, node.args, node.kwargs)
 
 
@@ -105,7 +109,7 @@ def _leaf_writes_in_place(leaf: nn.Module) -> bool:
 
 
 def _call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
-    if function in _AUGMENTED or function is operator.setitem or _named_in_place(getattr(function, "__name__", "")):
+    if function in _WRITING_FUNCTIONS or _named_in_place(getattr(function, "__name__", "")):
         return True
     if kwargs.get("inplace") is True or kwargs.get("out") is not None:
         return True
@@ -114,8 +118,8 @@ def _call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _named_in_place(name: str) -> bool:
-    """torch's convention: a trailing underscore."""
-    return name.endswith("_") and not name.endswith("__")
+    """Whether the name of a function or method says so: by the convention of torch, with a trailing underscore."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _WRITING_METHODS
 
 
 @cache
@@ -130,17 +134,14 @@ def _position_of_inplace(function: Any) -> int | None:
 
 def storages(node: Node) -> set[StorageWeakRef]:
     """The memory behind a node's value; two nodes whose sets meet share memory."""
-    return {StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)}
+    tensors = (t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
+    return {StorageWeakRef(t.untyped_storage()) for t in tensors}
 
 
 def overwriter(graph: Graph, node: Node) -> Node | None:
-    """The first node that writes into an activation, or into a view of it; None where nothing does."""
-    memory, here = storages(node), graph.order[node]
-    views = {node}
-    for user in graph.nodes[here + 1 :]:
-        if any(i in views for i in user.all_input_nodes):
-            if writes_in_place(graph.module, user):
-                return user
-            if memory & storages(user):
-                views.add(user)
+    """The first node that writes into the memory of an activation after it is computed, also through a view of it; None if none does."""
+    memory = storages(node)
+    for later in graph.nodes[graph.order[node] + 1 :]:
+        if writes_in_place(graph.module, later) and any(memory & storages(i) for i in later.all_input_nodes):
+            return later
     return None

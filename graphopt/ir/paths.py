@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 
 
 def lineage(path: str) -> Iterator[str]:
@@ -27,3 +28,9 @@ def owner(name: str) -> str:
 def is_below(name: str, paths: Iterable[str]) -> bool:
     """Whether a path or a state-dict name is one of `paths`, or lies inside one of them."""
     return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """The innermost path that is, or holds, every one of `paths`; `""` where they have nothing in common."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))

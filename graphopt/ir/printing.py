@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.shapes import SHAPE_BATCH
 
 
 def graph_text(graph: Graph) -> str:
@@ -23,8 +24,9 @@ def graph_text(graph: Graph) -> str:
         line += f" -> {shape}" if shape else ""
         lines.append(f"{line}  # {remarks}" if remarks else line)
     for section in graph.sections:
-        names = [node.name for node in section.nodes]
-        lines.append(f"section {section.name} by {section.author}: {names[0]} .. {names[-1]} ({len(names)} nodes)")
+        names = [node.name for node in sorted(section.nodes)]
+        kind = getattr(section.wrap, "__name__", type(section.wrap).__name__)
+        lines.append(f"section {section.name} ({kind}, {section.author}): {names[0]} .. {names[-1]} ({len(names)} nodes)")
     return "\n".join(lines) + "\n"
 
 
@@ -59,8 +61,8 @@ def _argument(value: Any) -> str:
 
 def _shape(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        sizes = list(value.shape)
-        return f"({', '.join(map(str, sizes))})"
+        sizes = ["N" if i == 0 and size == SHAPE_BATCH else str(size) for i, size in enumerate(value.shape)]
+        return f"({', '.join(sizes)})"
     if isinstance(value, list | tuple):
         inside = [_shape(item) for item in value]
         return f"[{', '.join(inside)}]" if any(inside) else ""
@@ -69,13 +71,13 @@ def _shape(value: Any) -> str:
 
 def _remarks(graph: Graph, node: fx.Node) -> str:
     origin = node.meta.get("origin")
-    told = []
+    remarks = []
     if origin is not None and origin.path:
-        told.append(origin.path if not origin.call else f"{origin.path} call {origin.call}")
+        remarks.append(origin.path if not origin.call else f"{origin.path} call {origin.call}")
     if "pass" in node.meta:
-        told.append(f"pass {node.meta['pass'] + 1}")
+        remarks.append(f"pass {node.meta['pass'] + 1}")
     if node.op == "call_module":
-        parameters = list(graph.module.get_submodule(str(node.target)).parameters(recurse=True))
+        parameters = list(graph.module.get_submodule(str(node.target)).parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
-            told.append("frozen")
-    return ", ".join(told)
+            remarks.append("frozen")
+    return ", ".join(remarks)

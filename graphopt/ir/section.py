@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import fx, nn
 from torch.fx import Node
 
 
-class Author(NamedTuple):
+@dataclass(frozen=True)
+class Author:
     """The pass instance that made an edit: its number in the spec (from 0) and the name of the pass."""
 
     index: int
     name: str
 
     def __str__(self) -> str:
-        return f"pass {self.index + 1} ({self.name})"
+        return f"pass {self.index + 1} ({self.name})" if self.index >= 0 else self.name
+
+
+#: the author of what a backbone brings itself
+BACKBONE = Author(-1, "the backbone")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
         at: list[fx.Node] = []
 
         class Shapes(fx.Interpreter):
+            def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+                # As in generated code: the graph's lists are literals there, which a function may change.
+                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: list(a) if isinstance(a, list) else a)
+                return super().call_function(target, args, kwargs)
+
             def run_node(self, n: fx.Node) -> Any:
                 at[:] = [n]
                 try:
@@ -66,7 +71,8 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
     """Shapes of a leaf that branches on values: they cannot be known without values, so it runs once on random ones."""
     if node.op != "call_module":
         raise TypeError(f"{node} branches on values outside any module")
-    leaf = copy.deepcopy(module.get_submodule(str(node.target))).eval()
+    with unset_fake_temporarily():
+        leaf = copy.deepcopy(module.get_submodule(str(node.target))).eval()
     if any(t.is_meta for t in (*leaf.parameters(), *leaf.buffers())):
         raise TypeError(f"{node.target} branches on values: its shapes are not known without its weights")
 

@@ -1,4 +1,4 @@
-"""Which backbones there are, by source and name, and the input that each takes."""
+"""The backbones there are, by source and name, and the input that each takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SOURCES = ("torchvision", "timm", "cifar", "python")
 
 
 def names(source: str) -> list[str]:
-    """The backbones a source has; none for `python`."""
+    """Names of the backbones that a source has; none for `python`."""
     if source == "timm":
         import timm
 
@@ -25,42 +25,46 @@ def names(source: str) -> list[str]:
 
 
 def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """One sample's shape by the library's own word; None for an unknown model and for python code."""
+    """Default input shape of one sample, according to the library; None for `python`, whose code has not run.
+
+    Raises:
+        BackboneError: the library has no such model.
+    """
     if source == "cifar":
         return (int(arguments.get("in_chans", 3)), 32, 32)
     if source == "timm":
         import timm
 
-        if not is_hosted(name) and timm.is_model(name):
-            config = timm.models.get_pretrained_cfg(name)
-            channels, height, width = config.input_size if config else (3, 224, 224)
-            size = arguments.get("img_size", (height, width))
-            height, width = (size, size) if isinstance(size, int) else size
-            return (int(arguments.get("in_chans", channels)), int(height), int(width))
+        if is_hosted(name) or not timm.is_model(name):
+            raise unknown(source, name)
+        config = timm.models.get_pretrained_cfg(name)
+        channels, height, width = config.input_size if config else (3, 224, 224)
+        size = arguments.get("img_size", (height, width))
+        height, width = (size, size) if isinstance(size, int) else size
+        return (int(arguments.get("in_chans", channels)), int(height), int(width))
     if source == "torchvision":
-        import torchvision
+        from torchvision import models
 
-        if name in torchvision.models.list_models():
-            # Every image model takes 224 but the two that its documentation names; the video models say a clip's shape.
-            side = 299 if name == "inception_v3" else 224
-            if name in torchvision.models.list_models(torchvision.models.video):
-                return (3, 16, side, side)
-            return (3, side, side)
+        if name not in models.list_models():
+            raise unknown(source, name)
+        # Image models take 224 pixels, except for the one that the documentation names; video models take clips of 16 frames.
+        side = 299 if name == "inception_v3" else 224
+        return (3, 16, side, side) if name in models.list_models(models.video) else (3, side, side)
     return None
 
 
 def is_hosted(name: str) -> bool:
-    """`hf-hub:...` and its like: timm would go to the network, or to a folder, for the model's own configuration."""
+    """Whether timm would look for a model's configuration on the network or in a folder: `hf-hub:...` and the like."""
     return ":" in name or "/" in name
 
 
 def unknown(source: str, name: str) -> BackboneError:
-    """The error for a name that `source` does not have: the nearest names, or the source that has it."""
+    """The error for a name that `source` does not have: with the nearest names, or the source that has it."""
     if source == "timm" and is_hosted(name):
-        fix: str | None = 'Use timm\'s own name, and weights = "file"'
-        return BackboneError(f"{name!r} would be fetched", where="backbone, name", fix=fix)
-    fix = did_you_mean(name, names(source))
-    elsewhere = [other for other in ("torchvision", "timm", "cifar") if other != source and name in names(other)]
-    if elsewhere:
-        fix = f"{elsewhere[0]} has one: source = {elsewhere[0]!r}".replace("'", '"')
-    return BackboneError(f"{source} has no model {name!r}", where="backbone, name", fix=fix)
+        fix = 'Use timm\'s own name, and weights = "file"'
+        return BackboneError(f"{name!r} would be downloaded; graphopt never downloads", where="backbone, name", fix=fix)
+    elsewhere = next((other for other in ("torchvision", "timm", "cifar") if other != source and name in names(other)), None)
+    known_elsewhere = f'{elsewhere} has one: source = "{elsewhere}"' if elsewhere else None
+    return BackboneError(
+        f"{source} has no model {name!r}", where="backbone, name", fix=known_elsewhere or did_you_mean(name, names(source))
+    )

@@ -1,8 +1,8 @@
 """The CIFAR residual networks of He et al. (arXiv 1512.03385, section 4.2), which neither torchvision nor timm has.
 
-Depth 6n+2: a 3x3 stem, three stages of n basic blocks at widths 16, 32 and 64, global pooling, one linear layer. Where
-a stage begins, the shortcut is a 1x1 convolution with a norm (the paper's option B), as in the systems that graphopt
-reproduces: depth 110 has 1,730,714 parameters and depth 32 has 466,906, at 10 classes.
+Depth 6n+2: a 3x3 stem, three stages of n basic blocks at widths 16, 32 and 64, global pooling, one linear layer. The shortcut of the
+first block of a stage is a 1x1 convolution with a norm (option B of the paper), as in the systems that graphopt reproduces: with 10
+classes, depth 110 has 1,730,714 parameters and depth 32 has 466,906.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from graphopt.errors import BackboneError
 from graphopt.models import cifar_vgg
 
-#: The depths of the published systems; any depth 6n+2 works.
+#: published depths; any depth 6n+2 works
 DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with norms beside a shortcut: (N, C, H, W) -> (N, width, H/stride, W/stride)."""
+    """Two 3x3 convolutions with norms, and a shortcut: (N, C, H, W) -> (N, width, H/stride, W/stride)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -34,6 +34,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """One residual step."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
@@ -67,23 +68,24 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.fc(out.mean((2, 3)))
 
 
 def names() -> list[str]:
-    """The published depths by name, and the VGGs; `build` takes any other `resnet<6n+2>` too."""
+    """Names of the published depths and of the VGGs; `build` takes any other `resnet<6n+2>` too."""
     return [*(f"resnet{depth}" for depth in DEPTHS), *cifar_vgg.LAYERS]
 
 
 def arguments(name: str) -> list[str]:
-    """What `build` takes for this backbone."""
+    """Names of the arguments that `build` takes for this backbone."""
     return ["num_classes", "in_chans", *(["width"] if name in cifar_vgg.LAYERS else [])]
 
 
 def build(name: str, *, num_classes: int = 10, in_chans: int = 3, **more: float) -> nn.Module:
-    """`"resnet110"` and its kin, `"vgg11"` and its kin.
+    """A CIFAR ResNet (`"resnet110"`) or VGG (`"vgg11"`).
 
     Raises:
         BackboneError: not a name of these families.
@@ -92,5 +94,5 @@ def build(name: str, *, num_classes: int = 10, in_chans: int = 3, **more: float)
         return cifar_vgg.CifarVGG(name, num_classes, in_chans, **more)
     found = re.fullmatch(r"resnet(\d+)", name)
     if found is None:
-        raise BackboneError(f"no CIFAR backbone is named {name!r}", fix=f"There are {', '.join(names())}")
+        raise BackboneError(f"no CIFAR backbone is called {name!r}", fix=f"There are {', '.join(names())}")
     return CifarResNet(int(found[1]), num_classes=num_classes, in_chans=in_chans, **more)

@@ -1,7 +1,7 @@
-"""VGG for small images (arXiv 1409.1556, table 1) as CIFAR papers train it: norms after the convolutions, one linear layer as its head.
+"""VGG for small images (arXiv 1409.1556, table 1) as papers train it on CIFAR: norms after the convolutions, one linear layer as head.
 
-The convolutions are those of the original. Its two layers of 4096 belong to 224-pixel images: at 32 pixels, where the last map is 1x1, they
-would hold nine tenths of the parameters and do half of the work.
+The convolutions are those of the original. Its two hidden layers of 4096 units are left out: they are meant for images of 224 pixels. At 32
+pixels, where the last map is 1x1, they would hold nine tenths of the parameters and do half of the work.
 """
 
 from __future__ import annotations
@@ -42,4 +42,5 @@ class CifarVGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
         return self.fc(self.features(x).mean((2, 3)))

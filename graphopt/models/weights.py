@@ -1,26 +1,25 @@
-"""Weight files: read without running code, and loaded strictly."""
+"""Weight files: read without running code, loaded strictly."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import BackboneError
+from graphopt.errors import WeightsError
 
-_SAVE = "Save model.state_dict(), best as safetensors"
+_SAVE = "Save model.state_dict(), preferably as safetensors"
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a file into `module`, strictly, in place.
+    """Loads a file into `module`, strictly, in place.
 
     Raises:
-        BackboneError: with the counts and the first few of missing and unexpected keys and wrong shapes; `module` is
-            then unchanged.
+        WeightsError: with the number and the first few of missing keys, unexpected keys and other shapes; `module` is then unchanged.
     """
     state = read_weights(path)
     own = module.state_dict()
@@ -31,14 +30,10 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    told = [
-        _listed("missing", missing),
-        _listed("unexpected", unexpected),
-        _listed("of another shape", shapes),
-    ]
-    if any(told):
-        raise BackboneError(
-            f"the weights do not fit the backbone ({len(own)} tensors): {'; '.join(text for text in told if text)}",
+    problems = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape", shapes)]
+    if any(problems):
+        raise WeightsError(
+            f"the weights do not fit the backbone ({len(own)} tensors): {'; '.join(filter(None, problems))}",
             where=str(path),
             fix="Check [backbone] name and arguments (num_classes?)",
         )
@@ -46,14 +41,17 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A flat state dict on the CPU from safetensors or a weights-only torch checkpoint.
+    """A flat state dict on the CPU, from safetensors or a weights-only torch checkpoint.
 
-    A checkpoint may nest it under "model" or "state_dict"; the prefixes that DDP and torch.compile add are taken off.
+    In a checkpoint it may be under "model" or "state_dict"; the prefixes that DDP and torch.compile add are removed.
+
+    Raises:
+        WeightsError: there is no such file, or it holds no state dict.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        fix = "It is looked for beside the spec and in the working directory"
-        raise BackboneError("no such weights file", where=str(path), fix=fix)
+        fix = "It is looked for in the folder of the spec and in the working directory"
+        raise WeightsError("no such weights file", where=str(path), fix=fix)
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -62,17 +60,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = "not a weights-only checkpoint, and graphopt runs no code from one"
-        raise BackboneError(what, where=str(path), fix=_SAVE) from error
+        message = "not a weights-only checkpoint, and graphopt runs no code from one"
+        raise WeightsError(message, where=str(path), fix=_SAVE) from error
     except Exception as error:
-        what = f"cannot be read as weights: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise BackboneError(what, where=str(path), fix=_SAVE) from error
+        message = f"cannot be read as weights: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise WeightsError(message, where=str(path), fix=_SAVE) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise BackboneError("holds no state dict", where=str(path), fix=_SAVE)
+        raise WeightsError("holds no state dict", where=str(path), fix=_SAVE)
     state = dict(loaded)
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
@@ -80,9 +78,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _listed(what: str, items: Iterable[str], most: int = 5) -> str:
-    listed = list(items)
-    if not listed:
-        return ""
-    more = f", and {len(listed) - most} more" if len(listed) > most else ""
-    return f"{len(listed)} {what} ({', '.join(listed[:most])}{more})"
+def _listed(what: str, items: list[str], most: int = 5) -> str:
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return f"{len(items)} {what} ({', '.join(items[:most])}{more})" if items else ""

@@ -167,7 +167,7 @@ class Search:
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
         matched = match_all(self.plan.base, [PassInstance(value, index) for index, value in enumerate(passes)])
-        return compile_phase(replace(self.plan.source, matched=matched), verify=verify, costs=False)
+        return compile_phase(replace(self.plan, matched=matched), verify=verify, costs=False)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
         measure = measure_with(batch, **self.spec.train.forecast_options())

@@ -54,7 +54,7 @@ def always_eval(module: nn.Module) -> nn.Module:
     """The form of `module` that stays in eval mode; it shares every tensor with `module`."""
     if not depends_on_mode(module):
         return module
-    cls = _class_for(type(module))
+    cls = _class_for(type(module))  # type: ignore[arg-type]  # classes are hashable
     new = cls.__new__(cls)
     # The very dicts of tensors, not copies: whoever still holds the old leaf must see `.to()` and a loaded state.
     new.__dict__.update({name: value for name, value in module.__dict__.items() if name != "training"})

@@ -1,4 +1,4 @@
-"""The spec: a TOML file, typed. `load` and `loads` read one, `dumps` writes it resolved, `schema` is for editors."""
+"""The spec: a typed TOML file. `load` and `loads` read one, `dumps` writes it with all defaults, `schema` is for editors."""
 
 from graphopt.spec.model import AugmentSpec, BackboneSpec, DataSpec, OptimizerSpec, SchedulerSpec, Spec, TrainSpec
 from graphopt.spec.reading import find, from_table, installed, load, loads, resolve

@@ -1,4 +1,4 @@
-"""What a pass says of its options in its docstring's `Attributes:`, for manuals and for editors (JSON Schema)."""
+"""Texts about the options of a pass, from the `Attributes:` section of its docstring; for manuals and JSON Schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 
 
 def option_texts(cls: type[BaseModel]) -> dict[str, str]:
-    """Meaning of each option, by name: the field's description, or its entry under `Attributes:`, the base classes' included."""
+    """The meaning of each option, by name: its field's description, or its entry under `Attributes:` (of the class or a base class)."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         texts |= _attributes(base.__doc__ or "")

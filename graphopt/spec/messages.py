@@ -1,4 +1,4 @@
-"""pydantic's errors as a user of a TOML file wants them: line, field, what was expected and found, the nearest key."""
+"""Validation errors for the user of a TOML file: line, field, what was expected and found, and the nearest key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from graphopt.errors import SpecError, did_you_mean
 from graphopt.spec.positions import KeyPath
 
-Locate: TypeAlias = Callable[[KeyPath], str | None]
+Locate: TypeAlias = Callable[[KeyPath], str]
 
 _EXPECTED = {
     "int": "a whole number",
@@ -35,33 +35,42 @@ _BOUNDS = {
 }
 
 
-def spec_error(error: ValidationError, model: type[BaseModel], data: Any, locate: Locate) -> SpecError:
-    """One `SpecError` for all that is wrong in `data`; `locate` turns a key path into `file:line, field`."""
+def spec_errors(error: ValidationError, model: type[BaseModel], data: Any, locate: Locate, prefix: KeyPath = ()) -> list[SpecError]:
+    """All that is wrong in `data`, one error for each key.
+
+    Args:
+        model: what `data` was validated by.
+        locate: turns a key path into `file:line, field`.
+        prefix: key path of `data` in the spec.
+    """
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
         grouped.setdefault(_in_data(item["loc"], data, item["type"]), []).append(item)
-    mistakes = [_mistake(path, items, model, locate) for path, items in grouped.items()]
+    return [_mistake(path, items, model, locate, prefix) for path, items in grouped.items()]
+
+
+def joined(mistakes: list[SpecError]) -> SpecError:
+    """One error for all of them."""
     if len(mistakes) == 1:
         return mistakes[0]
     return SpecError(f"{len(mistakes)} mistakes" + "".join(f"\n  {mistake}" for mistake in mistakes))
 
 
-def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Locate) -> SpecError:
-    first, where = items[0], locate(path)
+def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Locate, prefix: KeyPath) -> SpecError:
+    first, key = items[0], (*prefix, *path)
     if first["type"] == "extra_forbidden":
         known = known_keys(model, path[:-1])
         fix = did_you_mean(str(path[-1]), known) or (f"Known keys: {', '.join(sorted(known))}" if known else None)
-        return SpecError(f"unknown key {str(path[-1])!r}", where=where, fix=fix)
+        return SpecError(f"unknown key {str(path[-1])!r}", where=locate(key), fix=fix)
     if first["type"] == "missing":
-        return SpecError(f"{str(path[-1])!r} is missing", where=locate(path[:-1]) or where)
+        return SpecError(f"{str(path[-1])!r} is missing", where=locate(key[:-1]))
     if len(items) == 1:
-        what, fix = _what(first)
-    else:  # a union: every branch says why it was not meant
-        expected = list(dict.fromkeys(text for item in items if (text := _expected(item))))
-        told = [_what(item)[0] for item in items if not _expected(item)]
-        what = told[0] if told else f"expected {' or '.join(expected)}, found {_found(first['input'])}"
-        fix = None
-    return SpecError(what, where=where, fix=fix)
+        message, fix = _message(first)
+        return SpecError(message, where=locate(key), fix=fix)
+    # A union: each of its branches says what it expected, unless one of them accepts this kind of value.
+    expected = list(dict.fromkeys(text for item in items if (text := _expected(item))))
+    accepted = (_message(item)[0] for item in items if not _expected(item))
+    return SpecError(next(accepted, f"expected {' or '.join(expected)}, found {_found(first['input'])}"), where=locate(key))
 
 
 def _expected(item: Any) -> str | None:
@@ -71,7 +80,7 @@ def _expected(item: Any) -> str | None:
     return _EXPECTED.get(kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float"))
 
 
-def _what(item: Any) -> tuple[str, str | None]:
+def _message(item: Any) -> tuple[str, str | None]:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     expected = _expected(item)
     if expected:

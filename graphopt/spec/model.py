@@ -1,4 +1,4 @@
-"""The typed spec: what a TOML file may say, with units and defaults. Reading files is `graphopt.spec.reading`'s."""
+"""The typed spec: the keys a TOML file can have, with types and defaults. `graphopt.spec.reading` reads files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphopt.compiler.pass_base import Pass
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
 
-# TOML has arrays, the models are frozen: arrays become tuples, and nothing else is converted (strict).
+# The models are frozen, so TOML's arrays become tuples; nothing else is converted (strict).
 _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -25,14 +25,14 @@ Numbers: TypeAlias = Annotated[tuple[float, ...], _tuple]
 
 
 class _Table(BaseModel):
-    """A TOML table: unknown keys are errors, `"10"` is not a number, and nothing changes after parsing."""
+    """A TOML table. Unknown keys are errors, `"10"` is not a number, and values do not change after parsing."""
 
-    # JSON has no infinity, TOML has: as a constant it survives being written.
+    # JSON has no infinity but TOML does: as a constant it survives being written.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, ser_json_inf_nan="constants")
 
 
 class BackboneSpec(_Table):
-    """`[backbone]`: which network, and one sample's shape."""
+    """`[backbone]`: the network, and the shape of one sample."""
 
     source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
     name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory"')
@@ -42,16 +42,16 @@ class BackboneSpec(_Table):
 
 
 class AugmentSpec(_Table):
-    """`[data.augment]`: training-time augmentation, by timm's transform and mixup factories. All off by default."""
+    """`[data.augment]`: augmentation of training images, by timm's transform and mixup factories. All off by default."""
 
     crop: Literal["none", "pad", "resized"] = Field(
         default="none", description="pad: by an eighth, then a random crop (CIFAR); resized: random resized crop (ImageNet)"
     )
-    scale: Annotated[tuple[float, float], _tuple] = Field(default=(0.08, 1.0), description='area kept by crop = "resized"')
-    ratio: Annotated[tuple[float, float], _tuple] = Field(default=(0.75, 4 / 3), description='aspect of crop = "resized"')
+    scale: Annotated[tuple[float, float], _tuple] = Field(default=(0.08, 1.0), description='area of the image that crop = "resized" takes')
+    ratio: Annotated[tuple[float, float], _tuple] = Field(default=(0.75, 4 / 3), description='aspect ratio of crop = "resized"')
     hflip: Fraction = Field(default=0.0, description="probability of a horizontal flip")
     vflip: Fraction = Field(default=0.0, description="probability of a vertical flip")
-    color_jitter: NonNegative = Field(default=0.0, description="strength")
+    color_jitter: NonNegative = Field(default=0.0, description="strength of the color jitter")
     auto_augment: str | None = Field(default=None, description='timm\'s policy text, e.g. "rand-m9-mstd0.5-inc1"')
     erase: Fraction = Field(default=0.0, description="probability of random erasing")
     mixup: NonNegative = Field(default=0.0, description="mixup's alpha; 0 is off")
@@ -59,13 +59,13 @@ class AugmentSpec(_Table):
 
     @property
     def random(self) -> bool:
-        """Whether one image can give different inputs (a feature cache has to know)."""
+        """Whether one image can give different inputs, so that caching one set of features would not do."""
         flips = self.hflip or self.vflip or self.color_jitter or self.auto_augment or self.erase
         return bool(self.crop != "none" or flips or self.mixup or self.cutmix)
 
 
 class DataSpec(_Table):
-    """`[data]`: the images."""
+    """`[data]`: the data set and how its images are loaded."""
 
     name: str = Field(
         default="digits",
@@ -80,18 +80,18 @@ class DataSpec(_Table):
     mean: Numbers | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
     std: Numbers | None = Field(default=None, description="per channel")
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="share of the resized image that evaluation keeps")
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="fraction of the resized image that evaluation uses")
     workers: Count = Field(default=0, description="loader processes; 0 loads in the training process")
     augment: AugmentSpec = AugmentSpec()
 
 
 class OptimizerSpec(_Table):
-    """`[train.optimizer]`, or just its name: `optimizer = "adamw"`. By timm's optimizer factory."""
+    """`[train.optimizer]`, or just its name: `optimizer = "adamw"`. timm's optimizer factory makes it."""
 
     name: str = Field(default="sgd", description="timm's name: sgd (Nesterov), momentum, adamw, lamb, ...")
     lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="peak learning rate, for the whole batch")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="SGD's; Adam's first beta stays its own")
-    weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and the pass's own scalars")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of SGD; the betas of Adam are set in arguments")
+    weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and scalars that a pass has added")
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="learning-rate factor per layer from the head"
     )
@@ -99,7 +99,7 @@ class OptimizerSpec(_Table):
 
 
 class SchedulerSpec(_Table):
-    """`[train.scheduler]`, or just its name: `scheduler = "step"`. By timm's scheduler factory."""
+    """`[train.scheduler]`, or just its name: `scheduler = "step"`. timm's scheduler factory makes it."""
 
     name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = "cosine"
     warmup_epochs: Count = 0
@@ -116,7 +116,7 @@ def _named(value: Any) -> Any:
 
 
 class TrainSpec(_Table):
-    """`[train]`: the run."""
+    """`[train]`: the training run."""
 
     epochs: Positive = 10
     batch: Positive = Field(default=128, description="samples per optimizer step and process, before accumulation; costs are given for it")
@@ -135,27 +135,27 @@ class TrainSpec(_Table):
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
-    keep: Positive = Field(default=2, description="how many checkpoints stay")
+    keep: Positive = Field(default=2, description="how many checkpoints are retained")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
 
     def forecast_options(self) -> dict[str, Any]:
-        """What `graphopt.cost.forecast` has to know of the run to cost one step of it."""
+        """Options of `graphopt.cost.forecast`, for a training step of this run."""
         optimizer = self.optimizer
         arguments = {"momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay, **optimizer.arguments}
         return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp}
 
 
 class Spec(_Table):
-    """A whole spec. Equal when they say the same, wherever they were read from.
+    """A whole spec. Two are equal if their resolved values are, wherever they were read from.
 
-    `lines` and `file` know where each key stood; they are for messages and take no part in equality.
+    `lines` and `file` say where each key was written; they are for messages and do not count in comparisons.
     """
 
-    name: str = Field(default="", description="for people; shown in reports")
+    name: str = Field(default="", description="human-readable; shown in reports")
     verify: Verify | None = Field(default=None, description="default: full in apply, fast in train")
     backbone: BackboneSpec
-    passes: tuple[SerializeAsAny[Pass], ...] = Field(default=(), alias="pass", description="in the order they act")
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(default=(), alias="pass", description="in the order in which they are applied")
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
 
@@ -175,15 +175,14 @@ class Spec(_Table):
 
     @property
     def lines(self) -> Mapping[tuple[str | int, ...], int]:
-        """Key path (`("pass", 0, "select")`) to the line it stood on, from 1; 0 for an override. Empty without a file."""
+        """Key path (`("pass", 0, "select")`) -> its line, from 1; 0 for an override. Empty for a spec made in Python."""
         return self._lines
 
     def where(self, *path: str | int) -> str | None:
         """`"quickstart.toml:14, pass 2 (freeze), select"` for an error's location; None for a spec made in Python."""
         if self._file is None:
             return None
-        uses = [item.name for item in self.passes]
-        return locate(self._file, self._lines, path, uses)
+        return locate(self._file, self._lines, path, [item.name for item in self.passes])
 
     def line_of(self, index: int) -> int | None:
         """The line on which pass `index` (from 0) begins."""
@@ -197,9 +196,7 @@ class Spec(_Table):
     def resolved(self) -> dict[str, Any]:
         """The spec as plain TOML values, every default written out; keys without a value are left out."""
         table = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"passes"})
-        uses = [item.name for item in self.passes]
-        tables = [item.model_dump(mode="json", by_alias=True, exclude_none=True) for item in self.passes]
-        passes = [{"use": use, **inner} for use, inner in zip(uses, tables, strict=True)]
+        passes = [{"use": item.name, **item.model_dump(mode="json", by_alias=True, exclude_none=True)} for item in self.passes]
         ordered = {"name": table.pop("name"), **({"verify": table.pop("verify")} if "verify" in table else {})}
         return {**ordered, "backbone": table.pop("backbone"), "pass": passes, **table}
 
@@ -213,16 +210,16 @@ class Spec(_Table):
 
 
 def locate(file: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...], uses: list[str]) -> str:
-    """`file:line, field` of the nearest enclosing key that has a line."""
+    """`file:line, field`, with the line of the nearest enclosing key that has one."""
     known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in lines), None)
-    if known is not None and lines[known] == 0:  # put there by an override
+    if known is not None and lines[known] == 0:  # set by an override
         return f"--set {'.'.join(map(str, known))}, {show_path(path, uses)}"
-    place = f"{file}:{lines[known]}" if known else file
-    return f"{place}, {show_path(path, uses)}" if path else place
+    location = f"{file}:{lines[known]}" if known else file
+    return f"{location}, {show_path(path, uses)}" if path else location
 
 
 def show_path(path: tuple[str | int, ...], uses: list[str]) -> str:
-    """`("pass", 1, "select", 0)` as people count: `pass 2 (freeze), select[0]`."""
+    """`("pass", 1, "select", 0)` in words: `pass 2 (freeze), select[0]`."""
     head = ""
     if len(path) > 1 and path[0] == "pass" and isinstance(path[1], int):
         use = f" ({uses[path[1]]})" if path[1] < len(uses) and uses[path[1]] else ""

@@ -1,73 +1,133 @@
-"""Where each key of a TOML text stands: `tomllib` gives no positions, so the text is read statement by statement."""
+"""The line of each key of a TOML text. The parser gives values without positions, so the text is scanned a second time."""
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
-from typing import Any
+
+import tomli
 
 KeyPath = tuple[str | int, ...]
 
-
-def statements(text: str) -> Iterator[tuple[int, str]]:
-    """(line from 1, text) of each header or key/value, multi-line values whole. `text` must be valid TOML."""
-    start, held = 0, ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not held and (not line.strip() or line.lstrip().startswith("#")):
-            continue
-        start = start if held else number
-        held += line + "\n"
-        try:
-            tomllib.loads(held)
-        except tomllib.TOMLDecodeError:
-            continue  # the value goes on
-        yield start, held
-        held = ""
+_TOKEN = re.compile(
+    r"""
+    (?P<text>  \"{3}(?:\\.|[^\\])*?\"{3,5} | '{3}.*?'{3,5} | "(?:\\.|[^"\\])*" | '[^']*')
+    | (?P<comment>  \#[^\n]*)
+    | (?P<blank>  [ \t\r]+)
+    | (?P<mark>  [\n\[\]{}=,.])
+    | (?P<word>  [^\s\[\]{}=,.\"'\#]+)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """Line, from 1, of every key path of a valid TOML text: `("pass", 0, "when", "epoch") -> 14`.
+    """Line, from 1, of every key and array element of a valid TOML text: `("pass", 0, "when", "epoch") -> 14`."""
+    return _Scanner(text).lines
 
-    A key inside an inline table or a multi-line array gets the line on which its name first stands in that value.
+
+class _Scanner:
+    """Reads valid TOML token by token and notes where each key path first stands.
+
+    Attributes:
+        lines: the result. token, line: the token to be read next ("" at the end) and its line.
     """
-    lines: dict[KeyPath, int] = {}
-    counts: dict[KeyPath, int] = {}  # elements so far of each array of tables
-    table: KeyPath = ()
-    for number, statement in statements(text):
-        value = tomllib.loads(statement)
-        if statement.lstrip().startswith("["):
-            table = ()
-            while value:
-                key, value = next(iter(value.items()))
-                table += (key,)
-                if isinstance(value, list):  # [[key]]: one more element
-                    counts[table] = counts.get(table, 0) + 1
-                    lines.setdefault(table, number)
-                    value = value[0]
-                if table in counts:
-                    table += (counts[table] - 1,)
-            lines[table] = number
+
+    def __init__(self, text: str) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self._elements: dict[KeyPath, int] = {}  # how many elements each array of tables has so far
+        self._tokens = _tokens(text)
+        self._next()
+        table: KeyPath = ()
+        while self.token:
+            if self._skip("\n"):
+                continue
+            if self._skip("["):
+                table = self._header(is_array=self._skip("["))
+            else:
+                self._pair(table)
+
+    def _next(self) -> str:
+        """The current token; goes on to the next one."""
+        token = getattr(self, "token", "")
+        self.token, self.line = next(self._tokens, ("", 0))
+        return token
+
+    def _skip(self, token: str) -> bool:
+        """Whether the current token is `token`, which is then passed over."""
+        found = self.token == token
+        if found:
+            self._next()
+        return found
+
+    def _header(self, *, is_array: bool) -> KeyPath:
+        """The table that a header begins, after its opening brackets."""
+        line, parts = self.line, self._key()
+        path: KeyPath = ()
+        for part in parts[:-1]:
+            path = self._last_element((*path, part))
+            self.lines.setdefault(path, line)
+        path = (*path, parts[-1])
+        if is_array:
+            self.lines.setdefault(path, line)
+            self._elements[path] = self._elements.get(path, 0) + 1
+            path = self._last_element(path)
+        self.lines[path] = line
+        while self._skip("]"):
+            pass
+        return path
+
+    def _last_element(self, path: KeyPath) -> KeyPath:
+        return (*path, self._elements[path] - 1) if path in self._elements else path
+
+    def _key(self) -> list[str]:
+        """The parts of a dotted key."""
+        parts = [_unquoted(self._next())]
+        while self._skip("."):
+            parts.append(_unquoted(self._next()))
+        return parts
+
+    def _pair(self, table: KeyPath) -> None:
+        """`key = value`, up to what follows it."""
+        path = table
+        line = self.line
+        for part in self._key():
+            path = (*path, part)
+            self.lines.setdefault(path, line)
+        self._skip("=")
+        self._value(path)
+
+    def _value(self, path: KeyPath) -> None:
+        if self._skip("["):
+            for index in self._items("]"):
+                self.lines[(*path, index)] = self.line
+                self._value((*path, index))
+        elif self._skip("{"):
+            for _ in self._items("}"):
+                self._pair(path)
         else:
-            for path in _paths(value, table):
-                names = [part for part in path[len(table) :] if isinstance(part, str)]
-                lines.setdefault(path, number + _offset(statement, names))
-    return lines
+            while self.token not in ("", ",", "]", "}", "\n"):
+                self._next()
+
+    def _items(self, closing: str) -> Iterator[int]:
+        """Numbers the items of an array or an inline table; the caller reads each of them."""
+        index = 0
+        while True:
+            while self._skip("\n") or self._skip(","):
+                pass
+            if self._skip(closing):
+                return
+            yield index
+            index += 1
 
 
-def _paths(value: Any, prefix: KeyPath) -> Iterator[KeyPath]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        path = (*prefix, key)
-        yield path
-        yield from _paths(inner, path)
+def _tokens(text: str) -> Iterator[tuple[str, int]]:
+    line = 1
+    for found in _TOKEN.finditer(text):
+        if found.lastgroup not in ("comment", "blank"):
+            yield found[0], line
+        line += found[0].count("\n")
 
 
-def _offset(statement: str, names: list[str]) -> int:
-    """Lines from the statement's first to the one where the last of `names` stands."""
-    if len(names) < 2 or "\n" not in statement.rstrip():
-        return 0
-    for offset, line in enumerate(statement.splitlines()):
-        if re.search(rf"(?<![\w-]){re.escape(names[-1])}['\"]?\s*[=.]", line):
-            return offset
-    return 0
+def _unquoted(key: str) -> str:
+    return next(iter(tomli.loads(f"{key} = 0"))) if key[0] in "\"'" else key

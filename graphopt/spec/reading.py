@@ -1,25 +1,26 @@
-"""TOML to `Spec`: files and installed specs by name, `--set` overrides, pass tables by the class their `use` names."""
+"""TOML to `Spec`: files and installed specs by name, `--set` overrides, and pass tables, typed by the class that `use` names."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
-from pydantic import BaseModel, ValidationError
+import tomli
+from pydantic import ValidationError
 
+from graphopt.compiler.pass_base import Pass
 from graphopt.compiler.registry import passes
 from graphopt.errors import BackboneError, GraphoptError, SpecError, did_you_mean
-from graphopt.models.catalog import SOURCES, default_input, unknown
-from graphopt.spec.messages import spec_error
-from graphopt.spec.model import BackboneSpec, Spec, locate
+from graphopt.models.catalog import SOURCES, default_input
+from graphopt.spec.messages import Locate, joined, spec_errors
+from graphopt.spec.model import BackboneSpec, Source, Spec, locate
 from graphopt.spec.positions import KeyPath, key_lines
 
 
@@ -75,17 +76,26 @@ def loads(
     trust: bool = False,
     overrides: Iterable[str] = (),
 ) -> Spec:
-    """A spec from TOML text; `file` is for messages, `folder` is where its relative paths start."""
+    """A spec from TOML 1.1 text.
+
+    Args:
+        file: its name in messages.
+        folder: where its relative paths start.
+        trust, overrides: as in `load`.
+
+    Raises:
+        SpecError: as `load` does.
+    """
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise _syntax(error, text, file) from error
-    lines = dict(key_lines(text))
+        data = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        message = f"not TOML (line {error.lineno}, column {error.colno}): {error.msg[:1].lower()}{error.msg[1:]}"
+        raise SpecError(message, where=f"{file or 'spec'}:{error.lineno}:{error.colno}") from error
+    lines = key_lines(text)
     for override in overrides:
         path = _override(data, override)
-        for known in [known for known in lines if known[: len(path)] == path]:
-            del lines[known]
-        lines[path] = 0  # it stands on no line; messages say --set
+        lines = {key: line for key, line in lines.items() if key[: len(path)] != path}
+        lines[path] = 0  # it stands on no line; messages name --set instead
     return from_table(data, file=file, lines=lines, folder=folder, trust=trust)
 
 
@@ -97,89 +107,78 @@ def from_table(
     folder: Path | None = None,
     trust: bool = False,
 ) -> Spec:
-    """A spec from plain TOML values, as `loads` does after parsing and `Spec.resolved` gives back."""
+    """A spec from plain TOML values: from what `loads` has parsed, or from `Spec.resolved()`. Raises as `load` does."""
     lines, folder = lines or {}, folder or Path()
-    raw = data.get("pass", [])
-    items = raw if isinstance(raw, list) else []
-    uses = [str(item.get("use", "")) if isinstance(item, Mapping) else "" for item in items]
+    tables = data.get("pass", [])
+    uses = [str(item.get("use", "")) if isinstance(item, Mapping) else "" for item in tables] if isinstance(tables, list) else []
 
-    def where(path: KeyPath) -> str | None:
+    def where(path: KeyPath) -> str:
         return locate(file or "spec", lines, path, uses)
 
-    passes: list[BaseModel] = []
-    failed: list[SpecError] = []
-    if not isinstance(raw, list):
+    if not isinstance(tables, list):
         raise SpecError("expected [[pass]] tables", where=where(("pass",)), fix="Write [[pass]] with two brackets")
-    for index, item in enumerate(raw):
+    pass_values: list[Pass] = []
+    mistakes: list[SpecError] = []
+    for index, item in enumerate(tables):
+        path = ("pass", index)
         try:
-            passes.append(_pass(item, ("pass", index), where, folder, trust))
+            cls, options = _class_and_options(item, path, where, folder, trust)
         except SpecError as error:
-            failed.append(error)
-    rest = {**{key: value for key, value in data.items() if key != "pass"}, "pass": tuple(passes)}
-    rest = _paths_from(rest, folder)
+            mistakes.append(error)
+            continue
+        try:
+            pass_values.append(cls.model_validate(options))
+        except ValidationError as error:
+            mistakes += spec_errors(error, cls, options, where, path)
+        except GraphoptError as error:
+            mistakes.append(SpecError(error.what, where=where(path), fix=error.fix))
+    values = _with_found_files({**data, "pass": tuple(pass_values)}, folder)
     try:
-        rest = _with_input(rest)
-        spec = Spec.model_validate(rest)
+        values = _with_input(values)
+        spec = Spec.model_validate(values)
     except ValidationError as error:
-        failed.insert(0, spec_error(error, Spec, rest, where))
-    except GraphoptError as error:
+        mistakes = spec_errors(error, Spec, values, where) + mistakes
+    except BackboneError as error:
         raise SpecError(error.what, where=where(("backbone", "name")), fix=error.fix) from error
-    if len(failed) == 1:
-        raise failed[0]
-    if failed:
-        lines_ = [line.strip() for error in failed for line in str(error).splitlines()]
-        told = [line for line in lines_ if not re.fullmatch(r"\d+ mistakes", line)]
-        raise SpecError(f"{len(told)} mistakes" + "".join(f"\n  {line}" for line in told))
+    if mistakes:
+        raise joined(mistakes)
     spec._file, spec._lines = file, lines
     return spec
 
 
-def _pass(item: Any, path: KeyPath, where: Any, folder: Path, trust: bool) -> BaseModel:
+def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, trust: bool) -> tuple[type[Pass], dict[str, Any]]:
+    """The pass class that a `[[pass]]` table names with `use`, and its other keys."""
     if not isinstance(item, Mapping):
         raise SpecError("expected a [[pass]] table", where=where(path))
-    use = item.get("use")
-    if not isinstance(use, str):
-        what = "'use' is missing" if use is None else "'use' is the name of a pass"
-        raise SpecError(what, where=where(path), fix=f"There are {', '.join(sorted(installed_passes()))}")
-    if ":" in use:
-        cls = _pass_from_file(use, folder, trust, where((*path, "use")))
-    else:
-        known_passes = installed_passes()
-        if use not in known_passes:
-            fix = did_you_mean(use, known_passes) or f"There are {', '.join(sorted(known_passes))}"
-            raise SpecError(f"unknown pass {use!r}", where=where((*path, "use")), fix=fix)
-        cls = known_passes[use]
+    use, installed_passes = item.get("use"), passes()
     options = {key: value for key, value in item.items() if key != "use"}
-    try:
-        return cls.model_validate(options)
-    except ValidationError as error:
-        raise spec_error(error, cls, options, lambda inner: where((*path, *inner))) from error
-    except GraphoptError as error:
-        raise SpecError(error.what, where=where(path), fix=error.fix) from error
+    known = f"There are {', '.join(sorted(installed_passes))}"
+    if not isinstance(use, str):
+        message = "'use' is missing" if use is None else "'use' is the name of a pass"
+        raise SpecError(message, where=where(path), fix=known)
+    if ":" in use:
+        return _pass_from_file(use, folder, trust, where((*path, "use"))), options
+    if use not in installed_passes:
+        raise SpecError(f"unknown pass {use!r}", where=where((*path, "use")), fix=did_you_mean(use, installed_passes) or known)
+    return installed_passes[use], options
 
 
-def installed_passes() -> Mapping[str, Any]:
-    """Pass classes by their name in specs, as the registry knows them (entry points)."""
-    return passes()
-
-
-def _pass_from_file(use: str, folder: Path, trust: bool, where: str | None) -> Any:
+def _pass_from_file(use: str, folder: Path, trust: bool, where: str) -> type[Pass]:
     file, _, name = use.rpartition(":")
     if not trust:
-        what = f"the spec names Python code ({use!r}), which would run"
-        raise SpecError(what, where=where, fix="Read it, then pass --trust")
-    # As written in the spec beside it, or as a run's resolved spec keeps it: from the working directory.
+        raise SpecError(f"the spec names Python code ({use!r}), which would run", where=where, fix="Read it, then pass --trust")
+    # A spec names it from its own folder; a run's resolved spec names it from the working directory.
     path = next((path for path in (folder / file, Path(file)) if path.is_file()), None)
     if path is None:
         raise SpecError(f"no file {file!r}", where=where)
     cls = getattr(_module(path.resolve()), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise SpecError(f"{file} has no pass class {name!r}", where=where)
-    return _referred(cls, f"{path.resolve()}:{name}")
+    return _named(cls, f"{path.resolve()}:{name}")
 
 
 @cache
-def _module(path: Path) -> Any:
+def _module(path: Path) -> ModuleType:
     name = f"graphopt_pass_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
@@ -196,13 +195,13 @@ def _module(path: Path) -> Any:
 
 
 @cache
-def _referred(cls: type[BaseModel], use: str) -> type[BaseModel]:
-    """`cls` under the reference that finds it again, so that a resolved spec can be loaded."""
-    return type(cls.__name__, (cls,), {"name": use, "__module__": cls.__module__, "__doc__": cls.__doc__})
+def _named(cls: type[Pass], name: str) -> type[Pass]:
+    """`cls` with a name that says where it is, so that a resolved spec can be loaded again."""
+    return type(cls.__name__, (cls,), {"name": name, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _paths_from(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Files that stand beside the spec are named from there; others are left to the working directory."""
+def _with_found_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Files that are found from the spec's folder get their full path; others are looked for in the working directory."""
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
         if isinstance(value, str) and (folder / value).exists():
@@ -211,7 +210,7 @@ def _paths_from(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _with_input(data: dict[str, Any]) -> dict[str, Any]:
-    """Without `input` in `[backbone]`: the size that the library gives for this model.
+    """`data` with the model's own input size, if `[backbone]` gives none and the library knows it.
 
     Raises:
         BackboneError: the library has no such model.
@@ -219,17 +218,19 @@ def _with_input(data: dict[str, Any]) -> dict[str, Any]:
     table = data.get("backbone")
     if not isinstance(table, Mapping) or table.get("input") is not None:
         return data
-    source, name, arguments = table.get("source"), table.get("name"), table.get("arguments")
-    if not isinstance(source, str) or source not in SOURCES or not isinstance(name, str):
-        return {**data, "backbone": {**table, "input": (1,)}}  # the field that is wrong has an error of its own
-    shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
-    if shape is None and source != "python":
-        raise unknown(source, name)
+    source, name, arguments = (table.get(key) for key in ("source", "name", "arguments"))
+    shape: tuple[int, ...] | None = (1,)  # any: where source or name is wrong, a missing input is no second mistake
+    if isinstance(source, str) and source in SOURCES and isinstance(name, str):
+        shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
     return {**data, "backbone": {**table, "input": shape}} if shape else data
 
 
 def resolve(text: str, *, arguments: Mapping[str, Any] | None = None, input: tuple[int, ...] | None = None) -> BackboneSpec:
-    """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; the input is the model's own unless given.
+    """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table.
+
+    Args:
+        arguments: of the constructor.
+        input: one sample's shape; default: the model's own.
 
     Raises:
         BackboneError: it is not source/name, the source has no such model, or its input is not known.
@@ -241,51 +242,40 @@ def resolve(text: str, *, arguments: Mapping[str, Any] | None = None, input: tup
         raise BackboneError(f"{text!r} is not source/name", fix=fix)
     shape = input or default_input(source, name, arguments or {})
     if shape is None:
-        if source == "python":
-            raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
-        raise unknown(source, name)
-    return BackboneSpec(source=cast(Any, source), name=name, arguments=dict(arguments or {}), input=shape)
+        raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
+    return BackboneSpec(source=cast(Source, source), name=name, arguments=dict(arguments or {}), input=shape)
 
 
 def _override(data: dict[str, Any], text: str) -> KeyPath:
-    """Set one key of `data`, in place; returns its path."""
+    """Sets one key of `data`, in place; returns its path."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SpecError("expected key.path=value", where=f"--set {text}", fix="For example --set train.epochs=1")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomli.loads(f"value = {value}")["value"]
+    except tomli.TOMLDecodeError:
         parsed = value.strip()
-    parts = key.strip().split(".")
-    at: Any = data
+    *parts, last = key.strip().split(".")
+    table: Any = data
     path: KeyPath = ()
     try:
-        for part in parts[:-1]:
-            if isinstance(at, list):
-                at, path = at[int(part)], (*path, int(part))
-            else:
-                at, path = at.setdefault(part, [] if (*path, part) == ("pass",) else {}), (*path, part)
-            if isinstance(at, str) and path in (("train", "optimizer"), ("train", "scheduler")):
-                data["train"][path[-1]] = at = {"name": at}  # the short form takes options once one is set
-        last: str | int = int(parts[-1]) if isinstance(at, list) else parts[-1]
-        at[last] = parsed
+        for part in parts:
+            if isinstance(table, list):
+                path, table = (*path, int(part)), table[int(part)]
+                continue
+            path, holder = (*path, part), table
+            table = holder.setdefault(part, [] if path == ("pass",) else {})
+            if isinstance(table, str) and path in (("train", "optimizer"), ("train", "scheduler")):
+                table = holder[part] = {"name": table}  # the short form becomes a table once an option is set
+        final = int(last) if isinstance(table, list) else last
+        table[final] = parsed
     except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise SpecError(f"the spec has no place for {key.strip()!r}", where=f"--set {text}") from error
-    return (*path, last)
-
-
-def _syntax(error: tomllib.TOMLDecodeError, text: str, file: str | None) -> SpecError:
-    message = str(error)
-    found = re.search(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)", message)
-    what = message[: found.start()] if found else message
-    lines = text.splitlines() or [""]
-    line, column = (int(found[1]), int(found[2])) if found and found[1] else (len(lines), len(lines[-1]) + 1)
-    place = f"{file or 'spec'}:{line}:{column}"
-    return SpecError(f"not TOML (line {line}, column {column}): {what[:1].lower()}{what[1:]}", where=place)
+        raise SpecError(f"the spec has no key {key.strip()!r}", where=f"--set {text}") from error
+    return (*path, final)
 
 
 def _short(path: Path) -> str:
-    """As the user would write it: relative where it lies below the working directory."""
+    """As the user would write it: relative if it is below the working directory."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -1,7 +1,7 @@
 """A spec back to TOML, and its JSON Schema for editors.
 
-Written here because the kept TOML writers put a pass's small tables under headers of their own or fold `[[pass]]` into
-one array, and a resolved spec is meant to be read: one key a line, tables inside a pass inline.
+It has a TOML writer of its own because a resolved spec is meant to be read: one key a line, `[[pass]]` headers, small tables inline.
+TOML libraries put each small table under a header, or all passes into one array.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from graphopt.compiler.registry import passes
 from graphopt.spec.docs import option_texts
 from graphopt.spec.model import Spec
 
@@ -39,7 +40,7 @@ def _nested(value: Any) -> bool:
 def _section(key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"[[{_key(key)}]]\n{_lines(table)}" for table in value]
-    # A long table of its own ([train.optimizer]) reads better under a header than on a line.
+    # A long table ([train.optimizer]) reads better under a header of its own than on one line.
     long = {inner: table for inner, table in value.items() if isinstance(table, Mapping) and len(table) > 3}
     chunks = [f"[{_key(key)}]\n{_lines({k: v for k, v in value.items() if k not in long})}"]
     return chunks + [f"[{_key(key)}.{_key(inner)}]\n{_lines(table)}" for inner, table in long.items()]
@@ -54,7 +55,7 @@ def _key(key: str) -> str:
 
 
 def _text(text: str) -> str:
-    # JSON's escapes are TOML's, but for DEL, which JSON leaves raw.
+    # JSON and TOML escape alike, except for DEL, which JSON does not escape.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -77,16 +78,14 @@ def _inline(value: Any) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a spec with the installed passes, for editors (`#:schema graphopt.schema.json`)."""
-    from graphopt.spec.reading import installed_passes
-
     whole = Spec.model_json_schema(by_alias=True)
     shared = whole.setdefault("$defs", {})
     branches = []
-    for use, cls in sorted(installed_passes().items()):
+    for use, cls in sorted(passes().items()):
         table = cls.model_json_schema(by_alias=True)
         shared.update(table.pop("$defs", {}))
         if "when" in table.get("properties", {}):
-            # A trigger's tables are typed; its short forms (the word, and a list of steps) are read before them.
+            # The schema of the trigger's type lacks its short forms: the word, and a list of steps.
             when = table["properties"]["when"]
             short = [{"const": "start"}, {"type": "array", "items": {"type": "object"}}]
             table["properties"]["when"] = {"anyOf": [*short, *when.get("oneOf", when.get("anyOf", []))], "default": "start"}
@@ -98,7 +97,7 @@ def schema() -> dict[str, Any]:
     use_file = {"use": {"type": "string", "pattern": ":"}}
     by_file = {"title": "a pass by file (--trust)", "properties": use_file, "required": ["use"]}
     whole["properties"]["pass"]["items"] = {"anyOf": [*branches, by_file]}
-    # What the library knows of a model by name need not be said.
+    # `input` may be left out: the default is the model's own.
     shared["BackboneSpec"]["required"] = ["source", "name"]
     for name in ("OptimizerSpec", "SchedulerSpec"):
         field = name.removesuffix("Spec").lower()

@@ -1,14 +1,14 @@
-"""R4: what must hold in every phase, looked at rather than hoped for."""
+"""Invariants checked at the start and the end of every phase."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.errors import RunError
+from graphopt.train.hashing import fingerprint
 from graphopt.train.optimizer import named_parameters
 
 _SHOWN = 5
@@ -20,13 +20,10 @@ def gradients_finite(module: nn.Module) -> bool:
 
 
 def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
-    """After a phase's first backward: every trainable parameter has a finite gradient, no frozen one has any.
+    """Raises RunError unless, after a phase's first backward pass, trainable parameters have finite gradients and frozen ones none.
 
     Args:
         unused: parameters that the forward never reads.
-
-    Raises:
-        RunError: names those for which it does not hold.
     """
     missing, broken, extra = [], [], []
     for name, parameter in named_parameters(module).items():
@@ -38,7 +35,7 @@ def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
                 missing.append(name)
         elif not bool(torch.isfinite(parameter.grad).all()):
             broken.append(name)
-    told = [
+    messages = [
         f"{what}: {_listed(names)}"
         for what, names in (
             ("trainable but without a gradient", missing),
@@ -47,13 +44,13 @@ def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
         )
         if names
     ]
-    if told:
-        fix = "Lower train.optimizer.lr, or check the data." if broken and not missing and not extra else None
-        raise RunError("; ".join(told), where="first step of the phase (R4)", fix=fix)
+    if messages:
+        fix = "Lower train.optimizer.lr, or check the data" if broken and not missing and not extra else None
+        raise RunError("; ".join(messages), where="first step of the phase", fix=fix)
 
 
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that do not train, and the buffers of modules whose own parameters all do not (a frozen norm's statistics)."""
+    """Frozen parameters, and the buffers of modules whose own parameters are all frozen (a frozen norm's statistics)."""
     found: dict[str, Tensor] = {name: p for name, p in named_parameters(module).items() if not p.requires_grad}
     for path, part in module.named_modules():
         own = list(part.parameters(recurse=False))
@@ -65,20 +62,15 @@ def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
     """A hash of the bits of each frozen tensor."""
-    return {name: _fingerprint(tensor) for name, tensor in frozen_tensors(module).items()}
-
-
-def _fingerprint(tensor: Tensor) -> str:
-    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(bits.data, digest_size=16).hexdigest()
+    return {name: fingerprint(tensor) for name, tensor in frozen_tensors(module).items()}
 
 
 def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
-    """At a phase's end: every tensor that was frozen at its start is bit for bit what it was. Raises RunError naming the others."""
+    """Raises RunError unless, at a phase's end, every tensor that was frozen at its start is bit for bit the same."""
     now = fingerprints(module)
-    moved = [name for name, mark in before.items() if now.get(name) != mark]
-    if moved:
-        raise RunError(f"frozen, but changed during the phase: {_listed(moved)}", where="end of the phase (R4)")
+    changed = [name for name, old in before.items() if now.get(name) != old]
+    if changed:
+        raise RunError(f"frozen, but changed during the phase: {_listed(changed)}", where="end of the phase")
 
 
 def _listed(names: list[str]) -> str:

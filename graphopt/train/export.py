@@ -1,4 +1,4 @@
-"""Out of a run, the ordinary checkpoint: the backbone's own keys, in safetensors."""
+"""From a run, the ordinary checkpoint: the backbone's own keys, in safetensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import Any, Literal
 from safetensors.torch import save
 
 from graphopt.compiler.plan import Plan
-from graphopt.compiler.triggers import Decision
 from graphopt.errors import PassError, RunError
-from graphopt.files import write_atomically
-from graphopt.plan_file import packed, rebuilt
-from graphopt.train.checkpoint import check_digest, load_checkpoint
-from graphopt.train.phase import load_strictly
+from graphopt.plan_file import packed, restore, write_model
+from graphopt.train.checkpoint import load_checkpoint
 
 Weights = Literal["auto", "model", "ema"]
 
@@ -29,15 +26,15 @@ def export_run(
     plan: Plan | None = None,
     trust: bool = False,
 ) -> Path:
-    """Write the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
+    """Writes the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
 
     Where a pass replaced something that the backbone's architecture cannot express, the file holds the emitted module's weights with
-    the spec instead: `graphopt.load(path)` gives the model back, and `graphopt.loading.is_plan_file(path)` tells.
+    the spec instead: `graphopt.load(path)` gives the model back, and `graphopt.plan_file.is_plan_file(path)` is true.
 
     Args:
         run: the run's folder, or one of its checkpoints.
         which: the checkpoint with the highest accuracy, or the last; `best` takes the last where there is no best.
-        weights: "model", "ema" (the averaged weights), or "auto": whichever were better when it was evaluated.
+        weights: "model", "ema" (the averaged weights), or "auto": whichever were better when they were evaluated.
         plan: for a run of a plan compiled by hand, that plan.
         trust: let the run's spec run Python code that it names.
 
@@ -47,7 +44,6 @@ def export_run(
     Raises:
         RunError: no run or checkpoint there, no averaged weights, or no room.
     """
-    target = Path(path)
     state = load_checkpoint(_checkpoint(Path(run), which))
     plan, chosen = _restored(state, weights, plan, trust, str(run))
     metadata = {
@@ -60,14 +56,8 @@ def export_run(
     try:
         content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
     except PassError as error:
-        # The backbone cannot express it, and a run's weights are not thrown away for that: the file holds the plan (`graphopt.load`).
         content = packed(plan, {**metadata, "why": str(error)})
-    if not target.parent.is_dir():
-        raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another.")
-    if target.is_dir():
-        raise RunError("is a folder", where=str(target), fix="Name a file, model.safetensors for example.")
-    write_atomically(target, content)
-    return target
+    return write_model(Path(path), content)
 
 
 def load_run(
@@ -83,21 +73,11 @@ def load_run(
 
 
 def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, trust: bool, where: str) -> tuple[Plan, str]:
-    """The plan that a checkpoint's spec and decisions give (R2), with its weights, and which they are: "model" or "ema"."""
-    averaged = state["phase"]["ema"]
-    if weights == "ema" and averaged is None:
-        raise RunError("the run kept no averaged weights", where=where, fix="Set train.ema, or export the model's own.")
+    """The plan of a checkpoint with its weights, and which they are: "model" or "ema"."""
+    if weights == "ema" and state["phase"]["ema"] is None:
+        raise RunError("the run has no averaged weights", where=where, fix="Set train.ema, or export the model's own")
     chosen = state["progress"]["weights"] if weights == "auto" else weights
-    decisions = [Decision(**{**d, "regions": d["regions"] and tuple(d["regions"])}) for d in state["decisions"]]
-    if plan is not None:
-        check_digest(state["digest"], plan.digest, where)
-        plan = plan.advance_to(decisions, verify="off")
-    elif not state["spec"]:
-        raise RunError("the run is of a plan compiled by hand", where=where, fix="Give that plan: export_run(run, path, plan=plan).")
-    else:
-        plan = rebuilt(str(state["spec"]), decisions, trust)
-    load_strictly(plan.module, state["phase"][chosen])
-    return plan, chosen
+    return restore(state, state["phase"][chosen], plan=plan, trust=trust, where=where), chosen
 
 
 def _checkpoint(run: Path, which: str) -> Path:
@@ -108,4 +88,4 @@ def _checkpoint(run: Path, which: str) -> Path:
     for name in ("best.pt", "last.pt") if which == "best" else ("last.pt",):
         if (run / name).exists():
             return run / name
-    raise RunError("the run has no checkpoint yet", where=str(run), fix="Train it first, or go on with --resume.")
+    raise RunError("the run has no checkpoint yet", where=str(run), fix="Train it first, or continue it with --resume")

@@ -1,8 +1,8 @@
-"""timm's optimizers and schedulers, with parameters and their state known by name.
+"""timm's optimizers and schedulers, with optimizer state by parameter name.
 
-Tracing re-orders parameters and phases come and go, so nothing here is keyed by position: an optimizer's state is saved, and
-carried into the next phase, under the parameter's state-dict name. A parameter that leaves loses its state; one that comes back
-starts afresh.
+Tracing and phase changes reorder parameters, so positions identify nothing: an optimizer's state is saved, and carried into the next
+phase, under the parameter's state-dict name. The state of a parameter that a phase freezes or removes is dropped; if the parameter trains
+again later, it starts with new state.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any, cast
 
 import torch
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]  # re-exported without saying so
+from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import nn
 
 from graphopt.errors import RunError, did_you_mean
+from graphopt.ir.paths import containers, is_below
 from graphopt.spec import OptimizerSpec, SchedulerSpec
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter once, sorted by name. A tied one goes by the first of its names, whatever order the graph has it in."""
+    """Every parameter once, sorted by name. A tied one has the alphabetically first of its names, in any order of the graph."""
     names: dict[int, str] = {}
     by_id: dict[int, nn.Parameter] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -32,8 +33,14 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters a phase trains, sorted by name."""
+    """The parameters that a phase trains, sorted by name."""
     return {name: parameter for name, parameter in named_parameters(module).items() if parameter.requires_grad}
+
+
+def parameter_counts(module: nn.Module) -> dict[str, int]:
+    """Elements of all parameters, and of those that train."""
+    counts = {"parameters": named_parameters(module), "trainable_parameters": trainable(module)}
+    return {kind: sum(p.numel() for p in parameters.values()) for kind, parameters in counts.items()}
 
 
 def build_optimizer(
@@ -43,11 +50,15 @@ def build_optimizer(
     no_decay: Collection[str] = (),
     rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """timm's optimizer over the trainable parameters of `module`, in named groups.
+    """An optimizer of timm over the trainable parameters of `module`, in named groups.
 
-    Biases, norm parameters (everything of one dimension or none) and the names in `no_decay` are not decayed. `rates` scales the
-    learning rate of parameters by name (see `layer_rates`).
-    Raises RunError for an unknown optimizer, options it does not take, nothing to train, or a broken R1.
+    Biases, norm parameters (everything of at most one dimension) and the names in `no_decay` are not decayed.
+
+    Args:
+        rates: learning-rate factors of parameters, by name (see `layer_rates`).
+
+    Raises:
+        RunError: an unknown optimizer, options that it does not take, or nothing to train.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in trainable(module).items():
@@ -61,12 +72,12 @@ def build_optimizer(
         if rates is not None:
             group["lr_scale"] = rate
     if not groups:
-        raise RunError("nothing is left to train: every parameter is frozen", fix="Narrow the selection that freezes.")
-    listed = [groups[label] for label in sorted(groups)]
+        raise RunError("nothing is left to train: every parameter is frozen", fix="Select fewer regions to freeze")
+    ordered = [groups[label] for label in sorted(groups)]
     try:
-        optimizer = create_optimizer_v2(listed, opt=spec.name, lr=spec.lr, momentum=spec.momentum, **spec.arguments)
+        optimizer = create_optimizer_v2(ordered, opt=spec.name, lr=spec.lr, momentum=spec.momentum, **spec.arguments)
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
-        known = list_optimizers()
+        known = [str(name) for name in list_optimizers()]
         if spec.name.casefold() not in known:
             raise RunError(f"timm has no optimizer {spec.name!r}", where="train.optimizer", fix=did_you_mean(spec.name, known)) from error
         raise RunError(f"{spec.name} could not be built: {error}", where="train.optimizer") from error
@@ -75,17 +86,17 @@ def build_optimizer(
 
 
 def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | None:
-    """Learning-rate factor per parameter name: 1 at the head, times `decay` for each layer (timm's own count) before it.
+    """Learning-rate factor per parameter name: 1 at the head, times `decay` for each layer (as timm counts them) before it.
 
-    Raises RunError for a backbone that does not say what its layers are.
+    Raises RunError if the backbone does not define its layers.
     """
     if decay is None:
         return None
     if not hasattr(backbone, "group_matcher"):
         raise RunError(
-            f"{type(backbone).__name__} does not say what its layers are (timm's models do)",
+            f"{type(backbone).__name__} does not define its layers (timm's models do)",
             where="train.optimizer.layer_decay",
-            fix="Leave layer_decay out.",
+            fix="Leave layer_decay out",
         )
     layers = group_parameters(backbone, cast(Any, backbone).group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
@@ -93,25 +104,23 @@ def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | 
 
 
 def _rate_of(path: str, rates: Mapping[str, float]) -> float:
-    """The rate of `path`, or of what stands nearest above it: a pass's parameters live under the region they belong to."""
+    """The rate of a parameter; of one that a pass has added, the highest rate in the innermost module around it that has any."""
     if path in rates:
         return rates[path]
-    parts = path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        prefix = ".".join(parts[:end]) + "."
-        near = [rate for name, rate in rates.items() if name.startswith(prefix)]
-        if near:
-            return max(near)
+    for container in reversed(list(containers(path))):
+        inside = [rate for name, rate in rates.items() if is_below(name, (container,))]
+        if inside:
+            return max(inside)
     return 1.0
 
 
 def undecayed(backbone: nn.Module) -> frozenset[str]:
-    """Parameters the backbone's author keeps from weight decay (timm's `no_weight_decay`)."""
+    """Parameters that the backbone excludes from weight decay (timm's `no_weight_decay`)."""
     return frozenset(cast(Any, backbone).no_weight_decay()) if hasattr(backbone, "no_weight_decay") else frozenset()
 
 
 def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """R1: every trainable parameter is in exactly one group, no frozen one in any. Raises RunError naming those that are not."""
+    """Raises RunError unless the optimizer holds exactly the trainable parameters, each once."""
     counts: dict[int, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -125,11 +134,11 @@ def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     if counts:
         wrong.append(f"{len(counts)} parameters in the optimizer are not the module's")
     if wrong:
-        raise RunError("; ".join(wrong[:5]), where="R1")
+        raise RunError("; ".join(wrong[:5]), where="the optimizer's parameter groups")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
-    """`{"state": {parameter name: its state}, "groups": {group name: its settings}}`, plain values and tensors (not copied)."""
+    """`{"state": {parameter name: its state}, "groups": {group name: its settings}}`, plain values and tensors (no copies)."""
     names = {id(parameter): name for name, parameter in named_parameters(module).items()}
     packed = optimizer.state_dict()
     state: dict[str, Any] = {}
@@ -143,9 +152,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Give each parameter the state saved under its name, and each group the settings saved under its own.
+    """Loads the state of parameters and the settings of groups by name.
 
-    A parameter without saved state starts afresh; saved state without a parameter is dropped.
+    A parameter without saved state starts with new state; saved state without a parameter is dropped.
     """
     names = {id(parameter): name for name, parameter in named_parameters(module).items()}
     packed = optimizer.state_dict()
@@ -162,13 +171,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, sa
 class Schedule:
     """The learning rate as a function of the optimizer steps done so far.
 
-    The schedulers a spec can name are pure functions of that count, so a phase change or a resume needs no saved state: make one over
-    the new optimizer and tell it where the run is. (timm's plateau is not: it depends on what came before, and saves none of it.)
+    All schedulers that a spec can name are pure functions of that count, so a phase change or a resume needs no saved state: make one for
+    the new optimizer and set its step. (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, spec: SchedulerSpec, *, lr: float, epochs: int, steps_per_epoch: int) -> None:
         for group in optimizer.param_groups:
-            # A group that was carried over brings the rate it had come down to; the schedule starts from the spec's.
+            # A group loaded from the phase before has the rate reached there; the schedule starts from the spec's.
             group["lr"] = group["initial_lr"] = lr
         settings = {
             "warmup_epochs": spec.warmup_epochs,
@@ -190,10 +199,10 @@ class Schedule:
                 **settings,
             )
         except (TypeError, AssertionError, ValueError) as error:
-            raise RunError(f"{spec.name} refused its settings: {error}", where="train.scheduler") from error
+            raise RunError(f"timm refused the settings of {spec.name}: {error}", where="train.scheduler") from error
 
     def set_step(self, steps: int) -> float:
-        """Set the rate for the step after `steps` finished ones, and return it (without the layers' factors)."""
+        """Sets the rate for the step after `steps` finished ones, and returns it (without the layers' factors)."""
         self._scheduler.step_update(steps)
         group = self._optimizer.param_groups[0]
         return float(group["lr"] / group.get("lr_scale", 1.0))

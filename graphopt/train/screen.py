@@ -1,4 +1,4 @@
-"""What a person watching a run sees; the only place in it that prints."""
+"""Progress of a run on the console; nothing else in the runner prints."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ class Screen:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Prints a line above the bar."""
         if self._console is not None:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, what: str, epoch: int, total: int, done: int = 0) -> None:
-        """A new bar of `total` steps: `what` is 'train' or 'eval'."""
+        """Starts a bar of `total` steps; `what` is 'train', 'eval' or 'features'."""
         self._progress.reset(
             self._task, total=total, completed=done, description=f"epoch {epoch + 1}/{self._epochs} {what}", note="", visible=True
         )
 
     def step(self, note: str = "") -> None:
-        """One step further."""
+        """Advances the bar by one step."""
         fields: dict[str, Any] = {"note": note} if note else {}
         self._progress.update(self._task, advance=1, **fields)
 
     def phase(self, record: Mapping[str, Any]) -> None:
-        """A new phase, and what led to it."""
-        told = "; ".join(
+        """Prints a new phase and the decisions that began it."""
+        decisions = "; ".join(
             f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in record["decisions"]
         )
         self.say(
-            f"phase {record['phase']} from epoch {record['epoch'] + 1}: {told or 'start'}; "
+            f"phase {record['phase']} from epoch {record['epoch'] + 1}: {decisions or 'start'}; "
             f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
         )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """What an epoch came to."""
+        """Prints the figures of an epoch."""
         parts = [f"loss {record['train_loss']:.4f}"]
         if "accuracy" in record:
             parts.append(f"accuracy {100 * record['accuracy']:.2f} %")

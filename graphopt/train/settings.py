@@ -1,4 +1,4 @@
-"""Which of a run's settings may change when it is resumed."""
+"""Settings that may change when a run is resumed, and those that may not."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from graphopt.data.loader import Data
 from graphopt.errors import RunError
 from graphopt.spec import DataSpec, TrainSpec
 
-#: Where and how often, rather than what: none of these changes a step. More epochs are a longer schedule, and a wish.
+#: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {
         *("epochs", "device", "strategy", "compile", "channels_last", "deterministic"),
         *("checkpoint_steps", "keep", "eval_every", "log_every"),
     },
-    "data": {"root", "workers", "download", "eval_limit"},
+    "data": {"root", "workers", "eval_limit"},
 }
 
 
-def settings_table(train: TrainSpec, data: DataSpec | Data) -> dict[str, Any]:
-    """What a checkpoint remembers of the settings, as plain values."""
+def resume_settings(train: TrainSpec, data: DataSpec | Data) -> dict[str, Any]:
+    """What a checkpoint stores of the settings, as plain values."""
     return {
         "train": train.model_dump(mode="json"),
         "data": data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)},
@@ -28,7 +28,7 @@ def settings_table(train: TrainSpec, data: DataSpec | Data) -> dict[str, Any]:
 
 
 def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise RunError when a setting that the steps depend on is not what it was; the result would be neither run's."""
+    """Raises RunError unless the settings on which training steps depend are those of the checkpoint."""
     changed = [
         f"{table}.{key} was {saved[table].get(key)!r} and is {now[table].get(key)!r}"
         for table in ("train", "data")
@@ -37,7 +37,7 @@ def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], where:
     ]
     if changed:
         raise RunError(
-            f"a run resumes with what it began with: {'; '.join(changed[:3])}",
+            f"a run can only be resumed with the settings that it began with: {'; '.join(changed[:3])}",
             where=where,
-            fix="Set it back (the folder's spec.toml has it), or start a new run.",
+            fix="Restore them (the folder's spec.toml has them), or start a new run",
         )

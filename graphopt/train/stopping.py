@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop; it does so after the step, with a checkpoint."""
+"""Ctrl-C and SIGTERM request a stop; the run stops after the step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graphopt.errors import RunError
 
 
 class Stopped(RunError):
-    """A run that was asked to stop, and did, resumable. Exit code 128 + the signal's number, as shells count."""
+    """A run that stopped on request and can be resumed. Its exit code is 128 + the signal's number, as in shells."""
 
     def __init__(self, what: str, *, signum: int = signal.SIGINT, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what, where=where, fix=fix)
@@ -19,7 +19,7 @@ class Stopped(RunError):
 
 
 class StopSignals:
-    """While open, the first Ctrl-C or SIGTERM only sets `signum`; the second does what it always did.
+    """While open, the first Ctrl-C or SIGTERM only sets `signum`; the second has its usual effect.
 
     Outside the main thread, where Python allows no handlers, nothing changes.
     """
@@ -31,10 +31,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._asked)
+                self._before[number] = signal.signal(number, self._record)
         return self
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signum = number
         self._restore()
 
@@ -45,9 +45,3 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-
-
-def ignore_in_worker(_: int) -> None:
-    """A loader process leaves Ctrl-C to the training process, and ends on SIGTERM as usual."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

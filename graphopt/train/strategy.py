@@ -1,4 +1,4 @@
-"""Where a step runs: the one place that knows devices, precision, memory layout, compilation and ranks."""
+"""How a step runs: devices, precision, memory layout, compilation and ranks."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from graphopt.data.loader import Batch
+from graphopt.data.loader import SINGLE, Batch, Rank
 from graphopt.errors import RunError
+from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
 from graphopt.spec import TrainSpec
 
-Answer = TypeVar("Answer")
-_filling: Any = torch.utils.deterministic
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+Result = TypeVar("Result")
+_deterministic: Any = torch.utils.deterministic
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One process on one device; several ranks are a second strategy with the same questions.
+    """One process on one device; a strategy for several ranks would have the same methods.
 
     Attributes:
         device: CPU or one CUDA device.
         precision: autocast dtype, or None for float32. float16 scales its loss.
-        channels_last: NHWC memory for images and convolution weights.
-        compiled: run training steps through `torch.compile`, anew per phase.
-        deterministic: the same kernels every time, where torch has such.
-        rank, world: this process among all.
+        channels_last: NHWC memory format for images and convolution weights.
+        compiled: compile training steps with `torch.compile`, once per phase.
+        deterministic: use deterministic kernels where torch has them.
+        rank: this process among those that train together.
     """
 
     device: torch.device
@@ -39,14 +39,13 @@ class Strategy:
     channels_last: bool = False
     compiled: bool = False
     deterministic: bool = True
-    rank: int = 0
-    world: int = 1
+    rank: Rank = SINGLE
 
     @classmethod
     def of(cls, spec: TrainSpec) -> Strategy:
-        """The strategy a spec asks for. Raises RunError when the machine has no such device, or several ranks are asked for."""
+        """The strategy of a spec. Raises RunError if the machine has no such device, or the spec asks for several ranks."""
         if spec.strategy in ("ddp", "fsdp") or torch.distributed.is_torchelastic_launched():
-            fix = 'Start it without torchrun, with strategy = "single".'
+            fix = 'Start it without torchrun, with strategy = "single"'
             raise RunError("training runs on one device for now", where="train.strategy", fix=fix)
         name = spec.device
         if name == "auto":
@@ -54,90 +53,89 @@ class Strategy:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise RunError(f"{name!r} is not a device", where="train.device", fix="Use auto, cpu or cuda.") from error
+            raise RunError(f"{name!r} is not a device", where="train.device", fix="Use auto, cpu or cuda") from error
         if device.type not in ("cpu", "cuda"):
             raise RunError(f"graphopt trains on cpu or cuda, not on {name!r}", where="train.device")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise RunError(f"torch finds no device {name} here", where="train.device", fix="Use auto or cpu.")
-        return cls(device, PRECISIONS[spec.amp] if spec.amp else None, spec.channels_last, spec.compile, spec.deterministic)
+            raise RunError(f"torch finds no device {name}", where="train.device", fix="Use auto or cpu")
+        return cls(device, AUTOCAST_DTYPES[spec.amp] if spec.amp else None, spec.channels_last, spec.compile, spec.deterministic)
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
-        """Inside, torch picks the same kernels every time (`deterministic`) or the fastest; outside, as before."""
+        """Inside, torch uses deterministic kernels (`deterministic`) or the fastest; the settings are restored on exit."""
         before = (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.backends.cudnn.benchmark,
-            _filling.fill_uninitialized_memory,
+            _deterministic.fill_uninitialized_memory,
         )
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not self.deterministic
-        _filling.fill_uninitialized_memory = False  # costs time, and only hides bugs of ours
+        _deterministic.fill_uninitialized_memory = False  # it costs time, and would hide reads of uninitialised memory
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             torch.backends.cudnn.benchmark = before[2]
-            _filling.fill_uninitialized_memory = before[3]
+            _deterministic.fill_uninitialized_memory = before[3]
 
     @property
-    def first(self) -> bool:
-        """Whether this rank is the one that writes files and prints."""
-        return self.rank == 0
+    def is_main_rank(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank.number == 0
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """The module on the device, in the memory layout asked for. Acts in place; parameters keep their identity."""
+    def to_device(self, module: nn.Module) -> None:
+        """Moves a module to the device, in the memory format of the strategy; in place, so that parameters keep their identity."""
         module.to(self.device)
         if self.channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return module
+            module.to(memory_format=torch.channels_last)
 
     def callable(self, module: nn.Module) -> Callable[..., Any]:
-        """What a training step calls. Compilation starts from nothing at each phase: guards of the last one are stale."""
+        """What a training step calls: the module, or its compiled form without the guards of the phase before."""
         if not self.compiled:
             return module
         torch.compiler.reset()
         return torch.compile(module)
 
     def move(self, batch: Batch) -> Batch:
-        """The batch on the device, images in the memory layout asked for."""
+        """The batch on the device, images in the memory format of the strategy."""
         sample, input, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         if self.channels_last and input.ndim == 4:
             input = input.contiguous(memory_format=torch.channels_last)
         return Batch(sample, input, target)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision around a forward pass, or nothing."""
+        """Mixed precision for a forward pass, or nothing."""
         return torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler:
-        """The loss scaler; it passes everything through unless gradients are float16."""
+        """The loss scaler; it does nothing unless gradients are float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
 
-    def agree(self, decide: Callable[[], Answer]) -> Answer:
-        """The one answer that every rank acts on (R5). With one rank, its own."""
+    def agree(self, decide: Callable[[], Result]) -> Result:
+        """The same decision on every rank: the main rank's. With one rank, its own."""
         return decide()
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next tells the truth."""
+        """Waits for the device, so that the next reading of a clock includes its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def reset_peak_memory(self) -> None:
-        """Start a new measurement; on the CPU the process's own peak cannot be reset."""
+        """Starts a new measurement; on the CPU the process's own peak cannot be reset."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int:
-        """Bytes: allocated on the CUDA device at most, or resident in this process at most."""
+        """The most bytes that were allocated on the CUDA device, or resident in this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def describe(self) -> str:
-        """For people and summary.json: 'cpu', 'cuda (NVIDIA H200), bfloat16'."""
+        """Human-readable, for summary.json: 'cpu', 'cuda (NVIDIA H200), bfloat16'."""
         name = self.device.type
         if name == "cuda":
             name = f"cuda ({torch.cuda.get_device_name(self.device)})"
-        return f"{name}, {str(self.precision).removeprefix('torch.')}" if self.precision else name
+        return f"{name}, {dtype_name(self.precision)}" if self.precision else name

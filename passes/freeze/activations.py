@@ -5,30 +5,31 @@ The in-place variants compute out of place: nothing keeps their input alive any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from graphopt.passes.freeze.bitmask import keep, kept
-from graphopt.passes.freeze.operators import as_tuple, recorded, remember, stand_in
+from graphopt.passes.freeze.bitmask import load_mask, save_mask
+from graphopt.passes.freeze.operators import Sizes, as_tuple, dummy_input, recorded, save_metadata
 
 aten = torch.ops.aten
 
 
 class _Relu(Function):
     @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any) -> Any:
         y = x.relu()
         # From the output: converting to bool is several times faster than comparing the input with 0, and NaN passes in both.
-        keep(ctx, y.bool())
+        save_mask(ctx, y.bool())
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return aten.threshold_backward(grad, kept(ctx), 0)
+    def backward(ctx: Any, grad: Any) -> Any:
+        return aten.threshold_backward(grad, load_mask(ctx), 0)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -38,14 +39,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 class _Hardtanh(Function):
     @staticmethod
-    def forward(ctx, x, low, high):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, low: Any, high: Any) -> Any:
         y = F.hardtanh(x, low, high)
-        keep(ctx, y.ne(low).logical_and_(y.ne(high)))
+        save_mask(ctx, y.ne(low).logical_and_(y.ne(high)))
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return aten.threshold_backward(grad, kept(ctx), 0), None, None
+    def backward(ctx: Any, grad: Any) -> Any:
+        return aten.threshold_backward(grad, load_mask(ctx), 0), None, None
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -60,14 +61,14 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 class _LeakyRelu(Function):
     @staticmethod
-    def forward(ctx, x, slope):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, slope: Any) -> Any:
         ctx.slope = slope
-        keep(ctx, x > 0)
+        save_mask(ctx, x > 0)
         return F.leaky_relu(x, slope)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return aten.leaky_relu_backward(grad, kept(ctx), ctx.slope, False), None
+    def backward(ctx: Any, grad: Any) -> Any:
+        return aten.leaky_relu_backward(grad, load_mask(ctx), ctx.slope, False), None
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -77,15 +78,15 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
 class _Prelu(Function):
     @staticmethod
-    def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
-        keep(ctx, x > 0, weight)
+    def forward(ctx: Any, x: Any, weight: Any) -> Any:
+        save_mask(ctx, x > 0, weight)
         return F.prelu(x, weight)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         slopes = ctx.saved_tensors[1].to(grad.dtype)
         slopes = slopes.view(-1, *(1,) * (grad.dim() - 2)) if slopes.numel() > 1 else slopes.view(())
-        return torch.where(kept(ctx) != 0, grad, grad * slopes), None
+        return torch.where(load_mask(ctx) != 0, grad, grad * slopes), None
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -95,14 +96,14 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 class _Hardsigmoid(Function):
     @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        keep(ctx, (x > -3).logical_and_(x < 3))
+    def forward(ctx: Any, x: Any) -> Any:
+        save_mask(ctx, (x > -3).logical_and_(x < 3))
         return F.hardsigmoid(x)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         # Any input inside (-3, 3) has the same slope, any outside none; the kernel's own constant keeps the last bit equal.
-        return aten.hardsigmoid_backward(grad, (kept(ctx) == 0).to(grad.dtype) * 4)
+        return aten.hardsigmoid_backward(grad, (load_mask(ctx) == 0).to(grad.dtype) * 4)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -115,8 +116,8 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 class _MaxPool2d(Function):
     @staticmethod
-    def forward(ctx, x, kernel, stride, padding, dilation, ceil):  # type: ignore[no-untyped-def]
-        remember(ctx, x)
+    def forward(ctx: Any, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: Any) -> Any:
+        save_metadata(ctx, x)
         ctx.arguments = (kernel, stride, padding, dilation, ceil)
         y, indices = aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
         reach = (kernel[0] - 1) * dilation[0] * x.shape[3] + (kernel[1] - 1) * dilation[1]
@@ -125,12 +126,12 @@ class _MaxPool2d(Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         (places,) = ctx.saved_tensors
         kernel, stride, padding, dilation, ceil = ctx.arguments
         indices = places + _corners(ctx.shape, places, stride, padding)
         arguments = (kernel, stride, padding, dilation, ceil, indices)
-        return aten.max_pool2d_with_indices_backward(grad, stand_in(ctx, grad), *arguments), *(None,) * 5
+        return aten.max_pool2d_with_indices_backward(grad, dummy_input(ctx, grad), *arguments), *(None,) * 5
 
 
 def _corners(shape: torch.Size, windows: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -142,37 +143,38 @@ def _corners(shape: torch.Size, windows: Tensor, stride: Sequence[int], padding:
 
 def max_pool2d(
     input: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
     """`F.max_pool2d` on (N, C, H, W); saves each maximum's place within its window."""
     if input.dim() != 4 or return_indices or not recorded(input):
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        stock: Callable[..., Tensor] = F.max_pool2d
+        return stock(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     sizes = (kernel_size, stride or kernel_size, padding, dilation)
     return _MaxPool2d.apply(input, *(as_tuple(s, 2) for s in sizes), ceil_mode)
 
 
 class _AvgPool2d(Function):
     @staticmethod
-    def forward(ctx, x, *arguments):  # type: ignore[no-untyped-def]
-        remember(ctx, x)
+    def forward(ctx: Any, x: Any, *arguments: Any) -> Any:
+        save_metadata(ctx, x)
         ctx.arguments = arguments
         return aten.avg_pool2d(x, *arguments)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return aten.avg_pool2d_backward(grad, stand_in(ctx, grad), *ctx.arguments), *(None,) * len(ctx.arguments)
+    def backward(ctx: Any, grad: Any) -> Any:
+        return aten.avg_pool2d_backward(grad, dummy_input(ctx, grad), *ctx.arguments), *(None,) * len(ctx.arguments)
 
 
 def avg_pool2d(
     input: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
@@ -186,13 +188,13 @@ def avg_pool2d(
 
 class _AdaptiveAvgPool2d(Function):
     @staticmethod
-    def forward(ctx, x, size):  # type: ignore[no-untyped-def]
-        remember(ctx, x)
+    def forward(ctx: Any, x: Any, size: Any) -> Any:
+        save_metadata(ctx, x)
         return F.adaptive_avg_pool2d(x, size)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return aten._adaptive_avg_pool2d_backward(grad, stand_in(ctx, grad)), None
+    def backward(ctx: Any, grad: Any) -> Any:
+        return aten._adaptive_avg_pool2d_backward(grad, dummy_input(ctx, grad)), None
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:

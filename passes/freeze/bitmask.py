@@ -20,7 +20,7 @@ _SPREAD = 0x0101010101010101
 _BIT_OF_BYTE = 0x8040201008040201 - (1 << 64)
 
 
-def keep(ctx: Any, mask: Tensor, *more: Tensor) -> None:
+def save_mask(ctx: Any, mask: Tensor, *more: Tensor) -> None:
     """Saves a fresh boolean mask for the backward of an `autograd.Function`, in the order it lies in memory, and `more` after it."""
     ctx.shape, ctx.channels_last, ctx.packed = mask.shape, False, not torch.compiler.is_compiling()
     if not ctx.packed:
@@ -32,8 +32,8 @@ def keep(ctx: Any, mask: Tensor, *more: Tensor) -> None:
     ctx.save_for_backward(pack(mask.view(-1)), *more)
 
 
-def kept(ctx: Any) -> Tensor:
-    """The mask that `keep` saved, in the shape and memory format it had, as bytes: 0 where it was false, anything else where true."""
+def load_mask(ctx: Any) -> Tensor:
+    """The mask that `save_mask` saved, in the shape and memory format it had, as bytes: 0 where it was false, anything else where true."""
     saved = ctx.saved_tensors[0]
     if not ctx.packed:
         return saved.view(torch.uint8)

@@ -56,7 +56,7 @@ def _freeze_norm_call(edit: Editor, node: Node, norm: Any, args: Any, kwargs: An
 def _freeze_switched_norm(edit: Editor, node: Node, module: ByMode, lean: bool) -> bool:
     """A norm function that was traced with `training=self.training`: the call of eval mode serves both modes."""
     inputs = node.args
-    args, kwargs = fx.node.map_aggregate(module.eval_arguments, lambda a: inputs[a] if isinstance(a, Slot) else a)  # type: ignore[misc]  # declared wider than what it gives
+    args, kwargs = fx.node.map_aggregate(module.eval_arguments, lambda a: inputs[a] if isinstance(a, Slot) else a)
     return _freeze_norm_call(edit, node, module.function, args, kwargs, lean)
 
 
@@ -74,7 +74,7 @@ def use_lean_operators(edit: Editor, nodes: Sequence[Node]) -> dict[str, int]:
         seen.update(calls)
         if any(c not in members for c in calls) or (_is_relu(graph, node) and all(_kept_by_a_user(graph, c) for c in calls)):
             continue
-        if _is_gate(graph, node) and writes_in_place(graph.module, node):
+        if _is_gate(node) and writes_in_place(graph.module, node):
             if not all(_can_leave_its_input(c, order, memory) for c in calls):
                 continue
             for call in calls:
@@ -113,7 +113,7 @@ def _is_relu(graph: Graph, node: Node) -> bool:
     return isinstance(module, nn.ReLU) if module is not None else _lean_function(node) is activations.relu
 
 
-def _is_gate(graph: Graph, node: Node) -> bool:
+def _is_gate(node: Node) -> bool:
     """Whether a node is a leaf, or a function or method that has a lean form: others stay as they are."""
     return node.op == "call_module" or _lean_function(node) is not None
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -192,10 +193,10 @@ def _frozen_form(module: nn.Module, lean: bool, inside: bool) -> nn.Module | Non
         return _become(module, change, lean, _changed_children(module, lean, inside=change is not _EvalBatchNormAct))
     if _moves_its_buffers(module):
         return _become(module, AlwaysEval, lean, _changed_children(module, lean, inside=True))
-    change = _change_for(module, _LEAN) if lean else None
-    # Inside a module kept whole, code may count on an activation having worked in place.
-    if change is not None and not (inside and getattr(module, "inplace", False)):
-        return _become(module, change, lean, {})
+    operator = _change_for(module, _LEAN) if lean else None
+    # Inside a module that stays whole, code may count on an activation having worked in place.
+    if operator is not None and not (inside and getattr(module, "inplace", False)):
+        return _become(module, operator, lean, {})
     children = _changed_children(module, lean, inside=True)
     if not children:
         return None
@@ -245,7 +246,7 @@ def _class_for(original: type[nn.Module], change: type) -> type[nn.Module]:
 
 
 def _become(module: nn.Module, change: type, lean: bool, children: dict[str, nn.Module]) -> nn.Module:
-    cls = _class_for(original_class(module), change)
+    cls = _class_for(original_class(module), change)  # type: ignore[arg-type]  # classes are hashable
     new = cls.__new__(cls)
     # The very dicts of tensors, not copies: whoever still holds the old leaf must see `.to()` and a loaded state.
     new.__dict__ = dict(module.__dict__)

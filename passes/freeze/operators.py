@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 aten = torch.ops.aten
+Sizes = int | list[int] | tuple[int, ...]
 
 
 def recorded(x: Tensor, *frozen: Tensor | None) -> bool:
@@ -39,11 +40,12 @@ def _low_precision(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def as_tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
+def as_tuple(value: Sizes, n: int) -> tuple[int, ...]:
+    """One size per dimension, from one size for all `n` of them or from a sequence."""
     return (value,) * n if isinstance(value, int) else tuple(value) * (n if len(value) == 1 else 1)
 
 
-def remember(ctx: Any, x: Tensor) -> None:
+def save_metadata(ctx: Any, x: Tensor) -> None:
     """Notes an input's shape, dtype and memory format without keeping the input."""
     ctx.shape, ctx.dtype = x.shape, x.dtype
     ctx.format = torch.contiguous_format
@@ -52,7 +54,7 @@ def remember(ctx: Any, x: Tensor) -> None:
             ctx.format = layout
 
 
-def stand_in(ctx: Any, like: Tensor) -> Tensor:
+def dummy_input(ctx: Any, like: Tensor) -> Tensor:
     """A tensor that a backward kernel asks the input's shape and layout of. It is never read, and gone when the kernel returns.
 
     Allocated, not expanded from one element: kernels bring their input into their layout first, and would copy an expanded one.
@@ -65,10 +67,10 @@ def stand_in(ctx: Any, like: Tensor) -> Tensor:
 
 class _Convolution(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any, *arguments: Any) -> Any:
         ctx.save_for_backward(weight)
-        remember(ctx, x)
-        ctx.arguments = (stride, padding, dilation, transposed, output_padding, groups)
+        save_metadata(ctx, x)
+        ctx.arguments = stride, padding, dilation, transposed, output_padding, groups = arguments
         n = weight.dim() - 2
         if transposed:
             return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1](
@@ -77,10 +79,10 @@ class _Convolution(Function):
         return (F.conv1d, F.conv2d, F.conv3d)[n - 1](x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         (weight,) = ctx.saved_tensors
         found, _, _ = aten.convolution_backward(
-            grad, stand_in(ctx, grad), weight.to(grad.dtype), None, *ctx.arguments, (True, False, False)
+            grad, dummy_input(ctx, grad), weight.to(grad.dtype), None, *ctx.arguments, (True, False, False)
         )
         return found.to(ctx.dtype), *(None,) * 8
 
@@ -89,9 +91,9 @@ def conv(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Sizes = 1,
+    padding: str | Sizes = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d` or `F.conv3d`, by the weight's shape; saves the weight and not the input (N, C, *spatial)."""
@@ -99,26 +101,26 @@ def conv(
     if input.dim() != weight.dim() or not recorded(input, weight, bias):
         return (F.conv1d, F.conv2d, F.conv3d)[n - 1](input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = as_tuple(stride, n), as_tuple(dilation, n)
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":
+    if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         padding = tuple(t // 2 for t in total)
         # The odd element goes behind, as the stock operator has it; zero padding saves nothing.
         if any(t % 2 for t in total):
             input = F.pad(input, [end for t in reversed(total) for end in (0, t % 2)])
-    return _Convolution.apply(input, weight, bias, stride, as_tuple(padding, n), dilation, False, (0,) * n, groups)
+    return _Convolution.apply(
+        input, weight, bias, stride, as_tuple(0 if isinstance(padding, str) else padding, n), dilation, False, (0,) * n, groups
+    )
 
 
 def conv_transpose(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
     groups: int = 1,
-    dilation: int | Sequence[int] = 1,
+    dilation: Sizes = 1,
 ) -> Tensor:
     """`F.conv_transpose1d` to `3d`, by the weight's shape; saves the weight and not the input (N, C, *spatial)."""
     n = weight.dim() - 2
@@ -131,16 +133,16 @@ def conv_transpose(
 
 class _Pad(Function):
     @staticmethod
-    def forward(ctx, x, pad, mode):  # type: ignore[no-untyped-def]
-        remember(ctx, x)
+    def forward(ctx: Any, x: Any, pad: Any, mode: Any) -> Any:
+        save_metadata(ctx, x)
         ctx.pad, ctx.mode = pad, mode
         return F.pad(x, pad, mode=mode)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         kind = {"reflect": "reflection", "replicate": "replication"}[ctx.mode]
         backward = getattr(aten, f"{kind}_pad{len(ctx.pad) // 2}d_backward")
-        return backward(grad, stand_in(ctx, grad), ctx.pad), None, None
+        return backward(grad, dummy_input(ctx, grad), ctx.pad), None, None
 
 
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
@@ -156,13 +158,13 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> Any:
         ctx.save_for_backward(weight)
         ctx.dtype = x.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         (weight,) = ctx.saved_tensors
         return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None
 
@@ -179,7 +181,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class _RunningNorm(Function):
     @staticmethod
-    def forward(ctx, x, mean, variance, weight, bias, eps, instance):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, mean: Any, variance: Any, weight: Any, bias: Any, eps: Any, instance: Any) -> Any:
         ctx.save_for_backward(mean, variance, weight)
         ctx.eps, ctx.dtype = eps, x.dtype
         if instance:
@@ -187,7 +189,7 @@ class _RunningNorm(Function):
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         mean, variance, weight = ctx.saved_tensors
         # With fixed statistics the kernel only scales the gradient: it asks for an input, and does not look at its values.
         found, _, _ = aten.native_batch_norm_backward(
@@ -237,14 +239,14 @@ class WidenedLayerNorm(Function):
     """Computes in float32 like autocast on CUDA, keeps the input in its own precision."""
 
     @staticmethod
-    def forward(ctx, x, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
         out, mean, scale = torch.native_layer_norm(x.float(), shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, scale, weight, bias)
         ctx.normalized = shape
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         x, mean, scale, weight, bias = ctx.saved_tensors
         arguments = (ctx.normalized, mean, scale, weight, bias, (True, False, False))
         found, _, _ = aten.native_layer_norm_backward(grad, x.float(), *arguments)
@@ -268,18 +270,18 @@ class WidenedGroupNorm(Function):
     """Computes in float32 like autocast on CUDA, keeps the input in its own precision."""
 
     @staticmethod
-    def forward(ctx, x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Any, groups: Any, weight: Any, bias: Any, eps: Any) -> Any:
         ctx.arguments = (x.shape[0], x.shape[1], x.shape[2:].numel(), groups)
-        remember(ctx, x)
+        save_metadata(ctx, x)
         # The kernels of other devices know one layout.
         ctx.format = ctx.format if x.device.type == "cpu" else torch.contiguous_format
         wide = x.float().contiguous(memory_format=ctx.format)
-        out, mean, scale = torch.native_group_norm(wide, weight, bias, *ctx.arguments, eps)
+        out, mean, scale = aten.native_group_norm(wide, weight, bias, *ctx.arguments, eps)
         ctx.save_for_backward(x, mean, scale, weight)
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Any) -> Any:
         x, mean, scale, weight = ctx.saved_tensors
         grad, wide = (t.contiguous(memory_format=ctx.format) for t in (grad, x.float()))
         found, _, _ = aten.native_group_norm_backward(grad, wide, mean, scale, weight, *ctx.arguments, (True, False, False))

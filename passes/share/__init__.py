@@ -1,16 +1,18 @@
-"""share: a block gives up its own weights and lives on its neighbours' (Replacement Learning, arXiv 2410.01239; RepL, arXiv 2605.19533).
+"""share: blocks use a learned mix of their neighbours' weights instead of their own.
+
+Replacement Learning (arXiv 2410.01239) and RepL (arXiv 2605.19533).
 
 `mode = "mix"` keeps the block's computation and replaces its weights: `w_i = a * w_(i-1) + b * w_(i+1)` (equation 1), with two learnable
-scalars per block. The neighbours' weights get gradients from both places. This saves parameters, gradients and optimizer state;
-it saves neither FLOPs nor activations, because the same operations run: the report shows it. A checkpoint of such a plan is written under
-the backbone's own keys, mixes worked out, and loads into the untouched backbone.
+scalars per block. The neighbours' weights get gradients from both blocks that use them. This saves parameters, gradients and optimizer
+state; it saves neither FLOPs nor activations, because the same operations run: the report shows it. A checkpoint of such a plan is
+written under the backbone's own keys, with the mixes computed, and loads into the untouched backbone.
 
 `mode = "surrogate"` removes the block, and puts one light operator with the block's shortcut and a norm of its own in its place, whose
 weights are such a mix. This saves FLOPs, activations and time as well (`surrogate.py` has the table). The backbone's architecture cannot
-express the result: `export` says so, and `graphopt.save` / `graphopt.load` keep it with its spec.
+express the result: `export` reports that, and `graphopt.save` / `graphopt.load` store it with its spec.
 
 A block is shared when the blocks before and after it, in execution order, hold tensors of its shapes; every other selected block is left
-alone with a reason in the report (`neighbours.py` has the rule, with its exceptions). Norms stay a block's own, with their statistics.
+alone, with the reason in the report (`neighbours.py` has the rule, with its exceptions). Norms stay a block's own, with their statistics.
 
     [[pass]]
     use = "share"
@@ -19,57 +21,55 @@ alone with a reason in the report (`neighbours.py` has the rule, with its except
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import pydantic
 from pydantic import Field
-from torch import Tensor, fx
+from torch import Tensor
 
-from graphopt.compiler.pass_base import Effects, Mark, Match, Needs, Note, Pass, StateMap
-from graphopt.errors import PassError, SelectError
-from graphopt.ir.blocks import find_blocks
-from graphopt.ir.graph import Graph
-from graphopt.ir.regions import Index, Region
-from graphopt.ir.select import Filter, Selector, select
-from graphopt.passes.share.mix import Manner, Mixed, give_up_weights, materialise, recognise, stamp
-from graphopt.passes.share.neighbours import Found, Sharing, find
-from graphopt.passes.share.parts import is_norm, owner_of
-from graphopt.passes.share.surrogate import Unfit, make_partial, partial_slice, partial_width, surrogate_of, take_out
+from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, Region, SelectError, Selector, Status, select
+from graphopt.ir.paths import owner
+from graphopt.ir.regions import region_of
+from graphopt.passes.share.mix import MixOptions, Mixture, compute_mixtures, fit_mixtures, replace_weights
+from graphopt.passes.share.neighbours import Boundary, Decision, Mode, SharedBlock, match_neighbours
+from graphopt.passes.share.parts import NotShareable, Part, is_norm
+from graphopt.passes.share.surrogate import make_partial, remove_block, surrogate_of
 
 
 class Share(Pass):
     """Replaces blocks' weights by learnable mixes of their neighbours'.
 
     Attributes:
-        select: the blocks, or parts of blocks, that give up their weights; see selectors. Default: every block that `every` leaves.
+        select: the blocks, or parts of blocks, that use their neighbours' weights; see selectors. Default: every block that `every` leaves.
         every: only each k-th of what is selected (the k-th, 2k-th, ...). Default: 4, or everything where `select` is given.
         mode: "mix" (same computation, mixed weights) or "surrogate" (one light operator in the block's place).
-        parts: of transformer blocks, "attention", "mlp" or "all". Default: attention; "all" for blocks that do not attend.
-        norm: "own" keeps each block's norms, "mix" mixes their weights and biases too (running statistics stay its own).
+        parts: of transformer blocks, "attention", "mlp" or "all". Default: attention; "all" for blocks without attention.
+        norm: "own" leaves each block its norms, "mix" mixes their weights and biases too (running statistics stay its own).
         scalars: one pair a, b per "block", or one per "parameter" tensor. Shape (), float32, never weight-decayed.
         init: initial a (the block before) and b (the block after). A one-sided mix starts with their sum.
         detach: stop gradients from the mix into the neighbours; then only a and b learn there.
         boundary: what happens where a neighbour has other shapes, or there is none. "skip" leaves the block alone, which gives
             the published counts; "nearest" takes the nearest equal-shaped block of the stage on that side; "one-sided" does
-            too, and where there is none lives on the other side alone.
+            too, and uses the other side alone where there is none.
         when: from which epoch. A mix can be taken back (`until`): the block then starts from the mixed weights.
 
     Refuses: a selection in which no block can be shared, attention where there is none, a surrogate that is to be taken back.
     """
 
-    use: ClassVar[str] = "share"
+    name: ClassVar[str] = "share"
     claim: ClassVar[str | None] = "shared"
 
     select: Selector | None = None
     every: Annotated[int, Field(ge=1, strict=True)] | None = None
-    mode: Literal["mix", "surrogate"] = "mix"
-    parts: Literal["attention", "mlp", "all"] | None = None
+    mode: Mode = "mix"
+    parts: Part | None = None
     norm: Literal["own", "mix"] = "own"
     scalars: Literal["block", "parameter"] = "block"
     init: tuple[float, float] = (0.5, 0.5)
     detach: bool = False
-    boundary: Literal["skip", "nearest", "one-sided"] = "skip"
+    boundary: Boundary = "skip"
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -78,158 +78,92 @@ class Share(Pass):
             return {**data, "every": 4}
         return data
 
-    def match(self, graph: Graph) -> Match:
-        found = self._found(graph)
-        index = Index(graph)
-        return Match(tuple(index.region(s.paths) for s in found.shared), found)
-
-    def check(self, graph: Graph, match: Match) -> list[Note]:
-        notes = list(match.data.notes)
+    def match(self, graph: Graph) -> Match[Decision]:
+        """Pairs each selected block with its neighbours."""
+        selected, mix_norms = self._selected(graph), self.norm == "mix"
+        match = match_neighbours(graph, selected, mode=self.mode, parts=self.parts, mix_norms=mix_norms, boundary=self.boundary)
+        if not match.regions:
+            first, *more = match.diagnostics
+            what = f"none of the {len(selected)} selected blocks can be shared; the first: " if more else "it cannot be shared: "
+            match.refuse(first.location, what + first.message, fix="Select other blocks, or see the pass's options")
+            return match
         until = getattr(self.when, "until", None)
-        if self.mode == "surrogate" and until is not None:
-            why = f"a surrogate cannot be taken back at epoch {until}: the block's own weights are gone. Leave `until` out"
-            notes.append(Note("refuse", match.regions[0].name, why))
         if self.mode == "mix":
-            why = (
-                'mixed weights save parameters, gradients and optimizer state, not FLOPs or activations; mode = "surrogate" saves those too'
-            )
-            notes.append(Note("info", "the shared blocks", why))
-        for region in match.regions if self.mode == "surrogate" else ():
-            if len(region.paths) > 1 and not any(is_norm(graph, n) for n in region.parameters):
-                why = "a unit without a norm saves one activation, and so does its surrogate: what is saved here is FLOPs"
-                notes.append(Note("info", region.name, why))
-        return notes
-
-    def rewrite(self, graph: Graph, match: Match) -> Effects:
-        chosen = {r.name for r in match.regions}
-        shared = tuple(s for s in match.data.shared if s.region in chosen)
-        order = {path: i for i, path in enumerate(graph.paths())}
-        keys = set(graph.module.state_dict())
-        manner = Manner(self.init, self.scalars == "parameter", self.detach, self.use)
-        before = sum(p.numel() for p in graph.module.parameters())
-        mixed: list[Mixed] = []
-        notes: list[Note] = []
-        groups = []
-        narrowed: dict[str, int] = {}
-        for sharing in shared:
-            groups.append(_homes(graph, sharing))
-            if self.mode == "mix":
-                mixed += give_up_weights(graph, sharing, manner)
-            else:
-                more, narrow = self._surrogate(graph, sharing, manner)
-                mixed += more
-                narrowed |= narrow
-            notes += _frozen_sources(graph, sharing)
-        saved = before - sum(p.numel() for p in graph.module.parameters())
-        restore, adopt = self._maps(keys - set(graph.module.state_dict()), tuple(mixed), narrowed)
-        start = {"a": self.init[0], "b": self.init[1]}
-        return Effects(
-            regions=tuple(s.region for s in shared),
-            notes=tuple(notes),
-            needs=Needs(co_shard=_joined(groups, order)),
-            restore=restore,
-            adopt=adopt,
-            no_decay=frozenset(n for m in mixed for n in m.scalars),
-            figures={"shared": len(shared), "tensors_replaced": len(mixed), "parameters_removed": saved},
-            marks={s.region: Mark("shared", s.sources, {**start, "mode": self.mode, "part": s.part}) for s in shared},
-        )
-
-    # -- selection --------------------------------------------------------------------------------------------------------------
-    def _found(self, graph: Graph) -> Found:
-        """Who shares with whom: found once, on the untouched backbone, and the same in every phase."""
-        key = (self.use, self.model_dump_json(exclude={"when"}))
-        if key not in graph.facts:
-            found = find(
-                graph,
-                self._selected(graph),
-                mode=self.mode,
-                parts=self.parts,
-                mix_norms=self.norm == "mix",
-                boundary=self.boundary,
-            )
-            if not found.shared:
-                raise PassError(_nobody(found), where=found.notes[0].where, fix="Select other blocks, or see the pass's options")
-            graph.facts[key] = found
-        return graph.facts[key]
+            why = "mixed weights save parameters, gradients and optimizer state, not FLOPs or activations"
+            match.note("the shared blocks", f'{why}; mode = "surrogate" saves those too')
+        elif until is not None:
+            why = f"a surrogate cannot be taken back at epoch {until}: the block's own weights are gone"
+            match.refuse(match.names[0], why, fix="Leave `until` out")
+        else:
+            for region in match.regions:
+                if len(region.paths) > 1 and not any(is_norm(graph, n) for n in region.parameters):
+                    match.note(region.name, "a unit without a norm saves one activation, and so does its surrogate, which saves FLOPs only")
+        return match
 
     def _selected(self, graph: Graph) -> tuple[Region, ...]:
         regions = select(Filter(blocks=True) if self.select is None else self.select, graph)
         chosen = regions[self.every - 1 :: self.every] if self.every else regions
         if not chosen:
-            named = "blocks" if self.select is None else "selected regions"
-            raise SelectError(f"every = {self.every} takes none of the {len(regions)} {named}", fix=f"Use at most {len(regions)}")
+            what = "blocks" if self.select is None else "selected regions"
+            raise SelectError(f"every = {self.every} takes none of the {len(regions)} {what}", fix=f"Use at most {len(regions)}")
         return chosen
 
-    # -- surrogates ---------------------------------------------------------------------------------------------------------------
-    def _surrogate(self, graph: Graph, sharing: Sharing, manner: Manner) -> tuple[tuple[Mixed, ...], dict[str, int]]:
-        block = Index(graph).region(sharing.paths)
-        try:
-            found = surrogate_of(graph, block, self.parts)
-        except Unfit as reason:
-            raise PassError(f"an earlier pass has changed it: {reason}", where=sharing.region, fix="Put share first") from None
-        take_out(graph, block, found)
-        if found.partial is None:
-            return give_up_weights(graph, sharing, manner), {}
-        width = partial_width(found.partial)
-        new, narrowed = make_partial(graph, found.partial)
-        stamp(graph, new, found.partial, self.use)
-
-        def part(source: fx.Node, name: str) -> fx.Node:
-            return partial_slice(graph, source, width, name)
-
-        return give_up_weights(graph, sharing, manner, part), narrowed
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------------------------
-    def _maps(self, keys: set[str], mixed: tuple[Mixed, ...], narrowed: dict[str, int]) -> tuple[StateMap, StateMap]:
+    def rewrite(self, edit: Editor, match: ActiveMatch[Decision]) -> Effects:
+        """Puts mixes, or surrogates with mixes, in place of the blocks' own weights."""
+        module, effects = edit.graph.module, Effects()
+        keys, before = set(module.state_dict()), sum(p.numel() for p in module.parameters())
+        mixtures: list[Mixture] = []
+        narrowed: dict[str, int] = {}
+        for block in (match.decision[name] for name in match.names):
+            channels = self._to_surrogate(edit, block, narrowed) if self.mode == "surrogate" else None
+            mixtures += replace_weights(edit, block, MixOptions(self.init, self.scalars == "parameter", self.detach), channels)
+            _warn_of_frozen_sources(edit.graph, block, effects)
+            a, b = self.init
+            effects.mark(block.region, Status.SHARED, sources=block.sources, a=a, b=b, mode=self.mode, part=block.part)
+        removed = before - sum(p.numel() for p in module.parameters())
+        effects.figures = {"shared": len(match.names), "tensors_replaced": len(mixtures), "parameters_removed": removed}
+        effects.no_decay = frozenset(n for m in mixtures for n in m.scalars)
         if self.mode == "mix":
-            return (lambda state: materialise(state, mixed)), (lambda state: recognise(state, mixed))
-        first = owner_of(mixed[0].scalars[0]).removesuffix(".share")
+            effects.to_original_state = partial(compute_mixtures, mixtures=mixtures)
+            effects.from_original_state = partial(fit_mixtures, mixtures=mixtures)
+        else:
+            effects.to_original_state = partial(_refuse_export, path=owner(owner(mixtures[0].scalars[0])))
+            effects.from_original_state = partial(_without, gone=keys - set(module.state_dict()), narrowed=narrowed)
+        return effects
 
-        def refuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
-            raise PassError(
-                "light operators stand in the place of blocks, and the backbone's architecture cannot express them",
-                where=f"share, {first}",
-                fix="Keep the weights with their spec: graphopt.save(plan, path); graphopt.load(path) gives the model back",
-            )
+    def _to_surrogate(self, edit: Editor, block: SharedBlock, narrowed: dict[str, int]) -> int | None:
+        """Removes what a block's surrogate does not need.
 
-        def adopt(state: dict[str, Tensor]) -> dict[str, Tensor]:
-            kept = {k: v for k, v in state.items() if k not in keys}
-            return {k: v[: narrowed[k]] if k in narrowed and v.ndim else v for k, v in kept.items()}
-
-        return refuse, adopt
-
-
-def _nobody(found: Found) -> str:
-    many = f"none of the {len(found.notes)} selected blocks can be shared; the first: " if len(found.notes) > 1 else "it cannot be shared: "
-    return many + found.notes[0].why
-
-
-def _homes(graph: Graph, sharing: Sharing) -> tuple[str, ...]:
-    """Paths of modules that hold what a mix is made of: they must be sharded together."""
-    paths = {p for block in find_blocks(graph) for p in block.paths}
-    homes: dict[str, None] = {sharing.paths[0]: None}
-    for blend in sharing.blends:
-        for name in (blend.before, blend.after):
-            if name is not None:
-                home = owner_of(name)
-                homes.setdefault(next((p for p in paths if home == p or home.startswith(f"{p}.")), home))
-    return tuple(homes)
+        Returns:
+            How many channels its convolution works on, where it is a partial one; the norm's tensors are added to `narrowed`.
+        """
+        region = region_of(edit.graph, block.paths)
+        try:
+            surrogate = surrogate_of(edit.graph, region, self.parts)
+        except NotShareable as reason:
+            raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
+        remove_block(edit, region, surrogate)
+        if surrogate.partial is None:
+            return None
+        channels, names = make_partial(edit, surrogate.partial)
+        narrowed |= dict.fromkeys(names, channels)
+        return channels
 
 
-def _joined(groups: Iterable[tuple[str, ...]], order: dict[str, int]) -> tuple[tuple[str, ...], ...]:
-    """Groups that have a member in common become one: a tensor can be in one sharding group only."""
-    joined: list[set[str]] = []
-    for group in groups:
-        touching = [g for g in joined if g & set(group)]
-        joined = [g for g in joined if g not in touching] + [set(group).union(*touching)]
-    ordered = [tuple(sorted(g, key=lambda p: order.get(p, len(order)))) for g in joined]
-    return tuple(sorted(ordered, key=lambda g: order.get(g[0], len(order))))
+def _warn_of_frozen_sources(graph: Graph, block: SharedBlock, effects: Effects) -> None:
+    for position, source in enumerate(block.sources):
+        if not any(graph.module.get_parameter(t.sources[position]).requires_grad for t in block.tensors):
+            effects.warn(block.region, f"its neighbour {source} is frozen: of that part of the mix only the scalar trains")
 
 
-def _frozen_sources(graph: Graph, sharing: Sharing) -> list[Note]:
-    notes = []
-    for side, block in (("before", sharing.before), ("after", sharing.after)):
-        names = [getattr(b, side) for b in sharing.blends if getattr(b, side) is not None]
-        if block is not None and not any(graph.module.get_parameter(n).requires_grad for n in names):
-            notes.append(Note("warn", sharing.region, f"its neighbour {block} is frozen: only its scalars still move that side"))
-    return notes
+def _refuse_export(_: dict[str, Tensor], path: str) -> NoReturn:
+    raise PassError(
+        "light operators have replaced blocks, and the backbone's architecture cannot express them",
+        where=f"share, {path}",
+        fix="Store the weights with their spec: graphopt.save(plan, path); graphopt.load(path) gives the model back",
+    )
+
+
+def _without(state: dict[str, Tensor], gone: set[str], narrowed: Mapping[str, int]) -> dict[str, Tensor]:
+    """A checkpoint of the backbone without what is gone, and with norms narrowed to the channels of partial convolutions."""
+    return {k: v[: narrowed[k]] if k in narrowed else v for k, v in state.items() if k not in gone}

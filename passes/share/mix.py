@@ -1,29 +1,31 @@
-"""Mixed weights as nodes: `w = a * w_before + b * w_after`, put in the place of a block's own, which are then no longer stored.
+"""Mixed weights as nodes: `w = a * w_before + b * w_after`, computed in the graph in place of a block's own, which are no longer stored.
 
-Convolutions and linear layers become function calls with the mixed weight as an argument; a tensor that the graph reads itself is simply
-replaced; any other leaf keeps its class and is handed its weights (`WithWeights`).
+Convolutions and linear layers become function calls with the mixed weight as an argument; the reads of a parameter that the graph reads
+itself are replaced; any other leaf keeps its class and receives its weights as an input (`WithWeights`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import Node
 
 from graphopt.errors import PassError
+from graphopt.ir.editor import Editor
 from graphopt.ir.graph import Graph
-from graphopt.ir.nodes import attribute
-from graphopt.ir.shapes import as_fake
-from graphopt.passes.share.neighbours import Blend, Sharing
-from graphopt.passes.share.parts import is_batch_norm, leaves_of
+from graphopt.ir.paths import is_below
+from graphopt.passes.share.neighbours import MixedTensor, SharedBlock
+from graphopt.passes.share.parts import leaves_of
 
-_CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {"Conv1d": F.conv1d, "Conv2d": F.conv2d, "Conv3d": F.conv3d}
+_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 def mix(before: Tensor, after: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -32,320 +34,232 @@ def mix(before: Tensor, after: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def scale(source: Tensor, a: Tensor) -> Tensor:
-    """`a * source`: a mix with one side only."""
+    """`a * source`: a mix with one source only."""
     return a * source
 
 
+def mixed(sources: Sequence[Any], scalars: Sequence[Any]) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """The function that mixes so many sources, and its arguments."""
+    return (mix if len(sources) == 2 else scale), (*sources, *scalars)
+
+
 class WithWeights(nn.Module):
-    """A leaf that is handed the weights it used to own: `forward(weights, *args, **kwargs)`.
+    """A leaf that receives the weights it used to own: `forward(weights, *args, **kwargs)`. It keeps its buffers.
 
     Args:
-        leaf: without buffers. names: of its parameters, in the order in which `weights` come.
+        leaf: its submodules have no buffers. names: of its parameters, in the order of `weights`.
     """
+
+    leaf: Any
 
     def __init__(self, leaf: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
-        # Held outside the registry: what it would register no longer exists, and its own tensors are stand-ins without memory.
+        # Not registered: its parameters no longer exist, and those on the meta device only stand for the ones it is called with.
         self.__dict__["leaf"] = copy.deepcopy(leaf).to("meta")
+        self._buffers = self.leaf._buffers = leaf._buffers
         self.names = names
         self.training = leaf.training
 
     def forward(self, weights: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        """The leaf's own forward, with `weights` in place of its parameters."""
         if self.leaf.training != self.training:
             self.leaf.train(self.training)
-        return functional_call(self.leaf, dict(zip(self.names, weights, strict=True)), args, kwargs, strict=True)
+        return functional_call(self.leaf, dict(zip(self.names, weights, strict=True)), args, kwargs)
 
     def extra_repr(self) -> str:
+        """The class of the leaf."""
         return type(self.leaf).__name__
 
 
-class BatchNormWithWeights(nn.modules.batchnorm._BatchNorm):
-    """A batch norm with statistics of its own that is handed weight and bias, each (C,)."""
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=norm.track_running_stats)
-        self._buffers = norm._buffers
-        self.training = norm.training
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        return None
-
-    def forward(self, weights: tuple[Tensor, Tensor], input: Tensor) -> Tensor:  # type: ignore[override]
-        factor = self.momentum or 0.0
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-        by_batch = self.training or self.running_mean is None
-        statistics = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
-        return F.batch_norm(input, *statistics, *weights, by_batch, factor, self.eps)
-
-
-# -- rewriting ------------------------------------------------------------------------------------------------------------------
+# -- rewriting --------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Mixed:
-    """One tensor after the rewrite: what it is a mix of, and the names of its scalars (None: nothing on that side)."""
-
-    blend: Blend
-    a: str | None
-    b: str | None
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        return tuple(n for n in (self.a, self.b) if n is not None)
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How to mix: initial `a` and `b`, one pair per block or per tensor, gradients into the sources or not, and the pass's name."""
+class MixOptions:
+    """How to mix: initial `a` and `b`, one pair per tensor or per block, and whether gradients stop before the sources."""
 
     init: tuple[float, float]
-    per_parameter: bool
+    per_tensor: bool
     detach: bool
-    by: str
 
 
-def give_up_weights(
-    graph: Graph, sharing: Sharing, manner: Manner, slices: Callable[[fx.Node, str], fx.Node] | None = None
-) -> tuple[Mixed, ...]:
-    """Replaces a region's tensors by mixes of its neighbours', and deletes them.
+@dataclass(frozen=True)
+class Mixture:
+    """A tensor that is computed now, with the names of its scalars in the order of its sources."""
+
+    tensor: MixedTensor
+    scalars: tuple[str, ...]
+
+
+def replace_weights(edit: Editor, block: SharedBlock, options: MixOptions, channels: int | None = None) -> tuple[Mixture, ...]:
+    """Replaces a block's tensors by mixes of its neighbours', and deletes them.
 
     Args:
-        slices: applied to every source before it is mixed (a surrogate may use a part of it).
+        channels: mix only so many of the sources' first channels, in and out; default: all.
 
     Raises:
-        PassError: a source is no longer there, because an earlier pass replaced it.
+        PassError: a source or the block's own tensors are no longer there, because an earlier pass replaced them.
     """
-    for blend in sharing.blends:
-        for source in (blend.before, blend.after):
-            if source is not None and not _has(graph, source):
-                raise PassError(
-                    f"it would live on {source}, which an earlier pass has replaced",
-                    where=sharing.region,
-                    fix="Share in one pass, or select blocks that do not touch",
-                )
-    chosen = {blend.own for blend in sharing.blends}
-    frozen = not any(graph.module.get_parameter(n).requires_grad for n in chosen)
-    leaves = leaves_of(graph, chosen)
-    readers = [n for n in graph.nodes if (n.op == "get_attr" and n.target in chosen) or (n.op == "call_module" and n.target in leaves)]
-    if not readers:
-        raise PassError("nothing of it is left to share: an earlier pass has taken it out", where=sharing.region)
-    classes = {path: graph.types.get(path, type(graph.module.get_submodule(path)).__name__) for path in leaves}
-    stock = {path: graph.module.get_submodule(path) for path in leaves}
-    names = {path: tuple(n for n, _ in leaf.named_parameters()) for path, leaf in stock.items()}
-    like = graph.module.get_parameter(sharing.blends[0].own)
-    for path in leaves:
-        _take_leaf_away(graph, path, stock[path], classes[path], names[path])
-    for name in chosen:
-        if _has(graph, name):
-            path, _, last = name.rpartition(".")
-            del graph.module.get_submodule(path)._parameters[last]
-    mixed = _register_scalars(graph, sharing, manner, like, frozen)
-    values: dict[str, fx.Node] = {}
-    scalars: dict[str, fx.Node] = {}
-    for item in mixed:
-        first = next(n for n in readers if n.target == item.blend.own or (n.op == "call_module" and _below(item.blend.own, str(n.target))))
-        values[item.blend.own] = _value(graph, item, first, scalars, readers[0], manner, slices)
+    graph, names = edit.graph, {t.name for t in block.tensors}
+    leaves = {path: graph.module.get_submodule(path) for path in leaves_of(graph, names)}
+    readers = [n for n in graph.nodes if n.op in ("get_attr", "call_module") and str(n.target) in {*names, *leaves}]
+    _check_still_there(graph, block, readers)
+    own = [graph.module.get_parameter(n) for n in names]
+    parameters = {path: tuple(n for n, _ in leaf.named_parameters()) for path, leaf in leaves.items()}
+    for path, leaf in leaves.items():
+        if _function_of(graph, path) is not None:
+            edit.remove([path])
+        else:
+            edit.replace_leaf(edit.calls(path)[0], WithWeights(leaf, parameters[path]))
+    edit.remove(sorted(n for n in names if not is_below(n, leaves)))
+    mixtures = _add_scalars(edit, block, options, own[0].device, any(p.requires_grad for p in own))
+    writer = _Writer(edit, options, channels, readers[0])
+    values = {m.tensor.name: writer.value(m, next(n for n in readers if _reads(n, m.tensor.name))) for m in mixtures}
     for node in readers:
+        path = str(node.target)
         if node.op == "get_attr":
-            node.replace_all_uses_with(values[str(node.target)])
-            graph.fx.erase_node(node)
+            edit.redirect(node, values[path])
+            edit.erase([node])
         else:
-            path = str(node.target)
-            given = {n: values[f"{path}.{n}"] for n in names[path]}
-            _call_with(graph, node, stock[path], classes[path], given, manner.by)
-    return mixed
+            _pass_weights(edit, node, leaves[path], {n: values[f"{path}.{n}"] for n in parameters[path]})
+    return mixtures
 
 
-def _value(
-    graph: Graph,
-    item: Mixed,
-    reader: fx.Node,
-    scalars: dict[str, fx.Node],
-    earliest: fx.Node,
-    manner: Manner,
-    slices: Callable[[fx.Node, str], fx.Node] | None,
-) -> fx.Node:
-    """The nodes that work one tensor out, right before its first reader; scalars are read once per region."""
-    new: list[fx.Node] = []
-    for name in item.scalars:
-        if name not in scalars:
-            with graph.fx.inserting_before(earliest):
-                scalars[name] = graph.fx.get_attr(name)
-            stamp(graph, [scalars[name]], earliest, manner.by)
-    with graph.fx.inserting_before(reader):
-        sources = []
-        for name in (item.blend.before, item.blend.after):
-            if name is None:
-                continue
-            source = graph.fx.get_attr(name)
-            new.append(source)
-            if manner.detach:
-                source = graph.fx.call_method("detach", (source,))
-                new.append(source)
-            if slices is not None:
-                source = slices(source, item.blend.own)
-                new.append(source)
-            sources.append(source)
-        value = graph.fx.call_function(mix if len(sources) == 2 else scale, (*sources, *(scalars[n] for n in item.scalars)))
-        new.append(value)
-    stamp(graph, new, reader, manner.by)
-    return value
+def _check_still_there(graph: Graph, block: SharedBlock, readers: Sequence[Node]) -> None:
+    there = {name for name, _ in graph.module.named_parameters(remove_duplicate=False)}
+    if not readers or any(t.name not in there for t in block.tensors):
+        raise PassError("an earlier pass has replaced or removed what it would share", where=block.region, fix="Put this pass first")
+    gone = next((s for t in block.tensors for s in t.sources if s not in there), None)
+    if gone is not None:
+        fix = "Share in one pass, or select blocks that do not touch"
+        raise PassError(f"it needs {gone}, which an earlier pass has replaced", where=block.region, fix=fix)
 
 
-def stamp(graph: Graph, nodes: Iterable[fx.Node], old: fx.Node, by: str) -> None:
-    """New nodes that do an old one's work come from where it came from, and belong to the sections it belongs to."""
-    nodes = tuple(nodes)
-    for node in nodes:
-        node.meta["origin"], node.meta["by"] = old.meta["origin"], by
-        if node.op in ("call_function", "call_method"):
-            node.meta["val"] = _shape_of(graph, node)
-    graph.sections[:] = [replace(s, nodes=(*s.nodes, *nodes)) if old in s.nodes else s for s in graph.sections]
+def _reads(node: Node, name: str) -> bool:
+    return node.target == name or (node.op == "call_module" and name.startswith(f"{node.target}."))
 
 
-def _shape_of(graph: Graph, node: fx.Node) -> Any:
-    """What a new node gives, on fake tensors: later blocks of this very rewrite want to see shapes."""
-    mode = graph.placeholder.meta["val"].fake_mode
-
-    def value(argument: fx.Node) -> Any:
-        if argument.op == "get_attr":
-            return as_fake(attribute(graph.module, str(argument.target)), mode)
-        return argument.meta["val"]
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    with torch.no_grad():
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _register_scalars(graph: Graph, sharing: Sharing, manner: Manner, like: Tensor, frozen: bool) -> tuple[Mixed, ...]:
-    root, home = graph.module, sharing.paths[0]
-    parent, _, last = home.rpartition(".")
-    if last not in root.get_submodule(parent)._modules:
-        root.get_submodule(parent).add_module(last, nn.Module())
-    block = root.get_submodule(home)
-    name, number = "share", 1
-    while hasattr(block, name):
+def _add_scalars(edit: Editor, block: SharedBlock, options: MixOptions, device: torch.device, trainable: bool) -> tuple[Mixture, ...]:
+    """Registers a block's scalars: one pair, or one per tensor; float32, of shape ()."""
+    taken = {*dict(edit.graph.module.named_modules()), *edit.graph.module.state_dict()}
+    root, number = f"{block.paths[0]}.share", 1
+    while root in taken:
         number += 1
-        name = f"share_{number}"
-    holder = nn.Module()
-    block.add_module(name, holder)
-    two = sharing.before is not None and sharing.after is not None
-    # A single source takes the weight of both, so that the mix keeps its size.
-    starts = manner.init if two else (sum(manner.init),) * 2
+        root = f"{block.paths[0]}.share_{number}"
+    starts = {"a": options.init[0], "b": options.init[1]}
+    if block.before is None or block.after is None:
+        # A single source gets the weight of both, so that the mix keeps its size.
+        starts = {"b" if block.before is None else "a": sum(options.init)}
 
-    def register(place: nn.Module, path: str) -> tuple[str | None, str | None]:
-        found: list[str | None] = []
-        for letter, value, source in zip("ab", starts, (sharing.before, sharing.after), strict=True):
-            if source is None:
-                found.append(None)
-                continue
-            place.register_parameter(
-                letter, nn.Parameter(torch.full((), value, dtype=torch.float32, device=like.device), requires_grad=not frozen)
-            )
-            found.append(f"{path}.{letter}")
-        return found[0], found[1]
+    def pair(path: str) -> tuple[str, ...]:
+        for letter, start in starts.items():
+            value = torch.full((), start, dtype=torch.float32, device=device)
+            edit.add_parameter(f"{path}.{letter}", nn.Parameter(value, requires_grad=trainable))
+        return tuple(f"{path}.{letter}" for letter in starts)
 
-    if not manner.per_parameter:
-        pair = register(holder, f"{home}.{name}")
-        return tuple(Mixed(blend, *pair) for blend in sharing.blends)
-    mixed = []
-    for blend in sharing.blends:
-        inside = next((blend.own[len(p) + 1 :] for p in sharing.paths if blend.own.startswith(f"{p}.")), blend.own).replace(".", "_")
-        holder.add_module(inside, nn.Module())
-        mixed.append(Mixed(blend, *register(holder.get_submodule(inside), f"{home}.{name}.{inside}")))
-    return tuple(mixed)
+    if not options.per_tensor:
+        scalars = pair(root)
+        return tuple(Mixture(tensor, scalars) for tensor in block.tensors)
+    return tuple(Mixture(tensor, pair(f"{root}.{_inside(tensor.name, block.paths)}")) for tensor in block.tensors)
 
 
-def _take_leaf_away(graph: Graph, path: str, leaf: nn.Module, kind: str, names: tuple[str, ...]) -> None:
-    if kind in _CONVOLUTIONS or kind == "Linear":
-        parent, _, last = path.rpartition(".")
-        del graph.module.get_submodule(parent)._modules[last]
-    elif is_batch_norm(leaf):
-        graph.replace_module(path, BatchNormWithWeights(leaf))  # type: ignore[arg-type]
-    else:
-        graph.replace_module(path, WithWeights(leaf, names))
+def _inside(name: str, paths: Iterable[str]) -> str:
+    """A tensor's name inside its block, as the name of one module."""
+    return next((name[len(p) + 1 :] for p in paths if name.startswith(f"{p}.")), name).replace(".", "_")
 
 
-def _call_with(graph: Graph, node: fx.Node, leaf: Any, kind: str, weights: dict[str, fx.Node], by: str) -> None:
-    """Puts the leaf's computation, with its weights handed in, in the place of its call."""
-    new: list[fx.Node] = []
-    with graph.fx.inserting_before(node):
-        if kind in _CONVOLUTIONS or kind == "Linear":
-            x = node.args[0] if node.args else node.kwargs["input"]
-            weight, bias = weights["weight"], weights.get("bias")
-            if kind == "Linear":
-                new.append(graph.fx.call_function(F.linear, (x, weight, bias)))
-            else:
-                padding = leaf.padding
-                if leaf.padding_mode != "zeros":
-                    x = graph.fx.call_function(F.pad, (x, tuple(leaf._reversed_padding_repeated_twice)), {"mode": leaf.padding_mode})
-                    new.append(x)
-                    padding = (0,) * len(leaf.kernel_size)
-                rest = (leaf.stride, padding, leaf.dilation, leaf.groups)
-                new.append(graph.fx.call_function(_CONVOLUTIONS[kind], (x, weight, bias, *rest)))
-        else:
-            new.append(graph.fx.call_module(str(node.target), (tuple(weights.values()), *node.args), node.kwargs))
-    stamp(graph, new, node, by)
-    new[-1].meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new[-1])
-    graph.fx.erase_node(node)
+class _Writer:
+    """Writes the mixes of one block into a graph. The scalars are read once, before `first`, the block's first reader."""
+
+    def __init__(self, edit: Editor, options: MixOptions, channels: int | None, first: Node) -> None:
+        self.edit, self.options, self.channels, self.first = edit, options, channels, first
+        self.scalars: dict[str, Node] = {}
+
+    def value(self, mixture: Mixture, reader: Node) -> Node:
+        """The nodes that compute one tensor, right before the first node that reads it."""
+        for name in mixture.scalars:
+            if name not in self.scalars:
+                self.scalars[name] = self.edit.read(name, before=self.first)
+        sources = [self._source(name, reader) for name in mixture.tensor.sources]
+        return self.edit.call(*mixed(sources, [self.scalars[n] for n in mixture.scalars]), before=reader)
+
+    def _source(self, name: str, reader: Node) -> Node:
+        source = self.edit.read(name, before=reader)
+        if self.options.detach:
+            source = self.edit.call("detach", (source,), before=reader)
+        if self.channels is not None:
+            first = slice(None, self.channels)
+            source = self.edit.call(operator.getitem, (source, (first, first) if name.endswith("weight") else first), before=reader)
+        return source
 
 
-def _below(name: str, path: str) -> bool:
-    return name.startswith(f"{path}.")
+def _function_of(graph: Graph, path: str) -> Callable[..., Tensor] | None:
+    """The function with a leaf's computation and its weights as arguments, by the class that the backbone has there."""
+    kind = type(graph.untouched.module.get_submodule(path))
+    return F.linear if kind is nn.Linear else _CONVOLUTIONS.get(kind)
 
 
-def _has(graph: Graph, name: str) -> bool:
-    try:
-        graph.module.get_parameter(name)
-    except AttributeError:
-        return False
-    return True
+def _pass_weights(edit: Editor, node: Node, leaf: Any, weights: dict[str, Node]) -> None:
+    """Lets a call compute with weights that are nodes."""
+    function = _function_of(edit.graph, str(node.target))
+    if function is None:
+        edit.set_call(node, args=(tuple(weights.values()), *node.args))
+        return
+    x: Any = node.args[0] if node.args else node.kwargs["input"]
+    operands = (weights["weight"], weights.get("bias"))
+    if function is F.linear:
+        edit.set_call(node, function, (x, *operands), {})
+        return
+    padding = leaf.padding
+    if leaf.padding_mode != "zeros":
+        x = edit.call(F.pad, (x, tuple(leaf._reversed_padding_repeated_twice)), {"mode": leaf.padding_mode}, before=node)
+        padding = (0,) * len(leaf.kernel_size)
+    edit.set_call(node, function, (x, *operands, leaf.stride, padding, leaf.dilation, leaf.groups), {})
 
 
-# -- checkpoints ----------------------------------------------------------------------------------------------------------------
-def materialise(state: dict[str, Tensor], mixed: Iterable[Mixed]) -> dict[str, Tensor]:
-    """A state dict under the backbone's keys: mixes worked out, scalars gone."""
+# -- checkpoints ------------------------------------------------------------------------------------------------------------
+def compute_mixtures(state: dict[str, Tensor], mixtures: Iterable[Mixture]) -> dict[str, Tensor]:
+    """A state dict under the backbone's keys: mixes computed, scalars left out."""
     state = dict(state)
-    gone: set[str] = set()
-    for item in mixed:
-        values = [state[n] for n in (item.blend.before, item.blend.after, *item.scalars) if n is not None]
-        state[item.blend.own] = mix(*values) if len(values) == 4 else scale(*values)
-        gone.update(item.scalars)
-    return {k: v for k, v in state.items() if k not in gone}
+    scalars: set[str] = set()
+    for mixture in mixtures:
+        function, values = mixed([state[n] for n in mixture.tensor.sources], [state[n] for n in mixture.scalars])
+        state[mixture.tensor.name] = function(*values)
+        scalars.update(mixture.scalars)
+    return {k: v for k, v in state.items() if k not in scalars}
 
 
-#: largest relative distance of a tensor from what its neighbours can express, for its scalars to be worked out from it
-_RECOGNISED = 1e-3
+#: largest relative distance between a tensor and its best mix at which the tensor counts as a mix
+_TOLERANCE = 1e-3
 
 
-def recognise(state: dict[str, Tensor], mixed: Iterable[Mixed]) -> dict[str, Tensor]:
+def fit_mixtures(state: dict[str, Tensor], mixtures: Iterable[Mixture]) -> dict[str, Tensor]:
     """A checkpoint of the backbone under the rewritten keys.
 
-    Where its tensors *are* a mix of their neighbours' (it was exported from one) the scalars come back, by least squares; in any
-    other checkpoint the block's own weights are given up, and the scalars keep the values they have.
+    Where a block's tensors are mixes of its neighbours' (the checkpoint was exported from such a plan), the scalars are recovered by
+    least squares. From any other checkpoint the block's own weights are left out, and the scalars keep their values.
     """
     state = dict(state)
-    groups: dict[tuple[str, ...], list[Mixed]] = {}
-    for item in mixed:
-        groups.setdefault(item.scalars, []).append(item)
-    for scalars, items in groups.items():
-        found = _fitted(state, items, len(scalars))
-        if found is not None:
-            state |= {name: value.to(torch.float32) for name, value in zip(scalars, found, strict=True)}
-        for item in items:
-            state.pop(item.blend.own, None)
+    groups: dict[tuple[str, ...], list[MixedTensor]] = {}
+    for mixture in mixtures:
+        groups.setdefault(mixture.scalars, []).append(mixture.tensor)
+    for scalars, tensors in groups.items():
+        fitted = _fit(state, tensors)
+        if fitted is not None:
+            state |= {name: value.to(torch.float32) for name, value in zip(scalars, fitted, strict=True)}
+        for tensor in tensors:
+            state.pop(tensor.name, None)
     return state
 
 
-def _fitted(state: dict[str, Tensor], items: list[Mixed], count: int) -> Tensor | None:
-    if any(n not in state for item in items for n in (item.blend.own, item.blend.before, item.blend.after) if n is not None):
+def _fit(state: dict[str, Tensor], tensors: list[MixedTensor]) -> Tensor | None:
+    """The scalars whose mixes come closest to the tensors; None where even those do not reach them."""
+    if any(n not in state for t in tensors for n in (t.name, *t.sources)):
         return None
-    target = torch.cat([state[i.blend.own].double().flatten() for i in items])
-    sides = [[n for n in (i.blend.before, i.blend.after) if n is not None] for i in items]
-    columns = torch.stack([torch.cat([state[s[k]].double().flatten() for s in sides]) for k in range(count)], dim=1)
-    found = torch.linalg.lstsq(columns, target.unsqueeze(1)).solution
-    distance = (columns @ found - target.unsqueeze(1)).norm() / target.norm().clamp_min(1e-30)
-    return found.flatten() if bool(distance < _RECOGNISED) and bool(found.isfinite().all()) else None
+
+    def joined(names: Iterable[str]) -> Tensor:
+        return torch.cat([state[n].double().flatten() for n in names])
+
+    target = joined(t.name for t in tensors).unsqueeze(1)
+    columns = torch.stack([joined(names) for names in zip(*(t.sources for t in tensors), strict=True)], dim=1)
+    fitted = torch.linalg.lstsq(columns, target).solution
+    distance = (columns @ fitted - target).norm() / target.norm().clamp_min(1e-30)
+    return fitted.flatten() if bool(distance < _TOLERANCE) and bool(fitted.isfinite().all()) else None

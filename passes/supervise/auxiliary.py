@@ -1,4 +1,4 @@
-"""The auxiliary part of one locally supervised module: its head and its decoder, and the local loss they give."""
+"""The auxiliary part of one locally supervised module: its head, its decoder and their local loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphopt.errors import RunError
 from graphopt.passes.supervise import losses
 
-#: of the local loss under float16 to begin with; GradScaler's 2**16 overflows in the pooled head, whose features are normalised
+#: first scale of the local loss under float16; GradScaler's 2**16 overflows in the pooled head, whose features are normalised
 FLOAT16_SCALE = 2.0**12
 
 
@@ -29,16 +29,19 @@ class Weights:
 
 
 class Auxiliary(nn.Module):
-    """Head, decoder and loss weights of one module. Lies at `supervise.<i>`; runs in training only; export drops it.
+    """Head, decoder and loss weights of one module. Registered at `supervise.<i>`; runs in training only; export drops it.
 
     Attributes:
-        leave: marks the module's output in the graph; it computes nothing.
-        classes: of the targets.
+        classes: number of classes of the targets.
         temperature: the head gives features to contrast at this temperature; None: class scores.
         rebuilds_image: the decoder's goal is the network's input, not the module's.
-        scale: of the local loss under float16, kept as a power of two (see `local`). clean: steps since it last changed.
-        turn: steps so far, from which a decoder knows what to look at; part of the state dict. A plain number: no device is asked for it.
+        scale: of the local loss under float16, a power of two (see `local`). clean: steps without overflow since it last changed.
+        step_index: steps so far, by which a decoder chooses its sample; part of the state dict. A plain number, so that reading it does
+            not wait for a device.
     """
+
+    scale: Tensor
+    clean: Tensor
 
     def __init__(
         self,
@@ -52,32 +55,33 @@ class Auxiliary(nn.Module):
         rebuilds_image: bool = False,
     ) -> None:
         super().__init__()
-        self.leave = Boundary()
         self.head = head
         self.decoder: Any = decoder
         self.weights, self.classes, self.temperature = weights, classes, temperature
         self.difference, self.rebuilds_image = difference, rebuilds_image
         self.register_buffer("scale", torch.tensor(FLOAT16_SCALE))
         self.register_buffer("clean", torch.zeros((), dtype=torch.int64))
-        self.turn = 0
+        self.step_index = 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.turn, device="cpu")
+        """The step index, for the state dict."""
+        return torch.tensor(self.step_index, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.turn = int(state)
+        """The step index from a state dict."""
+        self.step_index = int(state)
 
-    def forward(self, h: Tensor, x: Tensor | None, target: Tensor, turn: int = 0) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor | None, target: Tensor, step_index: int = 0) -> Tensor:
         """The local loss, a scalar.
 
         Args:
             h: the module's output. x: what the decoder rebuilds (not differentiated). target: (N,) or (N, classes).
-            turn: of the decoder. An argument, so that a compiled module takes it as a number and is not compiled anew for each.
+            step_index: for the decoder. An argument, so that a compiled module takes it as a number and is not compiled again for each.
         """
         terms: list[Tensor] = []
-        seen: Any = None
+        sample_state: Any = None
         if self.decoder is not None:
-            h, seen = self.decoder.look(h, turn)
+            h, sample_state = self.decoder.sample(h, step_index)
         if self.head is not None:
             out = self.head(h)
             if self.temperature is None:
@@ -87,12 +91,12 @@ class Auxiliary(nn.Module):
             terms.append(_weighted(loss, self.weights.classify))
         if self.decoder is not None:
             assert x is not None
-            prediction, goal = self.decoder(seen, x.detach())
+            prediction, goal = self.decoder(sample_state, x.detach())
             terms.append(_weighted(losses.reconstruction(prediction, goal, self.difference), self.weights.reconstruct))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
-    def demand(self, target: Tensor | None, batch: int) -> Tensor:
-        """The target, if it is one for this batch.
+    def validated_target(self, target: Tensor | None, batch: int) -> Tensor:
+        """The target, if it fits a batch of this size.
 
         Raises:
             RunError: there is none, or its shape or type fits neither class indices nor probabilities.
@@ -115,13 +119,14 @@ class Auxiliary(nn.Module):
 
 
 def _weighted(loss: Tensor, weight: float) -> Tensor:
-    """In float32 or wider. A factor of one is left out: next to a small module's body, every operation tells."""
+    """In float32 or wider. A factor of one is left out: next to a small module, every operation takes a measurable time."""
     loss = loss if loss.dtype == torch.float64 else loss.float()
     return loss if weight == 1 else weight * loss
 
 
 class Boundary(nn.Module):
-    """Marks where a locally supervised module ends in the graph; gives back what it takes."""
+    """Marks where a locally supervised module ends in the graph; returns its input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The input itself."""
         return x

@@ -1,10 +1,9 @@
-"""Decoders: what a module puts out must still tell what went in.
+"""Decoders: they rebuild a module's input from its output, so that the output must hold the information.
 
 The feature decoders (arXiv 2212.14215) rebuild the module's own input; the image decoder (InfoPro, ICLR 2021) rebuilds the network's.
-A decoder first looks at the module's output, `look(h, turn) -> (h, seen)`, and the head goes on from the `h` it gives back; then
-`decoder(seen, x) -> (prediction, goal)`, of one shape; x needs no gradient. A decoder may work on a fraction of the positions: which
-ones follows from `turn`, the number of the step, so that every position takes its turn; it draws no random numbers, so that dropout masks
-in the backbone stay what they were.
+A decoder first samples the module's output, `sample(h, step_index) -> (h, state)`, and the head runs on the `h` that this returns; then
+`decoder(state, x) -> (prediction, goal)`, of one shape; x needs no gradient. A decoder may work on a fraction of the positions, which
+rotate with `step_index` so that all are covered. It draws no random numbers: dropout masks in the backbone stay what they were.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphopt.passes.supervise.layout import Layout
+from graphopt.passes.supervise.layout import ActivationLayout
 
 Structure = Literal["pointwise", "linear", "conv", "transformer"]
 
@@ -29,80 +28,83 @@ CONV_HIDDEN = 64
 POINTWISE_HIDDEN = 128
 #: channels per attention head of the transformer decoder
 HEAD_WIDTH = 32
-#: highest rank of the linear decoder: of wide features, all their channels by all their patches would be more than the module's own weights
+#: highest rank of the linear decoder: for wide features, a full matrix (channels by patch) would be larger than the module's own weights
 LINEAR_RANK = 64
 
 
-def place(turn: int, places: int) -> int:
-    """Which of so many places a turn takes: each once in `places` turns, and neighbouring turns far apart (golden section)."""
-    step = round(0.618 * places)
-    while math.gcd(step, places) != 1:
-        step += 1
-    return turn * step % places
+def position_at(step_index: int, count: int) -> int:
+    """Which of `count` positions a step takes: each once in `count` steps, successive ones far apart (golden section)."""
+    stride = round(0.618 * count)
+    while math.gcd(stride, count) != 1:
+        stride += 1
+    return step_index * stride % count
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Evenly spaced rows of a grid of `height` rows; which ones goes by the turn."""
+    """Evenly spaced rows of a grid of `height` rows, which rotate from step to step."""
 
     height: int
     count: int
 
     @property
-    def step(self) -> int:
+    def stride(self) -> int:
+        """Rows from one to the next."""
         return self.height // self.count
 
     @property
-    def span(self) -> int:
-        return self.step * (self.count - 1) + 1
+    def extent(self) -> int:
+        """Rows from the first one to the last one, both included."""
+        return self.stride * (self.count - 1) + 1
 
-    def start(self, turn: int) -> int:
-        """The first of a turn's rows. Every row is one of some turn's: starts reach from row to row, and to the bottom."""
-        return place(turn, self.height - self.span + 1)
+    def start(self, step_index: int) -> int:
+        """The first row of a step. Every row is in some step's: the starts cover a stride, and reach the last row."""
+        return position_at(step_index, self.height - self.extent + 1)
 
     def of(self, x: Tensor, start: int) -> Tensor:
         """The rows (N, count, ...) of x (N, height, ...); a view."""
-        return x if self.count == self.height else x.narrow(1, start, self.span)[:, :: self.step]
+        return x if self.count == self.height else x.narrow(1, start, self.extent)[:, :: self.stride]
 
 
 class _Sampled(torch.autograd.Function):
-    """An activation and some rows of it, (N, k, C); backward adds the rows' gradient into the activation's.
+    """An activation and some rows of it, (N, k, C); the backward adds the rows' gradient to the activation's.
 
-    Left to itself, autograd makes a tensor of zeros for the rows' gradient, and another for the sum: passes over a whole map of which
-    an eighth is looked at.
+    By itself, autograd would allocate a map of zeros for the rows' gradient and another for the sum, where only an eighth of the map is
+    sampled.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, layout: Layout, grid: tuple[int, int], rows: Rows, start: int) -> tuple[Tensor, Tensor]:
-        ctx.where = layout, grid, rows, start
+    def forward(ctx: Any, h: Tensor, layout: ActivationLayout, grid: tuple[int, int], rows: Rows, start: int) -> tuple[Tensor, Tensor]:
+        ctx.sampled = layout, grid, rows, start
         picked = rows.of(layout.over(h, grid), start).reshape(len(h), -1, layout.channels)
         # Contiguous, so that all samples go through one matrix product: one per sample would make a gradient of the weight for each.
         return h.view_as(h), picked.contiguous()
 
     @staticmethod
-    def backward(ctx: Any, whole: Tensor, entries: Tensor) -> Any:
-        layout, grid, rows, start = ctx.where
+    def backward(ctx: Any, whole: Tensor, sampled: Tensor) -> Any:
+        layout, grid, rows, start = ctx.sampled
         gradient = whole.clone()
-        seen = rows.of(layout.over(gradient, grid), start)
-        seen.add_(entries.reshape(seen.shape))
+        view = rows.of(layout.over(gradient, grid), start)
+        view.add_(sampled.reshape(view.shape))
         return gradient, None, None, None, None
 
 
 class PatchDecoder(nn.Module):
-    """Rebuilds the input from single positions of the output: each foretells the patch of the input that lies over it.
+    """Rebuilds the input from single positions of the output: each predicts the patch of the input at the same place.
 
     A source of shape (N, h*w positions, C) and a goal on a grid r times as fine give, from k positions, a prediction (N, k, r*r*C').
-    Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest one. Whole rows of positions are sampled,
-    evenly spaced: a view finds them, without a list of indices. Tokens on no grid count as rows of one position.
+    Where the goal's grid is no multiple of the source's, it is average-pooled to the nearest multiple. Whole, evenly spaced rows of
+    positions are sampled, as a view and without a list of indices. Tokens without a grid count as rows of one position.
 
     Args:
         source, goal: layouts of the module's output and input.
-        fraction: of the source's rows, per step.
-        structure: "linear" (one linear map, of a rank of 64 at most where that is cheaper), "pointwise" (norm and a hidden layer, so that
-            features need not hold their input linearly), "transformer" (a block over the sampled positions, then one linear layer).
+        fraction: share of the source's rows per step.
+        structure: "linear" (one linear map, of rank 64 at most where that is cheaper), "pointwise" (norm and a hidden layer, so that
+            the input need not be a linear function of the features), "transformer" (a block over the sampled positions, then a linear
+            layer).
     """
 
-    def __init__(self, source: Layout, goal: Layout, fraction: float, structure: Structure) -> None:
+    def __init__(self, source: ActivationLayout, goal: ActivationLayout, fraction: float, structure: Structure) -> None:
         super().__init__()
         self.source, self.goal = source, goal
         self.ratio = (1, 1)
@@ -128,8 +130,8 @@ class PatchDecoder(nn.Module):
         self.fc = nn.Linear(width, patch)
 
     @staticmethod
-    def misfit(source: Layout, goal: Layout) -> str | None:
-        """Why these layouts cannot be put over each other, or None."""
+    def incompatibility(source: ActivationLayout, goal: ActivationLayout) -> str | None:
+        """Why `goal` cannot be rebuilt from `source`, or None."""
         for layout in (source, goal):
             if layout.rank > 4:
                 return f"a decoder rebuilds maps and tokens, not activations of {layout.rank} dimensions"
@@ -137,20 +139,21 @@ class PatchDecoder(nn.Module):
             return None
         if source.length - source.prefix == goal.length - goal.prefix:
             return None
-        return f"{goal} cannot be put over {source}: the graph shows no grid for them"
+        return f"{goal} cannot be aligned with {source}: the graph shows no grid for them"
 
-    def look(self, h: Tensor, turn: int) -> tuple[Tensor, tuple[Tensor, int]]:
-        start = self.rows.start(turn)
+    def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
+        """The activation, and the step's positions (N, k, C) with their first row."""
+        start = self.rows.start(step_index)
         whole, picked = _Sampled.apply(h, self.source, self.grid, self.rows, start)
         return whole, (picked, start)
 
-    def forward(self, seen: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Both (N, k, r*r * C')."""
-        picked, start = seen
+        picked, start = state
         return self.fc(picked if self.block is None else self.block(picked)), self._patches(x, start)
 
     def _patches(self, x: Tensor, start: int) -> Tensor:
-        """(N, k, r*r * C'): the goal over the sampled rows."""
+        """(N, k, r*r * C'): the goal at the sampled rows."""
         down, right = self.ratio
         if self.resize is not None:
             x = F.adaptive_avg_pool2d(self.goal.map(x), self.resize).movedim(1, -1)
@@ -158,7 +161,8 @@ class PatchDecoder(nn.Module):
             x = self.goal.over(x, (self.grid[0] * down, self.grid[1] * right))
         if self.ratio == (1, 1):
             return self.rows.of(x, start).reshape(len(x), -1, self.goal.channels)
-        patches = self.rows.of(x.unflatten(1, (-1, down)), start).unflatten(3, (-1, right)).transpose(2, 3)
+        rows = self.rows.of(torch.unflatten(x, 1, (-1, down)), start)
+        patches = torch.unflatten(rows, 3, (-1, right)).transpose(2, 3)
         return patches.reshape(len(x), self.rows.count * self.grid[1], -1)
 
 
@@ -177,6 +181,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
 
     def forward(self, h: Tensor) -> Tensor:
+        """(N, k, C) -> (N, k, C)."""
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = h + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + self.mlp(self.norm2(h))
@@ -185,7 +190,7 @@ class Block(nn.Module):
 class ConvDecoder(nn.Module):
     """Rebuilds a map from a map: bilinear upsampling to the goal's size, 3x3 convolution, norm, ReLU, 3x3 convolution.
 
-    With a fraction below 1 it works on a window of that share of the area, which wanders over the map from step to step.
+    With a fraction below 1 it works on a window of that share of the area, which moves over the map from step to step.
 
     Args:
         source, goal: layouts of the module's output, and of what to rebuild.
@@ -193,7 +198,7 @@ class ConvDecoder(nn.Module):
         aligned: interpolate with corner pixels aligned, as InfoPro does.
     """
 
-    def __init__(self, source: Layout, goal: Layout, fraction: float, hidden: int, aligned: bool) -> None:
+    def __init__(self, source: ActivationLayout, goal: ActivationLayout, fraction: float, hidden: int, aligned: bool) -> None:
         super().__init__()
         assert source.grid is not None
         assert goal.grid is not None
@@ -202,30 +207,33 @@ class ConvDecoder(nn.Module):
         self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
         self.fine = (source.grid[0] * self.ratio[0], source.grid[1] * self.ratio[1])
         if fraction < 1:
-            self.window = tuple(max(1, round(s * math.sqrt(fraction))) for s in source.grid)  # type: ignore[assignment]
-            self.places = tuple(s - w + 1 for s, w in zip(source.grid, self.window, strict=True))  # type: ignore[arg-type]
+            height, width = source.grid
+            self.window = (max(1, round(height * math.sqrt(fraction))), max(1, round(width * math.sqrt(fraction))))
+            self.positions = (height - self.window[0] + 1, width - self.window[1] + 1)
         self.conv1 = nn.Conv2d(source.channels, hidden, 3, 1, 1)
         self.bn = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, goal.channels, 3, 1, 1)
 
     @staticmethod
-    def misfit(source: Layout, goal: Layout) -> str | None:
-        """Why these layouts do not suit it, or None."""
+    def incompatibility(source: ActivationLayout, goal: ActivationLayout) -> str | None:
+        """Why `goal` cannot be rebuilt from `source`, or None."""
         for layout in (source, goal):
             if layout.grid is None:
-                return f"a convolution needs a map, and the graph shows no grid behind {layout}"
+                return f"a convolution needs a map, and the graph shows no grid for {layout}"
         return None
 
-    def look(self, h: Tensor, turn: int) -> tuple[Tensor, tuple[Tensor, int]]:
-        return h, (h, turn)
+    def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
+        """The activation, twice: the window is cut out in `forward`."""
+        return h, (h, step_index)
 
-    def forward(self, seen: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
-        h, x = self.source.map(seen[0]), self.goal.map(x)
+    def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (N, C', H, W), of the window."""
+        h, x = self.source.map(state[0]), self.goal.map(x)
         if self.window is not None:
             if self.fine != self.goal.grid:
                 x = F.adaptive_avg_pool2d(x, self.fine)
-            number = place(seen[1], math.prod(self.places))
-            for dim, start in enumerate((number // self.places[1], number % self.places[1])):
+            position = position_at(state[1], math.prod(self.positions))
+            for dim, start in enumerate(divmod(position, self.positions[1])):
                 size, ratio = self.window[dim], self.ratio[dim]
                 h = h.narrow(2 + dim, start, size)
                 x = x.narrow(2 + dim, start * ratio, size * ratio)
@@ -236,38 +244,46 @@ class ConvDecoder(nn.Module):
 class Denormalise(nn.Module):
     """A normalised image (N, C, H, W) -> the image, in [0, 1]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
         return (x * self.std + self.mean).clamp(0, 1)
 
 
 class ImageDecoder(nn.Module):
     """InfoPro's decoder of the network's own input: logits and de-normalised image, both (N, C, H, W)."""
 
-    def __init__(self, source: Layout, image: Layout, fraction: float, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, source: ActivationLayout, image: ActivationLayout, fraction: float, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         super().__init__()
         self.image = Denormalise(mean, std)
         self.decoder = ConvDecoder(source, image, fraction, IMAGE_HIDDEN, aligned=True)
 
-    def look(self, h: Tensor, turn: int) -> tuple[Tensor, tuple[Tensor, int]]:
-        return self.decoder.look(h, turn)
+    def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
+        """As in `ConvDecoder`."""
+        return self.decoder.sample(h, step_index)
 
-    def forward(self, seen: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.decoder(seen, self.image(x))
+    def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and image."""
+        return self.decoder(state, self.image(x))
 
 
-def build(structure: Structure, source: Layout, goal: Layout, fraction: float) -> nn.Module:
+def build(structure: Structure, source: ActivationLayout, goal: ActivationLayout, fraction: float) -> nn.Module:
     """The feature decoder of that structure."""
     if structure == "conv":
         return ConvDecoder(source, goal, fraction, min(source.channels, CONV_HIDDEN), aligned=False)
     return PatchDecoder(source, goal, fraction, structure)
 
 
-def misfit(structure: Structure | Literal["image"], source: Layout, goal: Layout) -> str | None:
+def incompatibility(structure: Structure | Literal["image"], source: ActivationLayout, goal: ActivationLayout) -> str | None:
     """Why the decoder of that structure cannot rebuild `goal` from `source`, or None."""
-    kind: Any = ConvDecoder if structure in ("conv", "image") else PatchDecoder
-    return kind.misfit(source, goal)
+    kind: type[ConvDecoder] | type[PatchDecoder] = ConvDecoder if structure in ("conv", "image") else PatchDecoder
+    return kind.incompatibility(source, goal)

@@ -2,7 +2,7 @@
 
 `pool` is mean over the positions, norm, linear; `norm-pool` puts the norm first, over every position, as the transformer papers do (arXiv
 2212.14215). `conv` is InfoPro's (ICLR 2021), "1c2f": a 3x3 convolution with norm and ReLU, global pooling, two linear layers with a ReLU
-between. The default is `pool`: a head runs in every module and every step, and is of no use where it costs what the module saves.
+between. The default is `pool`: a head runs in every module and every step, and must not cost what the module saves.
 """
 
 from __future__ import annotations
@@ -12,38 +12,40 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphopt.passes.supervise.layout import Layout
+from graphopt.passes.supervise.layout import ActivationLayout
 
 #: width of the hidden layer of InfoPro's head, and of the features it contrasts
 HIDDEN = 128
-#: positions per side that the convolution gives at most; of a larger map it sees each k-th row and column. InfoPro's largest.
+#: most positions per side that the convolution gives; it takes every k-th row and column of a larger map. InfoPro's largest.
 LARGEST_SIDE = 16
-Kind = Literal["pool", "norm-pool", "conv", "contrast"]
+HeadKind = Literal["pool", "norm-pool", "conv", "contrast"]
 
 
 class PoolHead(nn.Module):
     """(N, ...) in `layout` -> (N, outputs): mean over positions and layer norm over channels, in either order, then linear."""
 
-    def __init__(self, layout: Layout, outputs: int, norm_first: bool, hidden: int | None = None) -> None:
+    def __init__(self, layout: ActivationLayout, outputs: int, norm_first: bool, hidden: int | None = None) -> None:
         super().__init__()
         self.layout, self.norm_first = layout, norm_first
         self.norm = nn.LayerNorm(layout.channels)
         self.fc = _mlp(layout.channels, hidden, outputs)
 
     def forward(self, h: Tensor) -> Tensor:
+        """(N, outputs)."""
         if self.norm_first:
             return self.fc(self.norm(self.layout.tokens(h)).mean(1))
-        return self.fc(self.norm(self.layout.mean(h)))
+        # The mean of half-precision activations is float32, which weights in half precision do not take.
+        return self.fc(self.norm(self.layout.mean(h).to(self.norm.weight.dtype)))
 
 
 class ConvHead(nn.Module):
-    """(N, ...) in `layout` -> (N, outputs): InfoPro's head, its width and stride carried over from its ResNets' 16, 32 and 64 channels.
+    """(N, ...) in `layout` -> (N, outputs): InfoPro's head, its width and stride those of its ResNets with 16, 32 and 64 channels.
 
-    Up to 32 channels the convolution doubles them at stride 2; from 64 on it keeps them, at most 128, at stride 1 where the map is small.
-    Of a map that would still have more than `LARGEST_SIDE` positions per side, it sees every k-th row and column.
+    Up to 32 channels the convolution doubles them at stride 2; from 64 on it has as many, at most 128, at stride 1 where the map is small.
+    It takes every k-th row and column of a map that would still have more than `LARGEST_SIDE` positions per side.
     """
 
-    def __init__(self, layout: Layout, outputs: int) -> None:
+    def __init__(self, layout: ActivationLayout, outputs: int) -> None:
         super().__init__()
         assert layout.grid is not None
         self.layout = layout
@@ -56,6 +58,7 @@ class ConvHead(nn.Module):
         self.fc = _mlp(width, HIDDEN, outputs)
 
     def forward(self, h: Tensor) -> Tensor:
+        """(N, outputs)."""
         h = self.layout.map(h)
         if self.step > 1:
             h = h[:, :, :: self.step, :: self.step]
@@ -68,7 +71,7 @@ def _mlp(inputs: int, hidden: int | None, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-def build(kind: Kind, layout: Layout, classes: int) -> nn.Module:
+def build(kind: HeadKind, layout: ActivationLayout, classes: int) -> nn.Module:
     """The head of that kind. `"contrast"` ends in 128 features, on the convolutional trunk for maps with channels first."""
     if kind == "conv" or (kind == "contrast" and layout.images):
         return ConvHead(layout, HIDDEN if kind == "contrast" else classes)

@@ -1,7 +1,7 @@
-"""Which dimension of an activation is its channels, and which are positions: read off the graph around it, not off the model's name.
+"""Which dimension of an activation is its channels, and which are positions: found in the graph around it, not by the model's name.
 
-A convolution or batch norm next to an activation has its channels in dimension 1, a linear layer or layer norm in the last. Where nothing
-near it says, shapes do (a square pair of dimensions is the grid).
+A convolution or batch norm next to an activation has its channels in dimension 1, a linear layer or layer norm in the last. Where no
+operation near it decides, shapes do (a square pair of dimensions is the grid).
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Node
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import leaf
 
 #: more leading tokens than any published backbone adds (class, distillation and register tokens)
 MOST_PREFIX_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Layout:
+class ActivationLayout:
     """How to read an activation of shape (N, ...).
 
     Attributes:
         channel: the dimension of the channels, from 1.
         channels: its size.
         length: positions in all, leading tokens included; 1 for (N, C).
-        grid: the positions' height and width, leading tokens aside; None where the graph does not tell.
+        grid: height and width of the positions without leading tokens; None where the graph does not show them.
         prefix: leading tokens that lie on no grid (class token, registers).
         rank: dimensions, the batch included.
     """
@@ -56,17 +58,17 @@ class Layout:
         return self.rank == 4 and self.channel == 1
 
     def map(self, x: Tensor) -> Tensor:
-        """x as a map (N, C, H, W), leading tokens left out; a view where the layout allows one. Needs a grid."""
+        """As a map (N, C, H, W), leading tokens left out; a view where the layout allows one. Needs a grid."""
         assert self.grid is not None
         if self.images:
             return x
         if self.rank == 4:
             return x.movedim(self.channel, 1)
         x = x.unsqueeze(-1) if self.rank == 2 else x.movedim(self.channel, 1)
-        return x[..., self.prefix :].unflatten(-1, self.grid)
+        return torch.unflatten(x[..., self.prefix :], -1, self.grid)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """x as (N, positions, C), leading tokens included; a view where the layout allows one."""
+        """As (N, positions, C), leading tokens included; a view where the layout allows one."""
         return x.unsqueeze(1) if self.rank == 2 else x.movedim(self.channel, -1).flatten(1, -2)
 
     def mean(self, x: Tensor) -> Tensor:
@@ -79,43 +81,37 @@ class Layout:
         return x.sum(others, dtype=wide) / self.length
 
     def over(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x as (N, height, width, C) over that grid, leading tokens left out; a view. Of maps and tokens, not of rank above 4."""
+        """As (N, height, width, C) over that grid, leading tokens left out; a view. Of maps and tokens, not of rank above 4."""
         x = x.unsqueeze(1) if self.rank == 2 else x.movedim(self.channel, -1)
-        return x if self.rank == 4 else x[:, self.prefix :].unflatten(1, grid)
+        return x if self.rank == 4 else torch.unflatten(x[:, self.prefix :], 1, grid)
 
 
-def layout_of(graph: Graph, node: fx.Node) -> Layout:
+def layout_of(graph: Graph, node: Node) -> ActivationLayout:
     """The layout of an activation of the graph, of shape (N, ...)."""
     shape = tuple(node.meta["val"].shape)
     rank = len(shape)
     if rank == 2:
-        return Layout(1, shape[1], 1, (1, 1), 0, 2)
+        return ActivationLayout(1, shape[1], 1, (1, 1), 0, 2)
     channel = 1 if node.op == "placeholder" and rank == 4 else _channel(graph, node)
     if channel is None:
-        # Nothing near it tells: the two equal dimensions of a map are its grid; tokens come before channels.
+        # No operation decides: the two equal dimensions of a map are its grid; tokens come before channels.
         channel = 1 if rank >= 4 and (shape[-1] == shape[-2] or shape[1] != shape[2]) else rank - 1
-    positions = [d for d in range(1, rank) if d != channel]
-    length = math.prod(shape[d] for d in positions)
-    if rank == 4:
-        return Layout(channel, shape[channel], length, (shape[positions[0]], shape[positions[1]]), 0, rank)
-    if rank > 4:
-        return Layout(channel, shape[channel], length, None, 0, rank)
-    grid, prefix = _grid_of_tokens(graph, node, length)
-    return Layout(channel, shape[channel], length, grid, prefix, rank)
+    positions = [shape[d] for d in range(1, rank) if d != channel]
+    length = math.prod(positions)
+    grid, prefix = (None, 0) if rank > 4 else ((positions[0], positions[1]), 0) if rank == 4 else _grid_of_tokens(graph, node, length)
+    return ActivationLayout(channel, shape[channel], length, grid, prefix, rank)
 
 
-def _grid_of_tokens(graph: Graph, node: fx.Node, length: int) -> tuple[tuple[int, int] | None, int]:
-    """The grid that tokens came from: of the maps before them, the one that fits their number best, the last of those."""
-    before = graph.nodes[: graph.nodes.index(node)]
+def _grid_of_tokens(graph: Graph, node: Node, length: int) -> tuple[tuple[int, int] | None, int]:
+    """The grid that tokens came from, and how many lead them: of the maps before them the one nearest in size, the last of those."""
     fits: list[tuple[int, tuple[int, int]]] = []
-    for other in reversed(before):
+    for other in reversed(graph.nodes[: graph.order[node]]):
         value = other.meta.get("val")
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point() and value.shape[0] == node.meta["val"].shape[0]:
-            shape = tuple(value.shape)
             channel = 1 if other.op == "placeholder" else _channel(graph, other)
             if channel not in (1, 3):
                 continue
-            grid = (shape[2], shape[3]) if channel == 1 else (shape[1], shape[2])
+            grid = (value.shape[2], value.shape[3]) if channel == 1 else (value.shape[1], value.shape[2])
             if 0 <= length - math.prod(grid) <= MOST_PREFIX_TOKENS:
                 fits.append((length - math.prod(grid), grid))
     if fits:
@@ -139,43 +135,46 @@ _FUNCTIONS: dict[Any, int] = {
     F.adaptive_avg_pool2d: 1, torch.conv2d: 1, torch.layer_norm: -1,
 }  # fmt: skip
 _PASSING = {operator.add, operator.iadd, operator.mul, operator.sub, torch.add, torch.mul, F.relu, F.gelu, F.silu, torch.relu}
+_PASSING_NAMES = ("contiguous", "relu", "gelu", "add", "add_", "mul", "addcmul")
 
 
-def _channel(graph: Graph, start: fx.Node) -> int | None:
-    """Follows an activation forward, then backward, to the nearest operation that knows its channels."""
+def _channel(graph: Graph, start: Node) -> int | None:
+    """The dimension of the channels, from the nearest operation after an activation, or else before it, that decides it."""
+    found = _search(graph, start, forward=True)
+    return _search(graph, start, forward=False) if found is None else found
+
+
+def _search(graph: Graph, start: Node, *, forward: bool) -> int | None:
     rank = start.meta["val"].dim()
-    for forward in (True, False):
-        # What dimension of the node at hand each dimension of `start` has become.
-        queue: list[tuple[fx.Node, tuple[int, ...]]] = [(start, tuple(range(rank)))]
-        seen = {start}
-        while queue:
-            node, dims = queue.pop(0)
-            if not forward:
-                said = _says(graph, node)
-                if said is not None:
-                    if dims == tuple(range(rank)) or not _linear(graph, node):
-                        return dims.index(said % rank)
-                    continue
-            for other in node.users if forward else node.all_input_nodes:
-                value = other.meta.get("val")
-                if other in seen or not isinstance(value, Tensor):
-                    continue
-                seen.add(other)
-                if forward and (said := _says(graph, other)) is not None:
-                    # A linear layer behind a transposition may mix positions (MLP-Mixer, ResMLP): it tells nothing.
-                    if dims == tuple(range(rank)) or not _linear(graph, other):
-                        return dims.index(said % rank)
-                    continue
-                moved = _moved(other if forward else node, dims, forward, rank)
-                if moved is not None and value.dim() == rank:
-                    queue.append((other, moved))
+    unmoved = tuple(range(rank))
+    # What dimension of the node at hand each dimension of `start` has become.
+    queue: list[tuple[Node, tuple[int, ...]]] = [(start, unmoved)]
+    seen = {start}
+    while queue:
+        node, dims = queue.pop(0)
+        if (node is not start or not forward) and (decided := _decides(graph, node)) is not None:
+            # A linear layer after a transposition may mix positions (MLP-Mixer, ResMLP): it decides nothing.
+            if dims == unmoved or not _is_linear(graph, node):
+                return dims.index(decided % rank)
+            continue
+        for other in node.users if forward else node.all_input_nodes:
+            if other in seen or not isinstance(other.meta.get("val"), Tensor):
+                continue
+            seen.add(other)
+            if forward and _decides(graph, other) is not None:
+                # What it takes has the dimensions of what it is given.
+                queue.append((other, dims))
+                continue
+            moved = _moved(other if forward else node, dims, forward, rank)
+            if moved is not None and other.meta["val"].dim() == rank:
+                queue.append((other, moved))
     return None
 
 
-def _says(graph: Graph, node: fx.Node) -> int | None:
-    """The channel dimension of what this operation takes and gives, where its kind alone tells."""
-    if node.op == "call_module":
-        module = graph.module.get_submodule(node.target)
+def _decides(graph: Graph, node: Node) -> int | None:
+    """The channel dimension of what this operation takes and gives, where its kind alone decides it."""
+    module = leaf(graph, node)
+    if module is not None:
         name = type(module).__name__
         if isinstance(module, _CHANNELS_FIRST) or (name.endswith(("2d", "Act")) and "Norm" in name):
             return 1
@@ -184,29 +183,33 @@ def _says(graph: Graph, node: fx.Node) -> int | None:
     return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
-def _linear(graph: Graph, node: fx.Node) -> bool:
-    return node.target is F.linear or (node.op == "call_module" and isinstance(graph.module.get_submodule(node.target), nn.Linear))
+def _is_linear(graph: Graph, node: Node) -> bool:
+    return node.target is F.linear or isinstance(leaf(graph, node), nn.Linear)
 
 
-def _moved(node: fx.Node, dims: tuple[int, ...], forward: bool, rank: int) -> tuple[int, ...] | None:
+def _moved(node: Node, dims: tuple[int, ...], forward: bool, rank: int) -> tuple[int, ...] | None:
     """Where the dimensions go through `node`: the same for element-wise work, permuted by a permutation, None past anything else."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name in ("permute", "transpose"):
-        numbers = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        if not all(isinstance(n, int) for n in numbers) or not numbers:
+        order = _permutation(node, name, rank)
+        if order is None:
             return None
-        order = list(range(rank))
-        if name == "permute":
-            if len(numbers) != rank:
-                return None
-            order = [n % rank for n in numbers]
-        else:
-            a, b = (n % rank for n in numbers)
-            order[a], order[b] = order[b], order[a]
         return tuple(order.index(d) for d in dims) if forward else tuple(order[d] for d in dims)
     shapes = [tuple(i.meta["val"].shape) for i in node.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
     same = all(len(s) < rank or s == tuple(node.meta["val"].shape) for s in shapes)
-    elementwise = (
-        node.op == "call_module" or node.target in _PASSING or name in ("contiguous", "relu", "gelu", "add", "add_", "mul", "addcmul")
-    )
+    elementwise = node.op == "call_module" or node.target in _PASSING or name in _PASSING_NAMES
     return dims if elementwise and same else None
+
+
+def _permutation(node: Node, name: str, rank: int) -> list[int] | None:
+    """Which dimension of its input each dimension of a permutation's output is; None where that is not written in numbers."""
+    given: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    if len(given) != (rank if name == "permute" else 2) or not all(isinstance(n, int) for n in given):
+        return None
+    numbers = [n % rank for n in given]
+    if name == "permute":
+        return numbers
+    order = list(range(rank))
+    a, b = numbers
+    order[a], order[b] = b, a
+    return order

@@ -1,19 +1,18 @@
-"""A gradient-isolated module whose backward runs right after its forward, delivered later by one outer `backward()`.
+"""A gradient-isolated module whose backward runs right after its forward; one outer `backward()` delivers its gradients later.
 
-How it works. In training the whole module, with its auxiliary head and decoder, runs inside one `autograd.Function`: its *forward*
-records the body on detached inputs, takes the gradient of the local loss for the module's parameters with `torch.autograd.grad`, keeps
-those gradients, and lets go of everything else, so that no activation outlives the module. It returns the output, through which no
-gradient flows, and the loss. Its *backward* returns the kept gradients times the loss's incoming gradient. So
-`(criterion + local_loss).backward()` delivers all gradients at once: DDP's hooks fire, a `GradScaler`'s factor passes through, and
-accumulation adds up as ever.
+In training the whole module, with its auxiliary head and decoder, runs inside one `autograd.Function`. Its *forward* records the body on
+detached inputs, takes the gradient of the local loss for the module's parameters with `torch.autograd.grad`, stores those gradients, and
+releases everything else, so that no activation outlives the module. It returns the output, through which no gradient flows, and the loss.
+Its *backward* returns the stored gradients times the loss's incoming gradient. So `(criterion + local_loss).backward()` delivers all
+gradients at once: DDP's hooks fire, a `GradScaler`'s factor is applied, and gradients accumulate as usual.
 
-Parameters of the body are inputs of the Function; tensors that the graph reads itself (class tokens, mixed weights) arrive as inputs of the
-body. Where one parameter serves two modules, autograd adds up what each sends.
+Parameters of the body are inputs of the Function; tensors that the graph reads itself (class tokens, mixed weights) are inputs of the body.
+If one parameter is used by two modules, autograd adds their gradients.
 
-float16: a gradient taken inside the forward has not been scaled by the caller's `GradScaler` yet and would underflow. So under float16
-autocast the local loss is scaled here by a power of two of its own, which follows `GradScaler`'s rule (halved after an overflow,
-doubled after 2000 clean steps), and the kept gradients, float32, are scaled back. An overflow still reaches the caller's scaler, which
-then skips the step.
+float16: a gradient taken inside the forward is not scaled by the caller's `GradScaler` yet and would underflow. So under float16 autocast
+the local loss is scaled here by a power of two of its own, which follows `GradScaler`'s rule (halved after an overflow, doubled after 2000
+steps without one), and the stored gradients, float32, are scaled back. An overflow still reaches the caller's scaler, which then skips the
+step.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from graphopt.errors import PassError, RunError
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.runtime.body import Body
 
-#: key of a node's meta: the boundary it is
+#: key of a node's meta: the name of the boundary that it is
 BOUNDARY = "boundary"
-#: the largest block whose release lets glibc keep more (its DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB), less what lies around a block
+#: the largest block whose release raises glibc's limits (its DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB), less the overhead of a block
 LARGEST_BLOCK = 2**25 - 2**16
-#: clean steps after which the float16 scale is doubled; `GradScaler`'s
+#: steps without overflow after which the float16 scale is doubled; `GradScaler`'s
 GROWTH_INTERVAL = 2000
 
 
@@ -43,38 +42,33 @@ class LocalModule(nn.Module):
     Args:
         body: the section's graph; takes activations, then tensors that the root reads for it.
         auxiliary: head and decoder; registered at the root, not here.
-        entry, leave: names of the boundaries that the module starts and ends at, as `meta[BOUNDARY]` of nodes has them.
-        trains: whether anything of the body trains. If not (it was frozen), the body runs without recording and has no loss.
+        start, end: names of the boundaries that the module starts and ends at, as `meta[BOUNDARY]` of nodes has them.
+        trains: whether anything in the body trains. If not (it was frozen), the body runs without recording and has no loss.
 
-    With an auxiliary part that rebuilds the image, the call is `(target, image, *inputs)`.
+    If the auxiliary part rebuilds the image, the call is `(target, image, *inputs)`.
 
     Attributes:
-        entry: which of the body's inputs is the module's; leave: which of its outputs is the module's, None where it has but one.
+        input: which of the body's inputs is the module's. output: which of its outputs is the module's; None where it has only one.
     """
 
-    entry: int | None
-    leave: int | None
-
-    def __init__(self, body: fx.GraphModule, auxiliary: Auxiliary, entry: str, leave: str, *, trains: bool = True) -> None:
+    def __init__(self, body: fx.GraphModule, auxiliary: Auxiliary, start: str, end: str, *, trains: bool = True) -> None:
         super().__init__()
         self.body, self.auxiliary, self.trains = Body(body), Body(auxiliary), trains
-        output = next(n for n in body.graph.nodes if n.op == "output").args[0]
-        self.entry = self.leave = None
-        for number, node in enumerate(n for n in body.graph.nodes if n.op == "placeholder"):
-            if node.meta.get(BOUNDARY) == entry:
-                self.entry = number
-        if isinstance(output, tuple):
-            self.leave = next(i for i, n in enumerate(output) if n.meta.get(BOUNDARY) == leave)
-        if trains and self.entry is None and auxiliary.decoder is not None and not auxiliary.rebuilds_image:
+        inputs = body.graph.find_nodes(op="placeholder")
+        self.input = next((i for i, n in enumerate(inputs) if n.meta.get(BOUNDARY) == start), None)
+        (result,) = body.graph.output_node().args
+        self.output = next(i for i, n in enumerate(result) if n.meta.get(BOUNDARY) == end) if isinstance(result, tuple) else None
+        if trains and self.input is None and auxiliary.decoder is not None and not auxiliary.rebuilds_image:
             raise PassError(
-                "another pass took away the input of a locally supervised module, which its decoder rebuilds",
-                where="pass supervise",
-                fix='Let it end where a module does, or use decoder = "none"',
+                "another pass removed the input of a locally supervised module, which its decoder rebuilds",
+                where="supervise",
+                fix='Let that pass end where a module does, or use decoder = "none"',
             )
         self._options: dict[str, Any] | None = None
         self._compiled: Callable[..., Any] | None = None
 
     def forward(self, target: Tensor | None, *inputs: Any) -> tuple[Any, Tensor | None]:
+        """The output and the local loss: None in eval mode, 0 where nothing is recorded."""
         image: Tensor | None = None
         if self.auxiliary.module.rebuilds_image:
             image, *rest = inputs
@@ -84,28 +78,27 @@ class LocalModule(nn.Module):
         if not self.trains or not torch.is_grad_enabled():
             with torch.no_grad():
                 output = self.body(*inputs)
-            # float32 as a loss is, and on the output's device.
+            # float32, as a loss is, and on the output's device.
             return output, torch.zeros((), device=self._main(output).device)
         return self._train(target, image, inputs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
     def _train(self, target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
-        _keep_freed_memory()
+        _raise_allocator_limits()
         parameters = [p for p in (*self.body.parameters(), *self.auxiliary.parameters()) if p.requires_grad]
-        result = _Stage.apply(self, target, image, len(inputs), *inputs, *parameters)
-        loss, *outputs = result
-        return (tuple(outputs) if self.leave is not None else outputs[0]), loss
+        loss, *outputs = _Stage.apply(self, target, image, len(inputs), *inputs, *parameters)
+        return (tuple(outputs) if self.output is not None else outputs[0]), loss
 
-    def stage(self, turn: int, target: Tensor | None, image: Tensor | None, *inputs: Any) -> tuple[Any, Tensor]:
+    def stage(self, step_index: int, target: Tensor | None, image: Tensor | None, *inputs: Any) -> tuple[Any, Tensor]:
         """The module's output and its local loss, recorded; what `_Stage` differentiates and `compile` compiles."""
-        auxiliary: Auxiliary = self.auxiliary.module
+        auxiliary: Any = self.auxiliary.module
         output = self.body(*inputs)
         h = self._main(output)
-        x = image if auxiliary.rebuilds_image else inputs[self.entry] if self.entry is not None else None
-        return output, auxiliary(h, x, auxiliary.demand(target, len(h)), turn)
+        x = image if auxiliary.rebuilds_image else inputs[self.input] if self.input is not None else None
+        return output, auxiliary(h, x, auxiliary.validated_target(target, len(h)), step_index)
 
     def _main(self, output: Any) -> Tensor:
-        return output[self.leave] if self.leave is not None else output
+        return output[self.output] if self.output is not None else output
 
     # -- torch.compile ------------------------------------------------------------------------------------------------------
     def compile_stage(self, **options: Any) -> None:
@@ -113,6 +106,7 @@ class LocalModule(nn.Module):
         self._options, self._compiled = options, None
 
     def run_stage(self, *arguments: Any) -> tuple[Any, Tensor]:
+        """`stage`, compiled if `compile_stage` was called."""
         if self._options is None:
             return self.stage(*arguments)
         if self._compiled is None:
@@ -124,20 +118,20 @@ class LocalModule(nn.Module):
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
-    """Lets glibc keep 64 MiB of what a module frees for the next one, on a CPU, instead of giving it back and asking again.
+def _raise_allocator_limits() -> None:
+    """Lets glibc hold up to 64 MiB of what a module frees for the next one, on a CPU, instead of returning it to the system.
 
-    The pages of each module's activations would be mapped and cleared anew in every module, a tenth of a step. When glibc frees a block
-    that it had mapped by itself, it raises what it keeps to twice that block; this is the largest it heeds (mallopt(3), M_MMAP_THRESHOLD).
-    Who set those limits himself has his way. The block is never touched, and once per process is enough.
+    Otherwise the pages of activations would be mapped and cleared again in every module, a tenth of a step. When glibc frees a block that
+    it had mapped separately, it raises the memory that it holds to twice that block, up to this size (mallopt(3), M_MMAP_THRESHOLD).
+    User-set limits (mallopt or environment) are respected. The block is never touched, and once per process is enough.
     """
     bytes(LARGEST_BLOCK)
 
 
 def compile_modules(module: nn.Module, **options: Any) -> int:
-    """Compiles every locally supervised module of an emitted module on its own; returns how many.
+    """Compiles every locally supervised module of an emitted module by itself; returns how many.
 
-    `torch.compile` of the whole emitted module works too; it runs the local modules, whose backward is inside their forward, uncompiled
+    `torch.compile` of the whole emitted module works too. It does not compile the local modules, whose backward is inside their forward,
     unless this was called.
     """
     found = [m for m in module.modules() if isinstance(m, LocalModule)]
@@ -147,27 +141,27 @@ def compile_modules(module: nn.Module, **options: Any) -> int:
 
 
 class _Stage(torch.autograd.Function):
-    """Forward and backward of one module in one go; see the head of this file."""
+    """Forward and backward of one module together; see the module docstring."""
 
     @staticmethod
     def forward(ctx: Any, module: LocalModule, target: Tensor | None, image: Tensor | None, count: int, *tensors: Any) -> Any:
         ctx.set_materialize_grads(False)
         with torch.enable_grad():
-            # Each input stands for itself: a weight that is a parameter of the body too gets two gradients, which autograd adds up.
+            # Detached one by one: a weight that is a parameter of the body too gets two gradients, which autograd adds.
             inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors[:count]]
-            auxiliary: Auxiliary = module.auxiliary.module
-            output, loss = module.run_stage(auxiliary.turn, target, image, *inputs)
-            auxiliary.turn += 1
+            auxiliary: Any = module.auxiliary.module
+            output, loss = module.run_stage(auxiliary.step_index, target, image, *inputs)
+            auxiliary.step_index += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
             half = _float16(loss.device.type)
             scale = auxiliary.scale
             found = torch.autograd.grad(loss * scale if half else loss, [t for _, t in wanted], allow_unused=True)
-        kept = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
+        stored = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
         if half:
-            _unscale([g for _, g in kept], auxiliary)
-        # Not by save_for_backward: what autograd holds on to it cannot hand over, and every gradient would be copied.
-        ctx.kept, ctx.total = kept, len(tensors)
-        outputs = tuple(o.detach() if isinstance(o, Tensor) else o for o in (output if module.leave is not None else (output,)))
+            _unscale([g for _, g in stored], auxiliary)
+        # Not by save_for_backward: autograd cannot hand over what it holds itself, so every gradient would be copied.
+        ctx.stored, ctx.total = stored, len(tensors)
+        outputs = tuple(o.detach() if isinstance(o, Tensor) else o for o in (output if module.output is not None else (output,)))
         ctx.mark_non_differentiable(*(o for o in outputs if isinstance(o, Tensor)))
         return (loss.detach(), *outputs)
 
@@ -175,34 +169,34 @@ class _Stage(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor | None, *_: Any) -> Any:
         gradients: list[Tensor | None] = [None] * ctx.total
-        kept = ctx.kept
-        if kept is None:
+        stored = ctx.stored
+        if stored is None:
             raise RunError(
                 "a second backward through a local loss whose gradients were delivered already",
                 where="supervise",
                 fix="Call backward(retain_graph=True) the first time",
             )
-        if incoming is not None and kept:
-            found = [g for _, g in kept]
-            if _graph_is_kept():
+        if incoming is not None and stored:
+            found = [g for _, g in stored]
+            if _graph_is_retained():
                 found = list(torch._foreach_mul(found, incoming))
             else:
-                ctx.kept = None
+                ctx.stored = None
                 if not _is_one(incoming):
                     torch._foreach_mul_(found, incoming)
-            for (place, _), gradient in zip(kept, found, strict=True):
-                gradients[place] = gradient
+            for (position, _), gradient in zip(stored, found, strict=True):
+                gradients[position] = gradient
         return (None, None, None, None, *gradients)
 
 
 def _is_one(factor: Tensor) -> bool:
-    """What a plain loop sends. Not asked of a device, which would have to be waited for, nor of a fake tensor, which has no value."""
+    """Whether there is nothing to multiply by, as in a plain loop. Asked on the CPU only: reading a device's value would wait for it."""
     return factor.device.type == "cpu" and type(factor) is Tensor and factor.item() == 1.0
 
 
-def _graph_is_kept() -> bool:
+def _graph_is_retained() -> bool:
     """Whether the backward that runs now was called with `retain_graph`."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _float16(device: str) -> bool:
@@ -211,7 +205,7 @@ def _float16(device: str) -> bool:
 
 @torch.no_grad()
 def _unscale(gradients: list[Tensor], auxiliary: Auxiliary) -> None:
-    """Divides by the scale in place, and moves the scale, without asking the device for a value."""
+    """Divides by the scale in place, and updates the scale, without waiting for the device."""
     if not gradients:
         return
     torch._foreach_mul_(gradients, 1.0 / auxiliary.scale)

@@ -21,22 +21,22 @@ def contrast(features: Tensor, target: Tensor, temperature: float) -> Tensor:
 
     Args:
         features: (N, D), not yet of unit length.
-        target: class indices (N,); or probabilities (N, classes), where two samples are as alike as their probabilities overlap.
+        target: class indices (N,); or probabilities (N, classes), where the similarity of two samples is their probabilities' product.
 
     Returns:
-        A scalar: the mean over samples of the negative mean log-likelihood of their likes. A sample without one adds nothing.
+        A scalar: the mean over samples of the negative mean log-likelihood of those of the same class. A sample without any adds nothing.
     """
     features = F.normalize(features.float(), dim=1)
     logits = features @ features.T / temperature
-    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    diagonal = torch.eye(len(features), dtype=torch.bool, device=features.device)
     if target.is_floating_point():
-        alike = target.float() @ target.float().T
+        similar = target.float() @ target.float().T
     else:
-        alike = (target[:, None] == target[None, :]).float()
-    alike = alike.masked_fill(itself, 0.0)
-    log_likelihood = logits - torch.logsumexp(logits.masked_fill(itself, float("-inf")), dim=1, keepdim=True)
-    total = alike.sum(1)
-    return -((alike * log_likelihood).sum(1) / total.where(total > 0, 1.0)).mean()
+        similar = (target[:, None] == target[None, :]).float()
+    similar = similar.masked_fill(diagonal, 0.0)
+    log_likelihood = logits - torch.logsumexp(logits.masked_fill(diagonal, float("-inf")), dim=1, keepdim=True)
+    total = similar.sum(1)
+    return -((similar * log_likelihood).sum(1) / total.where(total > 0, 1.0)).mean()
 
 
 def reconstruction(prediction: Tensor, goal: Tensor, kind: Difference) -> Tensor:

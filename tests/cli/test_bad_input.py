@@ -1,4 +1,4 @@
-"""What bad input gets: exit status 2, one message, no traceback, nothing half-written."""
+"""Bad input: exit status 2, one message, no traceback, no partial files."""
 
 from __future__ import annotations
 
@@ -10,32 +10,7 @@ from typing import Any
 import pytest
 
 from graphopt.cli import main
-
-SPEC = """\
-name = "small"
-[backbone]
-source = "cifar"
-name = "resnet8"
-arguments = { in_chans = 1 }
-input = [1, 8, 8]
-[[pass]]
-use = "freeze"
-select = ["conv1", "bn1"]
-[data]
-train_limit = 40
-eval_limit = 20
-[train]
-epochs = 2
-batch = 20
-"""
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a small spec in it."""
-    monkeypatch.chdir(tmp_path)
-    Path("s.toml").write_text(SPEC)
-    return tmp_path
+from tests.cli.spec import SPEC
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -48,6 +23,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert "Traceback" not in out + err
     return err
 
+
+WEIGHTS = 'weights = "w.safetensors"\n'
 
 #: (what the case is, the spec as (old, new) or None, command, what the message must contain)
 CASES = [
@@ -66,7 +43,8 @@ CASES = [
     ("input of another rank", ("[1, 8, 8]", "[8]"), ["check", "s.toml"], ["s.toml:6, backbone.input"]),
     ("backbone in code", ('"cifar"\nname = "resnet8"', '"python"\nname = "a.b:c"'), ["apply", "s.toml"], ["s.toml:4", "--trust"]),
     ("pass in code", ('"freeze"', '"mine.py:Mine"'), ["train", "s.toml"], ["s.toml:8", "--trust"]),
-    ("weights missing", ("[[pass]]", 'weights = "w.safetensors"\n[[pass]]'), ["apply", "s.toml"], ["s.toml:7", "no such weights file"]),
+    ("weights missing", ("[[pass]]", f"{WEIGHTS}[[pass]]"), ["apply", "s.toml"], ["s.toml:7, backbone.weights", "no such weights file"]),
+    ("weights as argument", ("in_chans = 1", "pretrained = true"), ["check", "s.toml"], ["s.toml:4, backbone.name", "would download"]),
     ("unknown data set", ("[data]", '[data]\nname = "digit"'), ["train", "s.toml", "-o", "run"], ["digits"]),
     ("override without value", None, ["apply", "s.toml", "--set", "train.epochs"], ["key.path=value"]),
     ("override of another type", None, ["apply", "s.toml", "--set", "train.epochs=x"], ["--set train.epochs", "whole number"]),
@@ -84,17 +62,27 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "command", "told"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("change", "command", "parts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_one_message_and_exit_2(
-    change: tuple[str, str] | None, command: list[str], told: list[str], capsys: pytest.CaptureFixture[str], folder: Path
+    change: tuple[str, str] | None, command: list[str], parts: list[str], capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     if change:
         assert change[0] in SPEC
         Path("s.toml").write_text(SPEC.replace(*change, 1))
     message = refused(capsys, *command)
-    for part in told:
+    for part in parts:
         assert part in message, message
     assert os.listdir(folder) == ["s.toml"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "location"),
+    [("[[pass]]", f"{WEIGHTS}[[pass]]", "s.toml:7, backbone.weights"), ("[1, 8, 8]", "[3, 8, 8]", "s.toml:6, backbone.input")],
+    ids=["weights missing", "input the backbone cannot take"],
+)
+def test_a_run_locates_its_backbone_once(old: str, new: str, location: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text(SPEC.replace(old, new, 1))
+    assert refused(capsys, "train", "s.toml", "-o", "run").count(location) == 1
 
 
 def test_passes_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +153,7 @@ def test_a_traceback_only_with_debug(capsys: pytest.CaptureFixture[str]) -> None
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_fault_of_ours_is_1_and_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_graphopt_is_1_and_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("by nought")
 

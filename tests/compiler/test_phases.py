@@ -9,7 +9,7 @@ from graphopt.compiler import plan as plan_module
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.passes.freeze import Freeze
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 THAWED = Freeze(select=("stem",), when={"epoch": 2, "until": 5})
 STEPS = Freeze(select=("blocks.0", "blocks.1"), when=[{"epoch": 2, "upto": "blocks.0"}, {"epoch": 4, "upto": "blocks.1"}])

@@ -1,4 +1,4 @@
-"""Passes that do one thing each, as a third party would write them: the diff must tell what they did without knowing them."""
+"""Passes that do one thing each, as a third party would write them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import graphopt
-from graphopt.compiler.pass_base import Effects, FeatureCut, Mark, Match, Needs, Note
+from graphopt import ActiveMatch, Editor, Effects, Match, Status
+from graphopt.compiler.pass_base import FeatureCut, RuntimeNeeds
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.section import Section
 from graphopt.ir.select import select
 from graphopt.runtime.body import Body
 
@@ -18,47 +18,44 @@ from graphopt.runtime.body import Body
 class _Selecting(graphopt.Pass):
     select: graphopt.Selector
 
-    def match(self, graph: graphopt.Graph) -> Match:
+    def match(self, graph: graphopt.Graph) -> Match[None]:
         return Match(select(self.select, graph))
 
 
 class Ice(_Selecting):
-    """Parameters stop training; nothing else, and no word about it."""
+    """Parameters stop training; the pass declares nothing, and warns."""
 
-    use: ClassVar[str] = "ice"
+    name: ClassVar[str] = "ice"
 
-    def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
-        for region in match.regions:
-            for name in region.parameters:
-                graph.module.get_parameter(name).requires_grad_(False)
-        return Effects(tuple(r.name for r in match.regions), (Note("warn", match.regions[0].name, "cold <b>here</b>"),))
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        edit.freeze(name for region in match.regions for name in region.parameters)
+        effects = Effects()
+        effects.warn(match.regions[0].name, "cold <b>here</b>")
+        return effects
 
 
 class Blend(_Selecting):
     """Every convolution's weight becomes a mix of the same convolution's in the blocks before and after."""
 
-    use: ClassVar[str] = "blend"
+    name: ClassVar[str] = "blend"
 
-    def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects()
+        graph = edit.graph
         blocks = [b.name for b in find_blocks(graph)]
         for region in match.regions:
             index = blocks.index(region.name)
-            scalar = nn.Parameter(graph.module.get_parameter(region.parameters[0]).new_tensor(0.25))
-            graph.module.get_submodule(region.name).register_parameter("a", scalar)
-            for node in [n for n in region.nodes if n.op == "call_module" and n.target.endswith(("conv1", "conv2"))]:
-                leaf = node.target.rpartition(".")[2]
-                with graph.fx.inserting_before(node):
-                    scale = graph.fx.get_attr(f"{region.name}.a")
-                    one = graph.fx.get_attr(f"{blocks[index - 1]}.{leaf}.weight")
-                    other = graph.fx.get_attr(f"{blocks[index + 1]}.{leaf}.weight")
-                    first = graph.fx.call_function(torch_mul, (scale, one))
-                    mixed = graph.fx.call_function(torch_add, (first, other))
-                    done = graph.fx.call_function(F.conv2d, (node.args[0], mixed), {"padding": 1})
-                for new in (scale, one, other, first, mixed, done):
-                    new.meta.update(origin=node.meta["origin"], by=self.use)
-                node.replace_all_uses_with(done)
-                graph.fx.erase_node(node)
-        return Effects(tuple(r.name for r in match.regions))
+            sources = (blocks[index - 1], blocks[index + 1])
+            edit.add_parameter(f"{region.name}.a", nn.Parameter(graph.module.get_parameter(region.parameters[0]).new_tensor(0.25)))
+            for node in [n for n in region.nodes if n.op == "call_module" and str(n.target).endswith(("conv1", "conv2"))]:
+                leaf = str(node.target).rpartition(".")[2]
+                scale = edit.read(f"{region.name}.a", before=node)
+                one, other = (edit.read(f"{source}.{leaf}.weight", before=node) for source in sources)
+                mixed = edit.call(torch_add, (edit.call(torch_mul, (scale, one), before=node), other), before=node)
+                edit.redirect(node, edit.call(F.conv2d, (node.args[0], mixed), {"padding": 1}, before=node))
+                edit.erase([node])
+            effects.mark(region.name, Status.SHARED, sources=sources, a=0.25)
+        return effects
 
 
 def torch_mul(a: Tensor, b: Tensor) -> Tensor:
@@ -70,24 +67,26 @@ def torch_add(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Skip(_Selecting):
-    """A block is left out: what went in comes out."""
+    """A block is left out: what goes in comes out."""
 
-    use: ClassVar[str] = "skip"
+    name: ClassVar[str] = "skip"
+    declare: bool = True
 
-    def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects()
         for region in match.regions:
             inside = set(region.nodes)
-            for user in [u for u in region.exits[0].users if u not in inside]:
-                user.replace_input_with(region.exits[0], region.entries[0])
-            for node in reversed(region.nodes):
-                graph.fx.erase_node(node)
-        return Effects(tuple(r.name for r in match.regions))
+            edit.redirect(region.exits[0], region.entries[0], [u for u in region.exits[0].users if u not in inside])
+            edit.erase(region.nodes)
+            if self.declare:
+                effects.mark(region.name, Status.BYPASSED)
+        return effects
 
 
 class _Local(nn.Module):
     def __init__(self, body: fx.GraphModule, head: nn.Module) -> None:
         super().__init__()
-        self.body, self.head = Body(body), Body(head)  # type: ignore[arg-type]
+        self.body, self.head = Body(body), Body(head)  # type: ignore[arg-type]  # any module will do here
 
     def forward(self, target: Any, *inputs: Any) -> Any:
         x = self.body(*(i.detach() if isinstance(i, Tensor) and i.is_floating_point() and not i.is_leaf else i for i in inputs))
@@ -95,39 +94,52 @@ class _Local(nn.Module):
 
 
 class Part(_Selecting):
-    """Everything up to a block becomes a module with a loss of its own; a head is put beside it."""
+    """Everything up to a block becomes a module with a loss of its own, computed by a new head."""
 
-    use: ClassVar[str] = "part"
+    name: ClassVar[str] = "part"
 
-    def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
-        last = match.regions[-1]
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        nodes = tuple(n for n in graph.nodes if order[n] <= order[last.exits[0]] and n.op != "placeholder")
-        aux = nn.Module()
-        aux.add_module("0", nn.Linear(8, 10))
-        graph.module.add_module("aux", aux)
-        head = graph.module.get_submodule("aux.0")
-        graph.add_section(Section("first", nodes, lambda body: _Local(body, head), self.use, target=True))
-        return Effects((last.name,), needs=Needs(targets=True))
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        last, order = match.regions[-1], edit.graph.order
+        nodes = [n for n in edit.graph.nodes if order[n] <= order[last.exits[0]] and n.op != "placeholder"]
+        head = nn.Linear(8, 10)
+        edit.add_module("aux.0", head)
+        edit.outline(nodes, lambda body: _Local(body, head), "first", target=True)
+        effects = Effects(needs=RuntimeNeeds(targets=True))
+        effects.mark("aux.0", Status.INSERTED, sources=(last.name,))
+        return effects
+
+
+class Adapter(_Selecting):
+    """A new layer behind a block, declared by nobody."""
+
+    name: ClassVar[str] = "adapter"
+
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        for region in match.regions:
+            node = region.exits[0]
+            edit.redirect(node, edit.call_module("adapter", nn.Conv2d(8, 8, 1), (node,), after=node))
+        return Effects()
 
 
 class Store(_Selecting):
-    """What comes out of a block is kept: training starts there."""
+    """What comes out of a block is cached: training starts there."""
 
-    use: ClassVar[str] = "store"
+    name: ClassVar[str] = "store"
 
-    def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
         node = match.regions[-1].exits[0]
-        return Effects(tuple(r.name for r in match.regions), needs=Needs(features=FeatureCut(node, match.regions[-1].name)))
+        return Effects(needs=RuntimeNeeds(features=FeatureCut(node, match.regions[-1].name)))
 
 
 class Say(_Selecting):
-    """Does nothing and says something."""
+    """Changes nothing and declares a status."""
 
-    use: ClassVar[str] = "say"
-    status: str
+    name: ClassVar[str] = "say"
+    status: Status
     detail: dict[str, str] = {}
 
-    def rewrite(self, graph: graphopt.Graph, match: Match) -> Effects:
-        names = tuple(r.name for r in match.regions)
-        return Effects(names, marks={n: Mark(self.status, detail=self.detail) for n in names})
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects()
+        for name in match.names:
+            effects.mark(name, self.status, **self.detail)
+        return effects

@@ -9,7 +9,7 @@ from torch import nn
 
 import graphopt
 from graphopt.compiler.plan import Plan
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 def plan(*passes: graphopt.Pass, model: nn.Module | None = None, input: tuple[int, ...] = (3, 8, 8), **options: Any) -> Plan:

@@ -12,12 +12,12 @@ import torch
 
 from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import diff
-from graphopt.diff.phases import film
+from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.files import write_html
-from tests.backbones import Small
 from tests.diff.browser import opened
 from tests.diff.passes import Blend, Ice, Part, Say
 from tests.diff.plans import plan
+from tests.support.backbones import Small
 
 pytestmark = pytest.mark.browser
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
@@ -42,9 +42,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def phases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three phases: nothing, the front frozen, and one block thawed again."""
-    path = tmp_path_factory.mktemp("page") / "film.html"
+    path = tmp_path_factory.mktemp("page") / "phases.html"
     passes = [Ice(select=("stem", "blocks.0", "blocks.1"), when=AtEpoch(epoch=2)), Ice(select="blocks.2", when=AtEpoch(epoch=3, until=5))]
-    write_html(film(plan(*passes), epochs=8), path)
+    write_html(phase_diffs(plan(*passes), epochs=8), path)
     return path
 
 
@@ -70,7 +70,7 @@ def test_names_are_text_and_never_code(browse: Any, small: Path) -> None:
     assert page.title() == "Small → rewritten"
 
 
-def test_a_fold_opens_and_folds_back(browse: Any, small: Path) -> None:
+def test_a_group_unfolds_and_folds_back(browse: Any, small: Path) -> None:
     page = browse(small)
     page.locator('[data-fold="f:blocks.4"]').click()
     assert card(page, "r:blocks.4").count() == card(page, "r:blocks.5").count() == 1
@@ -127,9 +127,9 @@ def test_filters_dim_what_is_not_asked_for(browse: Any, small: Path) -> None:
 def test_click_shows_shapes_pass_and_reason(browse: Any, small: Path) -> None:
     page = browse(small)
     card(page, "r:stem").click()
-    told = page.locator("aside").text_content()
+    details = page.locator("aside").text_content()
     for word in ("stem", "frozen", "N × 3 × 8 × 8", "ice, pass 1", 'select = ["stem", "blocks.0"]', "cold <b>here</b>", "224"):
-        assert word in told.replace('[\n    "stem",\n    "blocks.0",\n]', '["stem", "blocks.0"]')
+        assert word in details.replace('[\n    "stem",\n    "blocks.0",\n]', '["stem", "blocks.0"]')
     page.keyboard.press("Escape")
     assert not page.locator("aside").is_visible()
 
@@ -172,18 +172,18 @@ def test_zoom_and_pan_with_the_mouse(browse: Any, small: Path) -> None:
 
 def test_phases_move_only_what_changes(browse: Any, phases: Path) -> None:
     page = browse(phases)
-    frames = page.locator(".film button")
-    assert frames.count() == 4
+    buttons = page.locator(".phases button")
+    assert buttons.count() == 4
     places = "l => l.map(e => [e.getAttribute('data-id'), e.style.transform])"
-    frames.nth(0).click()
+    buttons.nth(0).click()
     first = page.eval_on_selector_all("[data-id]", places)
     assert page.locator(".s-frozen.piece").count() == 0
-    frames.nth(1).click()
+    buttons.nth(1).click()
     assert page.eval_on_selector_all("[data-id]", places) == first
     assert page.locator(".s-frozen.piece").count() == 2  # the stem, and two blocks folded
     page.keyboard.press("]")
     assert page.locator(".s-frozen.piece").count() == 3
-    assert page.locator(".film [aria-pressed=true]").text_content().startswith("epoch 3")
+    assert page.locator(".phases [aria-pressed=true]").text_content().startswith("epoch 3")
 
 
 @pytest.mark.parametrize(("width", "height", "dark"), [(1280, 800, False), (390, 844, True)])

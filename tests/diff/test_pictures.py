@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def picture() -> str:
-    strange = Say(select="fc", status="quantised", detail={"why": EVIL})
+    strange = Say(select="fc", status="frozen", detail={"why": EVIL})
     return to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
 
 
@@ -94,7 +94,7 @@ def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "phase 1, from epoch 2: freeze all   (shown)" in out
     assert "freeze (pass 1, line 7)" in out
-    assert "the backward stops here" in out
+    assert "the backward pass stops here" in out
     assert main(["diff", "s.toml", "--no-costs", "--epoch", "1"]) == 0
     assert "frozen" not in capsys.readouterr().out
 
@@ -127,8 +127,8 @@ def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.
         (["--svg", "gone/d.svg"], ["gone/d.svg", "its folder does not exist"]),
         (["--html", "."], ["is a folder", "diff.html"]),
         (["--phase", "2"], ["--phase", "s.toml has phases 0 to 1, not 2"]),
-        (["--phase", "0", "--epoch", "1"], ["--epoch", "not both"]),
-        (["t.toml", "--phase", "0", "--phase", "1"], ["--phase", "no more"]),
+        (["--phase", "0", "--epoch", "1"], ["--epoch", "exclude each other"]),
+        (["t.toml", "--phase", "0", "--phase", "1"], ["--phase", "at most two"]),
         (["quikstart"], ["quikstart", "no such spec"]),
     ],
 )

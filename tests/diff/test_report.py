@@ -115,7 +115,7 @@ def test_the_page_opens_clean_and_tells_the_run(finished: bool, tmp_path: Path) 
             assert (page.locator(".note").count() == 0) == finished
             inner = page.frame_locator("iframe")
             assert inner.locator("[data-id]").count() > 2
-            assert inner.locator(".film button").count() == 2
+            assert inner.locator(".phases button").count() == 2
             page.locator(".theme").click()
             assert page.locator(".chart canvas").count() == 4
 

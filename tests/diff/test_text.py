@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from graphopt import Status
 from graphopt.diff import Diff, diff
 from graphopt.diff.render.dot import to_dot
 from graphopt.diff.render.explorer import to_model_explorer, to_node_data
 from graphopt.diff.render.mermaid import to_mermaid
 from graphopt.diff.render.text import to_text
-from graphopt.diff.status import STATUSES
+from graphopt.diff.status import STYLES
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
 
@@ -46,9 +47,13 @@ def test_golden(name: str) -> None:
 
 def test_no_two_statuses_look_alike_without_colour() -> None:
     for sign in ("glyph", "ascii"):
-        signs = [getattr(look, sign) for look in STATUSES.values()]
+        signs = [getattr(style, sign) for style in STYLES.values()]
         assert len(set(signs)) == len(signs)
         assert all(len(s) == 1 for s in signs)
+
+
+def test_every_status_that_a_pass_can_give_has_a_style() -> None:
+    assert set(Status) <= set(STYLES)
 
 
 def test_ascii_is_ascii_but_for_the_guides() -> None:

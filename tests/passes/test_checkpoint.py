@@ -11,7 +11,7 @@ from graphopt.cost import forecast, measure
 from graphopt.errors import PassError
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 INPUT = (3, 8, 8)
 
@@ -71,7 +71,7 @@ def test_after_freeze_the_frozen_prefix_is_left_alone():
     frozen = Freeze(select=("stem", "blocks.0", "blocks.1"))
     plan = compiled([frozen, Checkpoint(segments=2)])
     alone = compiled(frozen)
-    assert [n.where for n in plan.report.passes[1].notes if n.level == "skip"] == ["blocks.0", "blocks.1"]
+    assert [d.location for d in plan.report.passes[1].diagnostics if d.severity == "skipped"] == ["blocks.0", "blocks.1"]
     assert same(step(plan.module)[1], step(alone.module)[1])
     cost = forecast(plan.module, INPUT, 8, per_block=["blocks.0", "blocks.1", "blocks.2"])
     assert [b.recomputed_flops > 0 for b in cost.blocks[:3]] == [False, False, True]

@@ -18,10 +18,9 @@ import graphopt
 from graphopt.cost import forecast
 from graphopt.errors import PassError
 from graphopt.ir.regions import region_at
-from graphopt.ir.section import Section
 from graphopt.passes.freeze import Freeze
 from graphopt.runtime.body import NoGrad
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 def resnet18() -> nn.Module:
@@ -262,7 +261,7 @@ def test_trains_as_a_plainly_frozen_model_does(name: str, selection: Any, paths:
 def test_every_promise_holds_in_numbers(name: str, selection: Any) -> None:
     model, shape = built(name)
     report = graphopt.compile(model, [Freeze(select=selection)], input=shape, costs=False).report.passes[0]
-    assert {"eval output", "gradients of the rest", "state-dict keys"} <= {c.property for c in report.verified}
+    assert {"eval output", "gradients of unselected parameters", "state-dict keys"} <= {c.property for c in report.verified}
 
 
 @pytest.mark.parametrize(
@@ -323,25 +322,25 @@ def test_two_passes_make_one_prefix() -> None:
     assert "blocks_1_conv2" in [n.name for n in plan.graph.sections[0].nodes]
 
 
-class Stretch(graphopt.Pass):
+class Outline(graphopt.Pass):
     """Another pass's section over a path."""
 
-    use = "stretch"
+    name = "outline"
     select: str
 
     def match(self, graph: graphopt.Graph) -> graphopt.Match:
         return graphopt.Match((region_at(graph, self.select),))
 
-    def rewrite(self, graph: graphopt.Graph, match: graphopt.Match) -> graphopt.Effects:
-        graph.add_section(Section("stretch", match.regions[0].nodes, NoGrad, self.use))
-        return graphopt.Effects((self.select,))
+    def rewrite(self, edit: graphopt.Editor, match: graphopt.ActiveMatch) -> graphopt.Effects:
+        edit.outline(match.regions[0].nodes, NoGrad, "outline")
+        return graphopt.Effects()
 
 
-@pytest.mark.parametrize("stretch", ["blocks.0", "blocks.1", "blocks"])
-def test_the_prefix_divides_where_another_section_does(stretch: str) -> None:
+@pytest.mark.parametrize("outlined", ["blocks.0", "blocks.1", "blocks"])
+def test_the_prefix_divides_where_another_section_does(outlined: str) -> None:
     model, shape = built("small")
     model.eval()
-    passes = [Stretch(select=stretch), Freeze(select=["stem", "blocks.0", "blocks.1", "blocks.2.conv1"])]
+    passes = [Outline(select=outlined), Freeze(select=["stem", "blocks.0", "blocks.1", "blocks.2.conv1"])]
     plan = graphopt.compile(model, passes, input=shape, verify="off", costs=False)
     x = torch.randn(2, *shape, dtype=torch.float64)
     assert torch.equal(plan.module.double().eval()(x), copy.deepcopy(model).double()(x))
@@ -379,20 +378,20 @@ def test_reads_and_writes_its_table() -> None:
 
 # -- what it says -------------------------------------------------------------------------------------------------------------------
 def notes(model: nn.Module, selection: Any, shape: tuple[int, ...]) -> list[str]:
-    return [str(n) for n in compiled(model, selection, shape).report.passes[0].notes]
+    return [str(n) for n in compiled(model, selection, shape).report.passes[0].diagnostics]
 
 
 def test_says_what_an_open_prefix_costs_and_what_closes_it() -> None:
     model, shape = built("resnet18")
     (note,) = notes(model, ["layer1", "layer2"], shape)
-    assert note.startswith("warn layer1: frozen, but conv1 and bn1 before it train")
+    assert note.startswith("warning layer1: frozen, but conv1 and bn1 before it train")
     assert "Freeze conv1 and bn1 too" in note
     assert notes(model, ["conv1", "bn1", "layer1", "layer2"], shape) == []
 
 
 def test_says_which_regions_have_nothing_to_freeze() -> None:
     model, shape = built("resnet18")
-    assert notes(model, ["conv1", "bn1", "maxpool"], shape) == ["skip maxpool: it has no parameters: nothing to freeze"]
+    assert notes(model, ["conv1", "bn1", "maxpool"], shape) == ["skipped maxpool: it has no parameters: nothing to freeze"]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +414,7 @@ def test_refuses_half_of_a_tied_parameter() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.b(self.a(x)))
 
-    with pytest.raises(PassError, match=r"one tensor with b\.weight"):
+    with pytest.raises(PassError, match=r"shares its tensor with b\.weight"):
         compiled(Tied(), "a", (4,))
     assert not any(p.requires_grad for n, p in compiled(Tied(), ["a", "b"], (4,)).module.named_parameters() if "fc" not in n)
 

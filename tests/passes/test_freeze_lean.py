@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphopt.passes.freeze import operators, activations, bitmask
+from graphopt.passes.freeze import activations, bitmask, operators
 from graphopt.passes.freeze.lean import frozen_form
 
 IMAGE = (2, 8, 13, 12)
@@ -171,8 +171,8 @@ def test_norms_that_autocast_widens_keep_the_narrow_input(affine: bool, channels
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     weight, bias = (sample((8,), torch.float32), torch.ones(8)) if affine else (None, None)
     pairs = [
-        (functions.WidenedLayerNorm, ([8], weight, bias, 1e-5), F.layer_norm),
-        (functions.WidenedGroupNorm, (4, weight, bias, 1e-5), F.group_norm),
+        (operators.WidenedLayerNorm, ([8], weight, bias, 1e-5), F.layer_norm),
+        (operators.WidenedGroupNorm, (4, weight, bias, 1e-5), F.group_norm),
     ]
     for lean, arguments, stock in pairs:
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()

@@ -18,12 +18,14 @@ from torch import nn
 import graphopt
 from graphopt.compiler.triggers import Decision
 from graphopt.cost import forecast
+from graphopt.cost.partition import BATCH, best
 from graphopt.errors import PassError, SelectError
+from graphopt.ir.partition import cut_candidates, most_parts
 from graphopt.models import cifar_resnet as cifar
-from graphopt.passes.supervise import Supervise, balance, cuts
-from tests.backbones import Small
+from graphopt.passes.supervise import Supervise
 from tests.passes.supervise_backbones import BACKBONES
 from tests.passes.supervise_steps import compiled, step
+from tests.support.backbones import Small
 
 
 def labels(plan: graphopt.Plan) -> list[str]:
@@ -42,7 +44,7 @@ EVENLY = [
 @pytest.mark.parametrize(("make", "input", "modules", "expected"), EVENLY)
 def test_even_cuts_go_after_blocks(make: Any, input: tuple[int, ...], modules: int, expected: list[str]) -> None:
     graph = graphopt.trace(make(), input, compare=False)
-    assert [p.label for p in Supervise(modules=modules).places(graph)] == expected
+    assert [c.label for c in Supervise(modules=modules).choose_cuts(graph)] == expected
 
 
 WAYS: list[dict[str, Any]] = [
@@ -72,12 +74,12 @@ def test_every_backbone_trains_every_way(name: str) -> None:
 def test_any_number_of_modules_up_to_the_cut_points(name: str) -> None:
     make, input = BACKBONES[name]
     model = make()
-    found = cuts.places(graphopt.trace(model, input, compare=False))
-    most = cuts.most_modules(found)
+    found = cut_candidates(graphopt.trace(model, input, compare=False))
+    most = most_parts(found)
     plan = compiled(model, Supervise(modules=most), input, verify="fast")
     assert len(labels(plan)) == most - 1
     assert all(g is not None for g in step(plan, input).values())
-    with pytest.raises(PassError, match=f"modules = {most} or fewer") as caught:
+    with pytest.raises(PassError, match=f"Ask for {most} or fewer") as caught:
         compiled(model, Supervise(modules=most + 1), input)
     assert found[0].label in str(caught.value)
 
@@ -145,7 +147,7 @@ def test_nothing_to_train_between_cuts_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "say modules = K"),
+        ({}, "give modules = K"),
         ({"modules": 1}, "greater than or equal to 2"),
         ({"modules": 2, "cuts": ["blocks.0"]}, "leave out modules"),
         ({"cuts": ["blocks.0", "blocks.0"]}, "twice"),
@@ -208,7 +210,7 @@ def test_the_dynamic_programme_finds_what_trying_all_finds(seed: int) -> None:
             costs = [table[a + 1, b] for a, b in itertools.pairwise(edges)]
             ways.append((max(costs), ends))
         lowest = min(ways)[0]
-        peak, ends = balance.best(table, modules)
+        peak, ends = best(table, modules)
         assert peak == lowest
         assert math.isinf(peak) or (peak, ends) in ways
 
@@ -219,31 +221,30 @@ def test_the_predicted_peak_is_the_forecasts(name: str, modules: int) -> None:
     make, input = BACKBONES[name]
     torch.manual_seed(0)
     graph = graphopt.trace(make(), input, compare=False)
-    found = cuts.places(graph)
     value = Supervise(modules=max(2, modules), balance="memory")
-    table = balance.table_of(graph, found, value.builder(graph))
+    table = value.peaks(graph)
     if modules == 1:
-        predicted, actual = table[0, -1], forecast(graph.module, input, balance.BATCH).peak_activation_bytes
+        predicted, actual = table[0, -1], forecast(graph.module, input, BATCH).peak_activation_bytes
     else:
-        predicted, _ = balance.best(table, modules)
+        predicted, _ = best(table, modules)
         plan = compiled(make(), value, input, verify="fast")
-        actual = forecast(plan.module, input, balance.BATCH, targets=True).peak_activation_bytes
+        actual = forecast(plan.module, input, BATCH, targets=True).peak_activation_bytes
     assert predicted == pytest.approx(actual, rel=0.06)
 
 
 def test_no_other_cut_set_forecasts_lower() -> None:
     model = Small(width=8, blocks=3, drop=0.0)
     graph = graphopt.trace(model, (3, 16, 16))
-    found = cuts.places(graph)
+    found = cut_candidates(graph)
     peaks = {}
     for chosen in itertools.combinations([p.label for p in found], 2):
         try:
             plan = compiled(model, Supervise(cuts=[c.split(" ")[0] for c in chosen]), (3, 16, 16), verify="off")
         except (PassError, SelectError, pydantic.ValidationError):
             continue
-        peaks[chosen] = forecast(plan.module, (3, 16, 16), balance.BATCH, targets=True).peak_activation_bytes
+        peaks[chosen] = forecast(plan.module, (3, 16, 16), BATCH, targets=True).peak_activation_bytes
     plan = compiled(model, Supervise(modules=3, balance="memory"), (3, 16, 16), verify="off")
-    ours = forecast(plan.module, (3, 16, 16), balance.BATCH, targets=True).peak_activation_bytes
+    ours = forecast(plan.module, (3, 16, 16), BATCH, targets=True).peak_activation_bytes
     assert ours <= 1.03 * min(peaks.values())
 
 

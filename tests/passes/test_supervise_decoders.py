@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphopt.passes.supervise import Supervise, compile_modules
-from graphopt.passes.supervise.decoders import build, misfit, place
-from graphopt.passes.supervise.layout import Layout
-from tests.backbones import Small
+from graphopt.passes.supervise.decoders import build, incompatibility, position_at
+from graphopt.passes.supervise.layout import ActivationLayout
 from tests.passes.supervise_steps import compiled
+from tests.support.backbones import Small
 
 
-def first(channels: int, *grid: int) -> Layout:
-    return Layout(1, channels, grid[0] * grid[1], (grid[0], grid[1]), 0, 4)
+def first(channels: int, *grid: int) -> ActivationLayout:
+    return ActivationLayout(1, channels, grid[0] * grid[1], (grid[0], grid[1]), 0, 4)
 
 
-def last(channels: int, *grid: int) -> Layout:
-    return Layout(3, channels, grid[0] * grid[1], (grid[0], grid[1]), 0, 4)
+def last(channels: int, *grid: int) -> ActivationLayout:
+    return ActivationLayout(3, channels, grid[0] * grid[1], (grid[0], grid[1]), 0, 4)
 
 
-def tokens(channels: int, prefix: int, *grid: int) -> Layout:
-    return Layout(2, channels, prefix + grid[0] * grid[1], (grid[0], grid[1]), prefix, 3)
+def tokens(channels: int, prefix: int, *grid: int) -> ActivationLayout:
+    return ActivationLayout(2, channels, prefix + grid[0] * grid[1], (grid[0], grid[1]), prefix, 3)
 
 
-def line(channels: int, length: int) -> Layout:
-    return Layout(2, channels, length, None, 0, 3)
+def line(channels: int, length: int) -> ActivationLayout:
+    return ActivationLayout(2, channels, length, None, 0, 3)
 
 
 #: source, goal, share of the rows, and how many positions are looked at
@@ -46,11 +46,11 @@ PAIRS = [
     (tokens(3, 1, 4, 4), first(2, 32, 32), 0.25, 4),
     (line(3, 10), line(2, 10), 0.3, 3),
     (line(3, 16), tokens(2, 1, 4, 4), 0.25, 4),
-    (Layout(1, 5, 1, (1, 1), 0, 2), first(2, 4, 4), 0.125, 1),
+    (ActivationLayout(1, 5, 1, (1, 1), 0, 2), first(2, 4, 4), 0.125, 1),
 ]
 
 
-def filled(layout: Layout, grid: tuple[int, int]) -> Tensor:
+def filled(layout: ActivationLayout, grid: tuple[int, int]) -> Tensor:
     """An activation (2, ...) of that layout whose every position holds the number of the position of `grid` that it lies over."""
     height, width = layout.grid or grid
     rows = torch.arange(height) // (height // grid[0])
@@ -71,14 +71,14 @@ class Identity(nn.Module):
 
 @pytest.mark.parametrize(("source", "goal", "fraction", "count"), PAIRS)
 def test_each_position_is_put_under_its_own_patch_and_all_take_their_turn(source: Any, goal: Any, fraction: float, count: int) -> None:
-    assert misfit("linear", source, goal) is None
+    assert incompatibility("linear", source, goal) is None
     decoder: Any = build("linear", source, goal, fraction)
     decoder.fc = Identity()
     grid = source.grid or goal.grid or (source.length, 1)
     h, x = filled(source, grid), filled(goal, grid)
     found = set()
     for turn in range(2 * grid[0]):
-        whole, seen = decoder.look(h, turn)
+        whole, seen = decoder.sample(h, turn)
         assert torch.equal(whole, h)
         picked, patches = decoder(seen, x)
         assert picked.shape == (2, count, source.channels)
@@ -93,24 +93,26 @@ def test_each_position_is_put_under_its_own_patch_and_all_take_their_turn(source
 def test_a_goal_that_is_no_multiple_is_pooled_to_the_nearest() -> None:
     source, goal = first(3, 7, 7), first(2, 15, 15)
     decoder = build("linear", source, goal, 0.3)
-    prediction, wanted = decoder(decoder.look(torch.randn(2, 3, 7, 7), 1)[1], torch.ones(2, 2, 15, 15))
+    prediction, wanted = decoder(decoder.sample(torch.randn(2, 3, 7, 7), 1)[1], torch.ones(2, 2, 15, 15))
     assert prediction.shape == wanted.shape == (2, 14, 2 * 4)
     torch.testing.assert_close(wanted, torch.ones_like(wanted))
 
 
 @pytest.mark.parametrize("structure", ["linear", "pointwise", "transformer"])
 @pytest.mark.parametrize(("source", "goal", "fraction", "count"), PAIRS)
-def test_the_gradient_is_that_of_indexing(structure: Any, source: Layout, goal: Layout, fraction: float, count: int) -> None:
+def test_the_gradient_is_that_of_indexing(
+    structure: Any, source: ActivationLayout, goal: ActivationLayout, fraction: float, count: int
+) -> None:
     decoder: Any = build(structure, source, goal, fraction).double()
     grid = source.grid or goal.grid or (source.length, 1)
     h = torch.randn(filled(source, grid).shape, dtype=torch.float64, requires_grad=True)
     x = torch.randn(filled(goal, grid).shape, dtype=torch.float64)
-    whole, seen = decoder.look(h, 3)
+    whole, seen = decoder.sample(h, 3)
     prediction, wanted = decoder(seen, x)
     weight = torch.randn_like(h)
     (got,) = torch.autograd.grad((whole * weight).sum() + F.l1_loss(prediction, wanted), h)
     # By hand: the same rows through autograd's own indexing, found by the numbers of their positions.
-    numbers = decoder.look(filled(source, grid), 3)[1][0][0, :, 0].long()
+    numbers = decoder.sample(filled(source, grid), 3)[1][0][0, :, 0].long()
     flat = h.unsqueeze(1) if source.rank == 2 else h.movedim(source.channel, -1).flatten(1, -2)
     picked = flat[:, source.prefix + numbers]
     again = decoder.fc(picked if decoder.block is None else decoder.block(picked))
@@ -124,7 +126,7 @@ def test_a_window_of_the_conv_decoder_wanders_over_the_whole_map() -> None:
     h, x = filled(source, (6, 6)), filled(goal, (6, 6))
     found = set()
     for turn in range(16):
-        _, seen = decoder.look(h, turn)
+        _, seen = decoder.sample(h, turn)
         prediction, window = decoder(seen, x)
         assert prediction.shape == window.shape == (2, 2, 6, 6)
         found |= set(window.flatten().tolist())
@@ -132,13 +134,13 @@ def test_a_window_of_the_conv_decoder_wanders_over_the_whole_map() -> None:
 
 
 @given(st.integers(1, 200), st.integers(0, 10**6))
-def test_each_place_is_taken_once_in_a_round_of_turns(places: int, begin: int) -> None:
-    assert {place(turn, places) for turn in range(begin, begin + places)} == set(range(places))
+def test_each_place_is_taken_once_in_a_round_of_turns(count: int, begin: int) -> None:
+    assert {position_at(step, count) for step in range(begin, begin + count)} == set(range(count))
 
 
 def test_a_layout_of_more_dimensions_is_refused_with_words() -> None:
-    video = Layout(1, 3, 4 * 8 * 8, None, 0, 5)
-    assert "not activations of 5 dimensions" in str(misfit("linear", video, video))
+    video = ActivationLayout(1, 3, 4 * 8 * 8, None, 0, 5)
+    assert "not activations of 5 dimensions" in str(incompatibility("linear", video, video))
 
 
 def test_turns_go_on_from_a_state_dict() -> None:
@@ -187,5 +189,5 @@ def test_the_linear_decoder_of_wide_features_is_of_low_rank(channels: int, full:
     decoder = build("linear", first(channels, 4, 4), first(channels, 4, 4), 0.25)
     size = sum(p.numel() for p in decoder.parameters() if p.dim() > 1)
     assert size == (channels**2 if full else 2 * 64 * channels)
-    prediction, wanted = decoder(decoder.look(torch.randn(2, channels, 4, 4), 0)[1], torch.randn(2, channels, 4, 4))
+    prediction, wanted = decoder(decoder.sample(torch.randn(2, channels, 4, 4), 0)[1], torch.randn(2, channels, 4, 4))
     assert prediction.shape == wanted.shape == (2, 4, channels)

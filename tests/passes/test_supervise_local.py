@@ -19,7 +19,7 @@ import graphopt
 from graphopt.cost import forecast
 from graphopt.errors import RunError
 from graphopt.passes.supervise import LocalModule, Supervise, compile_modules
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 CUTS = ("blocks.0", "blocks.2")
 
@@ -322,7 +322,7 @@ def test_a_process_that_trains_keeps_what_its_modules_free() -> None:
     code = """
 import resource, torch, graphopt
 from graphopt.passes.supervise import Supervise
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphopt
 from graphopt.passes.supervise import Supervise
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 STEPS, BATCH = 12, 16
 

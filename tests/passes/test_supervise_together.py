@@ -13,8 +13,8 @@ from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from tests.backbones import Small
 from tests.passes.supervise_steps import compiled, step
+from tests.support.backbones import Small
 
 FREEZES = [["stem"], ["stem", "blocks.0"], ["stem", "blocks.0", "blocks.1"], ["blocks.1"], ["stem", "blocks.0", "blocks.1", "blocks.2"]]
 

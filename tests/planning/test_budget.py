@@ -16,7 +16,7 @@ SPEC = """
 verify = "fast"
 [backbone]
 source = "python"
-name = "tests.backbones:Small"
+name = "tests.support.backbones:Small"
 input = [3, 16, 16]
 [train]
 batch = 64

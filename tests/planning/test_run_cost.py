@@ -16,7 +16,7 @@ from graphopt.passes.drop import Drop
 from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 TRAIN = TrainSpec(epochs=10, batch=10)
 
@@ -139,7 +139,7 @@ batch = 16
 
 def test_drop_points_have_the_size_that_was_published():
     """VGG-11 at 32 px in fp16, after 2, 4 and 6 units: 16, 8 and 4 KiB an image."""
-    from graphopt.trace import trace
+    from graphopt import trace
 
     points = drop_points(trace(cifar.build("vgg11"), (3, 32, 32), compare=False))
     assert [points[i].bytes_per_sample // 2 for i in (1, 3, 5)] == [16384, 8192, 4096]

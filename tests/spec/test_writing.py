@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from typing import Any
 
 import pytest
+import tomli
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -88,7 +88,7 @@ def test_the_resolved_quickstart_reads_well() -> None:
     assert '\n[[pass]]\nuse = "freeze"\n' in text
     assert "when = { epoch = 4 }" in text
     assert "\n[train.optimizer]\n" in text
-    assert tomllib.loads(text)["train"]["epochs"] == 8
+    assert tomli.loads(text)["train"]["epochs"] == 8
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_schema() -> None:
     assert made["additionalProperties"] is False
     known = made["properties"].keys()
     for name in installed():
-        assert tomllib.loads(installed()[name].read_text()).keys() <= known
+        assert tomli.loads(installed()[name].read_text()).keys() <= known

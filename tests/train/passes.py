@@ -7,41 +7,38 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphopt import Effects, Graph, Match, Needs, Pass, Section, Selector, select
+from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, RuntimeNeeds, Selector, Status, select
+from graphopt.ir.nodes import leaf
 from graphopt.runtime.body import Body
+from graphopt.runtime.eval_mode import always_eval
 
 
-class HeldNorm(nn.BatchNorm2d):
-    """In eval semantics whatever it is told."""
+class _OnSelected(Pass):
+    """Acts on what is selected."""
 
-    def train(self, mode: bool = True) -> HeldNorm:
-        super().train(False)
-        return self
+    select: Selector = "blocks.0"
+
+    def match(self, graph: Graph) -> Match[None]:
+        return Match(select(self.select, graph))
 
 
-class Hold(Pass):
+class Hold(_OnSelected):
     """Takes its regions out of training; `norms = false` forgets the statistics, as one easily does."""
 
-    use: ClassVar[str] = "hold"
+    name: ClassVar[str] = "hold"
     select: Selector = "blocks.*"
     norms: bool = True
 
-    def match(self, graph: Graph) -> Match:
-        return Match(select(self.select, graph))
-
-    def rewrite(self, graph: Graph, match: Match) -> Effects:
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects()
         for region in match.regions:
-            for name in region.parameters:
-                graph.module.get_parameter(name).requires_grad_(False)
+            edit.freeze(region.parameters)
             for node in region.nodes:
-                norm = graph.module.get_submodule(node.target) if node.op == "call_module" else None
+                norm = leaf(edit.graph, node)
                 if self.norms and isinstance(norm, nn.BatchNorm2d):
-                    held = HeldNorm(norm.num_features)
-                    held.__dict__.update(norm.__dict__)
-                    held.train(False)
-                    parent, _, name = str(node.target).rpartition(".")
-                    setattr(graph.module.get_submodule(parent), name, held)
-        return Effects(tuple(r.name for r in match.regions))
+                    edit.replace_leaf(node, always_eval(norm))
+            effects.mark(region.name, Status.FROZEN)
+        return effects
 
 
 class Lossy(nn.Module):
@@ -59,43 +56,30 @@ class Lossy(nn.Module):
         return output, 0.01 * output.square().mean() + 0.0 * target.sum()
 
 
-class Local(Pass):
-    """Needs targets: the first region pays a loss where it stands."""
+class Local(_OnSelected):
+    """Needs targets: its regions have losses of their own."""
 
-    use: ClassVar[str] = "local"
-    select: Selector = "blocks.0"
+    name: ClassVar[str] = "local"
 
-    def match(self, graph: Graph) -> Match:
-        return Match(select(self.select, graph))
-
-    def rewrite(self, graph: Graph, match: Match) -> Effects:
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects(needs=RuntimeNeeds(targets=True))
         for region in match.regions:
-            graph.add_section(Section("local", region.nodes, Lossy, self.use, target=True))
-        return Effects(tuple(r.name for r in match.regions), needs=Needs(targets=True))
+            edit.outline(region.nodes, Lossy, "local", target=True)
+            effects.mark(region.name, Status.ISOLATED)
+        return effects
 
 
-class Extra(Pass):
+class Extra(_OnSelected):
     """Gives its regions' outputs a learnable factor, drawn at random: a parameter that only exists in some phases."""
 
-    use: ClassVar[str] = "extra"
-    select: Selector = "blocks.0"
+    name: ClassVar[str] = "extra"
 
-    def match(self, graph: Graph) -> Match:
-        return Match(select(self.select, graph))
-
-    def rewrite(self, graph: Graph, match: Match) -> Effects:
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects(to_original_state=lambda state: {n: v for n, v in state.items() if not n.endswith(".extra")})
         for region in match.regions:
             path, exit_ = f"{region.name}.extra", region.exits[0]
-            graph.module.get_submodule(region.name).register_parameter("extra", nn.Parameter(1 + 0.1 * torch.randn(1)))
-            with graph.fx.inserting_after(exit_):
-                factor = graph.fx.get_attr(path)
-            with graph.fx.inserting_after(factor):
-                scaled = graph.fx.call_function(torch.mul, (exit_, factor))
-            for node in (factor, scaled):
-                node.meta |= {"origin": exit_.meta["origin"], "by": self.use}
-            exit_.replace_all_uses_with(scaled, delete_user_cb=lambda user, new=scaled: user is not new)
-
-        def restore(state: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value for name, value in state.items() if not name.endswith(".extra")}
-
-        return Effects(tuple(r.name for r in match.regions), restore=restore)
+            edit.add_parameter(path, nn.Parameter(1 + 0.1 * torch.randn(1)))
+            factor = edit.read(path, before=exit_.next, like=exit_)
+            edit.redirect(exit_, edit.call(torch.mul, (exit_, factor), after=factor, like=exit_))
+            effects.mark(region.name, Status.REWIRED)
+        return effects

@@ -16,7 +16,7 @@ import graphopt
 from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
 from graphopt.spec import DataSpec, TrainSpec
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 SHAPE = (3, 8, 8)
 DATA = DataSpec(name="digits", train_limit=96, eval_limit=40)

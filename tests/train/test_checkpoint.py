@@ -1,37 +1,18 @@
 from __future__ import annotations
 
-import errno
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from graphopt import RunError
-from graphopt.files import write_atomically
 from graphopt.train import train
-from graphopt.train.checkpoint import RunFolder, load_checkpoint, random_states, restore_random_states
+from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.run_folder import RunFolder
 from tests.train import small
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    write_atomically(target, b"first")
-
-    def breaks(file: Any) -> None:
-        file.write(b"half")
-        raise ValueError("in the middle")
-
-    with pytest.raises(ValueError, match="in the middle"):
-        write_atomically(target, breaks)
-    assert target.read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["file"]
-
 
 FULL = """
 import resource, sys, torch
@@ -60,16 +41,6 @@ def test_a_disk_without_room_is_one_error_and_the_last_checkpoint_stays(tmp_path
     assert (tmp_path / "last.pt").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
     assert train(small.plan(), tmp_path, settings=small.settings(epochs=2), data=small.DATA, resume=True).epochs == 2
-
-
-def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match="file: could not be written: no space left on device"):
-        write_atomically(tmp_path / "file", b"x")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -138,19 +109,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_another_format(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "last.pt")
-    with pytest.raises(RunError, match="not a checkpoint that this version"):
+    with pytest.raises(RunError, match="not a checkpoint of graphopt"):
         load_checkpoint(tmp_path / "last.pt")
 
 
-def test_every_generator_is_put_back(tmp_path: Path) -> None:
-    def draws() -> tuple[float, float, float, float]:
-        return random.random(), random.gauss(0, 1), float(np.random.randn()), float(torch.randn(()))
-
-    draws()
-    torch.save(random_states(), tmp_path / "states")
-    expected = draws()
-    restore_random_states(torch.load(tmp_path / "states", weights_only=True))
-    assert draws() == expected
+def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
+    torch.save({"graphopt": 7}, tmp_path / "last.pt")
+    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 1"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:

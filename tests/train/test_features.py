@@ -1,4 +1,4 @@
-"""Kept features: whole, fresh, and nothing lost where they cannot be had."""
+"""Cached features: complete, up to date, and nothing lost where they cannot be cached."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from graphopt.spec import AugmentSpec, DataSpec, TrainSpec
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import store as feature_store
-from graphopt.train.feature_cache.cache import FeatureFeed, Keeper
-from graphopt.train.feature_cache.store import Folder, Layout, MemoryFill
+from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.feature_cache.feed import FeatureFeed
+from graphopt.train.feature_cache.filling import Prefix
+from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
 from graphopt.train.strategy import Strategy
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 DATA = DataSpec(name="digits", train_limit=80, eval_limit=20)
 TRAIN = TrainSpec(epochs=5, batch=16, device="cpu", optimizer={"name": "sgd", "lr": 0.05}, checkpoint_steps=2)
@@ -54,20 +56,20 @@ def run(tmp_path: Path, name: str = "run", data: DataSpec = DATA, settings: Trai
 
 @pytest.fixture
 def reference(tmp_path):
-    """The run that keeps nothing: its prefix runs every step, without gradients."""
+    """A run without a cache: its prefix runs in every step, without gradients."""
     return weights(run(tmp_path, "reference", cache="none"))
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_kept_features_train_what_a_running_prefix_trains(tmp_path, reference, cache):
+def test_cached_features_train_what_a_running_prefix_trains(tmp_path, reference, cache):
     folder = run(tmp_path, cache=cache, folder=str(tmp_path / "kept") if cache == "disk" else None)
     assert equal(weights(folder), reference)
-    told = features_of(folder)
-    assert [(t["cut"], t["kept"], t["filled_from"]) for t in told] == [("blocks.0", True, "images"), ("blocks.2", True, "features")]
-    assert told[0]["bytes"] == 80 * 8 * 8 * 8 * 4
+    records = features_of(folder)
+    assert [(r["cut"], r["kept"], r["filled_from"]) for r in records] == [("blocks.0", True, "images"), ("blocks.2", True, "features")]
+    assert records[0]["bytes"] == 80 * 8 * 8 * 8 * 4
     if cache == "disk":
         kinds = sorted(p.suffix for p in (tmp_path / "kept").iterdir())
-        assert kinds == [".json", ".json", ".rows", ".targets"], "one whole entry and the folder's mark; earlier ones are gone"
+        assert kinds == [".json", ".json", ".rows", ".targets"], "one whole entry and the manifest; earlier ones are gone"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -124,16 +126,16 @@ def test_a_stop_while_filling_goes_on_from_there(tmp_path, monkeypatch):
         written.append(number)
 
     monkeypatch.setattr(feature_store.FileFill, "write", counted)
-    filled = Keeper._features
+    compute = Prefix.compute
 
     with monkeypatch.context() as patch:
 
-        def stopping(keeper, module, given):
+        def stopping(prefix, inputs):
             if len(written) == 2:
                 raise KeyboardInterrupt
-            return filled(keeper, module, given)
+            return compute(prefix, inputs)
 
-        patch.setattr(Keeper, "_features", stopping)
+        patch.setattr(Prefix, "compute", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, cache="disk")
     assert written == [0, 1]
@@ -172,16 +174,14 @@ def test_other_weights_have_another_key(tmp_path):
         torch.manual_seed(seed)
         passes = [Drop(upto="blocks.0", cache="disk", force=True)]
         plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), verify="off", costs=False)
-        keeper_of(tmp_path / str(seed), plan).ready(plan, {})
+        cache_of(tmp_path / str(seed), plan).prepare(plan, {})
         keys += [p.stem for p in (tmp_path / str(seed)).glob("*.rows")]
     assert len(set(keys)) == 2
 
 
-def keeper_of(folder: Path, plan, data: DataSpec = DATA, **more) -> Keeper:
-    opened = open_data(data, plan.base.input, 0)
-    images = ImageFeed(opened.train, 16)
-    more = {"identity": {}, **more}
-    return Keeper(opened.train, images, Strategy(torch.device("cpu")), folder=folder, digest=plan.digest, batch=16, seed=0, **more)
+def cache_of(folder: Path, plan, data: DataSpec = DATA, **more) -> FeatureCache:
+    images = ImageFeed(open_data(data, plan.base.input, 0).train, 16)
+    return FeatureCache(images, Strategy(torch.device("cpu")), folder=folder, digest=plan.digest, identity={}, **more)
 
 
 @pytest.mark.parametrize("call", ["reserve", "_write"])
@@ -240,25 +240,26 @@ def test_a_cache_that_reads_slower_is_declined(tmp_path, monkeypatch, force, kep
         return read(fill, rows)
 
     monkeypatch.setattr(MemoryFill, "read", slow)
-    said = []
-    keeper = keeper_of(tmp_path, plan, clock=clock, say=said.append)
-    feed, module, record = keeper.ready(plan, {})
+    messages = []
+    cache = cache_of(tmp_path, plan, clock=clock)
+    cache.on_message = messages.append
+    feed, module, record = cache.prepare(plan, {})
     assert record["kept"] is kept
     assert (module is plan.module) is not kept
-    assert (feed is keeper.images) is not kept
-    assert kept or "force = true insists" in said[0]
+    assert (feed is cache.images) is not kept
+    assert kept or "force = true" in messages[0]
     # What was decided once stands when the run is resumed, whatever the clock says then.
-    assert keeper_of(tmp_path, plan).ready(plan, record)[2]["kept"] is kept
+    assert cache_of(tmp_path, plan).prepare(plan, record)[2]["kept"] is kept
 
 
 def test_every_sample_once_per_epoch_in_the_images_order(tmp_path):
     plan = plan_of(when="start", upto="blocks.0", force=True)
-    keeper = keeper_of(tmp_path, plan)
-    feed, _, _ = keeper.ready(plan, {})
+    cache = cache_of(tmp_path, plan)
+    feed, _, _ = cache.prepare(plan, {})
     assert isinstance(feed, FeatureFeed)
-    assert len(feed) == len(keeper.images)
+    assert len(feed) == len(cache.images)
     for epoch in (0, 1):
-        for ours, theirs in zip(feed.batches(epoch), keeper.images.batches(epoch), strict=True):
+        for ours, theirs in zip(feed.batches(epoch), cache.images.batches(epoch), strict=True):
             assert torch.equal(ours.sample, theirs.sample)
             assert torch.equal(ours.target, theirs.target)
             assert torch.equal(ours.input, plan.prefix(theirs.input))
@@ -266,21 +267,20 @@ def test_every_sample_once_per_epoch_in_the_images_order(tmp_path):
     assert torch.equal(late[0].sample, list(feed.batches(1))[3].sample)
 
 
-# -- R6 -------------------------------------------------------------------------------------------------------------------------------
+# -- what may be cached ----------------------------------------------------------------------------------------------------------
 AUGMENTED = DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5)})
 
 
 def test_random_augmentation_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(RunError, match="views = 4") as caught:
+    with pytest.raises(RunError, match="views = 4"):
         run(tmp_path, data=AUGMENTED)
-    assert "(R6)" in str(caught.value)
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_fixed_views_come_in_turn(tmp_path):
     plan = plan_of(when="start", upto="blocks.0", views=3)
-    keeper = keeper_of(tmp_path, plan, AUGMENTED)
-    feed, _, _ = keeper.ready(plan, {})
+    cache = cache_of(tmp_path, plan, AUGMENTED)
+    feed, _, _ = cache.prepare(plan, {})
     seen: dict[int, list[Tensor]] = {}
     for epoch in range(6):
         for batch in feed.batches(epoch):
@@ -290,7 +290,7 @@ def test_fixed_views_come_in_turn(tmp_path):
     for views in seen.values():
         assert all(torch.equal(views[e], views[e + 3]) for e in range(3))
         assert len({v.sum().item() for v in views}) > 1
-    view = keeper.samples[(1, 5)][1]
+    view = cache.samples[(1, 5)][1]
     assert any(torch.allclose(plan.prefix(view[None])[0], f, atol=1e-6) for f in seen[5])
 
 
@@ -311,11 +311,11 @@ def test_mixup_is_refused(tmp_path):
 
 def test_a_transform_that_is_no_function_of_the_sample_is_refused(tmp_path):
     plan = plan_of(when="start", upto="blocks.0", views=2)
-    keeper = keeper_of(tmp_path, plan)
+    cache = cache_of(tmp_path, plan)
     generator = torch.Generator()
-    keeper.samples.transform = lambda image: torch.rand(3, 8, 8, generator=generator)
+    cache.samples.transform = lambda image: torch.rand(3, 8, 8, generator=generator)
     with pytest.raises(RunError, match="another input each time"):
-        keeper.check(plan)
+        cache.check(plan)
 
 
 @pytest.mark.parametrize(
@@ -325,21 +325,22 @@ def test_a_transform_that_is_no_function_of_the_sample_is_refused(tmp_path):
         (type("Mix", (nn.Module,), {"forward": lambda self, x: x - x.mean(0, keepdim=True)}), "mixes the samples"),
     ],
 )
-def test_a_prefix_that_does_not_rest_is_refused(tmp_path, layer, says):
+def test_a_prefix_that_depends_on_more_than_its_sample_is_refused(tmp_path, layer, says):
     model = Small(drop=0.0)
     model.stem = nn.Sequential(model.stem, layer())
     plan = graphopt.compile(model, [Drop(upto="blocks.0")], input=(3, 8, 8), verify="off", costs=False)
     with pytest.raises(RunError, match=says):
-        keeper_of(tmp_path, plan).ready(plan, {})
+        cache_of(tmp_path, plan).prepare(plan, {})
 
 
 def test_values_beyond_float16_are_not_kept_as_infinity(tmp_path):
     plan = plan_of(when="start", upto="blocks.0", dtype="float16")
     plan.module.get_parameter("stem.bias").data.fill_(1e6)
-    said = []
-    keeper = keeper_of(tmp_path, plan, say=said.append)
-    assert keeper.ready(plan, {})[2]["kept"] is False
-    assert "beyond float16" in said[0]
+    messages = []
+    cache = cache_of(tmp_path, plan)
+    cache.on_message = messages.append
+    assert cache.prepare(plan, {})[2]["kept"] is False
+    assert "beyond float16" in messages[0]
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_a_limit_under_one_batch_is_an_error_before_the_first_step(tmp_path):
 
 
 def test_the_cache_folder_of_another_run_is_left_alone(tmp_path):
-    Folder(tmp_path / "cache", "another digest")
+    CacheDirectory(tmp_path / "cache", "another digest")
     with pytest.raises(RunError, match="features of another run"):
         run(tmp_path, cache="disk", folder=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -364,12 +365,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_second_process_waits_and_then_reads(tmp_path):
     """Two fills of one entry, the second begun while the first runs: the second finds it whole."""
-    layout = Layout("k", 8, (3,), torch.float32, 4)
-    folder = Folder(tmp_path / "cache", "d")
+    layout = EntryLayout("k", 8, (3,), torch.float32, 4)
+    folder = CacheDirectory(tmp_path / "cache", "d")
     with folder.filling(layout) as fill:
         for number in range(2):
             fill.write(number, torch.full((4, 3), float(number)), torch.tensor([number] * 4))
         fill.finish()
-    found = Folder(tmp_path / "cache", "d").open(layout)
+    found = CacheDirectory(tmp_path / "cache", "d").open(layout)
     assert torch.equal(found.features[:, 0], torch.tensor([0.0] * 4 + [1.0] * 4))
     assert found.targets.tolist() == [0] * 4 + [1] * 4

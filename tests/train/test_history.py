@@ -25,7 +25,7 @@ def test_change_is_the_distance_moved_over_the_norm_before() -> None:
     history.close(0, {"accuracy": 0.5}, REGIONS, weights(2.0))
     history.close(1, {"accuracy": 0.6}, REGIONS, weights(2.0))
     assert history.change("one") == pytest.approx([math.sqrt(27 / 43), 0.0])
-    assert history.metric("accuracy") == [0.5, 0.6]
+    assert [record.metrics["accuracy"] for record in history.records] == [0.5, 0.6]
 
 
 def test_weights_that_were_zero() -> None:

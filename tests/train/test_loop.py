@@ -14,7 +14,7 @@ from graphopt import RunError
 from graphopt.data.loader import open_data
 from graphopt.spec import AugmentSpec, DataSpec, from_table
 from graphopt.train import Stopped, train
-from tests.backbones import Small
+from tests.support.backbones import Small
 from tests.train import small
 from tests.train.passes import Extra, Hold, Local
 
@@ -72,7 +72,7 @@ def test_what_a_pass_holds_does_not_move(tmp_path: Path) -> None:
 
 def test_statistics_of_a_frozen_norm_that_move_are_an_error(tmp_path: Path) -> None:
     plan = small.plan([Hold(select="blocks.0", norms=False)])
-    with pytest.raises(RunError, match=r"R4.*frozen, but changed.*blocks\.0\.bn1\.running_mean"):
+    with pytest.raises(RunError, match=r"end of the phase: frozen, but changed.*blocks\.0\.bn1\.running_mean"):
         train(plan, tmp_path, settings=small.settings(), data=small.DATA)
 
 
@@ -82,7 +82,7 @@ def test_a_trainable_parameter_without_a_gradient_is_an_error(tmp_path: Path) ->
             return self.fc(self.blocks(self.stem(x)).mean((2, 3)).detach())
 
     plan = graphopt.compile(Cut(), [], input=small.SHAPE, verify="off", costs=False)
-    with pytest.raises(RunError, match=r"R4.*without a gradient: blocks\.0"):
+    with pytest.raises(RunError, match=r"first step of the phase: .*without a gradient: blocks\.0"):
         train(plan, tmp_path, settings=small.settings(), data=small.DATA)
 
 
@@ -207,7 +207,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path, signum:
 def test_the_wrong_number_of_classes_is_told_before_any_step(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
     plan = graphopt.compile(net, [], input=small.SHAPE, verify="off", costs=False)
-    with pytest.raises(RunError, match="5 classes apart, the data has 10"):
+    with pytest.raises(RunError, match="the backbone has 5 classes, the data has 10"):
         train(plan, tmp_path, settings=small.settings(), data=small.DATA)
 
 

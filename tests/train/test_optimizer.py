@@ -20,7 +20,7 @@ from graphopt.train.optimizer import (
     optimizer_state,
     trainable,
 )
-from tests.backbones import Small
+from tests.support.backbones import Small
 
 
 def labels(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, str]:
@@ -56,7 +56,7 @@ def test_a_parameter_in_two_groups_or_frozen_in_one_is_an_error() -> None:
     module = nn.Linear(2, 2)
     twice = torch.optim.SGD([module.weight, module.bias], lr=0.1)
     twice.param_groups.append({**twice.param_groups[0], "params": [module.bias]})
-    with pytest.raises(RunError, match=r"R1: bias \(trainable\) is in 2"):
+    with pytest.raises(RunError, match=r"bias \(trainable\) is in 2"):
         check_groups(twice, module)
     frozen = torch.optim.SGD(module.parameters(), lr=0.1)
     module.weight.requires_grad_(False)
@@ -142,7 +142,7 @@ def test_layers_further_from_the_head_learn_more_slowly() -> None:
 
 
 def test_a_backbone_without_layers_refuses_layer_decay() -> None:
-    with pytest.raises(RunError, match="does not say what its layers are"):
+    with pytest.raises(RunError, match="does not define its layers"):
         layer_rates(Small(), 0.5)
 
 

@@ -1,4 +1,4 @@
-"""What the page and the SVG are drawn from: frames as plain values, operations kept once however many frames show them."""
+"""What the page and the SVG are drawn from: phases as plain values, operations stored once however many phases show them."""
 
 from __future__ import annotations
 
@@ -7,125 +7,122 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from graphopt.diff.join import Diff, fold_name
-from graphopt.diff.phases import Frame
-from graphopt.diff.render.words import SHOWN, shape, title
-from graphopt.diff.rows import FIGURES, plain
-from graphopt.diff.status import STATUSES
+from graphopt.cost.figures import FIGURES
+from graphopt.diff.align import Diff, group_name
+from graphopt.diff.model import as_json
+from graphopt.diff.phases import PhaseDiff
+from graphopt.diff.render.words import shape, title
+from graphopt.diff.status import STYLES
 
-#: the figures at the head of a picture, and the one the bars show first
+#: the figures at the head of a picture, and those that the bars can show
 TILES = ("trainable_parameters", "backward_flops", "forward_flops", "saved_activation_bytes", "peak_bytes")
 METRICS = ("saved_activation_bytes", "backward_flops", "forward_flops", "trainable_parameters", "parameters")
 
+#: one diff, or the phases of a plan
+Shown = Diff | Sequence[PhaseDiff]
 
-def as_frames(shown: Diff | Sequence[Frame]) -> tuple[Frame, ...]:
-    return (Frame(shown.after.epoch or 0, "", shown),) if isinstance(shown, Diff) else tuple(shown)
+
+def as_phases(shown: Shown) -> tuple[PhaseDiff, ...]:
+    """The phases; one diff is the only phase."""
+    return (PhaseDiff(shown.after.epoch or 0, "start", shown),) if isinstance(shown, Diff) else tuple(shown)
 
 
-def page_data(shown: Diff | Sequence[Frame]) -> dict[str, Any]:
-    """JSON-ready data of one diff or of a film; the same input gives the same bytes."""
-    frames = as_frames(shown)
-    show = most_changed(frames)
-    last = frames[show].diff
-    pool: list[Any] = []
-    known: dict[str, int] = {}
+def most_changed(phases: Sequence[PhaseDiff]) -> int:
+    """The phase in which most blocks are not as in the backbone; the latest of equals."""
+    counts = [sum(row.changed for row in phase.diff.rows) for phase in phases]
+    return max(range(len(phases)), key=lambda i: (counts[i], i))
 
-    def pooled(nodes: Any) -> int:
-        text = json.dumps(nodes, sort_keys=True)
-        if text not in known:
-            known[text] = len(pool)
-            pool.append(nodes)
-        return known[text]
 
-    apart = _apart(frames)
-    drawn = []
-    for frame in frames:
-        diff = frame.diff
-        rows = []
-        for row in diff.rows:
-            value = plain(row)
-            value["changed"] = row.changed
-            value["nodes"] = pooled(value["nodes"])
-            rows.append(value)
-        folds: list[list[str]] = []
-        for fold in diff.folded():
-            for number, row in enumerate(fold.rows):
-                if number and (fold.rows[number - 1].name, row.name) not in apart:
-                    folds[-1].append(row.name)
-                else:
-                    folds.append([row.name])
-        drawn.append(
-            {
-                "epoch": frame.epoch,
-                "label": frame.label or "start",
-                "totals": plain(diff.after.totals),
-                "rows": rows,
-                "folds": [{"name": fold_name(names), "rows": names} for names in folds],
-                "edges": plain(diff.edges),
-                "frontier": plain(diff.after.frontier),
-                "bands": plain(diff.after.bands),
-                "passes": plain(diff.after.passes),
-                "counts": diff.counts(),
-                "tap": diff.after.tap,
-            }
-        )
-    costs = any("saved_activation_bytes" in (f or {}) for r in last.rows for f in (r.before, r.after))
-    entering = next((r.entering for r in last.rows if r.entering), None)
-    leaving = next((r.leaving for r in reversed(last.rows) if r.leaving and not r.beside), None)
+def main_diff(shown: Shown) -> Diff:
+    """The one diff; of several phases, the one that changes most."""
+    phases = as_phases(shown)
+    return phases[most_changed(phases)].diff
+
+
+def page_data(shown: Shown) -> dict[str, Any]:
+    """JSON-ready data of one diff or of several phases; the same input gives the same bytes."""
+    phases = as_phases(shown)
+    main = main_diff(shown)
+    pool = _Pool()
+    apart = _apart(phases)
+    has_costs = any("saved_activation_bytes" in (f or {}) for r in main.rows for f in (r.before, r.after))
     return {
-        "title": title(last),
-        "subtitle": subtitle(last),
-        "notes": list(last.notes),
-        "batch": last.after.batch,
-        "spec": last.after.spec and str(last.after.spec).replace("\\", "/").rpartition("/")[2],
-        "before": plain(last.before.totals),
-        "input": shape(entering),
-        "output": shape(leaving),
-        "looks": {name: {"glyph": look.glyph, "meaning": look.meaning} for name, look in STATUSES.items()},
-        "figures": {key: name for key, (name, _) in SHOWN.items() if key in FIGURES or key in TILES},
+        "title": title(main),
+        "subtitle": subtitle(main),
+        "notes": list(main.notes),
+        "batch": main.after.batch,
+        "spec": main.after.spec and str(main.after.spec).replace("\\", "/").rpartition("/")[2],
+        "before": as_json(main.before.totals),
+        "input": shape(next((r.input_shape for r in main.rows if r.input_shape), None)),
+        "output": shape(next((r.output_shape for r in reversed(main.rows) if r.output_shape and not r.attached_to), None)),
+        "styles": {name: {"glyph": style.glyph, "meaning": style.meaning} for name, style in STYLES.items()},
+        "figures": {f.name: f.title for f in FIGURES},
         "tiles": list(TILES),
-        "metrics": list(METRICS) if costs else ["trainable_parameters", "parameters"],
-        "metric": _telling(last) if costs else "trainable_parameters",
-        "costs": True,
-        "passes": plain(last.after.passes),
-        "pool": pool,
-        "frames": drawn,
-        "show": show,
-        # Room for the signs that any phase puts on an edge, so that none of them moves the blocks.
-        "signs": sorted({e for f in frames for e in _signed(f.diff)}) if len(frames) > 1 else [],
+        "metrics": list(METRICS) if has_costs else ["trainable_parameters", "parameters"],
+        "metric": _main_metric(main) if has_costs else "trainable_parameters",
+        "phases": [_phase(phase, pool, apart) for phase in phases],
+        "pool": pool.values,
+        "show": most_changed(phases),
+        # Room for the labels that any phase puts on an edge, so that none of them moves the blocks.
+        "labelled": sorted({edge for p in phases for edge in _labelled(p.diff)}) if len(phases) > 1 else [],
     }
 
 
-def most_changed(frames: Sequence[Frame]) -> int:
-    """The phase in which most blocks are not as in the backbone; the latest of equals."""
-    counts = [sum(row.changed for row in frame.diff.rows) for frame in frames]
-    return max(range(len(frames)), key=lambda i: (counts[i], i))
+class _Pool:
+    """Values that many rows have in common, each stored once."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._known: dict[str, int] = {}
+
+    def add(self, value: Any) -> int:
+        """The number of a value."""
+        number = self._known.setdefault(json.dumps(value, sort_keys=True), len(self.values))
+        if number == len(self.values):
+            self.values.append(value)
+        return number
 
 
-def _signed(diff: Diff) -> list[tuple[str, str]]:
-    return [*diff.after.frontier, *((a, b) for a, b, _ in diff.edges if a == diff.after.tap)]
+def _phase(phase: PhaseDiff, pool: _Pool, apart: set[tuple[str, str]]) -> dict[str, Any]:
+    diff = phase.diff
+    rows = [as_json(row) | {"changed": row.changed} for row in diff.rows]
+    groups: list[list[str]] = []
+    for name, previous in zip([r.name for r in diff.rows], [None, *(r.name for r in diff.rows)], strict=False):
+        if previous is None or (previous, name) in apart:
+            groups.append([name])
+        else:
+            groups[-1].append(name)
+    return {
+        "epoch": phase.epoch,
+        "label": phase.label,
+        "totals": as_json(diff.after.totals),
+        "rows": [row | {"nodes": pool.add(row["nodes"])} for row in rows],
+        "groups": [{"name": group_name(names), "rows": names} for names in groups],
+        **diff.flow(),
+    }
+
+
+def _apart(phases: Sequence[PhaseDiff]) -> set[tuple[str, str]]:
+    """Neighbours that some phase shows apart: they stay apart in all, so that only what changes moves."""
+    return {(a.rows[-1].name, b.rows[0].name) for phase in phases for a, b in pairwise(phase.diff.groups())}
+
+
+def _labelled(diff: Diff) -> list[tuple[str, str]]:
+    return [*diff.after.gradient_stops, *((a, b) for a, b, _ in diff.edges if a == diff.after.feature_input)]
 
 
 def subtitle(diff: Diff) -> str:
-    same = "" if diff.same_backbone else f" / {diff.before.backbone}"
-    passes = ", ".join(p.use for p in diff.after.passes) or "no pass"
-    return f"{diff.after.backbone}{same} · {passes} · batch {diff.after.batch}"
+    """The backbones, the passes and the batch."""
+    other = "" if diff.same_backbone else f" / {diff.before.backbone}"
+    passes = ", ".join(p.name for p in diff.after.passes) or "no pass"
+    return f"{diff.after.backbone}{other} · {passes} · batch {diff.after.batch}"
 
 
-def _telling(diff: Diff) -> str:
+def _main_metric(diff: Diff) -> str:
     """The figure that falls most; saved activations where none does."""
     before, after = diff.before.totals or {}, diff.after.totals or {}
     saved = {k: 1 - after[k] / before[k] for k in METRICS if before.get(k) and k in after}
     return max(saved, key=lambda k: (round(saved[k], 3), -METRICS.index(k)), default=METRICS[0])
-
-
-def _apart(frames: Sequence[Frame]) -> set[tuple[str, str]]:
-    """Neighbours that some phase tells apart: they stay apart in all, so that only what changes moves."""
-    apart = set()
-    for frame in frames:
-        folds = frame.diff.folded()
-        apart |= {(a.rows[-1].name, b.rows[0].name) for a, b in pairwise(folds)}
-    return apart
 
 
 def as_script(value: Any) -> str:

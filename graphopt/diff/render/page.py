@@ -1,22 +1,20 @@
-"""The diff as one self-contained HTML file: no network, nothing beside it."""
+"""The diff as one self-contained HTML file: no network, no other files."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from graphopt.diff.join import Diff
-from graphopt.diff.phases import Frame
-from graphopt.diff.render.data import as_script, page_data
+from graphopt.diff.render.data import Shown, as_script, page_data
 from graphopt.diff.render.style import for_page, web
 
 #: layout library, then ours in the order they build on each other
 SCRIPTS = ("vendor/dagre.min.js", "layout.js", "scene.js")
 
 
-def to_html(shown: Diff | Sequence[Frame]) -> str:
-    """The page of one diff, or of a film of phases."""
+def to_html(shown: Shown) -> str:
+    """The page of one diff, or of several phases."""
     data = page_data(shown)
     return filled(
         web("page.html"),
@@ -35,7 +33,7 @@ def filled(template: str, values: Mapping[str, str]) -> str:
 
 
 def scripts(*names: str) -> str:
-    """Script elements, with the licence of what is not ours."""
+    """Script elements, with the licence of those from others."""
     return "\n".join(f"<script>{_licence(name)}{_bare(web(name))}</script>" for name in names)
 
 

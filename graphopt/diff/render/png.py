@@ -16,13 +16,15 @@ PATIENCE = 60
 
 
 def browser() -> str | None:
-    """Path of a Chromium, the one in GRAPHOPT_BROWSER before all."""
+    """Path of a Chromium: the one in GRAPHOPT_BROWSER, else the first on the PATH."""
     named = os.environ.get("GRAPHOPT_BROWSER")
     return named or next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def to_png(svg: str, *, scale: float = 2.0) -> bytes:
-    """Args:
+    """The PNG of a picture.
+
+    Args:
         svg: of `to_svg`. scale: pixels per unit; 2 is sharp in print and on dense screens.
 
     Raises:
@@ -32,10 +34,10 @@ def to_png(svg: str, *, scale: float = 2.0) -> bytes:
     if chromium is not None:
         return _by_chromium(chromium, svg, scale)
     try:
-        import cairosvg  # type: ignore[import-not-found]  # optional
+        import cairosvg
     except (ImportError, OSError) as error:
         raise RunError(
-            "nothing here can draw a PNG: neither Chromium nor CairoSVG is installed",
+            "a PNG needs Chromium or CairoSVG, and neither is installed",
             fix="Install chromium (or set GRAPHOPT_BROWSER), or `pip install cairosvg`, or take --svg",
         ) from error
     return bytes(cairosvg.svg2png(bytestring=svg.encode(), scale=scale))

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from graphopt.compiler.plan import Plan
-from graphopt.diff.phases import film
+from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import filled, scripts, to_html
 from graphopt.diff.render.style import for_page, web
 from graphopt.diff.run import Run
-from graphopt.units import show_count, show_size
+from graphopt.units import show_count, show_size, show_time
 
-#: points in one curve; more could not be told apart on any screen
+#: points in one curve at most: more than a screen has columns
 POINTS = 1500
 MIB = 2**20
 
@@ -26,21 +26,21 @@ def to_report(run: Run, plan: Plan) -> str:
     Args:
         plan: of the run's spec, in its first phase.
     """
-    frames = film(plan, run.decisions, costs=plan.report.before is not None)
+    phases = phase_diffs(plan, run.decisions)
     title = plan.name or run.path.name
     spec = plan.spec
-    told = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
+    facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
     if run.summary:
-        told.append(str(run.summary.get("device", "")))
+        facts.append(str(run.summary.get("device", "")))
     note = "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>'
     values = {
         "TITLE": html.escape(title),
-        "SUBTITLE": html.escape(" · ".join(t for t in told if t)),
+        "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
         "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
         "NOTE": note,
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
-        "DIFF": html.escape(to_html(frames), quote=True),
+        "DIFF": html.escape(to_html(phases), quote=True),
         "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
@@ -48,7 +48,7 @@ def to_report(run: Run, plan: Plan) -> str:
 
 
 def charts(run: Run) -> dict[str, Any]:
-    """The four charts' curves over epochs: a step's place is its share of the way to the end of its epoch."""
+    """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends."""
     ends = [0, *(int(r["step"]) for r in run.epochs)]
 
     def at(record: Mapping[str, Any]) -> float:
@@ -82,7 +82,7 @@ def charts(run: Run) -> dict[str, Any]:
 
 
 def _chart(curves: Mapping[str, Sequence[tuple[float, float]]], *, zero: bool = False) -> dict[str, Any]:
-    """uPlot's form: one sorted x, and per series a y or null at each."""
+    """The form that uPlot takes: one sorted x, and per series a y or null at each."""
     drawn = {name: dict(points) for name, points in curves.items() if points}
     xs = sorted({round(x, 4) for points in drawn.values() for x in points})
     series = []
@@ -117,7 +117,7 @@ def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
     if _number(loss := done.get("loss", last.get("loss"))):
         yield "loss", f"{loss:.4f}", "evaluation"
     if (seconds := done.get("seconds") or sum(float(r.get("seconds", 0)) for r in run.epochs)) > 0:
-        yield "time", _duration(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
+        yield "time", show_time(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
     if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
         yield "peak memory", show_size(peak), str(done.get("device", ""))
     if run.phases:
@@ -133,18 +133,11 @@ def _tile(what: str, big: str, small: str) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
 def _phase_lines(run: Run) -> list[dict[str, Any]]:
-    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_said(d) for d in p.get("decisions", ())))} for p in run.phases]
+    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_label(d) for d in p.get("decisions", ())))} for p in run.phases]
 
 
-def _said(decision: Mapping[str, Any]) -> str:
+def _label(decision: Mapping[str, Any]) -> str:
     use = str(decision.get("pass", f"pass {decision.get('index', 0) + 1}"))
     return use if decision.get("action", "apply") == "apply" else f"{use} undone"
 
@@ -152,7 +145,7 @@ def _said(decision: Mapping[str, Any]) -> str:
 def _phase_row(phase: Mapping[str, Any]) -> str:
     decisions = phase.get("decisions", ())
     regions = "; ".join(", ".join(d.get("regions") or ["all it selects"]) for d in decisions)
-    said = "; ".join(_said(d) for d in decisions) or "start"
+    label = "; ".join(_label(d) for d in decisions) or "start"
     trainable = phase.get("trainable_parameters")
-    cells = [str(phase.get("epoch", 0)), said, regions, show_count(trainable) if _number(trainable) else ""]
+    cells = [str(phase.get("epoch", 0)), label, regions, show_count(trainable) if _number(trainable) else ""]
     return f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in cells)}</tr>"

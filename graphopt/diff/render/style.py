@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-from graphopt.diff.status import STATUSES
+from graphopt.diff.status import KEPT, STYLES
 
 #: name -> (light, dark). Contrast of text on its ground is at least 4.5 : 1 in both.
 COLOURS = {
@@ -22,11 +22,11 @@ COLOURS = {
     "after": ("#0072b2", "#56b4e9"),
     "good": ("#00664b", "#35c79b"),
     "arc": ("#00795a", "#35c79b"),
-    "band": ("#f3f7fb", "#18212b"),
-    "bandline": ("#7ba7c7", "#41698a"),
-    "bandink": ("#22597f", "#9ccdf0"),
+    "section": ("#f3f7fb", "#18212b"),
+    "sectionline": ("#7ba7c7", "#41698a"),
+    "sectionink": ("#22597f", "#9ccdf0"),
     "stop": ("#a8467f", "#e79bc6"),
-    "tap": ("#b04000", "#f58a4b"),
+    "features": ("#b04000", "#f58a4b"),
     "onmark": ("#ffffff", "#14171c"),
     "focus": ("#0072b2", "#7cc8f2"),
 }
@@ -44,12 +44,12 @@ def _variables(index: int) -> str:
 
 def _statuses(dark: bool, prefix: str = "") -> str:
     rules = []
-    for name, look in STATUSES.items():
-        colour = look.dark if dark else look.light
+    for name, style in STYLES.items():
+        colour = style.dark if dark else style.light
         at = f"{prefix}.s-{name}"
         rules.append(f"{at} .flag,{at} .glyph,{at} .status,{at} .sign{{fill:{colour}}}")
         rules.append(f"{at} .tint{{color:{colour}}}{at}.ink{{background:{colour}}}")
-        if name != "kept":
+        if name != KEPT:
             rules.append(f".graphopt {at}.op rect{{stroke:{colour};stroke-width:2}}")
     return "".join(rules)
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
 
-from graphopt.diff.join import Diff
-from graphopt.diff.phases import Frame
-from graphopt.diff.render.data import page_data
+from graphopt.diff.render.data import Shown, page_data
 from graphopt.diff.render.page import SCRIPTS
 from graphopt.diff.render.style import for_file, web
 from graphopt.errors import RunError
@@ -18,8 +15,8 @@ from graphopt.errors import RunError
 PATIENCE = 60
 
 
-def to_svg(shown: Diff | Sequence[Frame], *, width: int = 1200, height: int = 760, level: str = "folded", metric: str | None = None) -> str:
-    """The picture of a diff; of a film, the phase that changes most.
+def to_svg(shown: Shown, *, width: int = 1200, height: int = 760, level: str = "folded", metric: str | None = None) -> str:
+    """The picture of a diff; of several phases, the one that changes most.
 
     Args:
         width, height: the window it should fit; it is laid out in as many columns as fit best.
@@ -34,7 +31,7 @@ def to_svg(shown: Diff | Sequence[Frame], *, width: int = 1200, height: int = 76
         [
             *map(web, SCRIPTS),
             f"(() => {{ const data = JSON.parse({json.dumps(json.dumps(data))});",
-            f"return graphoptScene.file(data, data.frames[data.show], {json.dumps(options)}); }})()",
+            f"return graphoptScene.file(data, data.phases[data.show], {json.dumps(options)}); }})()",
         ]
     )
     return _run(code).replace("/*STYLE*/", for_file())

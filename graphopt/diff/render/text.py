@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import StringIO
 from itertools import groupby
 
@@ -10,13 +11,16 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from graphopt.diff.join import Diff, Fold
-from graphopt.diff.render.words import amount, change, facts, folds, glyph, passes_of, shape, statuses, summary, title, total
-from graphopt.diff.rows import NodeRow, Row
-from graphopt.diff.status import look
+from graphopt.cost.figures import FIGURES
+from graphopt.diff.align import Diff, RowGroup
+from graphopt.diff.model import NodeRow, Row
+from graphopt.diff.render.words import change, common_figures, facts, glyphs, groups, passes_of, shape, status_words, title, total
+from graphopt.diff.status import KEPT, STYLES
 
-#: what the end of a line may tell: the one that changes most, the first of equals
-_AT_END = {"saved_activation_bytes": "saved", "trainable_parameters": "trainable", "forward_flops": "forward"}
+_FIGURE = {f.name: f for f in FIGURES}
+#: what the end of a line may say: the one that changes most, the first of equals
+_AT_END = ("saved_activation_bytes", "trainable_parameters", "forward_flops")
+_ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "...", "−": "-", "≈": "~"})
 
 
 def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bool = True) -> RenderableType:
@@ -26,42 +30,7 @@ def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bo
         unfold: a line for every block, equal neighbours too. nodes: the operations below each changed block.
         unicode: glyphs and lines outside ASCII.
     """
-    parts: list[RenderableType] = [Text(_plain(title(diff), unicode), style="bold")]
-    parts += [Text(_plain(note, unicode), style="yellow") for note in diff.notes]
-    figures = summary(diff.before.totals, diff.after.totals)
-    if figures:
-        table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
-        table.add_column(f"a training step, batch {diff.after.batch}")
-        for head in ("before", "after", ""):
-            table.add_column(head, justify="right")
-        for name, before, after, by in figures:
-            table.add_row(name, before, after, Text(by, style="green" if by.startswith("-") else "yellow" if by != "=" else "dim"))
-        parts.append(table)
-    stops, tap = {b for _, b in diff.after.frontier}, diff.after.tap
-    told: set[str] = set()
-    tree = Tree(Text(f"input {shape(('N', *_input(diff)))}".rstrip() if unicode else "input", style="dim"), guide_style="dim")
-    for stage, members in groupby(folds(diff, unfold=unfold), key=lambda f: f.rows[0].stage):
-        group = list(members)
-        branch = tree
-        if len(group) > 1 and stage:
-            branch = tree.add(Text(stage, style="bold"))
-        for fold in group:
-            first = fold.rows[0]
-            if first.name in stops:
-                branch.add(Text(_plain(f"╌╌ {_stop_words(diff, first)} ╌╌", unicode), style="bold magenta"))
-            leaf = branch.add(_line(diff, fold, unicode))
-            for reason in [r for r in first.reasons if r not in told]:
-                told.add(reason)
-                leaf.add(Text(_plain(reason, unicode), style="dim italic"))
-            if nodes and (first.status != "kept" or unfold):
-                for node in first.nodes:
-                    leaf.add(_node(node, unicode))
-            if tap in [r.name for r in fold.rows]:
-                words = f"▤ features kept here: training starts at {shape(diff.after[tap].leaving)}"
-                branch.add(Text(_plain(words, unicode), style="bold red"))
-    parts.append(tree)
-    parts.append(_legend(diff, unicode))
-    return Group(*parts)
+    return _Tree(diff, unfold, nodes, unicode).render()
 
 
 def to_text(diff: Diff, *, width: int = 120, unfold: bool = False, nodes: bool = False, colour: bool = False, unicode: bool = True) -> str:
@@ -72,63 +41,96 @@ def to_text(diff: Diff, *, width: int = 120, unfold: bool = False, nodes: bool =
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
-def _input(diff: Diff) -> tuple[str | int, ...]:
-    first = next((r.entering for r in diff.rows if r.entering), None)
-    return tuple(first[1:]) if first else ()
+class _Tree:
+    def __init__(self, diff: Diff, unfold: bool, nodes: bool, unicode: bool) -> None:
+        self.diff, self.unfold, self.nodes, self.unicode = diff, unfold, nodes, unicode
+        self.shown_messages: set[str] = set()
+
+    def render(self) -> RenderableType:
+        diff = self.diff
+        first = next((r.input_shape for r in diff.rows if r.input_shape), None)
+        tree = Tree(self._text(f"input {shape(first)}".rstrip(), "dim"), guide_style="dim")
+        for stage, members in groupby(groups(diff, unfold=self.unfold), key=lambda g: g.rows[0].stage):
+            shown = list(members)
+            branch = tree.add(Text(stage, style="bold")) if len(shown) > 1 and stage else tree
+            for group in shown:
+                self._add(branch, group)
+        notes = (self._text(note, "yellow") for note in diff.notes)
+        return Group(self._text(title(diff), "bold"), *notes, *self._table(), tree, self._legend())
+
+    def _table(self) -> Iterator[Table]:
+        figures = common_figures(self.diff.before.totals, self.diff.after.totals)
+        if figures:
+            table = Table(box=None, pad_edge=False, header_style="dim")
+            table.add_column(f"a training step, batch {self.diff.after.batch}")
+            for head in ("before", "after", ""):
+                table.add_column(head, justify="right")
+            for figure, before, after in figures:
+                style = "green" if after < before else "yellow" if after > before else "dim"
+                table.add_row(figure.title, figure.text(before), figure.text(after), Text(change(before, after), style=style))
+            yield table
+
+    def _add(self, branch: Tree, group: RowGroup) -> None:
+        first = group.rows[0]
+        if any(b == first.name for _, b in self.diff.after.gradient_stops):
+            branch.add(self._text(f"╌╌ {self._stop_words(first)} ╌╌", "bold magenta"))
+        line = branch.add(self._line(group))
+        for message in first.messages:
+            if message not in self.shown_messages:
+                self.shown_messages.add(message)
+                line.add(self._text(message, "dim italic"))
+        if self.nodes and (first.status != KEPT or self.unfold):
+            for node in first.nodes:
+                line.add(self._node(node))
+        feature_input = self.diff.after.feature_input
+        if feature_input in [r.name for r in group.rows]:
+            sizes = shape(self.diff.after[feature_input].output_shape)
+            branch.add(self._text(f"▤ features cached here: training starts at {sizes}", "bold red"))
+
+    def _stop_words(self, row: Row) -> str:
+        sources = {a for a, b in self.diff.after.gradient_stops if b == row.name}
+        local = any(s.local and row.name in s.rows and not sources & set(s.rows) for s in self.diff.after.sections)
+        return "no gradient passes: a local module begins" if local else "the backward pass stops here"
+
+    def _line(self, group: RowGroup) -> Text:
+        row = group.rows[0]
+        style = STYLES[row.status].terminal
+        line = self._text(f"{glyphs(row.statuses, unicode=self.unicode)} {group.name}", "dim" if row.plain else f"bold {style}")
+        if row.kind:
+            line.append(f"  {row.kind}", style="dim")
+        if not row.plain:
+            line.append(self._text(f"  {status_words(row)}", style))
+            if words := facts(row):
+                line.append(self._text(f" {words}"))
+            if passes := passes_of(self.diff, row):
+                line.append(f"  {passes}", style="dim")
+        return line.append(self._text(_figure_words(group), "cyan"))
+
+    def _node(self, node: NodeRow) -> Text:
+        style = "dim" if node.statuses == (KEPT,) else STYLES[node.statuses[0]].terminal
+        line = Text(f"{glyphs(node.statuses, unicode=self.unicode)} {node.name}", style=style)
+        line.append(self._text(f"  {node.what}  {shape(node.shape)}", "dim"))
+        if node.changed_by is not None and node.statuses != (KEPT,):
+            line.append(f"  by {self.diff.after.passes[node.changed_by].name}", style="dim")
+        return line
+
+    def _legend(self) -> Text:
+        line = Text()
+        for status, count in self.diff.counts().items():
+            line.append(f"{glyphs([status], unicode=self.unicode)} {status} {count}   ", style=STYLES[status].terminal)
+        return line
+
+    def _text(self, text: str, style: str = "") -> Text:
+        return Text(text if self.unicode else text.translate(_ASCII), style=style)
 
 
-def _stop_words(diff: Diff, row: Row) -> str:
-    sources = {a for a, b in diff.after.frontier if b == row.name}
-    local = any(b.local and row.name in b.rows and not sources & set(b.rows) for b in diff.after.bands)
-    return "gradients do not pass: a local module begins" if local else "the backward stops here"
-
-
-def _line(diff: Diff, fold: Fold, unicode: bool) -> Text:
-    row = fold.rows[0]
-    style = look(row.status).terminal
-    dim = row.statuses == ("kept",) and not row.changed
-    line = Text()
-    line.append(_plain(f"{glyph(row, unicode=unicode)} {fold.name}", unicode), style="dim" if dim else f"bold {style}")
-    if row.kind:
-        line.append(f"  {row.kind}", style="dim")
-    if not dim:
-        line.append(_plain(f"  {statuses(row)}", unicode), style=style)
-        if said := facts(row):
-            line.append(_plain(f" {said}", unicode))
-        if by := passes_of(row, diff.after.passes):
-            line.append(f"  {by}", style="dim")
-    figures = {key: (total(fold.rows, key, "before"), total(fold.rows, key, "after")) for key in _AT_END}
-    changed = {k: abs(b - a) / max(a, b) for k, (b, a) in figures.items() if a is not None and b is not None and a != b}
-    if changed:
-        key = max(changed, key=lambda k: changed[k])
-        old, new = (value or 0 for value in figures[key])
-        line.append(_plain(f"  {_AT_END[key]} {amount(key, old)} → {amount(key, new)} ({change(old, new)})", unicode), style="cyan")
-    elif row.beside and (added := total(fold.rows, "parameters", "after")):
-        line.append(f"  {amount('parameters', added)} parameters", style="cyan")
-    return line
-
-
-def _node(node: NodeRow, unicode: bool) -> Text:
-    line = Text()
-    signs = "".join(look(s).glyph if unicode else look(s).ascii for s in node.statuses)
-    dim = node.statuses == ("kept",)
-    line.append(f"{signs} {node.name}", style="dim" if dim else look(node.statuses[0]).terminal)
-    line.append(_plain(f"  {node.what}  {shape(node.shape)}", unicode), style="dim")
-    if node.by:
-        line.append(f"  by {node.by}", style="dim")
-    return line
-
-
-def _legend(diff: Diff, unicode: bool) -> Text:
-    line = Text()
-    for status, count in diff.counts().items():
-        sign = look(status).glyph if unicode else look(status).ascii
-        line.append(f"{sign} {status} {count}   ", style=look(status).terminal)
-    return line
-
-
-_ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "...", "−": "-", "≈": "~"})  # type: ignore[arg-type]
-
-
-def _plain(text: str, unicode: bool) -> str:
-    return text if unicode else text.translate(_ASCII)
+def _figure_words(group: RowGroup) -> str:
+    """The figure that changes most; of inserted rows, their parameters."""
+    values = {name: (total(group.rows, name, "before"), total(group.rows, name, "after")) for name in _AT_END}
+    changes = {name: (b, a) for name, (b, a) in values.items() if a is not None and b is not None and a != b}
+    if changes:
+        name = max(changes, key=lambda k: abs(changes[k][1] - changes[k][0]) / max(changes[k]))
+        figure, (old, new) = _FIGURE[name], changes[name]
+        return f"  {figure.short} {figure.text(old)} → {figure.text(new)} ({change(old, new)})"
+    added = total(group.rows, "parameters", "after") if group.rows[0].attached_to else None
+    return f"  {_FIGURE['parameters'].text(added)} parameters" if added else ""

@@ -1,29 +1,14 @@
-"""Figures and phrases that all renderings share."""
+"""Phrases that all renderings share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
-from graphopt.diff.join import Diff, Fold
-from graphopt.diff.rows import PassLine, Row
-from graphopt.diff.status import look
-from graphopt.units import show_count, show_size
-
-#: figure -> (title, how it is written)
-SHOWN = {
-    "parameters": ("parameters", show_count),
-    "trainable_parameters": ("trainable", show_count),
-    "forward_flops": ("forward FLOPs", show_count),
-    "backward_flops": ("backward FLOPs", show_count),
-    "saved_activation_bytes": ("saved activations", show_size),
-    "peak_bytes": ("peak memory", show_size),
-    "peak_activation_bytes": ("peak activations", show_size),
-}
-
-
-def amount(key: str, value: int) -> str:
-    """A figure as people write it: `11.2 M`, `374 MiB`."""
-    return SHOWN[key][1](value)
+from graphopt.cost.figures import FIGURES, Figure
+from graphopt.diff.align import Diff, RowGroup
+from graphopt.diff.model import Row, Shape
+from graphopt.diff.status import KEPT, STYLES
 
 
 def change(before: int, after: int) -> str:
@@ -38,54 +23,51 @@ def change(before: int, after: int) -> str:
     return f"{percent:+.0f} %" if abs(percent) >= 10 or percent == int(percent) else f"{percent:+.1f} %"
 
 
-def total(rows: Sequence[Row], key: str, side: str) -> int | None:
+def total(rows: Sequence[Row], figure: str, when: Literal["before", "after"]) -> int | None:
     """A figure summed over rows; None where no row has it."""
-    values = [f[key] for r in rows if (f := getattr(r, side)) is not None and key in f]
+    values = [f[figure] for r in rows if (f := getattr(r, when)) is not None and figure in f]
     return sum(values) if values else None
 
 
-def statuses(row: Row) -> str:
-    """`frozen + isolated`, or, where the sides differ, `kept -> frozen`."""
+def status_words(row: Row) -> str:
+    """`frozen + isolated`, or, where the two views differ, `shared → frozen`."""
     now = " + ".join(row.statuses)
-    bare = row.was in (("kept",), (), row.statuses)
-    return now if bare else f"{' + '.join(row.was)} → {now}"
+    return now if row.was in ((KEPT,), (), row.statuses) else f"{' + '.join(row.was)} → {now}"
 
 
 def facts(row: Row) -> str:
     """Sources and details in one phrase: `from layer1.0, layer1.2 (a 0.5, b 0.5)`."""
-    parts = []
-    if row.sources:
-        parts.append(f"from {', '.join(row.sources)}")
-    if row.detail:
-        said = ", ".join(f"{k} {v}" for k, v in row.detail.items())
-        parts.append(f"({said})" if row.sources else said)
-    return " ".join(parts)
+    details = ", ".join(f"{k} {v}" for k, v in row.detail.items())
+    if not row.sources:
+        return details
+    return f"from {', '.join(row.sources)}{f' ({details})' if details else ''}"
 
 
-def shape(sizes: Sequence[str | int] | None) -> str:
-    return "×".join(map(str, sizes)) if sizes else ""
+def shape(sizes: Shape | None) -> str:
+    """`N×3×8×8`."""
+    return "×".join(map(str, sizes or ()))
 
 
-def passes_of(row: Row, lines: Sequence[PassLine]) -> str:
-    return ", ".join(lines[i].place for i in row.passes if i < len(lines))
+def passes_of(diff: Diff, row: Row) -> str:
+    """The passes that changed a row: `freeze (pass 1, line 7)`."""
+    return ", ".join(diff.after.passes[i].label for i in row.passes)
 
 
 def title(diff: Diff) -> str:
+    """What is compared."""
     return f"{diff.before.title} → {diff.after.title if diff.after.title != diff.before.title else 'rewritten'}"
 
 
-def glyph(row: Row, *, unicode: bool = True) -> str:
-    """One sign per status, weightiest first."""
-    return "".join(look(s).glyph if unicode else look(s).ascii for s in row.statuses)
+def glyphs(statuses: Iterable[str], *, unicode: bool = True) -> str:
+    """One sign per status, most important first."""
+    return "".join(STYLES[s].glyph if unicode else STYLES[s].ascii for s in statuses)
 
 
-def summary(totals: Mapping[str, int] | None, after: Mapping[str, int] | None) -> list[tuple[str, str, str, str]]:
-    """(title, before, after, change) of every figure both sides have."""
-    if totals is None or after is None:
-        return []
-    both = [k for k in SHOWN if k in totals and k in after]
-    return [(SHOWN[k][0], amount(k, totals[k]), amount(k, after[k]), change(totals[k], after[k])) for k in both]
+def common_figures(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> list[tuple[Figure, int, int]]:
+    """Every figure that both have, with its two values."""
+    return [(f, before[f.name], after[f.name]) for f in FIGURES if before and after and f.name in before and f.name in after]
 
 
-def folds(diff: Diff, *, unfold: bool) -> tuple[Fold, ...]:
-    return tuple(Fold(r.name, (r,)) for r in diff.rows) if unfold else diff.folded()
+def groups(diff: Diff, *, unfold: bool) -> tuple[RowGroup, ...]:
+    """The rows, equal neighbours as one unless `unfold`."""
+    return tuple(RowGroup((r,)) for r in diff.rows) if unfold else diff.groups()

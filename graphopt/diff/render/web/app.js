@@ -1,4 +1,4 @@
-// The page: keeps the drawn pieces, moves what changes, and answers mouse, touch and keyboard.
+// The page: stores the drawn pieces, moves what changes, and handles mouse, touch and keyboard.
 "use strict";
 (function () {
   const { scene, esc, amount, change, percent, sum, words, facts, MARKERS, LAYERS } = globalThis.graphoptScene;
@@ -6,11 +6,10 @@
   const $ = (selector) => document.querySelector(selector);
   const NS = "http://www.w3.org/2000/svg";
   const svg = $("main > svg"), stage = $(".stage"), aside = $("aside");
-  const state = { signs: data.signs, columns: 0, groupOf: (piece) => piece.group, open: new Set(), closed: new Set(), level: "folded", metric: data.metric, costs: data.costs, uniform: data.frames.length > 1, nodes: (row) => data.pool[row.nodes] || [] };
+  const state = { labelled: data.labelled, columns: 0, groupOf: (piece) => piece.group, open: new Set(), closed: new Set(), level: "folded", metric: data.metric, uniform: data.phases.length > 1, nodes: (row) => data.pool[row.nodes] || [] };
   let at = data.show, filter = new Set(), query = "", chosen = null, drawn = new Map(), current = null;
   const view = { x: 0, y: 0, k: 1, touched: false };
-  const frame = () => data.frames[at];
-  data.passes = frame().passes;
+  const phase = () => data.phases[at];
 
   // -- drawing -----------------------------------------------------------------------------------------------------------------
   stage.insertAdjacentHTML("beforebegin", MARKERS);
@@ -19,8 +18,7 @@
   function draw(keepView) {
     const box = svg.getBoundingClientRect();
     state.columns = keepView && current ? current.columns : 0;
-    data.passes = frame().passes;
-    current = scene(data, frame(), state, Math.max(280, box.width - 16), Math.max(240, box.height - 16));
+    current = scene(data, phase(), state, Math.max(280, box.width - 16), Math.max(240, box.height - 16));
     const old = drawn;
     drawn = new Map();
     const animate = old.size > 0 && current.pieces.length < 400;
@@ -87,11 +85,11 @@
   function reveal(id) {
     const entry = drawn.get("card:" + id);
     if (!entry) return;
-    const p = entry.piece, box = svg.getBoundingClientRect(), side = !aside.hidden && innerWidth > 640 ? 380 : 0;
+    const p = entry.piece, box = svg.getBoundingClientRect(), covered = !aside.hidden && innerWidth > 640 ? 380 : 0;
     const x = view.x + p.x * view.k, y = view.y + p.y * view.k, w = p.width * view.k, h = Math.min(p.height * view.k, box.height - 40);
     const bottom = !aside.hidden && innerWidth <= 640 ? box.height * 0.38 : box.height;
     let dx = 0, dy = 0;
-    if (x < 10) dx = 10 - x; else if (x + w > box.width - side - 10) dx = box.width - side - 10 - x - w;
+    if (x < 10) dx = 10 - x; else if (x + w > box.width - covered - 10) dx = box.width - covered - 10 - x - w;
     if (y < 10) dy = 10 - y; else if (y + h > bottom - 10) dy = bottom - 10 - y - h;
     if (dx || dy) { view.x += dx; view.y += dy; view.touched = true; apply(); }
   }
@@ -104,7 +102,7 @@
   }
 
   function mark() {
-    const rows = new Map(frame().rows.map((r) => [r.name, r]));
+    const rows = new Map(phase().rows.map((r) => [r.name, r]));
     let found = 0;
     for (const { element, piece } of drawn.values()) {
       if (!piece.rows) continue;
@@ -125,15 +123,15 @@
     const entry = drawn.get("card:" + id);
     if (!entry) { hide(); return; }
     chosen = id;
-    const rows = entry.piece.rows.map((name) => frame().rows.find((r) => r.name === name)), row = rows[0], one = rows.length === 1;
-    const looks = row.statuses.map((s) => `<span class="s-${esc(s)}"><b class="tint">${esc((data.looks[s] || { glyph: "?" }).glyph)}</b> ${esc(s)}</span>`).join(" &nbsp;");
+    const rows = entry.piece.rows.map((name) => phase().rows.find((r) => r.name === name)), row = rows[0], one = rows.length === 1;
+    const statuses = row.statuses.map((s) => `<span class="s-${esc(s)}"><b class="tint">${esc(data.styles[s].glyph)}</b> ${esc(s)}</span>`).join(" &nbsp;");
     const out = [`<h2>${esc(one ? row.name : rows[0].name + " … " + rows[rows.length - 1].name)}</h2><p>${esc(row.kind)}${one ? "" : ` · ${rows.length} blocks, sums`}</p>`];
-    out.push(`<p class="state">${looks}</p>`);
+    out.push(`<p class="state">${statuses}</p>`);
     if (row.changed && row.was.length && row.was.join() !== "kept") out.push(`<p>${esc(words(row))}</p>`);
-    const meaning = row.statuses.map((s) => (data.looks[s] || {}).meaning).filter(Boolean).join("; ");
+    const meaning = row.statuses.map((s) => data.styles[s].meaning).filter(Boolean).join("; ");
     if (meaning) out.push(`<p class="subtitle">${esc(meaning)}</p>`);
     if (facts(row)) out.push(`<p>${esc(facts(row))}</p>`);
-    for (const reason of row.reasons) out.push(`<p>⚠ ${esc(reason)}</p>`);
+    for (const message of row.messages) out.push(`<p>⚠ ${esc(message)}</p>`);
     const figures = Object.keys(data.figures).filter((k) => (row.before && k in row.before) || (row.after && k in row.after));
     if (figures.length) {
       out.push(`<h3>One training step, batch ${esc(data.batch)}</h3><table><tr><th></th><th>before</th><th>after</th><th></th></tr>`);
@@ -144,15 +142,15 @@
       out.push("</table>");
     }
     const shape = (s) => (s ? s.join(" × ") : "–");
-    out.push(`<h3>Shapes</h3><p>in ${esc(shape(row.entering))}<br>out ${esc(shape(rows[rows.length - 1].leaving))}</p><p>${row.backward ? "The backward passes through." : "The backward does not come here."}</p>`);
+    out.push(`<h3>Shapes</h3><p>in ${esc(shape(row.input_shape))}<br>out ${esc(shape(rows[rows.length - 1].output_shape))}</p><p>${row.backward ? "The backward pass runs through it." : "The backward pass does not reach it."}</p>`);
     for (const i of row.passes) {
-      const pass = frame().passes[i];
-      if (pass) out.push(`<h3>${esc(pass.use)}, pass ${i + 1}${pass.line ? `, ${esc(data.spec || "spec")} line ${pass.line}` : ""}</h3><pre>${esc(pass.text)}</pre>`);
+      const pass = phase().passes[i];
+      if (pass) out.push(`<h3>${esc(pass.name)}, pass ${i + 1}${pass.line ? `, ${esc(data.spec || "spec")} line ${pass.line}` : ""}</h3><pre>${esc(pass.text)}</pre>`);
     }
     const nodes = state.nodes(row).filter(globalThis.graphoptLayout.drawn), hidden = state.nodes(row).length - nodes.length;
     if (one && nodes.length) {
       out.push(`<h3>${nodes.length} operation${nodes.length === 1 ? "" : "s"}${hidden ? `, and ${hidden} of shapes and weights` : ""}</h3><ul>`);
-      for (const n of nodes.slice(0, 400)) out.push(`<li>${n.statuses[0] === "kept" ? "" : `<span class="s-${esc(n.statuses[0])}"><b class="tint">${esc((data.looks[n.statuses[0]] || { glyph: "?" }).glyph)}</b></span> `}<b>${esc(n.what)}</b> ${esc(n.name)}${n.shape ? ` <span class="subtitle">${esc(n.shape.join("×"))}</span>` : ""}</li>`);
+      for (const n of nodes.slice(0, 400)) out.push(`<li>${n.statuses[0] === "kept" ? "" : `<span class="s-${esc(n.statuses[0])}"><b class="tint">${esc(data.styles[n.statuses[0]].glyph)}</b></span> `}<b>${esc(n.what)}</b> ${esc(n.name)}${n.shape ? ` <span class="subtitle">${esc(n.shape.join("×"))}</span>` : ""}</li>`);
       out.push("</ul>");
     } else if (!one) out.push(`<h3>Blocks</h3><ul>${rows.map((r) => `<li>${esc(r.name)} <span class="subtitle">${esc(words(r))}</span></li>`).join("")}</ul>`);
     $(".details").innerHTML = out.join("");
@@ -177,7 +175,7 @@
     else if (piece.type === "fold") state.open.add(id);
     else if (state.open.has(id)) state.open.delete(id);
     else state.open.add(id);
-    const rows = frame().folds.find((f) => f.rows[0] === piece.rows[0]);
+    const rows = phase().groups.find((f) => f.rows[0] === piece.rows[0]);
     const focus = piece.type === "group" && rows && rows.rows.length > 1 && !state.open.has("f:" + piece.rows[0]) && state.level !== "blocks" && state.level !== "operations" ? "f:" + piece.rows[0] : first;
     redraw(piece.type === "row" ? id : focus, id);
   }
@@ -207,40 +205,40 @@
   }
 
   function setLevel(level) {
-    state.level = level; state.open.clear(); state.closed.clear(); 
+    state.level = level; state.open.clear(); state.closed.clear();
     for (const b of document.querySelectorAll(".levels button")) b.setAttribute("aria-pressed", String(b.dataset.level === level));
     redraw(null);
   }
 
-  function setFrame(next) {
-    at = Math.max(0, Math.min(data.frames.length - 1, next));
-    document.querySelectorAll(".film button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === at)));
+  function setPhase(next) {
+    at = Math.max(0, Math.min(data.phases.length - 1, next));
+    document.querySelectorAll(".phases button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === at)));
     tiles(); filters(); draw(true);
     if (chosen) show(chosen);
   }
 
   // -- head, tools -------------------------------------------------------------------------------------------------------------
   function tiles() {
-    const totals = frame().totals;
+    const totals = phase().totals;
     $(".tiles").innerHTML = totals && data.before ? data.tiles.filter((k) => k in data.before && k in totals).map((k) => `<div class="tile" role="listitem"><div class="what">${esc(data.figures[k])}</div><div class="big${totals[k] < 0.9995 * data.before[k] ? " good" : ""}">${esc(percent(data.before[k], totals[k]))}</div><div class="small">${esc(change(k, data.before[k], totals[k]))}</div></div>`).join("") : "";
   }
 
   function filters() {
-    const counts = frame().counts;
+    const counts = phase().counts;
     for (const s of [...filter]) if (!(s in counts)) filter.delete(s);
-    $(".filters").innerHTML = Object.entries(counts).map(([s, c]) => `<button class="s-${esc(s)}" data-status="${esc(s)}" aria-pressed="${filter.has(s)}" title="${esc((data.looks[s] || {}).meaning || s)}"><b class="tint">${esc((data.looks[s] || { glyph: "?" }).glyph)}</b>${esc(s)} ${c}</button>`).join("");
+    $(".filters").innerHTML = Object.entries(counts).map(([s, c]) => `<button class="s-${esc(s)}" data-status="${esc(s)}" aria-pressed="${filter.has(s)}" title="${esc(data.styles[s].meaning || s)}"><b class="tint">${esc(data.styles[s].glyph)}</b>${esc(s)} ${c}</button>`).join("");
   }
 
-  function film() {
-    if (data.frames.length < 2) return;
-    const host = $(".film");
+  function phaseButtons() {
+    if (data.phases.length < 2) return;
+    const host = $(".phases");
     host.hidden = false;
-    host.innerHTML = data.frames.map((f, i) => {
-      const before = i ? new Map(data.frames[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
+    host.innerHTML = data.phases.map((f, i) => {
+      const before = i ? new Map(data.phases[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
       const strip = f.rows.length > 90 ? "" : `<span class="strip">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "kept" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
-      return `<button data-frame="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${f.epoch}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
+      return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${f.epoch}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
     }).join("");
-    host.addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) setFrame(Number(b.dataset.frame)); });
+    host.addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) setPhase(Number(b.dataset.phase)); });
   }
 
   $("h1").textContent = data.title;
@@ -249,7 +247,6 @@
   const select = $(".metric select");
   for (const key of data.metrics) { const o = document.createElement("option"); o.value = key; o.textContent = "Bars: " + data.figures[key]; select.append(o); }
   select.value = state.metric;
-  $(".metric").hidden = !data.costs;
   select.addEventListener("change", () => { state.metric = select.value; draw(true); });
   $(".filters").addEventListener("click", (event) => {
     const b = event.target.closest("button");
@@ -324,13 +321,13 @@
     else if (key === "-") zoom(0.8);
     else if (key === "0") fit();
     else if (key === "t") theme();
-    else if (key === "[" || key === "]") setFrame(at + (key === "]" ? 1 : -1));
+    else if (key === "[" || key === "]") setPhase(at + (key === "]" ? 1 : -1));
     else return;
     event.preventDefault();
   });
   let width = innerWidth;
   new ResizeObserver(() => { if (current && (Math.abs(innerWidth - width) > 4 || !view.touched)) { width = innerWidth; draw(false); } }).observe(svg);
 
-  tiles(); filters(); film(); setLevel("folded");
+  tiles(); filters(); phaseButtons(); setLevel("folded");
   document.documentElement.dataset.ready = "1";
 })();

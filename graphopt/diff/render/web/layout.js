@@ -37,17 +37,17 @@
   }
 
   /** What is drawn as a card: folds, single rows, or whole groups. */
-  function cardsOf(frame, state) {
-    const rows = new Map(frame.rows.map((r) => [r.name, r]));
+  function cardsOf(phase, state) {
+    const rows = new Map(phase.rows.map((r) => [r.name, r]));
     const groups = [];
-    for (const fold of frame.folds) {
+    for (const fold of phase.groups) {
       const members = fold.rows.map((n) => rows.get(n));
-      const first = members[0], band = frame.bands.find((b) => b.local && b.name === first.band);
-      const key = band ? "band:" + band.name : "stage:" + first.stage;
+      const first = members[0], section = phase.sections.find((s) => s.local && s.name === first.section);
+      const key = section ? "section:" + section.name : "stage:" + first.stage;
       let group = groups[groups.length - 1];
       if (!group || group.key !== key) {
         const nth = groups.filter((g) => g.key.split("#")[0] === key).length;
-        group = { key: nth ? key + "#" + (nth + 1) : key, local: !!band, title: "", band: band ? band.name : null, stage: first.stage, folds: [], rows: [] };
+        group = { key: nth ? key + "#" + (nth + 1) : key, local: !!section, title: "", section: section ? section.name : null, stage: first.stage, folds: [], rows: [] };
         if (nth) group.key = key + "#" + (nth + 1);
         groups.push(group);
       }
@@ -57,9 +57,9 @@
     let number = 0;
     for (const group of groups) {
       if (group.local) number += 1;
-      const own = group.rows.filter((r) => !r.beside);
+      const own = group.rows.filter((r) => !r.attached_to);
       const range = own.length ? own[0].name + (own.length > 1 ? " … " + own[own.length - 1].name : "") : "";
-      group.title = group.local ? (group.band === "rest" ? "last module" : "local module " + number) + (range ? ": " + range : "") : group.stage;
+      group.title = group.local ? (group.section === "last module" ? "last module" : "local module " + number) + (range ? ": " + range : "") : group.stage;
       const shut = group.rows.length > 1 && (state.closed.has(group.key) || (state.level === "stages" && !state.open.has(group.key)));
       if (shut) {
         group.cards = [{ id: "g:" + group.key, type: "group", name: group.title, rows: group.rows, group: group.key, open: false, nodes: [] }];
@@ -94,7 +94,7 @@
   /** Sizes a card, and lays out its operations where it is open. */
   function measure(card, state) {
     const quiet = card.type !== "group" && plain(card.rows[0]) && !state.uniform;
-    card.head = 30 + (quiet ? 0 : 17) + (state.costs ? 17 : 0);
+    card.head = 30 + (quiet ? 0 : 17) + 17;
     card.width = CARD;
     card.height = card.head;
     if (!card.open) return;
@@ -122,7 +122,7 @@
     for (const group of groups) {
       group.cards.forEach((card, i) => {
         const height = card.height + GAP + (i === 0 ? headOf(group) + 2 * PAD : 0);
-        if (card.rows[0].beside && i > 0 && units.length) units[units.length - 1].cards.push(card), (units[units.length - 1].height += height);
+        if (card.rows[0].attached_to && i > 0 && units.length) units[units.length - 1].cards.push(card), (units[units.length - 1].height += height);
         else units.push({ group, cards: [card], height, start: i === 0 });
       });
     }
@@ -155,29 +155,29 @@
   }
 
   /** The whole picture for one number of columns. */
-  function compose(frame, state, groups, count) {
+  function compose(phase, state, groups, count) {
     const home = new Map();
     for (const g of groups) for (const c of g.cards) for (const r of c.rows) home.set(r.name, c.id);
-    const stops = new Set(frame.frontier.map((e) => e.join("\n")));
+    const stops = new Set(phase.gradient_stops.map((e) => e.join("\n")));
     const wires = new Map();
-    for (const [a, b, kind] of frame.edges) {
+    for (const [a, b, kind] of phase.edges) {
       const from = home.get(a), to = home.get(b);
       if (from === undefined || to === undefined || from === to) continue;
       const key = from + "→" + to, old = wires.get(key), stop = stops.has(a + "\n" + b);
-      if (!old || (old.kind === "before" && kind !== "before") || stop) wires.set(key, { key, from, to, kind, stop: stop || !!(old && old.stop), a, b, tap: frame.tap === a });
-      else if (frame.tap === a) old.tap = true;
+      if (!old || (old.kind === "before" && kind !== "before") || stop) wires.set(key, { key, from, to, kind, stop: stop || !!(old && old.stop), a, b, features: phase.feature_input === a });
+      else if (phase.feature_input === a) old.features = true;
     }
-    const rowOf = new Map(frame.rows.map((r) => [r.name, r]));
-    const signs = new Set((state.signs || []).map((e) => home.get(e[0]) + "→" + home.get(e[1])));
+    const rowOf = new Map(phase.rows.map((r) => [r.name, r]));
+    const labelled = new Set((state.labelled || []).map((e) => home.get(e[0]) + "→" + home.get(e[1])));
     for (const w of wires.values()) {
-      w.room = signs.has(w.key);
-      w.side = rowOf.get(w.b).beside === w.a;
+      w.room = labelled.has(w.key);
+      w.attached = rowOf.get(w.b).attached_to === w.a;
       w.live = w.kind !== "before" && !w.stop && rowOf.get(w.a).backward && rowOf.get(w.b).backward;
     }
     const columns = columnsOf(groups, count);
     const cards = new Map(), boxes = [], routes = [], used = new Set();
     const first = groups[0] && groups[0].cards[0], lastGroup = groups[groups.length - 1];
-    const last = lastGroup && [...lastGroup.cards].reverse().find((c) => !c.rows[0].beside);
+    const last = lastGroup && [...lastGroup.cards].reverse().find((c) => !c.rows[0].attached_to);
     columns.forEach((parts, c) => {
       for (const part of parts) {
         const ids = new Set(part.cards.map((card) => card.id));
@@ -187,7 +187,7 @@
         for (const w of wires.values()) {
           if (!ids.has(w.from) || !ids.has(w.to)) continue;
           used.add(w.key);
-          inside.push({ ...w, weight: w.kind === "before" ? 1 : 4, label: w.stop || w.tap || w.room ? { width: 10, height: MARK } : null });
+          inside.push({ ...w, weight: w.kind === "before" ? 1 : 4, label: w.stop || w.features || w.room ? { width: 10, height: MARK } : null });
         }
         if (first && ids.has(first.id)) { nodes.push({ id: "input", width: 170, height: 26 }); inside.push({ key: "input", from: "input", to: first.id, kind: "both", weight: 4 }); }
         if (last && ids.has(last.id)) { nodes.push({ id: "output", width: 170, height: 26 }); inside.push({ key: "output", from: last.id, to: "output", kind: "both", live: rowOf.get(last.rows[0].name).backward, weight: 4 }); }
@@ -214,7 +214,7 @@
       routes.push({ ...w, ...between(cards.get(w.from), cards.get(w.to), boxes, cards) });
     }
     const height = Math.max(0, ...boxes.map((b) => b.y + b.height)), width = Math.max(0, ...boxes.map((b) => b.x + b.width));
-    return { width, height, cards, boxes, routes, arcs: arcsOf(frame, home, cards), columns: columns.length };
+    return { width, height, cards, boxes, routes, arcs: arcsOf(phase, home, cards), columns: columns.length };
   }
 
   /** An edge that leaves its group: straight down where nothing is in between, else through the gutter. */
@@ -238,9 +238,9 @@
   }
 
   /** From the blocks whose weights are used to the blocks that use them. */
-  function arcsOf(frame, home, cards) {
+  function arcsOf(phase, home, cards) {
     const arcs = new Map();
-    for (const r of frame.rows) {
+    for (const r of phase.rows) {
       for (const source of r.sources) {
         const a = cards.get(home.get(source)), b = cards.get(home.get(r.name));
         if (!a || !b || a === b) continue;
@@ -263,15 +263,15 @@
   const n = (value) => Math.round(value * 10) / 10;
 
   /** The picture that is largest in a window of `width` x `height`. On a narrow one: a single column. */
-  function arrange(frame, state, width, height) {
-    const groups = cardsOf(frame, state);
+  function arrange(phase, state, width, height) {
+    const groups = cardsOf(phase, state);
     for (const g of groups) for (const c of g.cards) measure(c, state);
     const count = groups.reduce((sum, g) => sum + g.cards.length, 0);
     let best = null;
     // While one opens and shuts things, columns stay: a picture that jumps is lost.
-    if (state.columns) return compose(frame, state, groups, state.columns);
+    if (state.columns) return compose(phase, state, groups, state.columns);
     for (let columns = 1; columns <= Math.min(8, Math.max(1, count)); columns += 1) {
-      const picture = compose(frame, state, groups, columns);
+      const picture = compose(phase, state, groups, columns);
       if (best && picture.columns <= best.columns) continue;
       const across = Math.min(1, width / (picture.width + 24));
       const scale = Math.min(across, height / (picture.height + 40));

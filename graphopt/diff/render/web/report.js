@@ -23,7 +23,7 @@
     ctx.restore();
   }
 
-  const palette = [["after", []], ["tap", [6, 4]], ["good", [2, 3]]];
+  const palette = [["after", []], ["features", [6, 4]], ["good", [2, 3]]];
 
   function draw() {
     for (const c of charts) c.destroy();

@@ -1,4 +1,4 @@
-// The picture as SVG text, piece by piece: the page keeps the pieces apart (so that only what changes moves), a file gets them joined.
+// The picture as SVG text, piece by piece: the page draws each on its own (so that only what changes moves), a file gets them joined.
 "use strict";
 (function (root) {
   const { arrange, plain, MONO } = root.graphoptLayout;
@@ -56,9 +56,9 @@
     return (p > 0 ? "+" : "−") + (Math.abs(p) >= 10 ? Math.abs(p).toFixed(0) : Math.abs(p).toFixed(1)) + " %";
   }
 
-  function sum(rows, key, side) {
+  function sum(rows, key, when) {
     let total = null;
-    for (const r of rows) if (r[side] && r[side][key] !== undefined) total = (total || 0) + r[side][key];
+    for (const r of rows) if (r[when] && r[when][key] !== undefined) total = (total || 0) + r[when][key];
     return total;
   }
 
@@ -68,8 +68,8 @@
   }
 
   function facts(row) {
-    const said = Object.entries(row.detail).map(([k, v]) => k + " " + v).join(", ");
-    return row.sources.length ? "from " + row.sources.join(", ") + (said ? " (" + said + ")" : "") : said;
+    const details = Object.entries(row.detail).map(([k, v]) => k + " " + v).join(", ");
+    return row.sources.length ? "from " + row.sources.join(", ") + (details ? " (" + details + ")" : "") : details;
   }
 
   function counted(rows) {
@@ -86,18 +86,18 @@
     return Object.keys(counts).sort((a, b) => counts[b] - counts[a])[0] || "kept";
   }
 
-  function glyphs(looks, row) {
-    return row.statuses.map((s) => (looks[s] || { glyph: "?" }).glyph).join("");
+  function glyphs(styles, row) {
+    return row.statuses.map((s) => styles[s].glyph).join("");
   }
 
   /** One card; its corner is the origin. */
-  function card(c, data, state, scale) {
-    const row = c.rows[0], status = mainOf(c), look = data.looks[status] || { glyph: "?" };
+  function card(c, data, phase, state, scale) {
+    const row = c.rows[0], status = mainOf(c), style = data.styles[status];
     const out = [], w = c.width, ghost = ["dropped", "bypassed", "removed"].includes(status);
     if (c.type !== "row") out.push(`<rect class="sheet" x="5" y="5" width="${w}" height="${c.height}" rx="8"/>`);
     out.push(`<rect class="card${ghost ? " ghost" : ""}" width="${w}" height="${n(c.height)}" rx="8"/>`);
     out.push(`<path class="flag" d="M8 0 H6 A6 6 0 0 0 0 6 V${n(c.height - 6)} A6 6 0 0 0 6 ${n(c.height)} H8 Z"/>`);
-    const sign = c.type === "group" ? look.glyph : glyphs(data.looks, row);
+    const sign = c.type === "group" ? style.glyph : glyphs(data.styles, row);
     out.push(`<text class="glyph" x="16" y="20">${esc(sign)}</text>`);
     const start = 20 + Math.max(1, Array.from(sign).length) * 13;
     const canOpen = c.type !== "row" || c.nodes.length > 0;
@@ -109,37 +109,35 @@
     let y = 30;
     const quiet = c.type !== "group" && plain(row) && !state.uniform;
     if (!quiet) {
-      const by = [...new Set(row.passes.map((i) => (data.passes[i] || { use: "?" }).use))].join(", ");
-      const said = c.type === "group" ? counted(c.rows) : words(row);
+      const by = [...new Set(row.passes.map((i) => phase.passes[i].name))].join(", ");
+      const about = c.type === "group" ? counted(c.rows) : words(row);
       // The arcs show where shared weights come from; the card has room for what they are mixed with.
-      const about = Object.entries(row.detail).map(([k, v]) => k + " " + v).join(", ");
-      const more = c.type === "group" ? "" : about || facts(row) || (by && !said.includes(by) ? "by " + by : "");
-      const text = fit(said, w - 26, 11.5, "bold");
-      const left = w - 32 - extent(said, 11.5, "bold"); // after it, too little room for words holds none
+      const details = Object.entries(row.detail).map(([k, v]) => k + " " + v).join(", ");
+      const more = c.type === "group" ? "" : details || facts(row) || (by && !about.includes(by) ? "by " + by : "");
+      const text = fit(about, w - 26, 11.5, "bold");
+      const left = w - 32 - extent(about, 11.5, "bold"); // after it, too little room for words holds none
       out.push(`<text class="status" x="16" y="${y + 7}">${esc(text)}${more && left > 30 ? `<tspan class="facts" dx="6">${esc(fit(more, left, 11.5, "plain"))}</tspan>` : ""}</text>`);
       y += 17;
     }
-    if (state.costs) {
-      const before = sum(c.rows, state.metric, "before"), after = sum(c.rows, state.metric, "after"), most = w - 122;
-      const length = (v) => n(Math.max(v ? 1.5 : 0, (most * (v || 0)) / scale));
-      out.push(`<rect class="bar before" x="16" y="${y + 1}" width="${length(before)}" height="4" rx="1.5"/><rect class="bar after" x="16" y="${y + 6.5}" width="${length(after)}" height="4" rx="1.5"/>`);
-      const added = before === null && !after && row.after && row.after.parameters;
-      const text = added ? amount("parameters", row.after.parameters) + " parameters" : before === null && after === null ? "" : before === null || after === null ? amount(state.metric, after === null ? before : after) : change(state.metric, before, after);
-      out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end">${esc(fit(text, 112, 10, "plain"))}</text>`);
-    }
-    if (c.open) out.push(operations(c, data));
+    const before = sum(c.rows, state.metric, "before"), after = sum(c.rows, state.metric, "after"), most = w - 122;
+    const length = (v) => n(Math.max(v ? 1.5 : 0, (most * (v || 0)) / scale));
+    out.push(`<rect class="bar before" x="16" y="${y + 1}" width="${length(before)}" height="4" rx="1.5"/><rect class="bar after" x="16" y="${y + 6.5}" width="${length(after)}" height="4" rx="1.5"/>`);
+    const added = before === null && !after && row.after && row.after.parameters;
+    const text = added ? amount("parameters", row.after.parameters) + " parameters" : before === null && after === null ? "" : before === null || after === null ? amount(state.metric, after === null ? before : after) : change(state.metric, before, after);
+    out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end">${esc(fit(text, 112, 10, "plain"))}</text>`);
+    if (c.open) out.push(operations(c, data, phase));
     return out.join("");
   }
 
   /** The operations of an open block. */
-  function operations(c, data) {
+  function operations(c, data, phase) {
     const dx = (c.width - c.inner.width) / 2, dy = c.head + 6, out = [];
     for (const e of c.inner.edges) out.push(`<path class="wire" d="${line(e.points.map((p) => ({ x: p.x + dx, y: p.y + dy })), 4)}"/>`);
     const nodes = new Map(c.nodes.map((x) => [x.name, x]));
     for (const b of c.inner.boxes) {
-      const node = nodes.get(b.id), p = c.inner.at[b.id], status = node.statuses[0], look = data.looks[status] || { glyph: "?" };
-      const title = `${node.name}: ${node.what}${node.path ? " at " + node.path : ""}${node.by ? ", by " + node.by : ""}`;
-      out.push(`<g class="op s-${esc(status)}" transform="translate(${n(p.x + dx)} ${n(p.y + dy)})"><title>${esc(title)}</title><rect width="${b.width}" height="${b.height}" rx="5"/><text class="sign" x="7" y="16">${esc(look.glyph)}</text><text class="what" x="22" y="16">${esc(b.label)}</text></g>`);
+      const node = nodes.get(b.id), p = c.inner.at[b.id], status = node.statuses[0], style = data.styles[status];
+      const title = `${node.name}: ${node.what}${node.path ? " at " + node.path : ""}${node.changed_by === null ? "" : ", by " + phase.passes[node.changed_by].name}`;
+      out.push(`<g class="op s-${esc(status)}" transform="translate(${n(p.x + dx)} ${n(p.y + dy)})"><title>${esc(title)}</title><rect width="${b.width}" height="${b.height}" rx="5"/><text class="sign" x="7" y="16">${esc(style.glyph)}</text><text class="what" x="22" y="16">${esc(b.label)}</text></g>`);
     }
     return out.join("");
   }
@@ -158,30 +156,30 @@
     return d + ` L${n(end.x)} ${n(end.y)}`;
   }
 
-  /** The sign across an edge: features kept here, the backward stops here. */
-  function mark(route, frame) {
-    const local = route.stop && frame.bands.some((b) => b.local && b.rows.includes(route.b) && !b.rows.includes(route.a));
+  /** The sign across an edge: features are cached here, the backward pass stops here. */
+  function mark(route, phase) {
+    const local = route.stop && phase.sections.some((b) => b.local && b.rows.includes(route.b) && !b.rows.includes(route.a));
     const long = route.how !== "across" && route.how !== "over";
-    const text = route.tap ? (long ? "features kept · training starts here" : "features kept here") : local ? "no gradient" : long ? "backward stops here" : "backward stops";
-    const icon = route.tap ? "▤ " : "⊣ ", width = n(extent(icon + text, 10.5, "bold") + 12);
+    const text = route.features ? (long ? "features cached · training starts here" : "features cached here") : local ? "no gradient" : long ? "backward stops here" : "backward stops";
+    const icon = route.features ? "▤ " : "⊣ ", width = n(extent(icon + text, 10.5, "bold") + 12);
     const middle = route.mark || route.points[Math.floor(route.points.length / 2)];
-    return { key: "mark:" + route.key, x: middle.x, y: middle.y, layer: "marks", cls: "mark" + (route.tap ? " tap" : ""), html: `<g${middle.turned ? ' transform="rotate(-90)"' : ""}><rect x="${n(-width / 2)}" y="-9" width="${width}" height="18" rx="9"/><text text-anchor="middle" y="3.8">${esc(icon + text)}</text></g>` };
+    return { key: "mark:" + route.key, x: middle.x, y: middle.y, layer: "marks", cls: "mark" + (route.features ? " features" : ""), html: `<g${middle.turned ? ' transform="rotate(-90)"' : ""}><rect x="${n(-width / 2)}" y="-9" width="${width}" height="18" rx="9"/><text text-anchor="middle" y="3.8">${esc(icon + text)}</text></g>` };
   }
 
   /** The scene: pieces in drawing order. A piece is {key, layer, x, y, cls, html} or {key, layer, d, cls}. */
-  function scene(data, frame, state, width, height) {
-    const picture = arrange(frame, state, width, height);
+  function scene(data, phase, state, width, height) {
+    const picture = arrange(phase, state, width, height);
     const pieces = [];
     if (!picture) return { width: 10, height: 10, pieces, order: [] };
     // One scale for all single cards; a folded or closed one is a sum, and may be longer: the scale knows them too.
     let scale = 1;
-    for (const c of picture.cards.values()) if (c.type !== "end") for (const side of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, side) || 0);
+    for (const c of picture.cards.values()) if (c.type !== "end") for (const when of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, when) || 0);
     for (const b of picture.boxes) {
       const single = b.group.rows.length === 1;
       pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20">${esc(fit(b.title, b.width - 30, 12, "bold"))}</text></g>`) });
     }
     for (const r of picture.routes) {
-      const cls = ["edge", r.kind === "before" ? "gone" : "", r.live ? "live" : "", r.side ? "side" : ""].join(" ").trim();
+      const cls = ["edge", r.kind === "before" ? "gone" : "", r.live ? "live" : "", r.attached ? "attached" : ""].join(" ").trim();
       pieces.push({ key: "edge:" + r.key, layer: "edges", cls, d: line(r.points, 9), arrow: true });
     }
     for (const a of picture.arcs) pieces.push({ key: a.key, layer: "arcs", cls: "arc", d: a.d, arrow: true });
@@ -195,9 +193,9 @@
       const status = mainOf(c), row = c.rows[0];
       order.push(c.id);
       const label = [c.name, c.type === "group" ? c.rows.length + " rows" : row.kind, c.type === "group" ? counted(c.rows) : words(row), facts(row)].filter(Boolean).join(", ");
-      pieces.push({ key: "card:" + c.id, id: c.id, layer: "cards", x: c.x, y: c.y, cls: `piece s-${status.replace(/[^a-z]/gi, "")}${plain(row) && c.type !== "group" ? " quiet" : ""}`, html: card(c, data, state, scale), label, rows: c.rows.map((r) => r.name), fold: c.fold, group: c.group, type: c.type, open: c.open, width: c.width, height: c.height });
+      pieces.push({ key: "card:" + c.id, id: c.id, layer: "cards", x: c.x, y: c.y, cls: `piece s-${status.replace(/[^a-z]/gi, "")}${plain(row) && c.type !== "group" ? " quiet" : ""}`, html: card(c, data, phase, state, scale), label, rows: c.rows.map((r) => r.name), fold: c.fold, group: c.group, type: c.type, open: c.open, width: c.width, height: c.height });
     }
-    for (const r of picture.routes) if (r.stop || r.tap) pieces.push(mark(r, frame));
+    for (const r of picture.routes) if (r.stop || r.features) pieces.push(mark(r, phase));
     return { width: picture.width, height: picture.height, columns: picture.columns, pieces, order };
   }
 
@@ -211,10 +209,10 @@
   const MARKERS = '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerUnits="userSpaceOnUse" markerWidth="10" markerHeight="10" orient="auto"><path class="tip" d="M0 0.5 L7.5 4 L0 7.5 Z"/></marker><marker id="arc" viewBox="0 0 8 8" refX="7" refY="4" markerUnits="userSpaceOnUse" markerWidth="10" markerHeight="10" orient="auto"><path class="arctip" d="M0 0.5 L7.5 4 L0 7.5 Z"/></marker></defs>';
 
   /** A whole picture as one SVG file, with a heading and a legend. */
-  function file(data, frame, options) {
-    const nodes = (row) => (typeof row.nodes === "number" ? data.pool[row.nodes] : row.nodes || []);
-    const state = { signs: [], open: new Set(), closed: new Set(), level: options.level || "folded", metric: options.metric || data.metric, costs: data.costs, uniform: false, nodes };
-    const width = options.width || 1200, s = scene(data, frame, state, width - 40, options.height || 760);
+  function file(data, phase, options) {
+    const nodes = (row) => data.pool[row.nodes];
+    const state = { labelled: [], open: new Set(), closed: new Set(), level: options.level || "folded", metric: options.metric || data.metric, uniform: false, nodes };
+    const width = options.width || 1200, s = scene(data, phase, state, width - 40, options.height || 760);
     const left = 20, over = s.pieces.some((p) => p.d && p.d.includes("-14")) ? 16 : 0;
     const out = [], full = Math.max(s.width + 2 * left, 680);
     let y = 34;
@@ -222,11 +220,11 @@
     y += 20;
     out.push(`<text class="sub" x="${left}" y="${y}">${esc(fit(data.subtitle, full - 40, 12, "plain"))}</text>`);
     y += 12;
-    const tiles = data.costs && frame.totals && data.before ? data.tiles.filter((k) => k in data.before && k in frame.totals) : [];
+    const tiles = phase.totals && data.before ? data.tiles.filter((k) => k in data.before && k in phase.totals) : [];
     if (tiles.length) {
       const each = Math.min(210, (full - 2 * left - 10 * (tiles.length - 1)) / tiles.length);
       tiles.forEach((k, i) => {
-        const b = data.before[k], a = frame.totals[k];
+        const b = data.before[k], a = phase.totals[k];
         out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17">${esc(fit(data.figures[k], each - 16, 11, "plain"))}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51">${esc(fit(change(k, b, a), each - 16, 10.5, "plain"))}</text></g>`);
       });
       y += 76;
@@ -236,17 +234,15 @@
     out.push(`<g transform="translate(${left} ${y})">${body}</g>`);
     y += s.height + 26;
     let x = left;
-    for (const [status, count] of Object.entries(frame.counts)) {
+    for (const [status, count] of Object.entries(phase.counts)) {
       const label = status + " " + count, wide = extent(label, 11.5, "plain") + 34;
       if (x + wide > full - left) { x = left; y += 20; }
-      out.push(`<g class="s-${esc(status)}" transform="translate(${n(x)} ${y})"><text class="glyph" x="0" y="0">${esc((data.looks[status] || { glyph: "?" }).glyph)}</text><text class="legend" x="17" y="0">${esc(label)}</text></g>`);
+      out.push(`<g class="s-${esc(status)}" transform="translate(${n(x)} ${y})"><text class="glyph" x="0" y="0">${esc(data.styles[status].glyph)}</text><text class="legend" x="17" y="0">${esc(label)}</text></g>`);
       x += wide;
     }
-    if (data.costs) {
-      const label = "bars: " + data.figures[state.metric] + ", before (pale) and after";
-      if (x + label.length * 6.2 > full - left) { x = left; y += 20; }
-      out.push(`<text class="legend pale" x="${n(x)}" y="${y}">${esc(label)}</text>`);
-    }
+    const label = "bars: " + data.figures[state.metric] + ", before (pale) and after";
+    if (x + label.length * 6.2 > full - left) { x = left; y += 20; }
+    out.push(`<text class="legend pale" x="${n(x)}" y="${y}">${esc(label)}</text>`);
     const total = y + 18;
     return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${n(full)} ${n(total)}" width="${n(full)}" height="${n(total)}" class="graphopt" role="img"><title>${esc(data.title)}</title><style>/*STYLE*/</style><rect class="ground" width="100%" height="100%"/>${MARKERS}${out.join("")}</svg>\n`;
   }

@@ -1,0 +1,321 @@
+"""Cuts by memory: which parts of a chain give the lowest predicted peak of a training step.
+
+The cut candidates of a graph make it a chain of pieces. One run of the graph on fake tensors, forward and backward piece by piece, gives
+for each piece what it saves for its backward and how much memory its own intermediate results take. The peak of a part made of any run of
+pieces follows by addition, and a dynamic programme over the chain minimises the peak of a step over all sets of cuts, so the answer is
+exact for the prediction. There are two ways to run a step in parts: each part's backward right after its forward (local supervision), or
+each part run again in the backward pass (checkpointing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from graphopt.cost.attribution import Attribution
+from graphopt.cost.ledger import Kind, Ledger
+from graphopt.errors import CostError, PassError
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations
+from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
+from graphopt.ir.regions import Region
+from graphopt.ir.shapes import fake_copy
+
+#: samples that the pieces are measured with; bytes are for so many samples
+BATCH = 8
+#: with no number of parts given: the fewest whose peak is within this factor of the best of up to MOST_PARTS
+GOOD_ENOUGH = 1.10
+MOST_PARTS = 16
+
+#: bytes; `table[i, j]` is the peak of a part made of the pieces from i to j
+Table = NDArray[np.float64]
+Storage = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one piece of the chain costs, in bytes for `BATCH` samples.
+
+    Attributes:
+        saved: held between its forward and its backward, its input and output excluded.
+        forward: the highest that its forward reaches above what was there before; its output counts, its input does not.
+        backward: the highest that its backward reaches, its input and output excluded.
+        saved_ends: storages among its input and output that its backward needs, as number -> bytes.
+        input, output: the storage's number and bytes; the same one where the piece only gives a view of its input.
+        has_parameters: whether it has any.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+    saved_ends: dict[int, int] = field(repr=False)
+    input: Storage
+    output: Storage
+    has_parameters: bool
+
+
+def pieces_of(graph: Graph) -> list[Piece]:
+    """The pieces between all cut candidates of a graph, measured once."""
+    return graph.cached(_pieces_of)
+
+
+def _pieces_of(graph: Graph) -> list[Piece]:
+    return measure(graph, cut_candidates(graph))
+
+
+def measure(graph: Graph, candidates: Sequence[CutCandidate], batch: int = BATCH) -> list[Piece]:
+    """The pieces between the candidates, in order; one more than there are candidates.
+
+    Raises:
+        CostError: the backbone's Python looks at tensor values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    module = fake_copy(graph.module, mode)
+    module.train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    ledger = Ledger(Attribution())
+    with mode:
+        x = torch.empty(batch, *graph.input)
+        ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
+        ledger.set_kind((x,), Kind.INPUT)
+        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in activations(graph)})
+        try:
+            with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
+                run.start(x)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise CostError(
+                f"the backbone's Python looks at tensor values, which a forecast does not have: {error}",
+                fix="Compute shapes and branches from sizes, not from values, or divide the backbone by blocks",
+            ) from error
+        ledger.close()
+    return run.pieces([*(c.has_parameters for c in candidates), True])
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Where a piece's forward and backward begin and end among the ledger's events, and numbers of storages."""
+
+    begin: int
+    turn: int
+    end: int
+    input: int
+    outputs: list[int]
+    saved: set[int]
+
+
+class _PieceByPiece(fx.Interpreter):
+    """Runs the graph; at each cut it runs the piece's backward and goes on from a detached activation."""
+
+    def __init__(self, module: fx.GraphModule, ledger: Ledger, ends: set[str], active: set[str]) -> None:
+        super().__init__(module)
+        self.ledger, self.ends, self.active = ledger, ends, active
+        self.records: list[_Record] = []
+        self.pending: fx.Node | None = None
+
+    def start(self, x: Tensor) -> None:
+        self.entry, self.begin = x, len(self.ledger.events)
+        self.run(x)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.pending is not None:
+            node, self.pending = self.pending, None
+            self._close(self.env[node])
+            self.entry = self.env[node] = self.env[node].detach().requires_grad_()
+            # Only now is everything of the piece before gone, its input too.
+            self.begin = len(self.ledger.events)
+        if n.op == "output":
+            return self._close(fx.node.map_arg(n.args[0], self.env.__getitem__))
+        value = super().run_node(n)
+        if n.name not in self.active and isinstance(value, Tensor) and value.requires_grad and n.op != "get_attr":
+            value = value.detach().requires_grad_()
+        if n.name in self.ends:
+            self.pending = n
+        return value
+
+    def _close(self, value: Any) -> None:
+        ledger = self.ledger
+        outputs = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+        turn = len(ledger.events)
+        numbers = [ledger.index(t) for t in outputs]
+        saved = {number for keeper, number, _ in ledger.saved if keeper() is not None and ledger.kinds[number] != Kind.PARAMETER}
+        ledger.saved.clear()
+        trained = [t for t in outputs if t.requires_grad]
+        if trained:
+            _Seed.apply(*trained).backward()
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                ledger.set_kind((parameter.grad,), Kind.GRADIENT)
+                parameter.grad = None
+        self.records.append(_Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved))
+
+    def pieces(self, have_parameters: Iterable[bool]) -> list[Piece]:
+        live = np.concatenate([[0], self.ledger.live((Kind.ACTIVATION, Kind.INPUT))])
+        sizes = self.ledger.sizes
+        found = []
+        for record, has_parameters in zip(self.records, have_parameters, strict=True):
+            before, level = int(live[record.begin]), int(live[record.turn])
+            # The output is held while the backward runs, here as in the part that it ends.
+            output = sum(sizes[n] for n in set(record.outputs) - {record.input})
+            found.append(
+                Piece(
+                    saved=max(0, level - before - output),
+                    forward=int(live[record.begin : record.turn + 1].max()) - before,
+                    backward=max(0, int(live[record.turn : record.end + 1].max()) - before - output),
+                    saved_ends={n: sizes[n] for n in {*record.outputs, record.input} & record.saved},
+                    input=(record.input, sizes[record.input]),
+                    output=(record.outputs[0], sizes[record.outputs[0]]),
+                    has_parameters=has_parameters,
+                )
+            )
+        return found
+
+
+class _Seed(torch.autograd.Function):
+    """Sends a gradient of each input's shape into it, which nothing but autograd holds, as in a longer chain."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.kinds = [(i.shape, i.stride(), i.dtype) for i in inputs]
+        return inputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in ctx.kinds)
+
+
+# -- peaks of parts ---------------------------------------------------------------------------------------------------------
+def peaks(pieces: Sequence[Piece], always: int, auxiliary: Callable[[int, int], float] | None = None) -> Table:
+    """The predicted peak of every part: its forward, then its backward. Infinite where it has no parameters.
+
+    Args:
+        always: bytes that are live throughout but in the first part, whose input they are (the images).
+        auxiliary: what an auxiliary part after piece j adds at its highest, in a part that starts at piece i (the last has none).
+    """
+    n = len(pieces)
+    table = np.full((n, n), math.inf)
+    for i in range(n):
+        own, size = pieces[i].input
+        base = size + (always if i else 0)
+        held: dict[int, int] = {}
+        saved, forward, backward, has_parameters = 0, 0, 0, False
+        for j, piece in enumerate(pieces[i:], start=i):
+            has_parameters |= piece.has_parameters
+            forward = max(forward, saved + sum(held.values()) + _if_new(piece.input, held, own) + piece.forward)
+            held |= {number: b for number, b in piece.saved_ends.items() if number != own}
+            backward = max(backward, saved + sum(held.values()) + piece.backward)
+            saved += piece.saved
+            output = _if_new(piece.output, held, own)
+            if has_parameters:
+                table[i, j] = base + max(forward, backward + output)
+                if auxiliary is not None and j < n - 1:
+                    table[i, j] = max(table[i, j], base + saved + sum(held.values()) + output + auxiliary(i, j))
+    return table
+
+
+def _if_new(storage: Storage, held: dict[int, int], own: int) -> int:
+    """Bytes of a storage that is neither held already nor the part's own input."""
+    number, size = storage
+    return 0 if number in held or number == own else size
+
+
+# -- the best cuts ----------------------------------------------------------------------------------------------------------
+def best(table: Table, parts: int) -> tuple[float, tuple[int, ...]]:
+    """The lowest peak of a step in which each part goes forward and backward before the next one starts.
+
+    Returns:
+        The peak, infinite where there is no way; and the last piece of each part but the last. Of all ways with that peak, the most even.
+    """
+    lowest, ends = _programme(table, parts, lambda before, own, _: max(before, own))
+    if math.isinf(lowest):
+        return lowest, ends
+    even = np.where(table <= lowest, (table / lowest) ** 2, math.inf)
+    return lowest, _programme(even, parts, lambda before, own, _: before + own)[1]
+
+
+def best_recomputed(pieces: Sequence[Piece], parts: int) -> tuple[float, tuple[int, ...]]:
+    """The lowest peak of a step in which each part runs again in the backward pass. Returns the same as `best`.
+
+    When a part runs again, the inputs of all parts before it are live. So the programme goes over the chain from its end: a part adds its
+    input to whatever comes after it.
+    """
+    inputs = [p.input[1] for p in reversed(pieces)]
+    table = peaks([replace(p, has_parameters=True) for p in pieces], 0)[::-1, ::-1].T
+    peak, ends = _programme(table, parts, lambda after, own, first: max(after + inputs[first], own))
+    return peak, tuple(len(pieces) - 2 - e for e in reversed(ends))
+
+
+def _programme(table: Table, parts: int, join: Callable[[float, float, int], float]) -> tuple[float, tuple[int, ...]]:
+    """The lowest cost of dividing the chain, and where each part but the last ends.
+
+    Args:
+        join: the cost up to a part, the part's own, and its last piece -> the cost with the part.
+    """
+    n = len(table)
+    cost = [float(table[0, j]) for j in range(n)]
+    back: list[list[int]] = []
+    for _ in range(1, parts):
+        choice = [-1] * n
+        after = [math.inf] * n
+        for j in range(n):
+            for i in range(1, j + 1):
+                value = join(cost[i - 1], float(table[i, j]), j)
+                if value < after[j]:
+                    after[j], choice[j] = value, i - 1
+        back.append(choice)
+        cost = after
+    if math.isinf(cost[-1]):
+        return math.inf, ()
+    ends, j = [], n - 1
+    for choice in reversed(back):
+        j = choice[j]
+        ends.append(j)
+    return cost[-1], tuple(reversed(ends))
+
+
+def by_memory(candidates: Sequence[CutCandidate], table: Table, parts: int | None) -> tuple[CutCandidate, ...]:
+    """The cuts with the lowest predicted peak; without a number, as many as bring it within 10 % of the best of up to 16 parts.
+
+    Args:
+        table: `peaks` of the pieces between the candidates.
+
+    Raises:
+        PassError: there are too few candidates.
+    """
+    require_parts(candidates, parts or 2)
+    if parts is None:
+        tried = [best(table, k) for k in range(2, min(MOST_PARTS, most_parts(candidates)) + 1)]
+        lowest = min(peak for peak, _ in tried)
+        ends = next(ends for peak, ends in tried if peak <= GOOD_ENOUGH * lowest)
+    else:
+        ends = best(table, parts)[1]
+    if not ends:
+        raise PassError("no such cuts give each part parameters and an auxiliary part that fits", fix="Ask for fewer parts")
+    return tuple(candidates[e] for e in ends)
+
+
+def recomputed_by_memory(graph: Graph, blocks: Sequence[Region], parts: int) -> tuple[str, ...]:
+    """Names of the blocks that end all parts but the last, for the lowest predicted peak of a step that runs each part again.
+
+    Parts end at blocks that end at cut candidates. What lies before the first block, and after the last, is in none of them.
+
+    Raises:
+        PassError: there are too few such blocks.
+    """
+    at = {c.node: c for c in cut_candidates(graph)}
+    names = {b.exits[0]: b.name for b in blocks if len(b.exits) == 1 and b.exits[0] in at}
+    start = [n for n in blocks[0].entries if n in at]
+    pieces = measure(graph, [at[n] for n in (*start, *names)])
+    inside = pieces[len(start) : len(start) + len(names) + (blocks[-1].exits[0] not in names)]
+    if parts > len(inside):
+        raise PassError(f"only {len(inside)} segments can end at a cut point", fix=f"Use at most {len(inside)} segments")
+    return tuple(list(names.values())[e] for e in best_recomputed(inside, parts)[1])

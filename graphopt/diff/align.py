@@ -1,0 +1,156 @@
+"""Two views aligned row by row, on the backbone's own paths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphopt.diff.model import ModelView, Row, as_json
+from graphopt.diff.status import ADDED, DIFFERS, KEPT, REMOVED, ranked
+
+FORMAT = "graphopt.diff/2"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Equal neighbours shown as one: `layer3.2-5 ×4`."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return group_name([r.name for r in self.rows])
+
+
+@dataclass(frozen=True)
+class Diff:
+    """How one model differs from another.
+
+    Attributes:
+        before, after: the two models. rows: of both, in execution order; costs of a row are its `before` and `after`.
+        edges: (from, to, "both" | "before" | "after"). same_backbone: whether rows of one name are one and the same.
+    """
+
+    before: ModelView
+    after: ModelView
+    rows: tuple[Row, ...]
+    edges: tuple[tuple[str, str, str], ...]
+    same_backbone: bool
+    notes: tuple[str, ...] = ()
+
+    def groups(self) -> tuple[RowGroup, ...]:
+        """The rows with equal neighbours as one. Two rows stay apart where the gradient stops between them."""
+        stops = {*self.after.gradient_stops, *self.before.gradient_stops}
+        found: list[list[Row]] = []
+        for row in self.rows:
+            last = found[-1][-1] if found else None
+            if last and last.group_key() == row.group_key() and not row.attached_to and (last.name, row.name) not in stops:
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return tuple(RowGroup(tuple(rows)) for rows in found)
+
+    def counts(self) -> dict[str, int]:
+        """How many rows have each main status, most important first, "kept" last."""
+        found = Counter(row.status for row in self.rows)
+        return {s: found[s] for s in (*ranked(found), KEPT) if found[s]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the same input gives the same bytes."""
+        return {
+            "format": FORMAT,
+            "before": _heading(self.before),
+            "after": _heading(self.after),
+            "same_backbone": self.same_backbone,
+            "notes": list(self.notes),
+            "groups": [{"name": g.name, "rows": [r.name for r in g.rows]} for g in self.groups()],
+            "rows": [{**as_json(r), "status": r.status, "changed": r.changed} for r in self.rows],
+            **self.flow(),
+        }
+
+    def flow(self) -> dict[str, Any]:
+        """What connects the rows, JSON-ready, with the passes and the numbers of statuses."""
+        return {
+            "counts": self.counts(),
+            "edges": as_json(self.edges),
+            "gradient_stops": as_json(self.after.gradient_stops),
+            "sections": as_json(self.after.sections),
+            "passes": as_json(self.after.passes),
+            "feature_input": self.after.feature_input,
+        }
+
+
+def align(before: ModelView, after: ModelView) -> Diff:
+    """The diff of two models, whether of one backbone or of two.
+
+    Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, a row is
+    kept where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" where it is in one only.
+    """
+    same = before.backbone == after.backbone
+    old, new = {r.name: r for r in before.rows}, {r.name: r for r in after.rows}
+    rows = tuple(_aligned(old.get(name), new.get(name), same) for name in _merged(list(old), list(new)))
+    kinds = {e: "both" if e in after.edges else "before" for e in before.edges} | {e: "after" for e in after.edges if e not in before.edges}
+    edges = tuple((a, b, kind) for (a, b), kind in kinds.items())
+    return Diff(before, after, rows, edges, same, () if same else (_note(before, after, rows),))
+
+
+def _aligned(old: Row | None, new: Row | None, same_backbone: bool) -> Row:
+    if new is None:
+        assert old is not None
+        nodes = tuple(replace(n, changed_by=None) for n in old.nodes)
+        return replace(old, was=old.statuses, statuses=(REMOVED,), passes=(), nodes=nodes, before=old.after, after=None, backward=False)
+    if old is None:
+        return replace(new, was=(), statuses=new.statuses if same_backbone else ranked({*new.statuses, ADDED}), before=None)
+    statuses = new.statuses if same_backbone or _is_same(old, new) else ranked({*new.statuses, DIFFERS})
+    return replace(new, was=old.statuses, statuses=statuses, before=old.after)
+
+
+def _is_same(one: Row, other: Row) -> bool:
+    def identity(row: Row) -> tuple[Any, ...]:
+        inside = [(n.op, n.what, n.parameters) for n in row.nodes if n.changed_by is None]
+        return (row.kind, row.input_shape, row.output_shape, inside)
+
+    return identity(one) == identity(other)
+
+
+def _note(before: ModelView, after: ModelView, rows: Sequence[Row]) -> str:
+    old, new = {r.name for r in before.rows}, {r.name for r in after.rows}
+    differing = sum(DIFFERS in r.statuses for r in rows)
+    return (
+        f"two backbones, {before.backbone} and {after.backbone}: {len(old & new) - differing} rows are the same in both, "
+        f"{differing} differ under one name, {len(old - new)} are only in the first, {len(new - old)} only in the second"
+    )
+
+
+def _merged(old: list[str], new: list[str]) -> list[str]:
+    """Names of both in one order: that of `new`, and what only `old` has before the next name that both have."""
+    found: list[str] = []
+    position = 0
+    for name in new:
+        if name in old:
+            until = old.index(name)
+            found += [n for n in old[position:until] if n not in new]
+            position = max(position, until + 1)
+        found.append(name)
+    return found + [n for n in old if n not in new and n not in found]
+
+
+def group_name(names: Sequence[str]) -> str:
+    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5."""
+    if len(names) == 1:
+        return names[0]
+    if len({n.rpartition(".")[0] for n in names}) > 1:
+        return f"{names[0]} … {names[-1]} ×{len(names)}"
+    parent, dot, first = names[0].rpartition(".")
+    last = names[-1].rpartition(".")[2]
+    start, end = first.partition("-")[0], last.rpartition("-")[2]
+    if not (start.isdigit() and end.isdigit()):
+        start, end = first, last
+    return f"{parent}{dot}{start}-{end} ×{len(names)}"
+
+
+def _heading(view: ModelView) -> dict[str, Any]:
+    return {name: as_json(getattr(view, name)) for name in ("title", "backbone", "digest", "batch", "spec", "epoch", "totals")}

@@ -1,0 +1,165 @@
+"""The data behind every rendering: rows (blocks), their operations, what connects them, and what a training step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from graphopt.diff.status import KEPT
+
+Shape = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One operation.
+
+    Attributes:
+        name: unique in its graph, equal in all phases. what: the module's class or the function's name.
+        path, call: its origin. shape: of its output; "N" is the batch. None where it is no tensor.
+        inputs: names of the nodes it reads. changed_by: number (from 0) of the last pass that inserted or changed it.
+    """
+
+    name: str
+    op: str
+    what: str
+    path: str
+    call: int
+    shape: Shape | None
+    inputs: tuple[str, ...]
+    statuses: tuple[str, ...] = (KEPT,)
+    changed_by: int | None = None
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block, or what lies before, between and after blocks; or a module that a pass inserted.
+
+    Attributes:
+        name: unique: "layer3.2", "stem", "head". paths: the module paths it is made of.
+        kind: class name. stage: what it is grouped under.
+        statuses: most important first. was: those of the same row in the other view.
+        passes: numbers (from 0) of the passes that changed it. messages: their diagnostics about it.
+        sources: rows whose parameters it uses. detail: short facts ("a": 0.5).
+        section: name of the local module (a part with a loss of its own) it is in. attached_to: of an inserted row, the row it reads.
+        backward: whether the backward pass of a training step goes through it.
+        input_shape, output_shape: of its activations.
+        before, after: figures of one training step; None where they are not known.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    kind: str
+    stage: str
+    statuses: tuple[str, ...] = (KEPT,)
+    was: tuple[str, ...] = (KEPT,)
+    passes: tuple[int, ...] = ()
+    messages: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    section: str | None = None
+    attached_to: str | None = None
+    backward: bool = True
+    input_shape: Shape | None = None
+    output_shape: Shape | None = None
+    before: Mapping[str, int] | None = None
+    after: Mapping[str, int] | None = None
+    nodes: tuple[NodeRow, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """The main status."""
+        return self.statuses[0]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the row has other statuses than in the other view."""
+        return self.statuses != self.was
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to report: as in the backbone, in both views."""
+        return self.statuses == (KEPT,) and not self.changed
+
+    def group_key(self) -> tuple[Any, ...]:
+        """What two neighbours must have in common to be shown as one. Costs and parameter names are summed, not compared."""
+        # Operations without parameters may differ where nothing happened to them: Swin shifts the windows of every other block.
+        inside = tuple((n.op, n.what, n.statuses, n.parameters) for n in self.nodes if n.parameters or n.statuses != (KEPT,))
+        sizes = (self.before or {}).get("parameters"), (self.after or {}).get("parameters")
+        messages = tuple(m.replace(self.name, "*") for m in self.messages)
+        facts = (self.statuses, self.was, self.passes, messages, self.sources, tuple(self.detail.items()), self.section, self.attached_to)
+        return (self.kind, self.stage, facts, self.backward, self.output_shape, sizes, inside)
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """One pass as it stands in the spec: its number (from 0), name, line and table, and whether it has fired."""
+
+    index: int
+    name: str
+    line: int | None
+    text: str
+    active: bool
+    regions: tuple[str, ...]
+    diagnostics: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """`freeze (pass 1, line 7)`."""
+        return f"{self.name} (pass {self.index + 1}{f', line {self.line}' if self.line else ''})"
+
+
+@dataclass(frozen=True)
+class SectionBox:
+    """Rows that run as one unit.
+
+    Attributes:
+        local: whether the unit is a local module, with a loss and a backward pass of its own.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    local: bool
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One of the two models that are compared: a backbone, or a plan in one of its phases.
+
+    Attributes:
+        title: human-readable. spec: the file it came from, if any. totals: figures of one training step.
+        edges: (from, to) pairs of row names over which activations flow. gradient_stops: those over which no gradient comes back.
+        feature_input: the row whose cached output is the input of training.
+    """
+
+    title: str
+    backbone: str
+    digest: str
+    batch: int
+    spec: str | None
+    rows: tuple[Row, ...]
+    edges: tuple[tuple[str, str], ...]
+    gradient_stops: tuple[tuple[str, str], ...]
+    sections: tuple[SectionBox, ...]
+    passes: tuple[PassInfo, ...]
+    totals: Mapping[str, int] | None
+    feature_input: str | None = None
+    epoch: int | None = None
+
+    def __getitem__(self, name: str) -> Row:
+        return next(r for r in self.rows if r.name == name)
+
+
+def as_json(value: Any) -> Any:
+    """JSON-ready values, in a fixed order."""
+    if isinstance(value, (Row, NodeRow, PassInfo, SectionBox)):
+        return {k: as_json(v) for k, v in asdict(value).items()}
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6)
+    return value if isinstance(value, (str, int, bool)) or value is None else str(value)

@@ -1,0 +1,191 @@
+"""A backbone as it is, or a plan in one of its phases, as rows: put together from what passes declared and the editor recorded."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch.fx import Node
+
+from graphopt.compiler.pass_base import Status
+from graphopt.compiler.plan import Plan
+from graphopt.cost.figures import Cost
+from graphopt.diff.flow import Edge, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
+from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox
+from graphopt.diff.nodes import describe
+from graphopt.diff.record import Records, RowRecord
+from graphopt.diff.status import ranked
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import activations, parameters_read, trainable
+from graphopt.spec import dumps_pass
+
+#: name of the box around what follows the last local module, and trains with the network's own loss
+LAST_MODULE = "last module"
+
+
+def backbone_view(plan: Plan, title: str | None = None) -> ModelView:
+    """The untouched backbone of a plan."""
+    return _ViewBuilder(plan, plan.base, plan.report.before).build(title or _backbone_name(plan), None)
+
+
+def plan_view(plan: Plan, title: str | None = None, epoch: int | None = None) -> ModelView:
+    """A plan in its phase."""
+    return _ViewBuilder(plan, plan.graph, plan.report.after).build(title or plan.name or _backbone_name(plan), epoch)
+
+
+class _ViewBuilder:
+    def __init__(self, plan: Plan, graph: Graph, cost: Cost | None) -> None:
+        self.plan, self.base, self.graph, self.cost = plan, plan.base, graph, cost
+        self.rewritten = graph is not plan.base
+        self.records = Records(plan, graph)
+
+    def build(self, title: str, epoch: int | None) -> ModelView:
+        plan = self.plan
+        sections, section_of = self._sections()
+        before_cut, feature_input = self._before_cut()
+        for row in self.records.rows:
+            if not row.statuses and row.edited:
+                row.statuses.add(Status.REWIRED)
+        rows = self._rows(section_of, before_cut)
+        edges, stops = self._edges(rows, section_of)
+        return ModelView(
+            title=title,
+            backbone=f"{_backbone_name(plan)} {'×'.join(map(str, self.base.input))}",
+            digest=plan.digest,
+            batch=plan.batch,
+            spec=getattr(plan.spec, "file", None) if self.rewritten else None,
+            rows=tuple(_after_their_rows(rows)),
+            edges=edges,
+            gradient_stops=stops,
+            sections=sections,
+            passes=tuple(_pass_infos(plan)) if self.rewritten else (),
+            totals=totals(self.cost),
+            feature_input=feature_input,
+            epoch=epoch,
+        )
+
+    # -- sections, and where training starts --------------------------------------------------------------------------------
+    def _sections(self) -> tuple[tuple[SectionBox, ...], dict[str, str]]:
+        """The sections as boxes around rows, and for each row in a local module the name of that."""
+        boxes: list[SectionBox] = []
+        section_of: dict[str, str] = {}
+        active = activations(self.graph)
+        for section in self.graph.sections:
+            inside = Counter(row.name for n in section.nodes if n in active and (row := self.records.of(n)))
+            rows = [r for r in self.records.rows if inside[r.name] and 2 * inside[r.name] >= sum(n in active for n in r.nodes)]
+            names = tuple(r.name for r in rows)
+            if names:
+                boxes.append(SectionBox(section.name, names, section.target))
+            if rows and section.target:
+                section_of |= dict.fromkeys(names, section.name)
+                rows[-1].statuses.add(Status.ISOLATED)
+                rows[-1].passes.add(section.author.index)
+        if section_of:
+            others = tuple(r.name for r in self.records.rows if r.name not in section_of and r.nodes)
+            boxes.append(SectionBox(LAST_MODULE, others, True))
+            section_of |= dict.fromkeys(others, LAST_MODULE)
+        section_of |= {r.name: section_of[r.attached_to] for r in self.records.rows if r.attached_to in section_of}
+        return tuple(boxes), section_of
+
+    def _before_cut(self) -> tuple[set[str], str | None]:
+        """Names of the rows that have left the training graph, and of the one whose output is cached."""
+        cut = self.plan.needs.features if self.rewritten else None
+        if cut is None:
+            return set(), None
+        order, last = self.graph.order, self.records.of(cut.node)
+        gone = [r for r in self.records.rows if r is last or (r.nodes and order[r.nodes[-1]] <= order[cut.node])]
+        passes = {index for index, effects, _ in self.records.done if effects.needs.features is cut}
+        for row in gone:
+            row.statuses.add(Status.DROPPED)
+            row.passes |= passes
+        return {r.name for r in gone}, None if last is None else last.name
+
+    def _edges(self, rows: Sequence[Row], section_of: dict[str, str]) -> tuple[tuple[Edge, ...], tuple[Edge, ...]]:
+        """The edges, and those of them over which no gradient comes back although it reaches their end."""
+
+        def name_of(node: Node) -> str | None:
+            row = self.records.of(node)
+            return None if row is None else row.name
+
+        edges = edges_between_rows(self.graph, name_of)
+        live = {r.name for r in rows if r.backward}
+        stops = tuple((a, b) for a, b in edges if b in live and (a not in live or section_of.get(a) != section_of.get(b)))
+        attached = ((r.attached_to, r.name) for r in self.records.rows if r.attached_to is not None)
+        return tuple(dict.fromkeys((*edges, *attached))), stops
+
+    # -- the result ---------------------------------------------------------------------------------------------------------
+    def _rows(self, section_of: dict[str, str], before_cut: set[str]) -> list[Row]:
+        locations = [r.location for r in self.records.rows]
+        base_rows = self.records.map.rows
+        before = figures(self.plan.report.before, base_rows, self.base, [r.original for r in self.records.rows[: len(base_rows)]])
+        after = figures(self.cost, locations, self.graph, [r.nodes for r in self.records.rows])
+        reached = reached_by_backward(self.graph)
+        found = []
+        for row in self.records.rows:
+            graph, nodes = (self.graph, row.nodes) if row.nodes else (self.base, row.original)
+            hidden = {Status.FROZEN} if row.statuses & {Status.DROPPED, Status.BYPASSED} else set()  # what is out does not train anyway
+            found.append(
+                Row(
+                    name=row.name,
+                    paths=row.location.paths,
+                    kind=row.location.kind,
+                    stage=row.location.stage,
+                    statuses=ranked(row.statuses - hidden),
+                    passes=tuple(sorted(row.passes)),
+                    messages=tuple(row.messages),
+                    sources=tuple(row.sources),
+                    detail=dict(sorted(row.detail.items())),
+                    section=section_of.get(row.name),
+                    attached_to=row.attached_to,
+                    backward=row.name not in before_cut and (Status.INSERTED in row.statuses or not reached.isdisjoint(row.nodes)),
+                    input_shape=input_shape(graph, nodes),
+                    output_shape=output_shape(graph, nodes),
+                    before=before.get(row.name),
+                    after=after[row.name],
+                    nodes=tuple(self._node_rows(row)),
+                )
+            )
+        return found
+
+    def _node_rows(self, row: RowRecord) -> Iterator[NodeRow]:
+        """The row's operations, and after them those that are gone."""
+        for node in row.nodes:
+            yield describe(self.graph, node, self._node_statuses(node, row.edited))
+        for node in row.original:
+            if node.name in self.records.erased:
+                yield describe(self.base, node, (Status.BYPASSED,))
+
+    def _node_statuses(self, node: Node, edited: bool) -> tuple[str, ...]:
+        """What became of a node. That it reads another node now counts in an edited row only: else another row's edit is the cause."""
+        records = self.records
+        if node.name in records.inserted:
+            return (Status.INSERTED,)
+        statuses = set()
+        if node.name in records.changed or (edited and node.name in records.redirected):
+            statuses.add(Status.REWIRED)
+        if any(name in records.frozen for name, _ in parameters_read(self.graph.module, node)) and not trainable(self.graph, node):
+            statuses.add(Status.FROZEN)
+        return ranked(statuses)
+
+
+def _after_their_rows(rows: Iterable[Row]) -> Iterator[Row]:
+    """Inserted rows come right after the row they are attached to."""
+    attached: dict[str | None, list[Row]] = defaultdict(list)
+    for row in rows:
+        attached[row.attached_to].append(row)
+    for row in attached[None]:
+        yield row
+        yield from attached[row.name]
+
+
+def _pass_infos(plan: Plan) -> Iterator[PassInfo]:
+    for report in plan.report.passes:
+        value, index = report.instance.value, report.instance.index
+        text = dumps_pass(value.table()).strip()
+        diagnostics = tuple(map(str, report.diagnostics))
+        yield PassInfo(index, value.name, report.instance.line, text, report.active, report.regions, diagnostics)
+
+
+def _backbone_name(plan: Plan) -> str:
+    spec = getattr(plan.spec, "backbone", None)
+    return f"{spec.source} {spec.name}" if spec is not None else type(plan.backbone).__name__

@@ -1,0 +1,226 @@
+"""`nn.Module` -> `Graph`: one graph that serves train and eval mode, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
+
+from graphopt.errors import TraceError
+from graphopt.ir.graph import Graph, Opaque, Origin
+from graphopt.ir.module import TrainingModule, skeleton
+from graphopt.ir.paths import owner
+from graphopt.ir.section import BACKBONE, Section
+from graphopt.ir.shapes import propagate_shapes
+from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.tracing.checkpointing import noting_checkpoints
+from graphopt.tracing.equivalence import compare_modes, same
+from graphopt.tracing.modes import Difference, merge_modes
+from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
+
+__all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
+
+#: stop tracing after this many opaque modules: too little of the model would be visible to the passes
+MOST_OPAQUE = 64
+
+
+def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
+    """Traces a backbone. The graph shares its parameters; the backbone itself is left as it was.
+
+    Args:
+        backbone: takes one tensor (N, *input).
+        input: shape of one sample, e.g. (3, 224, 224).
+        compare: run backbone and graph on random input in both modes, and require bit-equal outputs (not for weights on the meta device).
+
+    Raises:
+        TraceError: the forward of the backbone itself (not of a part of it) cannot be traced, or cannot take such an input.
+    """
+    lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    was_training = {m: m.training for m in backbone.modules()}
+    opaque: list[Opaque] = []
+    meta = cache(lambda: meta_copy(backbone))
+    try:
+        while True:
+            try:
+                graph = _trace_once(backbone, tuple(input), meta, opaque)
+                if compare and not any(p.is_meta for p in backbone.parameters()):
+                    differing = compare_modes(backbone, graph)
+                    if differing is not None:
+                        raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
+                break
+            except _Untraceable as found:
+                _make_opaque(found.path, found.reason, opaque)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    modes = {path: m.training for path, m in backbone.named_modules()}
+    for path, module in graph.module.named_modules():
+        module.training = modes.get(path, backbone.training)
+    return graph
+
+
+class _Untraceable(Exception):
+    """A module that has to stay whole, with the reason."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+
+class _Traced(NamedTuple):
+    """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
+
+    graph: fx.Graph
+    constants: dict[str, torch.Tensor]
+    segments: list[tuple[fx.Node, ...]]
+
+
+def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Sequence[Opaque]) -> Graph:
+    train, eval_ = (_trace_mode(backbone, training, Tracer(input, meta, (o.path for o in opaque))) for training in (True, False))
+    if not same(train.constants, eval_.constants):
+        raise _Untraceable("", "its constants depend on the mode")
+    try:
+        switches = merge_modes(train.graph, eval_.graph, _scope_of)
+    except Difference as difference:
+        raise _Untraceable(difference.path, "its structure depends on the mode") from None
+    nodes = train.graph.nodes
+    module = TrainingModule(_root_for(backbone, train.graph, switches, train.constants), train.graph, type(backbone).__name__)
+    for node in nodes:
+        node.meta["origin"] = _origin_of(node)
+        node.meta.pop("nn_module_stack", None)
+    module.recompile()
+    propagate_shapes(module, input)
+    used = {n.target for n in nodes if n.op == "get_attr"}
+    called = tuple(f"{n.target}." for n in nodes if n.op == "call_module")
+    reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
+    unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
+    types = {path: type(m).__name__ for path, m in backbone.named_modules()}
+    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+    alive = set(nodes)
+    for number, segment in enumerate(train.segments):
+        if members := tuple(n for n in segment if n in alive):
+            graph.sections.append(Section(f"backbone_checkpoint_{number}", members, Checkpointed, BACKBONE))
+    return graph
+
+
+def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> _Traced:
+    own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
+    backbone.train(training)
+    with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda: tracer.graph) as segments:
+        error: Exception | None = None
+        try:
+            graph = tracer.trace(backbone)
+        except TraceError:
+            raise
+        except Exception as caught:
+            error = caught
+        changed = reassigned()
+        if changed:
+            raise _Untraceable(changed[0], "its forward assigns to its own buffers or parameters") from error
+        if error is not None:
+            raise _Untraceable(tracer.failed or "", f"cannot be traced: {_reason(error)}") from error
+        return _Traced(graph, constants_of(backbone, graph, own), segments)
+
+
+@contextmanager
+def _restored(backbone: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Whatever tracing leaves on modules is taken off again: constants, and what forwards assign to `self`.
+
+    Gives a function that lists the paths of modules whose buffers or parameters have been assigned to.
+    """
+    python = ((path, m) for path, m in backbone.named_modules() if not isinstance(m, torch.jit.ScriptModule))
+    before = [(path, m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for path, m in python]
+    containers = [(value, copy.copy(value)) for _, _, own, _, _ in before for value in own.values() if type(value) in (dict, list)]
+
+    def reassigned() -> list[str]:
+        changed = (
+            path
+            for path, module, _, buffers, parameters in before
+            if any(module._buffers.get(name) is not value for name, value in buffers.items())
+            or any(module._parameters.get(name) is not value for name, value in parameters.items())
+        )
+        return list(changed)
+
+    try:
+        yield reassigned
+    finally:
+        for container, value in containers:
+            container.clear()
+            container.update(value) if isinstance(value, dict) else container.extend(value)
+        for _, module, own, buffers, parameters in before:
+            training = module.training
+            module.__dict__.clear()
+            module.__dict__.update(own, training=training)
+            for current, former in ((module._buffers, buffers), (module._parameters, parameters)):
+                current.clear()
+                current.update(former)
+
+
+def _make_opaque(path: str, reason: str, opaque: list[Opaque]) -> None:
+    """Adds a module to the opaque ones; its container, if it is one of them already."""
+    while path and any(o.path == path for o in opaque):
+        path = path.rpartition(".")[0]
+    if not path:
+        raise TraceError(
+            f"the backbone's own forward: {reason}",
+            fix="Move the part of forward() that depends on values or on the mode into a module of its own: that one can stay whole",
+        )
+    opaque[:] = [o for o in opaque if not o.path.startswith(f"{path}.")]
+    opaque.append(Opaque(path, reason))
+    if len(opaque) > MOST_OPAQUE:
+        raise TraceError(f"more than {MOST_OPAQUE} modules cannot be traced, the last is {path!r}: {reason}")
+
+
+def _scope_of(node: fx.Node) -> str:
+    """Path of the module whose forward made the node."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    if node.op == "call_module":
+        stack = stack[:-1]
+    return stack[-1] if stack else ""
+
+
+def _origin_of(node: fx.Node) -> Origin:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return Origin("", 0)
+    key, (path, _) = list(stack.items())[-1]
+    call = key.rpartition("@")[2] if "@" in key else "0"
+    return Origin(path, int(call) if call.isdigit() else 0)
+
+
+def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
+    """A root for the graph: what the backbone registers, plus modules that depend on the mode and constants, without state-dict keys."""
+    root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
+    if any(target.startswith("by_mode.") for target in switches):
+        root.add_module("by_mode", nn.Module())
+    for target, switch in switches.items():
+        root.get_submodule(owner(target)).add_module(target.rpartition(".")[2], switch)
+    for name, value in constants.items():
+        root.register_buffer(name, value, persistent=False)
+    return root
+
+
+def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The layers into which timm groups the parameters of this model (`group_matcher`), in order; empty if it does not."""
+    matcher = getattr(backbone, "group_matcher", None)
+    if not callable(matcher):
+        return ()
+    from timm.models import group_parameters
+
+    try:
+        groups = group_parameters(backbone, matcher(coarse=False))
+    except Exception:  # the matcher does not fit its own model: blocks are found by structure instead
+        return ()
+    return tuple(tuple(names) for _, names in sorted(groups.items()))
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,59 @@
+"""Activation checkpointing that a backbone does itself: what it covers is noted while tracing, so that it is kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.fx import Node
+
+#: options of `torch.utils.checkpoint.checkpoint` that are not for the function it calls
+_OPTIONS = set(inspect.signature(inspect.unwrap(torch.utils.checkpoint.checkpoint)).parameters) - {"function", "args", "kwargs"}
+
+
+@contextmanager
+def noting_checkpoints(backbone: nn.Module, graph: Callable[[], fx.Graph]) -> Iterator[list[tuple[Node, ...]]]:
+    """Inside, `torch.utils.checkpoint.checkpoint` calls its function plainly, and the nodes that it made become an entry of the list.
+
+    Args:
+        backbone: the function is replaced where the forwards of its modules look for it.
+        graph: the graph that is being traced.
+    """
+    original = torch.utils.checkpoint.checkpoint
+    segments: list[tuple[Node, ...]] = []
+
+    def plain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        last = next(iter(reversed(graph().nodes)), None)
+        result = function(*args, **{key: value for key, value in kwargs.items() if key not in _OPTIONS})
+        made: list[Node] = []
+        for node in reversed(graph().nodes):
+            if node is last:
+                break
+            made.append(node)
+        segments.append(tuple(reversed(made)))
+        return result
+
+    replaced = [(names, name) for names in _namespaces(backbone) for name, value in names.items() if value is original]
+    for names, name in replaced:
+        names[name] = plain
+    try:
+        yield segments
+    finally:
+        for names, name in replaced:
+            names[name] = original
+
+
+def _namespaces(backbone: nn.Module) -> list[dict[str, Any]]:
+    """Where the forwards of a backbone's modules, and timm's helpers, look names up."""
+    found = {id(names): names for names in (vars(torch.utils.checkpoint),)}
+    for module in backbone.modules():
+        for cls in type(module).__mro__:
+            for function in vars(cls).values():
+                names = getattr(inspect.unwrap(function), "__globals__", None) if callable(function) else None
+                if names is not None and str(names.get("__name__", "")).partition(".")[0] != "torch":
+                    found[id(names)] = names
+    return list(found.values())

@@ -1,0 +1,96 @@
+"""Compares a graph with its backbone: both run on the same random input, in both modes, under one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphopt.ir.graph import Graph
+from graphopt.ir.regions import region_of
+
+
+def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[str, str] | None:
+    """The innermost module whose traced form computes something else, and in which mode; None if all outputs are bit-equal."""
+    generator = torch.Generator().manual_seed(0)
+    reference = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+    x = torch.rand(batch, *graph.input, generator=generator)
+    if reference is not None:
+        x = x.to(device=reference.device, dtype=reference.dtype)
+    for mode, training in (("train", True), ("eval", False)):
+        backbone.train(training)
+        graph.module.train(training)
+        expected = _run(backbone, backbone, x)
+        found = _run(graph.module, backbone, x)
+        if not same(expected, found):
+            return _first_difference(backbone, graph, x), mode
+    return None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal in structure, and in every bit of every tensor (NaN equals NaN)."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+@contextmanager
+def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Runs a block under a seed of its own and puts buffers (running statistics) and generators back afterwards."""
+    holders = [(m._buffers, dict(m._buffers)) for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    values = [(b, b.detach().clone()) for b in module.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for buffers, former in holders:
+                buffers.update(former)  # a forward may have put other tensors there
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+def _run(run: Callable[[torch.Tensor], Any], holder: nn.Module, x: torch.Tensor) -> Any:
+    """The output of `run`, and the buffers of `holder` after it."""
+    with untouched(holder):
+        out = run(x.clone())
+        return out, [b.clone() for b in holder.buffers()]
+
+
+def _first_difference(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> str:
+    """Path of the first module to complete whose first call gives another output in the graph."""
+    outputs: dict[str, Any] = {}
+    handles = []
+    for path, module in backbone.named_modules():
+
+        def record(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> None:
+            outputs.setdefault(path, output.clone() if isinstance(output, torch.Tensor) else output)
+
+        handles.append(module.register_forward_hook(record))
+    with untouched(backbone):
+        backbone(x.clone())
+    for handle in handles:
+        handle.remove()
+    values: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            values[n] = value.clone() if isinstance(value, torch.Tensor) else value
+            return value
+
+    with untouched(backbone):
+        Recorder(graph.module, garbage_collect_values=False).run(x.clone())
+    for path, output in outputs.items():
+        region = region_of(graph, (path,))
+        comparable = path and len(region.exits) == 1 and not any(n.meta["origin"].call for n in region.nodes)
+        if comparable and not same(values[region.exits[0]], output):
+            return path
+    return ""

@@ -1,0 +1,114 @@
+"""One graph for both modes: what `self.training` decided while tracing becomes a module that decides while running.
+
+A backbone is traced in train mode and in eval mode. Nodes of the two graphs that differ only in constants (`F.dropout(training=True)`,
+`dropout_p=0.1`) become a `ByMode` module. If the structure differs, the smallest module that contains the difference has to stay opaque.
+There is one exception: where the eval graph is a part of the train graph (the auxiliary heads of GoogLeNet), only the output depends on
+the mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from graphopt.runtime.by_mode import ByMode, OutputByMode, Slot
+
+
+class Difference(Exception):
+    """The two graphs differ in structure inside module `path`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -> dict[str, ByMode | OutputByMode]:
+    """Rewrites `train` in place so that it serves eval mode too; returns the modules that it now calls, by target.
+
+    Args:
+        train, eval: the graphs of one backbone in each mode.
+        scope_of: path of the module whose forward made a node (for the call of a leaf: path of its parent).
+
+    Raises:
+        Difference: with the path of the smallest module whose structure depends on the mode.
+    """
+    train_node_of = _matched(train, eval, scope_of)
+    new: dict[str, ByMode | OutputByMode] = {}
+    for number, (eval_node, node) in enumerate(train_node_of.items()):
+        in_train = (node.args, node.kwargs)
+        in_eval = fx.node.map_arg((eval_node.args, eval_node.kwargs), train_node_of.__getitem__)
+        if _equal(in_train, in_eval):
+            continue
+        if node.op == "output":
+            _switch_output(train, node, in_eval[0][0])
+            new["output_by_mode"] = OutputByMode()
+        elif node.op in ("call_function", "call_method"):
+            target, inputs = f"by_mode.{number}", list[Node]()
+            new[target] = ByMode(node.target, _template(in_train, inputs), _template(in_eval, inputs))
+            node.op, node.target, node.args, node.kwargs = "call_module", target, tuple(inputs), {}
+        else:
+            raise Difference(scope_of(node))
+    return new
+
+
+def _matched(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -> dict[Node, Node]:
+    """Eval node -> train node, in execution order. Train nodes that compute only what eval mode does not need are skipped."""
+    matched: dict[Node, Node] = {}
+    train_nodes = list(train.nodes)
+    position = 0
+    for node in eval.nodes:
+        # What is left of the train graph before its output (auxiliary heads) feeds nothing that eval mode computes.
+        found = len(train_nodes) - 1 if node.op == "output" else position
+        while found < len(train_nodes) and not _is_same_call(train_nodes[found], node, matched):
+            found += 1
+        if found == len(train_nodes):
+            raise Difference(scope_of(train_nodes[position]))
+        matched[node] = train_nodes[found]
+        position = found + 1
+    return matched
+
+
+def _is_same_call(train_node: Node, eval_node: Node, matched: dict[Node, Node]) -> bool:
+    """Whether two nodes are the same operation on the same values; their constants may differ."""
+    if train_node.op != eval_node.op:
+        return False
+    if train_node.op == "output":
+        return True
+    return train_node.target == eval_node.target and train_node.all_input_nodes == [matched.get(i) for i in eval_node.all_input_nodes]
+
+
+def _switch_output(graph: fx.Graph, output: Node, value_in_eval: Any) -> None:
+    with graph.inserting_before(output):
+        switch = graph.call_module("output_by_mode", (output.args[0], value_in_eval))
+    switch.meta = dict(value_in_eval.meta) if isinstance(value_in_eval, Node) else {}
+    output.args = (switch,)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two nested arguments are equal in structure, types and values (NaN equals NaN)."""
+    (leaves_a, structure_a), (leaves_b, structure_b) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    return structure_a == structure_b and all(map(_equal_leaves, leaves_a, leaves_b))
+
+
+def _equal_leaves(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    # The values of tensors are not compared: two of them count as different constants.
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b or (a != a and b != b))
+
+
+def _template(arguments: Any, inputs: list[Node]) -> Any:
+    """`arguments` with a `Slot` for each node; nodes that `inputs` lacks are added to it."""
+
+    def slot(value: Any) -> Any:
+        if not isinstance(value, Node):
+            return value
+        if value not in inputs:
+            inputs.append(value)
+        return Slot(inputs.index(value))
+
+    return fx.node.map_aggregate(arguments, slot)

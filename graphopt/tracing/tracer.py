@@ -1,0 +1,296 @@
+"""`nn.Module` -> flat `fx.Graph`, with the shapes of everything known while Python runs.
+
+Every proxy knows the value that its node has on the meta device. What is a Python number then, and does not depend on the batch, is given
+to the backbone's code as that number; so asserts on shapes, padding, loops over sizes, unpacking and `isinstance(x, Tensor)` trace as they
+run. Sizes that depend on the batch stay nodes, and so the batch stays free.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from timm.layers._fx import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.fx import Node
+from torchvision.ops import StochasticDepth, misc
+
+from graphopt.errors import TraceError
+
+#: torchvision's own leaves: modules whose forward branches on data or on the mode.
+_TORCHVISION_LEAVES = (StochasticDepth, misc.FrozenBatchNorm2d)
+#: containers of torch.nn that only call their children, so that blocks can be found inside
+_TRACED_CONTAINERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
+#: layers whose output has the shape and dtype of their input: nothing needs to run to know it
+_FORWARDS_THAT_KEEP_SHAPE = {
+    layer.forward
+    for layer in (
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.Dropout, nn.Dropout2d),
+        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
+    )
+}
+#: samples in the values that proxies carry; a size that is a multiple of this prime depends on the batch
+_BATCH = 1009
+_UNKNOWN = object()
+#: methods and functions that ask a tensor for a number: what they give is looked at at once, everything else when it is needed
+_QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size"})
+_ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_quantized", "itemsize", "names"})
+_QUERY_FUNCTIONS: tuple[Any, ...] = (torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor)
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows its value on the meta device, where there is one."""
+
+    tracer: Tracer
+
+    @property
+    def value(self) -> Any:
+        """What the node gives on the meta device; `_UNKNOWN` where that takes real ones."""
+        return self.tracer.value_of(self.node)
+
+    @property  # type: ignore[misc]  # read-only, so that isinstance(x, Tensor) is true in a backbone's forward
+    def __class__(self) -> Any:
+        return Tensor if isinstance(self.value, Tensor) else type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        if isinstance(value, Tensor):
+            if name == "shape":
+                return self.tracer.shape_of(self, value)
+            if name in _ATTRIBUTES:
+                return getattr(value, name)
+        if name in ("_is_param", "_is_buffer"):
+            return False
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        value = self.value
+        if isinstance(value, (tuple, list, dict)):
+            return len(value)
+        if isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]):
+            return value.shape[0]
+        return super().__len__()
+
+
+class Shape(tuple[Any, ...]):
+    """A tensor's shape while tracing: numbers, and nodes where a size depends on the batch."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Shape(found) if isinstance(index, slice) else found
+
+    def numel(self) -> Any:
+        """The number of elements."""
+        total: Any = 1
+        for size in self:
+            total = total * size
+        return total
+
+
+class Tracer(fx.Tracer):
+    """Traces through containers and stops at leaves.
+
+    A leaf is a `torch.nn` layer, a module that timm or torchvision registers as one, a childless module whose own forward asks
+    for `self.training` (it must stay a module to follow the mode), or a path that the caller calls opaque.
+
+    Args:
+        input: shape of one sample.
+        meta: gives a copy of the backbone on the meta device, to find shapes with.
+        opaque: module paths to keep whole because they cannot be traced, or differ by mode.
+    """
+
+    def __init__(self, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
+        functions = tuple(f for f in get_notrace_functions() if callable(f))
+        super().__init__(autowrap_modules=(math,), autowrap_functions=(*functions, *_einops_functions()))
+        self.proxy_buffer_attributes = True
+        self.input, self.opaque = input, frozenset(opaque)
+        self._registered = (*get_notrace_modules(), *_TORCHVISION_LEAVES, torch.jit.ScriptModule)
+        self._meta = meta
+        #: while a node is evaluated, nothing is recorded
+        self._evaluating = False
+        #: what each node gives on the meta device
+        self.values: dict[Node, Any] = {}
+        #: path of the innermost module whose forward raised, after a failed trace.
+        self.failed: str | None = None
+
+    # -- what is traced -----------------------------------------------------------------------------------------------------
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque or isinstance(m, self._registered):
+            return True
+        if type(m) in _TRACED_CONTAINERS:
+            return False
+        return super().is_leaf_module(m, module_qualified_name) or _asks_for_mode(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The image is the one input; all other arguments of the root's forward keep their defaults."""
+        required = required_arguments(self.root)
+        if required != 1:
+            raise TraceError(
+                f"the backbone's forward takes {required} required inputs",
+                where=type(self.root).__name__,
+                fix="graphopt compiles backbones with one image input: wrap yours so that forward(x) is enough",
+            )
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self.failed = None
+        graph = super().trace(root, concrete_args)
+        for node in reversed(list(graph.nodes)):
+            if node.op == "call_method" and node.target == "size" and not node.users:
+                graph.erase_node(node)
+        return graph
+
+    # -- values -------------------------------------------------------------------------------------------------------------
+    def proxy(self, node: Node) -> fx.Proxy:
+        return ValueProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        # A proxy claims to be a Tensor: it must not be taken for a constant.
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        node = proxy.node
+        if not (kind == "call_method" and target in _QUERIES) and not (kind == "call_function" and target in _QUERY_FUNCTIONS):
+            return proxy
+        value = self.value_of(node)
+        if isinstance(value, torch.Size):
+            source = node.all_input_nodes[0]
+            self.graph.erase_node(node)
+            return self.shape_of(self.proxy(source), self.value_of(source))
+        if isinstance(value, (bool, int, tuple)) and not _depends_on_batch(value):
+            self.graph.erase_node(node)
+            return value
+        return proxy
+
+    def shape_of(self, proxy: fx.Proxy, value: Tensor) -> Shape:
+        """The shape of a tensor: numbers, and nodes where a size depends on the batch."""
+        sizes = enumerate(value.shape)
+        return Shape(self.create_proxy("call_method", "size", (proxy, i), {}) if _depends_on_batch(s) else s for i, s in sizes)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        value = self.value_of(obj.node)
+        if isinstance(value, (tuple, list)):
+            return (obj[i] for i in range(len(value)))
+        if isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]):
+            return (obj[i] for i in range(value.shape[0]))
+        return super().iter(obj)
+
+    def value_of(self, node: Node) -> Any:
+        """What a node gives on the meta device; `_UNKNOWN` where that takes real ones. Evaluates what leads to it, each node once."""
+        stack = [] if node in self.values else [node]
+        while stack:
+            missing = [i for i in stack[-1].all_input_nodes if i not in self.values]
+            if missing:
+                stack += missing
+            else:
+                done = stack.pop()
+                self.values[done] = self._evaluate(done)
+        return self.values[node]
+
+    def _evaluate(self, node: Node) -> Any:
+        if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
+            return _UNKNOWN
+        self._evaluating = True
+        try:
+            with torch.device("meta"), torch.no_grad():
+                return self._run(node, *self._fake_arguments(node))
+        except Exception:  # not to be known without values; if the node is at fault, running it on the real shapes will say so
+            return _UNKNOWN
+        finally:
+            self._evaluating = False
+
+    def _fake_arguments(self, node: Node) -> Any:
+        def fake(argument: Any) -> Any:
+            if isinstance(argument, Node):
+                return self.values[argument]
+            return list(argument) if isinstance(argument, list) else argument
+
+        return fx.node.map_aggregate((node.args, node.kwargs), fake)
+
+    def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "placeholder":
+            floating = next((p for p in self.root.parameters() if p.is_floating_point()), None)
+            return torch.empty(_BATCH, *self.input, dtype=None if floating is None else floating.dtype)
+        if node.op == "call_module":
+            module = self._meta().get_submodule(str(node.target))
+            return args[0] if type(module).forward in _FORWARDS_THAT_KEEP_SHAPE else module(*args, **kwargs)
+        if node.op == "get_attr":
+            value: Any = self.root
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            return value.to("meta") if isinstance(value, Tensor) else value
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        function: Any = node.target
+        return function(*args, **kwargs)
+
+
+def meta_copy(root: nn.Module) -> nn.Module:
+    """A deep copy without memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*root.parameters(), *root.buffers()):
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(root, memo)
+
+
+def _depends_on_batch(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_depends_on_batch, value))
+    return type(value) is int and value != 0 and value % _BATCH == 0
+
+
+def _einops_functions() -> tuple[Callable[..., Any], ...]:
+    """Those of einops, which look into their argument's type: they become calls. Empty where nobody has imported it."""
+    einops = sys.modules.get("einops")
+    names = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack")
+    return tuple(f for name in names if callable(f := getattr(einops, name, None)))
+
+
+def required_arguments(module: nn.Module) -> int:
+    """How many arguments the forward of a module cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = sum(p.default is inspect.Parameter.empty and p.kind in kinds for p in parameters)
+    takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return required or int(takes_any or any(p.kind in kinds for p in parameters))
+
+
+def _asks_for_mode(module: nn.Module) -> bool:
+    """Whether a childless module's own forward reads `self.training` (DropPath, a user's noise layer)."""
+    if next(module.children(), None) is not None:
+        return False
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def constants_of(root: nn.Module, graph: fx.Graph, own: set[str]) -> dict[str, torch.Tensor]:
+    """Tensors that tracing had to park on `root` (`_tensor_constant0`), by name; `own` are the names it had before."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and "." not in node.target and node.target not in own:
+            value = getattr(root, node.target)
+            if isinstance(value, torch.Tensor):
+                found[node.target] = value
+    return found

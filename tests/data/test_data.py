@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from graphopt import RunError
+from graphopt.data.loader import Batch, ImageFeed, Mixer, Rank, open_data, stratified
+from graphopt.spec import AugmentSpec, DataSpec
+from tests.data import formats
+
+LIVELY = AugmentSpec(crop="resized", hflip=0.5, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", erase=0.3)
+
+
+def opened(shape: tuple[int, ...] = (3, 8, 8), **changes: Any):  # type: ignore[no-untyped-def]
+    return open_data(DataSpec(**changes), shape, seed=0)
+
+
+def feed(data: Any, batch: int = 32, **changes: Any) -> ImageFeed:
+    return ImageFeed(data.train, batch, seed=0, **changes)
+
+
+# -- digits -----------------------------------------------------------------------------------------------------------------
+def test_digits_are_real_split_and_stratified() -> None:
+    data = opened((1, 8, 8))
+    assert (len(data.train), len(data.evaluation), data.classes) == (1442, 355, 10)
+    images = torch.cat([b.input for b in ImageFeed(data.train, 100, shuffle=False).batches(0)])
+    assert images.mean().abs() < 0.05
+    assert (images.std() - 1).abs() < 0.05
+    for samples in (data.train, data.evaluation):
+        counts = Counter(samples.images[i][1] for i in range(len(samples)))
+        assert max(counts.values()) - min(counts.values()) <= len(samples) * 0.02
+    seen = {image.tobytes() for image, _ in (data.train.images[i] for i in range(len(data.train)))}
+    # The set itself has a few identical drawings; beyond those nothing is in both halves.
+    assert sum(data.evaluation.images[i][0].tobytes() in seen for i in range(len(data.evaluation))) <= 2
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 40, 24), (3, 224, 224)])
+def test_images_come_in_the_shape_the_backbone_takes(shape: tuple[int, ...]) -> None:
+    for augment in (AugmentSpec(), AugmentSpec(crop="pad", hflip=0.5), LIVELY):
+        data = opened(shape, augment=augment, train_limit=4, eval_limit=4)
+        for samples in (data.train, data.evaluation):
+            _, image, _ = samples[(0, 1)]
+            assert tuple(image.shape) == shape
+            assert image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 8), (3,), (64, 8, 8)])
+def test_shapes_that_images_do_not_have(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RunError, match=r"backbone\.input: images are"):
+        opened(shape)
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
+    data = opened((3, 16, 16), crop_pct=0.875)
+    data.evaluation.images, data.evaluation.chosen = data.train.images, data.train.chosen
+    assert data.train.deterministic
+    assert torch.equal(data.train[(0, 5)][1], data.evaluation[(3, 5)][1])
+
+
+def test_the_spec_overrides_the_statistics() -> None:
+    plain = opened((3, 8, 8), mean=(0.0,), std=(1.0,)).train[(0, 0)][1]
+    assert 0 <= plain.min() < plain.max() <= 1
+    with pytest.raises(RunError, match=r"data\.mean: 2 values for 3 channels"):
+        opened((3, 8, 8), mean=(0.0, 0.0))
+
+
+# -- order and chance -------------------------------------------------------------------------------------------------------
+def everything(batches: Any) -> Batch:
+    parts = list(batches)
+    return Batch(*(torch.cat([getattr(b, name) for b in parts]) for name in Batch._fields))
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
+    data = opened(augment=LIVELY, train_limit=64)
+    one, again = everything(feed(data).batches(1)), everything(feed(data).batches(1))
+    other, reseeded = everything(feed(data).batches(2)), everything(ImageFeed(data.train, 32, seed=1).batches(1))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one.sample, other.sample)
+    assert not torch.equal(one.sample, reseeded.sample)
+    assert torch.equal(one.sample.sort().values, torch.arange(64))
+
+
+def test_from_the_middle_on_it_is_the_same_epoch() -> None:
+    data = opened(augment=LIVELY, train_limit=160)
+    whole, rest = list(feed(data).batches(3)), list(feed(data).batches(3, start=2))
+    assert len(rest) == len(whole) - 2 == 3
+    assert torch.equal(rest[0].input, whole[2].input)
+
+
+def test_loader_processes_change_nothing() -> None:
+    data = opened(augment=LIVELY, train_limit=64)
+    alone, helped = everything(feed(data).batches(0)), everything(feed(data, workers=2).batches(0))
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_augmentation_varies_by_epoch_and_leaves_the_models_chance_alone() -> None:
+    data = opened(augment=LIVELY, train_limit=64)
+    assert not data.train.deterministic
+    assert not torch.equal(data.train[(0, 3)][1], data.train[(1, 3)][1])
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    list(feed(data).batches(0))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1], states[2]) == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+def test_every_sample_is_evaluated_once_in_order() -> None:
+    data = opened(eval_limit=70)
+    seen = everything(ImageFeed(data.evaluation, 32, shuffle=False).batches(0))
+    assert torch.equal(seen.sample, torch.arange(70))
+
+
+def test_ranks_share_an_epoch_without_overlap() -> None:
+    data = opened(train_limit=70)
+    parts = [everything(feed(data, batch=8, rank=Rank(rank, 2)).batches(0)).sample for rank in (0, 1)]
+    assert len(parts[0]) == len(parts[1]) == 32
+    assert not set(parts[0].tolist()) & set(parts[1].tolist())
+
+
+def test_batches_fill_whole_steps() -> None:
+    data = opened(train_limit=70)
+    assert len(feed(data, batch=8, accumulate=3)) == 6
+    with pytest.raises(RunError, match="one training step takes 100 images, the training set has 70"):
+        feed(data, batch=50, accumulate=2)
+
+
+def test_limits_keep_the_classes_in_proportion() -> None:
+    targets = [0] * 60 + [1] * 30 + [2] * 10
+    chosen = stratified(targets, 20)
+    assert Counter(targets[i] for i in chosen) == {0: 12, 1: 6, 2: 2}
+    assert chosen == stratified(targets, 20) == sorted(set(chosen))
+    assert set(chosen) <= set(stratified(targets, 40))
+    assert stratified(targets, None) == stratified(targets, 1000) == list(range(100))
+
+
+def test_the_strongest_policies_run_on_todays_pillow() -> None:
+    for policy in ("rand-m10-inc1", "rand-m10", "augmix-m10", "v0", "original"):
+        data = opened(augment=AugmentSpec(auto_augment=policy), train_limit=200)
+        assert torch.isfinite(everything(feed(data, batch=200).batches(0)).input).all()
+
+
+# -- mixup ------------------------------------------------------------------------------------------------------------------
+def test_mixup_makes_soft_targets_from_epoch_and_batch() -> None:
+    mixer = Mixer.of(AugmentSpec(mixup=0.5, cutmix=1.0), 10, 0.1, seed=0)
+    assert mixer is not None
+    batch = next(iter(feed(opened(train_limit=64)).batches(0)))
+    before = batch.input.clone()
+    one, again, other = mixer(batch, 0, 1), mixer(batch, 0, 1), mixer(batch, 1, 1)
+    assert one.target.shape == (32, 10)
+    assert torch.allclose(one.target.sum(1), torch.ones(32), atol=1e-5)
+    assert torch.equal(one.input, again.input)
+    assert not torch.equal(one.input, other.input)
+    assert torch.equal(batch.input, before)
+    with pytest.raises(RunError, match="mixup pairs images, the batch has 3"):
+        mixer(Batch(batch.sample[:3], batch.input[:3], batch.target[:3]), 0, 0)
+
+
+def test_no_mixup_no_mixer() -> None:
+    assert Mixer.of(AugmentSpec(), 10, 0.1, seed=0) is None
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------
+Maker = Callable[[Path, pytest.MonkeyPatch], None]
+FORMATS: dict[str, tuple[Maker, int, tuple[int, int], Callable[[Any], tuple[Any, int]]]] = {
+    "cifar10": (formats.cifar, 10, (100, 20), lambda root: datasets.CIFAR10(root)[3]),
+    "cifar100": (lambda r, m: formats.cifar(r, m, hundred=True, count=100), 100, (100, 100), lambda root: datasets.CIFAR100(root)[3]),
+    "mnist": (lambda r, m: formats.idx(r, "MNIST"), 10, (20, 20), lambda root: datasets.MNIST(root)[3]),
+    "fashion_mnist": (lambda r, m: formats.idx(r, "FashionMNIST"), 10, (20, 20), lambda root: datasets.FashionMNIST(root)[3]),
+    "kmnist": (lambda r, m: formats.idx(r, "KMNIST"), 10, (20, 20), lambda root: datasets.KMNIST(root)[3]),
+    "stl10": (formats.stl10, 10, (20, 20), lambda root: datasets.STL10(root)[3]),
+    "svhn": (formats.svhn, 10, (20, 20), lambda root: datasets.SVHN(root)[3]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_data_set_in_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    make, classes, sizes, reference = FORMATS[name]
+    make(tmp_path, monkeypatch)
+    for channels in (3, 1):
+        data = opened((channels, 32, 32), name=name, root=str(tmp_path))
+        assert (len(data.train), len(data.evaluation)) == sizes
+        assert data.classes == classes
+        assert data.train[(0, 0)][1].shape == (channels, 32, 32)
+    image, target = reference(str(tmp_path))
+    mine, label = data.train.images[3]
+    assert (mine.tobytes(), label) == (image.tobytes(), target)
+    assert min(label for _, label in (data.train.images[i] for i in range(20))) >= 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_missing_files_are_one_error_that_says_what_belongs_where(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunError) as error:
+        opened((3, 32, 32), name=name, root=str(tmp_path))
+    text = str(error.value)
+    assert str(tmp_path) in text
+    assert "It must hold" in text
+    assert "never downloads" in text
+    assert "\n" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats.cifar(tmp_path, monkeypatch)
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(RunError, match="missing or damaged"):
+        opened((3, 32, 32), name="cifar10", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("inside", ["", "imagenette2-320"])
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "validation"), ("training", "test")])
+def test_folders_of_images(tmp_path: Path, inside: str, splits: tuple[str, str]) -> None:
+    formats.folders(tmp_path / inside, splits)
+    data = opened((3, 32, 32), name="imagenette" if inside else "folder", root=str(tmp_path), crop_pct=0.875)
+    assert (len(data.train), len(data.evaluation), data.classes) == (12, 12, 3)
+    assert [data.train.images[i][1] for i in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.train[(0, 11)][1].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, workers: int, content: bytes | None) -> None:
+    formats.folders(tmp_path)
+    broken = sorted((tmp_path / "train").glob("*/*"))[3]
+    broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
+    data = opened(name="folder", root=str(tmp_path))
+    with pytest.raises(RunError, match="the image cannot be read") as caught:
+        list(feed(data, batch=4, workers=workers).batches(0))
+    assert str(caught.value).startswith(f"{broken}: ")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no folder train or training"):
+        opened((3, 32, 32), name="folder", root=str(tmp_path))
+    formats.folders(tmp_path, ("train",))
+    with pytest.raises(RunError, match="no folder val or validation"):
+        opened((3, 32, 32), name="folder", root=str(tmp_path))
+    formats.folders(tmp_path, ("val",), classes=2)
+    with pytest.raises(RunError, match="train has 3 classes, validation has 2"):
+        opened((3, 32, 32), name="folder", root=str(tmp_path))
+
+
+def test_names_and_roots_that_are_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no data set 'cifar-11'.*cifar10"):
+        opened(name="cifar-11", root=str(tmp_path))
+    with pytest.raises(RunError, match=r"data\.root: cifar10 needs a folder"):
+        opened(name="cifar10")
+    with pytest.raises(RunError, match="there is no folder"):
+        opened(name="cifar10", root=str(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match="digits has no split 'test2'"):
+        opened(eval_split="test2")
+    assert len(opened(name="Digits").train) == 1442

@@ -1,0 +1,243 @@
+"""Backbones by name, what they refuse, and weights that fit or say how they do not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from graphopt.driver import build_backbone as build
+from graphopt.errors import BackboneError, WeightsError
+from graphopt.models.catalog import names
+from graphopt.models.cifar_resnet import DEPTHS, CifarResNet
+from graphopt.models.weights import load_weights
+from graphopt.spec import BackboneSpec, resolve
+
+
+def spec(source: str, name: str, **arguments: Any) -> BackboneSpec:
+    return BackboneSpec(source=source, name=name, arguments=arguments, input=(3, 32, 32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 272_474), (32, 466_906), (44, 661_338), (56, 855_770), (110, 1_730_714)])
+def test_cifar_resnets_have_the_published_size(depth: int, parameters: int) -> None:
+    module = build(spec("cifar", f"resnet{depth}"))
+    assert sum(p.numel() for p in module.parameters()) == parameters
+    blocks = [name for name, inner in module.named_modules() if type(inner).__name__ == "BasicBlock"]
+    assert len(blocks) == (depth - 2) // 2
+    assert blocks[0] == "layer1.0"
+
+
+@pytest.mark.parametrize(("depth", "classes", "channels", "size"), [(20, 7, 1, 16), (8, 10, 3, 32), (14, 2, 4, 8)])
+def test_cifar_resnets_of_other_shapes(depth: int, classes: int, channels: int, size: int) -> None:
+    module = CifarResNet(depth, classes, channels)
+    assert module(torch.zeros(2, channels, size, size)).shape == (2, classes)
+
+
+def test_every_published_depth_is_listed() -> None:
+    assert names("cifar") == [*(f"resnet{depth}" for depth in DEPTHS), "vgg11", "vgg13", "vgg16", "vgg19"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "shape"),
+    [
+        ("timm/resnet18", "ResNet", (3, 224, 224)),
+        ("torchvision/mobilenet_v3_small", "MobileNetV3", (3, 224, 224)),
+        ("cifar/resnet20", "CifarResNet", (3, 32, 32)),
+    ],
+)
+def test_source_and_name(text: str, kind: str, shape: tuple[int, ...]) -> None:
+    found = resolve(text)
+    assert found.input == shape
+    module = build(found)
+    assert type(module).__name__ == kind
+    assert module.training
+
+
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segmentation builder of torchvision downloads its backbone's weights by default."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert isinstance(build(spec("torchvision", "lraspp_mobilenet_v3_large")), nn.Module)
+
+
+#: (source, name, arguments, what the message must contain)
+REFUSED = [
+    ("timm", "resnet5o", {}, ["timm has no model 'resnet5o'", "'resnet50'"]),
+    ("torchvision", "resnet27", {}, ["Did you mean 'resnet"]),
+    ("torchvision", "resnet26d", {}, ['source = "timm"']),
+    ("cifar", "alexnet", {}, ["cifar has no model 'alexnet'"]),
+    ("cifar", "resnet21", {}, ["6n+2", "110"]),
+    ("timm", "hf-hub:timm/resnet18", {}, ["would be downloaded", "weights ="]),
+    ("timm", "local-dir:/tmp", {}, ["would be downloaded"]),
+    ("timm", "resnet18", {"pretrained": True}, ["'pretrained' would download weights", "weights ="]),
+    ("torchvision", "resnet18", {"weights": "DEFAULT"}, ["'weights' would download"]),
+    ("timm", "resnet18", {"num_clases": 3}, ["takes no argument 'num_clases'", "Did you mean 'num_classes'", "in_chans"]),
+    ("torchvision", "resnet18", {"num_clases": 3}, ["takes no argument 'num_clases'", "Did you mean 'num_classes'", "norm_layer"]),
+    ("cifar", "resnet20", {"width": 3}, ["takes no argument 'width'", "It takes num_classes, in_chans"]),
+    ("cifar", "resnet20", {"num_classes": "ten"}, ["does not take arguments", "ten", "num_classes"]),
+    ("python", "backbones_of_mine:make", {}, ["Python code", "--trust"]),
+]
+
+
+@pytest.mark.parametrize(("source", "name", "arguments", "parts"), REFUSED, ids=[f"{c[0]}/{c[1]} {list(c[2])}" for c in REFUSED])
+def test_refused(source: str, name: str, arguments: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(BackboneError) as caught:
+        build(spec(source, name, **arguments))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resnet50", "source/name"),
+        ("tim/resnet50", "Did you mean 'timm'"),
+        ("timm/resnet5o", "'resnet50'"),
+        ("python/a.b:c", "--input"),
+    ],
+)
+def test_shorthand_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        resolve(text)
+
+
+FACTORY = """
+from torch import nn
+def small(classes=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
+class Holder:
+    @staticmethod
+    def make():
+        return nn.Linear(2, 2)
+number = 3
+def text():
+    return "no module"
+def broken():
+    raise RuntimeError("out of luck")
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of factories in the working directory."""
+    (tmp_path / "backbones_of_mine.py").write_text(FACTORY)
+    (tmp_path / "broken_of_mine.py").write_text("import nothing_of_that_name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("backbones_of_mine", "broken_of_mine"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("factories")
+def test_a_factory_from_the_working_directory() -> None:
+    module = build(spec("python", "backbones_of_mine:small", classes=3), trust=True)
+    assert module(torch.zeros(1, 3, 2, 2)).shape == (1, 3)
+    assert isinstance(build(spec("python", "backbones_of_mine:Holder.make"), trust=True), nn.Linear)
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("backbones_of_mine", {}, "not package.module:factory"),
+        ("nowhere_at_all:make", {}, "working directory"),
+        ("broken_of_mine:make", {}, "does not import"),
+        ("backbones_of_mine:smal", {}, "Did you mean 'small'"),
+        ("backbones_of_mine:number", {}, "not a factory"),
+        ("backbones_of_mine:text", {}, "not a torch.nn.Module"),
+        ("backbones_of_mine:broken", {}, "out of luck"),
+        ("backbones_of_mine:small", {"clases": 2}, "Did you mean 'classes'"),
+    ],
+)
+def test_a_factory_that_is_none(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        build(spec("python", name, **arguments), trust=True)
+
+
+def other() -> CifarResNet:
+    torch.manual_seed(1)
+    return CifarResNet(8)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "nested", "state_dict", "ddp", "compiled"])
+def test_weights_in_every_form(form: str, tmp_path: Path) -> None:
+    state = other().state_dict()
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        forms = {
+            "pt": state,
+            "nested": {"model": state, "epoch": 3},
+            "state_dict": {"state_dict": state},
+            "ddp": {f"module.{key}": value for key, value in state.items()},
+            "compiled": {f"module._orig_mod.{key}": value for key, value in state.items()},
+        }
+        torch.save(forms[form], path)
+    named = BackboneSpec(source="cifar", name="resnet8", input=(3, 32, 32), weights=str(path))
+    module = build(named)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, state[key])
+    # A plan whose state comes from a checkpoint does not need the file any more.
+    path.unlink()
+    build(named, weights=False)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    state = CifarResNet(14, num_classes=7).state_dict()
+    del state["conv1.weight"]
+    save_file(state, tmp_path / "w.safetensors")
+    module = CifarResNet(8)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        load_weights(module, tmp_path / "w.safetensors")
+    message = str(caught.value)
+    assert "1 missing (conv1.weight)" in message
+    assert "36 unexpected (layer1.1." in message
+    assert "and 31 more" in message
+    assert "2 of another shape (fc.weight (7, 64), the backbone's is (10, 64)" in message
+    assert "w.safetensors" in message
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("this must not run",))
+
+
+def test_no_code_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": Evil()}, tmp_path / "w.pt")
+    with pytest.raises(BackboneError, match="runs no code"):
+        load_weights(CifarResNet(8), tmp_path / "w.pt")
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.safetensors", b"junk", "cannot be read as weights"),
+        ("w.pt", b"junk", "weights"),
+        ("w.pt", b"", "cannot be read as weights"),
+        ("w.pt", None, "no such weights file"),
+    ],
+)
+def test_files_that_are_no_weights(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(BackboneError, match=message):
+        load_weights(CifarResNet(8), tmp_path / name)
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "w.pt")
+    with pytest.raises(BackboneError, match="holds no state dict"):
+        load_weights(CifarResNet(8), tmp_path / "w.pt")

@@ -1,0 +1,1 @@
+"""Backbones and passes that several tests use."""

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphopt import RunError
+from graphopt.files import exclusive, link_atomically, lock_folder, write_atomically, write_folder
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"first")
+
+    def breaks(file: Any) -> None:
+        file.write(b"half")
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        write_atomically(target, breaks)
+    assert target.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="file: could not be written: no space left on device"):
+        write_atomically(tmp_path / "file", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_link_keeps_its_content_when_the_source_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def impossible(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", impossible)
+    source, target = tmp_path / "source", tmp_path / "target"
+    for text in ("first", "second"):
+        write_atomically(source, text)
+        link_atomically(source, target)
+        assert target.read_text() == text
+    write_atomically(source, "third")
+    assert target.read_text() == "second"
+    assert sorted(os.listdir(tmp_path)) == ["source", "target"]
+
+
+def test_a_folder_appears_whole_and_what_is_not_written_again_goes(tmp_path: Path) -> None:
+    folder, allowed = tmp_path / "a" / "out", {"one", "two", "three"}
+    write_folder(folder, {"one": "1", "two": "2"}, allowed)
+    write_folder(folder, {"one": "!", "three": "3"}, allowed)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"one": "!", "three": "3"}
+    assert os.listdir(folder.parent) == ["out"]
+
+
+def test_a_folder_without_room_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="out: could not be written: no space left on device"):
+        write_folder(tmp_path / "out", {"one": "1"}, {"one"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_has_one_owner_and_no_file_for_it(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path)
+    assert lock is not None
+    with pytest.raises(BlockingIOError):
+        lock_folder(tmp_path)
+    os.close(lock)
+    again = lock_folder(tmp_path)
+    assert again is not None
+    os.close(again)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_is_gone_afterwards(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "lock"):
+        assert (tmp_path / "lock").exists()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,247 @@
+"""Python that people write in forward: what looks at shapes traces, and what cannot be traced becomes the smallest opaque leaf."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import graphopt
+from graphopt import TraceError, trace
+from graphopt.cost import forecast
+from graphopt.ir.blocks import find_blocks
+
+SHAPE = (3, 16, 16)
+
+
+class Net(nn.Module):
+    """Stem, three blocks, pool, linear; `look` is what its forward does with the input."""
+
+    def __init__(self, block: Callable[[], nn.Module] = lambda: nn.Conv2d(8, 8, 1), look: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.blocks = nn.Sequential(*(block() for _ in range(3)))
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(self.look(x))).mean((2, 3)))
+
+
+def assertion(x: Tensor) -> Tensor:
+    assert x.shape[-1] % 4 == 0
+    return x
+
+
+def padding(x: Tensor) -> Tensor:
+    rest = -x.shape[-2] % 5
+    return F.pad(x, (0, 0, 0, rest)) if rest else x
+
+
+def unpacking(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    if h != w:
+        raise ValueError("not square")
+    return x.reshape(b, c, h * w).view(b, c, h, w)
+
+
+def sizes(x: Tensor) -> Tensor:
+    b, c, h, w = x.size()
+    return x.view(b, c, h, w)
+
+
+def loop(x: Tensor) -> Tensor:
+    for i in range(x.shape[-1] // 8):
+        x = x + i
+    return x
+
+
+def instance(x: Tensor) -> Tensor:
+    assert isinstance(x, Tensor)
+    assert not isinstance(x, (list, tuple))
+    return x
+
+
+def chunks(x: Tensor) -> Tensor:
+    a, b, c = x.chunk(3, 1)
+    return torch.cat([*(t for t in x.chunk(3, dim=1) if t.shape[1] == 1)], 1) + a * b * c
+
+
+def dimensions(x: Tensor) -> Tensor:
+    assert x.ndim == x.dim() == len(x.shape) == 4
+    assert x.shape[1:].numel() == 3 * 16 * 16
+    return x if x.is_floating_point() else x.float()
+
+
+LOOKS = (assertion, padding, unpacking, sizes, loop, instance, chunks, dimensions)
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=lambda f: f.__name__)
+def test_shapes_are_numbers_and_the_batch_stays_free(look: Callable[[Tensor], Tensor]) -> None:
+    model = Net(look=look)
+    graph = trace(model, SHAPE)
+    assert graph.opaque == ()
+    for batch in (1, 5):
+        x = torch.rand(batch, *SHAPE)
+        assert torch.equal(graph.module.eval()(x), model.eval()(x))
+
+
+def test_arguments_with_defaults_and_keywords_are_no_inputs() -> None:
+    class Optional(Net):
+        def forward(self, x: Tensor, mask: Tensor | None = None, *more: Any, scale: float = 2.0, **options: Any) -> Tensor:
+            return super().forward(x) * scale if mask is None else super().forward(x * mask)
+
+    model = Optional()
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(trace(model, SHAPE).module.eval()(x), model.eval()(x))
+
+
+def test_two_required_inputs_are_refused() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x + y)
+
+    with pytest.raises(TraceError, match="takes 2 required inputs"):
+        trace(Two(), SHAPE)
+
+
+class ByValue(nn.Module):
+    """Branches on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.mean().item() > 0.5 else x + self.conv(x)
+
+
+class AnyValue(ByValue):
+    def forward(self, x: Tensor) -> Tensor:
+        if (x > 100).any():
+            x = x * 2
+        return self.conv(x)
+
+
+class Counts(ByValue):
+    """Assigns a number to its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return self.conv(x)
+
+
+class Averages(Counts):
+    """Assigns another tensor to its buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = 0.9 * self.steps + 0.1 * x.mean().detach()
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (ByValue, "control flow"),
+        (AnyValue, "control flow"),
+        (Counts, "assigns to its own buffers"),
+        (Averages, "assigns to its own buffers"),
+    ],
+    ids=lambda v: v.__name__ if isinstance(v, type) else "",
+)
+def test_what_cannot_be_traced_is_one_opaque_leaf_and_the_model_stays_as_it_was(block: type[nn.Module], reason: str) -> None:
+    model = Net(block)
+    before, modules = copy.deepcopy(model.state_dict()), {path: dict(vars(m)) for path, m in model.named_modules()}
+    graph = trace(model, SHAPE)
+    assert [(o.path, reason in o.reason) for o in graph.opaque] == [(f"blocks.{i}", True) for i in range(3)]
+    assert len(find_blocks(graph)) == 3
+    assert {path: dict(vars(m)) for path, m in model.named_modules()} == modules
+    assert all(type(v) is Tensor and torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
+    class Root(Averages):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            return super().forward(x).mean((2, 3))
+
+    model = Root()
+    attributes = dict(vars(model))
+    with pytest.raises(TraceError, match="assigns to its own buffers"):
+        trace(model, (8, 4, 4))
+    assert vars(model) == attributes
+    assert all(type(b) is Tensor for b in model.buffers())
+
+
+def test_lazy_and_scripted_modules() -> None:
+    with pytest.raises(TraceError, match="has no shape yet"):
+        trace(Net(lambda: nn.LazyConv2d(8, 1)), SHAPE)
+    model = Net(lambda: torch.jit.script(nn.Conv2d(8, 8, 1)))
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(trace(model, SHAPE).module.eval()(x), model.eval()(x))
+
+
+def test_the_layers_of_a_transformer_encoder_are_its_blocks() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.fc = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.encoder(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+    graph = trace(Encoder(), SHAPE)
+    assert [b.name for b in find_blocks(graph)] == [f"encoder.layers.{i}" for i in range(3)]
+
+
+class Checkpointing(nn.Module):
+    """A residual block under activation checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.b(F.relu(self.norm(self.a(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def timm_model(name: str, **arguments: Any) -> nn.Module:
+    model = timm.create_model(name, **arguments)
+    model.set_grad_checkpointing(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: Net(Checkpointing), SHAPE),
+        (lambda: timm_model("test_vit", img_size=32), (3, 32, 32)),
+        (lambda: timm_model("resnet18"), (3, 64, 64)),
+    ],
+    ids=["own", "vit", "resnet"],
+)
+def test_a_backbone_s_own_checkpointing_is_kept(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    model = build()
+    plan = graphopt.compile(model, [], input=shape, batch=4)
+    assert all(s.name.startswith("backbone_checkpoint_") for s in plan.base.sections)
+    assert plan.report.before is not None
+    assert plan.report.before.saved_activation_bytes == forecast(model, shape, 4).saved_activation_bytes
+    x = torch.rand(2, *shape)
+    torch.manual_seed(1)
+    expected = copy.deepcopy(model).train()(x)
+    torch.manual_seed(1)
+    assert torch.equal(plan.module.train()(x), expected)

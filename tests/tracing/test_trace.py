@@ -1,0 +1,128 @@
+"""One graph for both modes, equal to the backbone in every bit and every key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from graphopt import TraceError, trace
+from graphopt.tracing.equivalence import same, untouched
+from tests.support import backbones
+
+Factory = Callable[[], nn.Module]
+
+EXACT: list[tuple[str, Factory, tuple[int, ...], int]] = [
+    # name, factory, input, opaque leaves expected
+    ("own residual with functional dropout", backbones.Small, (3, 8, 8), 0),
+    ("own with an untraceable child", backbones.Hollow, (3, 8, 8), 1),
+    ("own with mode-dependent structure", backbones.Modes, (3, 8, 8), 1),
+    ("own with an auxiliary output", backbones.Auxiliary, (3, 8, 8), 0),
+    ("one module called twice", backbones.Twice, (3, 8, 8), 0),
+    ("own in float64", lambda: backbones.Small().double(), (3, 8, 8), 0),
+    ("torchvision resnet18", torchvision.models.resnet18, (3, 32, 32), 0),
+    ("torchvision densenet121", lambda: torchvision.models.densenet121(drop_rate=0.2), (3, 32, 32), 0),
+    ("torchvision efficientnet_b0", torchvision.models.efficientnet_b0, (3, 32, 32), 0),
+    ("torchvision vit", lambda: torchvision.models.vit_b_32(image_size=32, dropout=0.1), (3, 32, 32), 0),
+    ("torchvision swin_t", torchvision.models.swin_t, (3, 64, 64), 0),
+    ("torchvision googlenet", lambda: torchvision.models.googlenet(init_weights=False), (3, 64, 64), 0),
+    ("timm vit", lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, attn_drop_rate=0.1, drop_path_rate=0.1), (3, 32, 32), 0),
+    (
+        "timm swin",
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, drop_path_rate=0.2),
+        (3, 64, 64),
+        0,
+    ),
+    ("timm convnext", lambda: timm.create_model("convnext_atto", drop_path_rate=0.2), (3, 32, 32), 0),
+]
+
+
+@pytest.mark.parametrize(("factory", "shape"), [c[1:3] for c in EXACT], ids=[c[0] for c in EXACT])
+def test_output_and_keys_are_the_backbones_in_both_modes(factory: Factory, shape: tuple[int, ...]) -> None:
+    model = factory()
+    graph = trace(model, shape)
+    assert list(graph.module.state_dict()) == list(model.state_dict())
+    assert dict(graph.module.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    x = torch.rand(3, *shape, dtype=next(model.parameters()).dtype)  # not the batch it was traced or compared with
+    for training in (True, False):
+        outputs = []
+        for module in (model, graph.module):
+            module.train(training)
+            with untouched(model, seed=5):
+                outputs.append(module(x))
+        assert same(*outputs)
+
+
+@pytest.mark.parametrize(("factory", "shape", "count"), [c[1:] for c in EXACT], ids=[c[0] for c in EXACT])
+def test_only_what_must_stays_opaque(factory: Factory, shape: tuple[int, ...], count: int) -> None:
+    graph = trace(factory(), shape)
+    assert len(graph.opaque) == count
+    for leaf in graph.opaque:
+        assert leaf.reason
+        assert any(n.op == "call_module" and n.target == leaf.path for n in graph.nodes)
+
+
+def test_every_node_has_an_origin_and_a_shape() -> None:
+    graph = trace(backbones.Twice(), (3, 8, 8))
+    for node in graph.nodes:
+        assert "origin" in node.meta
+        assert node.op == "output" or "val" in node.meta
+    calls = {n.meta["origin"].call for n in graph.nodes if n.meta["origin"].path.startswith("same.conv1")}
+    assert calls == {0, 1}
+
+
+def test_unused_parameters_are_kept_and_reported() -> None:
+    model = backbones.Hollow()
+    graph = trace(model, (3, 8, 8))
+    assert graph.unused == ("never",)
+    model.load_state_dict(graph.module.state_dict(), strict=True)
+
+
+def test_the_backbone_is_left_as_it_was() -> None:
+    model = backbones.Small()
+    model.eval()
+    model.blocks[1].train()
+    modes = {n: m.training for n, m in model.named_modules()}
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = set(model.__dict__), set(model._buffers)
+    trace(model, (3, 8, 8))
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert (set(model.__dict__), set(model._buffers)) == attributes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+class RootBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if x.mean() > 0 else x
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+REFUSED = [
+    (RootBranches, (3,), "a module of its own"),
+    (TwoInputs, (3,), "2 required inputs"),
+    (torchvision.models.resnet18, (1, 32, 32), "Give the input shape"),
+    (lambda: torchvision.models.vit_b_32(image_size=64), (3, 32, 32), "Give the input shape"),
+]
+
+
+@pytest.mark.parametrize(("factory", "shape", "says"), REFUSED)
+def test_what_cannot_be_one_graph_is_one_clear_error(factory: Factory, shape: tuple[int, ...], says: str) -> None:
+    with pytest.raises(TraceError, match=says):
+        trace(factory(), shape)
+
+
+def test_a_training_graph_is_never_pickled(tmp_path) -> None:
+    with pytest.raises(TypeError, match="state dict"):
+        torch.save(trace(backbones.Small(), (3, 8, 8)).module, tmp_path / "module.pt")
