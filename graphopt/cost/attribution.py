@@ -142,7 +142,7 @@ class _NodeRunner(fx.Interpreter):
             self.env, self.args_iter = {}, iter(())
 
     def run_node(self, n: fx.Node) -> Any:
-        """One node; the value of one that nothing uses is not kept."""
+        """One node; the value of one that nothing uses is released."""
         if n.op in ("placeholder", "get_attr", "output"):
             return super().run_node(n)
         self.attribution.push(self.paths[n], str(n.target) if n.op == "call_module" else "")

@@ -209,7 +209,7 @@ class Search:
         """Every trial with its cost; those on the Pareto front verified."""
         found = [self._costed(trial) for trial in (Trial("the spec as it is"), *trials(self.plan))]
         while True:
-            # A trial that cannot be verified leaves the front, and others may take its place.
+            # A trial that cannot be verified leaves the front, and others may enter it.
             found = [replace(t, best=t.cost is not None and not any(o.beats(t) for o in found)) for t in found]
             unverified = [i for i, t in enumerate(found) if t.best and not t.verified]
             if not unverified:
