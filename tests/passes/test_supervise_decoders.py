@@ -100,7 +100,9 @@ def test_a_goal_that_is_no_multiple_is_pooled_to_the_nearest() -> None:
 
 @pytest.mark.parametrize("structure", ["linear", "pointwise", "transformer"])
 @pytest.mark.parametrize(("source", "goal", "fraction", "count"), PAIRS)
-def test_the_gradient_is_that_of_indexing(structure: Any, source: ActivationLayout, goal: ActivationLayout, fraction: float, count: int) -> None:
+def test_the_gradient_is_that_of_indexing(
+    structure: Any, source: ActivationLayout, goal: ActivationLayout, fraction: float, count: int
+) -> None:
     decoder: Any = build(structure, source, goal, fraction).double()
     grid = source.grid or goal.grid or (source.length, 1)
     h = torch.randn(filled(source, grid).shape, dtype=torch.float64, requires_grad=True)
