@@ -64,7 +64,7 @@ from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 from graphopt.passes.supervise.local import BOUNDARY, LocalModule, compile_modules
 from graphopt.passes.supervise.losses import Difference
 from graphopt.passes.supervise.peaks import peak_table
-from graphopt.passes.supervise.span import find_boundary, nodes_between, parameters_between
+from graphopt.passes.supervise.span import find_boundary, is_number, nodes_between, parameters_between
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
@@ -223,7 +223,8 @@ class Supervise(Pass):
             path = f"supervise.{i}.boundary"
             boundary = edit.call_module(path, Boundary(), (end,), after=end, like=graph.placeholder)
             boundary.meta[BOUNDARY] = path
-            edit.redirect(end, boundary)
+            # Shapes are read before the boundary still, so that sections of earlier passes that hold both stay convex.
+            edit.redirect(end, boundary, [user for user in end.users if not is_number(user)])
             effects.mark(cut.module, Status.ISOLATED)
             effects.mark(f"supervise.{i}", Status.INSERTED, sources=(end.meta["origin"].path,), **self._detail(auxiliary))
         for i in range(len(cuts)):
