@@ -112,6 +112,7 @@ class Supervise(Pass):
     preserves: ClassVar[frozenset[Property]] = frozenset({"eval output"})
     claim: ClassVar[str | None] = "locally supervised"
     once: ClassVar[bool] = True
+    position: ClassVar[Literal["first", "anywhere", "last"]] = "first"
 
     modules: Annotated[int, Field(ge=2, strict=True)] | None = None
     balance: Literal["blocks", "memory", "stage"] = "blocks"
