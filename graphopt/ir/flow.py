@@ -63,6 +63,12 @@ def is_convex(graph: Graph, nodes: Iterable[Node]) -> bool:
     return reentry(graph, nodes) is None
 
 
+def slice_around(graph: Graph, nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """All nodes from the first of `nodes` to the last, in execution order; a convex set. The input and the output node are left out."""
+    positions = [graph.order[n] for n in nodes]
+    return tuple(n for n in graph.nodes[min(positions) : max(positions) + 1] if n.op not in ("placeholder", "output"))
+
+
 def cut_points(graph: Graph) -> tuple[Node, ...]:
     """Activations that every path from input to output crosses (dominators of the output), in execution order.
 
