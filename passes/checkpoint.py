@@ -13,8 +13,6 @@ forward and stay put when it runs again (`torch.utils.checkpoint` alone moves th
     segments = 4    # or: select = ["layer1", "layer2"], each region a segment of its own
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal, Self

@@ -4,8 +4,6 @@ Autograd numbers its nodes in the order in which they are made. The forward reco
 runs a node, the number tells the path. So backward work is attributed without holding a node, which would keep its tensors alive.
 """
 
-from __future__ import annotations
-
 import inspect
 from bisect import bisect_right
 from collections import defaultdict

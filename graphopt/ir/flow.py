@@ -1,7 +1,5 @@
 """Walks over a graph: what comes before and after, what lies between, and where every path crosses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import networkx as nx

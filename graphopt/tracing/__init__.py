@@ -1,7 +1,5 @@
 """`nn.Module` -> `Graph`: one graph that serves train and eval mode, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

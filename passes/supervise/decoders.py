@@ -6,8 +6,6 @@ A decoder first samples the module's output, `sample(h, step_index) -> (h, state
 rotate with `step_index` so that all are covered. It draws no random numbers: dropout masks in the backbone stay what they were.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -15,8 +15,6 @@ steps without one), and the stored gradients, float32, are scaled back. An overf
 step.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

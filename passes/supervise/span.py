@@ -1,7 +1,5 @@
 """The part of a graph between two boundaries: which nodes it holds, and which parameters it reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
