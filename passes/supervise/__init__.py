@@ -254,8 +254,9 @@ class Supervise(Pass):
     def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
         """The head and the decoder of a module whose output has the layout `source`."""
         classes = self._classes(graph)
-        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
+        # The decoder first: a seed's initial weights depend on the order.
         decoder = self._decoder(source, goal) if weights.reconstruct > 0 else None
+        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
         if head is None and decoder is None:
             raise PassError("a module has neither a head nor a decoder: both its weights are 0", fix="Raise one of the weights")
         return Auxiliary(
