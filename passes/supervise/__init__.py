@@ -254,7 +254,7 @@ class Supervise(Pass):
     def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
         """The head and the decoder of a module whose output has the layout `source`."""
         classes = self._classes(graph)
-        # The decoder draws its initial weights first: that order is part of what a seed means.
+        # The decoder first: a seed's initial weights depend on the order.
         decoder = self._decoder(source, goal) if weights.reconstruct > 0 else None
         head = heads.build(self.head, source, classes) if weights.classify > 0 else None
         if head is None and decoder is None:
