@@ -1,7 +1,5 @@
 """From a spec to a plan: the one place that builds a backbone, traces it, lets the passes decide, and compiles the first phase."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`load`: a model from a plan file or from the folder of a run."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

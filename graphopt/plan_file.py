@@ -4,8 +4,6 @@ The file is safetensors: the emitted module's state dict, with the spec and the 
 replays the passes and then loads the weights by name, strictly. What the backbone can express is better exported (`plan.export()`).
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

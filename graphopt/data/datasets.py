@@ -3,8 +3,6 @@
 Nothing is ever downloaded. A missing file is one error that says where it was expected and what belongs there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

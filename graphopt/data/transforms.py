@@ -1,7 +1,5 @@
 """From a PIL image to the tensor that the backbone takes, by timm's transforms on any shape and with current Pillow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

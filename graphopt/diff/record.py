@@ -1,7 +1,5 @@
 """What passes declared and the editor recorded, row by row."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

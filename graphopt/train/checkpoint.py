@@ -4,8 +4,6 @@ A checkpoint holds state dicts, the spec, its digest, the decisions so far, and 
 is ever pickled: structure comes from replaying (spec, decisions), and every file loads with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Invariants checked at the start and the end of every phase."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

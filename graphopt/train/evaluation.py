@@ -1,7 +1,5 @@
 """Accuracy of the full network, as it is exported."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a run, the ordinary checkpoint: the backbone's own keys, in safetensors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

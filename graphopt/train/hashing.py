@@ -1,7 +1,5 @@
 """Bytes of tensors, and hashes of them."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """Entry point of training: one loop for all plans, which knows no pass by name."""
 
-from __future__ import annotations
-
 import os
 from contextlib import closing
 from typing import Any

@@ -5,8 +5,6 @@ phase, under the parameter's state-dict name. The state of a parameter that a ph
 again later, it starts with new state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """The training loop: epochs of steps, evaluation, decisions between epochs, and checkpoints from which a run can be resumed."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

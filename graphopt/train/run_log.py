@@ -1,7 +1,5 @@
 """The records of a run: metrics.jsonl, TensorBoard and the console."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Settings that may change when a run is resumed, and those that may not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -21,8 +21,6 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
     when = { epoch = 10 }
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """How far freezing reaches in a graph: which parameters, which nodes form a prefix, which lie behind something that trains."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

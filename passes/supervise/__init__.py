@@ -64,7 +64,7 @@ from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 from graphopt.passes.supervise.local import BOUNDARY, LocalModule, compile_modules
 from graphopt.passes.supervise.losses import Difference
 from graphopt.passes.supervise.peaks import peak_table
-from graphopt.passes.supervise.span import find_boundary, nodes_between, parameters_between
+from graphopt.passes.supervise.span import find_boundary, is_number, nodes_between, parameters_between
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
@@ -112,6 +112,7 @@ class Supervise(Pass):
     preserves: ClassVar[frozenset[Property]] = frozenset({"eval output"})
     claim: ClassVar[str | None] = "locally supervised"
     once: ClassVar[bool] = True
+    position: ClassVar[Literal["first", "anywhere", "last"]] = "first"
 
     modules: Annotated[int, Field(ge=2, strict=True)] | None = None
     balance: Literal["blocks", "memory", "stage"] = "blocks"
@@ -223,7 +224,8 @@ class Supervise(Pass):
             path = f"supervise.{i}.boundary"
             boundary = edit.call_module(path, Boundary(), (end,), after=end, like=graph.placeholder)
             boundary.meta[BOUNDARY] = path
-            edit.redirect(end, boundary)
+            # Shapes are read before the boundary still, so that sections of earlier passes that hold both stay convex.
+            edit.redirect(end, boundary, [user for user in end.users if not is_number(user)])
             effects.mark(cut.module, Status.ISOLATED)
             effects.mark(f"supervise.{i}", Status.INSERTED, sources=(end.meta["origin"].path,), **self._detail(auxiliary))
         for i in range(len(cuts)):
@@ -252,8 +254,9 @@ class Supervise(Pass):
     def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
         """The head and the decoder of a module whose output has the layout `source`."""
         classes = self._classes(graph)
-        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
+        # The decoder first: a seed's initial weights depend on the order.
         decoder = self._decoder(source, goal) if weights.reconstruct > 0 else None
+        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
         if head is None and decoder is None:
             raise PassError("a module has neither a head nor a decoder: both its weights are 0", fix="Raise one of the weights")
         return Auxiliary(

@@ -5,8 +5,6 @@ checked. An entry's key is a hash of the prefix (its graph and every tensor in i
 and of the entry that it was filled from; so an outdated entry has another name and is never found.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Filling the feature cache: running a prefix over all samples, with checks that its features may be cached at all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Keys of cached features: names that change with everything that the features depend on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, fx
