@@ -1,29 +1,18 @@
 """`graphopt diff`: what a spec does to its backbone, or how two plans differ; on the terminal or as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import (
-    BatchOption,
-    JsonOption,
-    SetOption,
-    SpecArgument,
-    TrustOption,
-    check_target,
-    expanded,
-    load_spec,
-    seeded_plan,
-)
+from graphopt.cli import options
 from graphopt.errors import RunError
 
 if TYPE_CHECKING:
     from graphopt.diff import Diff
     from graphopt.diff.phases import PhaseDiff
+    from graphopt.diff.render.data import Shown
 
 #: as a file name: print instead
 STDOUT = Path("-")
@@ -32,11 +21,11 @@ _PHASE = "A phase, from 0: with one SPEC twice to compare two; with two, of both
 
 
 def _file(flag: str, what: str) -> Any:
-    return typer.Option(flag, metavar="FILE", parser=expanded, help=f"Write {what}.", rich_help_panel="Pictures")
+    return typer.Option(flag, metavar="FILE", parser=options.expanded, help=f"Write {what}.", rich_help_panel="Pictures")
 
 
 def diff(
-    spec: SpecArgument,
+    spec: options.SpecArgument,
     other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="A second spec or run to compare with.")] = None,
     phase: Annotated[list[int], typer.Option("--phase", min=0, help=_PHASE)] = [],  # noqa: B006
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help="The phase that this epoch (from 0) trains in.")] = None,
@@ -48,11 +37,11 @@ def diff(
     explorer: Annotated[Path | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="One line for every block, equal neighbours too.")] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="The operations of the blocks that changed.")] = False,
-    batch: BatchOption = None,
-    costs: Annotated[bool, typer.Option("--costs/--no-costs", help="Forecast a training step before and after.")] = True,
-    set_: SetOption = [],  # noqa: B006
-    trust: TrustOption = False,
-    as_json: JsonOption = False,
+    batch: options.BatchOption = None,
+    costs: options.CostsOption = True,
+    set_: options.SetOption = [],  # noqa: B006
+    trust: options.TrustOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show, block by block, what SPEC changes in its backbone and what that saves; or how two specs, runs or phases differ.
 
@@ -73,9 +62,9 @@ def diff(
     targets = {suffix: path for suffix, path in asked.items() if path is not None}
     for suffix, path in targets.items():
         if path != STDOUT:
-            check_target(path, f"diff.{suffix}")
+            options.check_target(path, f"diff.{suffix}")
 
-    def phases_of(argument: str) -> tuple[PhaseDiff, ...]:
+    def phases_of(argument: str) -> "tuple[PhaseDiff, ...]":
         return _phases(argument, batch, costs, set_, trust)
 
     shown = _shown(phases_of, spec, other, phase, epoch)
@@ -88,13 +77,14 @@ def diff(
         _print(shown, unfold=unfold, nodes=nodes)
 
 
-def _write(shown: Diff | tuple[PhaseDiff, ...], targets: dict[str, Path], unfold: bool) -> list[Path]:
+def _write(shown: "Shown", targets: dict[str, Path], unfold: bool) -> list[Path]:
     """Writes, or prints, each of the formats that were asked for; the files that were written."""
     from graphopt.cli.screen import show_text
     from graphopt.diff.render import files
     from graphopt.diff.render.data import main_diff
     from graphopt.diff.render.dot import to_dot
     from graphopt.diff.render.mermaid import to_mermaid
+    from graphopt.files import write_atomically
 
     pictures = {"html": files.write_html, "svg": files.write_svg, "png": files.write_png}
     texts = {"mmd": to_mermaid, "dot": to_dot}
@@ -102,18 +92,19 @@ def _write(shown: Diff | tuple[PhaseDiff, ...], targets: dict[str, Path], unfold
     for suffix, path in targets.items():
         if suffix == "json":
             written += files.write_model_explorer(shown, path)
-        elif suffix in pictures:
+            continue
+        if suffix in pictures:
             pictures[suffix](shown, path)
-            written.append(path)
         elif path == STDOUT:
             show_text(texts[suffix](main_diff(shown), unfold=unfold))
+            continue
         else:
-            files.write(path, texts[suffix](main_diff(shown), unfold=unfold))
-            written.append(path)
+            write_atomically(path, texts[suffix](main_diff(shown), unfold=unfold))
+        written.append(path)
     return written
 
 
-def _print(shown: Diff | tuple[PhaseDiff, ...], *, unfold: bool, nodes: bool) -> None:
+def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:
     from graphopt.cli.screen import console, show
     from graphopt.diff import Diff
     from graphopt.diff.render.data import main_diff
@@ -127,8 +118,8 @@ def _print(shown: Diff | tuple[PhaseDiff, ...], *, unfold: bool, nodes: bool) ->
 
 
 def _shown(
-    phases_of: Callable[[str], tuple[PhaseDiff, ...]], spec: str, other: str | None, phase: list[int], epoch: int | None
-) -> Diff | tuple[PhaseDiff, ...]:
+    phases_of: "Callable[[str], tuple[PhaseDiff, ...]]", spec: str, other: str | None, phase: list[int], epoch: int | None
+) -> "Shown":
     """The diff that was asked for, or all phases of one plan."""
     from graphopt.diff import align
 
@@ -145,25 +136,24 @@ def _shown(
     return _one(phases, phase, epoch, spec) if phase or epoch is not None else phases
 
 
-def _phases(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> tuple[PhaseDiff, ...]:
+def _phases(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> "tuple[PhaseDiff, ...]":
     """The phases of a spec, or those that a run has gone through."""
     from graphopt.diff.phases import phase_diffs
     from graphopt.diff.run import is_run, read_run
+    from graphopt.spec import load
 
-    path = expanded(argument)
+    path = options.expanded(argument)
     decisions = read_run(path).decisions if is_run(path) else None
-    plan = seeded_plan(load_spec(argument, set_, trust), trust=trust, verify="off", batch=batch, costs=costs)
+    plan = options.seeded_plan(load(argument, trust=trust, overrides=set_), trust=trust, batch=batch, costs=costs)
     return phase_diffs(plan, decisions, costs=costs)
 
 
-def _one(phases: tuple[PhaseDiff, ...], phase: list[int], epoch: int | None, name: str) -> Diff:
+def _one(phases: "tuple[PhaseDiff, ...]", phase: list[int], epoch: int | None, name: str) -> "Diff":
     """The diff of the phase that was asked for; by default of the one that changes the most."""
-    from graphopt.diff.render.data import most_changed
+    from graphopt.diff.render.data import main_diff
 
+    if phase and phase[0] >= len(phases):
+        raise RunError(f"{name} has phases 0 to {len(phases) - 1}, not {phase[0]}", where="--phase")
     if phase:
-        if phase[0] >= len(phases):
-            raise RunError(f"{name} has phases 0 to {len(phases) - 1}, not {phase[0]}", where="--phase")
         return phases[phase[0]].diff
-    if epoch is not None:
-        return [item for item in phases if item.epoch <= epoch][-1].diff
-    return phases[most_changed(phases)].diff
+    return main_diff(phases) if epoch is None else [item for item in phases if item.epoch <= epoch][-1].diff

@@ -1,7 +1,5 @@
 """A plan's report on the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ _FIGURES = (
 )
 
 
-def show_report(plan: Plan) -> None:
+def show_report(plan: "Plan") -> None:
     """Prints figures before and after, then for each pass its regions, what it saved, what was verified, and its diagnostics."""
     report = plan.report
     show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
@@ -51,7 +49,7 @@ def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
     return table
 
 
-def _show_pass(number: int, item: PassReport) -> None:
+def _show_pass(number: int, item: "PassReport") -> None:
     report = item.to_dict()
     line = f", line {item.instance.line}" if item.instance.line else ""
     state = "" if item.active else "  not in this phase: its trigger has not fired (see --epoch)"

@@ -6,20 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import (
-    CostsOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, check_target, expanded, out_option, seeded_plan
-)
+from graphopt.cli import options
 
 
 def train(
-    spec: SpecArgument,
-    out: Annotated[Path | None, out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
+    spec: options.SpecArgument,
+    out: Annotated[Path | None, options.out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    set_: SetOption = [],  # noqa: B006
+    set_: options.SetOption = [],  # noqa: B006
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    trust: TrustOption = False,
-    as_json: JsonOption = False,
+    trust: options.TrustOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Train SPEC into a folder: checkpoints, metrics.jsonl, summary.json.
 
@@ -63,10 +61,10 @@ def _folder(spec: str, resume: bool) -> Path:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=expanded, help="The folder that `graphopt train` wrote.")],
-    out: Annotated[Path | None, out_option("The page; default: report.html in the folder.")] = None,
-    costs: CostsOption = True,
-    trust: TrustOption = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="The folder that `graphopt train` wrote.")],
+    out: Annotated[Path | None, options.out_option("The page; default: report.html in the folder.")] = None,
+    costs: options.CostsOption = True,
+    trust: options.TrustOption = False,
 ) -> None:
     """Write one HTML page about a run: curves, phases and decisions, memory and step time, and the diff.
 
@@ -84,17 +82,17 @@ def report(
 
     found = read_run(run)
     target = out or run / "report.html"
-    check_target(target, "report.html")
-    write_atomically(target, to_report(found, seeded_plan(load(run, trust=trust), trust=trust, costs=costs)))
+    options.check_target(target, "report.html")
+    write_atomically(target, to_report(found, options.seeded_plan(load(run, trust=trust), trust=trust, costs=costs)))
     show(f"written: {target}")
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=expanded, help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[Path, out_option("The safetensors file to write.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, options.out_option("The safetensors file to write.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
-    trust: TrustOption = False,
+    trust: options.TrustOption = False,
 ) -> None:
     """Write a run's weights under the backbone's own keys; they load strictly into the untouched backbone.
 
@@ -107,10 +105,10 @@ def export(
     from graphopt.train.export import export_run
     from graphopt.units import show_size
 
-    check_choice("--which", which, ("best", "last"))
-    check_choice("--weights", weights, ("auto", "model", "ema"))
-    options: dict[str, Any] = {"which": which, "weights": weights}
-    written = export_run(run, out, **options, trust=trust)
+    options.check_choice("--which", which, ("best", "last"))
+    options.check_choice("--weights", weights, ("auto", "model", "ema"))
+    chosen: dict[str, Any] = {"which": which, "weights": weights}
+    written = export_run(run, out, **chosen, trust=trust)
     show(f"written: {written} ({show_size(written.stat().st_size)})")
     if is_plan_file(written):
         show("it holds the rewritten model and its spec: the backbone's architecture cannot express it. Load it with graphopt.load(file)")
