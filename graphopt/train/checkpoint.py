@@ -4,8 +4,6 @@ A checkpoint holds state dicts, the spec, its digest, the decisions so far, and 
 is ever pickled: structure comes from replaying (spec, decisions), and every file loads with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,27 +13,38 @@ import torch
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
+from graphopt.data.loader import Data
 from graphopt.data.randomness import random_states, restore_random_states
 from graphopt.errors import RunError
 from graphopt.plan_file import check_version
+from graphopt.spec import DataSpec, TrainSpec
+from graphopt.train.evaluation import Meter
 from graphopt.train.history import History
-from graphopt.train.metrics import Meter
 from graphopt.train.phase import Phase, RunContext
 from graphopt.train.run_folder import FORMAT_VERSION, RunFolder
-from graphopt.train.settings import check_same_settings
 from graphopt.train.state import Progress, RunState
+
+#: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
+FREE = {
+    "train": {
+        *("epochs", "device", "strategy", "compile", "channels_last", "deterministic"),
+        *("checkpoint_steps", "keep", "eval_every", "log_every"),
+    },
+    "data": {"root", "workers", "eval_limit"},
+}
 
 
 class Checkpointer:
     """Saves the state of a run, and restores it.
 
     Args:
-        spec: its text, empty for a plan compiled by hand. settings: as in `resume_settings`.
-        keep: how many checkpoints stay.
+        spec: its text, empty for a plan compiled by hand.
     """
 
-    def __init__(self, folder: RunFolder, spec: str, settings: Mapping[str, Any], keep: int) -> None:
-        self.folder, self.spec, self.settings, self.keep = folder, spec, settings, keep
+    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data) -> None:
+        self.folder, self.spec, self.keep = folder, spec, train.keep
+        sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
+        self.settings = {"train": train.model_dump(mode="json"), "data": sources}
 
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
         """Writes a checkpoint.
@@ -50,7 +59,7 @@ class Checkpointer:
             "spec": self.spec,
             "digest": plan.digest,
             "decisions": [decision.model_dump(mode="json") for decision in plan.decisions],
-            "settings": dict(self.settings),
+            "settings": self.settings,
             "phase": state.phase.state_dict(),
             "progress": asdict(progress),
             "steps_per_epoch": state.phase.steps,
@@ -67,12 +76,22 @@ class Checkpointer:
         """The last checkpoint, on the CPU; None where a run stopped before its first.
 
         Raises:
-            RunError: it cannot be read, or the run began with other settings.
+            RunError: it cannot be read, or the run began with other settings on which training steps depend.
         """
         if not self.folder.last.exists():
             return None
         saved = load_checkpoint(self.folder.last)
-        check_same_settings(saved["settings"], self.settings, str(self.folder.path))
+        changed = [
+            f"{table}.{key} was {old.get(key)!r} and is {new.get(key)!r}"
+            for table, free in FREE.items()
+            for old, new in [(saved["settings"][table], self.settings[table])]
+            for key in sorted({*old, *new} - free)
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            what = f"a run can only be resumed with the settings that it began with: {'; '.join(changed[:3])}"
+            fix = "Restore them (the folder's spec.toml has them), or start a new run"
+            raise RunError(what, where=str(self.folder.path), fix=fix)
         return saved
 
     def restore(self, saved: Mapping[str, Any], plan: Plan, context: RunContext) -> RunState:
@@ -86,11 +105,8 @@ class Checkpointer:
         phase.load_state_dict(saved["phase"])
         progress = Progress(**saved["progress"])
         if progress.step and saved["steps_per_epoch"] != phase.steps:
-            raise RunError(
-                f"an epoch had {saved['steps_per_epoch']} steps and has {phase.steps} now, with {progress.step} of them done",
-                where=str(self.folder.path),
-                fix="The data has changed: restore it, or start a new run",
-            )
+            what = f"an epoch had {saved['steps_per_epoch']} steps and has {phase.steps} now, with {progress.step} of them done"
+            raise RunError(what, where=str(self.folder.path), fix="The data has changed: restore it, or start a new run")
         meter, window = (Meter.from_state_dict(saved[name], context.strategy.device) for name in ("meter", "window"))
         state = RunState(phase, progress, History.from_state_dict(saved["history"]), list(saved["phases"]), meter, window)
         restore_random_states(saved["random"])
@@ -109,11 +125,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError("there is no checkpoint here", where=str(path)) from error
     except Exception as error:  # unpickling a damaged file may raise anything
         message = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(
-            f"is damaged or not a checkpoint: {message}",
-            where=str(path),
-            fix="If best.pt is intact, export it; otherwise start the run again",
-        ) from error
+        fix = "If best.pt is intact, export it; otherwise start the run again"
+        raise RunError(f"is damaged or not a checkpoint: {message}", where=str(path), fix=fix) from error
     if not isinstance(state, dict) or "graphopt" not in state:
         raise RunError("is not a checkpoint of graphopt", where=str(path))
     check_version(state["graphopt"], FORMAT_VERSION, str(path))

@@ -1,12 +1,10 @@
 """The folder of a run: who owns it, and which checkpoints stay in it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -28,7 +26,7 @@ class RunFolder:
         self._lock: int | None = None
 
     @classmethod
-    def claim(cls, path: str | os.PathLike[str], digest: str, spec: str, *, resume: bool) -> RunFolder:
+    def claim(cls, path: str | os.PathLike[str], digest: str, spec: str, *, resume: bool) -> Self:
         """Takes `path` for a run: it must be new, empty, or (with `resume`) a run of the same spec.
 
         Raises:
@@ -46,8 +44,9 @@ class RunFolder:
             raise RunError("the output folder holds files that are not a run of graphopt", where=where, fix="Choose a new folder")
         if manifest is not None:
             if not resume:
-                fix = "Continue it with --resume, or choose a new folder"
-                raise RunError("the output folder holds a run already", where=where, fix=fix)
+                raise RunError(
+                    "the output folder holds a run already", where=where, fix="Continue it with --resume, or choose a new folder"
+                )
             fix = "Resume with the spec.toml inside the folder, or choose a new folder"
             check_digest(manifest["digest"], digest, where, fix)
         try:

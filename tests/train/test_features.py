@@ -86,7 +86,7 @@ class _Stop:
 
     def __init__(self, monkeypatch, after: int) -> None:
         from graphopt.train.phase import Phase
-        from graphopt.train.stopping import StopSignals
+        from graphopt.train.run import StopSignals
 
         self.left, self.signals = after, None
         stop, step, enter = self, Phase.step, StopSignals.__enter__
