@@ -1,7 +1,5 @@
 """Random generators: seeds that are functions of several numbers, and their states, saved and restored."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ checked. An entry's key is a hash of the prefix (its graph and every tensor in i
 and of the entry that it was filled from; so an outdated entry has another name and is never found.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -23,8 +21,7 @@ from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.train.feature_cache.feed import FeatureFeed, OnFeatures
-from graphopt.train.feature_cache.filling import Cut, Declined, Prefix, chunks_of_entry, chunks_of_images, fill_entry
-from graphopt.train.feature_cache.keys import key_of
+from graphopt.train.feature_cache.filling import Cut, Declined, Prefix, chunks_of_entry, chunks_of_images, fill_entry, key_of
 from graphopt.train.feature_cache.store import MANIFEST, CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
@@ -79,38 +76,26 @@ class FeatureCache:
                 continue
             self._check_inputs(options)
             limit = options.get("limit")
-            cuts = [region.exits[0] for region in item.match.regions]
-            sizes = [cut.meta["val"][0].numel() * DTYPES[options["dtype"]].itemsize for cut in cuts]
-            if limit is not None and sizes and limit < self.images.batch * min(sizes):
-                least = show_size(self.images.batch * min(sizes))
-                raise RunError(
-                    f"limit = {show_size(limit)} is smaller than one batch of features ({least} at least)",
-                    where=item.instance.label,
-                    fix="Raise it, or drop the prefix without a cache",
-                )
+            values = [region.exits[0].meta["val"][0].numel() for region in item.match.regions]
+            least = self.images.batch * min(values, default=0) * DTYPES[options["dtype"]].itemsize
+            if limit is not None and limit < least:
+                what = f"limit = {show_size(limit)} is smaller than one batch of features ({show_size(least)} at least)"
+                raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
 
     def _check_inputs(self, options: Mapping[str, Any]) -> None:
         """Checks that each sample's input is the same every time."""
         if self.mixed:
-            raise RunError(
-                "mixup and CutMix make new inputs from every batch, so features of them cannot be cached",
-                where="data.augment",
-                fix='Leave them out, or run the prefix in every step (cache = "none")',
-            )
+            what = "mixup and CutMix make new inputs from every batch, so features of them cannot be cached"
+            raise RunError(what, where="data.augment", fix='Leave them out, or run the prefix in every step (cache = "none")')
         if not self.samples.deterministic and not options.get("views"):
-            raise RunError(
-                "random augmentation gives a sample another input in every epoch, so features of it cannot be cached",
-                where="data.augment",
-                fix='Cache fixed views of each sample (views = 4), or run the prefix in every step (cache = "none")',
-            )
+            what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
+            fix = 'Cache fixed views of each sample (views = 4), or run the prefix in every step (cache = "none")'
+            raise RunError(what, where="data.augment", fix=fix)
         for view in range(_views(options)):
             once, again = (self.samples[(view, 0)][1] for _ in range(2))
             if not torch.equal(once, again):
-                raise RunError(
-                    "the transform gives another input each time for the same view of a sample",
-                    where="data",
-                    fix="Let it draw from torch's, numpy's or Python's own generators only",
-                )
+                what = "the transform gives another input each time for the same view of a sample"
+                raise RunError(what, where="data", fix="Let it draw from torch's, numpy's or Python's own generators only")
 
     # -- at the start of a phase --------------------------------------------------------------------------------------------
     def prepare(self, plan: Plan, record: Mapping[str, Any]) -> tuple[Feed, nn.Module, dict[str, Any]]:

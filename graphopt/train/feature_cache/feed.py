@@ -1,7 +1,5 @@
 """Training on cached features: their batches, and the part of the network that takes them."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,22 +1,23 @@
-"""Filling the feature cache: running a prefix over all samples, with checks that its features may be cached at all."""
-
-from __future__ import annotations
+"""Filling the feature cache: the prefix that computes features, their keys, and checks that they may be cached at all."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+from torch.fx import Node
 
 from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, ImageFeed, load
 from graphopt.errors import RunError
-from graphopt.ir.nodes import parameters_read
+from graphopt.ir.flow import ancestors
+from graphopt.ir.graph import Graph
+from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
-from graphopt.train.feature_cache.keys import computing
 from graphopt.train.feature_cache.store import CacheEntry, EntryLayout, Fill
+from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 
 #: chunks that are timed before deciding whether the cache is faster than the prefix
@@ -33,8 +34,36 @@ class Declined(Exception):
 class Cut:
     """A cut of a plan, and the layout of its features."""
 
-    node: fx.Node
+    node: Node
     layout: EntryLayout
+
+
+def computing(start: Node | None, stop: Node) -> set[Node]:
+    """The nodes that compute `stop` from `start` (from the input, for None); `stop` is one of them, `start` is not."""
+    return ancestors([stop], lambda node: node is not start and node.op != "placeholder")
+
+
+def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: Sequence[object]) -> str:
+    """The key of the features at `stop`, computed from those at `start`, or from images, that have the key `parent`.
+
+    It changes with everything that the features depend on.
+    """
+    inside = computing(start, stop)
+    ordered = [n for n in graph.nodes if n in inside]
+    text = [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in ordered]
+    leaves: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for node in ordered:
+        path = str(node.target)
+        if node.op == "call_module":
+            leaf = graph.module.get_submodule(path)
+            # A leaf's output depends on its class and its settings, too, which its text form has.
+            leaves.append(str(leaf))
+            tensors |= {**dict(leaf.named_parameters(prefix=path)), **dict(leaf.named_buffers(prefix=path))}
+        elif node.op == "get_attr" and isinstance(value := attribute(graph.module, path), Tensor):
+            tensors[path] = value
+    values = (bytes(raw_bytes(tensors[name].cpu())) for name in sorted(tensors))
+    return hash_parts("\n".join([parent, *map(str, options), *text, *leaves]).encode(), *values)
 
 
 class Prefix:

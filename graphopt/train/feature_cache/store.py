@@ -5,8 +5,6 @@ is written last and makes the entry exist. Until then the rows are in `<key>.par
 on disk; an interrupted fill continues from there. Any number of processes may read an entry; one at a time fills it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib
@@ -32,19 +30,13 @@ STRIDE = 256 << 20
 
 @dataclass(frozen=True)
 class EntryLayout:
-    """What an entry holds.
+    """What an entry holds: `rows` features of one shape and dtype."""
 
-    Attributes:
-        key: identifies the prefix and its inputs.
-        rows, shape, dtype: there are `rows` features of `shape`.
-        chunk: rows per checksum, and per write.
-    """
-
-    key: str
+    key: str  # identifies the prefix and its inputs
     rows: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunk: int
+    chunk: int  # rows per checksum, and per write
 
     @property
     def row_bytes(self) -> int:
@@ -72,8 +64,7 @@ class EntryLayout:
 
     def describes(self, table: dict[str, Any]) -> bool:
         """Whether the header of a file has this layout."""
-        own = self.table()
-        return {name: table.get(name) for name in own} == own
+        return self.table().items() <= table.items()
 
 
 @dataclass(frozen=True)
@@ -98,11 +89,8 @@ class CacheDirectory:
         if MANIFEST in names:
             owner = str(_read(path / MANIFEST).get("digest"))
             if owner != digest:
-                raise RunError(
-                    f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})",
-                    where=str(path),
-                    fix="Name another folder, or remove this one",
-                )
+                what = f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})"
+                raise RunError(what, where=str(path), fix="Name another folder, or remove this one")
         elif any(not name.startswith(f".{MANIFEST}.") for name in names):
             raise RunError("the folder holds files that are no features of graphopt", where=str(path), fix="Name a new folder")
         else:
@@ -136,7 +124,7 @@ class CacheDirectory:
             self.file(layout, kind).unlink(missing_ok=True)
 
     @contextmanager
-    def filling(self, layout: EntryLayout) -> Iterator[FileFill]:
+    def filling(self, layout: EntryLayout) -> Iterator["FileFill"]:
         """An entry to fill; waits until no other process fills it. Raises OSError if the disk has no room for it."""
         with exclusive(self.file(layout, "lock")):
             fill = FileFill(self, layout)
@@ -235,8 +223,7 @@ class FileFill(Fill):
     def flush(self) -> None:
         """Brings the rows to the disk, and records how many there are."""
         os.fsync(self._handle)
-        known = self.layout.span(len(self.sums))[0]
-        self._write_table("progress", targets=self.targets[:known].tolist())
+        self._write_table("progress", targets=self.targets[: self.layout.span(len(self.sums))[0]].tolist())
         self._unrecorded = 0
 
     def finish(self) -> CacheEntry:
@@ -301,8 +288,7 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
 def available_memory() -> float:
     """Bytes that can be allocated without swapping, less a tenth; infinite where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        figures = dict(line.split(":", 1) for line in lines)
+        figures = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return 0.9 * int(figures["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return float("inf")
