@@ -103,11 +103,6 @@ def _rate_of(path: str, rates: Mapping[str, float]) -> float:
     return 1.0
 
 
-def undecayed(backbone: nn.Module) -> frozenset[str]:
-    """Parameters that the backbone excludes from weight decay (timm's `no_weight_decay`)."""
-    return frozenset(cast(Any, backbone).no_weight_decay()) if hasattr(backbone, "no_weight_decay") else frozenset()
-
-
 def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Raises RunError unless the optimizer holds exactly the trainable parameters, each once."""
     counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])

@@ -78,7 +78,8 @@ class Phase:
         self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}
         self._trained: nn.Module = plan.module
         self._call: Callable[..., Any] | None = None
-        no_decay = plan.no_decay | optimizers.undecayed(plan.backbone)
+        # timm's backbones may exclude parameters from weight decay, too.
+        no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
         rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
         self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
         if earlier is not None:

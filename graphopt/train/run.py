@@ -27,12 +27,11 @@ from graphopt.driver import build_backbone, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
-from graphopt.train.checkpoint import Checkpointer
+from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.run_folder import RunFolder
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
 from graphopt.train.strategy import Strategy

@@ -131,7 +131,7 @@ class CacheDirectory:
             try:
                 yield fill
             finally:
-                fill.close()
+                os.close(fill.handle)
 
 
 class Fill(ABC):
@@ -189,13 +189,13 @@ class FileFill(Fill):
         if layout.describes(progress) and self._part.exists():
             self._resume(progress)
         self.done = len(self.sums)
-        self._handle = os.open(self._part, os.O_CREAT | os.O_RDWR, 0o644)
+        self.handle = os.open(self._part, os.O_CREAT | os.O_RDWR, 0o644)
         self._unrecorded = 0
         try:
             # All of the room at once: a full disk shows before the first forward pass, and a mapped file never has holes.
-            reserve(self._handle, layout.bytes)
+            reserve(self.handle, layout.bytes)
         except OSError:
-            self.close()
+            os.close(self.handle)
             self.discard()
             raise
 
@@ -211,7 +211,7 @@ class FileFill(Fill):
 
     def _put(self, first: int, features: Tensor) -> None:
         data = raw_bytes(features)
-        _write(self._handle, data, first * self.layout.row_bytes)
+        _write(self.handle, data, first * self.layout.row_bytes)
         self.sums.append(zlib.crc32(data))
         self._unrecorded += len(data)
         if self._unrecorded >= STRIDE:
@@ -222,13 +222,13 @@ class FileFill(Fill):
 
     def flush(self) -> None:
         """Brings the rows to the disk, and records how many there are."""
-        os.fsync(self._handle)
+        os.fsync(self.handle)
         self._write_table("progress", targets=self.targets[: self.layout.span(len(self.sums))[0]].tolist())
         self._unrecorded = 0
 
     def finish(self) -> CacheEntry:
         """The complete entry; it exists from here on."""
-        os.fsync(self._handle)
+        os.fsync(self.handle)
         file = self.directory.file
         rows = file(self.layout, "rows")
         write_atomically(file(self.layout, "targets"), bytes(raw_bytes(self.targets)))
@@ -243,12 +243,6 @@ class FileFill(Fill):
     def discard(self) -> None:
         """Removes the files."""
         self.directory.remove(self.layout)
-
-    def close(self) -> None:
-        """Closes the file of rows."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
 
 class MemoryFill(Fill):

@@ -1,8 +1,7 @@
-"""Filling the feature cache: the prefix that computes features, their keys, and checks that they may be cached at all."""
+"""The prefix that computes cached features, their keys, and checks that they may be cached at all."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +9,15 @@ from torch.fx import Node
 
 from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Batch, ImageFeed, load
+from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
-from graphopt.train.feature_cache.store import CacheEntry, EntryLayout, Fill
+from graphopt.train.feature_cache.store import EntryLayout
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
-
-#: chunks that are timed before deciding whether the cache is faster than the prefix
-TRIAL = 4
-
-Chunk = tuple[Tensor, Tensor]
 
 
 class Declined(Exception):
@@ -104,74 +98,3 @@ class Prefix:
         if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(features).all()):
             raise Declined(f"their values go beyond {dtype_name(dtype)}")
         return stored.cpu()
-
-
-def fill_entry(
-    fill: Fill,
-    prefix: Prefix,
-    chunks: Iterator[Chunk],
-    *,
-    trial: bool,
-    clock: Callable[[], float],
-    progress: Callable[[int, int], None],
-    figures: dict[str, Any],
-) -> CacheEntry:
-    """Computes all chunks from `fill.done` on.
-
-    Args:
-        chunks: (inputs, targets) of each.
-        trial: give up if, after a few chunks, reading features turns out to be slower than computing them.
-        progress: called with (rows done, rows) after each chunk; may raise an exception to stop.
-        figures: gets what the trial has measured, and how long filling took.
-
-    Raises:
-        Declined: see `trial` and `Prefix.convert`; what was written is removed.
-        OSError: there is no room; likewise.
-    """
-    last = min(TRIAL, fill.layout.chunks - 1)
-    began = start = clock()
-    try:
-        for number, (inputs, targets) in enumerate(chunks, fill.done):
-            features = prefix.compute(inputs)
-            if number == 0:
-                prefix.check(inputs, features)
-            fill.write(number, prefix.convert(features), targets)
-            if number == 0:
-                start = clock()  # the first chunk was computed three times, and warmed the kernels up
-            elif number == last and trial and fill.done == 0:
-                _check_faster(fill, last, clock() - start, clock, figures)
-            progress(fill.layout.span(number)[1], fill.layout.rows)
-    except (OSError, Declined):
-        fill.discard()
-        raise
-    except BaseException:
-        fill.flush()
-        raise
-    figures["fill_seconds"] = clock() - began
-    return fill.finish()
-
-
-def _check_faster(fill: Fill, last: int, computing: float, clock: Callable[[], float], figures: dict[str, Any]) -> None:
-    """Reads back, in random order, the chunks from 1 to `last`, which took `computing` seconds to compute."""
-    begin, end = fill.layout.span(1)[0], fill.layout.span(last)[1]
-    order = begin + torch.randperm(end - begin, generator=torch.Generator().manual_seed(0))
-    began = clock()
-    for rows in torch.split(order, fill.layout.chunk):
-        fill.read(rows)
-    reading, computing = (clock() - began) / len(order), computing / len(order)
-    figures |= {"compute_seconds_per_sample": computing, "read_seconds_per_sample": reading}
-    if reading >= computing:
-        times = f"reading them takes {1e6 * reading:.0f} us a sample, computing them {1e6 * computing:.0f} us"
-        raise Declined(f"{times} (force = true caches them nevertheless)")
-
-
-def chunks_of_images(images: ImageFeed, fill: Fill) -> Iterator[Chunk]:
-    """The samples that are still to be computed, in order, all of one view before the next."""
-    count = len(images.samples)
-    keys = ([divmod(row, count) for row in range(*span)] for span in fill.missing)
-    return ((batch.input, batch.target) for batch in load(images.samples, keys, images.workers))
-
-
-def chunks_of_entry(source: CacheEntry, fill: Fill) -> Iterator[Chunk]:
-    """The features of an earlier cut from which those of `fill` are still to be computed, in order."""
-    return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
