@@ -127,7 +127,7 @@ class Supervise(Pass):
     classes: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Supervise:
+    def _consistent(self) -> Self:
         if self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
             raise ValueError("cuts gives the cuts; leave out modules and balance")
         if self.cuts is None and self.modules is None and self.balance == "blocks":
