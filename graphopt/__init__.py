@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from graphopt.ir.regions import Region
     from graphopt.ir.section import Section
     from graphopt.ir.select import Filter, Selector, select
-    from graphopt.loading import load
     from graphopt.plan_file import save
     from graphopt.tracing import trace
+    from graphopt.train.export import load
 
 __all__ = [
     "ActiveMatch",
@@ -71,7 +71,7 @@ _MODULE_OF = {
     "Report": "compiler.report",
     "Section": "ir.section",
     "compile": "driver",
-    "load": "loading",
+    "load": "train.export",
     "save": "plan_file",
     "trace": "tracing",
 }

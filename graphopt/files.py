@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -29,25 +29,20 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], No
     """
     if isinstance(content, str):
         content = content.encode()
-    handle = None
     temporary = ""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        handle = os.fdopen(descriptor, "wb")
-        if isinstance(content, bytes):
-            handle.write(content)
-        else:
-            content(handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-        handle.close()
+        with os.fdopen(descriptor, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
-        if handle is not None:
-            with suppress(OSError):  # closing flushes, and fails again where writing did
-                handle.close()
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         # torch's archive writer reports a failed write of ours as a RuntimeError of its own.

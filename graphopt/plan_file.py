@@ -6,7 +6,7 @@ replays the passes and then loads the weights by name, strictly. What the backbo
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,8 @@ def read_plan_file(path: Path, *, trust: bool = False, plan: Plan | None = None)
     except (SafetensorError, OSError) as error:
         raise RunError(f"is damaged or no safetensors file: {error}", where=str(path)) from error
     if FORMAT_KEY not in about:
-        raise RunError(
-            "is a checkpoint of a backbone, not of a plan",
-            where=str(path),
-            fix="Load it into the backbone itself: model.load_state_dict(safetensors.torch.load_file(path))",
-        )
+        fix = "Load it into the backbone itself: model.load_state_dict(safetensors.torch.load_file(path))"
+        raise RunError("is a checkpoint of a backbone, not of a plan", where=str(path), fix=fix)
     check_version(about[FORMAT_KEY], FORMAT_VERSION, str(path))
     return restore({**about, "decisions": json.loads(about["decisions"])}, state, plan=plan, trust=trust, where=str(path))
 
@@ -108,16 +105,11 @@ def restore(about: Mapping[str, Any], state: Mapping[str, Tensor], *, plan: Plan
     elif not about["spec"]:
         raise RunError("it holds a plan that was compiled by hand, without a spec", where=where, fix="Give that plan: plan=plan")
     else:
-        plan = _rebuilt(str(about["spec"]), decisions, trust)
+        spec = loads(str(about["spec"]), trust=trust)
+        model = build_backbone(spec.backbone, trust=trust, weights=False)
+        plan = compile(model, spec, decisions=decisions, verify="off", costs=False, trust=trust)
     load_strictly(plan.module, state)
     return plan
-
-
-def _rebuilt(text: str, decisions: Sequence[Decision], trust: bool) -> Plan:
-    """The plan that a spec's text and the decisions of its run give, without weights."""
-    spec = loads(text, trust=trust)
-    model = build_backbone(spec.backbone, trust=trust, weights=False)
-    return compile(model, spec, decisions=decisions, verify="off", costs=False, trust=trust)
 
 
 def check_version(found: object, expected: object, where: str) -> None:
@@ -138,8 +130,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
     if wrong:
-        raise RunError(
-            f"the checkpoint does not fit the network that its spec and decisions give: {', '.join(wrong[:5])}",
-            fix="It was written with another version of a pass or of the backbone's library",
-        )
+        what = f"the checkpoint does not fit the network that its spec and decisions give: {', '.join(wrong[:5])}"
+        raise RunError(what, fix="It was written with another version of a pass or of the backbone's library")
     module.load_state_dict(dict(state), strict=True)

@@ -24,7 +24,6 @@ LAYERS = (
     ("passes", "plan_file", "specs"),
     ("data",),
     ("train",),
-    ("loading",),
     ("planning",),
     ("diff",),
     ("cli", "__main__"),

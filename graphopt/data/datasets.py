@@ -15,8 +15,6 @@ from torchvision import datasets
 
 from graphopt.errors import RunError, did_you_mean
 
-Statistics = tuple[float, ...]
-
 
 class Images(Protocol):
     """Labelled images: `images[i]` is a PIL image and its class."""
@@ -48,42 +46,24 @@ class Source:
 
     open: Callable[[Path, str], Split]
     splits: tuple[str, ...]
-    mean: Statistics
-    std: Statistics
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     expects: str
 
 
-class _Digits:
-    """1,797 handwritten digits, 8x8 grey (scikit-learn's copy of UCI's optdigits test set). Every fifth of a class is held out."""
-
-    def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits  # a second to import, and only this data set needs it
-
-        bunch = load_digits()
-        pixels = np.clip(np.rint(bunch.images * (255 / 16)), 0, 255).astype(np.uint8)
-        rank = _rank_in_class(bunch.target)
-        chosen = (rank % 5 != 4) == train
-        self.pixels, self.targets = pixels[chosen], bunch.target[chosen].tolist()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), self.targets[index]
-
-
-def _rank_in_class(targets: np.ndarray) -> np.ndarray:
-    """For each sample, how many of its class come before it."""
-    rank = np.empty(len(targets), dtype=np.int64)
-    for label in np.unique(targets):
-        members = np.flatnonzero(targets == label)
-        rank[members] = np.arange(len(members))
-    return rank
-
-
 def _digits(_: Path, split: str) -> Split:
-    images = _Digits(split == "train")
-    return Split(images, images.targets, 10)
+    """1,797 handwritten digits, 8x8 grey (scikit-learn's copy of UCI's optdigits test set). Every fifth of a class is held out."""
+    from sklearn.datasets import load_digits  # a second to import, and only this data set needs it
+
+    bunch = load_digits()
+    pixels = np.clip(np.rint(bunch.images * (255 / 16)), 0, 255).astype(np.uint8)
+    rank = np.empty(len(pixels), dtype=np.int64)  # how many of its class come before a sample
+    for label in range(10):
+        members = bunch.target == label
+        rank[members] = np.arange(members.sum())
+    chosen = (rank % 5 != 4) == (split == "train")
+    targets = bunch.target[chosen].tolist()
+    return Split([(Image.fromarray(image), target) for image, target in zip(pixels[chosen], targets, strict=True)], targets, 10)
 
 
 def _torchvision(factory: Callable[..., Any], by_split: bool = False) -> Callable[[Path, str], Split]:
@@ -97,10 +77,7 @@ def _torchvision(factory: Callable[..., Any], by_split: bool = False) -> Callabl
     return open_split
 
 
-_SYNONYMS = {
-    "train": ("train", "training"),
-    "validation": ("val", "validation", "valid", "eval", "test"),
-}
+_SYNONYMS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
 
 def _folder(root: Path, split: str) -> Split:

@@ -3,13 +3,11 @@
 So a run that is resumed within an epoch gets the same batches as an uninterrupted one, with any number of loader processes.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -38,17 +36,11 @@ SINGLE = Rank()
 
 
 class Batch(NamedTuple):
-    """What one forward takes.
+    """What one forward takes."""
 
-    Attributes:
-        sample: (N,) int64, numbers of the samples.
-        input: (N, ...) float32.
-        target: (N,) int64 classes, or (N, classes) float32 after mixup.
-    """
-
-    sample: Tensor
-    input: Tensor
-    target: Tensor
+    sample: Tensor  # (N,) int64, numbers of the samples
+    input: Tensor  # (N, ...) float32
+    target: Tensor  # (N,) int64 classes, or (N, classes) float32 after mixup
 
 
 class Feed(Protocol):
@@ -74,8 +66,7 @@ class Unreadable(NamedTuple):
 
     def error(self) -> RunError:
         """The error that the training process raises."""
-        fix = "Replace the file, or take it out of the data set"
-        return RunError(f"the image cannot be read ({self.why})", where=self.image, fix=fix)
+        return RunError(f"the image cannot be read ({self.why})", where=self.image, fix="Replace the file, or take it out of the data set")
 
 
 class Samples(Dataset[tuple[int, Tensor, int]]):
@@ -264,7 +255,7 @@ class Mixer:
         self._seed = seed
 
     @classmethod
-    def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Mixer | None:
+    def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Self | None:
         """None where the spec asks for neither."""
         return cls(augment, classes, smoothing, seed) if augment.mixup or augment.cutmix else None
 

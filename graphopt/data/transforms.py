@@ -91,14 +91,11 @@ def _posterize(image: Any, bits: int, **_: Any) -> Any:
 
 def _geometry(spec: DataSpec, input: tuple[int, ...]) -> list[Any]:
     """The steps of timm that resize and crop for evaluation."""
-    transform = create_transform(
-        (input[0], input[1], input[2]), is_training=False, interpolation=spec.interpolation, crop_pct=spec.crop_pct
-    )
-    return [step for step in transform.transforms if isinstance(step, (transforms.Resize, transforms.CenterCrop)) or _resizes(step)]
-
-
-def _resizes(step: Any) -> bool:
-    return type(step).__module__.startswith("timm.") and "Tensor" not in type(step).__name__
+    size = (input[0], input[1], input[2])
+    steps = create_transform(size, is_training=False, interpolation=spec.interpolation, crop_pct=spec.crop_pct).transforms
+    # torchvision's two, or timm's own in their place; not those that make tensors.
+    kinds = (transforms.Resize, transforms.CenterCrop)
+    return [s for s in steps if isinstance(s, kinds) or (type(s).__module__.startswith("timm.") and "Tensor" not in type(s).__name__)]
 
 
 def _rgb(image: Any) -> Any:

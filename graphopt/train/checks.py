@@ -1,12 +1,13 @@
 """Invariants checked at the start and the end of every phase."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.errors import RunError
-from graphopt.train.hashing import fingerprint
+from graphopt.train.hashing import raw_bytes
 from graphopt.train.optimizer import named_parameters
 
 _SHOWN = 5
@@ -23,44 +24,26 @@ def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
     Args:
         unused: parameters that the forward never reads.
     """
-    missing, broken, extra = [], [], []
-    for name, parameter in named_parameters(module).items():
-        if not parameter.requires_grad:
-            if parameter.grad is not None:
-                extra.append(name)
-        elif parameter.grad is None:
-            if name not in unused:
-                missing.append(name)
-        elif not bool(torch.isfinite(parameter.grad).all()):
-            broken.append(name)
-    messages = [
-        f"{what}: {_listed(names)}"
-        for what, names in (
-            ("trainable but without a gradient", missing),
-            ("gradient not finite", broken),
-            ("frozen but with a gradient", extra),
-        )
-        if names
-    ]
+    parameters = named_parameters(module)
+    trained = {name: p.grad for name, p in parameters.items() if p.requires_grad}
+    missing = [name for name, gradient in trained.items() if gradient is None and name not in unused]
+    broken = [name for name, gradient in trained.items() if gradient is not None and not torch.isfinite(gradient).all()]
+    extra = [name for name, p in parameters.items() if not p.requires_grad and p.grad is not None]
+    found = {"trainable but without a gradient": missing, "gradient not finite": broken, "frozen but with a gradient": extra}
+    messages = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
     if messages:
         fix = "Lower train.optimizer.lr, or check the data" if broken and not missing and not extra else None
         raise RunError("; ".join(messages), where="first step of the phase", fix=fix)
 
 
-def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Frozen parameters, and the buffers of modules whose own parameters are all frozen (a frozen norm's statistics)."""
-    found: dict[str, Tensor] = {name: p for name, p in named_parameters(module).items() if not p.requires_grad}
+def fingerprints(module: nn.Module) -> dict[str, str]:
+    """A hash of the bits of each frozen parameter, and of each buffer of modules whose own parameters are all frozen (statistics)."""
+    frozen: dict[str, Tensor] = {name: p for name, p in named_parameters(module).items() if not p.requires_grad}
     for path, part in module.named_modules():
         own = list(part.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
-            prefix = f"{path}." if path else ""
-            found |= {prefix + name: buffer for name, buffer in part.named_buffers(recurse=False)}
-    return found
-
-
-def fingerprints(module: nn.Module) -> dict[str, str]:
-    """A hash of the bits of each frozen tensor."""
-    return {name: fingerprint(tensor) for name, tensor in frozen_tensors(module).items()}
+            frozen |= part.named_buffers(prefix=path, recurse=False)
+    return {name: hashlib.blake2b(raw_bytes(tensor.cpu()), digest_size=16).hexdigest() for name, tensor in frozen.items()}
 
 
 def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:

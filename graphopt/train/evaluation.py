@@ -1,7 +1,8 @@
-"""Accuracy of the full network, as it is exported."""
+"""Loss and accuracy: of training steps, and of the full network as it is exported."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,41 @@ from torch import Tensor, nn
 
 from graphopt.data.loader import ImageFeed
 from graphopt.errors import RunError
-from graphopt.train.metrics import Meter
 from graphopt.train.strategy import Strategy
+
+
+@dataclass
+class Meter:
+    """Sums of loss and correct predictions over samples, on the device, so that no step waits for them."""
+
+    samples: int = 0
+    sums: Tensor | None = None
+
+    def add(self, loss: Tensor, correct: Tensor, samples: int) -> None:
+        """Adds `samples` samples: `loss` is their mean loss, `correct` how many predictions were right (both scalars)."""
+        sums = torch.stack([loss.detach().double() * samples, correct.detach().double()])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.samples += samples
+
+    @property
+    def loss(self) -> float:
+        """Mean loss so far; NaN before the first sample."""
+        return float(self.sums[0]) / self.samples if self.sums is not None else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct predictions so far, 0 to 1; NaN before the first sample."""
+        return float(self.sums[1]) / self.samples if self.sums is not None else float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"samples": self.samples, "sums": None if self.sums is None else self.sums.tolist()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Self:
+        """The inverse of `state_dict()`."""
+        sums = state["sums"]
+        return cls(state["samples"], None if sums is None else torch.tensor(sums, dtype=torch.float64, device=device))
 
 
 def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: int, *, after_batch: Callable[[], None]) -> Meter:
@@ -22,8 +56,7 @@ def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: in
     module.eval()
     meter = Meter()
     with torch.no_grad():
-        for batch in feed.batches(0):
-            batch = strategy.move(batch)
+        for batch in map(strategy.move, feed.batches(0)):
             with strategy.autocast():
                 output = module(batch.input)
                 output = output[0] if isinstance(output, tuple | list) else output
@@ -40,11 +73,8 @@ def check_output(output: Any, target: Tensor, classes: int) -> None:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise RunError(f"the runner trains classifiers with outputs (N, classes), the backbone gives {found}", where="backbone")
     if output.shape[1] < classes:
-        raise RunError(
-            f"the backbone has {output.shape[1]} classes, the data has {classes}",
-            where="backbone.arguments",
-            fix=f"Set num_classes = {classes}",
-        )
+        what = f"the backbone has {output.shape[1]} classes, the data has {classes}"
+        raise RunError(what, where="backbone.arguments", fix=f"Set num_classes = {classes}")
 
 
 def count_correct(output: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a run, the ordinary checkpoint: the backbone's own keys, in safetensors."""
+"""What a run has trained: the ordinary checkpoint (the backbone's own keys, in safetensors), the plan, or the model."""
 
 import os
 from collections.abc import Mapping
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save
+from torch import nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.errors import PassError, RunError
-from graphopt.plan_file import packed, restore, write_model
+from graphopt.plan_file import packed, read_plan_file, restore, write_model
 from graphopt.train.checkpoint import load_checkpoint
 
 Weights = Literal["auto", "model", "ema"]
@@ -44,13 +45,8 @@ def export_run(
     """
     state = load_checkpoint(_checkpoint(Path(run), which))
     plan, chosen = _restored(state, weights, plan, trust, str(run))
-    metadata = {
-        "format": "pt",
-        "name": plan.name,
-        "digest": plan.digest,
-        "epoch": str(state["progress"]["epoch"]),
-        "weights": chosen,
-    }
+    epoch = str(state["progress"]["epoch"])
+    metadata = {"format": "pt", "name": plan.name, "digest": plan.digest, "epoch": epoch, "weights": chosen}
     try:
         content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
     except PassError as error:
@@ -68,6 +64,21 @@ def load_run(
 ) -> Plan:
     """The plan of a run, in the phase and with the weights of its checkpoint; takes and raises what `export_run` does."""
     return _restored(load_checkpoint(_checkpoint(Path(run), which)), weights, plan, trust, str(run))[0]
+
+
+def load(path: str | os.PathLike[str], *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
+    """The model in a file that `graphopt.save` or `graphopt export` wrote, or in a run's folder; in eval mode.
+
+    Args:
+        trust: let its spec run Python code that it names.
+        plan: for a file or run of a plan compiled by hand, that plan (in any phase).
+
+    Raises:
+        RunError: nothing there, not such a file, or a plan compiled by hand without `plan`.
+    """
+    source = Path(path)
+    read = load_run if source.is_dir() or source.suffix == ".pt" else read_plan_file
+    return read(source, plan=plan, trust=trust).module.eval()
 
 
 def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, trust: bool, where: str) -> tuple[Plan, str]:

@@ -1,4 +1,4 @@
-"""Bytes of tensors, and hashes of them."""
+"""Bytes of tensors, and hashes."""
 
 import hashlib
 
@@ -9,11 +9,6 @@ from torch import Tensor
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor of any dtype, in row-major order."""
     return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """A hash of a tensor's bits."""
-    return hashlib.blake2b(raw_bytes(tensor.cpu()), digest_size=16).hexdigest()
 
 
 def hash_parts(*parts: bytes) -> str:

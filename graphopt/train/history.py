@@ -1,11 +1,9 @@
 """What triggers measure: one record per finished epoch, with the relative change of each scored region's weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,15 +45,14 @@ class History:
     def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:
         """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed."""
         wanted = {name for names in regions.values() for name in names if name in parameters}
-        self.snapshot = {name: self.snapshot[name] if name in self.snapshot else _copy(parameters[name]) for name in sorted(wanted)}
+        copies = {name: parameters[name].detach().to("cpu", copy=True) for name in wanted - self.snapshot.keys()}
+        self.snapshot = {name: self.snapshot[name] if name in self.snapshot else copies[name] for name in sorted(wanted)}
 
     def close(self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor]) -> EpochRecord:
         """Appends the record of `epoch`, measured from the last snapshot, and takes the next snapshot."""
-        change = {}
-        for region, names in regions.items():
-            known = [name for name in names if name in self.snapshot and name in parameters]
-            if known:
-                change[region] = _relative_change([(self.snapshot[name], parameters[name]) for name in known])
+        known = self.snapshot.keys() & parameters.keys()
+        pairs = {region: [(self.snapshot[name], parameters[name]) for name in names if name in known] for region, names in regions.items()}
+        change = {region: _relative_change(found) for region, found in pairs.items() if found}
         record = EpochRecord(epoch, dict(metrics), change)
         self.records.append(record)
         self.snapshot = {}
@@ -64,17 +61,12 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors only (loads with `weights_only=True`)."""
-        records = [{"epoch": r.epoch, "metrics": r.metrics, "change": r.change} for r in self.records]
-        return {"records": records, "snapshot": self.snapshot}
+        return {"records": [asdict(record) for record in self.records], "snapshot": self.snapshot}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> History:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
         """The inverse of `state_dict()`."""
         return cls([EpochRecord(**record) for record in state["records"]], dict(state["snapshot"]))
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _relative_change(pairs: list[tuple[Tensor, Tensor]]) -> float:

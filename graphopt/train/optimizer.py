@@ -5,6 +5,7 @@ phase, under the parameter's state-dict name. The state of a parameter that a ph
 again later, it starts with new state.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
@@ -21,13 +22,10 @@ from graphopt.spec import OptimizerSpec, SchedulerSpec
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, sorted by name. A tied one has the alphabetically first of its names, in any order of the graph."""
-    names: dict[int, str] = {}
-    by_id: dict[int, nn.Parameter] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        key = id(parameter)
-        by_id[key] = parameter
-        names[key] = min(names.get(key, name), name)
-    return {names[key]: by_id[key] for key in sorted(by_id, key=names.__getitem__)}
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in sorted(module.named_parameters(remove_duplicate=False)):
+        first.setdefault(parameter, name)
+    return {name: parameter for parameter, name in first.items()}
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -42,11 +40,7 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 
 
 def build_optimizer(
-    module: nn.Module,
-    spec: OptimizerSpec,
-    *,
-    no_decay: Collection[str] = (),
-    rates: Mapping[str, float] | None = None,
+    module: nn.Module, spec: OptimizerSpec, *, no_decay: Collection[str] = (), rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """An optimizer of timm over the trainable parameters of `module`, in named groups.
 
@@ -61,19 +55,19 @@ def build_optimizer(
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in trainable(module).items():
         decays = parameter.ndim > 1 and not path.endswith(".bias") and path not in no_decay
-        label, rate = "decay" if decays else "no_decay", 1.0
+        label = "decay" if decays else "no_decay"
+        scale = {}
         if rates is not None:
-            rate = _rate_of(path, rates)
-            label = f"{label}, lr x {rate:.4g}"
-        group = groups.setdefault(label, {"params": [], "name": label, "weight_decay": spec.weight_decay if decays else 0.0})
-        group["params"].append(parameter)
-        if rates is not None:
-            group["lr_scale"] = rate
+            scale = {"lr_scale": _rate_of(path, rates)}
+            label = f"{label}, lr x {scale['lr_scale']:.4g}"
+        group = {"params": [], "name": label, "weight_decay": spec.weight_decay if decays else 0.0, **scale}
+        groups.setdefault(label, group)["params"].append(parameter)
     if not groups:
         raise RunError("nothing is left to train: every parameter is frozen", fix="Select fewer regions to freeze")
-    ordered = [groups[label] for label in sorted(groups)]
     try:
-        optimizer = create_optimizer_v2(ordered, opt=spec.name, lr=spec.lr, momentum=spec.momentum, **spec.arguments)
+        optimizer = create_optimizer_v2(
+            [groups[label] for label in sorted(groups)], opt=spec.name, lr=spec.lr, momentum=spec.momentum, **spec.arguments
+        )
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
         known = [str(name) for name in list_optimizers()]
         if spec.name.casefold() not in known:
@@ -91,11 +85,8 @@ def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | 
     if decay is None:
         return None
     if not hasattr(backbone, "group_matcher"):
-        raise RunError(
-            f"{type(backbone).__name__} does not define its layers (timm's models do)",
-            where="train.optimizer.layer_decay",
-            fix="Leave layer_decay out",
-        )
+        what = f"{type(backbone).__name__} does not define its layers (timm's models do)"
+        raise RunError(what, where="train.optimizer.layer_decay", fix="Leave layer_decay out")
     layers = group_parameters(backbone, cast(Any, backbone).group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}
@@ -112,17 +103,9 @@ def _rate_of(path: str, rates: Mapping[str, float]) -> float:
     return 1.0
 
 
-def undecayed(backbone: nn.Module) -> frozenset[str]:
-    """Parameters that the backbone excludes from weight decay (timm's `no_weight_decay`)."""
-    return frozenset(cast(Any, backbone).no_weight_decay()) if hasattr(backbone, "no_weight_decay") else frozenset()
-
-
 def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Raises RunError unless the optimizer holds exactly the trainable parameters, each once."""
-    counts: dict[int, int] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     wrong = []
     for name, parameter in named_parameters(module).items():
         count = counts.pop(id(parameter), 0)
@@ -177,24 +160,11 @@ class Schedule:
         for group in optimizer.param_groups:
             # A group loaded from the phase before has the rate reached there; the schedule starts from the spec's.
             group["lr"] = group["initial_lr"] = lr
-        settings = {
-            "warmup_epochs": spec.warmup_epochs,
-            "warmup_lr": spec.warmup_lr,
-            "min_lr": spec.min_lr,
-            "decay_epochs": spec.decay_epochs,
-            "decay_milestones": list(spec.decay_milestones),
-            "decay_rate": spec.decay_rate,
-            **spec.arguments,
-        }
+        settings = {**spec.model_dump(exclude={"name", "arguments"}), "decay_milestones": list(spec.decay_milestones), **spec.arguments}
         self._optimizer = optimizer
         try:
             self._scheduler, _ = create_scheduler_v2(
-                optimizer,
-                spec.name,
-                num_epochs=epochs,
-                step_on_epochs=False,
-                updates_per_epoch=steps_per_epoch,
-                **settings,
+                optimizer, spec.name, num_epochs=epochs, step_on_epochs=False, updates_per_epoch=steps_per_epoch, **settings
             )
         except (TypeError, AssertionError, ValueError) as error:
             raise RunError(f"timm refused the settings of {spec.name}: {error}", where="train.scheduler") from error

@@ -1,7 +1,5 @@
 """One phase: what is built again at every decision, and the training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +15,10 @@ from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import preserved, reseed
 from graphopt.plan_file import load_strictly
 from graphopt.spec import TrainSpec
+from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, gradients_finite
 from graphopt.train.evaluation import check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
-from graphopt.train.optimizer import (
-    Schedule,
-    build_optimizer,
-    layer_rates,
-    load_optimizer_state,
-    named_parameters,
-    optimizer_state,
-    undecayed,
-)
 from graphopt.train.strategy import Strategy
 
 #: weight of an auxiliary classifier's loss where a backbone returns several outputs in training (GoogLeNet, Inception)
@@ -42,7 +32,7 @@ class RunContext:
     """What all phases of a run share.
 
     Attributes:
-        images, evaluation: the feeds of training and of evaluation. classes: of the data set.
+        images, evaluation: the feeds of training and of evaluation.
         mixer: mixup and CutMix, if the spec asks for them.
         features: caches what a prefix that has left the graph computes.
     """
@@ -80,7 +70,7 @@ class Phase:
         gradients_checked: whether the gradients of its first step have been checked.
     """
 
-    def __init__(self, plan: Plan, context: RunContext, *, earlier: Phase | None = None) -> None:
+    def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None) -> None:
         self.plan, self.context = plan, context
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
         strategy.to_device(plan.module)
@@ -88,23 +78,23 @@ class Phase:
         self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}
         self._trained: nn.Module = plan.module
         self._call: Callable[..., Any] | None = None
-        self.optimizer = build_optimizer(
-            plan.module,
-            spec.optimizer,
-            no_decay=plan.no_decay | undecayed(plan.backbone),
-            rates=layer_rates(plan.backbone, spec.optimizer.layer_decay),
-        )
+        # timm's backbones may exclude parameters from weight decay, too.
+        no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
+        rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
+        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
         if earlier is not None:
-            load_optimizer_state(self.optimizer, plan.module, optimizer_state(earlier.optimizer, earlier.plan.module))
+            optimizers.load_optimizer_state(self.optimizer, plan.module, optimizers.optimizer_state(earlier.optimizer, earlier.plan.module))
         self.steps = len(self.feed) // spec.accumulate
-        self.schedule = Schedule(self.optimizer, spec.scheduler, lr=spec.optimizer.lr, epochs=spec.epochs, steps_per_epoch=self.steps)
+        self.schedule = optimizers.Schedule(
+            self.optimizer, spec.scheduler, lr=spec.optimizer.lr, epochs=spec.epochs, steps_per_epoch=self.steps
+        )
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
         self.ema: ModelEmaV3 | None = _averaged(plan.module, spec.ema, earlier.ema if earlier is not None else None)
         self.frozen = fingerprints(plan.module)
         self.gradients_checked = False
         self._overflows = 0
 
-    def next(self, decisions: Sequence[Decision], epoch: int) -> Phase:
+    def next(self, decisions: Sequence[Decision], epoch: int) -> "Phase":
         """The phase after `decisions`, with weights, optimizer state and averages carried over by name."""
         self.close()
         return Phase(advance(self.plan, decisions, self.spec.seed, epoch), self.context, earlier=self)
@@ -145,7 +135,7 @@ class Phase:
         self.scaler.unscale_(self.optimizer)
         self._check_gradients_once()
         if self.spec.clip is not None:
-            parameters = [p for p in named_parameters(self.plan.module).values() if p.grad is not None]
+            parameters = [p for p in optimizers.named_parameters(self.plan.module).values() if p.grad is not None]
             dispatch_clip_grad(parameters, self.spec.clip, mode=self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -184,7 +174,7 @@ class Phase:
         """What a checkpoint stores of a phase; everything by name."""
         return {
             "model": self.plan.module.state_dict(),
-            "optimizer": optimizer_state(self.optimizer, self.plan.module),
+            "optimizer": optimizers.optimizer_state(self.optimizer, self.plan.module),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "frozen": self.frozen,
@@ -199,7 +189,7 @@ class Phase:
             RunError: the network that (spec, decisions) gives is not the one that was saved.
         """
         load_strictly(self.plan.module, state["model"])
-        load_optimizer_state(self.optimizer, self.plan.module, state["optimizer"])
+        optimizers.load_optimizer_state(self.optimizer, self.plan.module, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -215,8 +205,7 @@ def _averaged(module: nn.Module, decay: float | None, earlier: ModelEmaV3 | None
         return None
     ema = ModelEmaV3(module, decay=decay, use_warmup=True)
     if earlier is not None:
-        known = earlier.module.state_dict()
         own = ema.module.state_dict()
-        carried = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
+        carried = {k: v for k, v in earlier.module.state_dict().items() if k in own and v.shape == own[k].shape}
         ema.module.load_state_dict(carried, strict=False)
     return ema

@@ -1,27 +1,149 @@
-"""The training loop: epochs of steps, evaluation, decisions between epochs, and checkpoints from which a run can be resumed."""
+"""Training: one loop for all plans, which knows no pass by name.
+
+Epochs of steps, evaluation, decisions between epochs, and checkpoints from which a run can be resumed. Ctrl-C and SIGTERM request a stop;
+the run stops after the step, with a checkpoint.
+"""
 
 import json
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
+from types import FrameType
+from typing import Any, Self
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from graphopt.data.loader import Batch
+from graphopt.compiler.plan import Plan
+from graphopt.data.loader import Batch, Data, ImageFeed, Mixer, open_data
+from graphopt.driver import build_backbone, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
-from graphopt.train.checkpoint import Checkpointer
-from graphopt.train.evaluation import evaluate
-from graphopt.train.metrics import Meter
+from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
+from graphopt.train.checkpoint import Checkpointer, RunFolder
+from graphopt.train.evaluation import Meter, evaluate
+from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.run_log import RunLog
-from graphopt.train.state import Progress, RunState, Summary
-from graphopt.train.stopping import Stopped, StopSignals
+from graphopt.train.run_log import MetricsLog, RunLog, Screen
+from graphopt.train.state import RunState, Summary
+from graphopt.train.strategy import Strategy
+
+
+def train(
+    what: Spec | Plan,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    trust: bool = False,
+    settings: TrainSpec | None = None,
+    data: DataSpec | Data | None = None,
+    tensorboard: bool = False,
+    console: Console | None = None,
+) -> Summary:
+    """Trains a spec, or a plan compiled by hand, into the folder `out`.
+
+    Args:
+        resume: continue the run in `out` (or start it, where there is none yet). The result is bit-identical on the CPU.
+        trust: let the spec run Python code that it names.
+        settings, data: for a plan without a spec; otherwise they replace those of the spec.
+        tensorboard: write event files under `out/tensorboard` as well.
+        console: where progress is shown; None is silent.
+
+    Raises:
+        GraphoptError: the spec, the data or the folder is wrong, the loss is not finite, or one of these checks fails: the optimizer holds
+            exactly the trainable parameters; these have finite gradients, frozen ones none; frozen tensors do not change.
+        Stopped: Ctrl-C or SIGTERM, after writing a checkpoint.
+    """
+    plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
+    settings = settings or (spec.train if spec is not None else TrainSpec())
+    data = data or (spec.data if spec is not None else DataSpec())
+    strategy = Strategy.of(settings)
+    # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
+    shape = plan.base.input if plan is not None else spec.backbone.input
+    opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
+    images, evaluation = _feeds(opened, data, settings, strategy)
+    digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
+    folder = RunFolder.claim(out, digest, text, resume=resume)
+    try:
+        with strategy.kernels(), StopSignals() as signals:
+            checkpointer = Checkpointer(folder, text, settings, data)
+            saved = checkpointer.load() if resume else None
+            if plan is None:
+                torch.manual_seed(settings.seed)
+                model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
+                plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
+            mixer, identity = None, {}
+            if isinstance(data, DataSpec):
+                mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)
+                identity = data.model_dump(mode="json", exclude={"workers"})
+            # Everything that determines the inputs of training.
+            identity = {"data": identity, "seed": settings.seed}
+            cached = folder.path / "features"
+            features = FeatureCache(images, strategy, folder=cached, digest=digest, identity=identity, mixed=mixer is not None)
+            context = RunContext(settings, strategy, images, evaluation, opened.classes, mixer, features)
+            state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
+            board = folder.path / "tensorboard" if tensorboard else None
+            offset = saved["metrics_offset"] if saved is not None else 0
+            with closing(MetricsLog(folder.metrics, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
+                log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
+                if saved is not None:
+                    log.resumed()
+                else:
+                    log.phase(state.phase.plan.decisions)
+                features.check(plan)
+                return Run(context, state, log, checkpointer, signals).run()
+    finally:
+        folder.release()
+
+
+def _feeds(data: Data, spec: DataSpec | Data, settings: TrainSpec, strategy: Strategy) -> tuple[ImageFeed, ImageFeed]:
+    """The training and the evaluation batches."""
+    workers = spec.workers if isinstance(spec, DataSpec) else 0
+    common: dict[str, Any] = {"workers": workers, "pin": strategy.device.type == "cuda", "rank": strategy.rank}
+    train = ImageFeed(data.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **common)
+    if not len(data.evaluation):
+        raise RunError("there are no evaluation images", where="data")
+    return train, ImageFeed(data.evaluation, settings.batch, shuffle=False, **common)
+
+
+class Stopped(RunError):
+    """A run that stopped on request and can be resumed. Its exit code is 128 + the signal's number, as in shells."""
+
+    def __init__(self, what: str, *, signum: int = signal.SIGINT, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """While open, the first Ctrl-C or SIGTERM only sets `signum`; the second has its usual effect.
+
+    Outside the main thread, where Python allows no handlers, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.signum = number
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
 
 
 class Run:
@@ -29,21 +151,16 @@ class Run:
 
     def __init__(self, context: RunContext, state: RunState, log: RunLog, checkpointer: Checkpointer, signals: StopSignals) -> None:
         self.context, self.spec, self.strategy = context, context.spec, context.strategy
-        self.state, self.log, self.checkpointer, self.signals = state, log, checkpointer, signals
+        self.state, self.progress, self.log, self.checkpointer, self.signals = state, state.progress, log, checkpointer, signals
         self.folder = checkpointer.folder
         self._losses: list[Tensor] = []
         self._started = time.perf_counter()
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
 
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return self.state.progress
-
     def run(self) -> Summary:
-        """Trains until the last epoch; see `graphopt.train.train` for what it raises."""
+        """Trains until the last epoch; see `train` for what it raises."""
         self.strategy.reset_peak_memory()
-        with self.log.screen:
+        with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
                 self._decide()
                 self._train_epoch()
@@ -81,7 +198,11 @@ class Run:
             self._losses.append(loss)
             self.state.meter.add(loss, correct, samples)
             self.state.window.add(loss, correct, samples)
-            self.log.screen.step(self._log_window(rate) if progress.total % spec.log_every == 0 else "")
+            note = ""
+            if progress.total % spec.log_every == 0:
+                self._check_losses()
+                note = self.log.window(rate, spec.log_every)
+            self.log.screen.step(note)
             self._stop_if_requested()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
@@ -92,10 +213,6 @@ class Run:
         for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
             batch = self.strategy.move(batch)
             yield mixer(batch, epoch, number) if mixer is not None else batch
-
-    def _log_window(self, rate: float) -> str:
-        self._check_losses()
-        return self.log.window(rate, self.spec.log_every)
 
     def _close_epoch(self) -> None:
         state, progress, plan = self.state, self.progress, self.state.phase.plan
@@ -138,37 +255,29 @@ class Run:
 
     def _check_losses(self) -> None:
         """Checks that all losses since the last check are finite; they stay on the device until then, so that no step waits for its own."""
-        if not self._losses:
-            return
-        values = torch.stack(self._losses).tolist()
+        values = torch.stack(self._losses).tolist() if self._losses else []
         self._losses = []
         for number, value in enumerate(values, self.progress.total - len(values) + 1):
             if not math.isfinite(value):
-                raise RunError(
-                    f"the loss became {value} at step {number} (epoch {self.progress.epoch + 1})",
-                    where=str(self.folder.path),
-                    fix="Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before",
-                )
+                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch + 1})"
+                fix = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before"
+                raise RunError(what, where=str(self.folder.path), fix=fix)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------
     def _stop_if_requested(self) -> None:
         """Raises Stopped, after writing a checkpoint, if a signal has requested it."""
-        if self.signals.signum is None:
-            return
-        self._save()
-        raise Stopped(
-            f"stopped at epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.state.phase.steps}; a checkpoint is written",
-            signum=self.signals.signum or signal.SIGINT,
-            where=str(self.folder.path),
-            fix="Continue with the same command and --resume",
-        )
+        signum = self.signals.signum
+        if signum is not None:
+            self._save()
+            done = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.state.phase.steps}"
+            fix = "Continue with the same command and --resume"
+            raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)
 
     def _save(self, *, best: bool = False) -> None:
-        if not self.strategy.is_main_rank:
-            return
-        self._check_losses()
-        self._update_clock()
-        self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
+        if self.strategy.is_main_rank:
+            self._check_losses()
+            self._update_clock()
+            self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 
     def _update_clock(self) -> None:
         now = time.perf_counter()

@@ -1,23 +1,122 @@
-"""The records of a run: metrics.jsonl, TensorBoard and the console."""
+"""The records of a run: metrics.jsonl, TensorBoard and the console. Nothing else in the runner prints."""
 
+import json
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from graphopt.compiler.triggers import Decision
-from graphopt.train.metrics import Meter, MetricsLog
+from graphopt.errors import RunError
+from graphopt.files import reason
+from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import parameter_counts
-from graphopt.train.screen import Screen
 from graphopt.train.state import RunState
 from graphopt.train.strategy import Strategy
+from graphopt.units import show_size
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object per line, and on request the same in TensorBoard.
+
+    A checkpoint stores `tell()`; a resumed run truncates the file there, so that steps trained twice are logged once.
+    """
+
+    def __init__(self, path: Path, *, offset: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
+        try:
+            self._file = path.open("ab")
+            self._file.truncate(min(offset, path.stat().st_size))
+            self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise RunError(f"cannot be written: {reason(error)}", where=str(path)) from error
+        self._path, self._board = path, None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise RunError("TensorBoard is not installed", fix="Run `pip install tensorboard`") from error
+            self._board = SummaryWriter(str(tensorboard), purge_step=step or None)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; numbers of an epoch or a step also go to TensorBoard under its `kind`."""
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            fix = "Make room, then continue with --resume"
+            raise RunError(f"could not be written: {reason(error)}", where=str(self._path), fix=fix) from error
+        if self._board is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key not in ("step", "epoch"):
+                    self._board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def tell(self) -> int:
+        """Bytes written so far, all of them on disk."""
+        with suppress(OSError):  # a checkpoint must not fail because of its log
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Screen:
+    """A progress bar over the epoch and a line per epoch; silent without a console. Shown while `progress` is open."""
+
+    def __init__(self, console: Console | None, epochs: int) -> None:
+        self._console, self._epochs = console, epochs
+        note, what = TextColumn("{task.fields[note]}"), TextColumn("{task.description}")
+        self.progress = Progress(
+            *(what, BarColumn(bar_width=None), MofNCompleteColumn(), note, TimeRemainingColumn()),
+            console=console or Console(quiet=True),
+            transient=True,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self.progress.add_task("", total=None, note="", visible=False)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._console is not None:
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, what: str, epoch: int, total: int, done: int = 0) -> None:
+        """Starts a bar of `total` steps; `what` is 'train', 'eval' or 'features'."""
+        description = f"epoch {epoch + 1}/{self._epochs} {what}"
+        self.progress.reset(self._task, total=total, completed=done, description=description, note="", visible=True)
+
+    def step(self, note: str = "") -> None:
+        """Advances the bar by one step."""
+        fields: dict[str, Any] = {"note": note} if note else {}
+        self.progress.update(self._task, advance=1, **fields)
+
+    def phase(self, record: Mapping[str, Any]) -> None:
+        """Prints a new phase and the decisions that began it."""
+        decisions = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in record["decisions"]]
+        self.say(
+            f"phase {record['phase']} from epoch {record['epoch'] + 1}: {'; '.join(decisions) or 'start'}; "
+            f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
+        )
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Prints the figures of an epoch."""
+        parts = [f"loss {record['train_loss']:.4f}"]
+        for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
+            if name in record:
+                parts.append(f"{label} {100 * record[name]:.2f} %")
+        parts += [f"{record['seconds']:.1f} s", f"{record['samples_per_second']:.0f} images/s", f"peak {show_size(record['peak_bytes'])}"]
+        self.say(f"epoch {record['epoch'] + 1}/{self._epochs}: " + ", ".join(parts))
 
 
 class RunLog:
-    """Writes the records of a run.
-
-    Attributes:
-        metrics: metrics.jsonl. screen: the console.
-    """
+    """Writes the records of a run."""
 
     def __init__(self, state: RunState, metrics: MetricsLog, screen: Screen, strategy: Strategy) -> None:
         self.state, self.metrics, self.screen, self._strategy = state, metrics, screen, strategy
@@ -37,14 +136,10 @@ class RunLog:
 
     def phase(self, decisions: tuple[Decision, ...]) -> None:
         """A new phase, and the decisions that began it."""
-        plan = self.state.phase.plan
-        record = self._write(
-            "phase",
-            phase=len(self.state.phases),
-            decisions=[{**d.model_dump(mode="json"), "pass": plan.passes[d.index].name} for d in decisions],
-            **parameter_counts(plan.module),
-        )
-        self.state.phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions")})
+        plan, phases = self.state.phase.plan, self.state.phases
+        made = [{**d.model_dump(mode="json"), "pass": plan.passes[d.index].name} for d in decisions]
+        record = self._write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module))
+        phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions")})
         self.screen.phase(record)
 
     def features(self, decision: Mapping[str, Any]) -> None:

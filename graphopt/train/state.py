@@ -1,16 +1,14 @@
 """What changes while a run goes on, and what it amounts to at the end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.randomness import mixed_seed
+from graphopt.train.evaluation import Meter
 from graphopt.train.history import History
-from graphopt.train.metrics import Meter
 from graphopt.train.optimizer import named_parameters, parameter_counts
 from graphopt.train.phase import Phase, RunContext, advance
 
@@ -55,7 +53,7 @@ class RunState:
     window: Meter = field(default_factory=Meter)
 
     @classmethod
-    def initial(cls, plan: Plan, context: RunContext) -> RunState:
+    def initial(cls, plan: Plan, context: RunContext) -> Self:
         """The state before the first step."""
         history, spec = History(), context.spec
         due = context.strategy.agree(lambda: plan.due(0, history, spec.epochs))
@@ -101,7 +99,7 @@ class Summary:
     folder: str
 
     @classmethod
-    def of(cls, state: RunState, device: str, folder: str) -> Summary:
+    def of(cls, state: RunState, device: str, folder: str) -> Self:
         """The summary of a run that is over."""
         plan, progress, last = state.phase.plan, state.progress, state.history.records[-1].metrics
         return cls(

@@ -1,13 +1,11 @@
 """How a step runs: devices, precision, memory layout, compilation and ranks."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -42,7 +40,7 @@ class Strategy:
     rank: Rank = SINGLE
 
     @classmethod
-    def of(cls, spec: TrainSpec) -> Strategy:
+    def of(cls, spec: TrainSpec) -> Self:
         """The strategy of a spec. Raises RunError if the machine has no such device, or the spec asks for several ranks."""
         if spec.strategy in ("ddp", "fsdp") or torch.distributed.is_torchelastic_launched():
             fix = 'Start it without torchrun, with strategy = "single"'

@@ -38,11 +38,9 @@ regions that the graph cannot be cut after, more modules than there are cuts for
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -129,7 +127,7 @@ class Supervise(Pass):
     classes: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Supervise:
+    def _consistent(self) -> Self:
         if self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
             raise ValueError("cuts gives the cuts; leave out modules and balance")
         if self.cuts is None and self.modules is None and self.balance == "blocks":

@@ -10,8 +10,7 @@ import torch
 
 from graphopt import RunError
 from graphopt.train import train
-from graphopt.train.checkpoint import load_checkpoint
-from graphopt.train.run_folder import RunFolder
+from graphopt.train.checkpoint import RunFolder, load_checkpoint
 from tests.train import small
 
 FULL = """

@@ -21,7 +21,7 @@ from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import store as feature_store
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feature_cache.feed import FeatureFeed
-from graphopt.train.feature_cache.filling import Prefix
+from graphopt.train.feature_cache.prefix import Prefix
 from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
 from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
@@ -86,7 +86,7 @@ class _Stop:
 
     def __init__(self, monkeypatch, after: int) -> None:
         from graphopt.train.phase import Phase
-        from graphopt.train.stopping import StopSignals
+        from graphopt.train.run import StopSignals
 
         self.left, self.signals = after, None
         stop, step, enter = self, Phase.step, StopSignals.__enter__

@@ -8,25 +8,27 @@ and of the entry that it was filled from; so an outdated entry has another name 
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Feed, ImageFeed
+from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.train.feature_cache.feed import FeatureFeed, OnFeatures
-from graphopt.train.feature_cache.filling import Cut, Declined, Prefix, chunks_of_entry, chunks_of_images, fill_entry
-from graphopt.train.feature_cache.keys import key_of
+from graphopt.train.feature_cache.prefix import Cut, Declined, Prefix, key_of
 from graphopt.train.feature_cache.store import MANIFEST, CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
+
+#: chunks that are timed before deciding whether the cache is faster than the prefix
+TRIAL = 4
 
 
 class FeatureCache:
@@ -77,38 +79,26 @@ class FeatureCache:
                 continue
             self._check_inputs(options)
             limit = options.get("limit")
-            cuts = [region.exits[0] for region in item.match.regions]
-            sizes = [cut.meta["val"][0].numel() * DTYPES[options["dtype"]].itemsize for cut in cuts]
-            if limit is not None and sizes and limit < self.images.batch * min(sizes):
-                least = show_size(self.images.batch * min(sizes))
-                raise RunError(
-                    f"limit = {show_size(limit)} is smaller than one batch of features ({least} at least)",
-                    where=item.instance.label,
-                    fix="Raise it, or drop the prefix without a cache",
-                )
+            values = [region.exits[0].meta["val"][0].numel() for region in item.match.regions]
+            least = self.images.batch * min(values, default=0) * DTYPES[options["dtype"]].itemsize
+            if limit is not None and limit < least:
+                what = f"limit = {show_size(limit)} is smaller than one batch of features ({show_size(least)} at least)"
+                raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
 
     def _check_inputs(self, options: Mapping[str, Any]) -> None:
         """Checks that each sample's input is the same every time."""
         if self.mixed:
-            raise RunError(
-                "mixup and CutMix make new inputs from every batch, so features of them cannot be cached",
-                where="data.augment",
-                fix='Leave them out, or run the prefix in every step (cache = "none")',
-            )
+            what = "mixup and CutMix make new inputs from every batch, so features of them cannot be cached"
+            raise RunError(what, where="data.augment", fix='Leave them out, or run the prefix in every step (cache = "none")')
         if not self.samples.deterministic and not options.get("views"):
-            raise RunError(
-                "random augmentation gives a sample another input in every epoch, so features of it cannot be cached",
-                where="data.augment",
-                fix='Cache fixed views of each sample (views = 4), or run the prefix in every step (cache = "none")',
-            )
+            what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
+            fix = 'Cache fixed views of each sample (views = 4), or run the prefix in every step (cache = "none")'
+            raise RunError(what, where="data.augment", fix=fix)
         for view in range(_views(options)):
             once, again = (self.samples[(view, 0)][1] for _ in range(2))
             if not torch.equal(once, again):
-                raise RunError(
-                    "the transform gives another input each time for the same view of a sample",
-                    where="data",
-                    fix="Let it draw from torch's, numpy's or Python's own generators only",
-                )
+                what = "the transform gives another input each time for the same view of a sample"
+                raise RunError(what, where="data", fix="Let it draw from torch's, numpy's or Python's own generators only")
 
     # -- at the start of a phase --------------------------------------------------------------------------------------------
     def prepare(self, plan: Plan, record: Mapping[str, Any]) -> tuple[Feed, nn.Module, dict[str, Any]]:
@@ -207,19 +197,54 @@ class FeatureCache:
         return entry
 
     def _fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, trial: bool) -> CacheEntry:
+        """Computes what is missing of an entry. What was written stays if this is interrupted, and is removed where caching fails.
+
+        Args:
+            trial: decline if, after a few chunks, reading features turns out to be slower than computing them.
+        """
         source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if len(cuts) > 1 else None
-        chunks = chunks_of_entry(source, fill) if source is not None else chunks_of_images(self.images, fill)
-        entry = fill_entry(
-            fill,
-            Prefix(plan, cuts, self.strategy),
-            chunks,
-            trial=trial and not options.get("force"),
-            clock=self.clock,
-            progress=self.on_progress,
-            figures=self.last_decision,
-        )
-        self.last_decision["filled_from"] = "images" if source is None else "features"
-        return entry
+        prefix, layout = Prefix(plan, cuts, self.strategy), fill.layout
+        last = min(TRIAL, layout.chunks - 1) if trial and not options.get("force") and fill.done == 0 else 0
+        began = start = self.clock()
+        try:
+            for number, (inputs, targets) in enumerate(self._chunks(source, fill), fill.done):
+                features = prefix.compute(inputs)
+                if number == 0:
+                    prefix.check(inputs, features)
+                fill.write(number, prefix.convert(features), targets)
+                if number == 0:
+                    start = self.clock()  # the first chunk was computed three times, and warmed the kernels up
+                elif number == last:
+                    self._check_faster(fill, last, self.clock() - start)
+                self.on_progress(layout.span(number)[1], layout.rows)
+        except (OSError, Declined):
+            fill.discard()
+            raise
+        except BaseException:
+            fill.flush()
+            raise
+        self.last_decision |= {"fill_seconds": self.clock() - began, "filled_from": "images" if source is None else "features"}
+        return fill.finish()
+
+    def _chunks(self, source: CacheEntry | None, fill: Fill) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next."""
+        if source is not None:
+            return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
+        keys = ([divmod(row, len(self.samples)) for row in range(*span)] for span in fill.missing)
+        return ((batch.input, batch.target) for batch in load(self.samples, keys, self.images.workers))
+
+    def _check_faster(self, fill: Fill, last: int, computing: float) -> None:
+        """Reads back, in random order, the chunks from 1 to `last`, which took `computing` seconds to compute."""
+        begin, end = fill.layout.span(1)[0], fill.layout.span(last)[1]
+        order = begin + torch.randperm(end - begin, generator=torch.Generator().manual_seed(0))
+        began = self.clock()
+        for rows in torch.split(order, fill.layout.chunk):
+            fill.read(rows)
+        reading, computing = (self.clock() - began) / len(order), computing / len(order)
+        self.last_decision |= {"compute_seconds_per_sample": computing, "read_seconds_per_sample": reading}
+        if reading >= computing:
+            times = f"reading them takes {1e6 * reading:.0f} us a sample, computing them {1e6 * computing:.0f} us"
+            raise Declined(f"{times} (force = true caches them nevertheless)")
 
     def _directory(self, options: Mapping[str, Any]) -> Path:
         if options.get("folder"):

@@ -5,8 +5,6 @@ is written last and makes the entry exist. Until then the rows are in `<key>.par
 on disk; an interrupted fill continues from there. Any number of processes may read an entry; one at a time fills it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib
@@ -32,19 +30,13 @@ STRIDE = 256 << 20
 
 @dataclass(frozen=True)
 class EntryLayout:
-    """What an entry holds.
+    """What an entry holds: `rows` features of one shape and dtype."""
 
-    Attributes:
-        key: identifies the prefix and its inputs.
-        rows, shape, dtype: there are `rows` features of `shape`.
-        chunk: rows per checksum, and per write.
-    """
-
-    key: str
+    key: str  # identifies the prefix and its inputs
     rows: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunk: int
+    chunk: int  # rows per checksum, and per write
 
     @property
     def row_bytes(self) -> int:
@@ -72,8 +64,7 @@ class EntryLayout:
 
     def describes(self, table: dict[str, Any]) -> bool:
         """Whether the header of a file has this layout."""
-        own = self.table()
-        return {name: table.get(name) for name in own} == own
+        return self.table().items() <= table.items()
 
 
 @dataclass(frozen=True)
@@ -98,11 +89,8 @@ class CacheDirectory:
         if MANIFEST in names:
             owner = str(_read(path / MANIFEST).get("digest"))
             if owner != digest:
-                raise RunError(
-                    f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})",
-                    where=str(path),
-                    fix="Name another folder, or remove this one",
-                )
+                what = f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})"
+                raise RunError(what, where=str(path), fix="Name another folder, or remove this one")
         elif any(not name.startswith(f".{MANIFEST}.") for name in names):
             raise RunError("the folder holds files that are no features of graphopt", where=str(path), fix="Name a new folder")
         else:
@@ -136,14 +124,14 @@ class CacheDirectory:
             self.file(layout, kind).unlink(missing_ok=True)
 
     @contextmanager
-    def filling(self, layout: EntryLayout) -> Iterator[FileFill]:
+    def filling(self, layout: EntryLayout) -> Iterator["FileFill"]:
         """An entry to fill; waits until no other process fills it. Raises OSError if the disk has no room for it."""
         with exclusive(self.file(layout, "lock")):
             fill = FileFill(self, layout)
             try:
                 yield fill
             finally:
-                fill.close()
+                os.close(fill.handle)
 
 
 class Fill(ABC):
@@ -201,13 +189,13 @@ class FileFill(Fill):
         if layout.describes(progress) and self._part.exists():
             self._resume(progress)
         self.done = len(self.sums)
-        self._handle = os.open(self._part, os.O_CREAT | os.O_RDWR, 0o644)
+        self.handle = os.open(self._part, os.O_CREAT | os.O_RDWR, 0o644)
         self._unrecorded = 0
         try:
             # All of the room at once: a full disk shows before the first forward pass, and a mapped file never has holes.
-            reserve(self._handle, layout.bytes)
+            reserve(self.handle, layout.bytes)
         except OSError:
-            self.close()
+            os.close(self.handle)
             self.discard()
             raise
 
@@ -223,7 +211,7 @@ class FileFill(Fill):
 
     def _put(self, first: int, features: Tensor) -> None:
         data = raw_bytes(features)
-        _write(self._handle, data, first * self.layout.row_bytes)
+        _write(self.handle, data, first * self.layout.row_bytes)
         self.sums.append(zlib.crc32(data))
         self._unrecorded += len(data)
         if self._unrecorded >= STRIDE:
@@ -234,14 +222,13 @@ class FileFill(Fill):
 
     def flush(self) -> None:
         """Brings the rows to the disk, and records how many there are."""
-        os.fsync(self._handle)
-        known = self.layout.span(len(self.sums))[0]
-        self._write_table("progress", targets=self.targets[:known].tolist())
+        os.fsync(self.handle)
+        self._write_table("progress", targets=self.targets[: self.layout.span(len(self.sums))[0]].tolist())
         self._unrecorded = 0
 
     def finish(self) -> CacheEntry:
         """The complete entry; it exists from here on."""
-        os.fsync(self._handle)
+        os.fsync(self.handle)
         file = self.directory.file
         rows = file(self.layout, "rows")
         write_atomically(file(self.layout, "targets"), bytes(raw_bytes(self.targets)))
@@ -256,12 +243,6 @@ class FileFill(Fill):
     def discard(self) -> None:
         """Removes the files."""
         self.directory.remove(self.layout)
-
-    def close(self) -> None:
-        """Closes the file of rows."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
 
 class MemoryFill(Fill):
@@ -301,8 +282,7 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
 def available_memory() -> float:
     """Bytes that can be allocated without swapping, less a tenth; infinite where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        figures = dict(line.split(":", 1) for line in lines)
+        figures = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return 0.9 * int(figures["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return float("inf")
