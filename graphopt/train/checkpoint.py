@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: str | os.PathLike[str], digest: str, spec: str, *, resume: bool) -> Self:
-        """Takes `path` for a run. Raises RunError unless it is new, empty, or (with `resume`) the same spec's run, and in no other's use."""
+        """Takes `path` for a run. Raises RunError unless it is new, empty, or (with `resume`) the same spec's run, and used by no other."""
         folder = cls(Path(path))
         where = str(folder.path)
         try:

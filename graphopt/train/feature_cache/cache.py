@@ -213,8 +213,10 @@ class FeatureCache:
         except BaseException:
             fill.flush()
             raise
-        self.last_decision |= {"fill_seconds": self.clock() - began, "filled_from": "images" if source is None else "features"}
-        return fill.finish()
+        self.last_decision["fill_seconds"] = self.clock() - began
+        entry = fill.finish()
+        self.last_decision["filled_from"] = "images" if source is None else "features"
+        return entry
 
     def _chunks(self, source: CacheEntry | None, fill: Fill) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next."""
