@@ -25,7 +25,7 @@ demo: .venv/.installed
 	$(GRAPHOPT) apply quickstart --epoch 4 -o runs/demo-plan
 	$(GRAPHOPT) train quickstart -o runs/demo
 	$(GRAPHOPT) export runs/demo -o runs/demo.safetensors
-	$(BIN)/python -c "from graphopt import cifar; from safetensors.torch import load_file; \
+	$(BIN)/python -c "from graphopt.models import cifar_resnet as cifar; from safetensors.torch import load_file; \
 	  print(cifar.build('resnet20', in_chans=1).load_state_dict(load_file('runs/demo.safetensors'), strict=True), 'the untouched ResNet-20')"
 
 # The README's pictures, from real specs.

@@ -1,7 +1,5 @@
 """From a spec to a plan: the one place that builds a backbone, traces it, lets the passes decide, and compiles the first phase."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -75,22 +73,20 @@ def prepare(
     """
     spec = load(spec, trust=trust) if isinstance(spec, (str, Path)) else spec
     if isinstance(spec, Spec):
-        return _from_spec(model, spec, input, batch, compare, trust)
-    passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
-    if model is None or input is None:
-        raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
-    batch = batch or DEFAULT_BATCH
-    graph = trace(model, tuple(input), compare=compare)
-    matched = match_all(graph, [PassInstance(value, index) for index, value in enumerate(passes)])
-    return Source(model, graph, matched, type(model).__name__, digest_of(passes, model, tuple(input)), batch, measure_with(batch))
-
-
-def _from_spec(model: nn.Module | None, spec: Spec, input: tuple[int, ...] | None, batch: int | None, compare: bool, trust: bool) -> Source:
-    model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
-    matched = match_all(graph, instances_of(spec))
-    batch = batch or spec.train.batch
-    measure = measure_with(batch, **spec.train.forecast_options())
-    return Source(model, graph, matched, spec.name, spec.digest, batch, measure, spec)
+        model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
+        instances = [PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes)]
+        batch, options = batch or spec.train.batch, spec.train.forecast_options()
+        about: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "spec": spec}
+    else:
+        passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
+        if model is None or input is None:
+            raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
+        graph = trace(model, tuple(input), compare=compare)
+        instances = [PassInstance(value, index) for index, value in enumerate(passes)]
+        batch, options = batch or DEFAULT_BATCH, {}
+        about = {"name": type(model).__name__, "digest": digest_of(passes, model, tuple(input))}
+    matched = match_all(graph, instances)
+    return Source(backbone=model, base=graph, matched=matched, batch=batch, measure=measure_with(batch, **options), **about)
 
 
 def trace_backbone(
@@ -112,11 +108,6 @@ def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = T
         BackboneError: see `graphopt.models.build`.
     """
     return build(spec.source, spec.name, spec.arguments, weights=spec.weights if weights else None, trust=trust)
-
-
-def instances_of(spec: Spec) -> tuple[PassInstance, ...]:
-    """The passes of a spec, with their locations in it."""
-    return tuple(PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes))
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The errors that graphopt raises on purpose. Each says what is wrong, where, and what to do."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from typing import Self

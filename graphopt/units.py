@@ -1,7 +1,5 @@
 """Human-readable figures: sizes in bytes (`"8 GiB"`, `"512MB"`, `1024`), read and written; counts and times, written."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any
 

@@ -1,37 +1,30 @@
 """checkpoint: regions save only their inputs, and run again when the backward pass needs their activations.
 
-Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174), by `torch.utils.checkpoint`
-inside the emitted module. Gradients stay the same; a checkpointed segment runs its forward twice, so a whole backbone costs about a third
-more compute. It is the baseline that freezing, dropping and local supervision are compared with.
+Activation checkpointing (Chen et al., arXiv 1604.06174), by `torch.utils.checkpoint` inside the emitted module. Gradients stay the same; a
+segment runs its forward twice, so a whole backbone costs about a third more compute. The other passes are compared with it.
 
-What it saves is everything between a segment's input and its output; the input is stored. While a segment runs again its activations are
-live, so the peak is about the inputs of all segments plus the activations of the largest one: the square root of the number of blocks is
-a good number of segments. The last segment runs again at once and gains nothing.
-
+A segment stores its input only. While it runs again its activations are live, so the peak is about the inputs of all segments plus the
+activations of the largest one: the square root of the number of blocks is a good number of segments. The last one gains nothing.
 The random state is restored, so dropout draws the same masks again. Norms count every batch once: their running statistics move in the
 forward and stay put when it runs again (`torch.utils.checkpoint` alone moves them twice).
 
     [[pass]]
     use = "checkpoint"
-    segments = 4                      # or: select = ["layer1", "layer2"], each region a segment of its own
-    balance = "memory"                # default "blocks": as many blocks in each segment
+    segments = 4    # or: select = ["layer1", "layer2"], each region a segment of its own
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
-import pydantic
-from pydantic import Field
-from torch.fx import Node
+from pydantic import Field, model_validator
 
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, Selector, Status, select
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.verify import ALL_PROPERTIES, Property
 from graphopt.cost.partition import recomputed_by_memory
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.flow import slice_around
 from graphopt.ir.nodes import activations
 from graphopt.runtime.body import NoGrad
 from graphopt.runtime.checkpointed import Checkpointed
@@ -46,9 +39,8 @@ class Checkpoint(Pass):
         balance: of the segments: "blocks" (as many in each), "memory" (the lowest predicted peak of a step).
         when: from which epoch, until which.
 
-    Preserves everything: eval and training output, keys, and all gradients.
-    Skips what other passes run without a backward pass anyway. A segment that a section of another pass divides is divided likewise, so
-    let checkpoint stand after such passes.
+    Preserves everything: eval and training output, keys, and all gradients. Skips what other passes run without a backward pass. A segment
+    that a section of another pass divides is divided likewise, so put checkpoint after such passes.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -60,7 +52,7 @@ class Checkpoint(Pass):
     segments: Annotated[int, Field(ge=1, strict=True)] | None = None
     balance: Literal["blocks", "memory"] = "blocks"
 
-    @pydantic.model_validator(mode="after")
+    @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if (self.select is None) == (self.segments is None):
             raise ValueError("give either select (regions) or segments (a number of segments)")
@@ -83,10 +75,9 @@ class Checkpoint(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[str, ...] | None]) -> Effects:
         """Declares each segment a section that runs again."""
-        effects, count = Effects(), 0
-        active = activations(edit.graph)
+        effects, count, active = Effects(), 0, activations(edit.graph)
         for regions in self._segments(match.regions, match.decision):
-            nodes = regions[0].nodes if self.segments is None else _from_first_to_last(edit.graph, regions)
+            nodes = regions[0].nodes if self.segments is None else slice_around(edit.graph, (n for r in regions for n in r.nodes))
             name = f"checkpoint_{count + 1}"
             sections = edit.outline(nodes, Checkpointed, name, outside=NoGrad, only=lambda piece: not active.isdisjoint(piece))
             count += len(sections)
@@ -114,9 +105,3 @@ class Checkpoint(Pass):
         blocks = len(find_blocks(graph))
         counts = sorted({k for k in (2, 4, round(blocks**0.5), blocks // 2, blocks) if 2 <= k <= blocks})
         return (Candidate(f"checkpoint, {k} segments", cls(segments=k)) for k in counts)
-
-
-def _from_first_to_last(graph: Graph, regions: Sequence[Region]) -> list[Node]:
-    """Everything from the first region's first node to the last one's last: a slice of an execution order is convex."""
-    positions = [graph.order[n] for r in regions for n in r.nodes]
-    return [n for n in graph.nodes[min(positions) : max(positions) + 1] if n.op not in ("placeholder", "output")]

@@ -25,10 +25,10 @@ import timm
 import torch
 import torchvision
 from machine import heading
+from on_graph import plan_on
 from torch import nn
 
 from graphopt import trace
-from graphopt.compiler.plan import Plan
 from graphopt.compiler.registry import passes as installed
 from graphopt.cost import Cost, CostError, forecast, measure
 from graphopt.errors import GraphoptError
@@ -143,7 +143,7 @@ class Sweep:
     def _with_pass(self, name: str, use: str, module: nn.Module, graph: Graph) -> str:
         try:
             value = installed()[use].model_validate(options_on_half(use, graph))
-            plan = Plan(module, graph, (value,), name=name, digest="", batch=2, verify="off")
+            plan = plan_on(module, graph, (value,), name=name)
             return self._judged(name, name.split()[0], compared(plan.module, graph.input, plan.needs.targets)[1])
         except CostError as error:
             return self._cell(name, "failed", f"no forecast: {first_line(error)}")

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from machine import heading
+from on_graph import plan_on
 from torch import nn
 
 from graphopt import trace
 from graphopt.compiler.pass_base import Pass
-from graphopt.compiler.plan import Plan
 from graphopt.cost import forecast, measure_rates
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def main() -> None:
         expected: dict[str, float] = {}
         steps: dict[str, Callable[[], float]] = {}
         for label, values in {"": (), **{k: (v,) for k, v in passes.items()}}.items():
-            plan = Plan(backbone, graph, values, name=name, digest="", batch=options.batch, verify="off")
+            plan = plan_on(backbone, graph, values, name=name, batch=options.batch)
             expected[label] = rates.seconds(forecast(plan.module, graph.input, options.batch, targets=plan.needs.targets))
             steps[label] = stepper(plan.module, plan.needs.targets, x, y)
         taken: dict[str, list[float]] = {label: [] for label in steps}

@@ -34,10 +34,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from machine import heading
+from on_graph import plan_on
 from torch import nn
 
 from graphopt import trace
-from graphopt.compiler.emit import emit
 from graphopt.compiler.pass_base import Pass
 from graphopt.cost import Cost, forecast
 from graphopt.errors import GraphoptError
@@ -74,18 +74,10 @@ def variants(decoders: bool) -> dict[str, Pass | None]:
     }
 
 
-def made(base: Graph, value: Pass | None) -> tuple[nn.Module, bool]:
+def made(backbone: nn.Module, base: Graph, value: Pass | None) -> tuple[nn.Module, bool]:
     """The emitted module, and whether it takes targets."""
-    graph = base.clone()
-    if value is None:
-        return emit(graph), False
-    match = value.match(graph)
-    for note in value.check(graph, match):
-        if note.level == "refuse":
-            raise GraphoptError(note.why, where=note.where)
-    needs = value.rewrite(graph, match).needs
-    graph.refresh()
-    return emit(graph), needs.targets
+    plan = plan_on(backbone, base, [] if value is None else [value])
+    return plan.module, plan.needs.targets
 
 
 class Timed:
@@ -153,7 +145,8 @@ def _serve(line: Connection, name: str, label: str, options: argparse.Namespace)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     make, input, _ = MODELS[name]
-    module, targets = made(trace(make(), input, compare=False), variants(options.decoders)[label])
+    backbone = make()
+    module, targets = made(backbone, trace(backbone, input, compare=False), variants(options.decoders)[label])
     variant, batch = Timed(module, targets, "cpu", options.amp), data(name, time_batch(name, options), "cpu")
     for _ in range(2):
         variant.step(*batch)
@@ -182,12 +175,13 @@ def turns(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[
 def bench(name: str, options: argparse.Namespace) -> list[str]:
     make, input, _ = MODELS[name]
     torch.manual_seed(0)
-    base = trace(make(), input, compare=False)
+    backbone = make()
+    base = trace(backbone, input, compare=False)
     costs: dict[str, Cost] = {}
     timed: dict[str, Timed] = {}
     for label, value in variants(options.decoders).items():
         try:
-            module, targets = made(base, value)
+            module, targets = made(backbone, base, value)
         except GraphoptError as error:
             print(f"{name}, {label}: {error}")
             continue

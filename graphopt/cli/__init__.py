@@ -3,8 +3,6 @@
 Commands import what they use when they run, because torch takes seconds to load and `graphopt --help` does not need it.
 """
 
-from __future__ import annotations
-
 import errno
 import sys
 import traceback

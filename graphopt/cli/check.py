@@ -44,7 +44,7 @@ def check(
     rows = [_row(item) for item in source.matched]
     samples, work, points = _run(loaded, source, Path(spec), _rates(device or "cpu", loaded.train.amp) if time or device else None)
     if as_json:
-        opaque = [{"path": path, "reason": reason} for path, reason in source.untouched.opaque]
+        opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
         show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **run})
         return
@@ -70,7 +70,7 @@ def _run(spec: Spec, source: Source, path: Path, rates: Any) -> tuple[int | None
     from graphopt.errors import RunError
     from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
 
-    points = drop_points(source.untouched) if any(item.match.feature_options is not None for item in source.matched) else ()
+    points = drop_points(source.base) if any(item.match.feature_options is not None for item in source.matched) else ()
     decisions = decisions_of(path) if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
@@ -138,7 +138,7 @@ def _show_run(samples: int | None, work: Any, points: Any) -> None:
     if run.seconds is not None:
         ratio = run.seconds / before.seconds
         show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
-    if not work.foreseen:
+    if not work.complete:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 
 

@@ -1,7 +1,5 @@
 """`graphopt export`: the ordinary model from a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`graphopt fit`: the batch, or the passes, that fit a budget."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

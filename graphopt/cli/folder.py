@@ -1,7 +1,5 @@
 """Writes the folder of `apply`: all of it or nothing, and never over files that `apply` did not write."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`graphopt schema`: the spec's JSON Schema."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """All output of the command line."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

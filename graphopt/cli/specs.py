@@ -1,7 +1,5 @@
 """`graphopt specs`: the installed specs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

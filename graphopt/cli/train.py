@@ -1,7 +1,5 @@
 """`graphopt train`: train a spec."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

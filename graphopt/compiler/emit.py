@@ -5,8 +5,6 @@ as a `Section` and becomes a nested module only here, after all passes. The para
 leaf modules with the root and is not registered, and tensors that the graph reads itself are read by the root and passed in.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Iterable, Sequence

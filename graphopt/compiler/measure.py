@@ -1,7 +1,5 @@
 """The cost of one training step of an emitted module, whole and per part of the backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Unpack
 

@@ -3,8 +3,6 @@
 Between two passes the compiler looks at what a pass did: structure, declared properties, costs. That is one function for all passes.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

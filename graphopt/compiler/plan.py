@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,12 +35,12 @@ class Phase(NamedTuple):
     plan: Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
     """What all phases of a plan have in common.
 
     Attributes:
-        backbone: the user's model, as it was. untouched: its graph before any rewrite.
+        backbone: the user's model, as it was. base: its graph before any rewrite.
         matched: the passes in order, with what each decided on that graph.
         name, digest: of the spec; the digest identifies spec and backbone, and checkpoints carry it.
         batch: samples in the training step that costs are of. measure: the cost model; None where costs were not asked for.
@@ -48,13 +48,18 @@ class Source:
     """
 
     backbone: nn.Module
-    untouched: Graph
+    base: Graph
     matched: tuple[Matched, ...]
     name: str
     digest: str
     batch: int
     measure: Measure | None = None
     spec: Any = None
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes, in order."""
+        return tuple(item.instance.value for item in self.matched)
 
 
 class Progress(NamedTuple):
@@ -65,19 +70,18 @@ class Progress(NamedTuple):
     active: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan(Source):
     """A compiled backbone in one of its phases.
 
     Attributes:
-        source: what all phases share. decisions: what has fired so far.
+        decisions: what has fired so far.
         graph: the rewritten graph, flat. module: what trains: `module(x)` returns what the backbone returns; with `needs.targets`,
             training calls `module(x, target)` and gets `(output, local_loss)`.
         effects: what each pass did; None for one that has not fired. edits: the same, as the editor recorded it.
         report: what changed, in figures and per pass.
     """
 
-    source: Source
     decisions: tuple[Decision, ...]
     graph: Graph
     effects: tuple[Effects | None, ...]
@@ -88,41 +92,6 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({self.name!r}, passes={[p.name for p in self.passes]}, decisions={len(self.decisions)})"
 
-    @property
-    def backbone(self) -> nn.Module:
-        """The user's model, as it was."""
-        return self.source.backbone
-
-    @property
-    def base(self) -> Graph:
-        """The untouched graph."""
-        return self.source.untouched
-
-    @property
-    def passes(self) -> tuple[Pass, ...]:
-        """The passes, in order."""
-        return tuple(item.instance.value for item in self.source.matched)
-
-    @property
-    def name(self) -> str:
-        """Name of the spec, or of the backbone's class."""
-        return self.source.name
-
-    @property
-    def digest(self) -> str:
-        """Identifies spec and backbone; checkpoints carry it."""
-        return self.source.digest
-
-    @property
-    def batch(self) -> int:
-        """Samples in the training step that costs are of."""
-        return self.source.batch
-
-    @property
-    def spec(self) -> Any:
-        """The spec it came from, if any."""
-        return self.source.spec
-
     @cached_property
     def needs(self) -> RuntimeNeeds:
         """What the runner must provide."""
@@ -131,15 +100,15 @@ class Plan:
     # -- phases -------------------------------------------------------------------------------------------------------------
     def progress(self) -> tuple[Progress, ...]:
         """How far each pass has come."""
-        return tuple(Progress(m.instance, m.match.names, m.active(self.decisions)) for m in self.source.matched)
+        return tuple(Progress(m.instance, m.match.names, m.active(self.decisions)) for m in self.matched)
 
     def due(self, epoch: int, history: Any = None, epochs: int | None = None) -> tuple[Decision, ...]:
         """What the triggers decide before `epoch` (from 0) starts, given what was decided already."""
-        return _due(self.source.matched, self.decisions, epoch, history, epochs)
+        return _due(self.matched, self.decisions, epoch, history, epochs)
 
     def foreseen(self, epochs: int) -> tuple[Decision, ...]:
         """What the triggers that need no measurement will decide in a run of `epochs`. Compiles nothing."""
-        foreseeable = [m for m in self.source.matched if m.instance.value.when.foreseeable]
+        foreseeable = [m for m in self.matched if m.instance.value.when.foreseeable]
         decisions = self.decisions
         for epoch in range(epochs):
             decisions += _due(foreseeable, decisions, epoch, None, epochs)
@@ -166,7 +135,7 @@ class Plan:
 
     def advance_to(self, decisions: Iterable[Decision], *, verify: Verify = "fast", costs: bool = False) -> Plan:
         """The same plan after `decisions`, with the current weights carried over by name."""
-        later = compile_phase(self.source, tuple(decisions), verify=verify, costs=costs)
+        later = compile_phase(self, tuple(decisions), verify=verify, costs=costs)
         later._take_weights_from(self)
         return later
 
@@ -188,7 +157,7 @@ class Plan:
 
         Those are the regions of passes that decide by measurement, and those that a pass asks for.
         """
-        measured = (m.match.regions for m in self.source.matched if not m.instance.value.when.foreseeable)
+        measured = (m.match.regions for m in self.matched if not m.instance.value.when.foreseeable)
         found = {region.name: region.parameters for regions in measured for region in regions}
         return found | {name: region_at(self.base, name).parameters for name in self.needs.scores if name not in found}
 
@@ -298,15 +267,17 @@ def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verif
     Raises:
         PassError, VerifyError: with the pass and its place in the spec.
     """
-    result = rewrite(source.untouched, source.matched, decisions, verify=verify, measure=source.measure if costs else None)
-    report = Report(
-        name=source.name,
-        digest=source.digest,
-        batch=source.batch,
-        before=result.before,
-        after=result.after,
-        passes=result.reports,
-        opaque=tuple((o.path, o.reason) for o in source.untouched.opaque),
-        unused=source.untouched.unused,
-    )
-    return Plan(source, decisions, result.graph, result.effects, result.edits, emit(result.graph), report)
+    base, measure = source.base, source.measure if costs else None
+    result = rewrite(base, source.matched, decisions, verify=verify, measure=measure)
+    opaque = tuple((o.path, o.reason) for o in base.opaque)
+    costs_around = (result.before, result.after)
+    report = Report(source.name, source.digest, source.batch, *costs_around, result.reports, opaque, base.unused)
+    shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
+    made: dict[str, Any] = {
+        "graph": result.graph,
+        "effects": result.effects,
+        "edits": result.edits,
+        "module": emit(result.graph),
+        "report": report,
+    }
+    return Plan(**shared, decisions=decisions, **made)

@@ -1,7 +1,5 @@
 """Installed passes by name, found through the entry-point group `graphopt.passes` only."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from importlib.metadata import entry_points
 

@@ -1,7 +1,5 @@
 """The report of a compilation: its figures, whole and per pass."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

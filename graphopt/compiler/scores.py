@@ -3,8 +3,6 @@
 Learn&Drop (arXiv 2604.23403) names the scores, but publishes neither formulas nor thresholds; those here are our own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 #: from the changes per epoch `|w_e - w_(e-1)| / |w_(e-1)|`, oldest first, and a window in epochs, to the score now

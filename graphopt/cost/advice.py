@@ -3,8 +3,6 @@
 They are derived from the costs of one training step before and after a rewrite, by block; nothing here knows a pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

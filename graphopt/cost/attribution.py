@@ -4,8 +4,6 @@ Autograd numbers its nodes in the order in which they are made. The forward reco
 runs a node, the number tells the path. So backward work is attributed without holding a node, which would keep its tensors alive.
 """
 
-from __future__ import annotations
-
 import inspect
 from bisect import bisect_right
 from collections import defaultdict
@@ -142,7 +140,7 @@ class _NodeRunner(fx.Interpreter):
             self.env, self.args_iter = {}, iter(())
 
     def run_node(self, n: fx.Node) -> Any:
-        """One node; the value of one that nothing uses is not kept."""
+        """One node; the value of one that nothing uses is released."""
         if n.op in ("placeholder", "get_attr", "output"):
             return super().run_node(n)
         self.attribution.push(self.paths[n], str(n.target) if n.op == "call_module" else "")

@@ -1,7 +1,5 @@
 """Copies of a module to run a step on: one without memory (fake CPU tensors), one with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

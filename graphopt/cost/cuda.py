@@ -17,8 +17,6 @@ Kernels differ between CUDA and the CPU, which the forecast does not model:
 - Autocast: CUDA and CPU cast different operators (layer norm and softmax run in float32 under CUDA autocast).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from graphopt.cost.figures import Cost

@@ -4,8 +4,6 @@ Layout matters for memory: a non-contiguous result is copied by the next operato
 compares strides and types of every operator's result on fake and on real CPU tensors, and has no effect once torch is fixed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

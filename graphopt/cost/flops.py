@@ -5,8 +5,6 @@ bound by memory traffic and are left out, as in `torch.utils.flop_counter`. The 
 weight gradient of a grouped convolution is too large by the number of groups, and its registry differs between versions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ The ledger is a dispatch mode, below autograd and above the kernels, so it sees 
 ones. Storages are identified by address: views cost nothing, and a weak reference reports when a storage is freed.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from enum import IntEnum

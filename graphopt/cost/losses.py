@@ -1,7 +1,5 @@
 """Losses of a step whose labels have no values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ exact for the prediction. There are two ways to run a step in parts: each part's
 each part run again in the backward pass (checkpointing).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace

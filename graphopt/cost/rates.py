@@ -5,8 +5,6 @@ are fitted to real steps of six small networks (least squares of the relative er
 plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`)."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a plan does to its backbone, block by block: one data structure, and its renderings under `render`."""
 
-from __future__ import annotations
-
 from graphopt.compiler.plan import Plan
 from graphopt.diff.align import Diff, RowGroup, align
 from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox

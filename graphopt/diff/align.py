@@ -1,7 +1,5 @@
 """Two views aligned row by row, on the backbone's own paths."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What flows between rows, how far the backward pass comes, and what each row costs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import nn

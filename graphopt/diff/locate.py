@@ -1,7 +1,5 @@
 """Which row every node belongs to: blocks, and what lies before, between and after them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

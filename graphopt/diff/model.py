@@ -1,7 +1,5 @@
 """The data behind every rendering: rows (blocks), their operations, what connects them, and what a training step costs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

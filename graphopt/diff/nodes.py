@@ -1,7 +1,5 @@
 """Nodes as the diff shows them."""
 
-from __future__ import annotations
-
 import torch
 from torch.fx import Node
 

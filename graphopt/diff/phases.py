@@ -1,7 +1,5 @@
 """A plan's phases, each as a diff: those that the spec alone implies, or those that a run went through."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

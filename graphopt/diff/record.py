@@ -1,7 +1,5 @@
 """What passes declared and the editor recorded, row by row."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +61,7 @@ class Records:
         self.map = self.base.cached(RowMap)
         self.rows = [RowRecord(location) for location in self.map.rows]
         self._by_name = {row.name: row for row in self.rows}
-        self._region_paths = {r.name: r.paths for m in plan.source.matched for r in m.match.regions}
+        self._region_paths = {r.name: r.paths for m in plan.matched for r in m.match.regions}
         self._add_inserted_rows()
         self._assign_nodes()
         self._add_edits()

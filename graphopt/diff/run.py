@@ -1,7 +1,5 @@
 """What a run's folder holds: its spec, its decisions, and the records of its metrics."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

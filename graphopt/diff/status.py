@@ -1,7 +1,5 @@
 """How the status of a row or an operation is shown: one glyph and one colour for each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A backbone as it is, or a plan in one of its phases, as rows: put together from what passes declared and the editor recorded."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """The natural blocks of a backbone, and its division into disjoint parts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

@@ -4,8 +4,6 @@ It stamps the nodes that it inserts with their origin, and those that it inserts
 keeps sections nested and shapes up to date, clears cached analyses, and records all that it did, so that nobody has to infer it later.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace

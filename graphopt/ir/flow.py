@@ -1,7 +1,5 @@
 """Walks over a graph: what comes before and after, what lies between, and where every path crosses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import networkx as nx
@@ -61,6 +59,12 @@ def reentry(graph: Graph, nodes: Iterable[Node]) -> Node | None:
 def is_convex(graph: Graph, nodes: Iterable[Node]) -> bool:
     """Whether no path leaves `nodes` and comes back, so that they can run as one unit."""
     return reentry(graph, nodes) is None
+
+
+def slice_around(graph: Graph, nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """All nodes from the first of `nodes` to the last, in execution order; a convex set. The input and the output node are left out."""
+    positions = [graph.order[n] for n in nodes]
+    return tuple(n for n in graph.nodes[min(positions) : max(positions) + 1] if n.op not in ("placeholder", "output"))
 
 
 def cut_points(graph: Graph) -> tuple[Node, ...]:

@@ -1,7 +1,5 @@
 """The `fx.GraphModule` that graphopt emits, and the module hierarchy it stands on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import fx, nn

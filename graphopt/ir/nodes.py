@@ -1,7 +1,5 @@
 """Facts about single nodes: what they carry, which parameters they read, which memory they write and share."""
 
-from __future__ import annotations
-
 import inspect
 import operator
 from collections.abc import Iterable, Iterator

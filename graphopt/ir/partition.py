@@ -4,8 +4,6 @@ A graph can be cut at an activation that every path crosses, that has the sample
 in place. Every part must have parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Module paths (`layer1.0.conv1`): their ancestors, their owners, and what lies below them. `""` is the backbone itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 

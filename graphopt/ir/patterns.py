@@ -1,7 +1,5 @@
 """Structures that passes look for in a region: residual sums, sums of a shortcut and a branch with parameters, and attention."""
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Iterator

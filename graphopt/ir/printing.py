@@ -1,7 +1,5 @@
 """A graph as text: one line per node, for `graph.txt`, golden tests and errors. Deterministic."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

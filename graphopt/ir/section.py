@@ -1,7 +1,5 @@
 """Sections: nodes of the flat graph that run as one unit in the emitted module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Shapes of every node, found by running the graph on fake tensors."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,8 +4,6 @@ Specs are data that people share. So nothing is ever downloaded (weights are ran
 runs code (with `trust`), and weight files are safetensors or weights-only checkpoints.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

@@ -1,7 +1,5 @@
 """The backbones there are, by source and name, and the input that each takes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ first block of a stage is a 1x1 convolution with a norm (option B of the paper),
 classes, depth 110 has 1,730,714 parameters and depth 32 has 466,906.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch.nn.functional as F

@@ -4,8 +4,6 @@ The convolutions are those of the original. Its two hidden layers of 4096 units 
 pixels, where the last map is 1x1, they would hold nine tenths of the parameters and do half of the work.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 #: channels per convolution, "M" for a 2x2 max pool

@@ -1,7 +1,5 @@
 """Weight files: read without running code, loaded strictly."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from pathlib import Path

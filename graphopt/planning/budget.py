@@ -167,7 +167,7 @@ class Search:
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
         matched = match_all(self.plan.base, [PassInstance(value, index) for index, value in enumerate(passes)])
-        return compile_phase(replace(self.plan.source, matched=matched), verify=verify, costs=False)
+        return compile_phase(replace(self.plan, matched=matched), verify=verify, costs=False)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
         measure = measure_with(batch, **self.spec.train.forecast_options())
@@ -209,7 +209,7 @@ class Search:
         """Every trial with its cost; those on the Pareto front verified."""
         found = [self._costed(trial) for trial in (Trial("the spec as it is"), *trials(self.plan))]
         while True:
-            # A trial that cannot be verified leaves the front, and others may take its place.
+            # A trial that cannot be verified leaves the front, and others may enter it.
             found = [replace(t, best=t.cost is not None and not any(o.beats(t) for o in found)) for t in found]
             unverified = [i for i, t in enumerate(found) if t.best and not t.verified]
             if not unverified:
@@ -219,7 +219,7 @@ class Search:
 
     def _costed(self, trial: Trial) -> Trial:
         try:
-            cost = self.cost(self.phases(self._plan(_in_order(self.plan.passes, trial.added))), self.spec.train.batch)
+            cost = self.cost(self.phases(self._plan(in_order(self.plan.passes, trial.added))), self.spec.train.batch)
         except GraphoptError as error:
             return replace(trial, refused=str(error))
         except Exception as error:  # a fault of one pass: reported, and no reason to give up on the others
@@ -228,7 +228,7 @@ class Search:
 
     def _verified(self, trial: Trial) -> Trial:
         try:
-            self._plan(_in_order(self.plan.passes, trial.added), verify=self.spec.verify or "full")
+            self._plan(in_order(self.plan.passes, trial.added), verify=self.spec.verify or "full")
         except GraphoptError as error:
             return replace(trial, cost=None, refused=f"not verified: {error}")
         return replace(trial, verified=True)
@@ -240,12 +240,12 @@ class Search:
 
     def _with(self, added: Sequence[Pass], batch: int) -> Spec:
         table = self.spec.resolved()
-        table["pass"] = [value.table() for value in _in_order(self.plan.passes, added)]
+        table["pass"] = [value.table() for value in in_order(self.plan.passes, added)]
         table["train"] = {**table["train"], "batch": batch}
         return from_table(table, trust=self.trust)
 
 
-def _in_order(own: Sequence[Pass], added: Sequence[Pass]) -> list[Pass]:
+def in_order(own: Sequence[Pass], added: Sequence[Pass]) -> list[Pass]:
     """The spec's passes with those added; an added one replaces the spec's own where a plan can have only one of its kind.
 
     Passes that split the backbone come first; passes that reuse the splits of others come last.

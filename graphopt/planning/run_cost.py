@@ -4,8 +4,6 @@ Phases follow from decisions: those that can be foreseen from a spec, or those o
 count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

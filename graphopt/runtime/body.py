@@ -1,7 +1,5 @@
 """Modules that run the sections of an emitted network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Modules that do one thing in train mode and another in eval mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A section that runs again in the backward pass instead of keeping its activations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Floating-point types by the names that specs use."""
 
-from __future__ import annotations
-
 import torch
 
 #: what autocast computes in

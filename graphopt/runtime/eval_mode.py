@@ -5,8 +5,6 @@ dropout and no random depth. Such a leaf shares the tensors of the one it replac
 type selectors do not notice.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

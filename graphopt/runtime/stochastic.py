@@ -1,7 +1,5 @@
 """A residual branch that training steps leave out at random (stochastic depth)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Texts about the options of a pass, from the `Attributes:` section of its docstring; for manuals and JSON Schema."""
 
-from __future__ import annotations
-
 import inspect
 import re
 

@@ -1,7 +1,5 @@
 """Validation errors for the user of a TOML file: line, field, what was expected and found, and the nearest key."""
 
-from __future__ import annotations
-
 import re
 import types
 import typing

@@ -1,7 +1,5 @@
 """The typed spec: the keys a TOML file can have, with types and defaults. `graphopt.spec.reading` reads files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The line of each key of a TOML text. The parser gives values without positions, so the text is scanned a second time."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """TOML to `Spec`: files and installed specs by name, `--set` overrides, and pass tables, typed by the class that `use` names."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import sys

@@ -4,8 +4,6 @@ It has a TOML writer of its own because a resolved spec is meant to be read: one
 TOML libraries put each small table under a header, or all passes into one array.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

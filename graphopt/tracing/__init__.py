@@ -1,7 +1,5 @@
 """`nn.Module` -> `Graph`: one graph that serves train and eval mode, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +124,11 @@ def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> _Traced:
         if changed:
             raise _Untraceable(changed[0], "its forward assigns to its own buffers or parameters") from error
         if error is not None:
+            if not tracer.failed and not isinstance(error, fx.proxy.TraceError):
+                raise TraceError(
+                    f"the backbone does not take an input of shape (N, {', '.join(map(str, tracer.input))}): {_reason(error)}",
+                    fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
+                ) from error
             raise _Untraceable(tracer.failed or "", f"cannot be traced: {_reason(error)}") from error
         return _Traced(graph, constants_of(backbone, graph, own), segments)
 

@@ -1,7 +1,5 @@
 """Activation checkpointing that a backbone does itself: what it covers is noted while tracing, so that it is kept."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Compares a graph with its backbone: both run on the same random input, in both modes, under one seed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

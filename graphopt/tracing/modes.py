@@ -6,8 +6,6 @@ There is one exception: where the eval graph is a part of the train graph (the a
 the mode.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -31,8 +31,6 @@ Refuses: a prefix that is not closed, that leaves nothing to train, or that shar
 which no block can be bypassed; overlap with freeze, share or another drop.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic

@@ -1,7 +1,5 @@
 """Bypass: blocks whose residual branches are left out, for good or at random."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

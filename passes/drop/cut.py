@@ -1,7 +1,5 @@
 """Where a prefix can end: cut points by the names that users give them, and the prefix of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Taking a prefix out of training: no gradients, eval semantics, and nothing but its output read by what comes after."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Sequence

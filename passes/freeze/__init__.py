@@ -21,18 +21,15 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
     when = { epoch = 10 }
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import ClassVar
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, Selector, Status, select
-from graphopt.compiler.pass_base import Candidate, Diagnostics
+from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Selector, Status, select
+from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.verify import Property
 from graphopt.ir.blocks import disjoint_parts
-from graphopt.ir.paths import is_below
 from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, use_lean_operators
-from graphopt.passes.freeze.scope import Scope, freeze_scope
+from graphopt.passes.freeze.scope import freeze_scope
 
 
 class Freeze(Pass):
@@ -61,7 +58,7 @@ class Freeze(Pass):
         if not scope.parameters:
             match.refuse(match.regions[0].name, "nothing that is selected has parameters", fix="Select the layers themselves")
         for region in match.regions:
-            if not _is_frozen(region, scope):
+            if not scope.covers(region):
                 match.skip(region.name, "it has no parameters: nothing to freeze")
         trainable = {n for n, p in graph.module.named_parameters() if p.requires_grad}
         if trainable <= {*scope.parameters, *graph.unused}:
@@ -69,7 +66,8 @@ class Freeze(Pass):
         for inside, outside in scope.tied:
             what = f"it shares its tensor with {outside}, which is not selected, so it cannot be frozen"
             match.refuse(inside, what, fix="Select both, or exclude it")
-        self._warn(match, scope)
+        for location, message in scope.warnings(self.lean):
+            match.warn(location, message)
         return match
 
     def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
@@ -85,25 +83,12 @@ class Freeze(Pass):
         )
         prefix = set(scope.prefix)
         for region in match.regions:
-            if _is_frozen(region, scope):
+            if scope.covers(region):
                 cut = all(n in prefix for n in region.nodes if n.op == "call_module")
                 effects.mark(region.name, Status.FROZEN, backward="cut off" if cut else "lean" if self.lean else "stock")
-        self._warn(effects, scope)
+        for location, message in scope.warnings(self.lean):
+            effects.warn(location, message)
         return effects
-
-    def _warn(self, out: Diagnostics, scope: Scope) -> None:
-        for region, name in scope.borrowed:
-            out.warn(region, f"it reads {name}, which another part owns and trains: {name} is not frozen")
-        if scope.blockers:
-            first, *more = scope.blockers
-            paths = scope.blockers[first]
-            named = _listed(paths)
-            also = f"; so for {len(more)} more of its regions" if more else ""
-            cost = " and what its input gradient takes is still saved" if self.lean else " and its activations are still saved"
-            verb = "train" if len(paths) > 1 else "trains"
-            out.warn(
-                first, f"frozen, but {named} before it {verb}: the backward passes through{cost}{also}. Freeze {named} too to cut it off"
-            )
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
@@ -112,13 +97,3 @@ class Freeze(Pass):
             prefix = tuple(names[: max(1, round(share * len(names)))])
             if len(prefix) < len(names):
                 yield Candidate(f"freeze up to {prefix[-1]}", cls(select=prefix))
-
-
-def _is_frozen(region: Region, scope: Scope) -> bool:
-    """Whether anything of the region is frozen: what its nodes read, or what is registered there and never read."""
-    return not set(region.parameters).isdisjoint(scope.parameters) or any(is_below(n, region.paths) for n in scope.parameters)
-
-
-def _listed(paths: tuple[str, ...]) -> str:
-    shown = [*paths[:3], f"{len(paths) - 3} more"] if len(paths) > 3 else list(paths)
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

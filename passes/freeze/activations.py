@@ -3,8 +3,6 @@
 The in-place variants compute out of place: nothing keeps their input alive any more. NaN and infinity behave as in the stock backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ topmost byte of a 64-bit word), which costs about as much as the activation itse
 `torch.compile` the mask stays a byte per element, because packing would break the compiler's fusion.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

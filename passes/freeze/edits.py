@@ -1,7 +1,5 @@
 """The edits behind freeze: eval semantics for norms, lean operators, and the prefix as a section without gradients."""
 
-from __future__ import annotations
-
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

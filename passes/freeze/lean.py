@@ -4,8 +4,6 @@ A frozen form shares the parameters, buffers and children of the module it repla
 keys, `isinstance` tests and type selectors do not notice. What has no frozen form stays stock.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable

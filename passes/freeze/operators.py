@@ -17,8 +17,6 @@ Linear layers in full precision, smooth activations (GELU, SiLU, hardswish, mish
 already save no more than their input gradient needs: they stay stock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

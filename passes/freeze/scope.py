@@ -1,8 +1,6 @@
 """How far freezing reaches in a graph: which parameters, which nodes form a prefix, which lie behind something that trains."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -33,6 +31,23 @@ class Scope:
     prefix: tuple[fx.Node, ...]
     behind: tuple[fx.Node, ...]
     blockers: dict[str, tuple[str, ...]]
+
+    def covers(self, region: Region) -> bool:
+        """Whether anything of a region is frozen: what its nodes read, or what is registered there and never read."""
+        return not set(region.parameters).isdisjoint(self.parameters) or any(is_below(n, region.paths) for n in self.parameters)
+
+    def warnings(self, lean: bool) -> Iterator[tuple[str, str]]:
+        """What the user should know, as (region, message): parameters that still train, and a backward pass that goes on."""
+        for region, name in self.borrowed:
+            yield region, f"it reads {name}, which another part owns and trains: {name} is not frozen"
+        if self.blockers:
+            first, *more = self.blockers
+            paths = self.blockers[first]
+            named, verb = _listed(paths), "train" if len(paths) > 1 else "trains"
+            also = f"; so for {len(more)} more of its regions" if more else ""
+            cost = "what its input gradient takes is still saved" if lean else "its activations are still saved"
+            passes = f"the backward passes through and {cost}{also}"
+            yield first, f"frozen, but {named} before it {verb}: {passes}. Freeze {named} too to cut it off"
 
 
 def freeze_scope(graph: Graph, regions: Sequence[Region]) -> Scope:
@@ -129,3 +144,8 @@ def _owner(graph: Graph, node: fx.Node, frozen: set[int]) -> str:
         if not any(id(p) in frozen or not p.requires_grad for p in graph.module.get_submodule(outer).parameters()):
             return outer
     return path
+
+
+def _listed(paths: tuple[str, ...]) -> str:
+    shown = [*paths[:3], f"{len(paths) - 3} more"] if len(paths) > 3 else list(paths)
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

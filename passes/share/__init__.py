@@ -19,8 +19,6 @@ alone, with the reason in the report (`neighbours.py` has the rule, with its exc
     every = 4
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NoReturn

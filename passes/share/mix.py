@@ -4,8 +4,6 @@ Convolutions and linear layers become function calls with the mixed weight as an
 itself are replaced; any other leaf keeps its class and receives its weights as an input (`WithWeights`).
 """
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Callable, Iterable, Sequence

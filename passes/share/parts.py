@@ -3,8 +3,6 @@
 Parts are found by structure (what the graph computes), with the libraries' names for MLPs (`mlp`, `ffn`) as a second hint.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from typing import Literal

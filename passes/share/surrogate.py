@@ -14,8 +14,6 @@ activations. The accessible part of the paper does not fix the operator, so it i
 The plain unit gets a shortcut, because the other three quarters of its channels would be lost without one.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import operator

@@ -38,11 +38,9 @@ regions that the graph cannot be cut after, more modules than there are cuts for
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import torch
@@ -64,7 +62,7 @@ from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 from graphopt.passes.supervise.local import BOUNDARY, LocalModule, compile_modules
 from graphopt.passes.supervise.losses import Difference
 from graphopt.passes.supervise.peaks import peak_table
-from graphopt.passes.supervise.span import find_boundary, nodes_between, parameters_between
+from graphopt.passes.supervise.span import find_boundary, is_number, nodes_between, parameters_between
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
@@ -112,6 +110,7 @@ class Supervise(Pass):
     preserves: ClassVar[frozenset[Property]] = frozenset({"eval output"})
     claim: ClassVar[str | None] = "locally supervised"
     once: ClassVar[bool] = True
+    position: ClassVar[Literal["first", "anywhere", "last"]] = "first"
 
     modules: Annotated[int, Field(ge=2, strict=True)] | None = None
     balance: Literal["blocks", "memory", "stage"] = "blocks"
@@ -128,7 +127,7 @@ class Supervise(Pass):
     classes: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Supervise:
+    def _consistent(self) -> Self:
         if self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
             raise ValueError("cuts gives the cuts; leave out modules and balance")
         if self.cuts is None and self.modules is None and self.balance == "blocks":
@@ -223,7 +222,8 @@ class Supervise(Pass):
             path = f"supervise.{i}.boundary"
             boundary = edit.call_module(path, Boundary(), (end,), after=end, like=graph.placeholder)
             boundary.meta[BOUNDARY] = path
-            edit.redirect(end, boundary)
+            # Shapes are read before the boundary still, so that sections of earlier passes that hold both stay convex.
+            edit.redirect(end, boundary, [user for user in end.users if not is_number(user)])
             effects.mark(cut.module, Status.ISOLATED)
             effects.mark(f"supervise.{i}", Status.INSERTED, sources=(end.meta["origin"].path,), **self._detail(auxiliary))
         for i in range(len(cuts)):
@@ -252,8 +252,9 @@ class Supervise(Pass):
     def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
         """The head and the decoder of a module whose output has the layout `source`."""
         classes = self._classes(graph)
-        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
+        # The decoder first: a seed's initial weights depend on the order.
         decoder = self._decoder(source, goal) if weights.reconstruct > 0 else None
+        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
         if head is None and decoder is None:
             raise PassError("a module has neither a head nor a decoder: both its weights are 0", fix="Raise one of the weights")
         return Auxiliary(

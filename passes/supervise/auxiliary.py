@@ -1,7 +1,5 @@
 """The auxiliary part of one locally supervised module: its head, its decoder and their local loss."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

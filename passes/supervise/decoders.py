@@ -6,8 +6,6 @@ A decoder first samples the module's output, `sample(h, step_index) -> (h, state
 rotate with `step_index` so that all are covered. It draws no random numbers: dropout masks in the backbone stay what they were.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -233,7 +231,8 @@ class ConvDecoder(nn.Module):
             if self.fine != self.goal.grid:
                 x = F.adaptive_avg_pool2d(x, self.fine)
             position = position_at(state[1], math.prod(self.positions))
-            for dim, start in enumerate(divmod(position, self.positions[1])):
+            # Not by divmod: torch.compile would compile the decoder again for every position.
+            for dim, start in enumerate((position // self.positions[1], position % self.positions[1])):
                 size, ratio = self.window[dim], self.ratio[dim]
                 h = h.narrow(2 + dim, start, size)
                 x = x.narrow(2 + dim, start * ratio, size * ratio)

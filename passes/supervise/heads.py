@@ -5,8 +5,6 @@
 between. The default is `pool`: a head runs in every module and every step, and must not cost what the module saves.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch.nn.functional as F

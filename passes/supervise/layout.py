@@ -4,8 +4,6 @@ A convolution or batch norm next to an activation has its channels in dimension 
 operation near it decides, shapes do (a square pair of dimensions is the grid).
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ steps without one), and the stored gradients, float32, are scaled back. An overf
 step.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +100,7 @@ class LocalModule(nn.Module):
 
     # -- torch.compile ------------------------------------------------------------------------------------------------------
     def compile_stage(self, **options: Any) -> None:
-        """Compiles the module's own forward, head and decoder with `torch.compile(..., **options)`; a deep copy compiles anew."""
+        """Compiles the module's own forward, head and decoder with `torch.compile(..., **options)`; a deep copy compiles again."""
         self._options, self._compiled = options, None
 
     def run_stage(self, *arguments: Any) -> tuple[Any, Tensor]:

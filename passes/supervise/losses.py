@@ -1,7 +1,5 @@
 """The local losses: classification, supervised contrast, and reconstruction."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The predicted peaks of locally supervised modules, their heads and decoders included."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

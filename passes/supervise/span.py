@@ -1,7 +1,5 @@
 """The part of a graph between two boundaries: which nodes it holds, and which parameters it reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
@@ -60,12 +58,12 @@ def _done_by(graph: Graph, end: Node) -> set[Node]:
         sources = node.all_input_nodes
         if node not in used and any(n in done for n in sources):
             done.add(node)
-        elif node.op != "output" and _is_number(node) and sources and all(n in done for n in sources):
+        elif node.op != "output" and is_number(node) and sources and all(n in done for n in sources):
             # A shape that is read here for later: the numbers leave the module, not the activation that they were read from.
             done.add(node)
     return done
 
 
-def _is_number(node: Node) -> bool:
+def is_number(node: Node) -> bool:
     """Whether it is a number of shape arithmetic, or several."""
     return "val" in node.meta and not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta["val"]))

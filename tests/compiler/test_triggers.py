@@ -111,14 +111,14 @@ def test_both_scores_must_agree():
 
 
 def test_warmup_and_every():
-    rest = [0.0] * 9
-    assert fired(Score(score="change", patience=1, warmup=4), 9, history(a=rest), ("a",)) == {5: ("a",)}
-    assert fired(Score(score="change", patience=2, every=3), 9, history(a=rest), ("a",)) == {6: ("a",)}
+    still = [0.0] * 9
+    assert fired(Score(score="change", patience=1, warmup=4), 9, history(a=still), ("a",)) == {5: ("a",)}
+    assert fired(Score(score="change", patience=2, every=3), 9, history(a=still), ("a",)) == {6: ("a",)}
 
 
 def test_cap_says_how_much_and_by_when():
-    rest = [0.0] * 10
-    series = history(**dict.fromkeys(NAMES, rest))
+    still = [0.0] * 10
+    series = history(**dict.fromkeys(NAMES, still))
     assert fired(Score(score="change", patience=1, most=0.5), 10, series) == {1: ("a", "b")}
     assert fired(Score(score="change", patience=1, most=3), 10, series) == {1: ("a", "b", "c")}
     grown = fired(Score(score="change", patience=1, most=1.0, by=0.8), 10, series)

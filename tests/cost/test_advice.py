@@ -1,4 +1,4 @@
-"""Warnings worth money: said where they hold, and nowhere else."""
+"""Warnings about wasted memory or compute: given where they hold, and nowhere else."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def cost(module, batch=64, frozen=()):
     return forecast(module, (3, 64, 64), batch, per_block=BLOCKS)
 
 
-def test_a_frozen_open_prefix_is_told_what_to_freeze_too(resnet):
+def test_a_frozen_open_prefix_names_what_to_freeze_too(resnet):
     (first,) = advise(cost(resnet), cost(resnet, frozen=("layer1", "layer2")))
     assert first.where == "layer1, layer2"
     assert "frozen but open prefix" in first.what
@@ -34,18 +34,18 @@ def test_a_frozen_closed_prefix_is_not(resnet):
     assert advise(cost(resnet), cost(resnet, frozen=("conv1", "bn1", "layer1"))) == ()
 
 
-def test_what_saves_nothing_says_so_and_what_it_saves_instead(resnet):
+def test_what_saves_no_memory_names_what_it_saves_instead(resnet):
     (only,) = advise(cost(resnet), cost(resnet, frozen=("bn1",)))[-1:]
     assert "saves no memory" in only.what
     (same,) = advise(cost(resnet), cost(resnet))
     assert "no FLOPs either" in same.what
 
 
-def test_what_costs_more_than_it_saves_says_how_much():
+def test_what_costs_more_than_it_saves_gives_the_amount():
     small, large = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8))
-    dear = advise(forecast(small, (8,), 2), forecast(large, (8,), 2))
-    assert any("more at the peak" in a.what and "parameters" in a.what for a in dear)
-    assert any("more FLOPs a step" in a.what for a in dear)
+    found = advise(forecast(small, (8,), 2), forecast(large, (8,), 2))
+    assert any("more at the peak" in a.what and "parameters" in a.what for a in found)
+    assert any("more FLOPs a step" in a.what for a in found)
 
 
 def test_the_part_with_most_of_the_memory_is_named():
@@ -57,6 +57,6 @@ def test_the_part_with_most_of_the_memory_is_named():
     assert "cut inside it" in found[0].what
 
 
-def test_a_step_filled_by_its_parameters_is_told_that_activations_are_not_it():
+def test_a_step_filled_by_its_parameters_is_not_blamed_on_activations():
     (only,) = where_memory_is(forecast(nn.Linear(512, 512), (512,), 2, per_block=[]))
     assert "parameters, gradients and optimizer state" in only.what

@@ -66,7 +66,7 @@ def test_meta_and_real_modules_cost_the_same():
 
 
 def test_known_figures_of_resnet50():
-    # FACTS: batch 2, 224 px: 164 MiB saved, 32.2 GF backward.
+    # Measured at batch 2 and 224 px: 164 MiB saved, 32.2 GFLOP backward.
     with torch.device("meta"):
         module = torchvision.models.resnet50()
     cost = forecast(module, (3, 224, 224), 2)
@@ -172,11 +172,11 @@ class Checkpointed(nn.Module):
 def test_checkpointing_is_seen_in_bytes_and_recomputed_flops():
     module = Checkpointed()
     cost = forecast(module, (3, 16, 16), 2, per_block=["stem", "body"])
-    stem, body, rest = cost.blocks
+    stem, body, outside = cost.blocks
     assert body.recomputed_flops == body.forward_flops == cost.recomputed_flops > 0
     assert body.weight_gradient_flops == body.input_gradient_flops == body.forward_flops
-    assert (stem.recomputed_flops, rest.recomputed_flops) == (0, 0)
-    # Of the body nothing is kept but its input, which the checkpoint holds itself.
+    assert (stem.recomputed_flops, outside.recomputed_flops) == (0, 0)
+    # Nothing of the body is saved but its input, which the checkpoint holds itself.
     assert body.saved_activation_bytes == 0
     assert plain(cost) == live(measure(module, (3, 16, 16), 2))
 
@@ -190,33 +190,33 @@ class LocallyTrained(nn.Module):
             with torch.enable_grad():
                 y = block(x.detach())
                 loss = F.cross_entropy(head(y.mean((2, 3))), target)
-                ctx.kept = torch.autograd.grad(loss, parameters)
+                ctx.gradients = torch.autograd.grad(loss, parameters)
             return y.detach(), loss.detach()
 
         @staticmethod
         def backward(ctx, _, scale):
-            return None, None, None, None, *(g * scale for g in ctx.kept)
+            return None, None, None, None, *(g * scale for g in ctx.gradients)
 
     def __init__(self):
         super().__init__()
         self.block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
         self.head = nn.Linear(8, 4)
-        self.rest = nn.Sequential(nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        self.last = nn.Sequential(nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
     def forward(self, x, target):
         parameters = [*self.block.parameters(), *self.head.parameters()]
         y, loss = self.Run.apply(self.block, self.head, x, target, *parameters)
-        return self.rest(y), loss
+        return self.last(y), loss
 
 
 def test_a_backward_inside_the_forward_is_backward():
     module = LocallyTrained()
-    cost = forecast(module, (3, 16, 16), 2, targets=True, per_block=["block", "head", "rest"])
-    block, head, rest, outside = cost.blocks
+    cost = forecast(module, (3, 16, 16), 2, targets=True, per_block=["block", "head", "last"])
+    block, head, last, outside = cost.blocks
     assert block.weight_gradient_flops == block.forward_flops == 2 * 2 * 256 * 8 * (27 + 72)
     assert block.input_gradient_flops == 2 * 2 * 256 * 8 * 72
     assert (head.weight_gradient_flops, block.recomputed_flops, block.saved_activation_bytes) == (head.forward_flops, 0, 0)
-    assert rest.saved_activation_bytes > 0
+    assert last.saved_activation_bytes > 0
     assert outside.forward_flops == outside.backward_flops == 0
     assert plain(cost) == live(measure(module, (3, 16, 16), 2, targets=True))
 
@@ -226,7 +226,7 @@ def test_gradients_that_autograd_grad_hands_out_are_not_activations():
     module.block = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 512), nn.Unflatten(1, (8, 8, 8)))
     cost = forecast(module, (3, 4, 4), 1, targets=True)
     gradient = 128 * 512 * 4
-    assert cost.peak_activation_bytes < gradient  # the kept gradient counts; its product with the scale reaches .grad and counts too
+    assert cost.peak_activation_bytes < gradient  # neither it nor its product with the scale, which reaches .grad, is an activation
 
 
 class MixedWeight(nn.Module):
@@ -256,14 +256,14 @@ def test_weights_cast_by_autocast_are_weights():
 def test_rows_add_up_and_blocks_take_everything_under_them():
     module = torchvision.models.resnet18()
     cost = forecast(module, (3, 64, 64), 2, per_block=["layer1", "layer1.0", "layer3"])
-    outer, inner, third, rest = cost.blocks
+    outer, inner, third, outside = cost.blocks
     assert [b.path for b in cost.blocks] == ["layer1", "layer1.0", "layer3", ""]
     assert outer == forecast(module, (3, 64, 64), 2, per_block=["layer1.1"]).blocks[0].__class__("layer1", *list(vars(outer).values())[1:])
     for name in ("parameters", "forward_flops", "weight_gradient_flops", "input_gradient_flops", "saved_activation_bytes"):
         assert sum(getattr(b, name) for b in cost.blocks) == getattr(cost, name), name
     assert inner.parameters == sum(p.numel() for p in module.layer1[0].parameters())
     assert third.parameters == sum(p.numel() for p in module.layer3.parameters())
-    assert rest.parameters == cost.parameters - outer.parameters - inner.parameters - third.parameters
+    assert outside.parameters == cost.parameters - outer.parameters - inner.parameters - third.parameters
     json.dumps(cost.to_dict())
 
 

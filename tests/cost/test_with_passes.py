@@ -12,7 +12,7 @@ from graphopt.models import cifar_resnet as cifar
 HALF = ["conv1", "bn1", "layer1", "layer2"]
 TABLES = {
     "frozen prefix": [{"use": "freeze", "select": HALF}],
-    "frozen behind the stem": [{"use": "freeze", "select": HALF[2:]}],
+    "frozen after the stem": [{"use": "freeze", "select": HALF[2:]}],
     "checkpointed": [{"use": "checkpoint", "segments": 3}],
     "shared": [{"use": "share", "every": 2}],
     "surrogates": [{"use": "share", "every": 2, "mode": "surrogate"}],

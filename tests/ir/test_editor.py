@@ -78,7 +78,7 @@ def test_a_call_is_stamped_recorded_and_has_a_shape(edit: Editor, target: Any, s
     assert edit.graph.order[made] == edit.graph.order[mul] + 1
     assert made.args == (mul,)
     assert list(edit.edits.inserted) == [made.name]
-    assert list(edit.edits.changed) == ["act"]
+    assert list(edit.edits.redirected) == ["act"]
     assert torch.equal(run(edit.graph), F.relu(-after_fc(edit.graph)))
 
 
@@ -157,7 +157,7 @@ def test_redirect(edit: Editor, new: str) -> None:
     fc, act = node(edit.graph, "fc"), node(edit.graph, "act")
     edit.redirect(node(edit.graph, "mul"), fc if new == "node" else 0.5)
     assert act.args == ((fc,) if new == "node" else (0.5,))
-    assert list(edit.edits.changed) == ["act"]
+    assert list(edit.edits.redirected) == ["act"]
     assert "pass" not in act.meta  # its own operation is the backbone's
 
 
@@ -171,7 +171,7 @@ def test_redirect_some_users_and_never_the_new_node_itself() -> None:
     assert node(graph, "exp").args == (twice,)
     edit.redirect(graph.placeholder, twice)
     assert twice.args[0] is graph.placeholder
-    assert list(edit.edits.changed) == ["exp", "neg"]
+    assert list(edit.edits.redirected) == ["exp", "neg"]
 
 
 def test_erase_takes_nodes_out_of_sections(edit: Editor) -> None:

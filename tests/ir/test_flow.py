@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Node
 
 from graphopt import Graph
-from graphopt.ir.flow import ancestors, between, cut_points, descendants, is_convex, reentry
+from graphopt.ir.flow import ancestors, between, cut_points, descendants, is_convex, reentry, slice_around
 from graphopt.ir.nodes import activations
 from tests.support.graphs import dags, graph_of, node
 
@@ -35,6 +35,12 @@ def test_walks_find_what_is_reachable(graph: Graph, data: st.DataObject) -> None
     on_paths = {n for path in nx.all_simple_paths(reference, start, end) for n in path} if start is not end else {start}
     assert between([start], [end]) == on_paths
     assert between([start], [start]) == {start}
+
+
+def test_a_slice_of_the_order_is_convex() -> None:
+    graph = graph_of(lambda m, x: (x + 1).tanh().neg().exp())
+    assert [n.name for n in slice_around(graph, [node(graph, "neg"), node(graph, "add")])] == ["add", "tanh", "neg"]
+    assert is_convex(graph, slice_around(graph, [node(graph, "exp"), node(graph, "add")]))
 
 
 @settings(max_examples=15)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.cost import forecast, measure
 from graphopt.errors import PassError
+from graphopt.models import cifar_resnet
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from tests.support.backbones import Small
@@ -58,6 +59,25 @@ def test_it_keeps_less_and_runs_the_forward_again():
     assert after.peak_bytes == measure(checkpointed.module, INPUT, 8).peak_bytes
 
 
+@pytest.mark.parametrize("segments", [2, 3])
+def test_segments_balanced_by_memory_peak_lower_where_blocks_differ(segments):
+    peaks = []
+    for balance in ("blocks", "memory"):
+        torch.manual_seed(0)
+        plan = graphopt.compile(
+            cifar_resnet.build("resnet20"), Checkpoint(segments=segments, balance=balance), input=(3, 32, 32), verify="off"
+        )
+        peaks.append(plan.report.after.peak_bytes)
+    # Its first stage holds four times as much as its last.
+    assert peaks[1] < 0.95 * peaks[0]
+
+
+def test_segments_balanced_by_memory_compute_the_same():
+    plain, checkpointed = compiled([]), compiled(Checkpoint(segments=2, balance="memory"))
+    assert checkpointed.report.passes[0].figures["segments"] == 2
+    assert same(step(plain.module)[1], step(checkpointed.module)[1])
+
+
 def test_eval_and_no_grad_run_plainly():
     plan = compiled(Checkpoint(segments=2))
     x = torch.randn(2, *INPUT)
@@ -91,7 +111,7 @@ def test_a_trigger_starts_and_ends_it():
     assert not hasattr(back.module, "sections")
 
 
-@pytest.mark.parametrize("options", [{}, {"segments": 2, "select": "blocks"}, {"segments": 0}])
+@pytest.mark.parametrize("options", [{}, {"segments": 2, "select": "blocks"}, {"segments": 0}, {"select": "blocks", "balance": "memory"}])
 def test_options_that_say_nothing_or_too_much(options):
     with pytest.raises(ValueError):
         Checkpoint(**options)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from typing import Any
 
-import numpy as np
 import pydantic
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.compiler.triggers import Decision
@@ -131,11 +130,38 @@ def test_a_backbone_without_a_cut_says_that_it_has_none() -> None:
             super().__init__()
             self.fc = nn.Linear(8, 10)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.fc(x)
 
     with pytest.raises(PassError, match="the backbone cannot be divided"):
         compiled(Whole(), Supervise(modules=2), (8,))
+
+
+@pytest.mark.parametrize("function", [torch.relu_, F.relu_, F.leaky_relu_, lambda y: y.relu_(), lambda y: F.relu(y, inplace=True)])
+def test_a_cut_whose_activation_is_overwritten_is_refused(function: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c1, self.c2, self.c3 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.fc = nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.c3(self.c2(function(self.c1(x)))).mean((2, 3)))
+
+    with pytest.raises(PassError, match="overwrites its output in place"):
+        compiled(Net(), Supervise(cuts=["c1", "c2"], fraction=1.0))
+
+
+def test_the_name_of_a_cut_in_the_report_is_accepted_as_a_cut() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(F.relu(self.stem(x))).mean((2, 3)))
+
+    assert labels(compiled(Net(), Supervise(cuts=["(relu)"]))) == ["(relu)"]
 
 
 def test_nothing_to_train_between_cuts_is_an_error() -> None:
@@ -168,7 +194,7 @@ def test_a_decoder_that_does_not_fit_is_refused_with_what_would() -> None:
             super().__init__()
             self.a, self.b, self.fc = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 10)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.b(self.a(x).relu()).mean(1))
 
     with pytest.raises(PassError, match=r'needs a map.*Use structure = "linear"'):
@@ -184,12 +210,30 @@ def test_an_output_without_classes_asks_for_them() -> None:
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x))
 
     with pytest.raises(PassError, match="Set classes"):
         compiled(Dense(), Supervise(cuts=["a"]))
     assert compiled(Dense(), Supervise(cuts=["a"], classes=7)).module.get_submodule("supervise.0").classes == 7
+
+
+def test_a_dictionary_as_output_asks_for_classes() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Small()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.body(x)
+            return {"logits": logits, "probabilities": logits.softmax(1)}
+
+    with pytest.raises(PassError, match="Set classes"):
+        compiled(Two(), Supervise(modules=2))
+    plan = compiled(Two(), Supervise(modules=2, balance="memory", classes=10), verify="fast")
+    output, local = plan.module.train()(torch.randn(4, 3, 8, 8), torch.arange(4))
+    (output["logits"].sum() + local).backward()
+    assert all(p.grad is not None for p in plan.module.parameters())
 
 
 def test_image_statistics_must_have_the_images_channels() -> None:
@@ -198,23 +242,6 @@ def test_image_statistics_must_have_the_images_channels() -> None:
 
 
 # -- balance --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(8))
-def test_the_dynamic_programme_finds_what_trying_all_finds(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    n = 8
-    table = np.where(rng.random((n, n)) < 0.15, math.inf, rng.integers(1, 50, (n, n)).astype(float))
-    for modules in (2, 3, 4, 5):
-        ways = []
-        for ends in itertools.combinations(range(n - 1), modules - 1):
-            edges = [-1, *ends, n - 1]
-            costs = [table[a + 1, b] for a, b in itertools.pairwise(edges)]
-            ways.append((max(costs), ends))
-        lowest = min(ways)[0]
-        peak, ends = best(table, modules)
-        assert peak == lowest
-        assert math.isinf(peak) or (peak, ends) in ways
-
-
 @pytest.mark.parametrize("name", ["resnet18", "swin, timm", "vit", "convnext"])
 @pytest.mark.parametrize("modules", [1, 2, 4])
 def test_the_predicted_peak_is_the_forecasts(name: str, modules: int) -> None:
@@ -284,7 +311,7 @@ def test_what_supervises_costs_no_memory_per_channel_and_sample() -> None:
             self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(512, 512, 1), nn.ReLU()) for _ in range(4)])
             self.fc = nn.Linear(512, 10)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
 
     peaks = []
@@ -309,6 +336,22 @@ def test_the_report_says_where_it_cuts_and_what_it_adds() -> None:
 def test_full_verification_passes() -> None:
     plan = compiled(Small(), Supervise(modules=3), verify="full")
     assert {c.property for c in plan.report.passes[0].verified} >= {"eval output"}
+
+
+def test_the_report_names_the_modules_as_regions() -> None:
+    plan = compiled(Small(), Supervise(cuts=["blocks.0", "blocks.2"]))
+    assert plan.report.passes[0].regions == ("module 1 (to blocks.0)", "module 2 (to blocks.2)")
+    statuses = plan.effects[0].statuses
+    assert [statuses[f"supervise.{i}"].status for i in range(2)] == ["inserted", "inserted"]
+    assert [statuses[f"supervise.{i}"].sources for i in range(2)] == [("blocks.0",), ("blocks.2",)]
+
+
+def test_candidates_keep_the_other_options() -> None:
+    graph = graphopt.trace(Small(), (3, 8, 8))
+    found = list(Supervise.candidates(graph, Supervise(cuts=["blocks.2"], decoder="none")))
+    assert [c.label for c in found][:2] == ["supervise, 2 modules", "supervise, 3 modules"]
+    assert found[0].value.table() == {"use": "supervise", "modules": 2, "balance": "memory", "decoder": "none"}
+    assert all(c.value.decoder == "features" for c in Supervise.candidates(graph, None))
 
 
 def test_weights_run_linearly_from_the_first_module_to_the_last() -> None:
@@ -337,7 +380,7 @@ def test_another_seed_gives_other_auxiliary_weights_and_leaves_the_stream_alone(
 def test_from_an_epoch_on_and_back() -> None:
     plan = compiled(Small(drop=0.0), Supervise(modules=2, when={"epoch": 1, "until": 2}), verify="fast")
     x = torch.randn(2, 3, 8, 8)
-    assert isinstance(plan.module.train()(x), torch.Tensor)
+    assert isinstance(plan.module.train()(x), Tensor)
     later = plan.advance_to([Decision(index=0, epoch=1)])
     assert len(later.module.train()(x, torch.zeros(2, dtype=torch.long))) == 2
     after = later.advance_to([Decision(index=0, epoch=1), Decision(index=0, epoch=2, action="undo")])

@@ -1,4 +1,4 @@
-"""What a decoder looks at: positions and the patches over them belong together, all take their turn, and it costs the backbone nothing."""
+"""What a decoder samples: positions match the patches at their place, all are covered, and the backbone is not affected."""
 
 from __future__ import annotations
 
@@ -70,20 +70,20 @@ class Identity(nn.Module):
 
 
 @pytest.mark.parametrize(("source", "goal", "fraction", "count"), PAIRS)
-def test_each_position_is_put_under_its_own_patch_and_all_take_their_turn(source: Any, goal: Any, fraction: float, count: int) -> None:
+def test_positions_match_their_patches_and_all_are_covered(source: Any, goal: Any, fraction: float, count: int) -> None:
     assert incompatibility("linear", source, goal) is None
     decoder: Any = build("linear", source, goal, fraction)
     decoder.fc = Identity()
     grid = source.grid or goal.grid or (source.length, 1)
     h, x = filled(source, grid), filled(goal, grid)
     found = set()
-    for turn in range(2 * grid[0]):
-        whole, seen = decoder.sample(h, turn)
+    for step_index in range(2 * grid[0]):
+        whole, state = decoder.sample(h, step_index)
         assert torch.equal(whole, h)
-        picked, patches = decoder(seen, x)
+        picked, patches = decoder(state, x)
         assert picked.shape == (2, count, source.channels)
         # One matrix product for all samples needs this: else the weight's gradient is made sample by sample.
-        assert seen[0].is_contiguous()
+        assert state[0].is_contiguous()
         assert patches.shape[:2] == (2, count)
         assert (patches == picked[..., :1]).all()
         found |= set(picked[0, :, 0].tolist())
@@ -107,8 +107,8 @@ def test_the_gradient_is_that_of_indexing(
     grid = source.grid or goal.grid or (source.length, 1)
     h = torch.randn(filled(source, grid).shape, dtype=torch.float64, requires_grad=True)
     x = torch.randn(filled(goal, grid).shape, dtype=torch.float64)
-    whole, seen = decoder.sample(h, 3)
-    prediction, wanted = decoder(seen, x)
+    whole, state = decoder.sample(h, 3)
+    prediction, wanted = decoder(state, x)
     weight = torch.randn_like(h)
     (got,) = torch.autograd.grad((whole * weight).sum() + F.l1_loss(prediction, wanted), h)
     # By hand: the same rows through autograd's own indexing, found by the numbers of their positions.
@@ -125,16 +125,16 @@ def test_a_window_of_the_conv_decoder_wanders_over_the_whole_map() -> None:
     decoder = build("conv", source, goal, 0.25)
     h, x = filled(source, (6, 6)), filled(goal, (6, 6))
     found = set()
-    for turn in range(16):
-        _, seen = decoder.sample(h, turn)
-        prediction, window = decoder(seen, x)
+    for step_index in range(16):
+        _, state = decoder.sample(h, step_index)
+        prediction, window = decoder(state, x)
         assert prediction.shape == window.shape == (2, 2, 6, 6)
         found |= set(window.flatten().tolist())
     assert found == set(range(36))
 
 
 @given(st.integers(1, 200), st.integers(0, 10**6))
-def test_each_place_is_taken_once_in_a_round_of_turns(count: int, begin: int) -> None:
+def test_each_position_is_taken_once_in_as_many_steps(count: int, begin: int) -> None:
     assert {position_at(step, count) for step in range(begin, begin + count)} == set(range(count))
 
 
@@ -143,7 +143,7 @@ def test_a_layout_of_more_dimensions_is_refused_with_words() -> None:
     assert "not activations of 5 dimensions" in str(incompatibility("linear", video, video))
 
 
-def test_turns_go_on_from_a_state_dict() -> None:
+def test_the_step_index_is_part_of_the_state_dict() -> None:
     module = compiled(Small(drop=0.0), Supervise(modules=2), verify="off").module.train()
     x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
 
@@ -163,7 +163,7 @@ def test_turns_go_on_from_a_state_dict() -> None:
 
 
 @pytest.mark.parametrize("structure", ["linear", "conv"])
-def test_a_compiled_module_is_not_compiled_anew_for_every_turn(structure: Any) -> None:
+def test_a_compiled_module_is_not_compiled_again_for_every_step(structure: Any) -> None:
     from torch._dynamo.backends.debugging import aot_eager
 
     torch._dynamo.reset()

@@ -191,6 +191,14 @@ def test_autocast_gives_finite_gradients_everywhere(dtype: torch.dtype) -> None:
             assert F.cosine_similarity(got.grad.flatten(), expected.grad.flatten(), dim=0) > 0.98
 
 
+@pytest.mark.parametrize("head", ["pool", "norm-pool", "conv", "contrast"])
+def test_weights_in_bfloat16_train(head: Any) -> None:
+    module = plan_of(Small(drop=0.0), head=head).module.to(torch.bfloat16)
+    output, local = module(torch.randn(6, 3, 8, 8, dtype=torch.bfloat16), torch.arange(6))
+    (F.cross_entropy(output, torch.arange(6)) + local).backward()
+    assert all(g is not None and g.isfinite().all() for g in gradients(module).values())
+
+
 def test_float16_gradients_do_not_underflow_inside() -> None:
     # Weights so small that unscaled float16 gradients of activations are all zero.
     plan = plan_of(Small(drop=0.0), decoder="none", weights={"classify": [1e-6, 1e-6]})

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+import graphopt
 from graphopt.compiler.triggers import Decision
+from graphopt.models import cifar_resnet
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
+from graphopt.runtime.checkpointed import Checkpointed
+from tests.passes.supervise_backbones import BACKBONES
 from tests.passes.supervise_steps import compiled, step
 from tests.support.backbones import Small
 
@@ -29,7 +33,7 @@ def test_with_freeze(frozen: list[str], first: bool) -> None:
     trains = {n: p.requires_grad for n, p in plan.module.named_parameters()}
     assert {n for n, g in found.items() if g is not None} == {n for n, t in trains.items() if t}
     assert not any(trains[n] for n in trains if n.startswith(tuple(f"{f}." for f in frozen)))
-    # What supervises a frozen module rests with it.
+    # What supervises a frozen module is frozen with it.
     assert trains["supervise.0.decoder.fc.weight"] == (not {"stem", "blocks.0"} <= set(frozen))
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(plan.module.eval()(x), copy.deepcopy(model).eval()(x))
@@ -72,15 +76,49 @@ def test_a_shared_weight_gets_the_sum_of_what_its_modules_send() -> None:
     assert any(k.endswith(".a") for k in a)
 
 
+CHECKPOINTED = {"resnet20": (lambda: cifar_resnet.build("resnet20"), (3, 32, 32)), "vit": BACKBONES["vit"], "swin": BACKBONES["swin, timm"]}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
 @pytest.mark.parametrize("first", [True, False])
-def test_with_checkpointing(first: bool) -> None:
-    passes: list[Any] = [Checkpoint(segments=2), Supervise(modules=3)]
-    model = Small(drop=0.0)
-    steps = []
-    for chosen in (passes if first else passes[::-1], passes[1:]):
+def test_with_checkpointing(name: str, first: bool) -> None:
+    make, input = CHECKPOINTED[name]
+    torch.manual_seed(0)
+    model = make()
+
+    def gradients(passes: list[Any]) -> dict[str, torch.Tensor | None]:
         torch.manual_seed(3)  # the auxiliary parts' weights and the batch
-        steps.append(step(compiled(model, chosen)))
-    found, expected = steps
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient)
+        return step(compiled(model, passes, input, verify="fast"), input)
+
+    for modules, segments in ((2, 2), (3, 1), (4, 2)):
+        passes: list[Any] = [Supervise(modules=modules), Checkpoint(segments=segments)]
+        found, expected = gradients(passes if first else passes[::-1]), gradients(passes[:1])
+        assert found.keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(found[parameter], gradient)
+
+
+class Enclosing(graphopt.Pass):
+    """Runs all nodes but the last two in a section of its own."""
+
+    name = "enclosing"
+
+    def match(self, graph: graphopt.Graph) -> graphopt.Match[None]:
+        return graphopt.Match(graphopt.select("blocks", graph))
+
+    def rewrite(self, edit: graphopt.Editor, match: graphopt.ActiveMatch[None]) -> graphopt.Effects:
+        inner = [n for n in edit.graph.nodes if n.op not in ("placeholder", "output")]
+        edit.outline(inner[:-2], Checkpointed, "enclosing")
+        return graphopt.Effects()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_section_around_local_modules_is_divided(first: bool) -> None:
+    passes: list[Any] = [Supervise(modules=3), Enclosing()]
+    plan = compiled(Small(drop=0.0), passes if first else passes[::-1], verify="full")
+    assert all(g is not None for g in step(plan).values())
+    local = [s for s in plan.graph.sections if s.target]
+    others = [s for s in plan.graph.sections if not s.target]
+    assert len(local) == 2
+    assert len(others) == 3
+    assert not any(set(one.nodes) & set(other.nodes) for one in local for other in others if not set(other.nodes) <= set(one.nodes))

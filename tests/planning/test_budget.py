@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphopt.cost import CostError, forecast
-from graphopt.planning.budget import LARGEST_BATCH, Budget, Search, largest_batch
+from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.freeze import Freeze
+from graphopt.passes.supervise import Supervise
+from graphopt.planning.budget import LARGEST_BATCH, Budget, Search, in_order, largest_batch
 from graphopt.spec import dumps, loads
 
 SPEC = """
@@ -151,3 +154,10 @@ def test_a_batch_is_for_memory(search):
         search.largest_batch(Budget(flops=0.5))
     with pytest.raises(CostError, match="one sample takes"):
         search.largest_batch(Budget(memory=1000))
+
+
+def test_added_passes_that_split_come_first_and_those_that_reuse_splits_last():
+    freeze, other = Freeze(select=("stem",)), Freeze(select=("blocks.0",))
+    split, recompute = Supervise(modules=2), Checkpoint(segments=2)
+    assert in_order([freeze], [recompute, other, split]) == [split, freeze, other, recompute]
+    assert in_order([Checkpoint(segments=4), freeze], [recompute]) == [freeze, recompute], "a plan has one of these at most"

@@ -78,9 +78,9 @@ def test_a_later_cache_is_filled_from_the_earlier():
 @pytest.mark.parametrize(
     ("options", "fills", "runs"),
     [({"cache": "none"}, 0, True), ({"limit": "64 KiB"}, 0, True), ({"views": 3}, 3, False), ({}, 1, False)],
-    ids=["no cache", "over the limit", "three views", "kept"],
+    ids=["no cache", "over the limit", "three views", "cached"],
 )
-def test_where_nothing_is_kept_the_prefix_runs_every_step(options, fills, runs):
+def test_without_a_cache_the_prefix_runs_every_step(options, fills, runs):
     plain = work_of(plan_of(Drop(upto="blocks.1", when={"epoch": 4})))
     work = work_of(plan_of(Drop(upto="blocks.1", when={"epoch": 4}, **options)))
     assert work.run.filling_forward_flops == fills * plain.run.filling_forward_flops
@@ -138,7 +138,7 @@ batch = 16
 
 
 def test_drop_points_have_the_size_that_was_published():
-    """FACTS: VGG-11 at 32 px in fp16, after 2, 4 and 6 units: 16, 8 and 4 KiB an image."""
+    """VGG-11 at 32 px in fp16, after 2, 4 and 6 units: 16, 8 and 4 KiB an image."""
     from graphopt import trace
 
     points = drop_points(trace(cifar.build("vgg11"), (3, 32, 32), compare=False))

@@ -1,7 +1,5 @@
 """What the page and the SVG are drawn from: phases as plain values, operations stored once however many phases show them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import pairwise

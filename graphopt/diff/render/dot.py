@@ -1,7 +1,5 @@
 """The diff as Graphviz DOT."""
 
-from __future__ import annotations
-
 from graphopt.compiler.pass_base import Status
 from graphopt.diff.align import Diff
 from graphopt.diff.render.flowchart import DASHED, Flowchart, label

@@ -4,8 +4,6 @@ Format: github.com/google-ai-edge/model-explorer, "Develop adapter extension" (G
 with gradient or threshold). Every operation is a node; its namespace is its module path, so stages and blocks fold there too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Renderings as files: each is whole under its name, or not there."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A diff as boxes and arrows, for the languages that lay them out themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Literal, NamedTuple

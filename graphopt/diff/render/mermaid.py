@@ -1,7 +1,5 @@
 """The diff as a Mermaid flowchart: GitHub draws it in a pull request."""
 
-from __future__ import annotations
-
 from graphopt.compiler.pass_base import Status
 from graphopt.diff.align import Diff, RowGroup
 from graphopt.diff.render.flowchart import DASHED, Flowchart, label

@@ -1,7 +1,5 @@
 """The diff as one self-contained HTML file: no network, no other files."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A picture as PNG: the SVG drawn by headless Chromium, or by CairoSVG where there is no browser."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A run as one HTML page: its curves, its phases and decisions, and the diff."""
 
-from __future__ import annotations
-
 import html
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Colours and style sheets, for a page (light and dark) and for a file (light, without variables, so that any SVG reader shows it)."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """The diff as a static SVG: the page's own layout and drawing, run by a JavaScript engine without a browser."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

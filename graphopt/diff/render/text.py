@@ -1,7 +1,5 @@
 """The diff as a tree on the terminal, in colour and glyphs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from io import StringIO
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Phrases that all renderings share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 

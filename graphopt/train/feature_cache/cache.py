@@ -69,7 +69,7 @@ class FeatureCache:
     # -- before the run -----------------------------------------------------------------------------------------------------
     def check(self, plan: Plan) -> None:
         """Raises RunError, before the first step, if a sample's input is not the same each time or the limit is smaller than a batch."""
-        for item in plan.source.matched:
+        for item in plan.matched:
             options = item.match.feature_options
             if options is None:
                 continue

@@ -114,6 +114,6 @@ def compiled(
 
 def shared_blocks(plan: Plan) -> dict[str, SharedBlock]:
     """What the plan's first pass decided."""
-    decision = plan.source.matched[0].match.decision
+    decision = plan.matched[0].match.decision
     assert decision is not None
     return decision

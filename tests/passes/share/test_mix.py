@@ -109,7 +109,7 @@ def test_the_graph_as_text() -> None:
         "layer1_2_conv1_weight get layer1.2.conv1.weight -> (16, 16, 3, 3) # layer1.1.conv1, pass 1",
         "mix mix(layer1_0_conv1_weight, layer1_2_conv1_weight, layer1_1_share_a, layer1_1_share_b) -> (16, 16, 3, 3) "
         "# layer1.1.conv1, pass 1",
-        "layer1_1_conv1 conv2d(relu_2, mix, None, (1, 1), (1, 1), (1, 1), 1) -> (2, 16, 8, 8) # layer1.1.conv1, pass 1",
+        "layer1_1_conv1 conv2d(relu_2, mix, None, (1, 1), (1, 1), (1, 1), 1) -> (N, 16, 8, 8) # layer1.1.conv1, pass 1",
     ]
 
 

@@ -1,0 +1,1 @@
+"""Backbones: which there are, how to build one, and weight files."""

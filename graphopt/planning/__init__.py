@@ -1,0 +1,1 @@
+"""What a whole run costs, and which passes fit a budget."""

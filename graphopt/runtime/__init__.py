@@ -1,0 +1,1 @@
+"""Modules that run inside an emitted network; they import torch only."""

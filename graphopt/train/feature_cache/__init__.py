@@ -1,0 +1,1 @@
+"""Features of a dropped prefix, cached: what is cached, where, and how training reads it."""

@@ -1,0 +1,66 @@
+"""The dynamic programmes that choose cuts by memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import graphopt
+from graphopt.cost.partition import Piece, best, best_recomputed, peaks, pieces_of
+from graphopt.errors import PassError
+from graphopt.passes.checkpoint import Checkpoint
+from tests.support.backbones import Small
+
+
+def ways(pieces: int, parts: int) -> Any:
+    """All divisions of a chain: the last piece of each part but the last, and the first and last piece of each part."""
+    for ends in itertools.combinations(range(pieces - 1), parts - 1):
+        yield ends, list(itertools.pairwise([-1, *ends, pieces - 1]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_finds_what_trying_all_finds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 8
+    table = np.where(rng.random((n, n)) < 0.15, math.inf, rng.integers(1, 50, (n, n)).astype(float))
+    for parts in (2, 3, 4, 5):
+        found = [(max(table[a + 1, b] for a, b in edges), ends) for ends, edges in ways(n, parts)]
+        peak, ends = best(table, parts)
+        assert peak == min(found)[0]
+        assert math.isinf(peak) or (peak, ends) in found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_recomputed_finds_what_trying_all_finds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 7
+    sizes = rng.integers(1, 20, n + 1).tolist()
+    pieces = [
+        Piece(*rng.integers(1, 50, 3).tolist(), {}, (i, sizes[i]), (i + 1, sizes[i + 1]), has_parameters=bool(rng.random() < 0.5))
+        for i in range(n)
+    ]
+    table = peaks([replace(p, has_parameters=True) for p in pieces], 0)
+    for parts in (1, 2, 3, 4):
+        found = []
+        for ends, edges in ways(n, parts):
+            # While a part runs again, the inputs of those before it are live.
+            stored = list(itertools.accumulate((sizes[a + 1] for a, _ in edges), initial=0))
+            found.append((max(held + table[a + 1, b] for held, (a, b) in zip(stored, edges, strict=False)), ends))
+        peak, ends = best_recomputed(pieces, parts)
+        assert peak == min(found)[0]
+        assert (peak, ends) in found
+
+
+def test_pieces_are_measured_once_per_graph() -> None:
+    graph = graphopt.trace(Small(), (3, 8, 8))
+    assert pieces_of(graph) is pieces_of(graph)
+
+
+def test_more_segments_than_blocks_that_end_at_cuts_are_refused() -> None:
+    with pytest.raises(PassError, match="4 blocks"):
+        graphopt.compile(Small(), Checkpoint(segments=5, balance="memory"), input=(3, 8, 8), costs=False)
