@@ -21,11 +21,7 @@ _ROOM = "Make room or choose another folder; what was there before is untouched"
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], None]) -> None:
     """Writes a file that appears under `path` whole, on disk, or not at all; what was there before stays until then.
 
-    Args:
-        content: text (as UTF-8), bytes, or a function that writes to an open file.
-
-    Raises:
-        RunError: the disk is full or refuses; no temporary file is left.
+    A function as `content` writes to the open file. Raises RunError if the disk is full or refuses; no temporary file is left.
     """
     if isinstance(content, str):
         content = content.encode()
@@ -68,16 +64,10 @@ def link_atomically(source: Path, target: Path) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, str], allowed: Collection[str]) -> None:
-    """Writes `files` (name -> text) as the folder `path`: all of them, or none.
+    """Writes `files` (name -> text) as the folder `path`: all of them, or none (RunError: the disk is full or refuses).
 
-    A new folder appears by one rename. In a folder that exists each file is replaced whole, and files of `allowed` that are no longer
-    written are removed.
-
-    Args:
-        allowed: names of all files that such a folder may hold.
-
-    Raises:
-        RunError: the disk is full or refuses; nothing is half-written.
+    A new folder appears by one rename. In a folder that exists each file is replaced whole, and files of `allowed` (all that such a
+    folder may hold) that are no longer written are removed.
     """
     staging: Path | None = None
     try:
@@ -101,15 +91,10 @@ def write_folder(path: Path, files: Mapping[str, str], allowed: Collection[str])
 
 
 def lock_folder(path: Path) -> int | None:
-    """Takes a folder for this process.
+    """Takes a folder for this process. Raises BlockingIOError if another process has it.
 
-    The folder itself carries the lock, so that no file is left for it; the system frees it however the process ends.
-
-    Returns:
-        A descriptor that holds the lock until it is closed; None where there are no locks (Windows, some network file systems).
-
-    Raises:
-        BlockingIOError: another process has it.
+    The folder itself carries the lock, so that no file is left for it; the system frees it however the process ends. Returns a
+    descriptor that holds the lock until it is closed; None where there are no locks (Windows, some network file systems).
     """
     if fcntl is None:
         return None

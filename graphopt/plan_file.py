@@ -66,11 +66,7 @@ def is_plan_file(path: str | os.PathLike[str]) -> bool:
 
 
 def read_plan_file(path: Path, *, trust: bool = False, plan: Plan | None = None) -> Plan:
-    """The plan in a file that `save` wrote, with its weights; see `restore` for the arguments.
-
-    Raises:
-        RunError: there is no such file, it is damaged or holds something else, or see `restore`.
-    """
+    """The plan in a file that `save` wrote, with its weights; takes and raises what `restore` does, and RunError for a damaged file."""
     try:
         with safe_open(os.fspath(path), "pt") as file:
             about = file.metadata() or {}

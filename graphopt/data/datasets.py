@@ -35,20 +35,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set by name.
+    """A data set by name."""
 
-    Attributes:
-        open: (root, split) -> Split; may raise what the reading library raises.
-        splits: names of its splits; the second is what "validation" means.
-        mean, std: per channel, of images in 0..1.
-        expects: what the root folder must hold, for the error message.
-    """
-
-    open: Callable[[Path, str], Split]
-    splits: tuple[str, ...]
-    mean: tuple[float, ...]
+    open: Callable[[Path, str], Split]  # takes root and split; may raise what the reading library raises
+    splits: tuple[str, ...]  # the second is what "validation" means
+    mean: tuple[float, ...]  # per channel, of images in 0..1
     std: tuple[float, ...]
-    expects: str
+    expects: str  # what the root folder must hold, for the error message
 
 
 def _digits(_: Path, split: str) -> Split:

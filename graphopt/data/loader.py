@@ -56,10 +56,7 @@ class Feed(Protocol):
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be opened, and why.
-
-    Loader processes return it in the place of a batch, because an exception would arrive as a traceback.
-    """
+    """An image that could not be opened, and why. Loader processes return it for a batch: an exception would arrive as a traceback."""
 
     image: str
     why: str
@@ -70,12 +67,7 @@ class Unreadable(NamedTuple):
 
 
 class Samples(Dataset[tuple[int, Tensor, int]]):
-    """`samples[(epoch, i)]` is `(i, image (C, H, W) float32, class)`.
-
-    Attributes:
-        images: the split's images. chosen: which of them are used, by number.
-        deterministic: whether sample i is the same in every epoch, as a feature cache requires.
-    """
+    """`samples[(epoch, i)]` is `(i, image (C, H, W) float32, class)`; if `deterministic`, the same in every epoch."""
 
     def __init__(self, split: Split, limit: int | None, transform: Transform, *, deterministic: bool, seed: int) -> None:
         self.images, self.chosen = split.images, stratified(split.targets, limit)
@@ -119,8 +111,7 @@ class Data:
 def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
     """The training and evaluation samples that a spec asks for, as tensors of shape `input`.
 
-    Raises:
-        RunError: an input that images cannot have, missing files, or splits with different classes.
+    Raises RunError for an input that images cannot have, missing files, or splits with different classes.
     """
     if len(input) != 3 or input[0] not in (1, 3):
         raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(input)}", where="backbone.input")

@@ -49,11 +49,7 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: str | os.PathLike[str], digest: str, spec: str, *, resume: bool) -> Self:
-        """Takes `path` for a run: it must be new, empty, or (with `resume`) a run of the same spec.
-
-        Raises:
-            RunError: it is something else, another spec's run, or in use by another process.
-        """
+        """Takes `path` for a run. Raises RunError unless it is new, empty, or (with `resume`) the same spec's run, and used by no other."""
         folder = cls(Path(path))
         where = str(folder.path)
         try:
@@ -87,10 +83,9 @@ class RunFolder:
             os.close(descriptor)
 
     def save(self, state: Mapping[str, Any], *, best: bool = False, keep: int = 2, epoch: int | None = None) -> None:
-        """Replaces `last.pt` by `state`, atomically.
+        """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt` (unless only one stays).
 
         Args:
-            best: `best.pt` too (unless only one stays).
             keep: how many checkpoints stay: the last, the best, and from 3 on the latest epochs' (`epoch-0007.pt`).
             epoch: finished epochs, where this is the end of one.
         """
@@ -113,11 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 class Checkpointer:
-    """Saves the state of a run, and restores it.
-
-    Args:
-        spec: its text, empty for a plan compiled by hand.
-    """
+    """Saves the state of a run, and restores it. `spec` is its text, empty for a plan compiled by hand."""
 
     def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data) -> None:
         self.folder, self.spec, self.keep = folder, spec, train.keep
@@ -125,12 +116,7 @@ class Checkpointer:
         self.settings = {"train": train.model_dump(mode="json"), "data": sources}
 
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
-        """Writes a checkpoint.
-
-        Args:
-            metrics_offset: length of metrics.jsonl.
-            best: whether it is the best so far.
-        """
+        """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far."""
         plan, progress = state.phase.plan, state.progress
         content = {
             "graphopt": FORMAT_VERSION,
@@ -153,8 +139,7 @@ class Checkpointer:
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, on the CPU; None where a run stopped before its first.
 
-        Raises:
-            RunError: it cannot be read, or the run began with other settings on which training steps depend.
+        Raises RunError if it cannot be read, or if the run began with other settings on which training steps depend.
         """
         if not self.folder.last.exists():
             return None
@@ -173,11 +158,7 @@ class Checkpointer:
         return saved
 
     def restore(self, saved: Mapping[str, Any], plan: Plan, context: RunContext) -> RunState:
-        """The state in a checkpoint of `plan`, and the state of all random generators.
-
-        Raises:
-            RunError: the network or the data is not what it was.
-        """
+        """The state in a checkpoint of `plan`; restores random generators, too. Raises RunError if network or data have changed."""
         decisions = [Decision.model_validate(d) for d in saved["decisions"]]
         phase = Phase(plan.advance_to(decisions) if decisions else plan, context)
         phase.load_state_dict(saved["phase"])
@@ -192,11 +173,7 @@ class Checkpointer:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint with `weights_only=True`, onto the CPU.
-
-    Raises:
-        RunError: it is missing, damaged, or of another format.
-    """
+    """Reads a checkpoint, onto the CPU. Raises RunError if it is missing, damaged, or of another format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

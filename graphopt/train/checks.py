@@ -19,11 +19,7 @@ def gradients_finite(module: nn.Module) -> bool:
 
 
 def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
-    """Raises RunError unless, after a phase's first backward pass, trainable parameters have finite gradients and frozen ones none.
-
-    Args:
-        unused: parameters that the forward never reads.
-    """
+    """Raises RunError unless, after a backward pass, frozen parameters have no gradient and others (but for unused ones) a finite one."""
     parameters = named_parameters(module)
     trained = {name: p.grad for name, p in parameters.items() if p.requires_grad}
     missing = [name for name, gradient in trained.items() if gradient is None and name not in unused]

@@ -48,11 +48,7 @@ class Meter:
 
 
 def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: int, *, after_batch: Callable[[], None]) -> Meter:
-    """Cross-entropy and accuracy over every sample of `feed`. Leaves the module in eval mode.
-
-    Args:
-        after_batch: called after each batch; may raise an exception to stop.
-    """
+    """Cross-entropy and accuracy over every sample of `feed`. `after_batch` may raise an exception to stop."""
     module.eval()
     meter = Meter()
     with torch.no_grad():

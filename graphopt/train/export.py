@@ -13,17 +13,13 @@ from graphopt.errors import PassError, RunError
 from graphopt.plan_file import packed, read_plan_file, restore, write_model
 from graphopt.train.checkpoint import load_checkpoint
 
+StrPath = str | os.PathLike[str]
+Which = Literal["best", "last"]
 Weights = Literal["auto", "model", "ema"]
 
 
 def export_run(
-    run: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    which: Literal["best", "last"] = "best",
-    weights: Weights = "auto",
-    plan: Plan | None = None,
-    trust: bool = False,
+    run: StrPath, path: StrPath, *, which: Which = "best", weights: Weights = "auto", plan: Plan | None = None, trust: bool = False
 ) -> Path:
     """Writes the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
 
@@ -54,19 +50,12 @@ def export_run(
     return write_model(Path(path), content)
 
 
-def load_run(
-    run: str | os.PathLike[str],
-    *,
-    which: Literal["best", "last"] = "best",
-    weights: Weights = "auto",
-    plan: Plan | None = None,
-    trust: bool = False,
-) -> Plan:
+def load_run(run: StrPath, *, which: Which = "best", weights: Weights = "auto", plan: Plan | None = None, trust: bool = False) -> Plan:
     """The plan of a run, in the phase and with the weights of its checkpoint; takes and raises what `export_run` does."""
     return _restored(load_checkpoint(_checkpoint(Path(run), which)), weights, plan, trust, str(run))[0]
 
 
-def load(path: str | os.PathLike[str], *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
+def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
     """The model in a file that `graphopt.save` or `graphopt export` wrote, or in a run's folder; in eval mode.
 
     Args:
@@ -89,7 +78,7 @@ def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, tru
     return restore(state, state["phase"][chosen], plan=plan, trust=trust, where=where), chosen
 
 
-def _checkpoint(run: Path, which: str) -> Path:
+def _checkpoint(run: Path, which: Which) -> Path:
     if run.is_file():
         return run
     if not run.is_dir():

@@ -13,17 +13,14 @@ Regions = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One finished epoch.
+    """One finished epoch, counted from 0.
 
-    Attributes:
-        epoch: counted from 0.
-        metrics: its figures in metrics.jsonl (`train_loss`, `accuracy`, ...), numbers only.
-        change: scored region -> `|w_e - w_(e-1)| / |w_(e-1)|` over all its parameters, L2 norms in float64. For a region whose
-            weights were zero, `inf` once they change and 0.0 before.
+    The change of a scored region is `|w_e - w_(e-1)| / |w_(e-1)|` over all its parameters, L2 norms in float64; where its weights were
+    zero, `inf` once they change and 0.0 before.
     """
 
     epoch: int
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # figures of metrics.jsonl (`train_loss`, `accuracy`, ...), numbers only
     change: dict[str, float]
 
 

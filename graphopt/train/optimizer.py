@@ -44,13 +44,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer of timm over the trainable parameters of `module`, in named groups.
 
-    Biases, norm parameters (everything of at most one dimension) and the names in `no_decay` are not decayed.
-
-    Args:
-        rates: learning-rate factors of parameters, by name (see `layer_rates`).
-
-    Raises:
-        RunError: an unknown optimizer, options that it does not take, or nothing to train.
+    Biases, norm parameters (everything of at most one dimension) and the names in `no_decay` are not decayed. `rates` are learning-rate
+    factors by name (see `layer_rates`). Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in trainable(module).items():

@@ -29,28 +29,19 @@ MAX_OVERFLOWS = 50
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all phases of a run share.
-
-    Attributes:
-        images, evaluation: the feeds of training and of evaluation.
-        mixer: mixup and CutMix, if the spec asks for them.
-        features: caches what a prefix that has left the graph computes.
-    """
+    """What all phases of a run share."""
 
     spec: TrainSpec
     strategy: Strategy
-    images: ImageFeed
+    images: ImageFeed  # of training
     evaluation: ImageFeed
     classes: int
-    mixer: Mixer | None
-    features: FeatureCache
+    mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
+    features: FeatureCache  # caches what a prefix that has left the graph computes
 
 
 def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: int) -> Plan:
-    """The plan after further decisions.
-
-    What passes initialise is a function of (seed, epoch), so that a resumed run initialises the same.
-    """
+    """The plan after further decisions. What passes initialise is a function of (seed, epoch), so that a resumed run does the same."""
     with preserved():
         reseed(seed, epoch, 2)
         return plan.advance_to((*plan.decisions, *decisions))
@@ -119,8 +110,7 @@ class Phase:
     def step(self, batches: Sequence[Batch], done: int) -> tuple[Tensor, Tensor, int]:
         """One optimizer step over `batches` (already on the device); the run has done `done` steps before.
 
-        Returns:
-            The loss (mean over samples, on the device), how many predictions were right, and how many samples there were.
+        Returns the loss (mean over samples, on the device), how many predictions were right, and how many samples there were.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = correct = torch.zeros((), device=self.strategy.device)
@@ -183,11 +173,7 @@ class Phase:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict()`; strict.
-
-        Raises:
-            RunError: the network that (spec, decisions) gives is not the one that was saved.
-        """
+        """The inverse of `state_dict()`. Raises RunError if the network that (spec, decisions) gives is not the one that was saved."""
         load_strictly(self.plan.module, state["model"])
         optimizers.load_optimizer_state(self.optimizer, self.plan.module, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():

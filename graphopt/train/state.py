@@ -15,42 +15,29 @@ from graphopt.train.phase import Phase, RunContext, advance
 
 @dataclass
 class Progress:
-    """How far a run is.
-
-    Attributes:
-        epoch, step: the current epoch (from 0), and its optimizer steps done.
-        total: optimizer steps done in the run.
-        seconds: spent so far. epoch_began: the same at the start of the epoch. peak_bytes: the highest peak so far.
-        best_accuracy, best_epoch: the highest so far, and its epoch; -1 before the first evaluation.
-        weights: which were better at the last evaluation, "model" or "ema" (the averaged ones).
-    """
+    """How far a run is."""
 
     epoch: int = 0
-    step: int = 0
-    total: int = 0
+    step: int = 0  # optimizer steps done in the epoch
+    total: int = 0  # optimizer steps done in the run
     seconds: float = 0.0
-    epoch_began: float = 0.0
+    epoch_began: float = 0.0  # `seconds` at the start of the epoch
     peak_bytes: int = 0
     best_accuracy: float = -1.0
     best_epoch: int = -1
-    weights: str = "model"
+    weights: str = "model"  # which were better at the last evaluation, "model" or "ema" (the averaged ones)
 
 
 @dataclass
 class RunState:
-    """Everything that changes while a run goes on; checkpoints store all of it.
-
-    Attributes:
-        phases: per phase so far, its number, first epoch and step, and the decisions that began it.
-        meter, window: running means of the current epoch, and since the last record of steps.
-    """
+    """Everything that changes while a run goes on; checkpoints store all of it."""
 
     phase: Phase
     progress: Progress = field(default_factory=Progress)
     history: History = field(default_factory=History)
-    phases: list[dict[str, Any]] = field(default_factory=list)
-    meter: Meter = field(default_factory=Meter)
-    window: Meter = field(default_factory=Meter)
+    phases: list[dict[str, Any]] = field(default_factory=list)  # number, first epoch and step, and the decisions that began it
+    meter: Meter = field(default_factory=Meter)  # of the current epoch
+    window: Meter = field(default_factory=Meter)  # since the last record of steps
 
     @classmethod
     def initial(cls, plan: Plan, context: RunContext) -> Self:
@@ -71,15 +58,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a finished run; also `summary.json`.
-
-    Attributes:
-        accuracy, loss: of the full network on the evaluation split after the last epoch; `ema_accuracy` of the averaged weights.
-        best_accuracy, best_epoch: of the checkpoint in best.pt, by the better of its two sets of weights; epochs from 0.
-        seconds: training and evaluation, without interruptions.
-        peak_bytes: the most bytes that were allocated on the GPU, or resident in the process.
-        phases: per phase, its first epoch and the decisions that began it.
-    """
+    """The result of a finished run; also `summary.json`. Accuracy and loss are the full network's after the last epoch."""
 
     name: str
     digest: str
@@ -87,11 +66,11 @@ class Summary:
     steps: int
     accuracy: float
     loss: float
-    ema_accuracy: float | None
-    best_accuracy: float
-    best_epoch: int
-    seconds: float
-    peak_bytes: int
+    ema_accuracy: float | None  # of the averaged weights
+    best_accuracy: float  # of the checkpoint in best.pt, by the better of its two sets of weights
+    best_epoch: int  # from 0
+    seconds: float  # training and evaluation, without interruptions
+    peak_bytes: int  # allocated on the GPU, or resident in the process
     device: str
     parameters: int
     trainable_parameters: int

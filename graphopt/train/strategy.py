@@ -21,22 +21,13 @@ _deterministic: Any = torch.utils.deterministic
 
 @dataclass(frozen=True)
 class Strategy:
-    """One process on one device; a strategy for several ranks would have the same methods.
-
-    Attributes:
-        device: CPU or one CUDA device.
-        precision: autocast dtype, or None for float32. float16 scales its loss.
-        channels_last: NHWC memory format for images and convolution weights.
-        compiled: compile training steps with `torch.compile`, once per phase.
-        deterministic: use deterministic kernels where torch has them.
-        rank: this process among those that train together.
-    """
+    """One process on one device; a strategy for several ranks would have the same methods."""
 
     device: torch.device
-    precision: torch.dtype | None = None
-    channels_last: bool = False
-    compiled: bool = False
-    deterministic: bool = True
+    precision: torch.dtype | None = None  # of autocast; None is float32, float16 scales its loss
+    channels_last: bool = False  # NHWC memory format for images and convolution weights
+    compiled: bool = False  # compile training steps with `torch.compile`, once per phase
+    deterministic: bool = True  # use deterministic kernels where torch has them
     rank: Rank = SINGLE
 
     @classmethod

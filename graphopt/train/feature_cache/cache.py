@@ -68,11 +68,7 @@ class FeatureCache:
 
     # -- before the run -----------------------------------------------------------------------------------------------------
     def check(self, plan: Plan) -> None:
-        """Checks, before the first step, what can be known then.
-
-        Raises:
-            RunError: a sample's input is not the same each time, or the limit is smaller than one batch.
-        """
+        """Raises RunError, before the first step, if a sample's input is not the same each time or the limit is smaller than a batch."""
         for item in plan.matched:
             options = item.match.feature_options
             if options is None:
@@ -107,8 +103,7 @@ class FeatureCache:
         Features are found, or computed: from those of the phase before if possible, else from the images. Where they cannot or should not
         be cached, the whole module runs on images, its prefix under no_grad; that costs time and nothing else.
 
-        Args:
-            record: of the phase before, or, when a run is resumed, of this very phase (then its choice stands).
+        `record` is of the phase before, or, when a run is resumed, of this very phase (then its choice stands).
         """
         cut = plan.needs.features
         self.last_decision = {}
@@ -142,11 +137,7 @@ class FeatureCache:
                     shutil.rmtree(own)
 
     def _try_to_hold(self, plan: Plan, route: Sequence[str], trial: bool) -> str | None:
-        """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached.
-
-        Args:
-            trial: decline if reading turns out to be slower than computing.
-        """
+        """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
         assert plan.needs.features is not None
         options = plan.needs.features.options
         self._check_inputs(options)
@@ -199,8 +190,7 @@ class FeatureCache:
     def _fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, trial: bool) -> CacheEntry:
         """Computes what is missing of an entry. What was written stays if this is interrupted, and is removed where caching fails.
 
-        Args:
-            trial: decline if, after a few chunks, reading features turns out to be slower than computing them.
+        A trial declines if, after a few chunks, reading features turns out to be slower than computing them.
         """
         source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if len(cuts) > 1 else None
         prefix, layout = Prefix(plan, cuts, self.strategy), fill.layout
@@ -223,8 +213,10 @@ class FeatureCache:
         except BaseException:
             fill.flush()
             raise
-        self.last_decision |= {"fill_seconds": self.clock() - began, "filled_from": "images" if source is None else "features"}
-        return fill.finish()
+        self.last_decision["fill_seconds"] = self.clock() - began
+        entry = fill.finish()
+        self.last_decision["filled_from"] = "images" if source is None else "features"
+        return entry
 
     def _chunks(self, source: CacheEntry | None, fill: Fill) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next."""

@@ -30,8 +30,7 @@ class OnFeatures(nn.Module):
 class FeatureFeed:
     """Training batches of cached features, in the order of the images' feed. A thread reads them ahead.
 
-    Args:
-        views: of each sample; the entry has all first views, then all second ones, and so on.
+    The entry has the first of each sample's `views`, then all second ones, and so on.
     """
 
     def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1) -> None:

@@ -135,11 +135,7 @@ class CacheDirectory:
 
 
 class Fill(ABC):
-    """An entry while it is filled, chunk by chunk.
-
-    Attributes:
-        done: chunks that an interrupted fill has left.
-    """
+    """An entry while it is filled, chunk by chunk; `done` of them an interrupted fill has left."""
 
     def __init__(self, layout: EntryLayout) -> None:
         self.layout, self.done = layout, 0
