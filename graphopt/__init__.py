@@ -26,38 +26,10 @@ if TYPE_CHECKING:
     from graphopt.tracing import trace
     from graphopt.train.export import load
 
-__all__ = [
-    "ActiveMatch",
-    "BackboneError",
-    "Decision",
-    "Diagnostic",
-    "Editor",
-    "Effects",
-    "Filter",
-    "Graph",
-    "GraphoptError",
-    "Match",
-    "Pass",
-    "PassError",
-    "Plan",
-    "Region",
-    "Report",
-    "RunError",
-    "RuntimeNeeds",
-    "Section",
-    "SelectError",
-    "Selector",
-    "Severity",
-    "SpecError",
-    "Status",
-    "TraceError",
-    "VerifyError",
-    "compile",
-    "load",
-    "save",
-    "select",
-    "trace",
-]
+__all__ = ["ActiveMatch", "Decision", "Diagnostic", "Editor", "Effects", "Filter", "Graph", "Match", "Pass", "Plan", "Region", "Report"]
+__all__ += ["RuntimeNeeds", "Section", "Selector", "Severity", "Status"]
+__all__ += ["BackboneError", "GraphoptError", "PassError", "RunError", "SelectError", "SpecError", "TraceError", "VerifyError"]
+__all__ += ["compile", "load", "save", "select", "trace"]
 
 _MODULE_OF = {
     **dict.fromkeys(("ActiveMatch", "Diagnostic", "Effects", "Match", "Pass", "RuntimeNeeds", "Severity", "Status"), "compiler.pass_base"),

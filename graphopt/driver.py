@@ -74,7 +74,7 @@ def prepare(
     spec = load(spec, trust=trust) if isinstance(spec, (str, Path)) else spec
     if isinstance(spec, Spec):
         model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
-        instances = [PassInstance(value, i, spec.location_of(i), spec.line_of(i)) for i, value in enumerate(spec.passes)]
+        instances = [PassInstance(value, i, spec.location_of(i), spec.lines.get(("pass", i))) for i, value in enumerate(spec.passes)]
         batch, options = batch or spec.train.batch, spec.train.forecast_options()
         about: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "spec": spec}
     else:

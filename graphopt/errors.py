@@ -23,9 +23,7 @@ class GraphoptError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        if self.fix:
-            text = f"{text.rstrip('.')}. {self.fix}"
-        return text
+        return f"{text.rstrip('.')}. {self.fix}" if self.fix else text
 
     def with_location(self, where: str) -> Self:
         """The same error with an outer location (a line of the spec) before its own (a region)."""
@@ -72,23 +70,16 @@ class RunError(GraphoptError):
     """A run, a checkpoint, an output folder or a command-line option is not usable."""
 
 
-def near(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names most similar to `name`, at most `count`, best first; case is ignored."""
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:
+    """`"Did you mean 'a', 'b' or 'c'?"`: the most similar known names, best first, case ignored; None if there is none."""
     by_folded: dict[str, str] = {}
     for item in known:
         by_folded.setdefault(item.casefold(), item)
-    hits = difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.5)
-    if len(hits) < count:
-        # A name that contains what was typed is similar too, although difflib's score of it is low.
-        inside = [folded for folded in by_folded if name and name.casefold() in folded and folded not in hits]
-        hits += sorted(inside, key=len)[: count - len(hits)]
-    return [by_folded[hit] for hit in hits]
-
-
-def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:
-    """`"Did you mean 'a', 'b' or 'c'?"`, or None if no known name is similar."""
-    hits = [repr(hit) for hit in near(name, known, count)]
+    folded = name.casefold()
+    hits = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.5)
+    # A name that contains what was typed is similar too, although difflib's score of it is low.
+    hits += sorted((other for other in by_folded if folded and folded in other and other not in hits), key=len)
     if not hits:
         return None
-    listed = hits[0] if len(hits) == 1 else f"{', '.join(hits[:-1])} or {hits[-1]}"
-    return f"Did you mean {listed}?"
+    *others, last = (repr(by_folded[hit]) for hit in hits[:count])
+    return f"Did you mean {', '.join(others)} or {last}?" if others else f"Did you mean {last}?"

@@ -18,12 +18,8 @@ _EXPECTED = {
     "float": "a number",
     "string": "text in quotes",
     "bool": "true or false",
-    "tuple": "an array",
-    "list": "an array",
-    "dict": "a table",
-    "model": "a table",
-    "set": "an array",
-    "frozen_set": "an array",
+    **dict.fromkeys(("tuple", "list", "set", "frozen_set"), "an array"),
+    **dict.fromkeys(("dict", "model"), "a table"),
 }
 _BOUNDS = {
     "greater_than": ("gt", "more than"),
@@ -57,7 +53,7 @@ def joined(mistakes: list[SpecError]) -> SpecError:
 def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Locate, prefix: KeyPath) -> SpecError:
     first, key = items[0], (*prefix, *path)
     if first["type"] == "extra_forbidden":
-        known = known_keys(model, path[:-1])
+        known = _known_keys(model, path[:-1])
         fix = did_you_mean(str(path[-1]), known) or (f"Known keys: {', '.join(sorted(known))}" if known else None)
         return SpecError(f"unknown key {str(path[-1])!r}", where=locate(key), fix=fix)
     if first["type"] == "missing":
@@ -82,9 +78,8 @@ def _message(item: Any) -> tuple[str, str | None]:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     expected = _expected(item)
     if expected:
-        fix = None
-        if kind == "literal_error" and isinstance(value, str):
-            fix = did_you_mean(value, re.findall(r"'([^']*)'", str(context["expected"])))
+        word = kind == "literal_error" and isinstance(value, str)
+        fix = did_you_mean(value, re.findall(r"'([^']*)'", str(context["expected"]))) if word else None
         return f"expected {expected}, found {_found(value)}", fix
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
@@ -92,8 +87,7 @@ def _message(item: Any) -> tuple[str, str | None]:
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", item["msg"])), None
     if kind in ("too_short", "too_long"):
-        bound = "min" if kind == "too_short" else "max"
-        words = f"at {'least' if bound == 'min' else 'most'} {context[f'{bound}_length']}"
+        words = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         return f"expected {words} items, found {_found(value)}", None
     return f"{item['msg'][:1].lower()}{item['msg'][1:]}, found {_found(value)}", None
 
@@ -124,7 +118,7 @@ def _in_data(loc: Iterable[str | int], data: Any, kind: str) -> KeyPath:
     return path
 
 
-def known_keys(model: Any, path: KeyPath) -> set[str]:
+def _known_keys(model: Any, path: KeyPath) -> set[str]:
     """Keys that a table at `path` inside `model` may have, union branches together."""
     models = list(_models(model))
     for part in path:
@@ -136,8 +130,7 @@ def known_keys(model: Any, path: KeyPath) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:
-    plain = isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
-    if plain and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models(inner)

@@ -17,7 +17,10 @@ _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) e
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionAbove0 = Annotated[float, Field(gt=0, le=1)]
+FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
 Shape: TypeAlias = Annotated[tuple[Positive, ...], _tuple, Field(min_length=1)]
 Numbers: TypeAlias = Annotated[tuple[float, ...], _tuple]
 
@@ -78,7 +81,7 @@ class DataSpec(_Table):
     mean: Numbers | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
     std: Numbers | None = Field(default=None, description="per channel")
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="fraction of the resized image that evaluation uses")
+    crop_pct: FractionAbove0 = Field(default=1.0, description="fraction of the resized image that evaluation uses")
     workers: Count = Field(default=0, description="loader processes; 0 loads in the training process")
     augment: AugmentSpec = AugmentSpec()
 
@@ -87,12 +90,10 @@ class OptimizerSpec(_Table):
     """`[train.optimizer]`, or just its name: `optimizer = "adamw"`. timm's optimizer factory makes it."""
 
     name: str = Field(default="sgd", description="timm's name: sgd (Nesterov), momentum, adamw, lamb, ...")
-    lr: Annotated[float, Field(gt=0)] = Field(default=0.1, description="peak learning rate, for the whole batch")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of SGD; the betas of Adam are set in arguments")
+    lr: Above0 = Field(default=0.1, description="peak learning rate, for the whole batch")
+    momentum: FractionBelow1 = Field(default=0.9, description="of SGD; the betas of Adam are set in arguments")
     weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and scalars that a pass has added")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="learning-rate factor per layer from the head"
-    )
+    layer_decay: FractionAbove0 | None = Field(default=None, description="learning-rate factor per layer from the head")
     arguments: dict[str, Any] = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
 
 
@@ -103,9 +104,9 @@ class SchedulerSpec(_Table):
     warmup_epochs: Count = 0
     warmup_lr: NonNegative = Field(default=1e-5, description="learning rate at the first step of the warm-up")
     min_lr: NonNegative = 0.0
-    decay_epochs: Annotated[float, Field(gt=0)] | None = Field(default=None, description="step: epochs between decays")
+    decay_epochs: Above0 | None = Field(default=None, description="step: epochs between decays")
     decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
-    decay_rate: Annotated[float, Field(gt=0)] = 0.1
+    decay_rate: Above0 = 0.1
     arguments: dict[str, Any] = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 
@@ -121,9 +122,9 @@ class TrainSpec(_Table):
     seed: Count = 0
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: FractionBelow1 = 0.0
     accumulate: Positive = Field(default=1, description="batches per optimizer step")
-    clip: Annotated[float, Field(gt=0)] | None = Field(default=None, description="gradient clipping; see clip_mode")
+    clip: Above0 | None = Field(default=None, description="gradient clipping; see clip_mode")
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
     amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="autocast dtype; default: float32")
@@ -147,7 +148,7 @@ class TrainSpec(_Table):
 class Spec(_Table):
     """A whole spec. Two are equal if their resolved values are, wherever they were read from.
 
-    `lines` and `file` say where each key was written; they are for messages and do not count in comparisons.
+    It knows where each key was written; that is for messages and does not count in comparisons.
     """
 
     name: str = Field(default="", description="human-readable; shown in reports")
@@ -167,11 +168,6 @@ class Spec(_Table):
         return hash(json.dumps(self.resolved(), sort_keys=True))
 
     @property
-    def file(self) -> str | None:
-        """The file it was read from."""
-        return self._file
-
-    @property
     def lines(self) -> Mapping[tuple[str | int, ...], int]:
         """Key path (`("pass", 0, "select")`) -> its line, from 1; 0 for an override. Empty for a spec made in Python."""
         return self._lines
@@ -180,15 +176,11 @@ class Spec(_Table):
         """`"quickstart.toml:14, pass 2 (freeze), select"` for an error's location; None for a spec made in Python."""
         if self._file is None:
             return None
-        return locate(self._file, self._lines, path, [item.name for item in self.passes])
-
-    def line_of(self, index: int) -> int | None:
-        """The line on which pass `index` (from 0) begins."""
-        return self._lines.get(("pass", index))
+        return locate(self._file, self._lines, [item.name for item in self.passes], path)
 
     def location_of(self, index: int) -> str | None:
         """`"quickstart.toml:9"`: where pass `index` (from 0) begins; None for a spec made in Python."""
-        line = self.line_of(index)
+        line = self._lines.get(("pass", index))
         return f"{self._file}:{line}" if self._file and line else self._file
 
     def resolved(self) -> dict[str, Any]:
@@ -207,22 +199,21 @@ class Spec(_Table):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def locate(file: str, lines: Mapping[tuple[str | int, ...], int], path: tuple[str | int, ...], uses: list[str]) -> str:
-    """`file:line, field`, with the line of the nearest enclosing key that has one."""
+def locate(file: str, lines: Mapping[tuple[str | int, ...], int], uses: list[str], path: tuple[str | int, ...]) -> str:
+    """`file:line, field`, with the line of the nearest enclosing key that has one; `uses` are the names of the passes."""
     known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in lines), None)
     if known is not None and lines[known] == 0:  # set by an override
-        return f"--set {'.'.join(map(str, known))}, {show_path(path, uses)}"
+        return f"--set {'.'.join(map(str, known))}, {_in_words(path, uses)}"
     location = f"{file}:{lines[known]}" if known else file
-    return f"{location}, {show_path(path, uses)}" if path else location
+    return f"{location}, {_in_words(path, uses)}" if path else location
 
 
-def show_path(path: tuple[str | int, ...], uses: list[str]) -> str:
-    """`("pass", 1, "select", 0)` in words: `pass 2 (freeze), select[0]`."""
-    head = ""
+def _in_words(path: tuple[str | int, ...], uses: list[str]) -> str:
+    """`("pass", 1, "select", 0)` as `pass 2 (freeze), select[0]`."""
+    head = text = ""
     if len(path) > 1 and path[0] == "pass" and isinstance(path[1], int):
         use = f" ({uses[path[1]]})" if path[1] < len(uses) and uses[path[1]] else ""
         head, path = f"pass {path[1] + 1}{use}", path[2:]
-    text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return f"{head}, {text}" if head and text else head or text
+    return ", ".join(filter(None, (head, text)))

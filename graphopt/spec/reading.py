@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,7 @@ def load(source: str | Path, *, trust: bool = False, overrides: Iterable[str] = 
     Raises:
         SpecError: with file, line and field.
     """
-    path = find(source)
+    path = _find(source)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -42,7 +42,7 @@ def load(source: str | Path, *, trust: bool = False, overrides: Iterable[str] = 
     return loads(text, file=_short(path), folder=path.parent, trust=trust, overrides=overrides)
 
 
-def find(source: str | Path) -> Path:
+def _find(source: str | Path) -> Path:
     """The file that a spec argument means."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -55,9 +55,8 @@ def find(source: str | Path) -> Path:
     known = installed()
     if str(source) in known:
         return known[str(source)]
-    near = did_you_mean(str(source).removesuffix(".toml"), known)
-    fix = f"{near} `graphopt specs` lists the installed ones" if near else "`graphopt specs` lists the installed ones"
-    raise SpecError("no such spec file, and no installed spec of that name", where=str(source), fix=fix)
+    fixes = (did_you_mean(str(source).removesuffix(".toml"), known), "`graphopt specs` lists the installed ones")
+    raise SpecError("no such spec file, and no installed spec of that name", where=str(source), fix=" ".join(filter(None, fixes)))
 
 
 def installed() -> dict[str, Path]:
@@ -66,14 +65,7 @@ def installed() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
 
 
-def loads(
-    text: str,
-    *,
-    file: str | None = None,
-    folder: Path | None = None,
-    trust: bool = False,
-    overrides: Iterable[str] = (),
-) -> Spec:
+def loads(text: str, *, file: str | None = None, folder: Path | None = None, trust: bool = False, overrides: Iterable[str] = ()) -> Spec:
     """A spec from TOML 1.1 text.
 
     Args:
@@ -108,36 +100,34 @@ def from_table(
     """A spec from plain TOML values: from what `loads` has parsed, or from `Spec.resolved()`. Raises as `load` does."""
     lines, folder = lines or {}, folder or Path()
     tables = data.get("pass", [])
-    uses = [str(item.get("use", "")) if isinstance(item, Mapping) else "" for item in tables] if isinstance(tables, list) else []
-
-    def where(path: KeyPath) -> str:
-        return locate(file or "spec", lines, path, uses)
-
     if not isinstance(tables, list):
-        raise SpecError("expected [[pass]] tables", where=where(("pass",)), fix="Write [[pass]] with two brackets")
+        where = locate(file or "spec", lines, [], ("pass",))
+        raise SpecError("expected [[pass]] tables", where=where, fix="Write [[pass]] with two brackets")
+    uses = [str(item.get("use", "")) if isinstance(item, Mapping) else "" for item in tables]
+    at = partial(locate, file or "spec", lines, uses)
     pass_values: list[Pass] = []
     mistakes: list[SpecError] = []
     for index, item in enumerate(tables):
         path = ("pass", index)
         try:
-            cls, options = _class_and_options(item, path, where, folder, trust)
+            cls, options = _class_and_options(item, path, at, folder, trust)
         except SpecError as error:
             mistakes.append(error)
             continue
         try:
             pass_values.append(cls.model_validate(options))
         except ValidationError as error:
-            mistakes += spec_errors(error, cls, options, where, path)
+            mistakes += spec_errors(error, cls, options, at, path)
         except GraphoptError as error:
-            mistakes.append(SpecError(error.what, where=where(path), fix=error.fix))
-    values = _with_found_files({**data, "pass": tuple(pass_values)}, folder)
+            mistakes.append(SpecError(error.what, where=at(path), fix=error.fix))
+    values = {**data, "pass": tuple(pass_values)}
     try:
-        values = _with_input(values)
+        _complete(values, folder)
         spec = Spec.model_validate(values)
     except ValidationError as error:
-        mistakes = spec_errors(error, Spec, values, where) + mistakes
+        mistakes = spec_errors(error, Spec, values, at) + mistakes
     except BackboneError as error:
-        raise SpecError(error.what, where=where(("backbone", "name")), fix=error.fix) from error
+        raise SpecError(error.what, where=at(("backbone", "name")), fix=error.fix) from error
     if mistakes:
         raise joined(mistakes)
     spec._file, spec._lines = file, lines
@@ -152,8 +142,7 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
     options = {key: value for key, value in item.items() if key != "use"}
     known = f"There are {', '.join(sorted(installed_passes))}"
     if not isinstance(use, str):
-        message = "'use' is missing" if use is None else "'use' is the name of a pass"
-        raise SpecError(message, where=where(path), fix=known)
+        raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=known)
     if ":" in use:
         return _pass_from_file(use, folder, trust, where((*path, "use"))), options
     if use not in installed_passes:
@@ -198,37 +187,28 @@ def _named(cls: type[Pass], name: str) -> type[Pass]:
     return type(cls.__name__, (cls,), {"name": name, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _with_found_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Files that are found from the spec's folder get their full path; others are looked for in the working directory."""
-    for table, key in (("backbone", "weights"), ("data", "root")):
-        value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
-        if isinstance(value, str) and (folder / value).exists():
-            data[table] = {**data[table], key: str((folder / value).resolve())}
-    return data
-
-
-def _with_input(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` with the model's own input size, if `[backbone]` gives none and the library knows it.
+def _complete(data: dict[str, Any], folder: Path) -> None:
+    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none.
 
     Raises:
         BackboneError: the library has no such model.
     """
-    table = data.get("backbone")
-    if not isinstance(table, Mapping) or table.get("input") is not None:
-        return data
-    source, name, arguments = (table.get(key) for key in ("source", "name", "arguments"))
-    shape: tuple[int, ...] | None = (1,)  # any: where source or name is wrong, a missing input is no second mistake
-    if isinstance(source, str) and source in SOURCES and isinstance(name, str):
-        shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
-    return {**data, "backbone": {**table, "input": shape}} if shape else data
+    for table, key in (("backbone", "weights"), ("data", "root")):
+        value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
+        if isinstance(value, str) and (folder / value).exists():
+            data[table] = {**data[table], key: str((folder / value).resolve())}
+    backbone = data.get("backbone")
+    if isinstance(backbone, Mapping) and backbone.get("input") is None:
+        source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))
+        shape: tuple[int, ...] | None = (1,)  # any: where source or name is wrong, a missing input is no second mistake
+        if source in SOURCES and isinstance(name, str):
+            shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
+        if shape:
+            data["backbone"] = {**backbone, "input": shape}
 
 
-def resolve(text: str, *, arguments: Mapping[str, Any] | None = None, input: tuple[int, ...] | None = None) -> BackboneSpec:
-    """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table.
-
-    Args:
-        arguments: of the constructor.
-        input: one sample's shape; default: the model's own.
+def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
+    """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; `input` is by default the model's own.
 
     Raises:
         BackboneError: it is not source/name, the source has no such model, or its input is not known.
@@ -238,10 +218,10 @@ def resolve(text: str, *, arguments: Mapping[str, Any] | None = None, input: tup
         guess = did_you_mean(source, SOURCES) if slash else None
         fix = guess or f"Write source/name, the source being one of {', '.join(SOURCES)}: timm/resnet50"
         raise BackboneError(f"{text!r} is not source/name", fix=fix)
-    shape = input or default_input(source, name, arguments or {})
+    shape = input or default_input(source, name, {})
     if shape is None:
         raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
-    return BackboneSpec(source=cast(Source, source), name=name, arguments=dict(arguments or {}), input=shape)
+    return BackboneSpec(source=cast(Source, source), name=name, input=shape)
 
 
 def _override(data: dict[str, Any], text: str) -> KeyPath:

@@ -84,7 +84,7 @@ when = { epoch = 2 }
 
 def test_locations_of_passes() -> None:
     spec = loads(TWO_PASSES, file="s.toml")
-    assert [spec.line_of(0), spec.line_of(1)] == [5, 8]
+    assert [spec.lines["pass", 0], spec.lines["pass", 1]] == [5, 8]
     assert spec.location_of(1) == "s.toml:8"
     assert loads(dumps(spec)).location_of(0) is None
 
@@ -147,7 +147,7 @@ def test_a_file_a_folder_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "run" / "spec.toml").write_text(BACKBONE)
     monkeypatch.chdir(tmp_path)
     assert load("run") == load("run/spec.toml") == load(tmp_path / "run")
-    assert load("run").file == "run/spec.toml"
+    assert load("run").where() == "run/spec.toml"
     assert load("quickstart") == load(installed()["quickstart"])
 
 
