@@ -18,16 +18,12 @@ from torch import nn
 
 from graphopt.errors import BackboneError, did_you_mean
 from graphopt.models import cifar_resnet as cifar
-from graphopt.models.catalog import is_hosted, unknown
+from graphopt.models.catalog import check_name
 from graphopt.models.weights import load_weights
 
 #: arguments of constructors that would download weights or open other files
-_WEIGHTS = frozenset(
-    {
-        *("weights", "weights_backbone", "pretrained", "pretrained_backbone"),
-        *("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
-    }
-)
+_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
+_WEIGHTS |= {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def build(
@@ -46,51 +42,47 @@ def build(
         BackboneError: unknown name, arguments that do not fit, or code without trust.
         WeightsError: the weights do not fit, or cannot be read.
     """
-    arguments = arguments or {}
-    factory, accepted = _factory(source, name, trust)
+    arguments, title = arguments or {}, f"backbone {source}/{name}"
+    factory, described = _factory(source, name, trust)
     forbidden = sorted(_WEIGHTS & arguments.keys()) if source != "python" else []
     if forbidden:
         fix = 'Weights come from a file: weights = "model.safetensors"'
-        raise BackboneError(f"argument {forbidden[0]!r} would download weights", where=_title(source, name), fix=fix)
+        raise BackboneError(f"argument {forbidden[0]!r} would download weights", where=title, fix=fix)
     try:
         module = factory(**arguments)
+    except BackboneError as error:
+        raise error.with_location(title) from None
     except Exception as error:
-        raise _constructor_error(source, name, arguments, error, accepted()) from error
+        raise _constructor_error(title, arguments, error, _accepted(described)) from error
     if not isinstance(module, nn.Module):
-        raise BackboneError(f"gave a {type(module).__name__}, not a torch.nn.Module", where=_title(source, name))
+        raise BackboneError(f"gave a {type(module).__name__}, not a torch.nn.Module", where=title)
     if weights:
         load_weights(module, weights)
     return module.train()
 
 
-def _factory(source: str, name: str, trust: bool) -> tuple[Callable[..., Any], Callable[[], list[str]]]:
-    """The constructor, with downloads switched off, and a function that names the arguments it takes."""
+def _factory(source: str, name: str, trust: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The constructor, with downloads switched off, and the function whose signature has the arguments it takes."""
+    check_name(source, name)
     if source == "python":
         if not trust:
             message = f"the spec names Python code ({name!r}), which would run"
             raise BackboneError(message, where="backbone", fix="Read it, then pass --trust")
         function = _python(name)
-        return function, lambda: _accepted(function)
+        return function, function
     if source == "cifar":
-        if not re.fullmatch(r"resnet\d+", name) and name not in cifar.names():
-            raise unknown("cifar", name)
-        return partial(cifar.build, name), lambda: cifar.arguments(name)
+        constructor = cifar.constructor(name)
+        return constructor, constructor
     if source == "timm":
         import timm
 
-        if is_hosted(name) or not timm.is_model(name):
-            raise unknown("timm", name)
-        entry = timm.model_entrypoint(name)
-        create = partial(timm.create_model, name, pretrained=False)
-        return create, lambda: _accepted(entry)
-    import torchvision
+        return partial(timm.create_model, name, pretrained=False), timm.model_entrypoint(name)
+    from torchvision import models
 
-    if name not in torchvision.models.list_models():
-        raise unknown("torchvision", name)
-    builder = torchvision.models.get_model_builder(name)
+    builder = models.get_model_builder(name)
     # Builders of detection and segmentation models download weights of their backbones by default.
     off = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
-    return partial(builder, **off), lambda: _accepted(builder)
+    return partial(builder, **off), builder
 
 
 def _python(name: str) -> Callable[..., Any]:
@@ -102,12 +94,10 @@ def _python(name: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         value: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             fix = "It is looked for among the installed packages and in the working directory"
             raise BackboneError(f"no Python module {module_name!r}", where=where, fix=fix) from error
-        raise BackboneError(f"{module_name} does not import: {error}", where=where) from error
-    except Exception as error:
         raise BackboneError(f"{module_name} does not import: {type(error).__name__}: {error}", where=where) from error
     for part in attribute.split("."):
         if not hasattr(value, part):
@@ -136,21 +126,14 @@ def _accepted(function: Callable[..., Any]) -> list[str]:
     return [name for name in found if name not in _WEIGHTS | {"kwargs", "progress"}]
 
 
-def _constructor_error(source: str, name: str, arguments: Mapping[str, Any], error: Exception, accepted: list[str]) -> BackboneError:
-    if isinstance(error, BackboneError):
-        return error.with_location(_title(source, name))
+def _constructor_error(title: str, arguments: Mapping[str, Any], error: Exception, accepted: list[str]) -> BackboneError:
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     takes = f"It takes {', '.join(accepted)}" if accepted else None
     if unexpected:
-        near = did_you_mean(unexpected[1], accepted)
-        fix = " ".join(part for part in (near, takes) if part) or None
-        return BackboneError(f"takes no argument {unexpected[1]!r}", where=f"{_title(source, name)}, arguments", fix=fix)
+        fix = " ".join(filter(None, (did_you_mean(unexpected[1], accepted), takes))) or None
+        return BackboneError(f"takes no argument {unexpected[1]!r}", where=f"{title}, arguments", fix=fix)
     if arguments:
         given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items())
         message = f"does not take arguments {{ {given} }}: {type(error).__name__}: {error}"
-        return BackboneError(message, where=f"{_title(source, name)}, arguments", fix=takes)
-    return BackboneError(f"cannot be built: {type(error).__name__}: {error}", where=_title(source, name), fix=takes)
-
-
-def _title(source: str, name: str) -> str:
-    return f"backbone {source}/{name}"
+        return BackboneError(message, where=f"{title}, arguments", fix=takes)
+    return BackboneError(f"cannot be built: {type(error).__name__}: {error}", where=title, fix=takes)

@@ -1,5 +1,6 @@
 """The backbones there are, by source and name, and the input that each takes."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,13 +29,12 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
     Raises:
         BackboneError: the library has no such model.
     """
+    check_name(source, name)
     if source == "cifar":
         return (int(arguments.get("in_chans", 3)), 32, 32)
     if source == "timm":
         import timm
 
-        if is_hosted(name) or not timm.is_model(name):
-            raise unknown(source, name)
         config = timm.models.get_pretrained_cfg(name)
         channels, height, width = config.input_size if config else (3, 224, 224)
         size = arguments.get("img_size", (height, width))
@@ -43,26 +43,29 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
     if source == "torchvision":
         from torchvision import models
 
-        if name not in models.list_models():
-            raise unknown(source, name)
         # Image models take 224 pixels, except for the one that the documentation names; video models take clips of 16 frames.
         side = 299 if name == "inception_v3" else 224
         return (3, 16, side, side) if name in models.list_models(models.video) else (3, side, side)
     return None
 
 
-def is_hosted(name: str) -> bool:
-    """Whether timm would look for a model's configuration on the network or in a folder: `hf-hub:...` and the like."""
-    return ":" in name or "/" in name
+def check_name(source: str, name: str) -> None:
+    """Refuses a name that `source` does not have.
 
+    Raises:
+        BackboneError: with the nearest names, or the source that has it.
+    """
+    if source == "timm":
+        import timm
 
-def unknown(source: str, name: str) -> BackboneError:
-    """The error for a name that `source` does not have: with the nearest names, or the source that has it."""
-    if source == "timm" and is_hosted(name):
-        fix = 'Use timm\'s own name, and weights = "file"'
-        return BackboneError(f"{name!r} would be downloaded; graphopt never downloads", where="backbone, name", fix=fix)
-    elsewhere = next((other for other in ("torchvision", "timm", "cifar") if other != source and name in names(other)), None)
-    known_elsewhere = f'{elsewhere} has one: source = "{elsewhere}"' if elsewhere else None
-    return BackboneError(
-        f"{source} has no model {name!r}", where="backbone, name", fix=known_elsewhere or did_you_mean(name, names(source))
-    )
+        if ":" in name or "/" in name:  # timm would look for `hf-hub:...` and the like on the network or in a folder
+            fix = 'Use timm\'s own name, and weights = "file"'
+            raise BackboneError(f"{name!r} would be downloaded; graphopt never downloads", where="backbone, name", fix=fix)
+        known = timm.is_model(name)
+    else:
+        any_depth = source == "cifar" and re.fullmatch(r"resnet\d+", name)
+        known = bool(source == "python" or any_depth or name in names(source))
+    if not known:
+        other = next((other for other in SOURCES if other != source and name in names(other)), None)
+        fix = f'{other} has one: source = "{other}"' if other else did_you_mean(name, names(source))
+        raise BackboneError(f"{source} has no model {name!r}", where="backbone, name", fix=fix)

@@ -6,6 +6,9 @@ classes, depth 110 has 1,730,714 parameters and depth 32 has 466,906.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,24 +76,24 @@ class CifarResNet(nn.Module):
 
 
 def names() -> list[str]:
-    """Names of the published depths and of the VGGs; `build` takes any other `resnet<6n+2>` too."""
+    """Names of the published depths and of the VGGs; `constructor` takes any other `resnet<6n+2>` too."""
     return [*(f"resnet{depth}" for depth in DEPTHS), *cifar_vgg.LAYERS]
 
 
-def arguments(name: str) -> list[str]:
-    """Names of the arguments that `build` takes for this backbone."""
-    return ["num_classes", "in_chans", *(["width"] if name in cifar_vgg.LAYERS else [])]
-
-
-def build(name: str, *, num_classes: int = 10, in_chans: int = 3, **more: float) -> nn.Module:
-    """A CIFAR ResNet (`"resnet110"`) or VGG (`"vgg11"`).
+def constructor(name: str) -> Callable[..., nn.Module]:
+    """What makes a CIFAR ResNet (`"resnet110"`) or VGG (`"vgg11"`) from its arguments.
 
     Raises:
         BackboneError: not a name of these families.
     """
     if name in cifar_vgg.LAYERS:
-        return cifar_vgg.CifarVGG(name, num_classes, in_chans, **more)
+        return partial(cifar_vgg.CifarVGG, name)
     found = re.fullmatch(r"resnet(\d+)", name)
     if found is None:
         raise BackboneError(f"no CIFAR backbone is called {name!r}", fix=f"There are {', '.join(names())}")
-    return CifarResNet(int(found[1]), num_classes=num_classes, in_chans=in_chans, **more)
+    return partial(CifarResNet, int(found[1]))
+
+
+def build(name: str, **arguments: Any) -> nn.Module:
+    """A CIFAR ResNet or VGG. Raises as `constructor`, and where the depth is not 6n+2."""
+    return constructor(name)(**arguments)

@@ -21,20 +21,16 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     """
     state = read_weights(path)
     own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {tuple(state[key].shape)}, the backbone's is {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape", shapes)]
-    if any(problems):
-        raise WeightsError(
-            f"the weights do not fit the backbone ({len(own)} tensors): {'; '.join(filter(None, problems))}",
-            where=str(path),
-            fix="Check [backbone] name and arguments (num_classes?)",
-        )
+    other = [key for key in own if key in state and state[key].shape != own[key].shape]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [f"{key} {tuple(state[key].shape)}, the backbone's is {tuple(own[key].shape)}" for key in other],
+    }
+    if any(problems.values()):
+        listed = "; ".join(_listed(what, keys) for what, keys in problems.items() if keys)
+        fix = "Check [backbone] name and arguments (num_classes?)"
+        raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {listed}", where=str(path), fix=fix)
     module.load_state_dict(state, strict=True)
 
 
@@ -63,10 +59,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         message = f"cannot be read as weights: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise WeightsError(message, where=str(path), fix=_SAVE) from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError("holds no state dict", where=str(path), fix=_SAVE)
     state = dict(loaded)
@@ -78,4 +72,4 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _listed(what: str, items: list[str], most: int = 5) -> str:
     more = f", and {len(items) - most} more" if len(items) > most else ""
-    return f"{len(items)} {what} ({', '.join(items[:most])}{more})" if items else ""
+    return f"{len(items)} {what} ({', '.join(items[:most])}{more})"
