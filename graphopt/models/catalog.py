@@ -59,8 +59,8 @@ def check_name(source: str, name: str) -> None:
         import timm
 
         if ":" in name or "/" in name:  # timm would look for `hf-hub:...` and the like on the network or in a folder
-            fix = 'Use timm\'s own name, and weights = "file"'
-            raise BackboneError(f"{name!r} would be downloaded; graphopt never downloads", where="backbone, name", fix=fix)
+            message = f"{name!r} would be downloaded; graphopt never downloads"
+            raise BackboneError(message, where="backbone, name", fix='Use timm\'s own name, and weights = "file"')
         known = timm.is_model(name)
     else:
         any_depth = source == "cifar" and re.fullmatch(r"resnet\d+", name)
