@@ -48,6 +48,8 @@ def to_report(run: Run, plan: Plan) -> str:
 def charts(run: Run) -> dict[str, Any]:
     """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends."""
     ends = [0, *(int(r["step"]) for r in run.epochs)]
+    # How long an epoch that has not ended is: as the one before, or all there is so far.
+    length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
 
     def at(record: Mapping[str, Any]) -> float:
         step = int(record["step"])
@@ -55,7 +57,6 @@ def charts(run: Run) -> dict[str, Any]:
         start = ends[number]
         if number + 1 < len(ends):
             return number + (step - start) / max(1, ends[number + 1] - start)
-        length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
         return number + min(1.0, (step - start) / max(1, length))
 
     def steps(key: str, factor: float = 1.0) -> list[tuple[float, float]]:

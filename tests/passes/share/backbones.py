@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import timm
@@ -110,6 +113,18 @@ def compiled(
 ) -> Plan:
     """A plan with one share pass."""
     return graphopt.compile(model, Share(**options), input=input, verify=verify, costs=costs, batch=batch)
+
+
+@cache
+def _family_plan(name: str, options: tuple[tuple[str, Any], ...]) -> Plan:
+    model, shape, _ = family(name)
+    return compiled(model, shape, every=2, **dict(options))
+
+
+def family_plan(name: str, **options: Any) -> Plan:
+    """A family's plan at every second block, with a module of its own: compiled once, as several tests look at it."""
+    plan = _family_plan(name, tuple(options.items()))
+    return dataclasses.replace(plan, module=copy.deepcopy(plan.module))
 
 
 def shared_blocks(plan: Plan) -> dict[str, SharedBlock]:
