@@ -56,6 +56,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_trains_every_way(name: str) -> None:
     make, input = BACKBONES[name]
@@ -241,6 +242,7 @@ def test_image_statistics_must_have_the_images_channels() -> None:
 
 
 # -- balance --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", ["resnet18", "swin, timm", "vit", "convnext"])
 def test_the_predicted_peak_is_the_forecasts(name: str) -> None:
     make, input = BACKBONES[name]
@@ -256,6 +258,7 @@ def test_the_predicted_peak_is_the_forecasts(name: str) -> None:
         assert all(g is not None and g.isfinite().all() for g in step(plan, input).values())
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_no_other_cut_set_forecasts_lower() -> None:
     model = Small(width=8, blocks=3, drop=0.0)
     graph = graphopt.trace(model, (3, 16, 16))
@@ -279,6 +282,7 @@ def test_memory_without_a_number_chooses_one() -> None:
 
 
 # -- what it reaches ------------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "shares"), [("resnet110", {2: 0.55, 4: 0.30, 8: 0.17}), ("swin", {2: 0.58, 4: 0.34, 8: 0.30})])
 def test_peak_activations_fall_as_far_as_promised(name: str, shares: dict[int, float]) -> None:

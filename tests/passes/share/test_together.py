@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
@@ -22,6 +21,7 @@ from graphopt.plan_file import is_plan_file
 from graphopt.train import export_run, train
 from tests.passes.share.backbones import family
 from tests.support.backbones import Small
+from tests.support.ranks import run_ranks
 from tests.train import small
 
 BOTH = pytest.mark.parametrize("mode", ["mix", "surrogate"])
@@ -186,8 +186,7 @@ def test_copies_are_apart(mode: str) -> None:
         assert torch.equal(value, expected[name])
 
 
-@BOTH
-@pytest.mark.parametrize("name", ["CIFAR ResNet", "torchvision ViT"])
+@pytest.mark.parametrize(("mode", "name"), [("mix", "CIFAR ResNet"), ("surrogate", "torchvision ViT")])
 def test_compiled_whole(mode: str, name: str) -> None:
     model, shape, _ = family(name)
     plan = graphopt.compile(model, Share(every=2, mode=mode), input=shape, verify="off", costs=False)
@@ -228,22 +227,16 @@ def _two_steps(plan: Plan, module: nn.Module, x: torch.Tensor) -> dict[str, torc
     return plan.module.state_dict()
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank(rank: int, folder: str) -> None:
     for mode in ("mix", "surrogate"):
         plan = planned(Share(every=2, mode=mode), verify="off")
         state = _two_steps(plan, DistributedDataParallel(plan.module.eval()), X[2 * rank : 2 * rank + 2])
         torch.save(state, f"{folder}/{mode}-{rank}.pt")
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    run_ranks(_rank, str(tmp_path))
     for mode in ("mix", "surrogate"):
         plan = planned(Share(every=2, mode=mode), verify="off")
         expected = _two_steps(plan, plan.module.eval(), X)
