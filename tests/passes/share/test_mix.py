@@ -96,7 +96,7 @@ def test_every_family_exports(name: str, options: dict[str, Any]) -> None:
     back = family_plan(name, **options)
     back.load_backbone(plan.export_state())
     for key, value in plan.module.state_dict().items():
-        torch.testing.assert_close(back.module.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(back.module.state_dict()[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_the_graph_as_text() -> None:
