@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
+from graphopt.cli.screen import grid, show, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
@@ -36,7 +37,6 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --json
     """
-    from graphopt.cli.screen import show_json
     from graphopt.driver import prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
@@ -102,7 +102,6 @@ def _row(item: "Matched") -> dict[str, Any]:
 
 def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
     from graphopt.cli.report import some
-    from graphopt.cli.screen import show
 
     show(f"{spec.name or 'unnamed spec'}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
     for number, row in enumerate(rows, start=1):
@@ -116,7 +115,6 @@ def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
 
 
 def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
-    from graphopt.cli.screen import grid, show
     from graphopt.units import show_size
 
     table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
@@ -130,7 +128,6 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
 
 
 def _show_run(work: "RunCost | None") -> None:
-    from graphopt.cli.screen import show
     from graphopt.units import show_count, show_size, show_time
 
     if work is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, TrustOption
+from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def inspect(
 
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
-    from graphopt.cli.screen import show_json
     from graphopt.driver import build_backbone, trace_backbone
     from graphopt.models.catalog import SOURCES
     from graphopt.spec import installed, load, resolve
@@ -123,7 +123,6 @@ def _shape(node: "Node") -> list[Any] | None:
 
 
 def _show(table: dict[str, Any]) -> None:
-    from graphopt.cli.screen import grid, show
     from graphopt.units import show_count
 
     shape = ", ".join(map(str, table["input"]))

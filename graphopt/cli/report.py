@@ -6,21 +6,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graphopt.cli.screen import grid, show
-from graphopt.units import show_count, show_size
+from graphopt.cost.figures import FIGURES
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
     from graphopt.compiler.report import PassReport
-
-_FIGURES = (
-    ("parameters", "parameters", show_count),
-    ("trainable_parameters", "trainable parameters", show_count),
-    ("forward_flops", "forward FLOPs", show_count),
-    ("backward_flops", "backward FLOPs", show_count),
-    ("saved_activation_bytes", "saved activations", show_size),
-    ("peak_activation_bytes", "peak activations", show_size),
-    ("peak_bytes", "peak memory", show_size),
-)
 
 
 def show_report(plan: "Plan") -> None:
@@ -42,10 +32,10 @@ def show_report(plan: "Plan") -> None:
 
 def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table = grid("one training step", "before", "after", "ratio", right=(1, 2, 3))
-    for key, title, text in _FIGURES:
-        if key in before and key in after:
-            ratio = f"{after[key] / before[key]:.3f}" if before[key] else ""
-            table.add_row(title, text(before[key]), text(after[key]), ratio)
+    for figure in FIGURES:
+        if figure.name in before and figure.name in after:
+            old, new = before[figure.name], after[figure.name]
+            table.add_row(figure.title, figure.text(old), figure.text(new), f"{new / old:.3f}" if old else "")
     return table
 
 
@@ -73,13 +63,13 @@ def _show_pass(number: int, item: "PassReport") -> None:
 
 def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
     """The figures that a pass changed: before, after, and the fraction it saved."""
-    changed = [(key, title, text) for key, title, text in _FIGURES if before[key] != after[key]]
+    changed = [f for f in FIGURES if before[f.name] != after[f.name]]
     if not changed:
         return "  changes no figure of a training step"
     table = grid("  this pass", "before", "after", "saved", right=(1, 2, 3))
-    for key, title, text in changed:
-        saved = f"{1 - after[key] / before[key]:.1%}" if before[key] else ""
-        table.add_row(f"  {title}", text(before[key]), text(after[key]), saved)
+    for figure in changed:
+        old, new = before[figure.name], after[figure.name]
+        table.add_row(f"  {figure.title}", figure.text(old), figure.text(new), f"{1 - new / old:.1%}" if old else "")
     return table
 
 

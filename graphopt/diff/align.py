@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graphopt.diff.model import ModelView, Row, as_json
-from graphopt.diff.status import ADDED, DIFFERS, KEPT, REMOVED, ranked
+from graphopt.diff.model import ADDED, DIFFERS, KEPT, REMOVED, ModelView, Row, as_json, ranked
 
 FORMAT = "graphopt.diff/2"
 

@@ -8,11 +8,9 @@ from torch.fx import Node
 from graphopt.compiler.pass_base import Status
 from graphopt.compiler.plan import Plan
 from graphopt.cost.figures import Cost
-from graphopt.diff.flow import Edge, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
-from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox
-from graphopt.diff.nodes import describe
+from graphopt.diff.flow import Edge, describe, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
+from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox, ranked
 from graphopt.diff.record import Records, RowRecord
-from graphopt.diff.status import ranked
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, parameters_read, trainable
 from graphopt.spec import dumps_pass

@@ -163,13 +163,7 @@ def counts(data: DataSpec) -> tuple[int, int]:
 
 
 def forecast_run(
-    plan: Plan,
-    train: TrainSpec,
-    *,
-    samples: int,
-    evaluated: int,
-    decisions: Sequence[Decision] | None = None,
-    rates: Rates | None = None,
+    plan: Plan, train: TrainSpec, *, samples: int, evaluated: int, decisions: Sequence[Decision] | None = None, rates: Rates | None = None
 ) -> RunCost:
     """The cost of a run that starts with `plan`.
 

@@ -10,11 +10,10 @@ import pytest
 
 from graphopt import Status
 from graphopt.diff import Diff, diff
-from graphopt.diff.render.dot import to_dot
+from graphopt.diff.model import STYLES
 from graphopt.diff.render.explorer import to_model_explorer, to_node_data
-from graphopt.diff.render.mermaid import to_mermaid
+from graphopt.diff.render.flowchart import to_dot, to_mermaid
 from graphopt.diff.render.text import to_text
-from graphopt.diff.status import STYLES
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from graphopt.cost.figures import FIGURES
 from graphopt.diff.align import Diff, group_name
-from graphopt.diff.model import as_json
+from graphopt.diff.model import STYLES, as_json
 from graphopt.diff.phases import PhaseDiff
 from graphopt.diff.render.words import shape, title
-from graphopt.diff.status import STYLES
 
 #: the figures at the head of a picture, and those that the bars can show
 TILES = ("trainable_parameters", "backward_flops", "forward_flops", "saved_activation_bytes", "peak_bytes")

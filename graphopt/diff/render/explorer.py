@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from graphopt.diff.align import Diff
-from graphopt.diff.model import NodeRow, Row
+from graphopt.diff.model import KEPT, STYLES, NodeRow, Row
 from graphopt.diff.render.words import glyphs, passes_of, shape
-from graphopt.diff.status import KEPT, STYLES
 
 
 def to_model_explorer(diff: Diff) -> dict[str, Any]:

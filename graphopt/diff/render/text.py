@@ -11,9 +11,8 @@ from rich.tree import Tree
 
 from graphopt.cost.figures import FIGURES
 from graphopt.diff.align import Diff, RowGroup
-from graphopt.diff.model import NodeRow, Row
+from graphopt.diff.model import KEPT, STYLES, NodeRow, Row
 from graphopt.diff.render.words import change, common_figures, facts, glyphs, groups, passes_of, shape, status_words, title, total
-from graphopt.diff.status import KEPT, STYLES
 
 _FIGURE = {f.name: f for f in FIGURES}
 #: what the end of a line may say: the one that changes most, the first of equals
