@@ -145,7 +145,7 @@ def _phases(argument: str, batch: int | None, costs: bool, set_: list[str], trus
     path = options.expanded(argument)
     decisions = read_run(path).decisions if is_run(path) else None
     plan = options.seeded_plan(load(argument, trust=trust, overrides=set_), trust=trust, batch=batch, costs=costs)
-    return phase_diffs(plan, decisions, costs=costs)
+    return phase_diffs(plan, decisions)
 
 
 def _one(phases: "tuple[PhaseDiff, ...]", phase: list[int], epoch: int | None, name: str) -> "Diff":

@@ -74,16 +74,9 @@ def _table(backbone: str, graph: "Graph") -> dict[str, Any]:
 
     def row(region: "Region", level: int, block: bool) -> dict[str, Any]:
         out = region.exits[0] if len(region.exits) == 1 else None
-        return {
-            "name": region.name,
-            "kind": region.kind,
-            "level": level,
-            "block": block,
-            "parameters": sum(sizes.get(name, 0) for name in region.parameters),
-            "output": None if out is None else _shape(out),
-            "closed": region.closed,
-            "cut_point": out in cuts,
-        }
+        output, parameters = None if out is None else _shape(out), sum(sizes.get(name, 0) for name in region.parameters)
+        head = {"name": region.name, "kind": region.kind, "level": level, "block": block, "parameters": parameters}
+        return {**head, "output": output, "closed": region.closed, "cut_point": out in cuts}
 
     rows = [row(*entry) for entry in _tree(graph)]
     return {

@@ -110,13 +110,8 @@ def specs(
     rows: dict[str, dict[str, Any]] = {}
     for key, path in known.items():
         spec = tomli.loads(path.read_text(encoding="utf-8"))
-        backbone = "{source}/{name}".format(**spec["backbone"])
-        rows[key] = {
-            "name": spec.get("name", ""),
-            "backbone": backbone,
-            "passes": [item["use"] for item in spec.get("pass", [])],
-            "file": str(path),
-        }
+        backbone, passes = "{source}/{name}".format(**spec["backbone"]), [item["use"] for item in spec.get("pass", [])]
+        rows[key] = {"name": spec.get("name", ""), "backbone": backbone, "passes": passes, "file": str(path)}
     if as_json:
         show_json(rows)
         return

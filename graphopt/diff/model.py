@@ -59,9 +59,8 @@ class NodeRow:
     """One operation.
 
     Attributes:
-        name: unique in its graph, equal in all phases. what: the module's class or the function's name.
-        path, call: its origin. shape: of its output; "N" is the batch. None where it is no tensor.
-        inputs: names of the nodes it reads. changed_by: number (from 0) of the last pass that inserted or changed it.
+        name: unique in its graph, equal in all phases. what: the module's class or the function's name. path, call: its origin.
+        shape: of its output; "N" is the batch. changed_by: number (from 0) of the last pass that inserted or changed it.
     """
 
     name: str
@@ -81,15 +80,12 @@ class Row:
     """One block, or what lies before, between and after blocks; or a module that a pass inserted.
 
     Attributes:
-        name: unique: "layer3.2", "stem", "head". paths: the module paths it is made of.
-        kind: class name. stage: what it is grouped under.
+        name: unique: "layer3.2", "stem", "head". kind: class name. stage: what it is grouped under.
         statuses: most important first. was: those of the same row in the other view.
         passes: numbers (from 0) of the passes that changed it. messages: their diagnostics about it.
         sources: rows whose parameters it uses. detail: short facts ("a": 0.5).
         section: name of the local module (a part with a loss of its own) it is in. attached_to: of an inserted row, the row it reads.
-        backward: whether the backward pass of a training step goes through it.
-        input_shape, output_shape: of its activations.
-        before, after: figures of one training step; None where they are not known.
+        backward: whether the backward pass of a training step goes through it. before, after: figures of one training step.
     """
 
     name: str
@@ -156,11 +152,7 @@ class PassInfo:
 
 @dataclass(frozen=True)
 class SectionBox:
-    """Rows that run as one unit.
-
-    Attributes:
-        local: whether the unit is a local module, with a loss and a backward pass of its own.
-    """
+    """Rows that run as one unit; `local`: with a loss and a backward pass of its own."""
 
     name: str
     rows: tuple[str, ...]
@@ -172,7 +164,7 @@ class ModelView:
     """One of the two models that are compared: a backbone, or a plan in one of its phases.
 
     Attributes:
-        title: human-readable. spec: the file it came from, if any. totals: figures of one training step.
+        totals: figures of one training step.
         edges: (from, to) pairs of row names over which activations flow. gradient_stops: those over which no gradient comes back.
         feature_input: the row whose cached output is the input of training.
     """

@@ -60,7 +60,6 @@ class _ViewBuilder:
             epoch=epoch,
         )
 
-    # -- sections, and where training starts --------------------------------------------------------------------------------
     def _sections(self) -> tuple[tuple[SectionBox, ...], dict[str, str]]:
         """The sections as boxes around rows, and for each row in a local module the name of that."""
         boxes: list[SectionBox] = []
@@ -109,7 +108,6 @@ class _ViewBuilder:
         attached = ((r.attached_to, r.name) for r in self.records.rows if r.attached_to is not None)
         return tuple(dict.fromkeys((*edges, *attached))), stops
 
-    # -- the result ---------------------------------------------------------------------------------------------------------
     def _rows(self, section_of: dict[str, str], before_cut: set[str]) -> list[Row]:
         locations = [r.location for r in self.records.rows]
         base_rows = self.records.map.rows

@@ -26,22 +26,13 @@ _FIX = "Name the folder that `graphopt train` wrote"
 
 @dataclass(frozen=True)
 class Run:
-    """One run, finished or not: what `run.json`, `spec.toml`, `metrics.jsonl` and `summary.json` hold.
-
-    Attributes:
-        epochs, steps, phases: the records of metrics.jsonl by kind, in order. summary: None while the run goes on.
-    """
+    """One run: the records of its metrics.jsonl by kind, in order, and its summary.json, which is None while the run goes on."""
 
     path: Path
     epochs: tuple[Mapping[str, Any], ...]
     steps: tuple[Mapping[str, Any], ...]
     phases: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any] | None
-
-    @property
-    def spec(self) -> Path:
-        """The spec as it was trained."""
-        return self.path / "spec.toml"
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -102,11 +93,7 @@ def _text(path: Path) -> str:
 
 
 def to_report(run: Run, plan: Plan) -> str:
-    """The page of a run.
-
-    Args:
-        plan: of the run's spec, in its first phase.
-    """
+    """The page of a run; `plan` is of its spec, in its first phase."""
     phases = phase_diffs(plan, run.decisions)
     title = plan.name or run.path.name
     spec = plan.spec
@@ -147,16 +134,10 @@ def charts(run: Run) -> dict[str, Any]:
     def epochs(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(int(r["epoch"]) + 1.0, factor * float(r[key])) for r in run.epochs if _number(r.get(key))]
 
-    training = steps("loss") or epochs("train_loss")
+    training, accuracy = steps("loss") or epochs("train_loss"), steps("accuracy", 100) or epochs("train_accuracy", 100)
     return {
         "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
-        "accuracy": _chart(
-            {
-                "training": steps("accuracy", 100) or epochs("train_accuracy", 100),
-                "evaluation": epochs("accuracy", 100),
-                "averaged weights": epochs("ema_accuracy", 100),
-            }
-        ),
+        "accuracy": _chart({"training": accuracy, "evaluation": epochs("accuracy", 100), "averaged weights": epochs("ema_accuracy", 100)}),
         "time": _chart({"step": steps("step_seconds", 1000)}, zero=True),
         "memory": _chart({"peak": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB)}, zero=True),
     }

@@ -21,12 +21,7 @@ _ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "
 
 
 def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bool = True) -> RenderableType:
-    """A rich renderable.
-
-    Args:
-        unfold: a line for every block, equal neighbours too. nodes: the operations below each changed block.
-        unicode: glyphs and lines outside ASCII.
-    """
+    """A rich renderable; `unfold` gives every block a line, `nodes` shows the operations below each changed one."""
     return _Tree(diff, unfold, nodes, unicode).render()
 
 
