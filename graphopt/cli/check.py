@@ -72,10 +72,11 @@ def _rates(device: str, amp: str | None) -> "Rates":
 def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
     from graphopt.compiler.plan import compile_phase
+    from graphopt.diff.render.run import read_run
     from graphopt.errors import CostError, RunError
-    from graphopt.planning.run_cost import counts, decisions_of, forecast_run
+    from graphopt.planning.run_cost import counts, forecast_run
 
-    decisions = decisions_of(path) if (path / "summary.json").is_file() else None
+    decisions = read_run(path).decisions if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
         plan = compile_phase(source, verify="off", costs=False)

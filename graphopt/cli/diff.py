@@ -95,10 +95,8 @@ def _files(shown: "Shown", suffix: str, path: Path, unfold: bool) -> dict[Path, 
     from graphopt.diff.render.picture import to_png, to_svg
 
     if suffix == "json":
-        values = {
-            path: to_model_explorer(main_diff(shown)),
-            path.with_name(f"{path.stem}.data{path.suffix}"): to_node_data(main_diff(shown)),
-        }
+        overlay, main = path.with_name(f"{path.stem}.data{path.suffix}"), main_diff(shown)
+        values = {path: to_model_explorer(main), overlay: to_node_data(main)}
         return {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in values.items()}
     if suffix in ("mmd", "dot"):
         return {path: (to_dot if suffix == "dot" else to_mermaid)(main_diff(shown), unfold=unfold)}

@@ -79,16 +79,11 @@ def _table(backbone: str, graph: "Graph") -> dict[str, Any]:
         return {**head, "output": output, "closed": region.closed, "cut_point": out in cuts}
 
     rows = [row(*entry) for entry in _tree(graph)]
-    return {
-        "backbone": backbone,
-        "input": list(graph.input),
-        "parameters": sum(sizes.values()),
-        "blocks": [row["name"] for row in rows if row["block"]],
-        "tree": rows,
-        "cut_points": [{"node": node.name, "path": node.meta["origin"].path, "shape": _shape(node)} for node in cuts],
-        "opaque": [{"path": path, "reason": reason} for path, reason in graph.opaque],
-        "unused_parameters": list(graph.unused),
-    }
+    head = {"backbone": backbone, "input": list(graph.input), "parameters": sum(sizes.values())}
+    shown = {"blocks": [row["name"] for row in rows if row["block"]], "tree": rows}
+    cut_rows = [{"node": node.name, "path": node.meta["origin"].path, "shape": _shape(node)} for node in cuts]
+    opaque = [{"path": path, "reason": reason} for path, reason in graph.opaque]
+    return {**head, **shown, "cut_points": cut_rows, "opaque": opaque, "unused_parameters": list(graph.unused)}
 
 
 def _tree(graph: "Graph") -> "Iterator[tuple[Region, int, bool]]":

@@ -76,34 +76,18 @@ def totals(cost: Cost | None) -> dict[str, int] | None:
 def describe(graph: Graph, node: Node, statuses: tuple[str, ...]) -> NodeRow:
     """A node of a graph for the diff."""
     origin = node.meta["origin"]
-    return NodeRow(
-        name=node.name,
-        op=node.op,
-        what=_what(graph, node),
-        path=str(node.target) if node.op in ("call_module", "get_attr") else origin.path,
-        call=origin.call,
-        shape=shape(node, batched=node in activations(graph)),
-        inputs=tuple(n.name for n in node.all_input_nodes),
-        statuses=statuses,
-        changed_by=node.meta.get("pass"),
-        parameters=sum(p.numel() for _, p in parameters_read(graph.module, node)),
-    )
-
-
-def _what(graph: Graph, node: Node) -> str:
+    path = str(node.target) if node.op in ("call_module", "get_attr") else origin.path
+    sizes, inputs = shape(node, batched=node in activations(graph)), tuple(n.name for n in node.all_input_nodes)
+    parameters = sum(p.numel() for _, p in parameters_read(graph.module, node))
     if node.op == "call_module":
-        return type(leaf(graph, node)).__name__
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", node.target))
-    return str(node.target).rpartition(".")[2]
+        what = type(leaf(graph, node)).__name__
+    else:
+        what = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else str(node.target).rpartition(".")[2]
+    return NodeRow(node.name, node.op, what, path, origin.call, sizes, inputs, statuses, node.meta.get("pass"), parameters)
 
 
 def shape(node: Node, *, batched: bool = True) -> Shape | None:
-    """Shape of a node's output with the batch as "N" (windows of Swin: "64N"); None where it is no tensor.
-
-    Args:
-        batched: whether the first size is the batch's; not so for weights and what is computed from them.
-    """
+    """Shape of a node's output with the batch, if it is `batched`, as "N" (windows of Swin: "64N"); None where it is no tensor."""
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
         value = value[0]

@@ -4,11 +4,9 @@ Phases follow from decisions: those that can be foreseen from a spec, or those o
 count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -277,17 +275,3 @@ def drop_points(graph: Graph) -> tuple[DropPoint, ...]:
     cuts = {n for n in cut_points(graph) if n.meta["val"].shape[:1] == (SHAPE_BATCH,)}
     ends = ((block.name, block.exits[-1]) for block in find_blocks(graph) if block.exits)
     return tuple(DropPoint(name, _shape(end), 4 * math.prod(_shape(end))) for name, end in ends if end in cuts)
-
-
-def decisions_of(folder: Path) -> tuple[Decision, ...]:
-    """The decisions of a finished run, from its summary.json.
-
-    Raises:
-        RunError: the folder holds no finished run.
-    """
-    try:
-        phases = json.loads((folder / "summary.json").read_text())["phases"]
-        tables = ({k: v for k, v in table.items() if k != "pass"} for phase in phases for table in phase["decisions"])
-        return tuple(map(Decision.model_validate, tables))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError("there is no finished run here", where=str(folder), fix="Train it to its end first") from error

@@ -100,13 +100,12 @@ def to_report(run: Run, plan: Plan) -> str:
     facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
     if run.summary:
         facts.append(str(run.summary.get("device", "")))
-    note = "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>'
     values = {
         "TITLE": html.escape(title),
         "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
         "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
-        "NOTE": note,
+        "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
         "DIFF": html.escape(to_html(phases), quote=True),
         "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),

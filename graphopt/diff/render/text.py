@@ -1,10 +1,9 @@
 """The diff as a tree on the terminal, in colour and glyphs."""
 
 from collections.abc import Iterator
-from io import StringIO
 from itertools import groupby
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -23,14 +22,6 @@ _ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "
 def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bool = True) -> RenderableType:
     """A rich renderable; `unfold` gives every block a line, `nodes` shows the operations below each changed one."""
     return _Tree(diff, unfold, nodes, unicode).render()
-
-
-def to_text(diff: Diff, *, width: int = 120, unfold: bool = False, nodes: bool = False, colour: bool = False, unicode: bool = True) -> str:
-    """The same as a string, e.g. for a file."""
-    out = StringIO()
-    console = Console(file=out, width=width, force_terminal=colour, color_system="truecolor" if colour else None, legacy_windows=False)
-    console.print(render(diff, unfold=unfold, nodes=nodes, unicode=unicode))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 class _Tree:
