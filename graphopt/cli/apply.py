@@ -75,17 +75,13 @@ def _check_folder(path: Path) -> None:
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
         raise RunError(f"cannot be an output folder: {reason(error)}", where=str(path), fix="Choose another folder") from error
-    if names and (names - FILES or not _is_report(path / "report.json")):
+    try:
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = None
+    if names and (names - FILES or not (isinstance(report, dict) and {"digest", "passes"} <= report.keys())):
         other = min(names - FILES or names)
         raise RunError(f"exists and was not written by apply (it holds {other!r})", where=str(path), fix="Choose a new or an empty folder")
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and {"digest", "passes"} <= report.keys()
 
 
 def _plan_at(spec: "Spec", epoch: int | None, *, trust: bool, verify: Any, batch: int | None) -> "Plan":

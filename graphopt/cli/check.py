@@ -92,13 +92,9 @@ def _point(point: "DropPoint", samples: int | None) -> dict[str, Any]:
 
 def _row(item: "Matched") -> dict[str, Any]:
     value, match = item.instance.value, item.match
-    return {
-        **value.table(),
-        "line": item.instance.line,
-        "regions": list(match.names),
-        "diagnostics": [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics],
-        "preserves": sorted(value.preserved_properties()),
-    }
+    diagnostics = [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics]
+    head = {**value.table(), "line": item.instance.line, "regions": list(match.names)}
+    return {**head, "diagnostics": diagnostics, "preserves": sorted(value.preserved_properties())}
 
 
 def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graphopt.cli.screen import grid, show
-from graphopt.cost.figures import FIGURES
+from graphopt.diff.render.words import common_figures
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
@@ -18,7 +18,10 @@ def show_report(plan: "Plan") -> None:
     report = plan.report
     show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
     if report.before is not None and report.after is not None:
-        show(_figures(report.before.to_dict(), report.after.to_dict()))
+        table = grid("one training step", "before", "after", "ratio", right=(1, 2, 3))
+        for figure, old, new in common_figures(report.before.to_dict(), report.after.to_dict()):
+            table.add_row(figure.title, figure.text(old), figure.text(new), f"{new / old:.3f}" if old else "")
+        show(table)
     for number, item in enumerate(report.passes, start=1):
         show()
         _show_pass(number, item)
@@ -28,15 +31,6 @@ def show_report(plan: "Plan") -> None:
         show(f"opaque {path}: {reason}")
     if report.unused:
         show(f"unused by the forward: {some(report.unused)}")
-
-
-def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    table = grid("one training step", "before", "after", "ratio", right=(1, 2, 3))
-    for figure in FIGURES:
-        if figure.name in before and figure.name in after:
-            old, new = before[figure.name], after[figure.name]
-            table.add_row(figure.title, figure.text(old), figure.text(new), f"{new / old:.3f}" if old else "")
-    return table
 
 
 def _show_pass(number: int, item: "PassReport") -> None:
@@ -63,12 +57,11 @@ def _show_pass(number: int, item: "PassReport") -> None:
 
 def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
     """The figures that a pass changed: before, after, and the fraction it saved."""
-    changed = [f for f in FIGURES if before[f.name] != after[f.name]]
+    changed = [row for row in common_figures(before, after) if row[1] != row[2]]
     if not changed:
         return "  changes no figure of a training step"
     table = grid("  this pass", "before", "after", "saved", right=(1, 2, 3))
-    for figure in changed:
-        old, new = before[figure.name], after[figure.name]
+    for figure, old, new in changed:
         table.add_row(f"  {figure.title}", figure.text(old), figure.text(new), f"{1 - new / old:.1%}" if old else "")
     return table
 

@@ -7,8 +7,7 @@ from torch import nn
 from torch.fx import Node
 
 from graphopt.cost.figures import BLOCK_FIGURES, FIGURES, Cost
-from graphopt.diff.locate import RowLocation
-from graphopt.diff.model import NodeRow, Shape
+from graphopt.diff.model import NodeRow, RowLocation, Shape
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, leaf, parameters_read, trainable
 from graphopt.ir.shapes import SHAPE_BATCH

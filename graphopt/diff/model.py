@@ -76,11 +76,20 @@ class NodeRow:
 
 
 @dataclass(frozen=True)
-class Row:
+class RowLocation:
+    """Where a row lies: its name ("layer3.2", "stem"), module paths (none inside another), class, and what it is grouped under."""
+
+    name: str
+    paths: tuple[str, ...]
+    kind: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class Row(RowLocation):
     """One block, or what lies before, between and after blocks; or a module that a pass inserted.
 
     Attributes:
-        name: unique: "layer3.2", "stem", "head". kind: class name. stage: what it is grouped under.
         statuses: most important first. was: those of the same row in the other view.
         passes: numbers (from 0) of the passes that changed it. messages: their diagnostics about it.
         sources: rows whose parameters it uses. detail: short facts ("a": 0.5).
@@ -88,10 +97,6 @@ class Row:
         backward: whether the backward pass of a training step goes through it. before, after: figures of one training step.
     """
 
-    name: str
-    paths: tuple[str, ...]
-    kind: str
-    stage: str
     statuses: tuple[str, ...] = (KEPT,)
     was: tuple[str, ...] = (KEPT,)
     passes: tuple[int, ...] = ()

@@ -7,7 +7,8 @@ from torch.fx import Node
 
 from graphopt.compiler.pass_base import Effects, Status
 from graphopt.compiler.plan import Plan
-from graphopt.diff.locate import RowLocation, RowMap
+from graphopt.diff.locate import RowMap
+from graphopt.diff.model import RowLocation
 from graphopt.ir.editor import Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import parameters_read
