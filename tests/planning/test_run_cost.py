@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt.cost import Rates, forecast
+from graphopt.diff.render.run import read_run
 from graphopt.driver import build_backbone as build
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
-from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
+from graphopt.planning.run_cost import counts, drop_points, forecast_run
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
 from tests.support.backbones import Small
@@ -123,7 +124,7 @@ batch = 16
     path.write_text(spec_text)
     spec = load(path)
     train(spec, tmp_path / "run")
-    decisions = decisions_of(tmp_path / "run")
+    decisions = read_run(tmp_path / "run").decisions
     assert [d.regions[-1] for d in decisions] == ["layer2"]
     assert decisions[0].epoch > 0
 
