@@ -21,7 +21,7 @@ class _Frame(NamedTuple):
     """What is running.
 
     Attributes:
-        path: whom its operators are attributed to.
+        path: what its operators are attributed to.
         task: the autograd engine's task it was entered in; work of a later task is the engine's, not this frame's.
         module: name of the module that runs; its submodules are attributed to paths below `path`.
     """
@@ -54,7 +54,7 @@ class Attribution:
         self.push(outer.path + name[len(outer.module) :] if inside else name, name)
 
     def pop(self) -> None:
-        """What was pushed last has ended."""
+        """What was pushed last ends."""
         self._frames.pop()
         self._record(self._frames[-1].path)
 
@@ -100,7 +100,7 @@ class Attribution:
 
 def instrument(module: nn.Module, attribution: Attribution) -> None:
     """Makes every part of `module` (a private copy) report to `attribution`: graph modules node by node, others by module path."""
-    parts = [(name, part) for name, part in module.named_modules()]
+    parts = [*module.named_modules()]
     names = {id(part): name for name, part in parts}
     parts += [(names.get(id(holder), ""), body) for holder, body in bodies(module)]
     for name, part in parts:

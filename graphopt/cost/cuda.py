@@ -26,17 +26,11 @@ from graphopt.errors import CostError
 BLOCK = 512
 
 
-def rounded(size: int) -> int:
-    """Bytes of the allocator's block for `size` bytes."""
-    return -(-size // BLOCK) * BLOCK
-
-
 @dataclass(frozen=True)
 class Device:
     """The memory figures of a CUDA device.
 
     Attributes:
-        name: a human-readable name.
         context_bytes: what the process holds before its first tensor (context, kernels). Unknown until measured.
         workspace_bytes: the most that kernels allocate inside one operator on the models that were measured. Unknown until measured.
         measured: the source of the two: device, versions, date; None: not calibrated.
@@ -47,13 +41,8 @@ class Device:
     workspace_bytes: int | None = None
     measured: str | None = None
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether its figures were measured."""
-        return self.measured is not None
-
     def __post_init__(self) -> None:
-        if self.calibrated and (self.context_bytes is None or self.workspace_bytes is None):
+        if self.measured is not None and (self.context_bytes is None or self.workspace_bytes is None):
             raise CostError("a calibrated device has measured context and workspaces", fix="Give both, or leave `measured` out")
 
 
@@ -77,5 +66,4 @@ def on_device(cost: Cost, device: Device = Device()) -> DeviceMemory:
     """The memory of one training step on a CUDA device, according to the model."""
     allocated = cost.peak_block_bytes + (device.workspace_bytes or 0)
     process = None if device.context_bytes is None else allocated + device.context_bytes
-    state = f"calibrated: {device.measured}" if device.calibrated else "not calibrated"
-    return DeviceMemory(allocated, process, state)
+    return DeviceMemory(allocated, process, "not calibrated" if device.measured is None else f"calibrated: {device.measured}")

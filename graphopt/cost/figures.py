@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from graphopt.ir.paths import lineage
 from graphopt.units import show_count, show_size
 
 
 class Named(Protocol):
-    """What costs need to know of a region."""
+    """What costs need to know of a region: its name, and the module paths that make it up."""
 
     @property
-    def name(self) -> str:
-        """Its name."""
+    def name(self) -> str: ...
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """The module paths that make it up."""
+    def paths(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,8 @@ class BlockCost:
         """All parts of the backward."""
         return self.weight_gradient_flops + self.input_gradient_flops + self.recomputed_flops
 
-    def __add__(self, other: BlockCost) -> BlockCost:
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "path"}
-        return BlockCost(self.path, **sums)
+    def __add__(self, other: Self) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "path"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -129,18 +126,15 @@ class Cost:
         nest, a row counts for the innermost.
         """
         owner: dict[str, str] = {}
-        totals: dict[str, BlockCost] = {}
+        totals = {"": BlockCost("")}
         for block in blocks:
             name, paths = (block, (block,)) if isinstance(block, str) else (block.name, block.paths)
             totals[name] = BlockCost(name)
             owner.update(dict.fromkeys(paths, name))
-        outside = totals.pop("", BlockCost(""))
         for row in self.rows:
             name = next((owner[p] for p in reversed([*lineage(row.path)][1:]) if p in owner), "")
-            if name:
-                totals[name] += row
-            else:
-                outside += row
+            totals[name] += row
+        outside = totals.pop("")
         return (*totals.values(), outside)
 
     def to_dict(self) -> dict[str, Any]:

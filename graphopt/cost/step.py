@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,22 +19,17 @@ from torch._subclasses.fake_tensor import (
 )
 
 from graphopt.cost.attribution import Attribution, instrument
-from graphopt.cost.copies import fake_cpu_copy, real_cpu_copy
 from graphopt.cost.cuda import BLOCK
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.losses import LOSSES, Loss
 from graphopt.errors import CostError
-from graphopt.ir.shapes import tensors_in
+from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
 
+#: a function of the module's output and the labels (N,)
+Loss = Callable[[Any, Tensor], Tensor]
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
 
 
 class StepOptions(TypedDict, total=False):
@@ -56,12 +52,7 @@ class StepOptions(TypedDict, total=False):
 
 
 def forecast(
-    module: nn.Module,
-    input: tuple[int, ...],
-    batch: int,
-    *,
-    per_block: Sequence[str | Named] = (),
-    **options: Unpack[StepOptions],
+    module: nn.Module, input: tuple[int, ...], batch: int, *, per_block: Sequence[str | Named] = (), **options: Unpack[StepOptions]
 ) -> Cost:
     """What one training step of `module` costs, without running it: no memory, no GPU, no data.
 
@@ -79,12 +70,12 @@ def forecast(
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copied = fake_cpu_copy(module, mode)
+    with _explained_copy():
+        copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
     with mode, _silent_fake_tensor_log():
-        ledger, saved, gradient_bytes = _train_once(copied, input, batch, attribution, options)
-    return _cost(module, ledger, saved, gradient_bytes, batch, per_block)
+        return _train_once(copied, input, batch, per_block, attribution, options)
 
 
 def measure(
@@ -105,18 +96,26 @@ def measure(
     Raises:
         CostError: as in `forecast`, or the module is on the meta device.
     """
-    copied = real_cpu_copy(module)
+    with _explained_copy():
+        copied = copy_with(module, _own)
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
-    ledger, saved, gradient_bytes = _train_once(copied, input, batch, attribution, options)
-    return _cost(module, ledger, saved, gradient_bytes, batch, per_block)
+    return _train_once(copied, input, batch, per_block, attribution, options)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A CPU tensor with the same values, without a gradient."""
+    if tensor.is_meta:
+        raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
+    values = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _train_once(
-    module: nn.Module, input: tuple[int, ...], batch: int, attribution: Attribution, options: StepOptions
-) -> tuple[Ledger, dict[str, int], int]:
-    """The ledger of a step; saved bytes by path at the end of its forward; and the bytes of all `.grad`."""
+    module: nn.Module, input: tuple[int, ...], batch: int, per_block: Sequence[str | Named], attribution: Attribution, options: StepOptions
+) -> Cost:
+    """One step of `module`, a private copy."""
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
     autocast, criterion = _autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
@@ -141,7 +140,8 @@ def _train_once(
         gradient_bytes = _backward(ledger, module, x, loss, optimizer) if loss.requires_grad else 0
         del output
         ledger.close()
-    return ledger, saved, gradient_bytes
+    cost = _cost(module, ledger, saved, gradient_bytes, batch)
+    return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
 def _autocast(amp: str | None) -> AbstractContextManager[Any]:
@@ -150,22 +150,40 @@ def _autocast(amp: str | None) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=AMP_DTYPES[amp]) if amp else nullcontext()
 
 
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    # Dense outputs (N, C, ...) take a label per position.
+    return F.cross_entropy(logits, target.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:]))
+
+
+def _binary_cross_entropy(logits: Tensor, _target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "binary_cross_entropy": _binary_cross_entropy}
+
+
 def _criterion(loss: str | Loss) -> Loss:
-    criterion = LOSSES.get(loss) if isinstance(loss, str) else loss
-    if criterion is None:
+    """The loss; a named one is added up over every floating-point tensor of an output."""
+    if not isinstance(loss, str):
+        return loss
+    if loss not in LOSSES:
         raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
+
+    def criterion(output: Any, target: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for logits in tensors_in(output):
+            if logits.is_floating_point():
+                total = LOSSES[loss](logits, target) if total is None else total + LOSSES[loss](logits, target)
+        if total is None:
+            what = f"the module returns {type(output).__name__}, which holds no tensor to take a loss of"
+            raise CostError(what, fix="Pass `loss=`, a function")
+        return total
+
     return criterion
 
 
 def _forward(
-    ledger: Ledger,
-    module: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    criterion: Loss,
-    autocast: AbstractContextManager[Any],
-    *,
-    targets: bool,
+    ledger: Ledger, module: nn.Module, x: Tensor, target: Tensor, criterion: Loss, autocast: AbstractContextManager[Any], *, targets: bool
 ) -> tuple[Any, Tensor]:
     ledger.start_phase("forward")
     with _explained(x), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack), autocast:
@@ -210,9 +228,8 @@ def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained:
     try:
         made.step()
     except Exception as error:
-        raise CostError(
-            f"optimizer {optimizer!r} cannot step without values: {error}", fix="Forecast with another, or with None"
-        ) from error
+        what = f"optimizer {optimizer!r} cannot step without values: {error}"
+        raise CostError(what, fix="Forecast with another, or with None") from error
     made.zero_grad(set_to_none=True)
     return made
 
@@ -221,15 +238,14 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return tensors_in(list(optimizer.state.values()))
 
 
-def _cost(
-    module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int, per_block: Sequence[str | Named]
-) -> Cost:
+def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int) -> Cost:
+    """The figures of a finished step; `saved` is what each path had saved at the end of the forward."""
     rows = _rows(module, ledger.attribution, saved)
     sums = sum(rows, BlockCost("")).to_dict()
     del sums["path"]
     sizes = {kind: sum(s for s, k in zip(ledger.sizes, ledger.kinds, strict=True) if k == kind) for kind in Kind}
     peak, at = ledger.peak()
-    cost = Cost(
+    return Cost(
         batch=batch,
         parameter_bytes=sizes[Kind.PARAMETER],
         buffer_bytes=sizes[Kind.BUFFER],
@@ -247,7 +263,6 @@ def _cost(
         rows=rows,
         **sums,
     )
-    return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
 def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) -> tuple[BlockCost, ...]:
@@ -262,9 +277,6 @@ def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) ->
         forward, weight, input, again = attribution.totals.get(path, (0, 0, 0, 0))
         rows.append(BlockCost(path, parameters, trainable, forward, weight, input, again, saved.get(path, 0)))
     return tuple(rows)
-
-
-# -- around the step
 
 
 @contextmanager
@@ -309,6 +321,16 @@ def _known_gradients(ledger: Ledger) -> Iterator[None]:
         yield
     finally:
         torch.autograd.grad = real
+
+
+@contextmanager
+def _explained_copy() -> Iterator[None]:
+    try:
+        yield
+    except CostError:
+        raise
+    except Exception as error:
+        raise CostError(f"the module cannot be copied: {error}", fix="copy.deepcopy(module) must work") from error
 
 
 @contextmanager

@@ -1,15 +1,20 @@
 """The device model: rounding as documented, and never a figure that nobody measured."""
 
 import pytest
+import torch
 from torch import nn
 
 from graphopt.cost import CostError, forecast
-from graphopt.cost.cuda import Device, on_device, rounded
+from graphopt.cost.attribution import Attribution
+from graphopt.cost.cuda import BLOCK, Device, on_device
+from graphopt.cost.ledger import Ledger
 
 
 @pytest.mark.parametrize(("size", "block"), [(0, 0), (1, 512), (512, 512), (513, 1024), (10**6, 1_000_448)])
 def test_blocks_are_multiples_of_512_bytes(size, block):
-    assert rounded(size) == block
+    ledger = Ledger(Attribution())
+    ledger.index(torch.empty(size, dtype=torch.uint8))
+    assert ledger.peak(block=BLOCK)[0] == block
 
 
 def test_every_storage_is_rounded():
