@@ -6,6 +6,7 @@ ones. Storages are identified by address: views cost nothing, and a weak referen
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -22,16 +23,9 @@ from graphopt.ir.shapes import tensors_in
 aten = torch.ops.aten
 
 
-class Kind(IntEnum):
-    """What a storage is for. Storages of no other kind count as activations: temporary results and gradients of activations too."""
-
-    ACTIVATION = 0
-    PARAMETER = 1
-    BUFFER = 2
-    INPUT = 3
-    OPTIMIZER = 4
-    GRADIENT = 5
-    SCRATCH = 6  # temporary results of the optimizer's step
+#: What a storage is for. Storages of no other kind count as activations: temporary results and gradients of activations too; SCRATCH are
+#: temporary results of the optimizer's step.
+Kind = IntEnum("Kind", "ACTIVATION PARAMETER BUFFER INPUT OPTIMIZER GRADIENT SCRATCH", start=0)
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
@@ -41,11 +35,11 @@ class _StorageRef(weakref.ref[torch.UntypedStorage]):
     index: int
 
 
+@dataclass(eq=False)
 class _Saved:
     """What autograd stores in place of a saved tensor: it is alive as long as autograd needs it."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    tensor: Tensor
 
 
 class Ledger(TorchDispatchMode):

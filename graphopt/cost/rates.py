@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphopt.cost.figures import Cost
-from graphopt.cost.step import AMP_DTYPES, forecast
+from graphopt.cost.step import forecast
+from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: timed steps, of which the fastest counts (other processes may share the machine), after one step of warm-up
 STEPS = 3
@@ -93,7 +94,7 @@ def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, am
     for _ in range(STEPS + 1):
         start = _now(device)
         optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, AMP_DTYPES[amp]) if amp else nullcontext():
+        with torch.autocast(torch.device(device).type, AUTOCAST_DTYPES[amp]) if amp else nullcontext():
             loss = F.cross_entropy(module(x), y)
         torch.autograd.backward(loss)
         optimizer.step()

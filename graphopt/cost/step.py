@@ -1,4 +1,15 @@
-"""The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`)."""
+"""The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`).
+
+Both are steps on the CPU. CUDA kernels differ, which is not modelled:
+
+- Attention: the CPU's flash kernel saves the output and one log-sum-exp per query, as CUDA's flash and efficient kernels do. With a float
+  mask, or a head width that those do not support, CUDA may use the math kernel, which saves the score matrix.
+- Convolutions: cuDNN allocates a workspace inside the operator, whose size depends on the algorithm.
+- Dropout: CUDA's fused kernel saves a mask of one byte per element, the CPU one of four.
+- Optimizers: on CUDA torch's default is the for-each form, whose temporary results are as large as all gradients together.
+- Autocast: CUDA and CPU cast different operators (layer norm and softmax run in float32 under CUDA autocast).
+- The context, fragmentation and the reserved segments that `nvidia-smi` shows come on top.
+"""
 
 import gc
 import logging
@@ -19,16 +30,17 @@ from torch._subclasses.fake_tensor import (
 )
 
 from graphopt.cost.attribution import Attribution, instrument
-from graphopt.cost.cuda import BLOCK
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.errors import CostError
 from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
+from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: a function of the module's output and the labels (N,)
 Loss = Callable[[Any, Tensor], Tensor]
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+#: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
+BLOCK = 512
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
 
 
@@ -57,12 +69,11 @@ def forecast(
     """What one training step of `module` costs, without running it: no memory, no GPU, no data.
 
     A copy of the module over fake CPU tensors takes the whole step (forward, loss, backward, optimizer). Its live bytes equal
-    those of the real CPU step (`measure`); GPU kernels save and allocate differently (see `graphopt.cost.cuda`).
+    those of the real CPU step (`measure`).
 
     Args:
         module: on any device, meta included; not touched. Its `requires_grad` flags say what trains.
         input: one sample's shape, `(C, H, W)`; for a suffix, that of the features it takes.
-        batch: samples in the step.
         per_block: module paths, or regions, to add the step up by (`Cost.blocks`); `Cost.by` does it later, too.
         options: see `StepOptions`.
 
@@ -70,7 +81,7 @@ def forecast(
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _explained_copy():
+    with _explained():
         copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
@@ -96,7 +107,7 @@ def measure(
     Raises:
         CostError: as in `forecast`, or the module is on the meta device.
     """
-    with _explained_copy():
+    with _explained():
         copied = copy_with(module, _own)
     attribution = Attribution()
     if attribute:
@@ -145,21 +156,16 @@ def _train_once(
 
 
 def _autocast(amp: str | None) -> AbstractContextManager[Any]:
-    if amp is not None and amp not in AMP_DTYPES:
-        raise CostError(f"amp is one of {', '.join(map(repr, AMP_DTYPES))} or None, found {amp!r}")
-    return torch.autocast("cpu", dtype=AMP_DTYPES[amp]) if amp else nullcontext()
+    if amp is not None and amp not in AUTOCAST_DTYPES:
+        raise CostError(f"amp is one of {', '.join(map(repr, AUTOCAST_DTYPES))} or None, found {amp!r}")
+    return torch.autocast("cpu", dtype=AUTOCAST_DTYPES[amp]) if amp else nullcontext()
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+LOSSES: dict[str, Loss] = {
     # Dense outputs (N, C, ...) take a label per position.
-    return F.cross_entropy(logits, target.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:]))
-
-
-def _binary_cross_entropy(logits: Tensor, _target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
-
-
-LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "binary_cross_entropy": _binary_cross_entropy}
+    "cross_entropy": lambda logits, y: F.cross_entropy(logits, y.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:])),
+    "binary_cross_entropy": lambda logits, _: F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)),
+}
 
 
 def _criterion(loss: str | Loss) -> Loss:
@@ -170,14 +176,12 @@ def _criterion(loss: str | Loss) -> Loss:
         raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
 
     def criterion(output: Any, target: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for logits in tensors_in(output):
-            if logits.is_floating_point():
-                total = LOSSES[loss](logits, target) if total is None else total + LOSSES[loss](logits, target)
-        if total is None:
+        losses = (LOSSES[loss](logits, target) for logits in tensors_in(output) if logits.is_floating_point())
+        first = next(losses, None)
+        if first is None:
             what = f"the module returns {type(output).__name__}, which holds no tensor to take a loss of"
             raise CostError(what, fix="Pass `loss=`, a function")
-        return total
+        return sum(losses, first)
 
     return criterion
 
@@ -273,9 +277,8 @@ def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) ->
         count[1] += parameter.numel() if parameter.requires_grad else 0
     rows = []
     for path in dict.fromkeys([*attribution.totals, *saved, *counts]):
-        parameters, trainable = counts.get(path, (0, 0))
-        forward, weight, input, again = attribution.totals.get(path, (0, 0, 0, 0))
-        rows.append(BlockCost(path, parameters, trainable, forward, weight, input, again, saved.get(path, 0)))
+        figures = [*counts.get(path, (0, 0)), *attribution.totals.get(path, (0, 0, 0, 0)), saved.get(path, 0)]
+        rows.append(BlockCost(path, *figures))
     return tuple(rows)
 
 
@@ -324,17 +327,8 @@ def _known_gradients(ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _explained_copy() -> Iterator[None]:
-    try:
-        yield
-    except CostError:
-        raise
-    except Exception as error:
-        raise CostError(f"the module cannot be copied: {error}", fix="copy.deepcopy(module) must work") from error
-
-
-@contextmanager
-def _explained(x: Tensor) -> Iterator[None]:
+def _explained(x: Tensor | None = None) -> Iterator[None]:
+    """What a step on the batch `x` raises, or copying the module for one."""
     try:
         yield
     except CostError:
@@ -345,7 +339,8 @@ def _explained(x: Tensor) -> Iterator[None]:
             fix="Compute shapes and branches from sizes, not from values",
         ) from error
     except Exception as error:
-        raise CostError(
-            f"the module does not take a batch of shape {tuple(x.shape)}: {type(error).__name__}: {error}",
-            fix="Check the input's shape, and that the module trains on it",
-        ) from error
+        what, fix = "the module cannot be copied", "copy.deepcopy(module) must work"
+        if x is not None:
+            what = f"the module does not take a batch of shape {tuple(x.shape)}"
+            fix = "Check the input's shape, and that the module trains on it"
+        raise CostError(f"{what}: {type(error).__name__}: {error}", fix=fix) from error

@@ -63,11 +63,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError("holds no state dict", where=str(path), fix=_SAVE)
-    state = dict(loaded)
     for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+        if all(key.startswith(prefix) for key in loaded):
+            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    return dict(loaded)
 
 
 def _listed(what: str, items: list[str], most: int = 5) -> str:

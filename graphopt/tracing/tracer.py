@@ -12,6 +12,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -118,7 +119,6 @@ class Tracer(fx.Tracer):
         #: path of the innermost module whose forward raised, after a failed trace.
         self.failed: str | None = None
 
-    # -- what is traced -----------------------------------------------------------------------------------------------------
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or isinstance(m, self._registered):
             return True
@@ -155,12 +155,11 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.failed = None
         graph = super().trace(root, concrete_args)
-        for node in reversed(list(graph.nodes)):
-            if node.op == "call_method" and node.target == "size" and not node.users:
+        for node in reversed(graph.find_nodes(op="call_method", target="size")):
+            if not node.users:
                 graph.erase_node(node)
         return graph
 
-    # -- values -------------------------------------------------------------------------------------------------------------
     def proxy(self, node: Node) -> fx.Proxy:
         return ValueProxy(node, self)
 
@@ -209,24 +208,21 @@ class Tracer(fx.Tracer):
         return self.values[node]
 
     def _evaluate(self, node: Node) -> Any:
-        if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
-            return _UNKNOWN
-        self._evaluating = True
-        try:
-            with torch.device("meta"), torch.no_grad():
-                return self._run(node, *self._fake_arguments(node))
-        except Exception:  # not to be known without values; if the node is at fault, running it on the real shapes will say so
-            return _UNKNOWN
-        finally:
-            self._evaluating = False
-
-    def _fake_arguments(self, node: Node) -> Any:
         def fake(argument: Any) -> Any:
             if isinstance(argument, Node):
                 return self.values[argument]
             return list(argument) if isinstance(argument, list) else argument
 
-        return fx.node.map_aggregate((node.args, node.kwargs), fake)
+        if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
+            return _UNKNOWN
+        self._evaluating = True
+        try:
+            with torch.device("meta"), torch.no_grad():
+                return self._run(node, *fx.node.map_aggregate((node.args, node.kwargs), fake))
+        except Exception:  # not to be known without values; if the node is at fault, running it on the real shapes will say so
+            return _UNKNOWN
+        finally:
+            self._evaluating = False
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
@@ -236,9 +232,7 @@ class Tracer(fx.Tracer):
             module = self._meta().get_submodule(str(node.target))
             return args[0] if type(module).forward in _FORWARDS_THAT_KEEP_SHAPE else module(*args, **kwargs)
         if node.op == "get_attr":
-            value: Any = self.root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+            value = attrgetter(str(node.target))(self.root)
             return value.to("meta") if isinstance(value, Tensor) else value
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -287,10 +281,5 @@ def _asks_for_mode(module: nn.Module) -> bool:
 
 def constants_of(root: nn.Module, graph: fx.Graph, own: set[str]) -> dict[str, torch.Tensor]:
     """Tensors that tracing had to park on `root` (`_tensor_constant0`), by name; `own` are the names it had before."""
-    found = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and "." not in node.target and node.target not in own:
-            value = getattr(root, node.target)
-            if isinstance(value, torch.Tensor):
-                found[node.target] = value
-    return found
+    names = [n.target for n in graph.nodes if n.op == "get_attr" and "." not in n.target and n.target not in own]
+    return {name: value for name in names if isinstance(value := getattr(root, name), Tensor)}
