@@ -44,19 +44,16 @@ def where_memory_is(cost: Cost) -> tuple[Advice, ...]:
     """The part of a step that holds most of its memory, where a cut or a freeze helps most; or that this is not its activations."""
     constant = cost.parameter_bytes + cost.buffer_bytes + cost.gradient_bytes + cost.optimizer_bytes
     if constant > MOST * cost.peak_bytes:
-        share = _percent(constant, cost.peak_bytes)
         what = (
-            f"{share} of the peak is parameters, gradients and optimizer state ({show_size(constant)}): at this batch, passes that save "
-            "activations gain little. Freeze or share parameters, choose an optimizer with less state, or use a larger batch"
+            f"{_percent(constant, cost.peak_bytes)} of the peak is parameters, gradients and optimizer state ({show_size(constant)}): at "
+            "this batch, passes that save activations gain little. Freeze or share parameters, choose an optimizer with less state, "
+            "or use a larger batch"
         )
         return (Advice("the step", what, constant),)
     total = cost.saved_activation_bytes
-    where = "of the saved activations ({}) are here: cut inside it, or checkpoint it"
-    return tuple(
-        Advice(name, f"{_percent(saved, total)} {where.format(show_size(saved))}", saved)
-        for name, saved in _outer_parts(cost.blocks)
-        if saved > MOST * total
-    )
+    what = "{} of the saved activations ({}) are here: cut inside it, or checkpoint it"
+    largest = [(name, saved) for name, saved in _outer_parts(cost.blocks) if saved > MOST * total]
+    return tuple(Advice(name, what.format(_percent(saved, total), show_size(saved)), saved) for name, saved in largest)
 
 
 def _outer_parts(blocks: Sequence[BlockCost]) -> list[tuple[str, int]]:

@@ -13,7 +13,6 @@ class Named(Protocol):
 
     @property
     def name(self) -> str: ...
-
     @property
     def paths(self) -> tuple[str, ...]: ...
 
@@ -119,8 +118,7 @@ class Cost:
     def by(self, blocks: Iterable[str | Named]) -> tuple[BlockCost, ...]:
         """The rows added up by block, in the order given, then `""` for everything else.
 
-        A block is a module path, with everything below it, or anything with a `name` and `paths` (a region). Where blocks
-        nest, a row counts for the innermost.
+        A block is a module path, with everything below it, or a region. Where blocks nest, a row counts for the innermost.
         """
         owner: dict[str, str] = {}
         totals = {"": BlockCost("")}

@@ -85,7 +85,11 @@ def forecast(
         copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
-    with mode, _silent_fake_tensor_log():
+    with mode, ExitStack() as stack:
+        # torch logs the traceback of a shape that does not fit; the error that we raise says it.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.CRITICAL)
         return _train_once(copied, input, batch, per_block, attribution, options)
 
 
@@ -133,7 +137,10 @@ def _train_once(
     ledger = Ledger(attribution)
     module.train()
     with ExitStack() as stack:
-        stack.enter_context(_no_garbage_collection())
+        if gc.isenabled():
+            # The collector frees at moments of its own; what is live must depend on the step alone.
+            gc.disable()
+            stack.callback(gc.enable)
         x = torch.randn(batch, *input, device="cpu")
         target = torch.zeros(batch, dtype=torch.long, device="cpu")
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -280,30 +287,6 @@ def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) ->
         figures = [*counts.get(path, (0, 0)), *attribution.totals.get(path, (0, 0, 0, 0)), saved.get(path, 0)]
         rows.append(BlockCost(path, *figures))
     return tuple(rows)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # The collector frees at moments of its own; what is live must depend on the step alone.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _silent_fake_tensor_log() -> Iterator[None]:
-    # torch logs the traceback of a shape that does not fit; the error that we raise says it.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import WeightsError
+from graphopt.errors import WeightsError, first_line
 
 _SAVE = "Save model.state_dict(), preferably as safetensors"
 
@@ -57,7 +57,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         message = "not a weights-only checkpoint, and graphopt runs no code from one"
         raise WeightsError(message, where=str(path), fix=_SAVE) from error
     except Exception as error:
-        message = f"cannot be read as weights: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        message = f"cannot be read as weights: {type(error).__name__}: {first_line(error)}"
         raise WeightsError(message, where=str(path), fix=_SAVE) from error
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
-from graphopt.errors import TraceError
+from graphopt.errors import TraceError, first_line
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
@@ -21,8 +21,6 @@ from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same
 from graphopt.tracing.modes import Difference, merge_modes
 from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
-
-__all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 
 #: stop tracing after this many opaque modules: too little of the model would be visible to the passes
 MOST_OPAQUE = 64
@@ -77,7 +75,7 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     try:
         switches = merge_modes(traced, in_eval, _scope_of)
     except Difference as difference:
-        raise _Untraceable(difference.path, "its structure depends on the mode") from None
+        raise _Untraceable(difference.args[0], "its structure depends on the mode") from None
     nodes = traced.nodes
     module = TrainingModule(_root_for(backbone, traced, switches, constants), traced, type(backbone).__name__)
     for node in nodes:
@@ -116,10 +114,10 @@ def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx
         if error is not None:
             if not tracer.failed and not isinstance(error, fx.proxy.TraceError):
                 raise TraceError(
-                    f"the backbone does not take an input of shape (N, {', '.join(map(str, tracer.input))}): {_reason(error)}",
+                    f"the backbone does not take an input of shape (N, {', '.join(map(str, tracer.input))}): {first_line(error)}",
                     fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
                 ) from error
-            raise _Untraceable(tracer.failed or "", f"cannot be traced: {_reason(error)}") from error
+            raise _Untraceable(tracer.failed or "", f"cannot be traced: {first_line(error)}") from error
         return graph, constants_of(backbone, graph, own), segments
 
 
@@ -208,7 +206,3 @@ def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
     except Exception:  # there is no matcher, or it does not fit its own model: blocks are found by structure instead
         return ()
     return tuple(tuple(names) for _, names in sorted(groups.items()))
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

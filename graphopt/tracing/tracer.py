@@ -70,12 +70,8 @@ class ValueProxy(fx.Proxy):
         return super().__getattr__(name)
 
     def __len__(self) -> int:
-        value = self.value
-        if isinstance(value, (tuple, list, dict)):
-            return len(value)
-        if isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]):
-            return value.shape[0]
-        return super().__len__()
+        length = _length(self.value)
+        return super().__len__() if length is None else length
 
 
 class Shape(tuple[Any, ...]):
@@ -189,11 +185,8 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         value = self.value_of(obj.node)
-        if isinstance(value, (tuple, list)):
-            return (obj[i] for i in range(len(value)))
-        if isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]):
-            return (obj[i] for i in range(value.shape[0]))
-        return super().iter(obj)
+        length = None if isinstance(value, dict) else _length(value)
+        return super().iter(obj) if length is None else (obj[i] for i in range(length))
 
     def value_of(self, node: Node) -> Any:
         """What a node gives on the meta device; `_UNKNOWN` where that takes real ones. Evaluates what leads to it, each node once."""
@@ -247,6 +240,12 @@ def meta_copy(root: nn.Module) -> nn.Module:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     return copy.deepcopy(root, memo)
+
+
+def _length(value: Any) -> int | None:
+    """How many items a value has; None where that is not known, or depends on the batch."""
+    known = isinstance(value, (tuple, list, dict)) or (isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]))
+    return len(value) if known else None
 
 
 def _depends_on_batch(value: Any) -> bool:
