@@ -32,6 +32,11 @@ class GraphoptError(Exception):
         return self
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class SpecError(GraphoptError):
     """A spec is not valid: syntax, an unknown key, a wrong type."""
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import TraceError
+from graphopt.errors import TraceError, first_line
 from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
@@ -59,7 +59,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             where = f"node {node} of {(origin.path if origin else '') or 'the backbone'}" if node is not None else None
             cause = error.__cause__ or error
             raise TraceError(
-                f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {_first_line(cause)}",
+                f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line(cause)}",
                 where=where,
                 fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
             ) from error
@@ -128,7 +128,3 @@ def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from graphopt.ir.nodes import activations, parameters_of, parameters_read
 from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
 from graphopt.passes.drop.cut import prefix_of
 from graphopt.runtime.body import NoGrad
-from graphopt.runtime.eval_mode import always_eval, depends_on_mode, is_random
+from graphopt.runtime.by_mode import always_eval, depends_on_mode, is_random
 
 
 def drop_prefix(edit: Editor, cuts: Sequence[Node]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.runtime.body import Checkpointed
 from tests.passes.supervise_backbones import BACKBONES
 from tests.passes.supervise_steps import compiled, step
 from tests.support.backbones import Small
