@@ -266,11 +266,7 @@ class Pass(pydantic.BaseModel):
         raise NotImplementedError
 
     def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
-        """Does what was decided, through the editor.
-
-        Raises:
-            PassError: an earlier pass has changed what this one needs.
-        """
+        """Does what was decided, through the editor. Raises PassError if an earlier pass has changed what this one needs."""
         raise NotImplementedError
 
     @classmethod

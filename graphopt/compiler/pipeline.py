@@ -57,8 +57,7 @@ class Rewritten:
 def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched, ...]:
     """Lets every pass decide on the untouched graph, and finds conflicts. Changes nothing.
 
-    Raises:
-        SelectError, PassError: a selector matches nothing, a pass refuses, or two passes contradict each other.
+    Raises SelectError or PassError if a selector matches nothing, a pass refuses, or two passes contradict each other.
     """
     found: list[Matched] = []
     for instance in instances:

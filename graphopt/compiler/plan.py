@@ -191,8 +191,7 @@ class Plan(Source):
     def load_backbone(self, state: dict[str, Tensor]) -> None:
         """Loads a checkpoint of the backbone (its own keys) into the plan.
 
-        Raises:
-            PassError: keys are missing or unexpected; lists them.
+        Raises PassError if keys are missing or unexpected; lists them.
         """
         self._check_keys(state, "the checkpoint does not fit the backbone")
         adopted = self.from_backbone(state)
@@ -229,10 +228,7 @@ class Plan(Source):
     def suffix(self) -> TrainingModule:
         """What is left to train behind `needs.features`: takes the cached activation in the place of the images.
 
-        It shares parameters with `module`. Make it after moving `module` to its device.
-
-        Raises:
-            PassError: no pass has cut a prefix off.
+        It shares parameters with `module`. Make it after moving `module` to its device. Raises PassError if no pass has cut a prefix off.
         """
         suffix = emit(self.graph, start=self._feature_cut())
         suffix.train(self.module.training)
@@ -264,8 +260,7 @@ def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int
 def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True) -> Plan:
     """The plan of one phase: the source's passes applied as `decisions` say.
 
-    Raises:
-        PassError, VerifyError: with the pass and its place in the spec.
+    Raises PassError or VerifyError with the pass and its place in the spec.
     """
     base, measure = source.base, source.measure if costs else None
     result = rewrite(base, source.matched, decisions, verify=verify, measure=measure)

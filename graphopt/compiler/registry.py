@@ -13,8 +13,7 @@ GROUP = "graphopt.passes"
 def passes() -> dict[str, type[Pass]]:
     """Every installed pass, by the name specs use.
 
-    Raises:
-        PassError: an entry point does not load, is not a `Pass`, or two have the same name.
+    Raises PassError if an entry point does not load, is not a `Pass`, or two have the same name.
     """
     found: dict[str, type[Pass]] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):

@@ -53,11 +53,7 @@ class BaseTrigger(pydantic.BaseModel):
         raise NotImplementedError
 
     def check(self, names: tuple[str, ...]) -> None:
-        """Checks the trigger against the regions of its pass.
-
-        Raises:
-            PassError: it names something else.
-        """
+        """Checks the trigger against the regions of its pass. Raises PassError if it names something else."""
 
     @property
     def foreseeable(self) -> bool:

@@ -40,8 +40,7 @@ class Checked:
 def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
     """What every pass must leave intact: a well-formed graph, shapes, origins, and all parameters in the emitted module.
 
-    Raises:
-        VerifyError: with the node.
+    Raises VerifyError with the node.
     """
     try:
         graph.fx.lint()
@@ -60,11 +59,7 @@ def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
 
 
 def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
-    """The emitted module has the same state-dict keys as before the pass.
-
-    Raises:
-        VerifyError: names the keys that were lost and gained.
-    """
+    """The emitted module has the same state-dict keys as before the pass. Raises VerifyError with the keys that were not."""
     now = after.state_dict().keys()
     lost, gained = sorted(set(before) - now), sorted(now - set(before))
     if lost or gained:
@@ -73,11 +68,7 @@ def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
 
 
 def check_property(name: Property, before: nn.Module, after: nn.Module, input: tuple[int, ...]) -> Checked:
-    """One declared property holds.
-
-    Raises:
-        VerifyError: it does not; with the difference that was found and the one allowed.
-    """
+    """One declared property holds. Raises VerifyError if it does not; with the difference that was found and the one allowed."""
     if name == "state-dict keys":
         return _values(before, after)
     found = _MEASURES[name](before, after, input, torch.float32)
@@ -94,8 +85,7 @@ def check_property(name: Property, before: nn.Module, after: nn.Module, input: t
 def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: bool, unused: tuple[str, ...]) -> Checked:
     """After a backward pass every trainable parameter has a finite gradient, and no frozen one has any.
 
-    Raises:
-        VerifyError: with the parameter.
+    Raises VerifyError with the parameter.
     """
     module = _copy(module, torch.float32).train()
     if not any(p.requires_grad for p in module.parameters()):

@@ -58,11 +58,7 @@ def most_parts(candidates: Sequence[CutCandidate]) -> int:
 
 
 def require_parts(candidates: Sequence[CutCandidate], parts: int) -> None:
-    """Checks that a chain can have so many parts.
-
-    Raises:
-        PassError: it cannot; lists the cuts that there are.
-    """
+    """Checks that a chain can have so many parts. Raises PassError if it cannot; lists the cuts that there are."""
     most = most_parts(candidates)
     if most < 2:
         raise PassError(
@@ -80,8 +76,7 @@ def require_parts(candidates: Sequence[CutCandidate], parts: int) -> None:
 def evenly(graph: Graph, candidates: Sequence[CutCandidate], parts: int) -> tuple[CutCandidate, ...]:
     """Cuts that give each part about as many blocks; as many candidates, where there are too few blocks.
 
-    Raises:
-        PassError: there are too few candidates.
+    Raises PassError if there are too few candidates.
     """
     require_parts(candidates, parts)
     at = {c.node: c for c in candidates}
@@ -104,10 +99,7 @@ def evenly(graph: Graph, candidates: Sequence[CutCandidate], parts: int) -> tupl
 def by_stage(graph: Graph, candidates: Sequence[CutCandidate], parts: int | None) -> tuple[CutCandidate, ...]:
     """Cuts between stages, a patch merging going with the stage before it; between all of them, or between `parts` runs of them.
 
-    A stage is a run of blocks whose outputs have one shape.
-
-    Raises:
-        PassError: the backbone has no stages, or too few.
+    A stage is a run of blocks whose outputs have one shape. Raises PassError if the backbone has no stages, or too few.
     """
     blocks = [b for b in find_blocks(graph) if len(b.exits) == 1 and b.entries]
     at = {c.node: c for c in candidates}
@@ -147,11 +139,7 @@ def explicit(graph: Graph, candidates: Sequence[CutCandidate], names: Iterable[s
 
 
 def named_region(graph: Graph, name: str) -> Region:
-    """The block or the module path of that name.
-
-    Raises:
-        SelectError: there is none; with near misses.
-    """
+    """The block or the module path of that name. Raises SelectError if there is none; with near misses."""
     return next((b for b in find_blocks(graph) if b.name == name), None) or region_at(graph, name)
 
 

@@ -56,8 +56,7 @@ def entries_and_exits(nodes: Iterable[Node], active: set[Node]) -> tuple[tuple[N
 def region_at(graph: Graph, path: str) -> Region:
     """The region of one module path, or of a parameter that the graph reads itself (`cls_token`).
 
-    Raises:
-        SelectError: nothing in the graph comes from there; names the nearest paths.
+    Raises SelectError if nothing in the graph comes from there; names the nearest paths.
     """
     found = region_of(graph, (path,))
     if not found.nodes:

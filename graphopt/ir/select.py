@@ -72,8 +72,7 @@ Selector = Glob | Annotated[tuple[Glob | Filter, ...], Field(min_length=1)] | Fi
 def select(selector: Selector, graph: Graph) -> tuple[Region, ...]:
     """The regions a selector names in a graph, in execution order, none inside another.
 
-    Raises:
-        SelectError: an entry matches nothing; says which, with the nearest paths.
+    Raises SelectError if an entry matches nothing; says which, with the nearest paths.
     """
     return _outermost(graph, _select(selector, graph))
 
@@ -223,11 +222,7 @@ def _plain(pattern: str) -> str:
 
 @lru_cache(maxsize=512)
 def compile_pattern(pattern: str) -> Any:
-    """A predicate on whole paths.
-
-    Raises:
-        SelectError: the text after `re:` is no regular expression.
-    """
+    """A predicate on whole paths. Raises SelectError if the text after `re:` is no regular expression."""
     if pattern.startswith("re:"):
         try:
             return re.compile(pattern[3:]).fullmatch

@@ -190,8 +190,7 @@ def _named(cls: type[Pass], name: str) -> type[Pass]:
 def _complete(data: dict[str, Any], folder: Path) -> None:
     """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none.
 
-    Raises:
-        BackboneError: the library has no such model.
+    Raises BackboneError if the library has no such model.
     """
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
