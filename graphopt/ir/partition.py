@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.errors import PassError
+from graphopt.errors import PassError, listed
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
@@ -61,16 +61,12 @@ def require_parts(candidates: Sequence[CutCandidate], parts: int) -> None:
     """Checks that a chain can have so many parts. Raises PassError if it cannot; lists the cuts that there are."""
     most = most_parts(candidates)
     if most < 2:
-        raise PassError(
-            "no cut has parameters on both sides: the backbone cannot be divided", fix="graphopt inspect shows what the trace sees of it"
-        )
+        what = "no cut has parameters on both sides: the backbone cannot be divided"
+        raise PassError(what, fix="graphopt inspect shows what the trace sees of it")
     if parts > most:
-        labels = [c.label for c in candidates if c.has_parameters]
-        shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-        raise PassError(
-            f"{parts} parts need {parts - 1} cuts, and the graph has {most - 1} with parameters between them",
-            fix=f"Ask for {most} or fewer. The possible cuts are after {shown}",
-        )
+        shown = listed((c.label for c in candidates if c.has_parameters), 12)
+        what = f"{parts} parts need {parts - 1} cuts, and the graph has {most - 1} with parameters between them"
+        raise PassError(what, fix=f"Ask for {most} or fewer. The possible cuts are after {shown}")
 
 
 def evenly(graph: Graph, candidates: Sequence[CutCandidate], parts: int) -> tuple[CutCandidate, ...]:
@@ -192,5 +188,4 @@ def _why_not(graph: Graph, exits: Sequence[Node]) -> str:
 def _nearest(graph: Graph, candidates: Sequence[CutCandidate], node: Node) -> str:
     before = [c.label for c in candidates if graph.order[c.node] < graph.order[node]][-1:]
     after = [c.label for c in candidates if graph.order[c.node] > graph.order[node]][:1]
-    nearest = [repr(label) for label in before + after]
-    return f"The nearest cuts are after {' and '.join(nearest)}" if nearest else "There are no cuts"
+    return f"The nearest cuts are after {' and '.join(map(repr, before + after))}" if before or after else "There are no cuts"

@@ -2,7 +2,6 @@
 
 import operator
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ def shape_of(node: Node) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-# -- residual sums -----------------------------------------------------------------------------------------------------------
 class NotResidualError(Exception):
     """A block is not made of residual sums; the text says why, for a diagnostic about the block."""
 
@@ -129,7 +127,6 @@ def _sample(node: Node) -> tuple[int, ...]:
     return (shape_of(node) or ())[1:]
 
 
-# -- sums of a branch with parameters --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class WeightedSum:
     """A sum of a shortcut and a branch with parameters.
@@ -168,7 +165,6 @@ def weighted_sums(graph: Graph, region: Region) -> tuple[WeightedSum, ...]:
     return tuple(s for s in found if s.projected or s.sum not in in_branches)
 
 
-# -- attention --------------------------------------------------------------------------------------------------------------
 def attention_path(graph: Graph, region: Region) -> str | None:
     """Path of the module inside a region that computes attention, or None where there is none.
 
@@ -201,14 +197,12 @@ def _is_attention(graph: Graph, node: Node) -> bool:
 
 def _feeds_product(node: Node) -> bool:
     """Whether a softmax is multiplied with something, perhaps after a dropout or a cast."""
-    return any(_name(user.target) in _PRODUCTS for near in _users_within(node, 3) for user in near.users)
-
-
-def _users_within(node: Node, steps: int) -> Iterator[Node]:
-    yield node
-    if steps:
-        for user in node.users:
-            yield from _users_within(user, steps - 1)
+    near = {node}
+    for _ in range(4):
+        near = {user for each in near for user in each.users}
+        if any(_name(user.target) in _PRODUCTS for user in near):
+            return True
+    return False
 
 
 def _name(function: Any) -> str:
