@@ -35,13 +35,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A message about one region.
-
-    Attributes:
-        location: name of the region, or of the option that is wrong.
-        message: one sentence without a full stop.
-        fix: what the user can do about it.
-    """
+    """A message, in one sentence without a full stop, about a region or an option (`location`), and what the user can do about it."""
 
     severity: Severity
     location: str
@@ -60,22 +54,19 @@ class Diagnostics:
 
     def note(self, location: str, message: str) -> None:
         """Something worth knowing."""
-        self._add(Severity.NOTE, location, message)
+        self.diagnostics.append(Diagnostic(Severity.NOTE, location, message))
 
     def skip(self, location: str, message: str) -> None:
         """A region that is left alone, and why."""
-        self._add(Severity.SKIPPED, location, message)
+        self.diagnostics.append(Diagnostic(Severity.SKIPPED, location, message))
 
     def warn(self, location: str, message: str) -> None:
         """Something that costs memory, compute or accuracy."""
-        self._add(Severity.WARNING, location, message)
+        self.diagnostics.append(Diagnostic(Severity.WARNING, location, message))
 
     def refuse(self, location: str, message: str, fix: str | None = None) -> None:
         """A reason not to compile; the first one becomes the error that the user sees."""
-        self._add(Severity.ERROR, location, message, fix)
-
-    def _add(self, severity: Severity, location: str, message: str, fix: str | None = None) -> None:
-        self.diagnostics.append(Diagnostic(severity, location, message, fix))
+        self.diagnostics.append(Diagnostic(Severity.ERROR, location, message, fix))
 
 
 @dataclass
@@ -84,8 +75,7 @@ class Match(Diagnostics, Generic[Decided]):
 
     Attributes:
         regions: what it acts on, in execution order.
-        decision: whatever else it decided (where to cut, whose weights to mix). It must hold names only, no nodes, because it is used
-            on clones of the graph.
+        decision: whatever else it decided (where to cut, whose weights to mix), in names: it is used on clones of the graph.
         feature_options: options for caching features, where the pass may ask for that (see `FeatureCut`).
     """
 
@@ -105,11 +95,8 @@ class ActiveMatch(Generic[Decided]):
     """The part of a match that has to be rewritten now, in the graph that is being rewritten.
 
     Attributes:
-        graph: the graph as earlier passes have left it.
-        names: of the regions that are due, in execution order.
-        decision: as in `Match`.
-        paths: module paths of those regions.
-        all_names: of all the match's regions, due or not.
+        graph: the graph as earlier passes have left it. decision: as in `Match`.
+        names: of the regions that are due, in execution order. paths: their module paths. all_names: of all regions, due or not.
     """
 
     graph: Graph
@@ -130,8 +117,7 @@ class FeatureCut:
     """A prefix that has left the training graph: its output replaces the images as the input of training.
 
     Attributes:
-        node: the activation that is cached; in the flat graph.
-        region: name of the last region before the cut.
+        node: the activation that is cached; in the flat graph. region: name of the last region before the cut.
         options: the pass's options for caching it (where, dtype, limit, views).
     """
 
@@ -273,8 +259,7 @@ class Pass(pydantic.BaseModel):
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
         """Values of this pass that the budget search may try on a graph, mildest first; none by default.
 
-        Args:
-            current: the value of this pass that the spec has already, if any; its other options are worth keeping.
+        `current` is the value of this pass that the spec has already, if any; its other options are worth keeping.
         """
         return ()
 
@@ -293,11 +278,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PassInstance:
-    """One pass of a plan: its value, its number (from 0), and where in a spec it was written.
-
-    Attributes:
-        location: `"spec.toml:12"`, None for a pass made in code. line: the line alone.
-    """
+    """One pass of a plan: its value, its number (from 0), and where in a spec it was written (`"spec.toml:12"`; None if made in code)."""
 
     value: Pass
     index: int

@@ -76,9 +76,8 @@ def check_property(name: Property, before: nn.Module, after: nn.Module, input: t
         found = _MEASURES[name](before, after, input, torch.float64)
     if found.difference > TOLERANCE:
         what = f"the gradient of {found.parameter}" if found.parameter else name
-        raise VerifyError(
-            f"{what} is not preserved: relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}", where=found.parameter
-        )
+        figures = f"relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}"
+        raise VerifyError(f"{what} is not preserved: {figures}", where=found.parameter)
     return Checked(name, found.difference)
 
 
@@ -92,12 +91,13 @@ def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: b
         raise VerifyError("no trainable parameter is left", fix="Freeze or drop less")
     torch.autograd.backward(_scalar(module, input, torch.float32, targets))
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.grad is None and name not in unused:
-            raise VerifyError(f"the trainable parameter {name} gets no gradient", where=name)
-        if parameter.requires_grad and parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise VerifyError(f"the gradient of {name} is not finite on random input", where=name)
-        if not parameter.requires_grad and parameter.grad is not None:
+        if parameter.grad is None:
+            if parameter.requires_grad and name not in unused:
+                raise VerifyError(f"the trainable parameter {name} gets no gradient", where=name)
+        elif not parameter.requires_grad:
             raise VerifyError(f"the frozen parameter {name} gets a gradient", where=name)
+        elif not parameter.grad.isfinite().all():
+            raise VerifyError(f"the gradient of {name} is not finite on random input", where=name)
     return Checked("every trainable parameter gets a gradient, no frozen one does", 0.0)
 
 
