@@ -227,11 +227,8 @@ def _drop_dead(graph: fx.Graph, module: fx.GraphModule, *, keep_input: bool) -> 
         # Without its input, a graph has no use for assertions on the input's size.
         if keep_input and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
             continue
-        if writes_in_place(module, node) and _is_read_later(graph, node, order):
-            continue
+        if writes_in_place(module, node):
+            memory = storages(node)
+            if any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users):
+                continue
         graph.erase_node(node)
-
-
-def _is_read_later(graph: fx.Graph, node: Node, order: dict[Node, int]) -> bool:
-    memory = storages(node)
-    return any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property, reduce
-from operator import or_
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pydantic
@@ -143,11 +142,9 @@ class RuntimeNeeds:
     @staticmethod
     def of(effects: Iterable[Effects]) -> RuntimeNeeds:
         """What several passes need together."""
-        return reduce(or_, (effect.needs for effect in effects), RuntimeNeeds())
-
-    def __or__(self, other: RuntimeNeeds) -> RuntimeNeeds:
-        scores = tuple(dict.fromkeys(self.scores + other.scores))
-        return RuntimeNeeds(self.targets or other.targets, other.features or self.features, scores)
+        needs = [effect.needs for effect in effects]
+        features = next((n.features for n in reversed(needs) if n.features), None)
+        return RuntimeNeeds(any(n.targets for n in needs), features, tuple(dict.fromkeys(name for n in needs for name in n.scores)))
 
 
 class Status(StrEnum):
@@ -245,9 +242,7 @@ class Pass(pydantic.BaseModel):
     def match(self, graph: Graph) -> Match[Any]:
         """Decides what it will do. Runs once per plan, on the untouched graph, which it must not change.
 
-        Raises:
-            SelectError: a selector matches nothing.
-            PassError: its options make no sense for this graph.
+        Raises SelectError if a selector matches nothing, PassError if its options make no sense for this graph.
         """
         raise NotImplementedError
 

@@ -71,21 +71,12 @@ def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched,
 
 
 def rewrite(
-    untouched: Graph,
-    matched: Sequence[Matched],
-    decisions: tuple[Decision, ...] = (),
-    *,
-    verify: Verify = "full",
-    measure: Measure | None = None,
+    untouched: Graph, matched: Sequence[Matched], decisions: tuple[Decision, ...], *, verify: Verify, measure: Measure | None
 ) -> Rewritten:
     """Applies the passes that are active after `decisions` to a clone; `untouched` stays as it is.
 
-    Args:
-        verify: "full" tries every declared property in numbers, "fast" the structure and the keys only, "off" nothing.
-        measure: costs of an emitted module, for the report; called around each pass.
-
-    Raises:
-        VerifyError: a pass did not keep what it declares; with the pass and its place in the spec.
+    "full" tries every declared property in numbers, "fast" the structure and the keys only. `measure` is called around each pass, for the
+    report. Raises VerifyError if a pass did not keep what it declares, with the pass and its place in the spec.
     """
     graph = untouched.clone()
     effects: list[Effects | None] = []
@@ -148,12 +139,11 @@ def _check_no_conflict(one: Matched, other: Matched) -> None:
         for rival in other.match.regions:
             if set(region.nodes) & set(rival.nodes):
                 spot = region.name if rival.covers(region) else rival.name
-                raise PassError(
-                    f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}: "
-                    f"it cannot be {mine.claim} and {theirs.claim}",
-                    where=one.instance.location,
-                    fix="Narrow one of the two selections (exclude = ...)",
+                claims = (
+                    f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}"
                 )
+                what, fix = f"it cannot be {mine.claim} and {theirs.claim}", "Narrow one of the two selections (exclude = ...)"
+                raise PassError(f"{claims}: {what}", where=one.instance.location, fix=fix)
 
 
 @contextmanager

@@ -234,12 +234,11 @@ class Plan(Source):
 
 
 def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int, history: Any, epochs: int | None) -> tuple[Decision, ...]:
-    found = []
-    for item in matched:
-        when, index = item.instance.value.when, item.instance.index
-        for action, regions in when.fire(item.match.names, item.active(decisions), epoch, epochs, history):
-            found.append(Decision(index=index, epoch=epoch, action=action, regions=regions))
-    return tuple(found)
+    return tuple(
+        Decision(index=item.instance.index, epoch=epoch, action=action, regions=regions)
+        for item in matched
+        for action, regions in item.instance.value.when.fire(item.match.names, item.active(decisions), epoch, epochs, history)
+    )
 
 
 def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True) -> Plan:

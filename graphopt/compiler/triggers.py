@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from graphopt.compiler.scores import MEASURES
 from graphopt.errors import PassError, did_you_mean
 
 #: an action, and the names of the regions it is about (None: all)
@@ -119,6 +119,38 @@ class Steps(BaseTrigger):
         return _apply(names[: names.index(due[-1]) + 1], active) if due else []
 
 
+def change(series: Sequence[float], _window: int) -> float:
+    """The last epoch's change of the weights, relative to the weights."""
+    return series[-1]
+
+
+def continuation(series: Sequence[float], _window: int) -> float:
+    """The last epoch's change over the largest one so far: 1.0 while a region changes as fast as ever."""
+    largest = max(series)
+    return series[-1] / largest if largest > 0 else 0.0
+
+
+def slope(series: Sequence[float], window: int) -> float:
+    """How fast the change itself changes: its absolute least-squares slope over the last `window` epochs, over the largest change so far.
+
+    Infinite until there are `window` epochs.
+    """
+    recent = series[-window:]
+    largest = max(series)
+    if len(recent) < window:
+        return float("inf")
+    if largest == 0:
+        return 0.0
+    middle, mean = (window - 1) / 2, sum(recent) / window
+    rise = sum((i - middle) * (value - mean) for i, value in enumerate(recent))
+    return abs(rise / sum((i - middle) ** 2 for i in range(window))) / largest
+
+
+#: scores of convergence, from a region's changes of weights per epoch (oldest first) and a window in epochs. Learn&Drop (arXiv
+#: 2604.23403) names them, but publishes neither formulas nor thresholds; those here are our own.
+MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {"change": change, "continuation": continuation, "slope": slope}
+
+
 class Score(BaseTrigger):
     """When the weights have converged, by measurement: `when = { score = "change", below = 0.02, patience = 2 }`.
 
@@ -126,7 +158,7 @@ class Score(BaseTrigger):
     order from the input on. Weights are equal on all ranks, and so are the scores.
 
     Attributes:
-        score: `"change"`, `"continuation"`, `"slope"` (see `graphopt.compiler.scores`), or several, all of which must be under theirs.
+        score: `"change"`, `"continuation"`, `"slope"`, or several, all of which must be under theirs.
         below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05.
         patience: checks in a row.
         every: epochs between checks.

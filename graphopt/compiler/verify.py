@@ -5,11 +5,10 @@ tolerance of 1e-9 separates rounding from errors. Gradients are compared in eval
 compute the same function, so that only the backward pass is compared.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,14 +70,14 @@ def check_property(name: Property, before: nn.Module, after: nn.Module, input: t
     """One declared property holds. Raises VerifyError if it does not; with the difference that was found and the one allowed."""
     if name == "state-dict keys":
         return _values(before, after)
-    found = _MEASURES[name](before, after, input, torch.float32)
-    if found.difference:
-        found = _MEASURES[name](before, after, input, torch.float64)
-    if found.difference > TOLERANCE:
-        what = f"the gradient of {found.parameter}" if found.parameter else name
-        figures = f"relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}"
-        raise VerifyError(f"{what} is not preserved: {figures}", where=found.parameter)
-    return Checked(name, found.difference)
+    difference, parameter = _MEASURES[name](before, after, input, torch.float32)
+    if difference:
+        difference, parameter = _MEASURES[name](before, after, input, torch.float64)
+    if difference > TOLERANCE:
+        what = f"the gradient of {parameter}" if parameter else name
+        figures = f"relative difference {difference:.2e}, expected at most {TOLERANCE:.0e}"
+        raise VerifyError(f"{what} is not preserved: {figures}", where=parameter)
+    return Checked(name, difference)
 
 
 def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: bool, unused: tuple[str, ...]) -> Checked:
@@ -143,28 +142,21 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-@dataclass(frozen=True)
-class _Largest:
-    """The largest relative difference, and the parameter whose gradient has it."""
-
-    difference: float
-    parameter: str | None = None
+#: the largest relative difference, and the parameter whose gradient has it
+_Largest = tuple[float, str | None]
 
 
-def _outputs(training: bool) -> _Measure:
-    def measure(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Largest:
-        results = []
-        for module in (before, after):
-            module = _copy(module, dtype).train(training)
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(2)
-                results.append(tensors_in(module(_sample(input, dtype))))
-        if len(results[0]) != len(results[1]):
-            name = "training output" if training else "eval output"
-            raise VerifyError(f"{name}: {len(results[0])} tensors before, {len(results[1])} after")
-        return _Largest(max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0))
-
-    return measure
+def _outputs(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype, *, training: bool) -> _Largest:
+    results = []
+    for module in (before, after):
+        module = _copy(module, dtype).train(training)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(2)
+            results.append(tensors_in(module(_sample(input, dtype))))
+    if len(results[0]) != len(results[1]):
+        name = "training output" if training else "eval output"
+        raise VerifyError(f"{name}: {len(results[0])} tensors before, {len(results[1])} after")
+    return max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0), None
 
 
 def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Largest:
@@ -176,13 +168,13 @@ def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtyp
             torch.autograd.backward(loss)
         found.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
     expected, got = found
-    worst = _Largest(0.0)
+    worst: _Largest = (0.0, None)
     for name in (n for n in got if n in expected):
         reference, gradient = expected[name], got[name]
         if (gradient is None) != (reference is None):
             raise VerifyError(f"the gradient of {name} is {'gone' if gradient is None else 'new'} after the rewrite", where=name)
-        if gradient is not None and reference is not None and (difference := _difference(reference, gradient)) > worst.difference:
-            worst = _Largest(difference, name)
+        if gradient is not None and reference is not None and (difference := _difference(reference, gradient)) > worst[0]:
+            worst = (difference, name)
     return worst
 
 
@@ -194,10 +186,8 @@ def _values(before: nn.Module, after: nn.Module) -> Checked:
     return Checked("state-dict values", 0.0)
 
 
-_Measure = Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Largest]
-
-_MEASURES: dict[Property, _Measure] = {
-    "eval output": _outputs(training=False),
-    "training output": _outputs(training=True),
+_MEASURES: dict[Property, Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Largest]] = {
+    "eval output": partial(_outputs, training=False),
+    "training output": partial(_outputs, training=True),
     "gradients of unselected parameters": _gradients,
 }

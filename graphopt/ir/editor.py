@@ -37,11 +37,9 @@ class Edits:
 
     Attributes:
         inserted: names of new nodes. changed: of nodes whose call or leaf changed. redirected: of nodes that only read another node now.
-        erased: of nodes that are gone.
-        added: paths of new modules and names of new parameters. replaced: paths of leaves that have another form now.
-        removed: names of modules, parameters and buffers that are gone.
-        frozen: names of parameters that no longer require a gradient.
-        sections: names of the sections that were declared.
+        erased: of nodes that are gone. added: paths of new modules and names of new parameters. replaced: paths of leaves that have
+            another form now. removed: names of modules, parameters and buffers that are gone.
+        frozen: names of parameters that no longer require a gradient. sections: names of the sections that were declared.
     """
 
     inserted: dict[str, None] = field(default_factory=dict)
@@ -56,13 +54,7 @@ class Edits:
 
 
 class Editor:
-    """Changes a graph on behalf of one pass instance.
-
-    Attributes:
-        graph: the graph; analyses of it are always up to date.
-        author: the pass instance.
-        edits: what was done so far.
-    """
+    """Changes `graph` on behalf of one pass instance, its `author`; `edits` is what was done so far."""
 
     def __init__(self, graph: Graph, author: Author) -> None:
         self.graph, self.author, self.edits = graph, author, Edits()

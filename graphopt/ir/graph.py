@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,9 +92,6 @@ class Graph:
     def paths(self) -> tuple[str, ...]:
         """What a selector can name, in execution order, outer before inner: module paths, and parameters that the graph reads itself."""
         return self.cached(_paths)
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter(self.nodes)
 
     def cached(self, analysis: Callable[[Graph], Result]) -> Result:
         """`analysis(self)`, kept until the graph changes. Do not change the result."""

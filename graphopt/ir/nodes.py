@@ -16,13 +16,8 @@ from graphopt.ir.graph import Graph
 from graphopt.runtime.by_mode import ByMode
 
 #: Python's assignments to a part of an object (`x += 1`, `x[0] = 1`), as methods and as functions: they write into their first operand
-_WRITING_METHODS = frozenset(
-    f"__{name}__"
-    for name in (
-        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem"),
-    )
-)
+_ASSIGNMENTS = "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat setitem"
+_WRITING_METHODS = frozenset(f"__{name}__" for name in _ASSIGNMENTS.split())
 _WRITING_FUNCTIONS = frozenset(getattr(operator, name) for name in _WRITING_METHODS)
 
 

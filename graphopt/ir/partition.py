@@ -22,11 +22,9 @@ from graphopt.ir.shapes import SHAPE_BATCH
 
 @dataclass(frozen=True)
 class CutCandidate:
-    """An activation after which a graph can be cut.
+    """An activation after which a graph can be cut, and whether there are parameters between the candidate before it and this one.
 
-    Attributes:
-        label: the largest region that ends there ("layer1.14"), else the operation's path and node ("layer1.14 (add_14)").
-        has_parameters: whether there are parameters between the candidate before it and this one.
+    Its label is the largest region that ends there ("layer1.14"), else the operation's path and node ("layer1.14 (add_14)").
     """
 
     node: Node
@@ -118,9 +116,7 @@ def by_stage(graph: Graph, candidates: Sequence[CutCandidate], parts: int | None
 def explicit(graph: Graph, candidates: Sequence[CutCandidate], names: Iterable[str]) -> tuple[CutCandidate, ...]:
     """A cut after each region named; a candidate's label is a name too.
 
-    Raises:
-        PassError: the graph cannot be cut after a region, or a part would have no parameters; names the nearest cuts.
-        SelectError: there is no such region.
+    Raises SelectError if there is no such region, PassError if the graph cannot be cut after it, or a part would have no parameters.
     """
     chosen = sorted((_candidate_after(graph, candidates, name) for name in names), key=lambda c: graph.order[c.node])
     position = {c.node: i for i, c in enumerate(candidates)}

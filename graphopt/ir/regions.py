@@ -69,17 +69,11 @@ def region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
     below = graph.cached(_nodes_below)
     nodes = tuple(sorted({n for p in paths for n in below.get(p, ())}, key=graph.order.__getitem__))
     entries, exits = entries_and_exits(nodes, activations(graph))
-    return Region(
-        name=paths[0] if len(paths) == 1 else f"{paths[0]}-{paths[-1].rpartition('.')[2]}",
-        paths=paths,
-        kind=_kind(graph, paths),
-        nodes=nodes,
-        entries=entries,
-        exits=exits,
-        closed=len(entries) == 1 and len(exits) == 1,
-        # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
-        parameters=parameters_of(graph, (n for n in nodes if n.op != "get_attr" or "pass" not in n.meta or is_below(str(n.target), paths))),
-    )
+    name = paths[0] if len(paths) == 1 else f"{paths[0]}-{paths[-1].rpartition('.')[2]}"
+    # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
+    own = (n for n in nodes if n.op != "get_attr" or "pass" not in n.meta or is_below(str(n.target), paths))
+    closed = len(entries) == len(exits) == 1
+    return Region(name, paths, _kind(graph, paths), nodes, entries, exits, closed, parameters_of(graph, own))
 
 
 def _nodes_below(graph: Graph) -> dict[str, dict[Node, None]]:

@@ -149,9 +149,8 @@ def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
             regions = [b for b in regions if any(r.covers(b) for r in within)]
             steps.append(f"path = {table.path!r}")
             if not regions:
-                raise SelectError(
-                    f"no block lies at or below {table.path!r}", fix=f"The blocks are {listed((b.name for b in find_blocks(graph)), 6)}"
-                )
+                fix = f"The blocks are {listed((b.name for b in find_blocks(graph)), 6)}"
+                raise SelectError(f"no block lies at or below {table.path!r}", fix=fix)
         if table.type is not None:
             regions = _of_type(table.type, regions)
         return regions

@@ -19,8 +19,7 @@ SHAPE_BATCH = 2
 def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
     """Stamps `meta["val"]` on every node of `module` by running it on fake tensors, without gradients and without weights.
 
-    Raises:
-        TraceError: the graph cannot take this input; names the node and its module path.
+    Raises TraceError if the graph cannot take this input; names the node and its module path.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = fake_copy(module, mode)
