@@ -75,6 +75,12 @@ class RunError(GraphoptError):
     """A run, a checkpoint, an output folder or a command-line option is not usable."""
 
 
+def listed(names: Iterable[str], most: int) -> str:
+    """`"a, b, ..."`: names for a message, not more than so many."""
+    first = list(names)
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:
     """`"Did you mean 'a', 'b' or 'c'?"`: the most similar known names, best first, case ignored; None if there is none."""
     by_folded: dict[str, str] = {}
