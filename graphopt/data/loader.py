@@ -21,7 +21,7 @@ from graphopt.data.transforms import Transform, eval_transform, is_random, train
 from graphopt.errors import RunError
 from graphopt.spec import AugmentSpec, DataSpec
 
-Key = tuple[int, int]
+Key = tuple[int, int]  # epoch, index of the sample
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ class Batch(NamedTuple):
 class Feed(Protocol):
     """A source of training batches: images, or cached features of a prefix that has left the graph."""
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        ...
+    def __len__(self) -> int: ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number `start` on; a function of (seed, epoch) alone."""
-        ...
+        """The epoch's batches, `len(feed)` of them, from number `start` on; a function of (seed, epoch) alone."""
 
 
 class Unreadable(NamedTuple):
@@ -62,7 +59,6 @@ class Unreadable(NamedTuple):
     why: str
 
     def error(self) -> RunError:
-        """The error that the training process raises."""
         return RunError(f"the image cannot be read ({self.why})", where=self.image, fix="Replace the file, or take it out of the data set")
 
 
@@ -109,14 +105,10 @@ class Data:
 
 
 def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
-    """The training and evaluation samples that a spec asks for, as tensors of shape `input`.
-
-    Raises RunError for an input that images cannot have, missing files, or splits with different classes.
-    """
+    """The samples that a spec asks for, as tensors of shape `input`. Raises RunError for an input that no image has, and bad files."""
     if len(input) != 3 or input[0] not in (1, 3):
         raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(input)}", where="backbone.input")
-    train = open_split(spec.name, spec.root, spec.train_split)
-    evaluation = open_split(spec.name, spec.root, spec.eval_split)
+    train, evaluation = (open_split(spec.name, spec.root, split) for split in (spec.train_split, spec.eval_split))
     if train.classes != evaluation.classes:
         raise RunError(f"{spec.train_split} has {train.classes} classes, {spec.eval_split} has {evaluation.classes}", where="data")
     return Data(
@@ -167,7 +159,7 @@ def _collate(samples: list[Any]) -> Any:
 
 
 def _set_signals(_: int) -> None:
-    """Leaves Ctrl-C to the training process; a loader process ends on SIGTERM as usual."""
+    # Ctrl-C is the training process's; a loader process ends on SIGTERM as usual.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -198,13 +190,7 @@ def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Itera
 
 
 class ImageFeed:
-    """Training batches of images in shuffled order or, without `shuffle`, every sample once in order.
-
-    Args:
-        accumulate: batches per optimizer step; an epoch has whole steps only.
-        workers: loader processes. pin: load into page-locked memory.
-        rank: this process, which gets its part of each epoch.
-    """
+    """Training batches of images, shuffled, in whole steps of `accumulate` batches; without `shuffle`, every sample once in order."""
 
     def __init__(
         self,
@@ -233,7 +219,6 @@ class ImageFeed:
         return self._order.batches
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """See `Feed.batches`."""
         self._order.epoch, self._order.start = epoch, start
         return _checked(self._loader)
 
@@ -247,7 +232,6 @@ class Mixer:
 
     @classmethod
     def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Self | None:
-        """None where the spec asks for neither."""
         return cls(augment, classes, smoothing, seed) if augment.mixup or augment.cutmix else None
 
     def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
