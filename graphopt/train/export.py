@@ -23,8 +23,9 @@ def export_run(
 ) -> Path:
     """Writes the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
 
-    Where a pass replaced something that the backbone's architecture cannot express, the file holds the emitted module's weights with
-    the spec instead: `graphopt.load(path)` gives the model back, and `graphopt.plan_file.is_plan_file(path)` is true.
+    Its metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are. Where a pass replaced
+    something that the backbone's architecture cannot express, the file holds the emitted module's weights with the spec instead:
+    `graphopt.load(path)` gives the model back. Raises RunError for no run or checkpoint, no averaged weights, or no room.
 
     Args:
         run: the run's folder, or one of its checkpoints.
@@ -32,12 +33,6 @@ def export_run(
         weights: "model", "ema" (the averaged weights), or "auto": whichever were better when they were evaluated.
         plan: for a run of a plan compiled by hand, that plan.
         trust: let the run's spec run Python code that it names.
-
-    Returns:
-        `path`. The file's metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are.
-
-    Raises:
-        RunError: no run or checkpoint there, no averaged weights, or no room.
     """
     state = load_checkpoint(_checkpoint(Path(run), which))
     plan, chosen = _restored(state, weights, plan, trust, str(run))
@@ -58,12 +53,8 @@ def load_run(run: StrPath, *, which: Which = "best", weights: Weights = "auto", 
 def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
     """The model in a file that `graphopt.save` or `graphopt export` wrote, or in a run's folder; in eval mode.
 
-    Args:
-        trust: let its spec run Python code that it names.
-        plan: for a file or run of a plan compiled by hand, that plan (in any phase).
-
-    Raises:
-        RunError: nothing there, not such a file, or a plan compiled by hand without `plan`.
+    `trust` lets its spec run Python code that it names; a file or run of a plan compiled by hand needs that `plan` (in any phase).
+    Raises RunError if there is nothing, or not such a file.
     """
     source = Path(path)
     read = load_run if source.is_dir() or source.suffix == ".pt" else read_plan_file
@@ -71,7 +62,6 @@ def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.
 
 
 def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, trust: bool, where: str) -> tuple[Plan, str]:
-    """The plan of a checkpoint with its weights, and which they are: "model" or "ema"."""
     if weights == "ema" and state["phase"]["ema"] is None:
         raise RunError("the run has no averaged weights", where=where, fix="Set train.ema, or export the model's own")
     chosen = state["progress"]["weights"] if weights == "auto" else weights

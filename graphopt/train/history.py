@@ -13,14 +13,11 @@ Regions = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One finished epoch, counted from 0.
-
-    The change of a scored region is `|w_e - w_(e-1)| / |w_(e-1)|` over all its parameters, L2 norms in float64; where its weights were
-    zero, `inf` once they change and 0.0 before.
-    """
+    """One finished epoch, counted from 0."""
 
     epoch: int
     metrics: dict[str, float]  # figures of metrics.jsonl (`train_loss`, `accuracy`, ...), numbers only
+    #: of scored regions, `|w_e - w_(e-1)| / |w_(e-1)|` over all parameters, in float64; from zero, `inf` once they change, 0.0 before
     change: dict[str, float]
 
 
@@ -57,12 +54,10 @@ class History:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors only (loads with `weights_only=True`)."""
         return {"records": [asdict(record) for record in self.records], "snapshot": self.snapshot}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `state_dict()`."""
         return cls([EpochRecord(**record) for record in state["records"]], dict(state["snapshot"]))
 
 

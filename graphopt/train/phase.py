@@ -51,14 +51,7 @@ class Phase:
     """A plan between two decisions, on its device, with its optimizer, schedule and averaged weights.
 
     The runner reads of a plan only `module` and its `requires_grad`, `needs`, `no_decay`, `due()`, `scored`, and which parameters the
-    forward never uses. It knows no pass by name.
-
-    Attributes:
-        feed: its training batches.
-        steps: optimizer steps per epoch.
-        features: what the feature cache has decided in this phase, as plain values.
-        frozen: fingerprints of the tensors that must not change.
-        gradients_checked: whether the gradients of its first step have been checked.
+    forward never uses.
     """
 
     def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None) -> None:
@@ -66,7 +59,7 @@ class Phase:
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
         strategy.to_device(plan.module)
         self.feed: Feed = context.images
-        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}
+        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
         self._trained: nn.Module = plan.module
         self._call: Callable[..., Any] | None = None
         # timm's backbones may exclude parameters from weight decay, too.
@@ -75,10 +68,8 @@ class Phase:
         self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
         if earlier is not None:
             optimizers.load_optimizer_state(self.optimizer, plan.module, optimizers.optimizer_state(earlier.optimizer, earlier.plan.module))
-        self.steps = len(self.feed) // spec.accumulate
-        self.schedule = optimizers.Schedule(
-            self.optimizer, spec.scheduler, lr=spec.optimizer.lr, epochs=spec.epochs, steps_per_epoch=self.steps
-        )
+        self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
+        self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
         self.ema: ModelEmaV3 | None = _averaged(plan.module, spec.ema, earlier.ema if earlier is not None else None)
         self.frozen = fingerprints(plan.module)
@@ -91,7 +82,6 @@ class Phase:
         return Phase(advance(self.plan, decisions, self.spec.seed, epoch), self.context, earlier=self)
 
     def close(self) -> None:
-        """Checks, at the end of the phase, that no frozen tensor has changed."""
         check_frozen(self.plan.module, self.frozen)
 
     def begin(self) -> bool:

@@ -80,12 +80,10 @@ def train(
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
-            mixer, identity = None, {}
+            mixer, identity = None, dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
                 mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)
-                identity = data.model_dump(mode="json", exclude={"workers"})
-            # Everything that determines the inputs of training.
-            identity = {"data": identity, "seed": settings.seed}
+                identity["data"] = data.model_dump(mode="json", exclude={"workers"})
             cached = folder.path / "features"
             features = FeatureCache(images, strategy, folder=cached, digest=digest, identity=identity, mixed=mixer is not None)
             context = RunContext(settings, strategy, images, evaluation, opened.classes, mixer, features)
@@ -94,10 +92,7 @@ def train(
             offset = saved["metrics_offset"] if saved is not None else 0
             with closing(MetricsLog(folder.metrics, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
                 log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                if saved is not None:
-                    log.resumed()
-                else:
-                    log.phase(state.phase.plan.decisions)
+                log.resumed() if saved is not None else log.phase(state.phase.plan.decisions)
                 features.check(plan)
                 return Run(context, state, log, checkpointer, signals).run()
     finally:
@@ -105,9 +100,7 @@ def train(
 
 
 def _feeds(data: Data, spec: DataSpec | Data, settings: TrainSpec, strategy: Strategy) -> tuple[ImageFeed, ImageFeed]:
-    """The training and the evaluation batches."""
-    workers = spec.workers if isinstance(spec, DataSpec) else 0
-    common: dict[str, Any] = {"workers": workers, "pin": strategy.device.type == "cuda", "rank": strategy.rank}
+    common: dict[str, Any] = {"workers": spec.workers if isinstance(spec, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
     train = ImageFeed(data.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **common)
     if not len(data.evaluation):
         raise RunError("there are no evaluation images", where="data")
@@ -158,7 +151,6 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
 
     def run(self) -> Summary:
-        """Trains until the last epoch; see `train` for what it raises."""
         self.strategy.reset_peak_memory()
         with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
@@ -171,14 +163,12 @@ class Run:
         write_atomically(self.folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 
-    # -- an epoch -----------------------------------------------------------------------------------------------------------
     def _decide(self) -> None:
         """Between epochs, begins the next phase where triggers have fired."""
         state, epoch = self.state, self.progress.epoch
         if self.progress.step or not epoch:
             return
-        due = self.strategy.agree(lambda: state.phase.plan.due(epoch, state.history, self.spec.epochs))
-        if due:
+        if due := state.phase.plan.due(epoch, state.history, self.spec.epochs):
             state.phase = state.phase.next(due, epoch)
             state.watch()
             self.log.phase(due)
@@ -263,7 +253,6 @@ class Run:
                 fix = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before"
                 raise RunError(what, where=str(self.folder.path), fix=fix)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------------
     def _stop_if_requested(self) -> None:
         """Raises Stopped, after writing a checkpoint, if a signal has requested it."""
         signum = self.signals.signum
@@ -274,10 +263,9 @@ class Run:
             raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)
 
     def _save(self, *, best: bool = False) -> None:
-        if self.strategy.is_main_rank:
-            self._check_losses()
-            self._update_clock()
-            self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
+        self._check_losses()
+        self._update_clock()
+        self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 
     def _update_clock(self) -> None:
         now = time.perf_counter()

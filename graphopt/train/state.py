@@ -41,9 +41,8 @@ class RunState:
 
     @classmethod
     def initial(cls, plan: Plan, context: RunContext) -> Self:
-        """The state before the first step."""
         history, spec = History(), context.spec
-        due = context.strategy.agree(lambda: plan.due(0, history, spec.epochs))
+        due = plan.due(0, history, spec.epochs)
         state = cls(Phase(advance(plan, due, spec.seed, 0) if due else plan, context), history=history)
         # From here on the model draws from a stream that compiling and verifying have not touched.
         torch.manual_seed(mixed_seed(spec.seed, 3))
@@ -79,7 +78,6 @@ class Summary:
 
     @classmethod
     def of(cls, state: RunState, device: str, folder: str) -> Self:
-        """The summary of a run that is over."""
         plan, progress, last = state.phase.plan, state.progress, state.history.records[-1].metrics
         return cls(
             name=plan.name,
