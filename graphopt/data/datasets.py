@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,17 +17,11 @@ from torchvision import datasets
 from graphopt.errors import RunError, did_you_mean
 
 
-class Images(Protocol):
-    """Labelled images: `images[i]` is a PIL image and its class."""
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
-
-
 @dataclass(frozen=True)
 class Split:
     """One opened split: its images, their targets (known without opening them), and how many classes there are."""
 
-    images: Images
+    images: Any  # `images[i]` is a PIL image and its class
     targets: Sequence[int]
     classes: int
 

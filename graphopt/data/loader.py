@@ -131,23 +131,6 @@ def stratified(targets: Any, limit: int | None) -> list[int]:
     return sorted(np.lexsort((np.arange(len(labels)), labels, rank))[:limit].tolist())
 
 
-class _Order:
-    """Batches of sample keys; a function of (seed, epoch), divided among ranks."""
-
-    def __init__(self, count: int, batch: int, batches: int, seed: int, shuffle: bool, rank: Rank) -> None:
-        self.count, self.batch, self.batches, self.seed, self.shuffle, self.rank = count, batch, batches, seed, shuffle, rank
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.batches - self.start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = epoch_order(self.count, self.seed, self.epoch) if self.shuffle else list(range(self.count))
-        mine = order[self.rank.number :: self.rank.count]
-        for number in range(self.start, self.batches):
-            yield [(self.epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch]]
-
-
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch visits its samples."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
@@ -204,22 +187,28 @@ class ImageFeed:
         pin: bool = False,
         rank: Rank = SINGLE,
     ) -> None:
-        self.samples, self.batch, self.seed, self.workers, self.pin, self.rank = samples, batch, seed, workers, pin, rank
+        self.samples, self.batch, self.seed, self.shuffle = samples, batch, seed, shuffle
+        self.workers, self.pin, self.rank = workers, pin, rank
         count, step = len(samples), batch * accumulate * rank.count
-        if shuffle:
-            batches = count // step * accumulate
-            if batches == 0:
-                raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
-        else:
-            batches = -(-count // (batch * rank.count))
-        self._order = _Order(count, batch, batches, seed, shuffle, rank)
-        self._loader = _loader(samples, self._order, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
+        self._batches = count // step * accumulate if shuffle else -(-count // (batch * rank.count))
+        if shuffle and not self._batches:
+            raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
+        self._next = 0, 0  # an epoch, and the first batch in it
+        self._loader = _loader(samples, self, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
 
     def __len__(self) -> int:
-        return self._order.batches
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """The keys of each batch of an epoch, for the loader."""
+        epoch, start = self._next
+        order = epoch_order(len(self.samples), self.seed, epoch) if self.shuffle else list(range(len(self.samples)))
+        mine = order[self.rank.number :: self.rank.count]
+        for number in range(start, self._batches):
+            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch]]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._order.epoch, self._order.start = epoch, start
+        self._next = epoch, start
         return _checked(self._loader)
 
 

@@ -22,18 +22,15 @@ from graphopt.files import link_atomically, lock_folder, reason, write_atomicall
 from graphopt.plan_file import check_digest, check_version
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
-from graphopt.train.history import History
 from graphopt.train.phase import Phase, RunContext
-from graphopt.train.state import Progress, RunState
+from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 FORMAT_VERSION = 1
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
-    "train": {
-        *("epochs", "device", "strategy", "compile", "channels_last", "deterministic"),
-        *("checkpoint_steps", "keep", "eval_every", "log_every"),
-    },
+    "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
+    | {"checkpoint_steps", "keep", "eval_every", "log_every"},
     "data": {"root", "workers", "eval_limit"},
 }
 

@@ -1,8 +1,7 @@
 """timm's optimizers and schedulers, with optimizer state by parameter name.
 
-Tracing and phase changes reorder parameters, so positions identify nothing: an optimizer's state is saved, and carried into the next
-phase, under the parameter's state-dict name. The state of a parameter that a phase freezes or removes is dropped; if the parameter trains
-again later, it starts with new state.
+Tracing and phase changes reorder parameters, so positions identify nothing. The state of a parameter that a phase freezes or removes is
+dropped; if the parameter trains again later, it starts with new state.
 """
 
 from collections import Counter
@@ -42,10 +41,9 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 def build_optimizer(
     module: nn.Module, spec: OptimizerSpec, *, no_decay: Collection[str] = (), rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """An optimizer of timm over the trainable parameters of `module`, in named groups.
+    """An optimizer of timm over the trainable parameters, in named groups; what has one dimension and `no_decay` are not decayed.
 
-    Biases, norm parameters (everything of at most one dimension) and the names in `no_decay` are not decayed. `rates` are learning-rate
-    factors by name (see `layer_rates`). Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
+    `rates` are from `layer_rates`. Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in trainable(module).items():
@@ -72,10 +70,7 @@ def build_optimizer(
 
 
 def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | None:
-    """Learning-rate factor per parameter name: 1 at the head, times `decay` for each layer (as timm counts them) before it.
-
-    Raises RunError if the backbone does not define its layers.
-    """
+    """Learning-rate factor per parameter: 1 at the head, times `decay` for each layer before it. Raises RunError for unknown layers."""
     if decay is None:
         return None
     if not hasattr(backbone, "group_matcher"):
@@ -120,10 +115,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Loads the state of parameters and the settings of groups by name.
-
-    A parameter without saved state starts with new state; saved state without a parameter is dropped.
-    """
+    """Loads the settings of groups, and the state of parameters that have some, by name; the rest of `saved` is dropped."""
     packed = optimizer.state_dict()
     for group in packed["param_groups"]:
         group.update(saved["groups"].get(group["name"], {}))
@@ -138,10 +130,9 @@ def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, str
 
 
 class Schedule:
-    """The learning rate as a function of the optimizer steps done so far.
+    """The learning rate as a function of the optimizer steps done so far, and of nothing else; so there is no state to save.
 
-    All schedulers that a spec can name are pure functions of that count, so a phase change or a resume needs no saved state: make one for
-    the new optimizer and set its step. (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
+    (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, train: TrainSpec, steps: int) -> None:

@@ -57,10 +57,8 @@ def train(
         tensorboard: write event files under `out/tensorboard` as well.
         console: where progress is shown; None is silent.
 
-    Raises:
-        GraphoptError: the spec, the data or the folder is wrong, the loss is not finite, or one of these checks fails: the optimizer holds
-            exactly the trainable parameters; these have finite gradients, frozen ones none; frozen tensors do not change.
-        Stopped: Ctrl-C or SIGTERM, after writing a checkpoint.
+    Raises GraphoptError if the spec, the data or the folder is wrong, the loss is not finite, the optimizer does not hold exactly the
+    trainable parameters, these have no finite gradients, or frozen tensors change; Stopped on Ctrl-C or SIGTERM, after a checkpoint.
     """
     plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
     settings = settings or (spec.train if spec is not None else TrainSpec())
@@ -69,7 +67,11 @@ def train(
     # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
     shape = plan.base.input if plan is not None else spec.backbone.input
     opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
-    images, evaluation = _feeds(opened, data, settings, strategy)
+    if not len(opened.evaluation):
+        raise RunError("there are no evaluation images", where="data")
+    loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
+    images = ImageFeed(opened.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **loading)
+    evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
     folder = RunFolder.claim(out, digest, text, resume=resume)
     try:
@@ -99,14 +101,6 @@ def train(
         folder.release()
 
 
-def _feeds(data: Data, spec: DataSpec | Data, settings: TrainSpec, strategy: Strategy) -> tuple[ImageFeed, ImageFeed]:
-    common: dict[str, Any] = {"workers": spec.workers if isinstance(spec, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
-    train = ImageFeed(data.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **common)
-    if not len(data.evaluation):
-        raise RunError("there are no evaluation images", where="data")
-    return train, ImageFeed(data.evaluation, settings.batch, shuffle=False, **common)
-
-
 class Stopped(RunError):
     """A run that stopped on request and can be resumed. Its exit code is 128 + the signal's number, as in shells."""
 
@@ -116,10 +110,7 @@ class Stopped(RunError):
 
 
 class StopSignals:
-    """While open, the first Ctrl-C or SIGTERM only sets `signum`; the second has its usual effect.
-
-    Outside the main thread, where Python allows no handlers, nothing changes.
-    """
+    """While open, the first Ctrl-C or SIGTERM sets `signum`, the second has its usual effect; does nothing outside the main thread."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -176,7 +167,7 @@ class Run:
     def _train_epoch(self) -> None:
         phase, progress, spec = self.state.phase, self.progress, self.spec
         if phase.begin() and self.context.features.last_decision:
-            self.log.features(self.context.features.last_decision)
+            self.log.write("features", **self.context.features.last_decision)
         phase.train_mode()
         self.log.screen.start("train", progress.epoch, phase.steps, progress.step)
         batches = self._batches()
@@ -188,11 +179,9 @@ class Run:
             self._losses.append(loss)
             self.state.meter.add(loss, correct, samples)
             self.state.window.add(loss, correct, samples)
-            note = ""
-            if progress.total % spec.log_every == 0:
+            if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
-                note = self.log.window(rate, spec.log_every)
-            self.log.screen.step(note)
+            self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
             self._stop_if_requested()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()

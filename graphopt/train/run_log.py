@@ -22,10 +22,7 @@ from graphopt.units import show_size
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object per line, and on request the same in TensorBoard.
-
-    A checkpoint stores `tell()`; a resumed run truncates the file there, so that steps trained twice are logged once.
-    """
+    """metrics.jsonl, truncated to `offset` (so that steps trained twice are logged once), and on request the same in TensorBoard."""
 
     def __init__(self, path: Path, *, offset: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
         try:
@@ -90,7 +87,8 @@ class Screen:
         self.progress.reset(self._task, total=total, completed=done, description=description, note="", visible=True)
 
     def step(self, note: str = "") -> None:
-        self.progress.update(self._task, advance=1, **({"note": note} if note else {}))  # type: ignore[arg-type]
+        fields: dict[str, Any] = {"note": note} if note else {}
+        self.progress.update(self._task, advance=1, **fields)
 
 
 class RunLog:
@@ -100,7 +98,8 @@ class RunLog:
         self.state, self.metrics, self.screen, self._strategy = state, metrics, screen, strategy
         self._lap = time.perf_counter(), 0
 
-    def _write(self, kind: str, **figures: Any) -> dict[str, Any]:
+    def write(self, kind: str, **figures: Any) -> dict[str, Any]:
+        """Writes one record, and returns it."""
         progress = self.state.progress
         record = {"kind": kind, "step": progress.total, "epoch": progress.epoch, **figures}
         self.metrics.write(record)
@@ -108,20 +107,17 @@ class RunLog:
 
     def resumed(self) -> None:
         progress = self.state.progress
-        self._write("resume")
+        self.write("resume")
         self.screen.say(f"resumes at epoch {progress.epoch + 1}, step {progress.step}")
 
     def phase(self, decisions: tuple[Decision, ...]) -> None:
         plan, phases = self.state.phase.plan, self.state.phases
         made = [{**d.model_dump(mode="json"), "pass": plan.passes[d.index].name} for d in decisions]
-        record = self._write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module))
+        record = self.write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module))
         phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions")})
         why = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in made]
         counts = f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
         self.screen.say(f"phase {record['phase']} from epoch {record['epoch'] + 1}: {'; '.join(why) or 'start'}; {counts}")
-
-    def features(self, decision: Mapping[str, Any]) -> None:
-        self._write("features", **decision)
 
     def start_window(self) -> None:
         self._lap = time.perf_counter(), self.state.progress.total
@@ -133,7 +129,7 @@ class RunLog:
         seconds = (time.perf_counter() - start) / max(1, self.state.progress.total - first)
         speed, peak = window.samples / steps / seconds if seconds else 0.0, self._strategy.peak_memory()
         figures = {"loss": window.loss, "accuracy": window.accuracy, "lr": rate, "step_seconds": seconds, "samples_per_second": speed}
-        self._write("step", phase=len(self.state.phases) - 1, **figures, peak_bytes=peak)
+        self.write("step", phase=len(self.state.phases) - 1, **figures, peak_bytes=peak)
         self.state.window = Meter()
         self.start_window()
         return f"loss {window.loss:.4f}"
@@ -147,7 +143,7 @@ class RunLog:
             "peak_bytes": peak,
             **({"change": change} if change else {}),
         }
-        record = self._write("epoch", phase=len(self.state.phases) - 1, **figures, **more)
+        record = self.write("epoch", phase=len(self.state.phases) - 1, **figures, **more)
         parts = [f"loss {figures['train_loss']:.4f}"]
         for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
             if name in figures:

@@ -34,9 +34,7 @@ class Strategy:
         if spec.strategy in ("ddp", "fsdp") or torch.distributed.is_torchelastic_launched():
             fix = 'Start it without torchrun, with strategy = "single"'
             raise RunError("training runs on one device for now", where="train.strategy", fix=fix)
-        name = spec.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = spec.device if spec.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
         except RuntimeError as error:
@@ -106,7 +104,5 @@ class Strategy:
 
     def describe(self) -> str:
         """Human-readable, for summary.json: 'cpu', 'cuda (NVIDIA H200), bfloat16'."""
-        name = self.device.type
-        if name == "cuda":
-            name = f"cuda ({torch.cuda.get_device_name(self.device)})"
+        name = f"cuda ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else self.device.type
         return f"{name}, {dtype_name(self.precision)}" if self.precision else name

@@ -31,13 +31,10 @@ TRIAL = 4
 
 
 class FeatureCache:
-    """Caches the features of one run, one entry at a time, in the order and batches of `images`.
+    """Caches the features of one run, one entry at a time: in `folder`, in RAM, or in a folder that the pass names.
 
-    Entries on disk go to `folder`, unless the pass names another. `identity` is the data and its transform, as plain values; `mixed` says
-    that mixup or CutMix changes the batches.
-
-    `on_progress` is called with (rows done, rows) while an entry is filled and may raise an exception to stop, `on_message` with a line
-    for the console; `last_decision` is the last decision about caching, as a record for the run's log.
+    `identity` is the data and its transform, `mixed` whether mixup or CutMix changes batches. `on_progress` is called with (rows done,
+    rows) and may raise an exception to stop, `on_message` with a line for the console; `last_decision` is a record for the run's log.
     """
 
     def __init__(
@@ -163,10 +160,7 @@ class FeatureCache:
         return entry
 
     def _fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, trial: bool) -> CacheEntry:
-        """Computes what is missing of an entry. What was written stays if this is interrupted, and is removed where caching fails.
-
-        A trial declines if, after a few chunks, reading features turns out to be slower than computing them.
-        """
+        """Computes what is missing of an entry; a trial declines if reading a few chunks is slower than computing them."""
         source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if len(cuts) > 1 else None
         prefix, layout = Prefix(plan, cuts, self.strategy), fill.layout
         last = min(TRIAL, layout.chunks - 1) if trial and not options.get("force") and fill.done == 0 else 0

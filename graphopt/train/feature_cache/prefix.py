@@ -44,10 +44,7 @@ def computing(start: Node | None, stop: Node) -> set[Node]:
 
 
 def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: Sequence[object]) -> str:
-    """The key of the features at `stop`, computed from those at `start`, or from images, that have the key `parent`.
-
-    It changes with everything that the features depend on.
-    """
+    """The key of the features at `stop`, which depend on those at `start` (or images) with the key `parent`, nodes, tensors and options."""
     inside = computing(start, stop)
     ordered = [n for n in graph.nodes if n in inside]
     text = [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in ordered]
@@ -67,10 +64,7 @@ def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: S
 
 
 class Prefix:
-    """Computes the features of the last of several cuts, from images or from the features of the cut before it.
-
-    Raises RunError if it still trains.
-    """
+    """Computes the features of the last of several cuts, from images or the features of the cut before. Raises RunError if it trains."""
 
     def __init__(self, plan: Plan, cuts: Sequence[Cut], strategy: Strategy) -> None:
         nodes = computing(None, cuts[-1].node)
@@ -117,10 +111,7 @@ class OnFeatures(nn.Module):
 
 
 class FeatureFeed:
-    """Training batches of cached features, in the order of the images' feed. A thread reads them ahead.
-
-    The entry has the first of each sample's `views`, then all second ones, and so on.
-    """
+    """Batches of cached features in the order of the images' feed, a thread reads ahead. The entry has all first views, then all second."""
 
     def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1) -> None:
         self.entry, self._images, self._views = entry, images, views
