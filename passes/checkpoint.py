@@ -60,7 +60,6 @@ class Checkpoint(Pass):
         return self
 
     def match(self, graph: Graph) -> Match[tuple[str, ...]]:
-        """Finds the regions. With `balance = "memory"` it decides after which blocks a segment ends."""
         match: Match[tuple[str, ...]] = Match(find_blocks(graph) if self.select is None else select(self.select, graph))
         if self.segments is not None and self.segments > len(match.regions):
             why = f"segments = {self.segments}, but there are {len(match.regions)} blocks to divide"
@@ -73,7 +72,6 @@ class Checkpoint(Pass):
         return match
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[str, ...] | None]) -> Effects:
-        """Declares each segment a section that runs again."""
         effects, count, active = Effects(), 0, activations(edit.graph)
         for regions in self._segments(match.regions, match.decision):
             nodes = regions[0].nodes if self.segments is None else slice_around(edit.graph, (n for r in regions for n in r.nodes))
