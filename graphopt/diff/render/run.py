@@ -100,6 +100,7 @@ def to_report(run: Run, plan: Plan) -> str:
     facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
     if run.summary:
         facts.append(str(run.summary.get("device", "")))
+    lines = [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(map(_label, p.get("decisions", ()))))} for p in run.phases]
     values = {
         "TITLE": html.escape(title),
         "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
@@ -108,7 +109,7 @@ def to_report(run: Run, plan: Plan) -> str:
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
         "DIFF": html.escape(to_html(phases), quote=True),
-        "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),
+        "DATA": as_script({"phases": lines, "charts": charts(run), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
     return filled(web("report.html"), values)
@@ -193,10 +194,6 @@ def _tile(what: str, big: str, small: str) -> str:
         f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
         f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
     )
-
-
-def _phase_lines(run: Run) -> list[dict[str, Any]]:
-    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_label(d) for d in p.get("decisions", ())))} for p in run.phases]
 
 
 def _label(decision: Mapping[str, Any]) -> str:
