@@ -147,7 +147,7 @@ def test_drop_points_have_the_size_that_was_published():
 
 
 def test_a_replayed_schedule_saves_what_was_published():
-    """arXiv 2604.23403: forward FLOPs averaged over the run; here with evaluation and filling counted in. tools/drop_table.py has the others."""
+    """arXiv 2604.23403: forward FLOPs averaged over the run; here with evaluation and filling counted in."""
     spec = load("learn_and_drop/vgg11")
     with torch.device("meta"):
         model = build(spec.backbone)
