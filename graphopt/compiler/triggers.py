@@ -16,7 +16,7 @@ from graphopt.errors import PassError, did_you_mean
 Fired = tuple[Literal["apply", "undo"], tuple[str, ...] | None]
 
 ScoreName = Literal["change", "continuation", "slope"]
-Threshold = Annotated[float, Field(gt=0)]
+Threshold = Annotated[float, Field(gt=0, strict=True)]
 From0 = Annotated[int, Field(ge=0, strict=True)]
 From1 = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -24,7 +24,7 @@ _BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05}
 
 
 class _Frozen(pydantic.BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Decision(_Frozen):
@@ -256,7 +256,7 @@ class FreezeOut(_Published):
         how: "cubic" or "linear".
     """
 
-    t0: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    t0: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
     how: Literal["cubic", "linear"] = "cubic"
 
     def end(self, i: int, count: int) -> float:
@@ -282,8 +282,8 @@ class Progressive(_Published):
         gamma: how fast theta falls; with the paper's 100 it reaches the limit within the first twentieth of the run.
     """
 
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    gamma: Annotated[float, Field(gt=0)] = 100.0
+    keep: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
+    gamma: Annotated[float, Field(gt=0, strict=True)] = 100.0
 
     def theta(self, time: float) -> float:
         """The deepest region's keep probability."""

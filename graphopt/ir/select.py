@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictBool
 
 from graphopt.errors import SelectError, did_you_mean, listed
 from graphopt.ir.blocks import find_blocks
@@ -39,11 +39,11 @@ class Filter(pydantic.BaseModel):
         every: each k-th of what is left: the k-th, the 2k-th and so on. offset: index (from 0) of the first one taken instead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: Glob | tuple[Glob, ...] | None = None
     type: Glob | tuple[Glob, ...] | None = None
-    blocks: bool | None = None
+    blocks: StrictBool | None = None
     before: Glob | None = None
     after: Glob | None = None
     between: tuple[Glob, Glob] | None = None

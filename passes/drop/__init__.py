@@ -35,7 +35,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import torch
-from pydantic import Field
+from pydantic import Field, StrictBool
 from torch.fx import Node
 
 from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, RuntimeNeeds, Selector, Status, select
@@ -81,9 +81,9 @@ class Drop(Pass):
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
     folder: str | None = None
-    force: bool = False
+    force: StrictBool = False
     select: Selector | None = None
-    probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    probability: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _fits_mode(self) -> Self:

@@ -72,14 +72,14 @@ FRACTION = 0.125
 #: the boundary that the first module starts at
 INPUT = "input"
 
-Ends = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+Ends = tuple[Annotated[float, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, strict=True)]]
 Statistics = tuple[float, ...]
 
 
 class Weighting(pydantic.BaseModel):
     """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     reconstruct: Ends = (1.0, 1.0)
     classify: Ends = (1.0, 1.0)
@@ -117,10 +117,10 @@ class Supervise(Pass):
     cuts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     decoder: Literal["features", "image", "none"] = "features"
     structure: decoders.Structure = "linear"
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
     head: heads.HeadKind = "pool"
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3, strict=True)] = 0.07
     weights: Weighting = Weighting()
     mean: Statistics | None = None
     std: Statistics | None = None
