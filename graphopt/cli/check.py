@@ -37,12 +37,13 @@ def check(
         graphopt check learn_and_drop/vgg11 --json
     """
     from graphopt.cli.screen import show_json
-    from graphopt.driver import prepare
+    from graphopt.driver import check_folders, prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
 
     loaded = load(spec, trust=trust, overrides=set_)
     source = prepare(None, loaded, trust=trust)
+    check_folders(source, trust=trust)
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
@@ -76,9 +77,10 @@ def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None")
     from graphopt.planning.run_cost import counts, decisions_of, forecast_run
 
     decisions = decisions_of(path) if (path / "summary.json").is_file() else None
+    plan = compile_phase(source, verify="fast", costs=False)
+    plan.check_phases(spec.train.epochs)
     try:
         samples, evaluated = counts(spec.data)
-        plan = compile_phase(source, verify="off", costs=False)
         return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
     except (RunError, CostError):
         return None, None

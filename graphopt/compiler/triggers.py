@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -57,6 +58,10 @@ class BaseTrigger(_Frozen):
         """Whether it fires without measurements, as the spec alone determines."""
         return True
 
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        """The epochs of a run before which it may fire, if it is foreseeable; without asking every epoch of a long run."""
+        return ()
+
 
 class Start(BaseTrigger):
     """From the first step to the last: `when = "start"`."""
@@ -76,6 +81,9 @@ class AtEpoch(BaseTrigger):
         if self.until is not None and self.until <= self.epoch:
             raise ValueError(f"until = {self.until} must come after epoch = {self.epoch}")
         return self
+
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        return (self.epoch,) if self.until is None else (self.epoch, self.until)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
         on = self.epoch <= epoch and (self.until is None or epoch < self.until)
@@ -113,6 +121,9 @@ class Steps(BaseTrigger):
             if names.index(step.upto) <= reached:
                 raise PassError(f"the schedule goes back to {step.upto!r} at epoch {step.epoch}", where="when", fix="Go further each time")
             reached = names.index(step.upto)
+
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        return (step.epoch for step in self.steps)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
         due = [s.upto for s in self.steps if s.epoch <= epoch]
@@ -232,9 +243,15 @@ class Score(BaseTrigger):
 
 
 class _Published(BaseTrigger):
-    """A published schedule, by its name."""
+    """A published schedule, by its name. The number of regions that it wants applied never falls."""
 
     schedule: str
+
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        def wanted(epoch: int) -> int:
+            return sum(len(regions or ()) for _, regions in self.fire(names, (), epoch, epochs, None))
+
+        return (bisect_left(range(epochs), count, key=wanted) for count in range(1, len(names) + 1))
 
     @pydantic.field_validator("schedule", mode="before")
     @classmethod
