@@ -71,7 +71,12 @@ class Start(BaseTrigger):
 
 
 class AtEpoch(BaseTrigger):
-    """From an epoch on, and optionally only until another: `when = { epoch = 10, until = 20 }`. Epochs count from 0."""
+    """From an epoch on, and optionally only until another: `when = { epoch = 10, until = 20 }`.
+
+    Attributes:
+        epoch: the first epoch that the pass is applied in; they count from 0.
+        until: the first in which it is no longer.
+    """
 
     epoch: From0
     until: From1 | None = None
@@ -91,7 +96,12 @@ class AtEpoch(BaseTrigger):
 
 
 class Step(_Frozen):
-    """One entry of an explicit schedule: from `epoch` (from 0) on, every region up to and including `upto`."""
+    """One entry of an explicit schedule.
+
+    Attributes:
+        epoch: the first epoch that it holds in; they count from 0.
+        upto: name of the region up to which, it included, the pass is applied.
+    """
 
     epoch: From0
     upto: Annotated[str, Field(min_length=1)]
@@ -100,7 +110,8 @@ class Step(_Frozen):
 class Steps(BaseTrigger):
     """An explicit schedule, to replay a published run: `when = [{ epoch = 3, upto = "layer1" }, { epoch = 5, upto = "layer2" }]`.
 
-    Epochs rise, and each step includes more regions than the one before.
+    Attributes:
+        steps: their epochs rise, and each includes more regions than the one before.
     """
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
@@ -243,7 +254,11 @@ class Score(BaseTrigger):
 
 
 class _Published(BaseTrigger):
-    """A published schedule, by its name. The number of regions that it wants applied never falls."""
+    """A published schedule. The number of regions that it wants applied never falls.
+
+    Attributes:
+        schedule: its name.
+    """
 
     schedule: str
 

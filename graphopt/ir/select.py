@@ -36,7 +36,8 @@ class Filter(pydantic.BaseModel):
         before, after, between: only what runs before, after or strictly between these paths.
         exclude: a selector; drops what lies inside or contains what it matches.
         first, last: a count, or a fraction of what is left (`0.5`).
-        every: each k-th of what is left: the k-th, the 2k-th and so on. offset: index (from 0) of the first one taken instead.
+        every: each k-th of what is left: the k-th, the 2k-th and so on.
+        offset: with `every`: index (from 0) of the first one taken instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

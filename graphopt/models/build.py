@@ -131,6 +131,8 @@ def _python(name: str) -> Callable[..., Any]:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             fix = "It is looked for among the installed packages and in the working directory"
+            if module_name.endswith(".py"):
+                fix = f"Write it as a module: {module_name.removesuffix('.py').replace('/', '.')}:{attribute}"
             raise BackboneError(f"no Python module {module_name!r}", where=where, fix=fix) from error
         raise BackboneError(f"{module_name} does not import: {type(error).__name__}: {error}", where=where) from error
     for part in attribute.split("."):

@@ -106,16 +106,16 @@ class DataSpec(_Table):
         'or "folder" (one folder of images per class)',
     )
     root: str | None = Field(default=None, description="folder of the images; digits needs none")
-    train_split: str = "train"
-    eval_split: str = "validation"
+    train_split: str = Field(default="train", description="the split that is trained on")
+    eval_split: str = Field(default="validation", description="the split that is evaluated on")
     train_limit: Positive | None = Field(default=None, description="use only so many training images (a fixed, stratified draw)")
     eval_limit: Positive | None = Field(default=None, description="use only so many evaluation images")
     mean: Means | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
     std: Deviations | None = Field(default=None, description="per channel")
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(default="bilinear", description="of resized images")
     crop_pct: Annotated[float, Field(ge=0.05, le=1)] = Field(default=1.0, description="fraction of the resized image that evaluation uses")
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, description="loader processes; 0 loads in the training process")
-    augment: AugmentSpec = AugmentSpec()
+    augment: AugmentSpec = Field(default=AugmentSpec(), description="augmentation of training images; none by default")
 
 
 class OptimizerSpec(_Table):
@@ -132,13 +132,13 @@ class OptimizerSpec(_Table):
 class SchedulerSpec(_Table):
     """`[train.scheduler]`, or just its name: `scheduler = "step"`. timm's scheduler factory makes it."""
 
-    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = "cosine"
-    warmup_epochs: Count = 0
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = Field(default="cosine", description="timm's name")
+    warmup_epochs: Count = Field(default=0, description="epochs of linear warm-up")
     warmup_lr: NonNegative = Field(default=1e-5, description="learning rate at the first step of the warm-up")
-    min_lr: NonNegative = 0.0
+    min_lr: NonNegative = Field(default=0.0, description="learning rate at the end")
     decay_epochs: Above0 | None = Field(default=None, description="step: epochs between decays")
     decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
-    decay_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
+    decay_rate: Annotated[float, Field(gt=0, le=100)] = Field(default=0.1, description="step: factor of a decay; poly: the power")
     arguments: dict[str, Any] = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 
@@ -149,20 +149,20 @@ def _named(value: Any) -> Any:
 class TrainSpec(_Table):
     """`[train]`: the training run."""
 
-    epochs: Positive = 10
+    epochs: Positive = Field(default=10, description="passes over the training images")
     batch: Annotated[int, Field(gt=0, le=2**20)] = Field(
         default=128, description="samples per optimizer step and process, before accumulation; costs are given for it"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of initial weights, order, and augmentation")
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
-    label_smoothing: FractionBelow1 = 0.0
+    label_smoothing: FractionBelow1 = Field(default=0.0, description="share of the target that all classes get")
     accumulate: Positive = Field(default=1, description="batches per optimizer step")
     clip: Above0 | None = Field(default=None, description="gradient clipping; see clip_mode")
-    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    clip_mode: Literal["norm", "value", "agc"] = Field(default="norm", description="by total norm, by value, or adaptive (agc)")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
     amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="autocast dtype; default: float32")
-    channels_last: bool = False
+    channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     compile: bool = Field(default=False, description="torch.compile, once per phase")
     device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
