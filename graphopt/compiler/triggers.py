@@ -271,7 +271,7 @@ class _Published(BaseTrigger):
     @pydantic.field_validator("schedule", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if value not in _SCHEDULES:
+        if value not in [*_SCHEDULES]:
             raise ValueError(f"schedule is {' or '.join(map(repr, _SCHEDULES))}, found {value!r}")
         return value
 

@@ -64,12 +64,24 @@ class _Table(BaseModel):
     )
 
 
+def _plain(value: Any) -> Any:
+    """Refuses dates and times: they would not be the same when they are written and read."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _plain(item)
+    if not isinstance(value, bool | int | float | str | list | tuple | dict):
+        raise ValueError(f"expected a number, text, true or false, an array or a table, found the {type(value).__name__} {value}")
+    return value
+
+
+Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
 class BackboneSpec(_Table):
     """`[backbone]`: the network, and the shape of one sample."""
 
     source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
     name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory"')
-    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
+    arguments: Arguments = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
     input: Shape = Field(description="one sample's shape, [3, 224, 224]; default: the model's own")
     weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint, loaded strictly")
 
@@ -126,7 +138,7 @@ class OptimizerSpec(_Table):
     momentum: FractionBelow1 = Field(default=0.9, description="of SGD; the betas of Adam are set in arguments")
     weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and scalars that a pass has added")
     layer_decay: FractionAbove0 | None = Field(default=None, description="learning-rate factor per layer from the head")
-    arguments: dict[str, Any] = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
+    arguments: Arguments = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
 
 
 class SchedulerSpec(_Table):
@@ -139,7 +151,7 @@ class SchedulerSpec(_Table):
     decay_epochs: Above0 | None = Field(default=None, description="step: epochs between decays")
     decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
     decay_rate: Annotated[float, Field(gt=0, le=100)] = Field(default=0.1, description="step: factor of a decay; poly: the power")
-    arguments: dict[str, Any] = Field(default={}, description="further arguments of timm's create_scheduler_v2")
+    arguments: Arguments = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 
 def _named(value: Any) -> Any:
@@ -195,10 +207,14 @@ class Spec(_Table):
     _lines: Mapping[tuple[str | int, ...], int] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self.resolved() == other.resolved()
+        return isinstance(other, Spec) and self._text == other._text
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.resolved(), sort_keys=True))
+        return hash(self._text)
+
+    @property
+    def _text(self) -> str:
+        return json.dumps(self.resolved(), sort_keys=True)  # as text, nan is nan
 
     @property
     def lines(self) -> Mapping[tuple[str | int, ...], int]:

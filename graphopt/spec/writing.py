@@ -22,7 +22,11 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 def dumps(spec: Spec) -> str:
     """The resolved spec as TOML, every default written out; `loads(dumps(spec)) == spec`."""
-    table = spec.resolved()
+    return dumps_table(spec.resolved())
+
+
+def dumps_table(table: Mapping[str, Any]) -> str:
+    """A table of plain TOML values as it would be a spec."""
     chunks = [_lines({key: value for key, value in table.items() if not _nested(value)})]
     chunks += [text for key, value in table.items() if _nested(value) for text in _section(key, value)]
     return "\n".join(chunk for chunk in chunks if chunk)

@@ -30,7 +30,7 @@ __all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 #: stop tracing after this many opaque modules: too little of the model would be visible to the passes
 MOST_OPAQUE = 64
 #: the most memory that running backbone and graph for a comparison may take
-MOST_BYTES = 8 * 2**30
+MOST_BYTES = 4 * 2**30
 
 
 def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
