@@ -7,6 +7,7 @@ order, each once, and none inside another. What matches nothing is an error that
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -209,14 +210,29 @@ def _plain(pattern: str) -> str:
     return pattern.removeprefix("re:").replace("**", "").replace("*", "").strip(".") or pattern
 
 
+def _nesting(parsed: Any) -> int:
+    """How deep repetitions and alternatives are nested in a parsed regular expression, from the outermost repetition on."""
+    deepest = 0
+    for operation, argument in parsed:
+        parts = argument if isinstance(argument, (tuple, list)) else ()
+        inner = [part for part in itertools.chain(parts, *(p for p in parts if isinstance(p, list))) if hasattr(part, "data")]
+        repeats = "REPEAT" in str(operation) and argument[1] > 1
+        deepest = max(deepest, max(map(_nesting, inner), default=0) + repeats, str(operation) == "BRANCH")
+    return deepest
+
+
 @lru_cache(maxsize=512)
 def compile_pattern(pattern: str) -> Any:
     """A predicate on whole paths. Raises SelectError if the text after `re:` is no regular expression."""
     if pattern.startswith("re:"):
         try:
-            return re.compile(pattern[3:]).fullmatch
-        except re.error as error:
+            compiled = re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
             raise SelectError(f"{pattern!r} is no regular expression: {error}") from None
+        if _nesting(re._parser.parse(pattern[3:])) > 1:  # type: ignore[attr-defined]  # typeshed has no parser of re
+            what = f"{pattern!r} repeats what has repetitions or alternatives in it, which can take for ever"
+            raise SelectError(what, fix="Use one repetition, or a list of selectors")
+        return compiled.fullmatch
     parts = []
     segments = pattern.split(".")
     for i, segment in enumerate(segments):
