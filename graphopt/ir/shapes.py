@@ -1,6 +1,7 @@
 """Shapes of every node, found by running the graph on fake tensors."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,18 @@ from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
+
+
+#: the most numbers that one sample may hold: 256 MiB in float32
+MOST_NUMBERS = 2**26
+
+
+def check_input(input: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one sample; raises ValueError if it is beyond memory."""
+    if min(input, default=0) < 1 or math.prod(input) > MOST_NUMBERS:
+        shown = ", ".join(str(size) if abs(size) < 10**9 else "..." for size in input[:8])
+        raise ValueError(f"one sample of shape ({shown}) must hold between 1 and {MOST_NUMBERS:,} numbers")
+    return input
 
 
 def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
@@ -55,6 +68,19 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             what = f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line(cause)}"
             fix = "Give the input shape that the backbone was built for ([backbone] input, and its image size argument)"
             raise TraceError(what, where=where, fix=fix) from error
+
+
+def forward_bytes(module: fx.GraphModule) -> int:
+    """The most memory that the values of a graph with shapes take at once in a forward pass without gradients."""
+    last = {i: node for node in module.graph.nodes for i in node.all_input_nodes}
+    held: dict[fx.Node, int] = {}
+    live = most = 0
+    for node in module.graph.nodes:
+        held[node] = sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("val")))
+        live += held[node]
+        most = max(most, live)
+        live -= sum(held[i] for i in {*node.all_input_nodes, node} if last.get(i, i) is node)
+    return most
 
 
 def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:

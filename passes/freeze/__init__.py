@@ -24,6 +24,8 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
 from collections.abc import Iterable
 from typing import ClassVar
 
+from pydantic import StrictBool
+
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Selector, Status, select
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.verify import Property
@@ -49,7 +51,7 @@ class Freeze(Pass):
     claim: ClassVar[str | None] = "frozen"
 
     select: Selector
-    lean: bool = True
+    lean: StrictBool = True
 
     def match(self, graph: Graph) -> Match[None]:
         match: Match[None] = Match(select(self.select, graph))

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, StrictBool, StrictFloat
 from torch import Tensor
 
 from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, SelectError, Selector, Status, select
@@ -64,8 +64,8 @@ class Share(Pass):
     parts: Part | None = None
     norm: Literal["own", "mix"] = "own"
     scalars: Literal["block", "parameter"] = "block"
-    init: tuple[float, float] = (0.5, 0.5)
-    detach: bool = False
+    init: tuple[StrictFloat, StrictFloat] = (0.5, 0.5)
+    detach: StrictBool = False
     boundary: Boundary = "skip"
 
     @pydantic.model_validator(mode="before")
