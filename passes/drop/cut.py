@@ -8,7 +8,7 @@ from torch.fx import Node
 from graphopt import Graph, PassError, Region, select
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import ancestors, cut_points
-from graphopt.ir.nodes import parameters_of, parameters_read
+from graphopt.ir.nodes import parameters_of, parameters_read, storages, writes_in_place
 from graphopt.ir.paths import lineage
 from graphopt.ir.regions import region_at
 from graphopt.ir.shapes import SHAPE_BATCH
@@ -21,8 +21,12 @@ def possible_cuts(graph: Graph) -> tuple[Node, ...]:
 
 
 def prefix_of(graph: Graph, cut: Node) -> tuple[Node, ...]:
-    """What computes a cut, itself included, in execution order; without the input."""
+    """What computes a cut, itself included, and what writes into memory read on the way; in execution order, without the input."""
     before = ancestors([cut])
+    writers = [n for n in graph.nodes[: graph.order[cut]] if n not in before and writes_in_place(graph.module, n)]
+    if writers:
+        read = {memory for n in before for memory in storages(n)}
+        before |= ancestors(n for n in writers if storages(n) & read)
     return tuple(n for n in graph.nodes if n in before and n.op != "placeholder")
 
 

@@ -10,8 +10,9 @@ from torch import fx
 from torch.fx import Node
 
 from graphopt import Editor, Graph, PassError
-from graphopt.ir.flow import descendants
+from graphopt.ir.flow import ancestors, descendants
 from graphopt.ir.nodes import activations, parameters_of, parameters_read
+from graphopt.ir.paths import is_below
 from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
 from graphopt.passes.drop.cut import prefix_of
 from graphopt.runtime.body import NoGrad
@@ -34,6 +35,7 @@ def drop_prefix(edit: Editor, cuts: Sequence[Node]) -> dict[str, int]:
     names = parameters_of(graph, nodes)
     edit.freeze(names)
     converted = _stay_in_eval_mode(edit, nodes)
+    edit.keep_buffers((*nodes, *_read_for_nothing(graph, nodes)))
     for cut in cuts:
         _recompute_scalars(edit, cut)
     active = activations(graph)
@@ -62,6 +64,17 @@ def _check_separable(graph: Graph, prefix: Sequence[Node]) -> None:
                 where=str(section.author),
                 fix="End the prefix earlier, or leave one of the two passes out",
             )
+
+
+def _read_for_nothing(graph: Graph, prefix: Sequence[Node]) -> list[Node]:
+    """What modules that lie wholly in a prefix read, and the output does not depend on: buffers that they only write."""
+    inside, used = set(prefix), ancestors([graph.output])
+
+    def is_inside(path: str) -> bool:
+        nodes = [n for n in used if "origin" in n.meta and is_below(n.meta["origin"].path, (path,))]
+        return bool(nodes) and inside.issuperset(nodes)
+
+    return [n for n in graph.nodes if n.op == "get_attr" and n not in used and is_inside(n.meta["origin"].path)]
 
 
 def _stay_in_eval_mode(edit: Editor, prefix: Sequence[Node]) -> int:
