@@ -113,14 +113,19 @@ class Share(Pass):
         mixtures: list[Mixture] = []
         narrowed: dict[str, int] = {}
         for block in (match.decision[name] for name in match.names):
+            if _is_frozen(edit.graph, block):
+                effects.warn(block.region, "it is frozen, so it keeps its own weights: a mix would move with its neighbours")
+                continue
             channels = self._to_surrogate(edit, block, narrowed) if self.mode == "surrogate" else None
             mixtures += replace_weights(edit, block, MixOptions(self.init, self.scalars == "parameter", self.detach), channels)
             _warn_of_frozen_sources(edit.graph, block, effects)
             a, b = self.init
             effects.mark(block.region, Status.SHARED, sources=block.sources, a=a, b=b, mode=self.mode, part=block.part)
         removed = before - sum(p.numel() for p in module.parameters())
-        effects.figures = {"shared": len(match.names), "tensors_replaced": len(mixtures), "parameters_removed": removed}
+        effects.figures = {"shared": len(effects.regions), "tensors_replaced": len(mixtures), "parameters_removed": removed}
         effects.no_decay = frozenset(n for m in mixtures for n in m.scalars)
+        if not mixtures:
+            return effects
         if self.mode == "mix":
             effects.to_original_state = partial(compute_mixtures, mixtures=mixtures)
             effects.from_original_state = partial(fit_mixtures, mixtures=mixtures)
@@ -146,6 +151,12 @@ class Share(Pass):
         channels, names = make_partial(edit, surrogate.partial)
         narrowed |= dict.fromkeys(names, channels)
         return channels
+
+
+def _is_frozen(graph: Graph, block: SharedBlock) -> bool:
+    """Whether an earlier pass, or the user, has taken all that a block would replace out of training."""
+    known = dict(graph.module.named_parameters(remove_duplicate=False))
+    return all(t.name in known and not known[t.name].requires_grad for t in block.tensors)
 
 
 def _warn_of_frozen_sources(graph: Graph, block: SharedBlock, effects: Effects) -> None:
