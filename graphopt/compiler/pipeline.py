@@ -18,7 +18,7 @@ from graphopt.compiler.report import PassReport
 from graphopt.compiler.triggers import Decision, active_regions
 from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
 from graphopt.cost.figures import Cost
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError, NeedsValuesError, PassError
 from graphopt.ir.editor import Editor, Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.section import Author
@@ -44,6 +44,7 @@ class Rewritten:
 
     Attributes:
         before, after: costs of one training step of the whole, where they were measured.
+        no_costs: why they were not, although they were asked for.
     """
 
     graph: Graph
@@ -52,6 +53,7 @@ class Rewritten:
     reports: tuple[PassReport, ...]
     before: Cost | None = None
     after: Cost | None = None
+    no_costs: str | None = None
 
 
 def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched, ...]:
@@ -98,7 +100,11 @@ def rewrite(
     edits: list[Edits | None] = []
     reports: list[PassReport] = []
     module: nn.Module = emit(graph)
-    first = cost = measure(module, graph, ()) if measure else None
+    first = cost = no_costs = None
+    try:
+        first = cost = measure(module, graph, ()) if measure else None
+    except NeedsValuesError as error:
+        measure, no_costs = None, error.what
     for item in matched:
         active = item.active(decisions)
         if not active:
@@ -123,7 +129,7 @@ def rewrite(
         )
     if verify == "full":
         _check_gradients(graph, matched, effects, reports)
-    return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost)
+    return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost, no_costs)
 
 
 def _active_match(graph: Graph, match: Match[Any], active: tuple[str, ...]) -> ActiveMatch[Any]:

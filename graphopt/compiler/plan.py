@@ -271,7 +271,7 @@ def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verif
     result = rewrite(base, source.matched, decisions, verify=verify, measure=measure)
     opaque = tuple((o.path, o.reason) for o in base.opaque)
     costs_around = (result.before, result.after)
-    report = Report(source.name, source.digest, source.batch, *costs_around, result.reports, opaque, base.unused)
+    report = Report(source.name, source.digest, source.batch, *costs_around, result.reports, opaque, base.unused, result.no_costs)
     shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
     made: dict[str, Any] = {
         "graph": result.graph,

@@ -55,6 +55,7 @@ class Report:
     Attributes:
         batch: samples in the training step that the costs are of.
         opaque: modules that were not traced into, as (path, reason). unused: parameters that the backbone's forward never reads.
+        no_costs: why there are none, although they were asked for.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Report:
     passes: tuple[PassReport, ...]
     opaque: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    no_costs: str | None = None
 
     @property
     def advice(self) -> tuple[Advice, ...]:
@@ -81,6 +83,7 @@ class Report:
             "passes": [p.to_dict() for p in self.passes],
             "opaque": [{"path": path, "reason": reason} for path, reason in self.opaque],
             "unused_parameters": list(self.unused),
+            "no_costs": self.no_costs,
         }
 
 
