@@ -96,9 +96,9 @@ def _parameters(
     names: dict[str, None] = {}
     tied, borrowed = [], []
     for key, known in aliases.items():
-        inside = [n for n in known if is_below(n, paths)]
-        outside = [n for n in known if n not in inside]
-        users = readers.get(key, set())
+        inside, users = [n for n in known if is_below(n, paths)], readers.get(key, set())
+        # A module that is registered under two names is whole under either.
+        outside = [n for n in known if n not in inside and not users <= selected]
         if inside:
             names.update(dict.fromkeys(known))
             tied += [(inside[0], n) for n in outside]
