@@ -103,7 +103,12 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
     """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
-    return copy_with(module, lambda tensor: as_fake(tensor, mode))
+    copied = copy_with(module, lambda tensor: as_fake(tensor, mode))
+    for part in (p for root in (copied, *(body for _, body in bodies(copied))) for p in root.modules()):
+        # A norm that averages all batches divides by the value of its counter, which a fake does not have. Any factor costs the same.
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None:
+            part.momentum = 0.1
+    return copied
 
 
 def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:

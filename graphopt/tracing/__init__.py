@@ -20,7 +20,7 @@ from graphopt.ir.section import BACKBONE, Section
 from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
-from graphopt.tracing.equivalence import compare_modes, same
+from graphopt.tracing.equivalence import compare_modes, same, without_gradient
 from graphopt.tracing.modes import Difference, merge_modes
 from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
 from graphopt.units import show_size
@@ -61,6 +61,8 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
                     differing = compare_modes(backbone, graph)
                     if differing is not None:
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
+                    if graph.opaque:
+                        graph.unused = tuple(dict.fromkeys((*graph.unused, *without_gradient(graph))))
                 break
             except _Untraceable as found:
                 _make_opaque(opaque, *found.args)
@@ -107,7 +109,9 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
     unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
-    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+    first = {m: path for path, m in backbone.named_modules()}
+    aliases = {path: first[m] for path, m in backbone.named_modules(remove_duplicate=False) if first[m] != path}
+    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused, aliases)
     alive = set(nodes)
     for number, segment in enumerate(segments):
         if members := tuple(n for n in segment if n in alive):

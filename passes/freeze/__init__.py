@@ -78,6 +78,7 @@ class Freeze(Pass):
         edit.freeze(scope.parameters)
         norms = freeze_norms(edit, [n for r in match.regions for n in r.nodes], set(scope.behind) if self.lean else set())
         lean = use_lean_operators(edit, scope.behind) if self.lean else {}
+        edit.keep_buffers(n for r in match.regions for n in r.nodes)
         cut_prefix(edit, scope.prefix)
         counts = {"frozen_parameters": len(scope.parameters), "prefix_nodes": len(scope.prefix)}
         effects = Effects(figures={**counts, "norms": norms, "lean": lean})
