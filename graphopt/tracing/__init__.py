@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError, first_line
@@ -40,6 +40,10 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
     if lazy is not None:
         raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    scripted = next((n for n, m in backbone.named_modules() if _has_scripted_parameters(m)), None)
+    if scripted is not None:
+        what = f"{scripted or 'the backbone'} is a scripted module with parameters, of which torch cannot make a copy that trains"
+        raise TraceError(what, fix="Give the Python module that was scripted")
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
     meta = cache(lambda: meta_copy(backbone))
@@ -51,7 +55,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
                     differing = compare_modes(backbone, graph)
                     if differing is not None:
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
-                    if graph.opaque:
+                    if graph.opaque or any(n.target in ("detach", "detach_", Tensor.detach, Tensor.detach_) for n in graph.nodes):
                         graph.unused += without_gradient(graph)
                 break
             except _Untraceable as found:
@@ -63,6 +67,10 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     for path, module in graph.module.named_modules():
         module.training = modes.get(path, backbone.training)
     return graph
+
+
+def _has_scripted_parameters(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None
 
 
 class _Untraceable(Exception):
@@ -100,14 +108,15 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     return graph
 
 
-def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple[fx.Node, ...]]]:
+def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, Tensor], list[tuple[fx.Node, ...]]]:
     """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     backbone.train(training)
     with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda: tracer.graph) as segments:
         error: Exception | None = None
         try:
-            graph = tracer.trace(backbone)
+            with torch.enable_grad():
+                graph = tracer.trace(backbone)
         except TraceError:
             raise
         except Exception as caught:
@@ -188,7 +197,7 @@ def _origin_of(node: fx.Node) -> Origin:
     return Origin(path, int(call) if "@" in key and call.isdigit() else 0)
 
 
-def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
+def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, Tensor]) -> nn.Module:
     """A root for the graph: what the backbone registers, plus modules that depend on the mode and constants, without state-dict keys."""
     root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
     if any(target.startswith("by_mode.") for target in switches):
