@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
@@ -26,7 +25,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.regions import Region
-from graphopt.ir.shapes import fake_copy
+from graphopt.ir.shapes import fake_copy, tensors_in
 
 #: samples that the pieces are measured with; bytes are for so many samples
 BATCH = 8
@@ -137,7 +136,7 @@ class _PieceByPiece(fx.Interpreter):
 
     def _close(self, value: Any) -> None:
         ledger = self.ledger
-        outputs = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+        outputs = [t for t in tensors_in(value) if t.is_floating_point()]
         turn = len(ledger.events)
         numbers = [ledger.index(t) for t in outputs]
         saved = {number for keeper, number, _ in ledger.saved if keeper() is not None and ledger.kinds[number] != Kind.PARAMETER}

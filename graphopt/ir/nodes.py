@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.shapes import tensors_in
 from graphopt.runtime.by_mode import ByMode
 
 #: Python's assignments to a part of an object (`x += 1`, `x[0] = 1`), as methods and as functions: they write into their first operand
@@ -30,15 +29,10 @@ def _activations(graph: Graph) -> set[Node]:
     found: set[Node] = set()
     for node in graph.nodes:
         computed = node.op != "output" and any(n in found for n in node.all_input_nodes)
-        if node.op == "placeholder" or (computed and _holds_floats(node.meta.get("val"))):
+        floating = (t.is_floating_point() or t.is_complex() for t in tensors_in(node.meta.get("val")))
+        if node.op == "placeholder" or (computed and any(floating)):
             found.add(node)
     return found
-
-
-def _holds_floats(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.is_floating_point() or value.is_complex()
-    return isinstance(value, (tuple, list)) and any(map(_holds_floats, value))
 
 
 def leaf(graph: Graph, node: Node) -> nn.Module | None:
@@ -118,8 +112,7 @@ def _position_of_inplace(function: Any) -> int | None:
 
 def storages(node: Node) -> set[StorageWeakRef]:
     """The memory behind a node's value; two nodes whose sets meet share memory."""
-    tensors = (t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
-    return {StorageWeakRef(t.untyped_storage()) for t in tensors}
+    return {StorageWeakRef(t.untyped_storage()) for t in tensors_in(node.meta.get("val"))}
 
 
 def overwriter(graph: Graph, node: Node) -> Node | None:

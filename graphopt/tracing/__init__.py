@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError, first_line
@@ -49,6 +49,10 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
         check_input(tuple(input))
     except ValueError as error:
         raise TraceError(str(error), fix="Give the shape of one sample, (3, 224, 224) for example") from None
+    scripted = next((n for n, m in backbone.named_modules() if _has_scripted_parameters(m)), None)
+    if scripted is not None:
+        what = f"{scripted or 'the backbone'} is a scripted module with parameters, of which torch cannot make a copy that trains"
+        raise TraceError(what, fix="Give the Python module that was scripted")
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
     meta = cache(lambda: meta_copy(backbone))
@@ -61,7 +65,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
                     differing = compare_modes(backbone, graph)
                     if differing is not None:
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
-                    if graph.opaque:
+                    if graph.opaque or any(n.target in ("detach", "detach_", Tensor.detach, Tensor.detach_) for n in graph.nodes):
                         graph.unused = tuple(dict.fromkeys((*graph.unused, *without_gradient(graph))))
                 break
             except _Untraceable as found:
@@ -81,6 +85,10 @@ def _check_memory(graph: Graph) -> None:
     if needed > MOST_BYTES:
         what = f"comparing the graph with the backbone on two samples takes {show_size(needed)}, more than {show_size(MOST_BYTES)}"
         raise TraceError(what, fix="Give a smaller input; from Python, compile with verify = 'off'")
+
+
+def _has_scripted_parameters(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None
 
 
 class _Untraceable(Exception):
@@ -128,14 +136,15 @@ def _check_names(graph: fx.Graph) -> None:
                 raise TraceError(f"a module or a parameter cannot be called {wrong!r} in a graph", where=node.target, fix="Rename it")
 
 
-def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple[fx.Node, ...]]]:
+def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, Tensor], list[tuple[fx.Node, ...]]]:
     """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     backbone.train(training)
     with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda: tracer.graph) as segments:
         error: Exception | None = None
         try:
-            graph = tracer.trace(backbone)
+            with torch.enable_grad():
+                graph = tracer.trace(backbone)
         except TraceError:
             raise
         except Exception as caught:
@@ -216,7 +225,7 @@ def _origin_of(node: fx.Node) -> Origin:
     return Origin(path, int(call) if "@" in key and call.isdigit() else 0)
 
 
-def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
+def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, Tensor]) -> nn.Module:
     """A root for the graph: what the backbone registers, plus modules that depend on the mode and constants, without state-dict keys."""
     root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
     if any(target.startswith("by_mode.") for target in switches):

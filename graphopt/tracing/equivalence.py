@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphopt.ir.graph import Graph
-from graphopt.ir.paths import is_below
 from graphopt.ir.regions import region_of
 from graphopt.ir.shapes import tensors_in
 
@@ -27,9 +27,12 @@ def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
 
 
 def without_gradient(graph: Graph) -> tuple[str, ...]:
-    """Trainable parameters inside opaque modules that a training step gives no gradient: their forward does not use them."""
-    paths, module = [o.path for o in graph.opaque], graph.module.train()
-    names = [n for n, p in module.named_parameters() if p.requires_grad and is_below(n, paths)]
+    """Trainable parameters that the graph reads, but that a training step gives no gradient.
+
+    The forward of an opaque module may not use them, or detaches what it makes of them.
+    """
+    module = graph.module.train()
+    names = [n for n, p in module.named_parameters() if p.requires_grad and n not in graph.unused]
     with untouched(module), torch.enable_grad():
         outputs = [t for t in tensors_in(module(_sample(module, graph.input))) if t.requires_grad]
         parameters = [module.get_parameter(n) for n in names]
@@ -51,6 +54,8 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
+    if is_dataclass(a) and type(a) is type(b):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     return type(a) is type(b) and a == b
 
 

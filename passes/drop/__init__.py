@@ -42,6 +42,8 @@ from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, P
 from graphopt.compiler.pass_base import FeatureCut
 from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
 from graphopt.compiler.verify import Property
+from graphopt.ir.flow import ancestors
+from graphopt.ir.nodes import parameters_read
 from graphopt.ir.patterns import residuals
 from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
 from graphopt.passes.drop.prefix import block_cuts, bytes_per_sample, check_cut, drop_prefix, named_cut, parts_between
@@ -189,7 +191,10 @@ class Drop(Pass):
         # From the last on: the shortcut of a later sum can be an earlier sum.
         for residual in reversed([r for item in found.values() for r in item.residuals]):
             remove(edit, residual)
-        edit.freeze(name for item in found.values() for name in item.unread)
+        alive = ancestors([edit.graph.output])
+        read = {id(p) for n in edit.graph.nodes if n in alive for _, p in parameters_read(edit.graph.module, n)}
+        names = dict.fromkeys(n for region in match.regions if region.name in found for n in region.parameters)
+        edit.freeze(n for n in names if id(edit.graph.module.get_parameter(n)) not in read)
         for name in found:
             effects.mark(name, Status.BYPASSED)
         zeros = [name for item in found.values() for name in item.zeros]

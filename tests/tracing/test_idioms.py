@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import sys
 import types
@@ -22,6 +23,7 @@ from graphopt import TraceError, trace
 from graphopt.cost import forecast
 from graphopt.ir.blocks import find_blocks
 from graphopt.passes.freeze import Freeze
+from graphopt.passes.supervise import Supervise
 
 SHAPE = (3, 16, 16)
 
@@ -188,10 +190,48 @@ def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
     assert all(type(b) is Tensor for b in model.buffers())
 
 
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_what_has_no_gradient_in_the_backbone_has_none_in_the_graph(how: str) -> None:
+    class Resting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(how != "no_grad"):
+                x = self.stem(x)
+            return self.fc(self.blocks(x.detach() if how == "detach" else x).mean((2, 3)))
+
+    plan = graphopt.compile(Resting(Checkpointing), Freeze(select="blocks.0"), input=SHAPE)
+    assert plan.report.unused == ("stem.weight", "stem.bias")
+    plan.module.train()(torch.rand(2, *SHAPE)).sum().backward()
+    assert {n for n, p in plan.module.named_parameters() if p.grad is None and p.requires_grad} == {"stem.weight", "stem.bias"}
+
+
+def test_a_dataclass_as_output() -> None:
+    @dataclasses.dataclass
+    class Output:
+        logits: Tensor
+        features: Tensor
+
+    class Returning(Net):
+        def forward(self, x: Tensor) -> Output:
+            x = self.blocks(self.stem(x))
+            return Output(self.fc(x.mean((2, 3))), x)
+
+    model = Returning(Checkpointing)
+    for value in (Freeze(select="stem"), Supervise(balance="memory", classes=5)):
+        plan = graphopt.compile(model, value, input=SHAPE)
+        assert plan.report.after is not None
+    x = torch.rand(2, *SHAPE)
+    found, expected = plan.module.eval()(x), model.eval()(x)
+    assert type(found) is Output
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.features, expected.features)
+
+
 def test_lazy_and_scripted_modules() -> None:
     with pytest.raises(TraceError, match="has no shape yet"):
         trace(Net(lambda: nn.LazyConv2d(8, 1)), SHAPE)
-    model = Net(lambda: torch.jit.script(nn.Conv2d(8, 8, 1)))
+    with pytest.raises(TraceError, match=r"blocks\.0 is a scripted module with parameters"):
+        trace(Net(lambda: torch.jit.script(nn.Conv2d(8, 8, 1))), SHAPE)
+    model = Net(lambda: torch.jit.script(nn.ReLU()))
     x = torch.rand(2, *SHAPE)
     assert torch.equal(trace(model, SHAPE).module.eval()(x), model.eval()(x))
 
