@@ -6,7 +6,6 @@ and of the entry that it was filled from; so an outdated entry has another name 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +20,7 @@ from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
-from graphopt.train.feature_cache.store import MANIFEST, CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill
+from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill, remove_features
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
@@ -104,8 +103,7 @@ class FeatureCache:
     def close(self) -> None:
         """Removes what the run has cached; a folder that the pass names stays, for the next run."""
         self._held = None
-        if (self.folder / MANIFEST).is_file():
-            shutil.rmtree(self.folder)
+        remove_features(self.folder)
 
     def _try_to_hold(self, plan: Plan, route: Sequence[str], trial: bool) -> str | None:
         """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
