@@ -76,7 +76,7 @@ def train(
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
     folder, state = RunFolder.claim(out, digest, resume=resume), None
     try:
-        with strategy.kernels(), StopSignals() as signals:
+        with strategy.kernels(), StopSignals() as signals, closing(images), closing(evaluation):
             checkpointer = Checkpointer(folder, text, settings, data)
             saved, message = checkpointer.load(digest)
             if plan is None:
