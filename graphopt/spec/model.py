@@ -180,7 +180,7 @@ class TrainSpec(_Table):
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
-    keep: Positive = Field(default=2, description="how many checkpoints are retained")
+    keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
 
