@@ -203,6 +203,9 @@ class Supervise(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
         graph, effects = edit.graph, Effects(needs=RuntimeNeeds(targets=True), to_original_state=_without_auxiliary)
+        if (other := next((s.author for s in graph.sections if s.target), None)) is not None:
+            what, fix = f"{other} divides the backbone into local modules already", "Use one at a time: end one where the other begins (until)"
+            raise PassError(what, fix=fix)
         cuts = [cut for cut in match.decision if cut.module in match.names]
         ends = [_resolve(graph, cut) for cut in cuts]
         layouts = [self._layouts(graph, start, end) for start, end in zip([graph.placeholder, *ends], ends, strict=False)]
