@@ -37,7 +37,7 @@ from graphopt.compiler.pass_base import PassInstance, Severity, Status
 from graphopt.compiler.pipeline import match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
-from graphopt.errors import GraphoptError, VerifyError
+from graphopt.errors import CostError, GraphoptError, VerifyError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
 from graphopt.ir.partition import cut_candidates
@@ -55,6 +55,8 @@ TABLE = ROOT / "tools" / "tables" / "fuzz.md"
 EPOCHS = 4
 #: samples of a training step
 BATCH = 3
+#: what can become of a case
+STATUSES = ("accepted", "refused", "refused later", "violation")
 
 
 # -- backbones ----------------------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ class Violation(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case: "accepted", "refused" (at the start), "refused later" (in a later phase) or "violation"; and the reason."""
+    """What became of a case, one of `STATUSES`; why; and what kind of violation it is."""
 
     status: str
     reason: str = ""
@@ -358,7 +360,7 @@ def run(case: Table) -> Outcome:
         return Outcome("violation", f"verify: {error}", "verify")
     except GraphoptError as error:
         uses = {table["use"] for table in case["pass"]}
-        if not error.what or not any(use in str(error) for use in uses):
+        if not error.what or not (any(use in str(error) for use in uses) or isinstance(error, CostError)):
             return Outcome("violation", f"the refusal names no pass: {error}", "refusal")
         return Outcome(stage, error.what)
     except Exception as error:
@@ -502,16 +504,17 @@ def _check_export(plan: Plan, fresh: Plan, build: Callable[[], nn.Module]) -> No
 
 
 def _check_features(plan: Plan, x: Tensor) -> None:
-    module = copy.deepcopy(plan.module).train()
-    torch.manual_seed(0)
-    whole = tensors_in(module(x))
-    features = plan.prefix(x)
-    plan.suffix.train()
-    state = {k: v.clone() for k, v in plan.module.state_dict().items()}
-    torch.manual_seed(0)
-    parts = tensors_in(plan.suffix(features))
-    plan.module.load_state_dict(state)
-    require(_close([whole, parts], 1e-4), "features", "prefix and suffix together compute something else than the whole")
+    """Prefix and suffix, one after the other, are the whole."""
+    whole = copy.deepcopy(plan.module)
+    expected = step(plan, whole, x, seed=7)
+    gradients = {n: p.grad for n, p in whole.named_parameters()}
+    other = plan.advance_to(plan.decisions, verify="off")
+    found = step(plan, other.suffix, other.prefix(x), seed=7)
+    require(found == expected, "features", f"the loss is {found}, not {expected}")
+    for name, parameter in other.suffix.named_parameters():
+        gradient = gradients[name]
+        same = parameter.grad is None if gradient is None else parameter.grad is not None and torch.equal(gradient, parameter.grad)
+        require(same, "features", f"the gradient of {name} differs")
 
 
 # -- reducing -----------------------------------------------------------------------------------------------------------------
@@ -605,20 +608,23 @@ def write_case(case: Table, outcome: Outcome) -> None:
 
 def plain(reason: str) -> str:
     """A reason without the names and numbers of one case, so that equal ones can be counted."""
-    return re.sub(r"\d+", "N", re.sub(r"'[^']*'|\b[a-z_]+(\.[\w-]+)+\b", "...", reason)).partition(":")[0][:110]
+    named = re.sub(r"'[^']*'|\b[a-z_]+(\.[\w-]+)+\b", "...", reason.replace("|", "/"))
+    return " ".join(re.sub(r"\d+", "N", named).partition(":")[0].split())[:110]
 
 
 def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]]) -> None:
-    """Adds one run to the table; the file's head is written once."""
+    """Adds one run to the table: a row for the run, and its refusals to those of all runs."""
+    old = TABLE.read_text().splitlines() if TABLE.exists() else []
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in old if line.startswith("| ")]
+    runs = [row for row in cells if len(row) == 6 and row[0].isdigit()]
+    reasons = Counter({row[0]: int(row[1]) for row in cells if len(row) == 2 and row[1].isdigit()})
     counts = Counter(outcome.status for _, outcome in found)
-    passes = Counter(len(case["pass"]) for case, outcome in found if outcome.status == "accepted")
-    head = heading("Drawn compositions of passes", __doc__) if not TABLE.exists() else TABLE.read_text().rstrip()
-    last = options.first + options.count - 1
-    lines = [head, "", f"## Seed {options.seed}, draws {options.first} to {last}", ""]
-    lines += ["| outcome | draws |", "|---|---|"]
-    lines += [f"| {status} | {counts[status]} |" for status in ("accepted", "refused", "refused later", "violation")]
-    lines += ["", "Accepted, by number of passes: " + ", ".join(f"{n}: {passes[n]}" for n in sorted(passes)) + ".", ""]
-    lines += ["| refused because | draws |", "|---|---|"]
-    reasons = Counter(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
-    lines += [f"| {reason.replace('|', ' ')} | {count} |" for reason, count in reasons.most_common()]
+    row = (options.seed, f"{options.first} to {options.first + options.count - 1}", *(counts[status] for status in STATUSES))
+    runs.append([str(cell) for cell in row])
+    reasons.update(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
+    total = [sum(int(run[column]) for run in runs) for column in range(2, 6)]
+    lines = [heading("Drawn compositions of passes", __doc__), "| seed | draws | " + " | ".join(STATUSES) + " |", "|---" * 6 + "|"]
+    lines += [f"| {' | '.join(run)} |" for run in runs]
+    lines += [f"| all | {sum(total)} | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
+    lines += [f"| {reason} | {count} |" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
     TABLE.write_text("\n".join(lines) + "\n")

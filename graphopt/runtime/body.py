@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 
 class Body:
@@ -63,4 +64,7 @@ class WithLocalLoss(nn.Module):
         if not self.training:
             return output
         present = [loss for loss in losses if loss is not None]
+        if not present:
+            device = next((t.device for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)), None)
+            return output, torch.zeros((), device=device)
         return output, torch.stack(present).sum() if len(present) > 1 else present[0]

@@ -31,7 +31,7 @@ from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, P
 from graphopt.ir.paths import owner
 from graphopt.ir.regions import region_of
 from graphopt.passes.share.mix import Mixture, compute_mixtures, fit_mixtures, replace_weights
-from graphopt.passes.share.neighbours import Boundary, Decision, Mode, match_neighbours
+from graphopt.passes.share.neighbours import Boundary, Decision, Mode, SharedBlock, match_neighbours
 from graphopt.passes.share.surrogate import NotShareable, Part, is_norm, put_surrogate
 
 
@@ -114,6 +114,8 @@ class Share(Pass):
                 except NotShareable as reason:
                     raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
                 narrowed |= dict.fromkeys(names, channels)
+            if (moves := _frozen_but_mixed(edit.graph, block)) is not None:
+                effects.warn(block.region, moves)
             mixtures += replace_weights(edit, block, init=self.init, per_tensor=per_tensor, detach=self.detach, channels=channels)
             for position, source in enumerate(block.sources):
                 if not any(module.get_parameter(t.sources[position]).requires_grad for t in block.tensors):
@@ -130,6 +132,16 @@ class Share(Pass):
             effects.to_original_state = partial(_refuse_export, path=owner(owner(mixtures[0].scalars[0])))
             effects.from_original_state = partial(_without, gone=keys - set(module.state_dict()), narrowed=narrowed)
         return effects
+
+
+def _frozen_but_mixed(graph: Graph, block: SharedBlock) -> str | None:
+    """What to say of a block that an earlier pass froze, and that becomes a mix of weights that train."""
+    trains = {n: p.requires_grad for n, p in graph.module.named_parameters(remove_duplicate=False)}
+    for tensor in block.tensors:
+        moving = next((s for s in tensor.sources if trains.get(s)), None)
+        if moving is not None and not trains.get(tensor.name, True):
+            return f"{tensor.name} is frozen, but becomes a mix that moves with {moving}, which trains: freeze that too, or do not share it"
+    return None
 
 
 def _refuse_export(_: dict[str, Tensor], path: str) -> NoReturn:
