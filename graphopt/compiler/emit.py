@@ -40,12 +40,13 @@ def emit(graph: Graph, *, start: Node | None = None, stop: Node | None = None) -
         if any(m.op != "get_attr" for m in members):
             sections.append((section, members))
     _check_nesting(sections)
-    outliner = _Outliner(flat, _root_of(graph.module, bool(sections)))
+    with_loss = next((s for s in graph.sections if s.target), None) if stop is None else None
+    outliner = _Outliner(flat, _root_of(graph.module, bool(sections or with_loss)))
     # Inner before outer; of two that hold the same nodes, the one with a local loss is the outer.
     for section, members in sorted(sections, key=lambda s: (len(s[1]), s[0].target)):
         outliner.outline(section, members)
-    if stop is None:
-        outliner.add_losses()
+    if with_loss is not None:
+        outliner.add_losses(with_loss)
     flat.lint()
     return TrainingModule(outliner.root, flat, type(graph.module).__name__)
 
@@ -183,10 +184,9 @@ class _Outliner:
         item.meta = dict(value.meta)
         return item
 
-    def add_losses(self) -> None:
-        """Where sections have local losses: the output becomes `(output, local_loss)` in training."""
-        if not self._losses:
-            return
+    def add_losses(self, section: Section) -> None:
+        """Where sections have local losses: the output becomes `(output, local_loss)` in training. They may all lie before `start`."""
+        self._target_input(section)
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         self.root.get_submodule("sections").add_module("output", WithLocalLoss())
         losses = set(self._losses)

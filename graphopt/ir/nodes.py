@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -122,3 +122,20 @@ def overwriter(graph: Graph, node: Node) -> Node | None:
         if writes_in_place(graph.module, later) and any(memory & storages(i) for i in later.all_input_nodes):
             return later
     return None
+
+
+def can_leave_its_input(node: Node, order: Mapping[Node, int], memory: Mapping[Node, set[StorageWeakRef]]) -> bool:
+    """Whether nobody would see that a node no longer writes into its first input, once later readers of that read the node instead.
+
+    Args:
+        order, memory: of all nodes, before any change: their positions, and `storages`.
+    """
+    source, here = node.all_input_nodes[0], order[node]
+    if getattr(node.meta.get("val"), "shape", None) != source.meta["val"].shape:
+        return False  # an assignment to a part of it: the node has no value to read instead
+    for other, held in memory.items():
+        if other is node or order[other] > here or memory[source].isdisjoint(held):
+            continue
+        if other.op in ("placeholder", "get_attr") or (other is not source and any(order[u] > here for u in other.users)):
+            return False
+    return True

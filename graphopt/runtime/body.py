@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 Key = TypeVar("Key")
@@ -166,4 +167,7 @@ class WithLocalLoss(nn.Module):
         if not self.training:
             return output
         present = [loss for loss in losses if loss is not None]
+        if not present:
+            device = next((t.device for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)), None)
+            return output, torch.zeros((), device=device)
         return output, torch.stack(present).sum() if len(present) > 1 else present[0]

@@ -42,17 +42,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     Raises:
         TraceError: the forward of the backbone itself (not of a part of it) cannot be traced, or cannot take such an input.
     """
-    lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
-    if lazy is not None:
-        raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
-    try:
-        check_input(tuple(input))
-    except ValueError as error:
-        raise TraceError(str(error), fix="Give the shape of one sample, (3, 224, 224) for example") from None
-    scripted = next((n for n, m in backbone.named_modules() if _has_scripted_parameters(m)), None)
-    if scripted is not None:
-        what = f"{scripted or 'the backbone'} is a scripted module with parameters, of which torch cannot make a copy that trains"
-        raise TraceError(what, fix="Give the Python module that was scripted")
+    _check_traceable(backbone, tuple(input))
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
     meta = cache(lambda: meta_copy(backbone))
@@ -77,6 +67,20 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     for path, module in graph.module.named_modules():
         module.training = modes.get(path, backbone.training)
     return graph
+
+
+def _check_traceable(backbone: nn.Module, input: tuple[int, ...]) -> None:
+    lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    try:
+        check_input(input)
+    except ValueError as error:
+        raise TraceError(str(error), fix="Give the shape of one sample, (3, 224, 224) for example") from None
+    scripted = next((n for n, m in backbone.named_modules() if _has_scripted_parameters(m)), None)
+    if scripted is not None:
+        what = f"{scripted or 'the backbone'} is a scripted module with parameters, of which torch cannot make a copy that trains"
+        raise TraceError(what, fix="Give the Python module that was scripted")
 
 
 def _check_memory(graph: Graph) -> None:

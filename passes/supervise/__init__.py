@@ -21,6 +21,7 @@ glibc, training lets the process hold up to 64 MiB of freed memory, so that a mo
 import functools
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -31,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, Status
+from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, SelectError, Status
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.triggers import Start
 from graphopt.compiler.verify import Property
@@ -201,6 +202,12 @@ class Supervise(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
         graph, effects = edit.graph, Effects(needs=RuntimeNeeds(targets=True), to_original_state=_without_auxiliary)
+        if (other := next((s.author for s in graph.sections if s.target), None)) is not None:
+            what, fix = (
+                f"{other} divides the backbone into local modules already",
+                "Use one at a time: end one where the other begins (until)",
+            )
+            raise PassError(what, fix=fix)
         cuts = [cut for cut in match.decision if cut.module in match.names]
         ends = [_resolve(graph, cut) for cut in cuts]
         layouts = [self._layouts(graph, start, end) for start, end in zip([graph.placeholder, *ends], ends, strict=False)]
@@ -316,9 +323,10 @@ def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[i
 def _resolve(graph: Graph, cut: Cut) -> Node:
     """The node of a cut in a graph that earlier passes may have changed."""
     named = [n for n in graph.nodes if n.name == cut.node and isinstance(n.meta.get("val"), Tensor)]
-    ends = named or named_region(graph, cut.label).exits
-    if len(ends) == 1:
-        return ends[0]
+    with suppress(SelectError):
+        ends = named or named_region(graph, cut.label).exits
+        if len(ends) == 1:
+            return ends[0]
     raise PassError(f"another pass removed the cut after {cut.label!r}", fix="Cut elsewhere (cuts = [...]), or put supervise first")
 
 

@@ -59,6 +59,22 @@ def test_a_shared_block_frozen_itself(order: int) -> None:
     found = gradients(plan.module.eval())
     assert not any(n.startswith("layer1.1.") for n in found)
     assert {"layer1.0.conv1.weight", "layer1.2.conv1.weight"} <= found.keys()
+    warnings = [d.message for r in plan.report.passes for d in r.diagnostics if d.severity == "warning" and d.location == "layer1.1"]
+    # Shared first, its weights move with its neighbours'; frozen first, it is not shared.
+    expected = "layer1.0.conv1.weight, which" if order == 1 else "keeps its own weights"
+    assert any(expected in w for w in warnings)
+
+
+def test_a_shared_block_frozen_with_its_neighbours_does_not_move() -> None:
+    plan = planned(Freeze(select="layer1"), Share(select="layer1.1"))
+    assert not any(d.severity == "warning" and "moves" in d.message for r in plan.report.passes for d in r.diagnostics)
+    before = plan.export_state()
+    plan.module.train()
+    optimizer = torch.optim.SGD([p for p in plan.module.parameters() if p.requires_grad], lr=0.1)
+    plan.module(X).square().sum().backward()
+    optimizer.step()
+    after = plan.export_state()
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("layer1."))
 
 
 @BOTH
