@@ -102,10 +102,10 @@ def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.Capture
 def test_diff_of_two_specs_and_of_two_phases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", "s.toml", "t.toml", "--no-costs", "--json"]) == 0
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert (rows["layer1.0"]["changed"], rows["layer2.0"]["was"], rows["layer2.0"]["statuses"]) == (False, ["kept"], ["frozen"])
+    assert (rows["layer1.0"]["changed"], rows["layer2.0"]["was"], rows["layer2.0"]["statuses"]) == (False, ["unchanged"], ["frozen"])
     assert main(["diff", "s.toml", "--no-costs", "--json", "--phase", "1", "--phase", "0"]) == 0
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert (rows["stem"]["was"], rows["stem"]["statuses"]) == (["frozen"], ["kept"])
+    assert (rows["stem"]["was"], rows["stem"]["statuses"]) == (["frozen"], ["unchanged"])
 
 
 def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
-from graphopt.diff.model import KEPT, STYLES
+from graphopt.diff.model import STYLES, UNCHANGED
 from graphopt.diff.render.data import Shown, as_script, page_data
 
 #: layout library, then ours in the order they build on each other
@@ -65,7 +65,7 @@ def _statuses(dark: bool, prefix: str = "", html: bool = True) -> str:
         rules.append(f"{at} .flag,{at} .glyph,{at} .status,{at} .sign{{fill:{colour}}}")
         if html:
             rules.append(f"{at} .tint{{color:{colour}}}{at}.ink{{background:{colour}}}")
-        if name != KEPT:
+        if name != UNCHANGED:
             rules.append(f".graphopt {at}.op rect{{stroke:{colour};stroke-width:2}}")
     return "".join(rules)
 

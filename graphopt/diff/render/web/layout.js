@@ -84,11 +84,11 @@
 
   /** Shape arithmetic and the tensors that operations read are left out of the picture, unless a pass did something to them. */
   function drawn(node) {
-    return node.statuses[0] !== "kept" || (node.shape !== null && node.op !== "get_attr");
+    return node.statuses[0] !== "unchanged" || (node.shape !== null && node.op !== "get_attr");
   }
 
   function plain(row) {
-    return row.statuses.length === 1 && row.statuses[0] === "kept" && !row.changed;
+    return row.statuses.length === 1 && row.statuses[0] === "unchanged" && !row.changed;
   }
 
   /** Sizes a card, and lays out its operations where it is open. */

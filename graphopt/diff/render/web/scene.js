@@ -64,7 +64,7 @@
 
   function words(row) {
     const now = row.statuses.join(" + ");
-    return row.changed && row.was.length && row.was.join() !== "kept" ? row.was.join(" + ") + " → " + now : now;
+    return row.changed && row.was.length && row.was.join() !== "unchanged" ? row.was.join(" + ") + " → " + now : now;
   }
 
   function facts(row) {
@@ -78,12 +78,12 @@
     return Object.entries(counts).map(([s, c]) => c + " " + s).join(", ");
   }
 
-  /** The main status of a card; of a closed group, the one most of its rows have apart from kept. */
+  /** The main status of a card; of a closed group, the one most of its rows have apart from unchanged. */
   function mainOf(card) {
     if (card.type !== "group") return card.rows[0].statuses[0];
     const counts = {};
-    for (const r of card.rows) if (r.statuses[0] !== "kept") counts[r.statuses[0]] = (counts[r.statuses[0]] || 0) + 1;
-    return Object.keys(counts).sort((a, b) => counts[b] - counts[a])[0] || "kept";
+    for (const r of card.rows) if (r.statuses[0] !== "unchanged") counts[r.statuses[0]] = (counts[r.statuses[0]] || 0) + 1;
+    return Object.keys(counts).sort((a, b) => counts[b] - counts[a])[0] || "unchanged";
   }
 
   function glyphs(styles, row) {
