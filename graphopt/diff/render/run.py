@@ -12,7 +12,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
-from graphopt.diff.render.page import filled, for_page, scripts, to_html, web
+from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.errors import RunError
 from graphopt.units import show_count, show_size, show_time
 
@@ -101,13 +101,13 @@ def to_report(run: Run, plan: Plan) -> str:
     if run.summary:
         facts.append(str(run.summary.get("device", "")))
     values = {
-        "TITLE": html.escape(title),
-        "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
+        "TITLE": escaped(title),
+        "SUBTITLE": escaped(" · ".join(t for t in facts if t)),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
         "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
-        "DIFF": html.escape(to_html(phases), quote=True),
+        "DIFF": html.escape(to_html(phases)),
         "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
@@ -189,8 +189,8 @@ def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
 
 def _tile(what: str, big: str, small: str) -> str:
     return (
-        f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
-        f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
+        f'<div class="tile" role="listitem"><div class="what">{escaped(what)}</div>'
+        f'<div class="big">{escaped(big)}</div><div class="small">{escaped(small)}</div></div>'
     )
 
 
@@ -209,4 +209,4 @@ def _phase_row(phase: Mapping[str, Any]) -> str:
     label = "; ".join(_label(d) for d in decisions) or "start"
     trainable = phase.get("trainable_parameters")
     cells = [str(phase.get("epoch", 0)), label, regions, show_count(trainable) if _number(trainable) else ""]
-    return f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in cells)}</tr>"
+    return f"<tr>{''.join(f'<td>{escaped(c)}</td>' for c in cells)}</tr>"
