@@ -198,3 +198,13 @@ def test_shell_completion(shell: str) -> None:
     environment = {"_GRAPHOPT_COMPLETE": f"source_{shell}", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
     done = subprocess.run([command], capture_output=True, text=True, env=environment, check=False)
     assert "_GRAPHOPT_COMPLETE" in done.stdout
+
+
+def test_fit_says_first_what_fits_and_prints_what_to_paste(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = output(capsys, "fit", "s.toml", "--memory", "1 GiB", "--suggest")
+    assert out.startswith("fits as it is: nothing needs to be added\n")
+    assert "stays exact" in out
+    assert "[[pass]]" not in out
+    monkeypatch.setattr("graphopt.planning.budget.Search.__init__", None)  # what is refused needs no search
+    assert main(["fit", "s.toml", "--memory", "1 GiB", "--flops", "0.5"]) == 2
+    assert "FLOPs per sample do not depend on it" in capsys.readouterr().err
