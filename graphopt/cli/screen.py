@@ -18,7 +18,7 @@ _PLAIN_WIDTH = 140
 
 
 class _Screen(Console):
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]  # passed on as it comes
+    def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -42,7 +42,7 @@ def show_error(message: str, kind: str = "error") -> None:
 def show_warnings() -> None:
     """From now on, warnings of libraries are one line each."""
 
-    def show(message: Warning | str, *_: Any) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         show_error(str(message), "warning")
 
     warnings.showwarning = show
