@@ -122,7 +122,7 @@ def _merged(old: list[str], new: list[str]) -> list[str]:
 
 
 def group_name(names: Sequence[str]) -> str:
-    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5."""
+    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5; `layers.layer_0-2 ×3` where the last part is a name with a number."""
     if len(names) == 1:
         return names[0]
     if len({n.rpartition(".")[0] for n in names}) > 1:
@@ -130,7 +130,10 @@ def group_name(names: Sequence[str]) -> str:
     parent, dot, first = names[0].rpartition(".")
     last = names[-1].rpartition(".")[2]
     start, end = first.partition("-")[0], last.rpartition("-")[2]
-    if not (start.isdigit() and end.isdigit()):
+    stem = start.rstrip("0123456789")
+    if start != stem and end.startswith(stem) and end.removeprefix(stem).isdigit():
+        end = end.removeprefix(stem)
+    else:
         start, end = first, last
     return f"{parent}{dot}{start}-{end} ×{len(names)}"
 

@@ -213,7 +213,7 @@
   function setPhase(next) {
     at = Math.max(0, Math.min(data.phases.length - 1, next));
     document.querySelectorAll(".phases button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === at)));
-    tiles(); filters(); draw(true);
+    tiles(); filters(); draw(true); showPhase();
     if (chosen) show(chosen);
   }
 
@@ -229,16 +229,33 @@
     $(".filters").innerHTML = Object.entries(counts).map(([s, c]) => `<button class="s-${esc(s)}" data-status="${esc(s)}" aria-pressed="${filter.has(s)}" title="${esc(data.styles[s].meaning || s)}"><b class="tint">${esc(data.styles[s].glyph)}</b>${esc(s)} ${c}</button>`).join("");
   }
 
+  /** The strip scrolls where it is wider than the window: its ends fade where there is more. */
+  function fadeEnds() {
+    const host = $(".phases"), left = host.scrollLeft, most = host.scrollWidth - host.clientWidth;
+    host.classList.toggle("more-left", left > 2);
+    host.classList.toggle("more-right", left < most - 2);
+  }
+
+  function showPhase() {
+    const host = $(".phases"), b = host.querySelector('[aria-pressed="true"]');
+    if (!b) return;
+    host.scrollLeft += Math.min(0, b.offsetLeft - 40 - host.scrollLeft) + Math.max(0, b.offsetLeft + b.offsetWidth + 40 - host.clientWidth - host.scrollLeft);
+    fadeEnds();
+  }
+
   function phaseButtons() {
-    if (data.phases.length < 2) return;
     const host = $(".phases");
+    if (data.phases.length < 2) return;
     host.hidden = false;
     host.innerHTML = data.phases.map((f, i) => {
       const before = i ? new Map(data.phases[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
-      const strip = f.rows.length > 90 ? "" : `<span class="strip">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "unchanged" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
+      const strip = `<span class="strip${f.rows.length > 40 ? " dense" : ""}">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "unchanged" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
       return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${f.epoch}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
     }).join("");
     host.addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) setPhase(Number(b.dataset.phase)); });
+    host.addEventListener("scroll", fadeEnds);
+    addEventListener("resize", fadeEnds);
+    showPhase();
   }
 
   $("h1").textContent = data.title;
