@@ -20,8 +20,7 @@ from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import store as feature_store
 from graphopt.train.feature_cache.cache import FeatureCache
-from graphopt.train.feature_cache.feed import FeatureFeed
-from graphopt.train.feature_cache.prefix import Prefix
+from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
 from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
 from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
@@ -241,7 +240,8 @@ def test_a_cache_that_reads_slower_is_declined(tmp_path, monkeypatch, force, kep
 
     monkeypatch.setattr(MemoryFill, "read", slow)
     messages = []
-    cache = cache_of(tmp_path, plan, clock=clock)
+    monkeypatch.setattr("graphopt.train.feature_cache.cache.perf_counter", clock)
+    cache = cache_of(tmp_path, plan)
     cache.on_message = messages.append
     feed, module, record = cache.prepare(plan, {})
     assert record["kept"] is kept
