@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
-from graphopt.cli.screen import grid, show, show_json
+from graphopt.cli.screen import grid, show, show_error, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
-    from graphopt.compiler.plan import Source
+    from graphopt.compiler.plan import Plan
     from graphopt.cost import Rates
     from graphopt.planning.run_cost import DropPoint, RunCost
     from graphopt.spec import Spec
@@ -37,25 +37,34 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --json
     """
+    from graphopt.compiler.plan import compile_phase
     from graphopt.driver import prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
+    from graphopt.train.preflight import problems
 
     loaded = load(spec, trust=trust, overrides=set_)
+    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, trust=trust)
+    plan = compile_phase(source, verify="off", costs=False)
+    refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
-    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
-    samples, work = _forecast(loaded, source, Path(spec), rates)
+    samples, work = _forecast(loaded, plan, Path(spec), rates)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
-        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **run})
+        head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
+        show_json({**head, "passes": rows, "opaque": opaque, **run})
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
         _show_run(work)
+    for error in refused[:-1]:
+        show_error(str(error))
+    if refused:
+        raise refused[-1]
 
 
 def _rates(device: str, amp: str | None) -> "Rates":
@@ -69,9 +78,8 @@ def _rates(device: str, amp: str | None) -> "Rates":
         raise RunError(f"no steps can be timed there: {reason}", where="--device", fix="Use cpu, or cuda if there is a GPU") from error
 
 
-def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
+def _forecast(spec: "Spec", plan: "Plan", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
-    from graphopt.compiler.plan import compile_phase
     from graphopt.diff.render.run import read_run
     from graphopt.errors import CostError, RunError
     from graphopt.planning.run_cost import counts, forecast_run
@@ -79,7 +87,6 @@ def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None")
     decisions = read_run(path).decisions if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
-        plan = compile_phase(source, verify="off", costs=False)
         return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
     except (RunError, CostError):
         return None, None
@@ -108,7 +115,7 @@ def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
             show(f"  {d['severity']} {d['location']}: {d['message']}")
         if row["preserves"]:
             show(f"  preserves: {', '.join(row['preserves'])}")
-    show("no conflicts" if rows else "no passes: the backbone trains as it is")
+    show("no conflicts between passes" if rows else "no passes: the backbone trains as it is")
 
 
 def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Batch, Data, ImageFeed, Mixer, open_data
+from graphopt.data.loader import Batch, Data
 from graphopt.driver import build_backbone, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -32,9 +32,9 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
-from graphopt.train.strategy import Strategy
 
 
 def train(
@@ -63,15 +63,10 @@ def train(
     plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
     settings = settings or (spec.train if spec is not None else TrainSpec())
     data = data or (spec.data if spec is not None else DataSpec())
-    strategy = Strategy.of(settings)
     # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
     shape = plan.base.input if plan is not None else spec.backbone.input
-    opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
-    if not len(opened.evaluation):
-        raise RunError("there are no evaluation images", where="data")
-    loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
-    images = ImageFeed(opened.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **loading)
-    evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
+    inputs = Inputs.open(settings, data, shape)
+    strategy, images, evaluation, mixer = inputs.strategy, inputs.images, inputs.evaluation, inputs.mixer
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
     folder = RunFolder.claim(out, digest, text, resume=resume)
     try:
@@ -82,13 +77,14 @@ def train(
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
-            mixer, identity = None, dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
+            check_outputs(plan, inputs.data.classes)
+            check_optimizer(plan, settings, len(images) // settings.accumulate)
+            identity = dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
-                mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)
                 identity["data"] = data.model_dump(mode="json", exclude={"workers"})
             cached = folder.path / "features"
             features = FeatureCache(images, strategy, folder=cached, digest=digest, identity=identity, mixed=mixer is not None)
-            context = RunContext(settings, strategy, images, evaluation, opened.classes, mixer, features)
+            context = RunContext(settings, strategy, images, evaluation, inputs.data.classes, mixer, features)
             state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
             board = folder.path / "tensorboard" if tensorboard else None
             offset = saved["metrics_offset"] if saved is not None else 0
