@@ -44,7 +44,7 @@ def train(
     if as_json:
         show_json(asdict(summary))
     elif not quiet:
-        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch + 1}"
+        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch}"
         show(f"accuracy {100 * summary.accuracy:.2f} % ({best}) after {summary.seconds:.0f} s on {summary.device}")
         show(f"run: {summary.folder}   export it: graphopt export {summary.folder} -o model.safetensors")
 

@@ -157,6 +157,7 @@ class Run:
             return
         if due := state.phase.plan.due(epoch, state.history, self.spec.epochs):
             state.phase = state.phase.next(due, epoch)
+            self.strategy.reset_peak_memory()
             state.watch()
             self.log.phase(due)
 
@@ -234,7 +235,7 @@ class Run:
         self._losses = []
         for number, value in enumerate(values, self.progress.total - len(values) + 1):
             if not math.isfinite(value):
-                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch + 1})"
+                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch})"
                 fix = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before"
                 raise RunError(what, where=str(self.folder.path), fix=fix)
 
@@ -243,7 +244,7 @@ class Run:
         signum = self.signals.signum
         if signum is not None:
             self._save()
-            done = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.state.phase.steps}"
+            done = f"epoch {self.progress.epoch}, step {self.progress.step} of {self.state.phase.steps}"
             fix = "Continue with the same command and --resume"
             raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)
 
