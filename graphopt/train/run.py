@@ -138,7 +138,7 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
 
     def run(self) -> Summary:
-        self.strategy.reset_peak_memory()
+        self.strategy.begin_memory(self.state.phase.plan.module)
         with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
                 self._decide()

@@ -4,7 +4,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,7 +28,7 @@ def _resident(kind: Literal["RSS", "HWM"]) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class Strategy:
     """One process on one device."""
 
@@ -37,7 +37,7 @@ class Strategy:
     channels_last: bool = False  # NHWC memory format for images and convolution weights
     compiled: bool = False  # compile training steps with `torch.compile`, once per phase
     deterministic: bool = True  # use deterministic kernels where torch has them
-    before: int = 0  # bytes of the process in memory before the run
+    before: int = field(default=0, init=False)  # bytes of this process that are not the run's
 
     @classmethod
     def of(cls, spec: TrainSpec) -> Self:
@@ -54,8 +54,7 @@ class Strategy:
             raise RunError(f"graphopt trains on cpu or cuda, not on {name!r}", where="train.device")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RunError(f"torch finds no device {name}", where="train.device", fix="Use auto or cpu")
-        precision, before = AUTOCAST_DTYPES[spec.amp] if spec.amp else None, _resident("RSS")
-        return cls(device, precision, spec.channels_last, spec.compile, spec.deterministic, before=before)
+        return cls(device, AUTOCAST_DTYPES[spec.amp] if spec.amp else None, spec.channels_last, spec.compile, spec.deterministic)
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
@@ -102,6 +101,12 @@ class Strategy:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def begin_memory(self, module: nn.Module) -> None:
+        """From now on memory counts as the run's, and so do the tensors of `module`; what libraries and the trace hold does not."""
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
+        self.before = _resident("RSS") - sum(own.values())
+        self.reset_peak_memory()
+
     def reset_peak_memory(self) -> None:
         """Starts a new measurement."""
         if self.device.type == "cuda":
@@ -111,7 +116,7 @@ class Strategy:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory(self) -> int:
-        """The most bytes that were allocated on the CUDA device, or by which this process was larger than before the run."""
+        """The most bytes that were allocated on the CUDA device, or by which this process grew in the run."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return max(0, _resident("HWM") - self.before)
