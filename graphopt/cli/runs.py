@@ -87,7 +87,7 @@ def report(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[Path, options.out_option("The safetensors file to write.")],
+    out: Annotated[Path, options.out_option("The file to write: .safetensors, or .pt for torch.load.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
     trust: options.TrustOption = False,
