@@ -26,8 +26,7 @@ from graphopt.cost.partition import recomputed_by_memory
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import slice_around
 from graphopt.ir.nodes import activations
-from graphopt.runtime.body import NoGrad
-from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.runtime.body import Checkpointed, NoGrad
 
 
 class Checkpoint(Pass):
@@ -61,7 +60,6 @@ class Checkpoint(Pass):
         return self
 
     def match(self, graph: Graph) -> Match[tuple[str, ...]]:
-        """Finds the regions. With `balance = "memory"` it decides after which blocks a segment ends."""
         match: Match[tuple[str, ...]] = Match(find_blocks(graph) if self.select is None else select(self.select, graph))
         if self.segments is not None and self.segments > len(match.regions):
             why = f"segments = {self.segments}, but there are {len(match.regions)} blocks to divide"
@@ -74,7 +72,6 @@ class Checkpoint(Pass):
         return match
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[str, ...] | None]) -> Effects:
-        """Declares each segment a section that runs again."""
         effects, count, active = Effects(), 0, activations(edit.graph)
         for regions in self._segments(match.regions, match.decision):
             nodes = regions[0].nodes if self.segments is None else slice_around(edit.graph, (n for r in regions for n in r.nodes))

@@ -56,7 +56,7 @@ def _module_text(cls: "type[Pass]") -> str:
 
 
 def _manual(cls: "type[Pass]") -> None:
-    from graphopt.spec.docs import option_texts, without_attributes
+    from graphopt.spec.writing import option_texts, without_attributes
 
     for text in dict.fromkeys((_module_text(cls), without_attributes(cls.__doc__ or ""))):
         if text:

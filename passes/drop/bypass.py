@@ -2,9 +2,8 @@
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from graphopt import Editor, Graph, PassError, Region
 from graphopt.compiler.pass_base import Diagnostics
 from graphopt.ir.nodes import attribute, leaf, overwriter, parameters_read
 from graphopt.ir.patterns import VIEWS, NotResidualError, Residual, residuals
-from graphopt.runtime.stochastic import StochasticBranch
+from graphopt.runtime.body import StochasticBranch
 
 Found = TypeVar("Found")
 
@@ -25,8 +24,7 @@ _KEEP_ZEROS = (nn.Identity, nn.modules.dropout._DropoutNd)
 _KEEP_ZEROS_NAMES = ("DropPath", "StochasticDepth", "ByMode")
 
 
-@dataclass(frozen=True)
-class Removal:
+class Removal(NamedTuple):
     """What leaving a block's branches out for good comes to.
 
     Attributes:
@@ -129,10 +127,6 @@ def skip_at_random(edit: Editor, block: str, residual: Residual, probability: fl
     """
     shape = tuple(residual.shortcut.meta["val"].shape[1:])
     wrap = partial(StochasticBranch, probability=probability, shape=shape)
-    sections = edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")
-    if len(sections) != 1:
-        raise PassError(
-            "an earlier pass divides the block's branch, so it cannot be skipped as a whole",
-            where=block,
-            fix="Let drop come before that pass, or select other blocks",
-        )
+    if len(edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")) != 1:
+        what = "an earlier pass divides the block's branch, so it cannot be skipped as a whole"
+        raise PassError(what, where=block, fix="Let drop come before that pass, or select other blocks")

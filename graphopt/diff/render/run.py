@@ -101,6 +101,7 @@ def to_report(run: Run, plan: Plan) -> str:
     facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
     if run.summary:
         facts.append(str(run.summary.get("device", "")))
+    lines = [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(map(_label, p.get("decisions", ()))))} for p in run.phases]
     values = {
         "TITLE": escaped(title),
         "SUBTITLE": escaped(" · ".join(t for t in facts if t)),
@@ -109,7 +110,7 @@ def to_report(run: Run, plan: Plan) -> str:
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
         "DIFF": html.escape(to_html(phases)),
-        "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
+        "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
     return filled(web("report.html"), values)
@@ -122,6 +123,8 @@ def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]
         forecast: the first epoch of each phase, and the forecast peak of its steps in bytes.
     """
     ends = [0, *(int(r["step"]) for r in run.epochs)]
+    # How long an epoch that has not ended is: as the one before, or all there is so far.
+    length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
 
     def at(record: Mapping[str, Any]) -> float:
         step = int(record["step"])
@@ -129,7 +132,6 @@ def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]
         start = ends[number]
         if number + 1 < len(ends):
             return number + (step - start) / max(1, ends[number + 1] - start)
-        length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
         return number + min(1.0, (step - start) / max(1, length))
 
     def steps(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
@@ -201,10 +203,6 @@ def _tile(what: str, big: str, small: str) -> str:
         f'<div class="tile" role="listitem"><div class="what">{escaped(what)}</div>'
         f'<div class="big">{escaped(big)}</div><div class="small">{escaped(small)}</div></div>'
     )
-
-
-def _phase_lines(run: Run) -> list[dict[str, Any]]:
-    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_label(d) for d in p.get("decisions", ())))} for p in run.phases]
 
 
 def _label(decision: Mapping[str, Any]) -> str:
