@@ -54,7 +54,7 @@ def fit(
     search = Search(load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])]), trust=trust)
     found = search.suggest(budget) if suggest else search.largest_batch(budget)
     if out is not None and found.spec is not None:
-        write_atomically(out, dumps(found.spec))
+        write_atomically(out, dumps(found.spec, defaults=False))
     if as_json:
         show_json(found.to_dict())
     else:

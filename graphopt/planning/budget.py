@@ -254,9 +254,9 @@ class Search:
         return 1 - sum(r.trainable_parameters for r in cost.rows if r.path in own) / self.backbone.trainable_parameters
 
     def _with(self, added: Sequence[Pass], batch: int) -> Spec:
-        table = self.spec.resolved()
+        table = self.spec.resolved(defaults=False)
         table["pass"] = [value.table() for value in in_order(self.plan.passes, added)]
-        table["train"] = {**table["train"], "batch": batch}
+        table["train"] = {**table.get("train", {}), "batch": batch}
         return from_table(table, trust=self.trust)
 
 

@@ -19,9 +19,9 @@ _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def dumps(spec: Spec) -> str:
-    """The resolved spec as TOML, every default written out; `loads(dumps(spec)) == spec`."""
-    table = spec.resolved()
+def dumps(spec: Spec, *, defaults: bool = True) -> str:
+    """The spec as TOML, with every default or only with what was given; `loads(dumps(spec)) == spec`."""
+    table = spec.resolved(defaults=defaults)
     chunks = [_lines({key: value for key, value in table.items() if not _nested(value)})]
     chunks += [text for key, value in table.items() if _nested(value) for text in _section(key, value)]
     return "\n".join(chunk for chunk in chunks if chunk)

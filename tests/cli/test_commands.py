@@ -206,6 +206,9 @@ def test_fit_says_first_what_fits_and_prints_what_to_paste(capsys: pytest.Captur
     assert out.startswith("fits as it is: nothing needs to be added\n")
     assert "stays exact" in out
     assert "[[pass]]" not in out
+    output(capsys, "fit", "s.toml", "--memory", "1 GiB", "-o", "fitted.toml")
+    assert len(Path("fitted.toml").read_text().splitlines()) < 20, "what the spec said, and the batch; no defaults"
+    assert load("fitted.toml").passes == load("s.toml").passes
     monkeypatch.setattr("graphopt.planning.budget.Search.__init__", None)  # what is refused needs no search
     assert main(["fit", "s.toml", "--memory", "1 GiB", "--flops", "0.5"]) == 2
     assert "FLOPs per sample do not depend on it" in capsys.readouterr().err

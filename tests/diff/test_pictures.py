@@ -151,6 +151,7 @@ def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.
         (["--html", "."], ["is a folder", "diff.html"]),
         (["--phase", "2"], ["--phase", "s.toml has phases 0 to 1, not 2"]),
         (["--phase", "0", "--epoch", "1"], ["--epoch", "exclude each other"]),
+        (["--epoch", "99"], ["--epoch", "the run has epochs 0 to 3, not 99"]),
         (["t.toml", "--phase", "0", "--phase", "1"], ["--phase", "at most two"]),
         (["quikstart"], ["quikstart", "no such spec"]),
     ],
