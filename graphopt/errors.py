@@ -4,6 +4,15 @@ import difflib
 from collections.abc import Iterable
 from typing import Self
 
+#: what a terminal or a viewer obeys instead of showing it: control characters but line ends and tabs, and changes of direction
+_CONTROL = [*(c for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = {c: f"\\u{c:04x}" for c in _CONTROL}
+
+
+def printable(text: str) -> str:
+    """A text with its control characters as JSON and TOML write them, so that nothing that prints it is steered by a name."""
+    return text.translate(_VISIBLE)
+
 
 class GraphoptError(Exception):
     """Base class of all errors that graphopt raises on purpose.

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import BatchOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, out_option, seeded_plan
+from graphopt.cli.options import (
+    BatchOption,
+    JsonOption,
+    SetOption,
+    SpecArgument,
+    TrustOption,
+    check_choice,
+    check_epoch,
+    out_option,
+    seeded_plan,
+)
 from graphopt.cli.screen import show, show_json
 from graphopt.errors import RunError
 from graphopt.files import reason, write_folder
@@ -88,10 +98,6 @@ def _plan_at(spec: "Spec", epoch: int | None, *, trust: bool, verify: Any, batch
     """The plan of a spec in the phase that `epoch` trains in (None: the first). Triggers that wait for measurements do not fire."""
     if epoch is None:
         return seeded_plan(spec, trust=trust, verify=verify, batch=batch)
-    if epoch >= spec.train.epochs:
-        raise RunError(f"the run has epochs 0 to {spec.train.epochs - 1}, not {epoch}", where="--epoch")
+    check_epoch(spec, epoch)
     plan = seeded_plan(spec, trust=trust, batch=batch, costs=False)
-    for now in range(epoch + 1):
-        if due := plan.due(now, None, spec.train.epochs):
-            plan = plan.advance_to((*plan.decisions, *due), verify="off")
-    return plan.advance_to(plan.decisions, verify=verify, costs=True)
+    return plan.phase_at(epoch, spec.train.epochs, verify=verify, costs=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
-from graphopt.cli.screen import grid, show, show_json
+from graphopt.cli.screen import grid, show, show_error, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
@@ -41,25 +41,32 @@ def check(
     from graphopt.driver import check_folders, prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
+    from graphopt.train.preflight import problems
 
     loaded = load(spec, trust=trust, overrides=set_)
+    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, trust=trust)
     check_folders(source, trust=trust)
     plan = compile_phase(source, verify="fast", costs=False)
     plan.check_phases(loaded.train.epochs)
+    refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
-    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     samples, work = _forecast(loaded, plan, Path(spec), rates)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
-        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **run})
+        head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
+        show_json({**head, "passes": rows, "opaque": opaque, **run})
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
         _show_run(work)
+    for error in refused[:-1]:
+        show_error(str(error))
+    if refused:
+        raise refused[-1]
 
 
 def _rates(device: str, amp: str | None) -> "Rates":
@@ -110,7 +117,7 @@ def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
             show(f"  {d['severity']} {d['location']}: {d['message']}")
         if row["preserves"]:
             show(f"  preserves: {', '.join(row['preserves'])}")
-    show("no conflicts" if rows else "no passes: the backbone trains as it is")
+    show("no conflicts between passes" if rows else "no passes: the backbone trains as it is")
 
 
 def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:

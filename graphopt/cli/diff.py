@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphopt.diff import Diff
     from graphopt.diff.phases import PhaseDiff
     from graphopt.diff.render.data import Shown
+    from graphopt.spec import Spec
 
 #: as a file name: print instead
 STDOUT = Path("-")
@@ -59,6 +60,7 @@ def diff(
         graphopt diff runs/quickstart --phase 0 --phase 1
     """
     from graphopt.diff.render.data import main_diff
+    from graphopt.spec import load
 
     asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
     targets = {suffix: path for suffix, path in asked.items() if path is not None}
@@ -67,7 +69,8 @@ def diff(
             options.check_target(path, f"diff.{suffix}")
 
     def phases_of(argument: str) -> "tuple[PhaseDiff, ...]":
-        return _phases(argument, batch, costs, set_, trust)
+        loaded = load(argument, trust=trust, overrides=set_)
+        return _phases(loaded, options.expanded(argument), epoch, batch=batch, costs=costs, trust=trust)
 
     shown = _shown(phases_of, spec, other, phase, epoch)
     written: list[Path] = []
@@ -134,15 +137,14 @@ def _shown(
     return _one(phases, phase, epoch, spec) if phase or epoch is not None else phases
 
 
-def _phases(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> "tuple[PhaseDiff, ...]":
+def _phases(spec: "Spec", path: Path, epoch: int | None, *, batch: int | None, costs: bool, trust: bool) -> "tuple[PhaseDiff, ...]":
     """The phases of a spec, or those that a run has gone through."""
     from graphopt.diff.phases import phase_diffs
     from graphopt.diff.render.run import is_run, read_run
-    from graphopt.spec import load
 
-    path = options.expanded(argument)
+    options.check_epoch(spec, epoch)
     decisions = read_run(path).decisions if is_run(path) else None
-    plan = options.seeded_plan(load(argument, trust=trust, overrides=set_), trust=trust, batch=batch, costs=costs)
+    plan = options.seeded_plan(spec, trust=trust, batch=batch, costs=costs)
     return phase_diffs(plan, decisions)
 
 

@@ -44,7 +44,7 @@ def train(
     if as_json:
         show_json(asdict(summary))
     elif not quiet:
-        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch + 1}"
+        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch}"
         show(f"accuracy {100 * summary.accuracy:.2f} % ({best}) after {summary.seconds:.0f} s on {summary.device}")
         show(f"run: {summary.folder}   export it: graphopt export {summary.folder} -o model.safetensors")
 
@@ -87,7 +87,7 @@ def report(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[Path, options.out_option("The safetensors file to write.")],
+    out: Annotated[Path, options.out_option("The file to write: .safetensors, or .pt for torch.load.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
     trust: options.TrustOption = False,

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graphopt.diff.model import ADDED, DIFFERS, KEPT, REMOVED, ModelView, Row, as_json, ranked
+from graphopt.diff.model import ADDED, DIFFERS, REMOVED, UNCHANGED, ModelView, Row, as_json, ranked
 
-FORMAT = "graphopt.diff/2"
+FORMAT = "graphopt.diff/3"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Diff:
         return tuple(RowGroup(tuple(rows)) for rows in found)
 
     def counts(self) -> dict[str, int]:
-        """How many rows have each main status, most important first, "kept" last."""
+        """How many rows have each main status, most important first, "unchanged" last."""
         found = Counter(row.status for row in self.rows)
-        return {s: found[s] for s in (*ranked(found), KEPT) if found[s]}
+        return {s: found[s] for s in (*ranked(found), UNCHANGED) if found[s]}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the same input gives the same bytes."""
@@ -72,7 +72,7 @@ def align(before: ModelView, after: ModelView) -> Diff:
     """The diff of two models, whether of one backbone or of two.
 
     Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, a row is
-    kept where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" where it is in one only.
+    unchanged where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" if in one only.
     """
     same = before.backbone == after.backbone
     old, new = {r.name: r for r in before.rows}, {r.name: r for r in after.rows}
@@ -122,7 +122,7 @@ def _merged(old: list[str], new: list[str]) -> list[str]:
 
 
 def group_name(names: Sequence[str]) -> str:
-    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5."""
+    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5; `layers.layer_0-2 ×3` where the last part is a name with a number."""
     if len(names) == 1:
         return names[0]
     if len({n.rpartition(".")[0] for n in names}) > 1:
@@ -130,7 +130,10 @@ def group_name(names: Sequence[str]) -> str:
     parent, dot, first = names[0].rpartition(".")
     last = names[-1].rpartition(".")[2]
     start, end = first.partition("-")[0], last.rpartition("-")[2]
-    if not (start.isdigit() and end.isdigit()):
+    stem = start.rstrip("0123456789")
+    if start != stem and end.startswith(stem) and end.removeprefix(stem).isdigit():
+        end = end.removeprefix(stem)
+    else:
         start, end = first, last
     return f"{parent}{dot}{start}-{end} ×{len(names)}"
 

@@ -9,7 +9,7 @@ from graphopt.compiler.pass_base import Status
 Shape = tuple[str | int, ...]
 
 #: statuses that no pass gives: as in the backbone, and what the comparison of two backbones adds
-KEPT, REMOVED, ADDED, DIFFERS = "kept", "removed", "added", "differs"
+UNCHANGED, REMOVED, ADDED, DIFFERS = "unchanged", "removed", "added", "differs"
 
 
 class StatusStyle(NamedTuple):
@@ -43,15 +43,15 @@ STYLES: dict[str, StatusStyle] = {
     Status.ISOLATED: StatusStyle("⊣", "|", "#a8467f", "#e79bc6", "magenta", "no gradient comes back to its output"),
     Status.CHECKPOINTED: StatusStyle("↻", "@", "#857500", "#e8dc4c", "bright_yellow", "recomputed in the backward pass instead of saved"),
     Status.REWIRED: StatusStyle("~", "~", "#5b5f66", "#b4b9c2", "bright_black", "computes the same with other operators"),
-    KEPT: StatusStyle("○", "o", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),
+    UNCHANGED: StatusStyle("○", "o", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),
 }
 
 _RANK = {name: rank for rank, name in enumerate(STYLES)}
 
 
 def ranked(statuses: Iterable[str]) -> tuple[str, ...]:
-    """Statuses, most important first; `("kept",)` where there are none."""
-    return tuple(sorted({str(s) for s in statuses} - {KEPT}, key=_RANK.__getitem__)) or (KEPT,)
+    """Statuses, most important first; `("unchanged",)` where there are none."""
+    return tuple(sorted({str(s) for s in statuses} - {UNCHANGED}, key=_RANK.__getitem__)) or (UNCHANGED,)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class NodeRow:
     call: int
     shape: Shape | None
     inputs: tuple[str, ...]
-    statuses: tuple[str, ...] = (KEPT,)
+    statuses: tuple[str, ...] = (UNCHANGED,)
     changed_by: int | None = None
     parameters: int = 0
 
@@ -97,8 +97,8 @@ class Row(RowLocation):
         backward: whether the backward pass of a training step goes through it. before, after: figures of one training step.
     """
 
-    statuses: tuple[str, ...] = (KEPT,)
-    was: tuple[str, ...] = (KEPT,)
+    statuses: tuple[str, ...] = (UNCHANGED,)
+    was: tuple[str, ...] = (UNCHANGED,)
     passes: tuple[int, ...] = ()
     messages: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
@@ -125,12 +125,12 @@ class Row(RowLocation):
     @property
     def plain(self) -> bool:
         """Whether there is nothing to report: as in the backbone, in both views."""
-        return self.statuses == (KEPT,) and not self.changed
+        return self.statuses == (UNCHANGED,) and not self.changed
 
     def group_key(self) -> tuple[Any, ...]:
         """What two neighbours must have in common to be shown as one. Costs and parameter names are summed, not compared."""
         # Operations without parameters may differ where nothing happened to them: Swin shifts the windows of every other block.
-        inside = tuple((n.op, n.what, n.statuses, n.parameters) for n in self.nodes if n.parameters or n.statuses != (KEPT,))
+        inside = tuple((n.op, n.what, n.statuses, n.parameters) for n in self.nodes if n.parameters or n.statuses != (UNCHANGED,))
         sizes = (self.before or {}).get("parameters"), (self.after or {}).get("parameters")
         messages = tuple(m.replace(self.name, "*") for m in self.messages)
         facts = (self.statuses, self.was, self.passes, messages, self.sources, tuple(self.detail.items()), self.section, self.attached_to)

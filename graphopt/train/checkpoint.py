@@ -201,7 +201,7 @@ class Checkpointer:
                 raise
             path, saved = max(whole.items(), key=lambda item: item[1]["progress"]["total"])
             progress = Progress(**saved["progress"])
-            message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch + 1}, step {progress.step})"
+            message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
         check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
         changed = [
             f"{table}.{key} was {old.get(key)!r} and is {new.get(key)!r}"

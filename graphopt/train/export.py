@@ -1,15 +1,17 @@
 """What a run has trained: the ordinary checkpoint (the backbone's own keys, in safetensors), the plan, or the model."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.errors import PassError, RunError
-from graphopt.plan_file import packed, read_plan_file, restore, write_model
+from graphopt.plan_file import TORCH, packed, read_plan_file, restore, write_model
 from graphopt.train.checkpoint import load_checkpoint
 
 StrPath = str | os.PathLike[str]
@@ -20,7 +22,9 @@ Weights = Literal["auto", "model", "ema"]
 def export_run(
     run: StrPath, path: StrPath, *, which: Which = "best", weights: Weights = "auto", plan: Plan | None = None, trust: bool = False
 ) -> Path:
-    """Writes the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
+    """Writes the trained backbone to `path`, atomically; it loads strictly into the untouched backbone.
+
+    The file is safetensors, or for a name in .pt or .pth what `torch.load` reads (weights only, without metadata).
 
     Its metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are. Where a pass replaced
     something that the backbone's architecture cannot express, the file holds the emitted module's weights with the spec instead:
@@ -36,7 +40,12 @@ def export_run(
     plan, found = _restored(Path(run), which, weights, plan, trust)
     metadata = {"format": "pt", "name": plan.name, "digest": plan.digest, **found}
     try:
-        content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
+        tensors = {name: tensor.contiguous() for name, tensor in plan.export_state().items()}
+        if Path(path).suffix.lower() in TORCH:
+            torch.save(tensors, buffer := BytesIO())
+            content = buffer.getvalue()
+        else:
+            content = save(tensors, metadata)
     except PassError as error:
         content = packed(plan, {**metadata, "why": str(error)})
     return write_model(Path(path), content)

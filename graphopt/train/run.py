@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Batch, Data, ImageFeed, Mixer, open_data
+from graphopt.data.loader import Batch, Data
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -33,9 +33,9 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
-from graphopt.train.strategy import Strategy
 
 
 def train(
@@ -64,15 +64,10 @@ def train(
     plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
     settings = settings or (spec.train if spec is not None else TrainSpec())
     data = data or (spec.data if spec is not None else DataSpec())
-    strategy = Strategy.of(settings)
     # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
     shape = plan.base.input if plan is not None else spec.backbone.input
-    opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
-    if not len(opened.evaluation):
-        raise RunError("there are no evaluation images", where="data")
-    loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
-    images = ImageFeed(opened.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **loading)
-    evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
+    inputs = Inputs.open(settings, data, shape)
+    strategy, images, evaluation, mixer = inputs.strategy, inputs.images, inputs.evaluation, inputs.mixer
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
     folder, state = RunFolder.claim(out, digest, resume=resume), None
     try:
@@ -85,12 +80,13 @@ def train(
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
                 check_folders(plan, trust=trust)
             plan.check_phases(settings.epochs)
-            mixer, identity = None, dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
+            check_outputs(plan, inputs.data.classes)
+            check_optimizer(plan, settings, len(images) // settings.accumulate)
+            identity = dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
-                mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)
                 identity["data"] = data.model_dump(mode="json", exclude={"workers"})
             features = FeatureCache(images, strategy, folder=folder.features, digest=digest, identity=identity, mixed=mixer is not None)
-            context = RunContext(settings, strategy, images, evaluation, opened.classes, mixer, features)
+            context = RunContext(settings, strategy, images, evaluation, inputs.data.classes, mixer, features)
             state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
             features.check(plan)
             checkpointer.begin(digest)
@@ -149,7 +145,7 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
 
     def run(self) -> Summary:
-        self.strategy.reset_peak_memory()
+        self.strategy.begin_memory(self.state.phase.plan.module)
         with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
                 self._decide()
@@ -168,6 +164,7 @@ class Run:
             return
         if due := state.phase.plan.due(epoch, state.history, self.spec.epochs):
             state.phase = state.phase.next(due, epoch)
+            self.strategy.reset_peak_memory()
             state.watch()
             self.log.phase(due)
 
@@ -230,7 +227,7 @@ class Run:
             figures |= {f"{prefix}loss": meter.loss, f"{prefix}accuracy": meter.accuracy}
             if not math.isfinite(meter.loss):
                 self._check_finite()  # the usual cause
-                what = f"the evaluation's loss became {meter.loss} after step {self.progress.total} (epoch {self.progress.epoch + 1})"
+                what = f"the evaluation's loss became {meter.loss} after step {self.progress.total} (epoch {self.progress.epoch})"
                 raise RunError(what, where=str(self.folder.path), fix=self._lower())
         return figures
 
@@ -253,14 +250,14 @@ class Run:
         self._losses = []
         for number, value in enumerate(values, self.progress.total - len(values) + 1):
             if not math.isfinite(value):
-                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch + 1})"
+                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch})"
                 raise RunError(what, where=str(self.folder.path), fix=self._lower())
 
     def _check_finite(self) -> None:
         """Checks that everything that a checkpoint would restore is finite: the loss shows an update that is not only in the next step."""
         names = self.state.phase.not_finite()
         if names:
-            what = f"not finite after step {self.progress.total} (epoch {self.progress.epoch + 1}): {listed(names)}"
+            what = f"not finite after step {self.progress.total} (epoch {self.progress.epoch}): {listed(names)}"
             raise RunError(what, where=str(self.folder.path), fix=self._lower())
 
     def _stop_if_requested(self) -> None:
@@ -268,7 +265,7 @@ class Run:
         signum = self.signals.signum
         if signum is not None:
             self._save()
-            done = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.state.phase.steps}"
+            done = f"epoch {self.progress.epoch}, step {self.progress.step} of {self.state.phase.steps}"
             fix = "Continue with the same command and --resume"
             raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)
 

@@ -81,12 +81,16 @@ class Screen:
         )
         self._task = self.progress.add_task("", total=None, note="", visible=False)
 
+    def at(self, epoch: int) -> str:
+        """Epochs are counted as in a spec, from 0: the last of four is `epoch 3/3`."""
+        return f"epoch {epoch}/{self.epochs - 1}"
+
     def say(self, text: str) -> None:
         if self._console is not None:
             self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, what: str, epoch: int, total: int, done: int = 0) -> None:
-        description = f"epoch {epoch + 1}/{self.epochs} {what}"
+        description = f"{self.at(epoch)} {what}"
         self.progress.reset(self._task, total=total, completed=done, description=description, note="", visible=True)
 
     def step(self, note: str = "") -> None:
@@ -114,7 +118,7 @@ class RunLog:
         self.write("resume", **({"message": message} if message else {}))
         if message:
             self.screen.say(message)
-        self.screen.say(f"resumes at epoch {progress.epoch + 1}, step {progress.step}")
+        self.screen.say(f"resumes at epoch {progress.epoch}, step {progress.step}")
 
     def phase(self, decisions: tuple[Decision, ...]) -> None:
         plan, phases = self.state.phase.plan, self.state.phases
@@ -123,7 +127,7 @@ class RunLog:
         phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions")})
         why = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in made]
         counts = f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
-        self.screen.say(f"phase {record['phase']} from epoch {record['epoch'] + 1}: {'; '.join(why) or 'start'}; {counts}")
+        self.screen.say(f"phase {record['phase']} from epoch {record['epoch']}: {'; '.join(why) or 'start'}; {counts}")
 
     def start_window(self) -> None:
         self._lap = time.perf_counter(), self.state.progress.total
@@ -142,7 +146,7 @@ class RunLog:
 
     def epoch(self, figures: Mapping[str, float], change: Mapping[str, float], seconds: float) -> None:
         """The figures of an epoch, how much the weights of scored regions changed in it, and how long it took."""
-        speed, peak = self.state.meter.samples / max(seconds, 1e-9), self.state.progress.peak_bytes
+        speed, peak = self.state.meter.samples / max(seconds, 1e-9), self._strategy.peak_memory()
         more: dict[str, Any] = {
             "seconds": seconds,
             "samples_per_second": speed,
@@ -155,4 +159,4 @@ class RunLog:
             if name in figures:
                 parts.append(f"{label} {100 * figures[name]:.2f} %")
         parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", f"peak {show_size(peak)}"]
-        self.screen.say(f"epoch {record['epoch'] + 1}/{self.screen.epochs}: {', '.join(parts)}")
+        self.screen.say(f"{self.screen.at(record['epoch'])}: {', '.join(parts)}")

@@ -3,9 +3,10 @@
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -18,7 +19,16 @@ from graphopt.spec import TrainSpec
 _deterministic: Any = torch.utils.deterministic
 
 
-@dataclass(frozen=True)
+def _resident(kind: Literal["RSS", "HWM"]) -> int:
+    """Bytes of this process in memory: now, or the most since the last reset. Outside of Linux, the most ever."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(f"Vm{kind}:")).split()[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+@dataclass
 class Strategy:
     """One process on one device."""
 
@@ -27,6 +37,7 @@ class Strategy:
     channels_last: bool = False  # NHWC memory format for images and convolution weights
     compiled: bool = False  # compile training steps with `torch.compile`, once per phase
     deterministic: bool = True  # use deterministic kernels where torch has them
+    before: int = field(default=0, init=False)  # bytes of this process that are not the run's
 
     @classmethod
     def of(cls, spec: TrainSpec) -> Self:
@@ -90,17 +101,25 @@ class Strategy:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def begin_memory(self, module: nn.Module) -> None:
+        """From now on memory counts as the run's, and so do the tensors of `module`; what libraries and the trace hold does not."""
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
+        self.before = _resident("RSS") - sum(own.values())
+        self.reset_peak_memory()
+
     def reset_peak_memory(self) -> None:
-        """Starts a new measurement; on the CPU the process's own peak cannot be reset."""
+        """Starts a new measurement."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):  # Linux: the peak of this process becomes what is resident now
+                Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory(self) -> int:
-        """The most bytes that were allocated on the CUDA device, or resident in this process."""
+        """The most bytes that were allocated on the CUDA device, or by which this process grew in the run."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return max(0, _resident("HWM") - self.before)
 
     def describe(self) -> str:
         """Human-readable, for summary.json: 'cpu', 'cuda (NVIDIA H200), bfloat16'."""

@@ -114,6 +114,19 @@ def test_search_finds_blocks_and_operations(browse: Any, small: Path) -> None:
     assert page.locator(".found").text_content() == "nothing found"
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_strip_of_a_phase_stays_in_its_card_and_the_shown_one_in_the_window(browse: Any, width: int, tmp_path: Path) -> None:
+    passes = [Ice(select=f"blocks.{n}", when=AtEpoch(epoch=n)) for n in range(1, 7)]
+    (tmp_path / "long.html").write_text(to_html(phase_diffs(plan(*passes, model=Small(blocks=60)), epochs=8)))
+    page = browse(tmp_path / "long.html", width=width)
+    boxes = "[...document.querySelectorAll('.phases button')].map(b => [b, ...b.querySelectorAll('i')].map(e => e.getBoundingClientRect()))"
+    for card, *bars in page.evaluate(f"{boxes}.map(l => l.map(r => [r.left, r.right]))"):
+        assert len(bars) == 62
+        assert all(card[0] <= left <= right <= card[1] for left, right in bars)
+    shown = page.evaluate("(r => [r.left, r.right])(document.querySelector('.phases [aria-pressed=true]').getBoundingClientRect())")
+    assert 0 <= shown[0] <= shown[1] <= width
+
+
 def test_filters_dim_what_is_not_asked_for(browse: Any, small: Path) -> None:
     page = browse(small)
     page.locator('[data-status="shared"]').click()

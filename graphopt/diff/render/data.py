@@ -10,6 +10,7 @@ from graphopt.diff.align import Diff, group_name
 from graphopt.diff.model import STYLES, as_json
 from graphopt.diff.phases import PhaseDiff
 from graphopt.diff.render.words import shape, title
+from graphopt.errors import printable
 
 #: the figures at the head of a picture, and those that the bars can show
 TILES = ("trainable_parameters", "backward_flops", "forward_flops", "saved_activation_bytes", "peak_bytes")
@@ -43,26 +44,37 @@ def page_data(shown: Shown) -> dict[str, Any]:
     pool = _Pool()
     apart = _apart(phases)
     has_costs = any("saved_activation_bytes" in (f or {}) for r in main.rows for f in (r.before, r.after))
-    return {
-        "title": title(main),
-        "subtitle": subtitle(main),
-        "notes": list(main.notes),
-        "batch": main.after.batch,
-        "spec": main.after.spec and str(main.after.spec).replace("\\", "/").rpartition("/")[2],
-        "before": as_json(main.before.totals),
-        "input": shape(next((r.input_shape for r in main.rows if r.input_shape), None)),
-        "output": shape(next((r.output_shape for r in reversed(main.rows) if r.output_shape and not r.attached_to), None)),
-        "styles": {name: {"glyph": style.glyph, "meaning": style.meaning} for name, style in STYLES.items()},
-        "figures": {f.name: f.title for f in FIGURES},
-        "tiles": list(TILES),
-        "metrics": list(METRICS) if has_costs else ["trainable_parameters", "parameters"],
-        "metric": _main_metric(main) if has_costs else "trainable_parameters",
-        "phases": [_phase(phase, pool, apart) for phase in phases],
-        "pool": list(map(json.loads, pool)),
-        "show": most_changed(phases),
-        # Room for the labels that any phase puts on an edge, so that none of them moves the blocks.
-        "labelled": sorted({edge for p in phases for edge in _labelled(p.diff)}) if len(phases) > 1 else [],
-    }
+    return _visible(
+        {
+            "title": title(main),
+            "subtitle": subtitle(main),
+            "notes": list(main.notes),
+            "batch": main.after.batch,
+            "spec": main.after.spec and str(main.after.spec).replace("\\", "/").rpartition("/")[2],
+            "before": as_json(main.before.totals),
+            "input": shape(next((r.input_shape for r in main.rows if r.input_shape), None)),
+            "output": shape(next((r.output_shape for r in reversed(main.rows) if r.output_shape and not r.attached_to), None)),
+            "styles": {name: {"glyph": style.glyph, "meaning": style.meaning} for name, style in STYLES.items()},
+            "figures": {f.name: f.title for f in FIGURES},
+            "tiles": list(TILES),
+            "metrics": list(METRICS) if has_costs else ["trainable_parameters", "parameters"],
+            "metric": _main_metric(main) if has_costs else "trainable_parameters",
+            "phases": [_phase(phase, pool, apart) for phase in phases],
+            "pool": list(map(json.loads, pool)),
+            "show": most_changed(phases),
+            # Room for the labels that any phase puts on an edge, so that none of them moves the blocks.
+            "labelled": sorted({edge for p in phases for edge in _labelled(p.diff)}) if len(phases) > 1 else [],
+        }
+    )
+
+
+def _visible(value: Any) -> Any:
+    """The same data with every text, keys included, fit to be shown."""
+    if isinstance(value, dict):
+        return {_visible(k): _visible(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_visible(v) for v in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 class _Pool(dict[str, int]):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from graphopt.diff.align import Diff
-from graphopt.diff.model import KEPT, STYLES, NodeRow, Row
+from graphopt.diff.model import STYLES, UNCHANGED, NodeRow, Row
 from graphopt.diff.render.words import glyphs, passes_of, shape
 
 
@@ -31,7 +31,7 @@ def to_node_data(diff: Diff) -> dict[str, Any]:
     results = {}
     for row in diff.rows:
         for name, statuses in [(n.name, n.statuses) for n in row.nodes] or [(row.name, row.statuses)]:
-            main = next((s for s in (*statuses, *row.statuses) if s != KEPT), KEPT)
+            main = next((s for s in (*statuses, *row.statuses) if s != UNCHANGED), UNCHANGED)
             results[name] = {"value": f"{glyphs([main])} {main}", "bgColor": _tint(STYLES[main].light)}
     return {"diff": {"results": results}}
 

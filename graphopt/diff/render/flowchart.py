@@ -8,6 +8,7 @@ from graphopt.compiler.pass_base import Status
 from graphopt.diff.align import Diff, RowGroup
 from graphopt.diff.model import REMOVED, STYLES
 from graphopt.diff.render.words import facts, glyphs, groups, status_words, title
+from graphopt.errors import printable
 
 #: statuses whose boxes are dashed: what no longer takes part in training
 DASHED = (Status.DROPPED, Status.BYPASSED, REMOVED)
@@ -81,7 +82,7 @@ def to_dot(diff: Diff, *, unfold: bool = False) -> str:
 
 def quoted(text: str) -> str:
     """A DOT string."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    return '"' + printable(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 _SHAPES: dict[str, tuple[str, str]] = {Status.INSERTED: ("([", "])"), Status.DROPPED: ("[/", "/]"), Status.SHARED: ("[[", "]]")}
@@ -116,4 +117,4 @@ def _box(group: RowGroup) -> str:
 def escaped(text: str) -> str:
     """Text that Mermaid shows as it is: its own entity codes for what it or HTML would read."""
     signs = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\n": " "}
-    return "".join(signs.get(c, c) for c in text)
+    return "".join(signs.get(c, c) for c in printable(text))

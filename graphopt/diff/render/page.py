@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
-from graphopt.diff.model import KEPT, STYLES
+from graphopt.diff.model import STYLES, UNCHANGED
 from graphopt.diff.render.data import Shown, as_script, page_data
+from graphopt.errors import printable
 
 #: layout library, then ours in the order they build on each other
 SCRIPTS = ("vendor/dagre.min.js", "layout.js", "scene.js")
@@ -17,8 +18,13 @@ SCRIPTS = ("vendor/dagre.min.js", "layout.js", "scene.js")
 def to_html(shown: Shown) -> str:
     """The page of one diff, or of several phases."""
     data = page_data(shown)
-    values = {"TITLE": html.escape(data["title"]), "STYLE": for_page("picture.css", "page.css"), "DATA": as_script(data)}
+    values = {"TITLE": escaped(data["title"]), "STYLE": for_page("picture.css", "page.css"), "DATA": as_script(data)}
     return filled(web("page.html"), {**values, "SCRIPTS": scripts(*SCRIPTS, "app.js")})
+
+
+def escaped(text: str) -> str:
+    """A text that HTML shows as it is."""
+    return html.escape(printable(text))
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
@@ -65,7 +71,7 @@ def _statuses(dark: bool, prefix: str = "", html: bool = True) -> str:
         rules.append(f"{at} .flag,{at} .glyph,{at} .status,{at} .sign{{fill:{colour}}}")
         if html:
             rules.append(f"{at} .tint{{color:{colour}}}{at}.ink{{background:{colour}}}")
-        if name != KEPT:
+        if name != UNCHANGED:
             rules.append(f".graphopt {at}.op rect{{stroke:{colour};stroke-width:2}}")
     return "".join(rules)
 

@@ -12,7 +12,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
-from graphopt.diff.render.page import filled, for_page, scripts, to_html, web
+from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.errors import RunError
 from graphopt.units import show_count, show_size, show_time
 
@@ -95,6 +95,7 @@ def _text(path: Path) -> str:
 def to_report(run: Run, plan: Plan) -> str:
     """The page of a run; `plan` is of its spec, in its first phase."""
     phases = phase_diffs(plan, run.decisions)
+    forecast = [(p.epoch, p.diff.after.totals["peak_bytes"]) for p in phases if p.diff.after.totals]
     title = plan.name or run.path.name
     spec = plan.spec
     facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
@@ -102,21 +103,25 @@ def to_report(run: Run, plan: Plan) -> str:
         facts.append(str(run.summary.get("device", "")))
     lines = [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(map(_label, p.get("decisions", ()))))} for p in run.phases]
     values = {
-        "TITLE": html.escape(title),
-        "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
+        "TITLE": escaped(title),
+        "SUBTITLE": escaped(" · ".join(t for t in facts if t)),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
-        "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
+        "TILES": "".join(_tile(*tile) for tile in _tiles(run, forecast)),
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
-        "DIFF": html.escape(to_html(phases), quote=True),
-        "DATA": as_script({"phases": lines, "charts": charts(run), "until": max(1, len(run.epochs))}),
+        "DIFF": html.escape(to_html(phases)),
+        "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
     return filled(web("report.html"), values)
 
 
-def charts(run: Run) -> dict[str, Any]:
-    """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends."""
+def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+    """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends.
+
+    Args:
+        forecast: the first epoch of each phase, and the forecast peak of its steps in bytes.
+    """
     ends = [0, *(int(r["step"]) for r in run.epochs)]
     # How long an epoch that has not ended is: as the one before, or all there is so far.
     length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
@@ -135,12 +140,15 @@ def charts(run: Run) -> dict[str, Any]:
     def epochs(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(int(r["epoch"]) + 1.0, factor * float(r[key])) for r in run.epochs if _number(r.get(key))]
 
+    until = max([len(run.epochs), *(start + 1 for start, _ in forecast)])
+    ends_of = [*(start - 1e-4 for start, _ in forecast[1:]), until]
+    expected = [(x, peak / MIB) for (start, peak), end in zip(forecast, ends_of, strict=False) for x in (start, end)]
     training, accuracy = steps("loss") or epochs("train_loss"), steps("accuracy", 100) or epochs("train_accuracy", 100)
     return {
         "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
         "accuracy": _chart({"training": accuracy, "evaluation": epochs("accuracy", 100), "averaged weights": epochs("ema_accuracy", 100)}),
         "time": _chart({"step": steps("step_seconds", 1000)}, zero=True),
-        "memory": _chart({"peak": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB)}, zero=True),
+        "memory": _chart({"measured": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB), "forecast": expected}, zero=True),
     }
 
 
@@ -171,18 +179,19 @@ def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
 
 
-def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
+def _tiles(run: Run, forecast: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str, str]]:
     last, done = (run.epochs[-1] if run.epochs else {}), run.summary or {}
     if _number(accuracy := done.get("accuracy", last.get("accuracy"))):
         best = done.get("best_accuracy")
-        small = f"best {100 * best:.2f} % in epoch {done['best_epoch'] + 1}" if _number(best) else ""
+        small = f"best {100 * best:.2f} % in epoch {done['best_epoch']}" if _number(best) else ""
         yield "accuracy", f"{100 * accuracy:.2f} %", small
     if _number(loss := done.get("loss", last.get("loss"))):
         yield "loss", f"{loss:.4f}", "evaluation"
     if (seconds := done.get("seconds") or sum(float(r.get("seconds", 0)) for r in run.epochs)) > 0:
         yield "time", show_time(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
     if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
-        yield "peak memory", show_size(peak), str(done.get("device", ""))
+        expected = max((size for _, size in forecast), default=0)
+        yield "peak memory", show_size(peak), f"forecast {show_size(expected)}" if expected else str(done.get("device", ""))
     if run.phases:
         first, now = run.phases[0].get("trainable_parameters"), run.phases[-1].get("trainable_parameters")
         if _number(first) and _number(now):
@@ -191,8 +200,8 @@ def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
 
 def _tile(what: str, big: str, small: str) -> str:
     return (
-        f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
-        f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
+        f'<div class="tile" role="listitem"><div class="what">{escaped(what)}</div>'
+        f'<div class="big">{escaped(big)}</div><div class="small">{escaped(small)}</div></div>'
     )
 
 
@@ -207,4 +216,4 @@ def _phase_row(phase: Mapping[str, Any]) -> str:
     label = "; ".join(_label(d) for d in decisions) or "start"
     trainable = phase.get("trainable_parameters")
     cells = [str(phase.get("epoch", 0)), label, regions, show_count(trainable) if _number(trainable) else ""]
-    return f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in cells)}</tr>"
+    return f"<tr>{''.join(f'<td>{escaped(c)}</td>' for c in cells)}</tr>"

@@ -10,7 +10,7 @@ from rich.tree import Tree
 
 from graphopt.cost.figures import FIGURES
 from graphopt.diff.align import Diff, RowGroup
-from graphopt.diff.model import KEPT, STYLES, NodeRow, Row
+from graphopt.diff.model import STYLES, UNCHANGED, NodeRow, Row
 from graphopt.diff.render.words import change, common_figures, facts, glyphs, groups, passes_of, shape, status_words, title, total
 
 _FIGURE = {f.name: f for f in FIGURES}
@@ -62,7 +62,7 @@ class _Tree:
             if message not in self.shown_messages:
                 self.shown_messages.add(message)
                 line.add(self._text(message, "dim italic"))
-        if self.nodes and (first.status != KEPT or self.unfold):
+        if self.nodes and (first.status != UNCHANGED or self.unfold):
             for node in first.nodes:
                 line.add(self._node(node))
         feature_input = self.diff.after.feature_input
@@ -90,10 +90,10 @@ class _Tree:
         return line.append(self._text(_figure_words(group), "cyan"))
 
     def _node(self, node: NodeRow) -> Text:
-        style = "dim" if node.statuses == (KEPT,) else STYLES[node.statuses[0]].terminal
+        style = "dim" if node.statuses == (UNCHANGED,) else STYLES[node.statuses[0]].terminal
         line = Text(f"{glyphs(node.statuses, unicode=self.unicode)} {node.name}", style=style)
         line.append(self._text(f"  {node.what}  {shape(node.shape)}", "dim"))
-        if node.changed_by is not None and node.statuses != (KEPT,):
+        if node.changed_by is not None and node.statuses != (UNCHANGED,):
             line.append(f"  by {self.diff.after.passes[node.changed_by].name}", style="dim")
         return line
 
