@@ -103,7 +103,7 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(run: Path, fini
             path.unlink()
     go(run, resume=True)
     (said,) = (record["message"] for record in small.records(run, "resume"))
-    assert re.search(rf"last\.pt: is damaged.*; continues from {others[0]} \(epoch 2, step", said)
+    assert re.search(rf"last\.pt: is damaged.*; continues from {others[0]} \(epoch 1, step", said)
     assert_same_result(run, finished)
 
 

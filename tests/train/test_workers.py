@@ -19,7 +19,7 @@ from graphopt.data.loader import Data, open_data
 from graphopt.passes.drop import Drop
 from graphopt.spec import DataSpec
 from graphopt.train import Stopped, train
-from graphopt.train import run as runner
+from graphopt.train import preflight as runner
 from graphopt.train.checkpoint import RunFolder
 from tests.train import small
 
