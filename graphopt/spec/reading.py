@@ -133,6 +133,10 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
     known = f"There are {', '.join(sorted(installed_passes))}"
     if not isinstance(use, str):
         raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=known)
+    if ":" in use and not use.rpartition(":")[0].endswith(".py"):
+        module, _, name = use.rpartition(":")
+        fix = f"A pass in code is named by its file: {module.replace('.', '/')}.py:{name}"
+        raise SpecError(f"{use!r} is not file.py:Class", where=where((*path, "use")), fix=fix)
     if ":" in use:
         return _pass_from_file(use, folder, trust, where((*path, "use"))), options
     if use not in installed_passes:
