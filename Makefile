@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep fuzz clean
+.PHONY: demo test quick lint pictures sweep coverage fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -29,7 +29,7 @@ demo: .venv/.installed
 	  print(cifar.build('resnet20', in_chans=1).load_state_dict(load_file('runs/demo.safetensors'), strict=True), 'the untouched ResNet-20')"
 
 # The README's pictures, from real specs.
-pictures: .venv/.installed
+pictures: .venv/.installed-test
 	$(BIN)/python tools/pictures.py
 
 # What CI runs: style, types and layers first, then every test.
@@ -53,6 +53,10 @@ lint: .venv/.installed-test
 sweep: .venv/.installed
 	$(BIN)/python tools/trace_sweep.py
 	$(BIN)/python tools/cost_sweep.py --out tools/tables/cost_sweep.md
+
+# Backbones of many kinds, libraries' and user-written ones: what traces, what each pass makes of it, forecasts and exports.
+coverage: .venv/.installed
+	$(BIN)/python tools/coverage.py --out tools/tables/coverage.md
 
 # Specs changed at random, and passes drawn at random: no traceback, no hang. A failing case is reduced and kept as a test.
 fuzz: .venv/.installed

@@ -56,3 +56,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext graphopt`: a notebook shows plans and diffs as pictures."""
+    import_module("graphopt.diff.notebook").register(shell)

@@ -4,6 +4,15 @@ import difflib
 from collections.abc import Iterable
 from typing import Self
 
+#: what a terminal or a viewer obeys instead of showing it: control characters but line ends and tabs, and changes of direction
+_CONTROL = [*(c for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = {c: f"\\u{c:04x}" for c in _CONTROL}
+
+
+def printable(text: str) -> str:
+    """A text with its control characters as JSON and TOML write them, so that nothing that prints it is steered by a name."""
+    return text.translate(_VISIBLE)
+
 
 class GraphoptError(Exception):
     """Base class of all errors that graphopt raises on purpose.
@@ -30,6 +39,11 @@ class GraphoptError(Exception):
         self.where = f"{where}: {self.where}" if self.where else where
         self.args = (self.what, self.where, self.fix)
         return self
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class SpecError(GraphoptError):
@@ -64,6 +78,10 @@ class VerifyError(GraphoptError):
 
 class CostError(GraphoptError):
     """A training step cannot be forecast, or a budget makes no sense."""
+
+
+class NeedsValuesError(CostError):
+    """A forecast has no values of tensors, and the backbone's Python asks for one."""
 
 
 class RunError(GraphoptError):

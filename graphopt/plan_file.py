@@ -25,6 +25,9 @@ from graphopt.spec import dumps, loads
 FORMAT_KEY = "graphopt-plan"
 FORMAT_VERSION = "1"
 
+#: names of files that torch.load reads
+TORCH = (".pt", ".pth")
+
 
 def packed(plan: Plan, metadata: Mapping[str, str] | None = None) -> bytes:
     """The content of a plan's file: safetensors, every tensor of `plan.module` under its own name."""
@@ -47,11 +50,16 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> Path:
 
 
 def write_model(target: Path, content: bytes) -> Path:
-    """Writes a model file atomically. Raises RunError if there is no room or no such folder, or if `target` is a folder."""
+    """Writes a model file atomically. Raises RunError if there is no room or no such folder, or if `target` is no name for such a file."""
     if not target.parent.is_dir():
         raise RunError("there is no such folder", where=str(target.parent), fix="Make it, or choose another")
     if target.is_dir():
         raise RunError("is a folder", where=str(target), fix="Name a file, model.safetensors for example")
+    kind = target.suffix.lower()
+    if (kind in TORCH) != content.startswith(b"PK") or kind not in ("", ".safetensors", *TORCH):
+        raise RunError(
+            "the file would not be what its name says", where=str(target), fix=f"Name it {target.with_suffix('.safetensors').name}"
+        )
     write_atomically(target, content)
     return target
 

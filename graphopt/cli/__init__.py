@@ -17,8 +17,8 @@ from graphopt.cli.fit import fit
 from graphopt.cli.inspect import inspect
 from graphopt.cli.installed import passes, schema, specs
 from graphopt.cli.runs import export, report, train
-from graphopt.cli.screen import show_error
-from graphopt.errors import GraphoptError
+from graphopt.cli.screen import show_error, show_warnings
+from graphopt.errors import GraphoptError, printable
 from graphopt.files import reason
 
 #: in the order of `graphopt --help`
@@ -58,17 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. The exit status is 0, 2 (the user can correct it), 1 (a failure) or 130 (Ctrl-C)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    show_warnings()
     try:
         typer.main.get_command(app)(args=[argument for argument in given if argument != "--debug"], prog_name="graphopt")
         return 0
     except SystemExit as exit:
+        if exit.code == 130:  # what typer makes of a Ctrl-C that nobody waited for
+            show_error("interrupted")
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except KeyboardInterrupt:
-        show_error("interrupted")
-        return 130
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(printable(traceback.format_exc()))
         if isinstance(error, GraphoptError):
             show_error(str(error))
             return error.exit_code

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
+from graphopt.cli.screen import grid, show, show_error, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
@@ -36,30 +37,36 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --json
     """
-    from graphopt.cli.screen import show_json
     from graphopt.compiler.plan import compile_phase
     from graphopt.driver import check_folders, prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
+    from graphopt.train.preflight import problems
 
     loaded = load(spec, trust=trust, overrides=set_)
+    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, trust=trust)
     check_folders(source, trust=trust)
     plan = compile_phase(source, verify="fast", costs=False)
     plan.check_phases(loaded.train.epochs)
+    refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
-    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     samples, work = _forecast(loaded, plan, Path(spec), rates)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
-        show_json({"name": loaded.name, "digest": loaded.digest, "passes": rows, "opaque": opaque, **run})
+        head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
+        show_json({**head, "passes": rows, "opaque": opaque, **run})
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
         _show_run(work)
+    for error in refused[:-1]:
+        show_error(str(error))
+    if refused:
+        raise refused[-1]
 
 
 def _rates(device: str, amp: str | None) -> "Rates":
@@ -75,10 +82,11 @@ def _rates(device: str, amp: str | None) -> "Rates":
 
 def _forecast(spec: "Spec", plan: "Plan", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
+    from graphopt.diff.render.run import read_run
     from graphopt.errors import CostError, RunError
-    from graphopt.planning.run_cost import counts, decisions_of, forecast_run
+    from graphopt.planning.run_cost import counts, forecast_run
 
-    decisions = decisions_of(path) if (path / "summary.json").is_file() else None
+    decisions = read_run(path).decisions if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
         return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
@@ -93,18 +101,13 @@ def _point(point: "DropPoint", samples: int | None) -> dict[str, Any]:
 
 def _row(item: "Matched") -> dict[str, Any]:
     value, match = item.instance.value, item.match
-    return {
-        **value.table(),
-        "line": item.instance.line,
-        "regions": list(match.names),
-        "diagnostics": [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics],
-        "preserves": sorted(value.preserved_properties()),
-    }
+    diagnostics = [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics]
+    head = {**value.table(), "line": item.instance.line, "regions": list(match.names)}
+    return {**head, "diagnostics": diagnostics, "preserves": sorted(value.preserved_properties())}
 
 
 def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
     from graphopt.cli.report import some
-    from graphopt.cli.screen import show
 
     show(f"{spec.name or 'unnamed spec'}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
     for number, row in enumerate(rows, start=1):
@@ -114,11 +117,10 @@ def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
             show(f"  {d['severity']} {d['location']}: {d['message']}")
         if row["preserves"]:
             show(f"  preserves: {', '.join(row['preserves'])}")
-    show("no conflicts" if rows else "no passes: the backbone trains as it is")
+    show("no conflicts between passes" if rows else "no passes: the backbone trains as it is")
 
 
 def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
-    from graphopt.cli.screen import grid, show
     from graphopt.units import show_size
 
     table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
@@ -132,7 +134,6 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
 
 
 def _show_run(work: "RunCost | None") -> None:
-    from graphopt.cli.screen import show
     from graphopt.units import show_count, show_size, show_time
 
     if work is None:

@@ -54,6 +54,12 @@ def check_target(path: Path, name: str) -> None:
         raise RunError("its folder does not exist", where=str(path), fix="Make the folder first")
 
 
+def check_epoch(spec: "Spec", epoch: int | None) -> None:
+    """Refuses an --epoch that the run does not have."""
+    if epoch is not None and epoch >= spec.train.epochs:
+        raise RunError(f"the run has epochs 0 to {spec.train.epochs - 1}, not {epoch}", where="--epoch")
+
+
 def seeded_plan(spec: "Spec", *, trust: bool, verify: "Verify" = "off", batch: int | None = None, costs: bool = True) -> "Plan":
     """The plan of a spec in its first phase, with the initial weights of a run."""
     import torch

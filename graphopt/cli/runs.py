@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.screen import console, show, show_json
+from graphopt.files import write_atomically
 
 
 def train(
@@ -31,7 +33,6 @@ def train(
     """
     from dataclasses import asdict
 
-    from graphopt.cli.screen import console, show, show_json
     from graphopt.driver import located_backbone
     from graphopt.spec import load
     from graphopt.train import train as run
@@ -43,7 +44,7 @@ def train(
     if as_json:
         show_json(asdict(summary))
     elif not quiet:
-        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch + 1}"
+        best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch}"
         show(f"accuracy {100 * summary.accuracy:.2f} % ({best}) after {summary.seconds:.0f} s on {summary.device}")
         show(f"run: {summary.folder}   export it: graphopt export {summary.folder} -o model.safetensors")
 
@@ -74,10 +75,7 @@ def report(
 
         graphopt report runs/quickstart -o quickstart.html
     """
-    from graphopt.cli.screen import show
-    from graphopt.diff.render.run import to_report
-    from graphopt.diff.run import read_run
-    from graphopt.files import write_atomically
+    from graphopt.diff.render.run import read_run, to_report
     from graphopt.spec import load
 
     found = read_run(run)
@@ -89,7 +87,7 @@ def report(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[Path, options.out_option("The safetensors file to write.")],
+    out: Annotated[Path, options.out_option("The file to write: .safetensors, or .pt for torch.load.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
     trust: options.TrustOption = False,
@@ -100,7 +98,6 @@ def export(
 
         graphopt export runs/quickstart -o model.safetensors
     """
-    from graphopt.cli.screen import show
     from graphopt.plan_file import is_plan_file
     from graphopt.train.export import export_run
     from graphopt.units import show_size

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graphopt.diff.model import ModelView, Row, as_json
-from graphopt.diff.status import ADDED, DIFFERS, KEPT, REMOVED, ranked
+from graphopt.diff.model import ADDED, DIFFERS, REMOVED, UNCHANGED, ModelView, Row, as_json, ranked
 
-FORMAT = "graphopt.diff/2"
+FORMAT = "graphopt.diff/3"
 
 
 @dataclass(frozen=True)
@@ -52,40 +51,28 @@ class Diff:
         return tuple(RowGroup(tuple(rows)) for rows in found)
 
     def counts(self) -> dict[str, int]:
-        """How many rows have each main status, most important first, "kept" last."""
+        """How many rows have each main status, most important first, "unchanged" last."""
         found = Counter(row.status for row in self.rows)
-        return {s: found[s] for s in (*ranked(found), KEPT) if found[s]}
+        return {s: found[s] for s in (*ranked(found), UNCHANGED) if found[s]}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the same input gives the same bytes."""
-        return {
-            "format": FORMAT,
-            "before": _heading(self.before),
-            "after": _heading(self.after),
-            "same_backbone": self.same_backbone,
-            "notes": list(self.notes),
-            "groups": [{"name": g.name, "rows": [r.name for r in g.rows]} for g in self.groups()],
-            "rows": [{**as_json(r), "status": r.status, "changed": r.changed} for r in self.rows],
-            **self.flow(),
-        }
+        head = {"format": FORMAT, "before": _heading(self.before), "after": _heading(self.after), "same_backbone": self.same_backbone}
+        groups = [{"name": g.name, "rows": [r.name for r in g.rows]} for g in self.groups()]
+        rows = [{**as_json(r), "status": r.status, "changed": r.changed} for r in self.rows]
+        return {**head, "notes": list(self.notes), "groups": groups, "rows": rows, **self.flow()}
 
     def flow(self) -> dict[str, Any]:
         """What connects the rows, JSON-ready, with the passes and the numbers of statuses."""
-        return {
-            "counts": self.counts(),
-            "edges": as_json(self.edges),
-            "gradient_stops": as_json(self.after.gradient_stops),
-            "sections": as_json(self.after.sections),
-            "passes": as_json(self.after.passes),
-            "feature_input": self.after.feature_input,
-        }
+        names = ("gradient_stops", "sections", "passes", "feature_input")
+        return {"counts": self.counts(), "edges": as_json(self.edges), **{name: as_json(getattr(self.after, name)) for name in names}}
 
 
 def align(before: ModelView, after: ModelView) -> Diff:
     """The diff of two models, whether of one backbone or of two.
 
     Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, a row is
-    kept where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" where it is in one only.
+    unchanged where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" if in one only.
     """
     same = before.backbone == after.backbone
     old, new = {r.name: r for r in before.rows}, {r.name: r for r in after.rows}
@@ -107,11 +94,9 @@ def _aligned(old: Row | None, new: Row | None, same_backbone: bool) -> Row:
 
 
 def _is_same(one: Row, other: Row) -> bool:
-    def identity(row: Row) -> tuple[Any, ...]:
-        inside = [(n.op, n.what, n.parameters) for n in row.nodes if n.changed_by is None]
-        return (row.kind, row.input_shape, row.output_shape, inside)
-
-    return identity(one) == identity(other)
+    inside, others = ([(n.op, n.what, n.parameters) for n in r.nodes if n.changed_by is None] for r in (one, other))
+    shapes, other_shapes = ((r.kind, r.input_shape, r.output_shape) for r in (one, other))
+    return shapes == other_shapes and inside == others
 
 
 def _note(before: ModelView, after: ModelView, rows: Sequence[Row]) -> str:
@@ -137,7 +122,7 @@ def _merged(old: list[str], new: list[str]) -> list[str]:
 
 
 def group_name(names: Sequence[str]) -> str:
-    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5."""
+    """`layer3.2-5 ×4` for layer3.2, layer3.3, layer3.4 and layer3.5; `layers.layer_0-2 ×3` where the last part is a name with a number."""
     if len(names) == 1:
         return names[0]
     if len({n.rpartition(".")[0] for n in names}) > 1:
@@ -145,7 +130,10 @@ def group_name(names: Sequence[str]) -> str:
     parent, dot, first = names[0].rpartition(".")
     last = names[-1].rpartition(".")[2]
     start, end = first.partition("-")[0], last.rpartition("-")[2]
-    if not (start.isdigit() and end.isdigit()):
+    stem = start.rstrip("0123456789")
+    if start != stem and end.startswith(stem) and end.removeprefix(stem).isdigit():
+        end = end.removeprefix(stem)
+    else:
         start, end = first, last
     return f"{parent}{dot}{start}-{end} ×{len(names)}"
 

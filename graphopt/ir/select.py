@@ -89,7 +89,8 @@ def _select(selector: Any, graph: Graph) -> list[Region]:
 
 def _by_path(pattern: str, graph: Graph) -> list[Region]:
     matches = compile_pattern(pattern)
-    paths = [p for p in graph.paths if matches(p)]
+    aliased = {path for alias, path in graph.aliases.items() if matches(alias)}
+    paths = [p for p in graph.paths if matches(p) or p in aliased]
     if pattern == "**":
         paths = [""]
     if paths:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import TraceError
+from graphopt.errors import TraceError, first_line
 from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
@@ -65,8 +66,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             origin = node.meta.get("origin") if node is not None else None
             where = f"node {node} of {(origin.path if origin else '') or 'the backbone'}" if node is not None else None
             cause = error.__cause__ or error
-            first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            what = f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line}"
+            what = f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line(cause)}"
             fix = "Give the input shape that the backbone was built for ([backbone] input, and its image size argument)"
             raise TraceError(what, where=where, fix=fix) from error
 
@@ -104,7 +104,12 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
     """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
-    return copy_with(module, lambda tensor: as_fake(tensor, mode))
+    copied = copy_with(module, lambda tensor: as_fake(tensor, mode))
+    for part in (p for root in (copied, *(body for _, body in bodies(copied))) for p in root.modules()):
+        # A norm that averages all batches divides by the value of its counter, which a fake does not have. Any factor costs the same.
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None:
+            part.momentum = 0.1
+    return copied
 
 
 def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -133,11 +138,16 @@ def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and dictionaries (of any subclass), in order."""
+    """The tensors in nested tuples, lists, dictionaries (of any subclass) and dataclasses, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+    if isinstance(value, dict):
+        value = value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name) for f in fields(value)]
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
 
 
 def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -1,16 +1,13 @@
 """Planning for a budget: the largest batch that fits it, or the cheapest passes that fit it at the spec's batch.
 
 The search uses the cost model and trains nothing. Memory is live bytes (see `graphopt.cost.Cost`); what an allocator and kernels need on
-top is an allowance that the user gives. "Cheapest" means: the smallest part of the backbone left untrained, then the fewest FLOPs per
-step. So passes that stop training parameters are chosen only if nothing that trains all of them fits.
-
-Every installed pass offers values of its own to try (`Pass.candidates`).
+top is an allowance that the user gives. "Cheapest" means: the most of training stays exact (see `Exact`), then the smallest part of the
+backbone is left untrained, then the fewest FLOPs per step. Every installed pass offers values of its own to try (`Pass.candidates`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from enum import IntEnum
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -20,15 +17,29 @@ from graphopt.compiler.pass_base import Pass, PassInstance
 from graphopt.compiler.pipeline import Verify, match_all
 from graphopt.compiler.plan import Phase, Plan, compile_phase
 from graphopt.compiler.registry import passes as installed
+from graphopt.compiler.verify import ALL_PROPERTIES
 from graphopt.cost import Cost, CostError
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError
-from graphopt.spec import Spec, from_table
+from graphopt.spec import Spec, dumps_pass, from_table
 from graphopt.units import show_size
 
 _POSITIONS = ("first", "anywhere", "last")
 #: no batch above this is tried
 LARGEST_BATCH = 65536
+
+
+class Exact(IntEnum):
+    """What the passes of a trial leave exact of training with the spec's own, most first."""
+
+    UNCHANGED = 0  # nothing is added
+    EVERYTHING = 1  # every output and gradient: what changes is how they are computed
+    GRADIENTS = 2  # the gradients of what still trains
+    LOSS = 3  # the loss that is minimised, of a network that computes something else in training
+    OUTPUT = 4  # the evaluation output alone: parts train by losses of their own
+
+    def __str__(self) -> str:
+        return ("everything", "everything", "gradients of what trains", "the loss", "outputs, not gradients")[self]
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Budget:
     Attributes:
         memory: bytes, or None.
         flops: share of the untouched backbone's FLOPs at the same batch, or None.
-        allowance: factor from the live bytes that are forecast to the memory of a process (1.20 to 1.29 in fresh CPU processes).
+        allowance: factor from the live bytes that are forecast to the memory of a process (1.09 to 1.35 in fresh CPU processes).
     """
 
     memory: int | None = None
@@ -53,6 +64,11 @@ class Budget:
         if self.allowance < 1:
             raise CostError(f"an allowance is a factor of at least 1, found {self.allowance}")
 
+    def check_for_batch(self) -> None:
+        """Raises CostError unless a batch can be found for it: FLOPs per sample are the same at any batch."""
+        if self.memory is None or self.flops is not None:
+            raise CostError("a batch is found for memory; FLOPs per sample do not depend on it", fix="Give memory alone, or --suggest")
+
     def holds(self, cost: Cost, backbone: Cost) -> bool:
         """Whether a step of this cost fits; `backbone` is the cost of a step without passes."""
         memory = self.memory is None or cost.peak_bytes * self.allowance <= self.memory
@@ -64,18 +80,16 @@ class Trial:
     """One way to meet a budget: passes added to the spec's own.
 
     Attributes:
-        name: human-readable. added: the passes.
         cost: of one step; in a plan with phases, of the phase with the highest peak.
-        untrained: share of the backbone's trainable parameters that no longer train.
-        fits: whether it is within the budget.
-        best: whether it is on the Pareto front of peak, FLOPs and `untrained`.
-        verified: whether every declared property was checked on this model.
+        exact: what of training stays exact. untrained: share of the backbone's trainable parameters that no longer train.
+        best: whether it is on the Pareto front of peak, FLOPs, `exact` and `untrained`.
         refused: why it is impossible, if it is.
     """
 
     name: str
     added: tuple[Pass, ...] = ()
     cost: Cost | None = None
+    exact: Exact = Exact.UNCHANGED
     untrained: float = 0.0
     fits: bool = False
     best: bool = False
@@ -83,30 +97,35 @@ class Trial:
     refused: str | None = None
 
     @property
-    def price(self) -> tuple[float, int]:
+    def price(self) -> tuple[Exact, float, int]:
         """What the cheapest has least of."""
-        return (round(self.untrained, 3), self.cost.flops if self.cost else 0)
+        return (self.exact, round(self.untrained, 3), self.cost.flops if self.cost else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         plain = {key: getattr(self, key) for key in ("name", "untrained", "fits", "best", "verified", "refused")}
-        return {**plain, "added": [value.table() for value in self.added], "cost": self.cost.to_dict() if self.cost else None}
+        return {
+            **plain,
+            "exact": str(self.exact),
+            "added": [value.table() for value in self.added],
+            "cost": self.cost.to_dict() if self.cost else None,
+        }
 
-    def __and__(self, other: Trial) -> Trial:
-        """Both at once."""
-        return Trial(f"{self.name}; {other.name}", (*self.added, *other.added))
-
-    def beats(self, other: Trial) -> bool:
+    def beats(self, other: "Trial") -> bool:
         """Whether it is better than `other` in something and worse in nothing."""
         if self.cost is None or other.cost is None:
             return False
-        mine, theirs = ((t.cost.peak_bytes, t.cost.flops, t.untrained) for t in (self, other) if t.cost)
+        mine, theirs = ((t.cost.peak_bytes, t.cost.flops, t.exact, t.untrained) for t in (self, other) if t.cost)
         return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The result of a search. `chosen` and `spec`, the spec to write, are None if nothing fits; `batch` is the spec's."""
+    """The result of a search. `chosen` and `spec`, the spec to write, are None if nothing fits; `batch` is the spec's.
+
+    Attributes:
+        snippet: what was added, as TOML to paste into the spec.
+    """
 
     budget: Budget
     batch: int
@@ -114,17 +133,16 @@ class Fit:
     candidates: tuple[Trial, ...]
     chosen: Trial | None
     spec: Spec | None = field(repr=False)
+    snippet: str = field(default="", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        plain = {"batch": self.batch, **asdict(self.budget), "backbone": self.backbone.to_dict()}
         return {
-            "batch": self.batch,
-            "memory": self.budget.memory,
-            "flops": self.budget.flops,
-            "allowance": self.budget.allowance,
-            "backbone": self.backbone.to_dict(),
+            **plain,
             "candidates": [c.to_dict() for c in self.candidates],
             "chosen": self.chosen.name if self.chosen else None,
+            "snippet": self.snippet,
         }
 
 
@@ -136,10 +154,8 @@ def largest_batch(cost_at: Callable[[int], Cost], memory: float) -> tuple[int, C
     """
     low, low_cost = 1, cost_at(1)
     if low_cost.peak_bytes > memory:
-        raise CostError(
-            f"one sample takes {show_size(low_cost.peak_bytes)}, the budget is {show_size(memory)}",
-            fix="Ask for passes that fit (--suggest), or give more memory",
-        )
+        what = f"one sample takes {show_size(low_cost.peak_bytes)}, the budget is {show_size(memory)}"
+        raise CostError(what, fix="Ask for passes that fit (--suggest), or give more memory")
     high, step = LARGEST_BATCH + 1, 8
     before = low_cost.peak_bytes
     while high - low > 1:
@@ -173,10 +189,6 @@ class Search:
         measure = measure_with(batch, **self.spec.train.forecast_options())
         return measure(plan.module, plan.graph, [effects for effects in plan.effects if effects is not None])
 
-    def phases(self, plan: Plan) -> tuple[Phase, ...]:
-        """The plan's phases, as far as they can be foreseen."""
-        return plan.phases(self.spec.train.epochs)
-
     def cost(self, phases: Sequence[Phase], batch: int) -> Cost:
         """The step of the phase with the highest peak."""
         return max((self._phase_cost(phase.plan, batch) for phase in phases), key=lambda c: c.peak_bytes)
@@ -187,9 +199,9 @@ class Search:
         Raises:
             CostError: one sample does not fit, or the budget limits FLOPs, which are the same per sample at any batch.
         """
-        if budget.memory is None or budget.flops is not None:
-            raise CostError("a batch is found for memory; FLOPs per sample do not depend on it", fix="Give memory alone, or --suggest")
-        phases = self.phases(self.plan)
+        budget.check_for_batch()
+        assert budget.memory is not None
+        phases = self.plan.phases(self.spec.train.epochs)
         batch, cost = largest_batch(lambda size: self.cost(phases, size), budget.memory / budget.allowance)
         backbone = self._phase_cost(self._plan(()), batch)
         self._plan(self.plan.passes, verify=self.spec.verify or "full")
@@ -197,12 +209,14 @@ class Search:
         return Fit(budget, batch, backbone, (own,), own, self._with((), batch))
 
     def suggest(self, budget: Budget) -> Fit:
-        """The cheapest candidate that fits at the spec's batch, among the spec's own passes and what can be added to them."""
+        """The cheapest candidate that fits at the spec's batch: the spec as it is, or with passes added to its own."""
         shown = tuple(replace(c, fits=c.cost is not None and budget.holds(c.cost, self.backbone)) for c in self.front)
         fitting = sorted((c for c in shown if c.fits and c.verified), key=lambda c: c.price)
         chosen = fitting[0] if fitting else None
         batch = self.spec.train.batch
-        return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch) if chosen else None)
+        if chosen is None:
+            return Fit(budget, batch, self.backbone, shown, None, None)
+        return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch), _snippet(self.plan.passes, chosen.added))
 
     @cached_property
     def front(self) -> tuple[Trial, ...]:
@@ -219,12 +233,13 @@ class Search:
 
     def _costed(self, trial: Trial) -> Trial:
         try:
-            cost = self.cost(self.phases(self._plan(in_order(self.plan.passes, trial.added))), self.spec.train.batch)
+            phases = self._plan(in_order(self.plan.passes, trial.added)).phases(self.spec.train.epochs)
+            cost = self.cost(phases, self.spec.train.batch)
         except GraphoptError as error:
             return replace(trial, refused=str(error))
-        except Exception as error:  # a fault of one pass: reported, and no reason to give up on the others
-            return replace(trial, refused=f"a fault in one of its passes: {type(error).__name__}: {error}")
-        return replace(trial, cost=cost, untrained=self._untrained(cost))
+        except Exception as error:  # of one pass: reported, and no reason to give up on the others
+            return replace(trial, refused=f"an internal error in one of its passes, {type(error).__name__}: {error}")
+        return replace(trial, cost=cost, exact=_exact(trial.added, phases[-1].plan), untrained=self._untrained(cost))
 
     def _verified(self, trial: Trial) -> Trial:
         try:
@@ -239,10 +254,23 @@ class Search:
         return 1 - sum(r.trainable_parameters for r in cost.rows if r.path in own) / self.backbone.trainable_parameters
 
     def _with(self, added: Sequence[Pass], batch: int) -> Spec:
-        table = self.spec.resolved()
+        table = self.spec.resolved(defaults=False)
         table["pass"] = [value.table() for value in in_order(self.plan.passes, added)]
-        table["train"] = {**table["train"], "batch": batch}
+        table["train"] = {**table.get("train", {}), "batch": batch}
         return from_table(table, trust=self.trust)
+
+
+def _exact(added: Sequence[Pass], plan: Plan) -> Exact:
+    """What `plan` leaves exact, as far as the passes in `added` are concerned."""
+    if not added:
+        return Exact.UNCHANGED
+    done = [effects for value, effects in zip(plan.passes, plan.effects, strict=True) if effects is not None and value in added]
+    if any(effects.needs.targets for effects in done):
+        return Exact.OUTPUT
+    preserved = frozenset.intersection(*(value.preserved_properties() for value in added))
+    if preserved >= ALL_PROPERTIES:
+        return Exact.EVERYTHING
+    return Exact.GRADIENTS if "gradients of unselected parameters" in preserved else Exact.LOSS
 
 
 def in_order(own: Sequence[Pass], added: Sequence[Pass]) -> list[Pass]:
@@ -253,6 +281,17 @@ def in_order(own: Sequence[Pass], added: Sequence[Pass]) -> list[Pass]:
     replaced = {value.name for value in added if value.once}
     first, anywhere, last = ([value for value in added if value.position == position] for position in _POSITIONS)
     return [*first, *(value for value in own if value.name not in replaced), *anywhere, *last]
+
+
+def _snippet(own: Sequence[Pass], added: Sequence[Pass]) -> str:
+    """The added passes as TOML, each with a comment on where it belongs."""
+    parts = []
+    for value in added:
+        where = "before the spec's other passes" if value.position == "first" else "after the spec's other passes"
+        if value.once and value.name in (other.name for other in own):
+            where = f"in the place of the spec's own {value.name}"
+        parts.append(f"# {where}\n{dumps_pass(value.table())}" if own else dumps_pass(value.table()))
+    return "\n".join(parts)
 
 
 def trials(plan: Plan) -> Iterator[Trial]:
@@ -266,4 +305,5 @@ def trials(plan: Plan) -> Iterator[Trial]:
     # A few pairs are enough: of the second pass the middle candidate; of the first every one, or its strongest if a plan has one at most.
     for (kind, candidates), (_, others) in combinations(found, 2):
         for candidate in candidates[-1:] if kind.once else candidates:
-            yield candidate & others[len(others) // 2]
+            other = others[len(others) // 2]
+            yield Trial(f"{candidate.name}; {other.name}", (*candidate.added, *other.added))

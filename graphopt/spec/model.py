@@ -180,7 +180,7 @@ class TrainSpec(_Table):
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
-    keep: Positive = Field(default=2, description="how many checkpoints are retained")
+    keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
 
@@ -232,11 +232,12 @@ class Spec(_Table):
         line = self._lines.get(("pass", index))
         return f"{self._file}:{line}" if self._file and line else self._file
 
-    def resolved(self) -> dict[str, Any]:
-        """The spec as plain TOML values, every default written out; keys without a value are left out."""
-        table = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"passes"})
-        passes = [{"use": item.name, **item.model_dump(mode="json", by_alias=True, exclude_none=True)} for item in self.passes]
-        ordered = {"name": table.pop("name"), **({"verify": table.pop("verify")} if "verify" in table else {})}
+    def resolved(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The spec as plain TOML values, every default written out unless told otherwise; keys without a value are left out."""
+        options: dict[str, Any] = {"mode": "json", "by_alias": True, "exclude_none": True, "exclude_unset": not defaults}
+        table = self.model_dump(**options, exclude={"passes"})
+        passes = [{"use": item.name, **item.model_dump(**options)} for item in self.passes]
+        ordered: dict[str, Any] = {key: table.pop(key) for key in ("name", "verify") if key in table}
         return {**ordered, "backbone": table.pop("backbone"), "pass": passes, **table}
 
     @property

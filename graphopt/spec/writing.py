@@ -20,9 +20,9 @@ _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def dumps(spec: Spec) -> str:
-    """The resolved spec as TOML, every default written out; `loads(dumps(spec)) == spec`."""
-    return dumps_table(spec.resolved())
+def dumps(spec: Spec, *, defaults: bool = True) -> str:
+    """The spec as TOML, with every default or only with what was given; `loads(dumps(spec)) == spec`."""
+    return dumps_table(spec.resolved(defaults=defaults))
 
 
 def dumps_table(table: Mapping[str, Any]) -> str:

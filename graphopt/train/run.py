@@ -22,19 +22,20 @@ from rich.console import Console
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Batch, Data, ImageFeed, Mixer, open_data
+from graphopt.data.loader import Batch, Data
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
+from graphopt.train.checks import listed
 from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
-from graphopt.train.strategy import Strategy
 
 
 def train(
@@ -57,63 +58,50 @@ def train(
         tensorboard: write event files under `out/tensorboard` as well.
         console: where progress is shown; None is silent.
 
-    Raises:
-        GraphoptError: the spec, the data or the folder is wrong, the loss is not finite, or one of these checks fails: the optimizer holds
-            exactly the trainable parameters; these have finite gradients, frozen ones none; frozen tensors do not change.
-        Stopped: Ctrl-C or SIGTERM, after writing a checkpoint.
+    Raises GraphoptError if the spec, the data or the folder is wrong, the loss is not finite, the optimizer does not hold exactly the
+    trainable parameters, these have no finite gradients, or frozen tensors change; Stopped on Ctrl-C or SIGTERM, after a checkpoint.
     """
     plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
     settings = settings or (spec.train if spec is not None else TrainSpec())
     data = data or (spec.data if spec is not None else DataSpec())
-    strategy = Strategy.of(settings)
     # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
     shape = plan.base.input if plan is not None else spec.backbone.input
-    opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
-    images, evaluation = _feeds(opened, data, settings, strategy)
+    inputs = Inputs.open(settings, data, shape)
+    strategy, images, evaluation, mixer = inputs.strategy, inputs.images, inputs.evaluation, inputs.mixer
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
-    folder = RunFolder.claim(out, digest, text, resume=resume)
+    folder, state = RunFolder.claim(out, digest, resume=resume), None
     try:
-        with strategy.kernels(), StopSignals() as signals:
+        with strategy.kernels(), StopSignals() as signals, closing(images), closing(evaluation):
             checkpointer = Checkpointer(folder, text, settings, data)
-            saved = checkpointer.load() if resume else None
+            saved, message = checkpointer.load(digest)
             if plan is None:
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
                 check_folders(plan, trust=trust)
             plan.check_phases(settings.epochs)
-            mixer, identity = None, {}
+            check_outputs(plan, inputs.data.classes)
+            check_optimizer(plan, settings, len(images) // settings.accumulate)
+            identity = dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
-                mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)
-                identity = data.model_dump(mode="json", exclude={"workers"})
-            # Everything that determines the inputs of training.
-            identity = {"data": identity, "seed": settings.seed}
-            cached = folder.path / "features"
-            features = FeatureCache(images, strategy, folder=cached, digest=digest, identity=identity, mixed=mixer is not None)
-            context = RunContext(settings, strategy, images, evaluation, opened.classes, mixer, features)
+                identity["data"] = data.model_dump(mode="json", exclude={"workers"})
+            features = FeatureCache(images, strategy, folder=folder.features, digest=digest, identity=identity, mixed=mixer is not None)
+            context = RunContext(settings, strategy, images, evaluation, inputs.data.classes, mixer, features)
             state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
+            features.check(plan)
+            checkpointer.begin(digest)
             board = folder.path / "tensorboard" if tensorboard else None
             offset = saved["metrics_offset"] if saved is not None else 0
             with closing(MetricsLog(folder.metrics, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
                 log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                if saved is not None:
-                    log.resumed()
-                else:
-                    log.phase(state.phase.plan.decisions)
-                features.check(plan)
+                log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
                 return Run(context, state, log, checkpointer, signals).run()
+    except Exception:
+        if state is not None and not state.progress.total:
+            folder.abandon()
+        raise
     finally:
         folder.release()
-
-
-def _feeds(data: Data, spec: DataSpec | Data, settings: TrainSpec, strategy: Strategy) -> tuple[ImageFeed, ImageFeed]:
-    """The training and the evaluation batches."""
-    workers = spec.workers if isinstance(spec, DataSpec) else 0
-    common: dict[str, Any] = {"workers": workers, "pin": strategy.device.type == "cuda", "rank": strategy.rank}
-    train = ImageFeed(data.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **common)
-    if not len(data.evaluation):
-        raise RunError("there are no evaluation images", where="data")
-    return train, ImageFeed(data.evaluation, settings.batch, shuffle=False, **common)
 
 
 class Stopped(RunError):
@@ -125,10 +113,7 @@ class Stopped(RunError):
 
 
 class StopSignals:
-    """While open, the first Ctrl-C or SIGTERM only sets `signum`; the second has its usual effect.
-
-    Outside the main thread, where Python allows no handlers, nothing changes.
-    """
+    """While open, the first Ctrl-C or SIGTERM sets `signum`, the second has its usual effect; does nothing outside the main thread."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -160,8 +145,7 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
 
     def run(self) -> Summary:
-        """Trains until the last epoch; see `train` for what it raises."""
-        self.strategy.reset_peak_memory()
+        self.strategy.begin_memory(self.state.phase.plan.module)
         with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
                 self._decide()
@@ -173,22 +157,21 @@ class Run:
         write_atomically(self.folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 
-    # -- an epoch -----------------------------------------------------------------------------------------------------------
     def _decide(self) -> None:
         """Between epochs, begins the next phase where triggers have fired."""
         state, epoch = self.state, self.progress.epoch
         if self.progress.step or not epoch:
             return
-        due = self.strategy.agree(lambda: state.phase.plan.due(epoch, state.history, self.spec.epochs))
-        if due:
+        if due := state.phase.plan.due(epoch, state.history, self.spec.epochs):
             state.phase = state.phase.next(due, epoch)
+            self.strategy.reset_peak_memory()
             state.watch()
             self.log.phase(due)
 
     def _train_epoch(self) -> None:
         phase, progress, spec = self.state.phase, self.progress, self.spec
         if phase.begin() and self.context.features.last_decision:
-            self.log.features(self.context.features.last_decision)
+            self.log.write("features", **self.context.features.last_decision)
         phase.train_mode()
         self.log.screen.start("train", progress.epoch, phase.steps, progress.step)
         batches = self._batches()
@@ -200,11 +183,9 @@ class Run:
             self._losses.append(loss)
             self.state.meter.add(loss, correct, samples)
             self.state.window.add(loss, correct, samples)
-            note = ""
-            if progress.total % spec.log_every == 0:
+            if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
-                note = self.log.window(rate, spec.log_every)
-            self.log.screen.step(note)
+            self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
             self._stop_if_requested()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
@@ -244,7 +225,15 @@ class Run:
             self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
             meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=self._after_evaluating)
             figures |= {f"{prefix}loss": meter.loss, f"{prefix}accuracy": meter.accuracy}
+            if not math.isfinite(meter.loss):
+                self._check_finite()  # the usual cause
+                what = f"the evaluation's loss became {meter.loss} after step {self.progress.total} (epoch {self.progress.epoch})"
+                raise RunError(what, where=str(self.folder.path), fix=self._lower())
         return figures
+
+    def _lower(self) -> str:
+        advice = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16"
+        return f"{advice}; the last checkpoint is from before" if self.folder.last.exists() else advice
 
     def _after_evaluating(self) -> None:
         self.log.screen.step()
@@ -261,25 +250,30 @@ class Run:
         self._losses = []
         for number, value in enumerate(values, self.progress.total - len(values) + 1):
             if not math.isfinite(value):
-                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch + 1})"
-                fix = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before"
-                raise RunError(what, where=str(self.folder.path), fix=fix)
+                what = f"the loss became {value} at step {number} (epoch {self.progress.epoch})"
+                raise RunError(what, where=str(self.folder.path), fix=self._lower())
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------------
+    def _check_finite(self) -> None:
+        """Checks that everything that a checkpoint would restore is finite: the loss shows an update that is not only in the next step."""
+        names = self.state.phase.not_finite()
+        if names:
+            what = f"not finite after step {self.progress.total} (epoch {self.progress.epoch}): {listed(names)}"
+            raise RunError(what, where=str(self.folder.path), fix=self._lower())
+
     def _stop_if_requested(self) -> None:
         """Raises Stopped, after writing a checkpoint, if a signal has requested it."""
         signum = self.signals.signum
         if signum is not None:
             self._save()
-            done = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.state.phase.steps}"
+            done = f"epoch {self.progress.epoch}, step {self.progress.step} of {self.state.phase.steps}"
             fix = "Continue with the same command and --resume"
             raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)
 
     def _save(self, *, best: bool = False) -> None:
-        if self.strategy.is_main_rank:
-            self._check_losses()
-            self._update_clock()
-            self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
+        self._check_losses()
+        self._check_finite()
+        self._update_clock()
+        self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 
     def _update_clock(self) -> None:
         now = time.perf_counter()

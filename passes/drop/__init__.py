@@ -42,10 +42,11 @@ from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, P
 from graphopt.compiler.pass_base import FeatureCut
 from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
 from graphopt.compiler.verify import Property
+from graphopt.ir.flow import ancestors
+from graphopt.ir.nodes import parameters_read
 from graphopt.ir.patterns import residuals
 from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
-from graphopt.passes.drop.cut import block_cuts, bytes_per_sample, check_cut, named_cut, parts_between
-from graphopt.passes.drop.prefix import drop_prefix
+from graphopt.passes.drop.prefix import block_cuts, bytes_per_sample, check_cut, drop_prefix, named_cut, parts_between
 from graphopt.units import Size, show_size
 
 _CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "folder", "force")
@@ -86,17 +87,13 @@ class Drop(Pass):
     probability: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _fits_mode(self) -> Self:
+    def _consistent(self) -> Self:
         other = "bypass" if self.mode == "prefix" else "prefix"
         wrong = [n for n in _OPTIONS[other] if n in self.model_fields_set and getattr(self, n) != type(self).model_fields[n].default]
         if wrong:
             raise ValueError(f"{' and '.join(wrong)}: only valid with mode = {other!r}")
         if self.folder is not None and self.cache != "disk":
             raise ValueError('folder: only valid with cache = "disk"')
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _fits_trigger(self) -> Self:
         if self.mode == "prefix" and isinstance(self.when, Steps) and self.upto is not None:
             raise ValueError("each step of the schedule has its own upto: leave the pass's out")
         if self.mode == "prefix" and isinstance(self.when, Start | AtEpoch) and self.upto is None:
@@ -112,14 +109,11 @@ class Drop(Pass):
         return frozenset({"eval output", "state-dict keys", "gradients of unselected parameters"})
 
     def match(self, graph: Graph) -> Match[Any]:
-        """Decides where prefixes end, or which blocks are bypassed with which probability."""
         return self._match_prefix(graph) if self.mode == "prefix" else self._match_bypass(graph)
 
     def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
-        """Takes the prefix out of training, or leaves the branches out."""
         return self._drop_prefix(edit, match) if self.mode == "prefix" else self._bypass(edit, match)
 
-    # -- prefix -------------------------------------------------------------------------------------------------------------
     def _match_prefix(self, graph: Graph) -> Match[dict[str, str]]:
         """Decides the node at which the prefix ends, for each part that a trigger can drop."""
         cuts = self._cuts(graph)
@@ -153,10 +147,8 @@ class Drop(Pass):
             (end,) = last.values()
             cuts = {name: cut for name, cut in cuts.items() if graph.order[cut] < graph.order[end]} | last
         if not cuts:
-            raise PassError(
-                "no block of this backbone ends at a cut point with something left to train after it",
-                fix='Name the parts instead: when = [{ epoch = 3, upto = "..." }] (graphopt inspect shows the cut points)',
-            )
+            fix = 'Name the parts instead: when = [{ epoch = 3, upto = "..." }] (graphopt inspect shows the cut points)'
+            raise PassError("no block of this backbone ends at a cut point with something left to train after it", fix=fix)
         return cuts
 
     def _drop_prefix(self, edit: Editor, match: ActiveMatch[dict[str, str]]) -> Effects:
@@ -172,7 +164,6 @@ class Drop(Pass):
             effects.needs = RuntimeNeeds(features=FeatureCut(cuts[-1], last, options))
         return effects
 
-    # -- bypass -------------------------------------------------------------------------------------------------------------
     def _match_bypass(self, graph: Graph) -> Match[dict[str, float]]:
         """Decides which blocks are bypassed, and the probability of each where that is at random."""
         selected = select(Filter(blocks=True) if self.select is None else self.select, graph)
@@ -189,23 +180,23 @@ class Drop(Pass):
 
     def _bypass(self, edit: Editor, match: ActiveMatch[dict[str, float]]) -> Effects:
         effects = Effects()
-        if self.probability is None:
-            self._bypass_for_good(edit, match, effects)
+        if self.probability is not None:
+            for name, sums in find_each(residuals, match.regions, edit.graph, effects).items():
+                probability = match.decision[name]
+                for residual in sums:
+                    skip_at_random(edit, name, residual, probability)
+                effects.mark(name, Status.BYPASSED, skip_probability=probability, probability=round(probability, 4))
             return effects
-        for name, sums in find_each(residuals, match.regions, edit.graph, effects).items():
-            probability = match.decision[name]
-            for residual in sums:
-                skip_at_random(edit, name, residual, probability)
-            effects.mark(name, Status.BYPASSED, skip_probability=probability, probability=round(probability, 4))
-        return effects
-
-    def _bypass_for_good(self, edit: Editor, match: ActiveMatch[Any], effects: Effects) -> None:
         found = find_each(removal, match.regions, edit.graph, effects)
         # From the last on: the shortcut of a later sum can be an earlier sum.
         for residual in reversed([r for item in found.values() for r in item.residuals]):
             remove(edit, residual)
-        edit.freeze(name for item in found.values() for name in item.unread)
+        alive = ancestors([edit.graph.output])
+        read = {id(p) for n in edit.graph.nodes if n in alive for _, p in parameters_read(edit.graph.module, n)}
+        names = dict.fromkeys(n for region in match.regions if region.name in found for n in region.parameters)
+        edit.freeze(n for n in names if id(edit.graph.module.get_parameter(n)) not in read)
         for name in found:
             effects.mark(name, Status.BYPASSED)
         zeros = [name for item in found.values() for name in item.zeros]
         effects.to_original_state = lambda state: state | {name: torch.zeros_like(state[name]) for name in zeros}
+        return effects

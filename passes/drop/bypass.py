@@ -2,9 +2,8 @@
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from graphopt import Editor, Graph, PassError, Region
 from graphopt.compiler.pass_base import Diagnostics
 from graphopt.ir.nodes import attribute, leaf, overwriter, parameters_read
 from graphopt.ir.patterns import VIEWS, NotResidualError, Residual, residuals
-from graphopt.runtime.stochastic import StochasticBranch
+from graphopt.runtime.body import StochasticBranch
 
 Found = TypeVar("Found")
 
@@ -25,19 +24,16 @@ _KEEP_ZEROS = (nn.Identity, nn.modules.dropout._DropoutNd)
 _KEEP_ZEROS_NAMES = ("DropPath", "StochasticDepth", "ByMode")
 
 
-@dataclass(frozen=True)
-class Removal:
+class Removal(NamedTuple):
     """What leaving a block's branches out for good comes to.
 
     Attributes:
         residuals: the sums, in execution order.
         zeros: names of parameters that make the branches compute zeros when they are zero.
-        unread: names of the parameters that nothing reads any more.
     """
 
     residuals: tuple[Residual, ...]
     zeros: tuple[str, ...]
-    unread: tuple[str, ...]
 
 
 def find_each(find: Callable[[Graph, Region], Found], blocks: Iterable[Region], graph: Graph, out: Diagnostics) -> dict[str, Found]:
@@ -61,11 +57,10 @@ def removal(graph: Graph, block: Region) -> Removal:
     zeros = tuple(name for residual in sums for name in _last_weights(graph, residual))
     inside = set(block.nodes)
     others = {id(p) for n in graph.nodes if n not in inside for _, p in parameters_read(graph.module, n)}
-    own = {n for n in (*zeros, *block.parameters) if id(graph.module.get_parameter(n)) not in others}
-    shared = next((name for name in zeros if name not in own), None)
+    shared = next((name for name in zeros if id(graph.module.get_parameter(name)) in others), None)
     if shared is not None:
         raise NotResidualError(f"its branch ends in {shared}, which is used outside the block too: an export could not set it to zero")
-    return Removal(sums, zeros, tuple(n for n in block.parameters if n in own))
+    return Removal(sums, zeros)
 
 
 def _last_weights(graph: Graph, residual: Residual) -> tuple[str, ...]:
@@ -129,10 +124,6 @@ def skip_at_random(edit: Editor, block: str, residual: Residual, probability: fl
     """
     shape = tuple(residual.shortcut.meta["val"].shape[1:])
     wrap = partial(StochasticBranch, probability=probability, shape=shape)
-    sections = edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")
-    if len(sections) != 1:
-        raise PassError(
-            "an earlier pass divides the block's branch, so it cannot be skipped as a whole",
-            where=block,
-            fix="Let drop come before that pass, or select other blocks",
-        )
+    if len(edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")) != 1:
+        what = "an earlier pass divides the block's branch, so it cannot be skipped as a whole"
+        raise PassError(what, where=block, fix="Let drop come before that pass, or select other blocks")

@@ -30,8 +30,7 @@ from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.verify import Property
 from graphopt.ir.blocks import disjoint_parts
-from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, use_lean_operators
-from graphopt.passes.freeze.scope import freeze_scope
+from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, freeze_scope, use_lean_operators
 
 
 class Freeze(Pass):
@@ -79,10 +78,10 @@ class Freeze(Pass):
         edit.freeze(scope.parameters)
         norms = freeze_norms(edit, [n for r in match.regions for n in r.nodes], set(scope.behind) if self.lean else set())
         lean = use_lean_operators(edit, scope.behind) if self.lean else {}
+        edit.keep_buffers(n for r in match.regions for n in r.nodes)
         cut_prefix(edit, scope.prefix)
-        effects = Effects(
-            figures={"frozen_parameters": len(scope.parameters), "prefix_nodes": len(scope.prefix), "norms": norms, "lean": lean}
-        )
+        counts = {"frozen_parameters": len(scope.parameters), "prefix_nodes": len(scope.prefix)}
+        effects = Effects(figures={**counts, "norms": norms, "lean": lean})
         prefix = set(scope.prefix)
         for region in match.regions:
             if scope.covers(region):

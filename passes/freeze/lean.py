@@ -6,7 +6,7 @@ keys, `isinstance` tests and type selectors do not notice. What has no frozen fo
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,130 +20,78 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from graphopt.passes.freeze import activations, operators
-from graphopt.runtime.eval_mode import AlwaysEval
+from graphopt.runtime.by_mode import AlwaysEval
+
+Method = Callable[..., Tensor]
 
 
-# -- what a frozen form computes: forwards that take the place of the original class's ------------------------------------------------
-class _Conv:
-    def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode == "zeros":
-            return operators.conv(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        padded = operators.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-        return operators.conv(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+def _conv(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if self.padding_mode == "zeros":
+        return operators.conv(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    padded = operators.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+    return operators.conv(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
-class _ConvSame:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
-        return operators.conv(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+def _conv_same(self: Any, x: Tensor) -> Tensor:
+    x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
+    return operators.conv(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-class _ConvTranspose:
-    def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        n = len(self.kernel_size)
-        extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
-        return operators.conv_transpose(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+def _conv_transpose(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    n = len(self.kernel_size)
+    extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
+    return operators.conv_transpose(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 
-class _Linear:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return operators.linear(input, self.weight, self.bias)
+def _max_pool2d(self: Any, input: Tensor) -> Tensor:
+    sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+    return activations.max_pool2d(input, *sizes, self.ceil_mode, self.return_indices)
 
 
-class _LayerNorm:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return operators.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+def _avg_pool2d(self: Any, input: Tensor) -> Tensor:
+    sizes = (self.kernel_size, self.stride, self.padding)
+    return activations.avg_pool2d(input, *sizes, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
 
-class _GroupNorm:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return operators.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+def _eval_batch_norm(self: Any, input: Tensor) -> Tensor:
+    norm = operators.batch_norm if self.lean else F.batch_norm
+    return norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-class _ReLU:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return activations.relu(input)
+def _eval_batch_norm_act(self: Any, x: Tensor) -> Tensor:
+    return self.act(self.drop(_eval_batch_norm(self, x)))
 
 
-class _Hardtanh:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return activations.hardtanh(input, self.min_val, self.max_val)
+def _eval_instance_norm(self: Any, input: Tensor) -> Tensor:
+    norm = operators.instance_norm if self.lean else F.instance_norm
+    return norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-class _LeakyReLU:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return activations.leaky_relu(input, self.negative_slope)
-
-
-class _PReLU:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return activations.prelu(input, self.weight)
-
-
-class _Hardsigmoid:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return activations.hardsigmoid(input)
-
-
-class _MaxPool2d:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return activations.max_pool2d(input, *sizes, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
-
-
-class _AvgPool2d:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        sizes = (self.kernel_size, self.stride, self.padding)
-        return activations.avg_pool2d(input, *sizes, self.ceil_mode, self.count_include_pad, self.divisor_override)
-
-
-class _AdaptiveAvgPool2d:
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return activations.adaptive_avg_pool2d(input, self.output_size)
-
-
-class _EvalBatchNorm:
-    """By the running statistics in both modes, and they stay put."""
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        norm = operators.batch_norm if self.lean else F.batch_norm
-        return norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
-
-class _EvalBatchNormAct(_EvalBatchNorm):
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.act(self.drop(_EvalBatchNorm.forward(self, x)))
-
-
-class _EvalInstanceNorm:
-    def _apply_instance_norm(self: Any, input: Tensor) -> Tensor:
-        norm = operators.instance_norm if self.lean else F.instance_norm
-        return norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
-
-#: original class, what changes, and the method that must be that class's own for its form to fit a subclass
-_LEAN: tuple[tuple[type[nn.Module], type, str], ...] = (
-    (Conv2dSame, _ConvSame, "forward"),
-    *((c, _Conv, "forward") for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    *((c, _ConvTranspose, "forward") for c in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
-    (nn.Linear, _Linear, "forward"),
-    (nn.LayerNorm, _LayerNorm, "forward"),
-    (nn.GroupNorm, _GroupNorm, "forward"),
-    (nn.ReLU, _ReLU, "forward"),
-    (nn.Hardtanh, _Hardtanh, "forward"),
-    (nn.LeakyReLU, _LeakyReLU, "forward"),
-    (nn.PReLU, _PReLU, "forward"),
-    (nn.Hardsigmoid, _Hardsigmoid, "forward"),
-    (nn.MaxPool2d, _MaxPool2d, "forward"),
-    (nn.AvgPool2d, _AvgPool2d, "forward"),
-    (nn.AdaptiveAvgPool2d, _AdaptiveAvgPool2d, "forward"),
-)
-_EVAL: tuple[tuple[type[nn.Module], type, str], ...] = (
-    (BatchNormAct2d, _EvalBatchNormAct, "forward"),
-    (nn.SyncBatchNorm, _EvalBatchNorm, "forward"),
-    (_BatchNorm, _EvalBatchNorm, "forward"),
-    (_InstanceNorm, _EvalInstanceNorm, "_apply_instance_norm"),
-)
+#: original class -> its forward in the lean form; for a convolution, its `_conv_forward`
+_LEAN: dict[type[nn.Module], Method] = {
+    Conv2dSame: _conv_same,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    nn.Linear: lambda self, input: operators.linear(input, self.weight, self.bias),
+    nn.LayerNorm: lambda self, input: operators.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps),
+    nn.GroupNorm: lambda self, input: operators.group_norm(input, self.num_groups, self.weight, self.bias, self.eps),
+    nn.ReLU: lambda self, input: activations.relu(input),
+    nn.Hardtanh: lambda self, input: activations.hardtanh(input, self.min_val, self.max_val),
+    nn.LeakyReLU: lambda self, input: activations.leaky_relu(input, self.negative_slope),
+    nn.PReLU: lambda self, input: activations.prelu(input, self.weight),
+    nn.Hardsigmoid: lambda self, input: activations.hardsigmoid(input),
+    nn.MaxPool2d: _max_pool2d,
+    nn.AvgPool2d: _avg_pool2d,
+    nn.AdaptiveAvgPool2d: lambda self, input: activations.adaptive_avg_pool2d(input, self.output_size),
+}
+#: the same in eval semantics: by the running statistics in both modes, and they stay as they are
+_EVAL: dict[type[nn.Module], Method] = {
+    BatchNormAct2d: _eval_batch_norm_act,
+    **dict.fromkeys((nn.SyncBatchNorm, _BatchNorm), _eval_batch_norm),
+    _InstanceNorm: _eval_instance_norm,
+}
+#: what these replace, where it is not `forward`
+_REPLACED = {_conv: "_conv_forward", _eval_instance_norm: "_apply_instance_norm"}
 
 #: stock functions, and their lean forms with the same arguments
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -173,29 +121,25 @@ NORM_FUNCTIONS: dict[Any, tuple[str, Callable[..., Any]]] = {
 }
 
 
-def frozen_form(module: nn.Module, *, lean: bool) -> nn.Module | None:
+def frozen_form(module: nn.Module, *, lean: bool, inside: bool = False) -> nn.Module | None:
     """The module that takes a frozen leaf's place, sharing its tensors; None where the leaf can stay.
 
     Args:
-        lean: whether it lies behind something that trains; otherwise only norms change.
+        lean: whether something before it trains; otherwise only norms change.
+        inside: whether it is part of a module that stays whole, whose code may count on an activation having worked in place.
     """
-    return _frozen_form(module, lean, inside=False)
-
-
-def _frozen_form(module: nn.Module, lean: bool, inside: bool) -> nn.Module | None:
     if isinstance(module, _Frozen) and (module.lean or not lean):
         return None
     if isinstance(getattr(module, "running_mean", None), Tensor):
-        change = _change_for(module, _EVAL) or AlwaysEval
+        method = _method_for(module, _EVAL)
         # The act of a BatchNormAct2d follows at once on a fresh tensor: in place or not is all the same.
-        return _become(module, change, lean, _changed_children(module, lean, inside=change is not _EvalBatchNormAct))
+        return _become(module, method, lean, _changed_children(module, lean, inside=method is not _eval_batch_norm_act))
     if _moves_its_buffers(module):
-        return _become(module, AlwaysEval, lean, _changed_children(module, lean, inside=True))
-    operator = _change_for(module, _LEAN) if lean else None
-    # Inside a module that stays whole, code may count on an activation having worked in place.
-    if operator is not None and not (inside and getattr(module, "inplace", False)):
-        return _become(module, operator, lean, {})
-    children = _changed_children(module, lean, inside=True)
+        return _become(module, None, lean, _changed_children(module, lean))
+    method = _method_for(module, _LEAN) if lean else None
+    if method is not None and not (inside and getattr(module, "inplace", False)):
+        return _become(module, method, lean, {})
+    children = _changed_children(module, lean)
     if not children:
         return None
     new = copy.copy(module)
@@ -212,22 +156,23 @@ def _moves_its_buffers(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def _changed_children(module: nn.Module, lean: bool, inside: bool) -> dict[str, nn.Module]:
-    forms = {name: _frozen_form(child, lean, inside) for name, child in module.named_children()}
+def _changed_children(module: nn.Module, lean: bool, inside: bool = True) -> dict[str, nn.Module]:
+    forms = {name: frozen_form(child, lean=lean, inside=inside) for name, child in module.named_children()}
     return {name: form for name, form in forms.items() if form is not None}
 
 
-def _change_for(module: nn.Module, table: tuple[tuple[type[nn.Module], type, str], ...]) -> type | None:
+def _method_for(module: nn.Module, table: Mapping[type[nn.Module], Method]) -> Method | None:
     cls = original_class(module)
-    for original, change, method in table:
+    for original, method in table.items():
         if issubclass(cls, original):
             # A subclass with a forward of its own computes something else.
-            return change if getattr(cls, method) is getattr(original, method) else None
+            names = ("forward", _REPLACED.get(method, "forward"))
+            return method if all(getattr(cls, n) is getattr(original, n) for n in names) else None
     return None
 
 
 class _Frozen:
-    """Marks a frozen form. `lean` says whether its backward is, `original` what class it had."""
+    """Base of frozen forms. `lean` says whether its backward is, `original` what class it had."""
 
     lean: bool
     original: type[nn.Module]
@@ -239,16 +184,18 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 @cache
-def _class_for(original: type[nn.Module], change: type) -> type[nn.Module]:
-    return type(f"Frozen{original.__name__}", (_Frozen, change, original), {"__module__": __name__, "original": original})
+def _class_for(original: type[nn.Module], method: Method | None) -> type[nn.Module]:
+    bases = (_Frozen, AlwaysEval, original) if method is None else (_Frozen, original)
+    replaced = {} if method is None else {_REPLACED.get(method, "forward"): method}
+    return type(f"Frozen{original.__name__}", bases, {"__module__": __name__, "original": original, **replaced})
 
 
-def _become(module: nn.Module, change: type, lean: bool, children: dict[str, nn.Module]) -> nn.Module:
-    cls = _class_for(original_class(module), change)  # type: ignore[arg-type]  # classes are hashable
+def _become(module: nn.Module, method: Method | None, lean: bool, children: dict[str, nn.Module]) -> nn.Module:
+    """A frozen form that computes by `method`, or as the module itself does in eval mode."""
+    cls = _class_for(original_class(module), method)  # type: ignore[arg-type]  # classes are hashable
     new = cls.__new__(cls)
     # The very dicts of tensors, not copies: whoever still holds the old leaf must see `.to()` and a loaded state.
-    new.__dict__ = dict(module.__dict__)
-    new.__dict__["lean"] = lean
+    new.__dict__ = {**module.__dict__, "lean": lean}
     if children:
         new.__dict__["_modules"] = {**module._modules, **children}
     return new

@@ -10,7 +10,7 @@ gradient after all, or when nothing is being recorded, so a lean operator is nev
 | norm with running statistics | input, statistics, weight | statistics, weight |
 | layer and group norm under autocast on CUDA | the input's float32 copy | the input as it came |
 | ReLU, ReLU6, hardtanh, leaky ReLU, PReLU, hardsigmoid | input or output | a bit per element |
-| max pooling | input, 64-bit indices | the place within the window, 1 to 4 bytes per output |
+| max pooling | input, 64-bit indices | the position within the window, 1 to 4 bytes per output |
 | average pooling, reflection and replication padding | input | its shape |
 
 Linear layers in full precision, smooth activations (GELU, SiLU, hardswish, mish), softmax, attention and multiplication by a frozen scale
@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 aten = torch.ops.aten
-Sizes = int | list[int] | tuple[int, ...]
+_CONV, _CONV_TRANSPOSE = (F.conv1d, F.conv2d, F.conv3d), (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+Size = int | list[int] | tuple[int, ...]
+Bias = Tensor | None
 
 
 def recorded(x: Tensor, *frozen: Tensor | None) -> bool:
@@ -34,11 +36,7 @@ def recorded(x: Tensor, *frozen: Tensor | None) -> bool:
     return torch.is_grad_enabled() and x.requires_grad and not any(t is not None and t.requires_grad for t in frozen)
 
 
-def _low_precision(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def as_tuple(value: Sizes, n: int) -> tuple[int, ...]:
+def as_tuple(value: Size, n: int) -> tuple[int, ...]:
     """One size per dimension, from one size for all `n` of them or from a sequence."""
     return (value,) * n if isinstance(value, int) else tuple(value) * (n if len(value) == 1 else 1)
 
@@ -60,44 +58,30 @@ def dummy_input(ctx: Any, like: Tensor) -> Tensor:
     return torch.empty(ctx.shape, dtype=like.dtype, device=like.device, memory_format=ctx.format)
 
 
-# -- convolution ------------------------------------------------------------------------------------------------------------------
-
-
 class _Convolution(Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, *arguments: Any) -> Any:
         ctx.save_for_backward(weight)
         save_metadata(ctx, x)
         ctx.arguments = stride, padding, dilation, transposed, output_padding, groups = arguments
-        n = weight.dim() - 2
         if transposed:
-            return (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1](
-                x, weight, bias, stride, padding, output_padding, groups, dilation
-            )
-        return (F.conv1d, F.conv2d, F.conv3d)[n - 1](x, weight, bias, stride, padding, dilation, groups)
+            return _CONV_TRANSPOSE[weight.dim() - 3](x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _CONV[weight.dim() - 3](x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        (weight,) = ctx.saved_tensors
-        found, _, _ = aten.convolution_backward(
-            grad, dummy_input(ctx, grad), weight.to(grad.dtype), None, *ctx.arguments, (True, False, False)
-        )
+        weight = ctx.saved_tensors[0].to(grad.dtype)
+        found, _, _ = aten.convolution_backward(grad, dummy_input(ctx, grad), weight, None, *ctx.arguments, (True, False, False))
         return found.to(ctx.dtype), *(None,) * 8
 
 
 def conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: str | Sizes = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    input: Tensor, weight: Tensor, bias: Bias = None, stride: Size = 1, padding: str | Size = 0, dilation: Size = 1, groups: int = 1
 ) -> Tensor:
     """`F.conv1d`, `F.conv2d` or `F.conv3d`, by the weight's shape; saves the weight and not the input (N, C, *spatial)."""
     n = weight.dim() - 2
     if input.dim() != weight.dim() or not recorded(input, weight, bias):
-        return (F.conv1d, F.conv2d, F.conv3d)[n - 1](input, weight, bias, stride, padding, dilation, groups)
+        return _CONV[n - 1](input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = as_tuple(stride, n), as_tuple(dilation, n)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -105,53 +89,52 @@ def conv(
         # The odd element goes behind, as the stock operator has it; zero padding saves nothing.
         if any(t % 2 for t in total):
             input = F.pad(input, [end for t in reversed(total) for end in (0, t % 2)])
-    return _Convolution.apply(
-        input, weight, bias, stride, as_tuple(0 if isinstance(padding, str) else padding, n), dilation, False, (0,) * n, groups
-    )
+    padding = as_tuple(0 if isinstance(padding, str) else padding, n)
+    return _Convolution.apply(input, weight, bias, stride, padding, dilation, False, (0,) * n, groups)
 
 
 def conv_transpose(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes = 0,
-    output_padding: Sizes = 0,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
     groups: int = 1,
-    dilation: Sizes = 1,
+    dilation: Size = 1,
 ) -> Tensor:
     """`F.conv_transpose1d` to `3d`, by the weight's shape; saves the weight and not the input (N, C, *spatial)."""
     n = weight.dim() - 2
     if input.dim() != weight.dim() or not recorded(input, weight, bias):
-        stock = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
-        return stock(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    places = (as_tuple(stride, n), as_tuple(padding, n), as_tuple(dilation, n), True, as_tuple(output_padding, n), groups)
-    return _Convolution.apply(input, weight, bias, *places)
+        return _CONV_TRANSPOSE[n - 1](input, weight, bias, stride, padding, output_padding, groups, dilation)
+    stride, padding, dilation, output_padding = (as_tuple(s, n) for s in (stride, padding, dilation, output_padding))
+    return _Convolution.apply(input, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
 
-class _Pad(Function):
+class ShapeOnly(Function):
+    """`aten.<name>(x, *arguments)` for a kernel whose backward asks for the input's shape and layout, and not for its values."""
+
     @staticmethod
-    def forward(ctx: Any, x: Any, pad: Any, mode: Any) -> Any:
+    def forward(ctx: Any, x: Any, name: Any, *arguments: Any) -> Any:
         save_metadata(ctx, x)
-        ctx.pad, ctx.mode = pad, mode
-        return F.pad(x, pad, mode=mode)
+        ctx.name, ctx.arguments = name, arguments
+        return getattr(aten, name)(x, *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        kind = {"reflect": "reflection", "replicate": "replication"}[ctx.mode]
-        backward = getattr(aten, f"{kind}_pad{len(ctx.pad) // 2}d_backward")
-        return backward(grad, dummy_input(ctx, grad), ctx.pad), None, None
+        # Its backward reads the size off the gradient.
+        arguments = ctx.arguments if ctx.name != "_adaptive_avg_pool2d" else ()
+        found = getattr(aten, f"{ctx.name}_backward")(grad, dummy_input(ctx, grad), *arguments)
+        return found, None, *(None for _ in ctx.arguments)
 
 
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     """`F.pad`; reflection and replication save the input's shape only."""
     pad = list(pad)
-    if mode not in ("reflect", "replicate") or input.dim() != len(pad) // 2 + 2 or not recorded(input):
+    kind = {"reflect": "reflection", "replicate": "replication"}.get(mode)
+    if kind is None or input.dim() != len(pad) // 2 + 2 or not recorded(input):
         return F.pad(input, pad, mode, value)
-    return _Pad.apply(input, pad, mode)
-
-
-# -- linear -----------------------------------------------------------------------------------------------------------------------
+    return ShapeOnly.apply(input, f"{kind}_pad{len(pad) // 2}d", pad)
 
 
 class _Linear(Function):
@@ -169,12 +152,9 @@ class _Linear(Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on (..., in) features. Stock saves only the frozen weight, but under autocast a fresh copy of it at every call."""
-    if not (recorded(input, weight, bias) and _low_precision(input)):
+    if not (recorded(input, weight, bias) and torch.is_autocast_enabled(input.device.type)):
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias)
-
-
-# -- norms ------------------------------------------------------------------------------------------------------------------------
 
 
 class _RunningNorm(Function):
@@ -182,59 +162,42 @@ class _RunningNorm(Function):
     def forward(ctx: Any, x: Any, mean: Any, variance: Any, weight: Any, bias: Any, eps: Any, instance: Any) -> Any:
         ctx.save_for_backward(mean, variance, weight)
         ctx.eps, ctx.dtype = eps, x.dtype
-        if instance:
-            return F.instance_norm(x, mean, variance, weight, bias, False, 0.0, eps)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        return (F.instance_norm if instance else F.batch_norm)(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         mean, variance, weight = ctx.saved_tensors
         # With fixed statistics the kernel only scales the gradient: it asks for an input, and does not look at its values.
-        found, _, _ = aten.native_batch_norm_backward(
-            grad, grad.detach(), weight, mean, variance, None, None, False, ctx.eps, (True, False, False)
-        )
+        arguments = (weight, mean, variance, None, None, False, ctx.eps, (True, False, False))
+        found, _, _ = aten.native_batch_norm_backward(grad, grad.detach(), *arguments)
         return found.to(ctx.dtype), *(None,) * 6
 
 
 def batch_norm(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, eps: float
 ) -> Tensor:
     """`F.batch_norm` with eval semantics, whatever `training` says: (N, C, ...) normalised by the running statistics, which stay put."""
     if not recorded(input, weight, bias):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return _RunningNorm.apply(input, running_mean, running_var, weight, bias, eps, False)
+        return F.batch_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+    return _RunningNorm.apply(input, mean, variance, weight, bias, eps, False)
 
 
 def instance_norm(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, batch: bool, momentum: float, eps: float
 ) -> Tensor:
-    """`F.instance_norm` with eval semantics, whatever `use_input_stats` says: by the running statistics, which stay put."""
+    """`F.instance_norm` with eval semantics, whatever `batch` (`use_input_stats`) says: by the running statistics, which stay put."""
     if not recorded(input, weight, bias):
-        return F.instance_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return _RunningNorm.apply(input, running_mean, running_var, weight, bias, eps, True)
+        return F.instance_norm(input, mean, variance, weight, bias, False, 0.0, eps)
+    return _RunningNorm.apply(input, mean, variance, weight, bias, eps, True)
 
 
 def _widened(x: Tensor) -> bool:
     """Whether autocast would make, and stock would save, a float32 copy of the input: on CUDA only, the CPU's kernels mix precisions."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _low_precision(x)
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type)
 
 
 class WidenedLayerNorm(Function):
-    """Computes in float32 like autocast on CUDA, keeps the input in its own precision."""
+    """Computes in float32 like autocast on CUDA, saves the input in its own precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
@@ -252,11 +215,7 @@ class WidenedLayerNorm(Function):
 
 
 def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """`F.layer_norm` on (..., *normalized_shape); keeps a low-precision input as it is where autocast computes in float32."""
     if not (recorded(input, weight, bias) and _widened(input)):
@@ -265,7 +224,7 @@ def layer_norm(
 
 
 class WidenedGroupNorm(Function):
-    """Computes in float32 like autocast on CUDA, keeps the input in its own precision."""
+    """Computes in float32 like autocast on CUDA, saves the input in its own precision."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, groups: Any, weight: Any, bias: Any, eps: Any) -> Any:
@@ -286,13 +245,7 @@ class WidenedGroupNorm(Function):
         return found.to(x.dtype), None, None, None, None
 
 
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
+def group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """`F.group_norm` on (N, C, ...); keeps a low-precision input as it is where autocast computes in float32."""
     if not (recorded(input, weight, bias) and _widened(input)):
         return F.group_norm(input, num_groups, weight, bias, eps)

@@ -27,13 +27,12 @@ import pydantic
 from pydantic import Field, StrictBool, StrictFloat
 from torch import Tensor
 
-from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, Region, SelectError, Selector, Status, select
+from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, SelectError, Selector, Status, select
 from graphopt.ir.paths import owner
 from graphopt.ir.regions import region_of
-from graphopt.passes.share.mix import MixOptions, Mixture, compute_mixtures, fit_mixtures, replace_weights
+from graphopt.passes.share.mix import Mixture, compute_mixtures, fit_mixtures, replace_weights
 from graphopt.passes.share.neighbours import Boundary, Decision, Mode, SharedBlock, match_neighbours
-from graphopt.passes.share.parts import NotShareable, Part, is_norm
-from graphopt.passes.share.surrogate import make_partial, remove_block, surrogate_of
+from graphopt.passes.share.surrogate import NotShareable, Part, is_norm, put_surrogate
 
 
 class Share(Pass):
@@ -77,8 +76,12 @@ class Share(Pass):
         return data
 
     def match(self, graph: Graph) -> Match[Decision]:
-        """Pairs each selected block with its neighbours."""
-        selected, mix_norms = self._selected(graph), self.norm == "mix"
+        regions = select(Filter(blocks=True) if self.select is None else self.select, graph)
+        selected = regions[self.every - 1 :: self.every] if self.every else regions
+        if not selected:
+            what = "blocks" if self.select is None else "selected regions"
+            raise SelectError(f"every = {self.every} takes none of the {len(regions)} {what}", fix=f"Use at most {len(regions)}")
+        mix_norms = self.norm == "mix"
         match = match_neighbours(graph, selected, mode=self.mode, parts=self.parts, mix_norms=mix_norms, boundary=self.boundary)
         if not match.regions:
             first, *more = match.diagnostics
@@ -98,29 +101,33 @@ class Share(Pass):
                     match.note(region.name, "a unit without a norm saves one activation, and so does its surrogate, which saves FLOPs only")
         return match
 
-    def _selected(self, graph: Graph) -> tuple[Region, ...]:
-        regions = select(Filter(blocks=True) if self.select is None else self.select, graph)
-        chosen = regions[self.every - 1 :: self.every] if self.every else regions
-        if not chosen:
-            what = "blocks" if self.select is None else "selected regions"
-            raise SelectError(f"every = {self.every} takes none of the {len(regions)} {what}", fix=f"Use at most {len(regions)}")
-        return chosen
-
     def rewrite(self, edit: Editor, match: ActiveMatch[Decision]) -> Effects:
-        """Puts mixes, or surrogates with mixes, in place of the blocks' own weights."""
-        module, effects = edit.graph.module, Effects()
+        module, effects, per_tensor = edit.graph.module, Effects(), self.scalars == "parameter"
         keys, before = set(module.state_dict()), sum(p.numel() for p in module.parameters())
         mixtures: list[Mixture] = []
-        narrowed: dict[str, int] = {}
+        narrowed: dict[str, int | None] = {}
         for block in (match.decision[name] for name in match.names):
-            channels = self._to_surrogate(edit, block, narrowed) if self.mode == "surrogate" else None
-            mixtures += replace_weights(edit, block, MixOptions(self.init, self.scalars == "parameter", self.detach), channels)
-            _warn_of_frozen_sources(edit.graph, block, effects)
+            if _is_frozen(edit.graph, block):
+                effects.warn(block.region, "it is frozen, so it keeps its own weights: a mix would move with its neighbours")
+                continue
+            channels = None
+            if self.mode == "surrogate":
+                try:
+                    channels, names = put_surrogate(edit, region_of(edit.graph, block.paths), self.parts)
+                except NotShareable as reason:
+                    raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
+                narrowed |= dict.fromkeys(names, channels)
+            mixtures += replace_weights(edit, block, init=self.init, per_tensor=per_tensor, detach=self.detach, channels=channels)
+            for position, source in enumerate(block.sources):
+                if not any(module.get_parameter(t.sources[position]).requires_grad for t in block.tensors):
+                    effects.warn(block.region, f"its neighbour {source} is frozen: of that part of the mix only the scalar trains")
             a, b = self.init
             effects.mark(block.region, Status.SHARED, sources=block.sources, a=a, b=b, mode=self.mode, part=block.part)
         removed = before - sum(p.numel() for p in module.parameters())
-        effects.figures = {"shared": len(match.names), "tensors_replaced": len(mixtures), "parameters_removed": removed}
+        effects.figures = {"shared": len(effects.regions), "tensors_replaced": len(mixtures), "parameters_removed": removed}
         effects.no_decay = frozenset(n for m in mixtures for n in m.scalars)
+        if not mixtures:
+            return effects
         if self.mode == "mix":
             effects.to_original_state = partial(compute_mixtures, mixtures=mixtures)
             effects.from_original_state = partial(fit_mixtures, mixtures=mixtures)
@@ -129,39 +136,19 @@ class Share(Pass):
             effects.from_original_state = partial(_without, gone=keys - set(module.state_dict()), narrowed=narrowed)
         return effects
 
-    def _to_surrogate(self, edit: Editor, block: SharedBlock, narrowed: dict[str, int]) -> int | None:
-        """Removes what a block's surrogate does not need.
 
-        Returns:
-            How many channels its convolution works on, where it is a partial one; the norm's tensors are added to `narrowed`.
-        """
-        region = region_of(edit.graph, block.paths)
-        try:
-            surrogate = surrogate_of(edit.graph, region, self.parts)
-        except NotShareable as reason:
-            raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
-        remove_block(edit, region, surrogate)
-        if surrogate.partial is None:
-            return None
-        channels, names = make_partial(edit, surrogate.partial)
-        narrowed |= dict.fromkeys(names, channels)
-        return channels
-
-
-def _warn_of_frozen_sources(graph: Graph, block: SharedBlock, effects: Effects) -> None:
-    for position, source in enumerate(block.sources):
-        if not any(graph.module.get_parameter(t.sources[position]).requires_grad for t in block.tensors):
-            effects.warn(block.region, f"its neighbour {source} is frozen: of that part of the mix only the scalar trains")
+def _is_frozen(graph: Graph, block: SharedBlock) -> bool:
+    """Whether an earlier pass, or the user, has taken all that a block would replace out of training."""
+    known = dict(graph.module.named_parameters(remove_duplicate=False))
+    return all(t.name in known and not known[t.name].requires_grad for t in block.tensors)
 
 
 def _refuse_export(_: dict[str, Tensor], path: str) -> NoReturn:
-    raise PassError(
-        "light operators have replaced blocks, and the backbone's architecture cannot express them",
-        where=f"share, {path}",
-        fix="Store the weights with their spec: graphopt.save(plan, path); graphopt.load(path) gives the model back",
-    )
+    fix = "Store the weights with their spec: graphopt.save(plan, path); graphopt.load(path) gives the model back"
+    what = "light operators have replaced blocks, and the backbone's architecture cannot express them"
+    raise PassError(what, where=f"share, {path}", fix=fix)
 
 
-def _without(state: dict[str, Tensor], gone: set[str], narrowed: Mapping[str, int]) -> dict[str, Tensor]:
+def _without(state: dict[str, Tensor], gone: set[str], narrowed: Mapping[str, int | None]) -> dict[str, Tensor]:
     """A checkpoint of the backbone without what is gone, and with norms narrowed to the channels of partial convolutions."""
     return {k: v[: narrowed[k]] if k in narrowed else v for k, v in state.items() if k not in gone}

@@ -8,6 +8,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import Node
 
-from graphopt.errors import PassError
-from graphopt.ir.editor import Editor
-from graphopt.ir.graph import Graph
+from graphopt import Editor, Graph, PassError
 from graphopt.ir.paths import is_below
 from graphopt.passes.share.neighbours import MixedTensor, SharedBlock
-from graphopt.passes.share.parts import leaves_of
+from graphopt.passes.share.surrogate import inside, leaves_of
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -59,24 +58,12 @@ class WithWeights(nn.Module):
         self.training = leaf.training
 
     def forward(self, weights: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-        """The leaf's own forward, with `weights` in place of its parameters."""
         if self.leaf.training != self.training:
             self.leaf.train(self.training)
         return functional_call(self.leaf, dict(zip(self.names, weights, strict=True)), args, kwargs)
 
     def extra_repr(self) -> str:
-        """The class of the leaf."""
         return type(self.leaf).__name__
-
-
-# -- rewriting --------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class MixOptions:
-    """How to mix: initial `a` and `b`, one pair per tensor or per block, and whether gradients stop before the sources."""
-
-    init: tuple[float, float]
-    per_tensor: bool
-    detach: bool
 
 
 @dataclass(frozen=True)
@@ -87,10 +74,14 @@ class Mixture:
     scalars: tuple[str, ...]
 
 
-def replace_weights(edit: Editor, block: SharedBlock, options: MixOptions, channels: int | None = None) -> tuple[Mixture, ...]:
+def replace_weights(
+    edit: Editor, block: SharedBlock, *, init: tuple[float, float], per_tensor: bool, detach: bool, channels: int | None = None
+) -> tuple[Mixture, ...]:
     """Replaces a block's tensors by mixes of its neighbours', and deletes them.
 
     Args:
+        init: initial `a` and `b`. per_tensor: one pair of scalars per tensor instead of one per block.
+        detach: stop gradients from the mixes into their sources.
         channels: mix only so many of the sources' first channels, in and out; default: all.
 
     Raises:
@@ -108,9 +99,14 @@ def replace_weights(edit: Editor, block: SharedBlock, options: MixOptions, chann
         else:
             edit.replace_leaf(edit.calls(path)[0], WithWeights(leaf, parameters[path]))
     edit.remove(sorted(n for n in names if not is_below(n, leaves)))
-    mixtures = _add_scalars(edit, block, options, own[0].device, any(p.requires_grad for p in own))
-    writer = _Writer(edit, options, channels, readers[0])
-    values = {m.tensor.name: writer.value(m, next(n for n in readers if _reads(n, m.tensor.name))) for m in mixtures}
+    mixtures = _add_scalars(edit, block, init, per_tensor, own[0].device, any(p.requires_grad for p in own))
+    scalars: dict[str, Node] = {}
+    values: dict[str, Node] = {}
+    for mixture in mixtures:
+        reader = next(n for n in readers if is_below(mixture.tensor.name, [str(n.target)]))
+        scalars |= {name: edit.read(name, before=readers[0]) for name in mixture.scalars if name not in scalars}
+        sources = [_read_source(edit, name, reader, detach, channels) for name in mixture.tensor.sources]
+        values[mixture.tensor.name] = edit.call(*mixed(sources, [scalars[n] for n in mixture.scalars]), before=reader)
     for node in readers:
         path = str(node.target)
         if node.op == "get_attr":
@@ -131,21 +127,17 @@ def _check_still_there(graph: Graph, block: SharedBlock, readers: Sequence[Node]
         raise PassError(f"it needs {gone}, which an earlier pass has replaced", where=block.region, fix=fix)
 
 
-def _reads(node: Node, name: str) -> bool:
-    return node.target == name or (node.op == "call_module" and name.startswith(f"{node.target}."))
-
-
-def _add_scalars(edit: Editor, block: SharedBlock, options: MixOptions, device: torch.device, trainable: bool) -> tuple[Mixture, ...]:
+def _add_scalars(
+    edit: Editor, block: SharedBlock, init: tuple[float, float], per_tensor: bool, device: torch.device, trainable: bool
+) -> tuple[Mixture, ...]:
     """Registers a block's scalars: one pair, or one per tensor; float32, of shape ()."""
     taken = {*dict(edit.graph.module.named_modules()), *edit.graph.module.state_dict()}
-    root, number = f"{block.paths[0]}.share", 1
-    while root in taken:
-        number += 1
-        root = f"{block.paths[0]}.share_{number}"
-    starts = {"a": options.init[0], "b": options.init[1]}
+    names = (f"{block.paths[0]}.share{suffix}" for suffix in chain([""], (f"_{number}" for number in count(2))))
+    root = next(name for name in names if name not in taken)
+    starts = {"a": init[0], "b": init[1]}
     if block.before is None or block.after is None:
         # A single source gets the weight of both, so that the mix keeps its size.
-        starts = {"b" if block.before is None else "a": sum(options.init)}
+        starts = {"b" if block.before is None else "a": sum(init)}
 
     def pair(path: str) -> tuple[str, ...]:
         for letter, start in starts.items():
@@ -153,40 +145,22 @@ def _add_scalars(edit: Editor, block: SharedBlock, options: MixOptions, device: 
             edit.add_parameter(f"{path}.{letter}", nn.Parameter(value, requires_grad=trainable))
         return tuple(f"{path}.{letter}" for letter in starts)
 
-    if not options.per_tensor:
+    if not per_tensor:
         scalars = pair(root)
         return tuple(Mixture(tensor, scalars) for tensor in block.tensors)
-    return tuple(Mixture(tensor, pair(f"{root}.{_inside(tensor.name, block.paths)}")) for tensor in block.tensors)
+    # A tensor's name inside its block becomes the name of one module.
+    return tuple(Mixture(t, pair(f"{root}.{inside(t.name, block.paths).replace('.', '_')}")) for t in block.tensors)
 
 
-def _inside(name: str, paths: Iterable[str]) -> str:
-    """A tensor's name inside its block, as the name of one module."""
-    return next((name[len(p) + 1 :] for p in paths if name.startswith(f"{p}.")), name).replace(".", "_")
-
-
-class _Writer:
-    """Writes the mixes of one block into a graph. The scalars are read once, before `first`, the block's first reader."""
-
-    def __init__(self, edit: Editor, options: MixOptions, channels: int | None, first: Node) -> None:
-        self.edit, self.options, self.channels, self.first = edit, options, channels, first
-        self.scalars: dict[str, Node] = {}
-
-    def value(self, mixture: Mixture, reader: Node) -> Node:
-        """The nodes that compute one tensor, right before the first node that reads it."""
-        for name in mixture.scalars:
-            if name not in self.scalars:
-                self.scalars[name] = self.edit.read(name, before=self.first)
-        sources = [self._source(name, reader) for name in mixture.tensor.sources]
-        return self.edit.call(*mixed(sources, [self.scalars[n] for n in mixture.scalars]), before=reader)
-
-    def _source(self, name: str, reader: Node) -> Node:
-        source = self.edit.read(name, before=reader)
-        if self.options.detach:
-            source = self.edit.call("detach", (source,), before=reader)
-        if self.channels is not None:
-            first = slice(None, self.channels)
-            source = self.edit.call(operator.getitem, (source, (first, first) if name.endswith("weight") else first), before=reader)
-        return source
+def _read_source(edit: Editor, name: str, reader: Node, detach: bool, channels: int | None) -> Node:
+    """Reads what a mix is made of, right before the first node that needs the mix."""
+    source = edit.read(name, before=reader)
+    if detach:
+        source = edit.call("detach", (source,), before=reader)
+    if channels is not None:
+        first = slice(None, channels)
+        source = edit.call(operator.getitem, (source, (first, first) if name.endswith("weight") else first), before=reader)
+    return source
 
 
 def _function_of(graph: Graph, path: str) -> Callable[..., Tensor] | None:
@@ -213,11 +187,9 @@ def _pass_weights(edit: Editor, node: Node, leaf: Any, weights: dict[str, Node])
     edit.set_call(node, function, (x, *operands, leaf.stride, padding, leaf.dilation, leaf.groups), {})
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
 def compute_mixtures(state: dict[str, Tensor], mixtures: Iterable[Mixture]) -> dict[str, Tensor]:
     """A state dict under the backbone's keys: mixes computed, scalars left out."""
-    state = dict(state)
-    scalars: set[str] = set()
+    state, scalars = dict(state), set[str]()
     for mixture in mixtures:
         function, values = mixed([state[n] for n in mixture.tensor.sources], [state[n] for n in mixture.scalars])
         state[mixture.tensor.name] = function(*values)

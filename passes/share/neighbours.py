@@ -12,21 +12,17 @@ A *stage* is a run of blocks whose outputs have one shape. Sources are chosen on
 freezes, now or later, stays a source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal
 
-from graphopt.compiler.pass_base import Match
+from graphopt import Graph, Match, Region
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.graph import Graph
 from graphopt.ir.patterns import attention_path, shape_of
-from graphopt.ir.regions import Region
-from graphopt.passes.share.parts import NotShareable, Part, check_mixable, is_norm, part_of
-from graphopt.passes.share.surrogate import surrogate_of
+from graphopt.passes.share.surrogate import NotShareable, Part, check_mixable, inside, is_norm, part_of, surrogate_of
 
 Boundary = Literal["skip", "nearest", "one-sided"]
 Mode = Literal["mix", "surrogate"]
@@ -58,7 +54,6 @@ class SharedBlock:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the blocks it mixes."""
         return tuple(s for s in (self.before, self.after) if s is not None)
 
 
@@ -115,7 +110,7 @@ def _skipped(match: Match[Decision], region: Region) -> Iterator[None]:
         match.skip(region.name, str(reason))
 
 
-def _candidate(graph: Graph, blocks: _BlockSequence, region: Region, mode: Mode, parts: Part | None, mix_norms: bool) -> _Candidate:
+def _candidate(graph: Graph, blocks: "_BlockSequence", region: Region, mode: Mode, parts: Part | None, mix_norms: bool) -> _Candidate:
     index = blocks.index_of(region)
     block = blocks.blocks[index]
     whole = block.paths == region.paths
@@ -133,9 +128,8 @@ def _candidate(graph: Graph, blocks: _BlockSequence, region: Region, mode: Mode,
             raise NotShareable(f"it has no {'MLP' if part == 'mlp' else part}")
         tensors = compared = tuple(n for n in found if n in region.parameters and (mix_norms or not is_norm(graph, n)))
         if not tensors:
-            raise NotShareable(
-                "it has no parameters" if mix_norms else 'it has no parameters besides norms (norm = "mix" shares those too)'
-            )
+            besides = "" if mix_norms else ' besides norms (norm = "mix" shares those too)'
+            raise NotShareable(f"it has no parameters{besides}")
     check_mixable(graph, tensors)
     return _Candidate(region, index, part, tensors, compared)
 
@@ -152,19 +146,16 @@ class _BlockSequence:
         for index, block in enumerate(self.blocks):
             if block.covers(region):
                 return index
-        held = sum(region.covers(b) for b in self.blocks)
-        if held:
+        if held := sum(region.covers(b) for b in self.blocks):
             raise NotShareable(f"it holds {held} blocks: select them one by one, {{ path = {region.name!r}, blocks = true }}")
         raise NotShareable("it is neither a block nor part of one, so it has no neighbours")
 
     def relative_name(self, index: int, name: str) -> str:
         """A tensor's name inside its block; in a run of layers, the layer by its position."""
         paths = self.blocks[index].paths
-        for position, path in enumerate(paths):
-            if name.startswith(f"{path}."):
-                inside = name[len(path) + 1 :]
-                return inside if len(paths) == 1 else f"{position}.{inside}"
-        return name
+        position = next((i for i, path in enumerate(paths) if name.startswith(f"{path}.")), None)
+        relative = inside(name, paths)
+        return relative if position is None or len(paths) == 1 else f"{position}.{relative}"
 
     @cached_property
     def tensors(self) -> tuple[dict[str, str], ...]:
@@ -173,36 +164,15 @@ class _BlockSequence:
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
-        """Number of each block's stage."""
-        numbers: list[int] = []
-        last = None
-        for block in self.blocks:
-            shapes = [shape_of(e) for e in block.exits]
-            numbers.append((numbers[-1] if numbers else 0) + (shapes != last))
-            last = shapes
-        return tuple(numbers)
-
-    @cached_property
-    def aliases(self) -> dict[int, list[str]]:
-        """All names of each parameter, by its id."""
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.graph.module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        return names
+        shapes = [[shape_of(e) for e in block.exits] for block in self.blocks]
+        return tuple(accumulate((before != after for before, after in pairwise(shapes)), initial=0))
 
     def sources(self, candidate: _Candidate, boundary: Boundary, taken: frozenset[tuple[int, str]]) -> tuple[int | None, int | None]:
-        """Positions of the blocks before and after a candidate whose weights it will use.
+        """Positions of the blocks before and after a candidate whose weights it will use; raises NotShareable where there are none.
 
         Args:
             taken: (position, relative name) of the tensors that are replaced themselves.
-
-        Raises:
-            NotShareable: there are none, or a tensor has two names.
         """
-        for name in candidate.tensors:
-            alias = next((n for n in self.aliases[id(self.graph.module.get_parameter(name))] if n != name), None)
-            if alias is not None:
-                raise NotShareable(f"{name} is one tensor with {alias}")
         (before, no_before), (after, no_after) = (self._nearest(candidate, step, boundary, taken) for step in (-1, 1))
         if before is None and after is None:
             raise NotShareable(f"it has no neighbour whose weights it could use: {no_before}; {no_after}")
@@ -244,16 +214,11 @@ class _BlockSequence:
 
     def shared(self, candidate: _Candidate, before: int | None, after: int | None) -> SharedBlock:
         """A candidate with its sources, by name."""
-
-        def tensor(own: str) -> MixedTensor:
-            relative = self.relative_name(candidate.index, own)
-            return MixedTensor(own, tuple(self.tensors[i][relative] for i in (before, after) if i is not None))
-
-        def name(index: int | None) -> str | None:
-            return None if index is None else self.blocks[index].name
-
-        region = candidate.region
-        return SharedBlock(region.name, region.paths, name(before), name(after), candidate.part, tuple(map(tensor, candidate.tensors)))
+        region, sources = candidate.region, [self.tensors[i] for i in (before, after) if i is not None]
+        relative = {own: self.relative_name(candidate.index, own) for own in candidate.tensors}
+        tensors = tuple(MixedTensor(own, tuple(theirs[name] for theirs in sources)) for own, name in relative.items())
+        first, last = (None if i is None else self.blocks[i].name for i in (before, after))
+        return SharedBlock(region.name, region.paths, first, last, candidate.part, tensors)
 
 
 def _text(shape: Sequence[int]) -> str:

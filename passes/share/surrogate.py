@@ -11,31 +11,88 @@ activations. The accessible part of the paper does not fix the operator, so it i
 | ConvNeXt | the depthwise convolution, its norm and the layer scale | 0.03 at width 192 |
 | plain unit (VGG) | a partial convolution on a quarter of the channels (arXiv 2303.03667), with a norm where the unit had one | 1/16 |
 
-The plain unit gets a shortcut, because the other three quarters of its channels would be lost without one.
+The plain unit gets a shortcut, because the other three quarters of its channels would be lost without one. A block's attention, MLP and
+norms are found by structure (what the graph computes), with the libraries' names for MLPs (`mlp`, `ffn`) as a second hint.
 """
 
 import copy
 import math
 import operator
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graphopt.ir.editor import Editor
-from graphopt.ir.graph import Graph
+from graphopt import Editor, Graph, Region
 from graphopt.ir.nodes import leaf, parameters_of
-from graphopt.ir.paths import is_below
+from graphopt.ir.paths import is_below, owner
 from graphopt.ir.patterns import Residual, attention_path, shape_of, weighted_sums
-from graphopt.ir.regions import Region
-from graphopt.passes.share.parts import NotShareable, Part, is_norm, part_of
 
+Part = Literal["attention", "mlp", "all"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: a partial convolution works on one channel in so many
 PARTIAL = 4
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_MLP_NAME = re.compile(r"(^|\.)(mlp|ffn|feed_?forward)(_|\d|\.|$)")
+
+
+class NotShareable(Exception):
+    """Why a block cannot be shared, or has no surrogate. Selection turns it into a diagnostic."""
+
+
+def is_norm(graph: Graph, name: str) -> bool:
+    """Whether a parameter belongs to a norm, by its owner's class (`BatchNorm2d`, `LayerNorm`, `GlobalResponseNorm`, ...)."""
+    kind = graph.types.get(owner(name), "").lower()
+    return "norm" in kind or kind.endswith("abn")
+
+
+def part_of(graph: Graph, block: Region, part: Part) -> tuple[str, ...]:
+    """Names of a block's parameters that belong to a part, norms among them; empty where it has no such part."""
+    if part == "all":
+        return block.parameters
+    attention = attention_path(graph, block)
+    attending = [n for n in block.parameters if attention is not None and is_below(n, [attention])]
+    if part == "attention":
+        return tuple(attending)
+    others = (n for n in block.parameters if n not in attending)
+    # A block's linear layers outside its attention are its MLP's, under whatever name.
+    return tuple(n for n in others if _MLP_NAME.search(inside(n, block.paths)) or graph.types.get(owner(n), "").endswith("Linear"))
+
+
+def inside(name: str, paths: Iterable[str]) -> str:
+    """A tensor's name relative to the first of `paths` that holds it."""
+    return next((name[len(p) + 1 :] for p in paths if name.startswith(f"{p}.")), name)
+
+
+def leaves_of(graph: Graph, names: Collection[str]) -> tuple[str, ...]:
+    """Paths of the leaf modules that own some of these parameters."""
+    called = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
+    return tuple(path for path in called if any(name.startswith(f"{path}.") for name in names))
+
+
+def check_mixable(graph: Graph, names: Collection[str]) -> None:
+    """Checks that each of these parameters has one name, and that the leaves that own them can compute with mixed ones.
+
+    Raises:
+        NotShareable: one cannot, with the reason.
+    """
+    for path in leaves_of(graph, names):
+        leaf = graph.module.get_submodule(path)
+        kind = f"{path} ({type(leaf).__name__})"
+        if any(f"{path}.{n}" not in names for n, _ in leaf.named_parameters()):
+            raise NotShareable(f"{kind} is one leaf, and only some of its parameters would be mixed")
+        if next(leaf.buffers(), None) is not None and type(leaf) not in _BATCH_NORMS:
+            raise NotShareable(f"{kind} is one leaf with buffers, so its weights cannot be mixed")
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    for name in names:
+        alias = next((n for n, p in parameters.items() if p is parameters[name] and n != name), None)
+        if alias is not None:
+            raise NotShareable(f"{name} is one tensor with {alias}")
 
 
 @dataclass(frozen=True)
@@ -63,9 +120,8 @@ def surrogate_of(graph: Graph, block: Region, part: Part | None) -> Surrogate:
         NotShareable: it has none, with the reason.
     """
     if not block.closed:
-        raise NotShareable(
-            f"it has {len(block.entries)} inputs and {len(block.exits)} outputs, and a surrogate is one operator with one of each"
-        )
+        counts = f"{len(block.entries)} inputs and {len(block.exits)} outputs"
+        raise NotShareable(f"it has {counts}, and a surrogate is one operator with one of each")
     attention = attention_path(graph, block)
     if attention is None and part in ("attention", "mlp"):
         raise NotShareable(f"it has no attention: parts = {part!r} is for transformer blocks")
@@ -81,7 +137,6 @@ def surrogate_of(graph: Graph, block: Region, part: Part | None) -> Surrogate:
     return _convolutional(graph, block, sums[0])
 
 
-# -- kinds of blocks --------------------------------------------------------------------------------------------------------
 def _half(graph: Graph, block: Region, sums: tuple[Residual, ...], attention: str, part: Part) -> Surrogate:
     if part == "all":
         raise NotShareable('a whole transformer block is no light operator: use parts = "attention" or "mlp", or mode = "mix"')
@@ -121,9 +176,8 @@ def _plain(graph: Graph, block: Region) -> Surrogate:
     if not isinstance(module, _CONVOLUTIONS):
         raise NotShareable("it has no shortcut without weights, and is no plain convolution unit: no light operator is known for it")
     if module.in_channels != module.out_channels or shape_of(_input(layers[0])) != shape_of(layers[0]):
-        raise NotShareable(
-            f"it takes {module.in_channels} channels to {module.out_channels} or changes their size: it cannot get a shortcut"
-        )
+        change = f"takes {module.in_channels} channels to {module.out_channels} or changes their size"
+        raise NotShareable(f"it {change}: it cannot get a shortcut")
     if module.groups != 1 or module.padding_mode != "zeros" or module.in_channels < PARTIAL:
         raise NotShareable("its convolution is grouped, pads with other values than zero, or has too few channels for a partial one")
     return Surrogate("all", parameters_of(graph, layers), (), {}, layers[0])
@@ -149,9 +203,16 @@ def _checked(bypassed: Mapping[Node, Node]) -> Mapping[Node, Node]:
     return bypassed
 
 
-# -- removing what does not stay --------------------------------------------------------------------------------------------
-def remove_block(edit: Editor, block: Region, surrogate: Surrogate) -> None:
-    """Removes what a block's surrogate does not need: nodes, modules, parameters and buffers."""
+def put_surrogate(edit: Editor, block: Region, part: Part | None) -> tuple[int | None, frozenset[str]]:
+    """Removes what a block's surrogate does not need: nodes, modules, parameters and buffers.
+
+    Returns:
+        How many channels its convolution works on, where it is a partial one, and the names of its norm's tensors of that length.
+
+    Raises:
+        NotShareable: it has no surrogate any more.
+    """
+    surrogate = surrogate_of(edit.graph, block, part)
     removed = _removed_nodes(block, surrogate.bypassed)
     names = _names_read(edit.graph, removed)
     for last in surrogate.bypassed:
@@ -160,6 +221,7 @@ def remove_block(edit: Editor, block: Region, surrogate: Surrogate) -> None:
     still_read = _names_read(edit.graph, edit.graph.nodes)
     # A weight that is still read, by a mix of an earlier pass, keeps the leaf that holds it.
     edit.remove(sorted(n for n in names if is_below(n, block.paths) and not any(is_below(read, [n]) for read in still_read)))
+    return (None, frozenset()) if surrogate.partial is None else _make_partial(edit, surrogate.partial)
 
 
 def _removed_nodes(block: Region, bypassed: Mapping[Node, Node]) -> set[Node]:
@@ -167,10 +229,7 @@ def _removed_nodes(block: Region, bypassed: Mapping[Node, Node]) -> set[Node]:
     needed = _needed_nodes(block, {})
     removed = needed - _needed_nodes(block, bypassed)
     # Nothing reads an assert: it goes with what it checks.
-    for node in block.nodes:
-        if node not in needed and any(i in removed for i in node.all_input_nodes):
-            removed.add(node)
-    return removed
+    return removed | {n for n in block.nodes if n not in needed and not removed.isdisjoint(n.all_input_nodes)}
 
 
 def _needed_nodes(block: Region, bypassed: Mapping[Node, Node]) -> set[Node]:
@@ -201,14 +260,10 @@ def _names_read(graph: Graph, nodes: Iterable[Node]) -> set[str]:
     return found
 
 
-# -- partial convolutions ---------------------------------------------------------------------------------------------------
-def make_partial(edit: Editor, conv: Node) -> tuple[int, frozenset[str]]:
+def _make_partial(edit: Editor, conv: Node) -> tuple[int, frozenset[str]]:
     """Makes a plain unit's convolution work on its first channels only: `x + pad(norm(conv(x[:, :width])))`.
 
     The unit's norm, if any, is narrowed to these channels. The caller replaces the convolution's weights.
-
-    Returns:
-        The width, and the names of the norm's tensors, which now have that length.
     """
     x, shape = _input(conv), conv.meta["val"].shape
     width = math.ceil(shape[1] / PARTIAL)

@@ -18,7 +18,10 @@ regions that the graph cannot be cut after, more modules than there are cuts for
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
+import functools
+import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -26,31 +29,30 @@ import pydantic
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, Status
+from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, SelectError, Status
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.triggers import Start
 from graphopt.compiler.verify import Property
-from graphopt.cost.partition import Table, by_memory
+from graphopt.cost.attribution import Attribution
+from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.partition import BATCH, Table, by_memory, peaks, pieces_of
 from graphopt.ir.flow import cut_points
 from graphopt.ir.nodes import parameters_of
 from graphopt.ir.partition import CutCandidate, by_stage, cut_candidates, evenly, explicit, named_region
-from graphopt.passes.supervise import decoders, heads
-from graphopt.passes.supervise.auxiliary import Auxiliary, Boundary, Weights
+from graphopt.ir.shapes import fake_copy
+from graphopt.passes.supervise import decoders
+from graphopt.passes.supervise.auxiliary import Auxiliary, Boundary, Difference, HeadKind, Weights, build_head
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
-from graphopt.passes.supervise.local import BOUNDARY, LocalModule, compile_modules
-from graphopt.passes.supervise.losses import Difference
-from graphopt.passes.supervise.peaks import peak_table
-from graphopt.passes.supervise.span import find_boundary, is_number, nodes_between, parameters_between
+from graphopt.passes.supervise.local import BOUNDARY, INPUT, LocalModule, Span, compile_modules, is_number, nodes_between
 
 __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 
 #: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
 #: seeds (tools/tables/supervise_accuracy.md)
 FRACTION = 0.125
-#: the boundary that the first module starts at
-INPUT = "input"
 
 Ends = tuple[Annotated[float, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, strict=True)]]
 Statistics = tuple[float, ...]
@@ -79,7 +81,7 @@ class Cut(NamedTuple):
 
 
 class Supervise(Pass):
-    """Gradient-isolated modules with local losses.
+    """Gradient-isolated modules with local losses; the module docstring explains each option.
 
     Attributes:
         modules: number of modules (K), the last one included.
@@ -115,7 +117,7 @@ class Supervise(Pass):
     structure: decoders.Structure = "linear"
     fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
-    head: heads.HeadKind = "pool"
+    head: HeadKind = "pool"
     temperature: Annotated[float, Field(ge=1e-3, le=1e3, strict=True)] = 0.07
     weights: Weighting = Weighting()
     mean: Statistics | None = None
@@ -134,7 +136,6 @@ class Supervise(Pass):
             raise ValueError("without a decoder, the classify weights must not be 0")
         return self
 
-    # -- deciding -----------------------------------------------------------------------------------------------------------
     def match(self, graph: Graph) -> Match[tuple[Cut, ...]]:
         """Chooses the cuts; the regions are the auxiliary modules (all but the last)."""
         self._classes(graph)
@@ -151,9 +152,8 @@ class Supervise(Pass):
             source, goal = self._layouts(graph, region.entries[0], region.exits[0])
             problem = self._incompatibility(source, goal)
             if problem is not None:
-                match.refuse(
-                    region.name, problem, 'Use structure = "linear"' if self.structure == "conv" else "Cut elsewhere, or leave it out"
-                )
+                fix = 'Use structure = "linear"' if self.structure == "conv" else "Cut elsewhere, or leave it out"
+                match.refuse(region.name, problem, fix)
             match.note(region.name, f"{len(region.parameters)} parameter tensors; its output is {source}")
         channels = graph.input[0]
         for option, values in (("mean", self.mean), ("std", self.std)):
@@ -162,11 +162,7 @@ class Supervise(Pass):
         return match
 
     def choose_cuts(self, graph: Graph) -> tuple[CutCandidate, ...]:
-        """Where it cuts a graph that nothing has changed.
-
-        Raises:
-            PassError: there are too few cuts, or the graph cannot be cut after a region that is named; with the nearest.
-        """
+        """Where it cuts a graph that nothing has changed. A PassError says where it can be cut, if not as the options want it."""
         candidates = cut_candidates(graph)
         if self.cuts is not None:
             return explicit(graph, candidates, self.cuts)
@@ -204,10 +200,14 @@ class Supervise(Pass):
             raise PassError(f"the network's output has {kind}, which does not show the number of classes", fix="Set classes = ...")
         return value.shape[1]
 
-    # -- rewriting ----------------------------------------------------------------------------------------------------------
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
-        """Adds boundaries, auxiliary parts, and a section for each local module."""
         graph, effects = edit.graph, Effects(needs=RuntimeNeeds(targets=True), to_original_state=_without_auxiliary)
+        if (other := next((s.author for s in graph.sections if s.target), None)) is not None:
+            what, fix = (
+                f"{other} divides the backbone into local modules already",
+                "Use one at a time: end one where the other begins (until)",
+            )
+            raise PassError(what, fix=fix)
         cuts = [cut for cut in match.decision if cut.module in match.names]
         ends = [_resolve(graph, cut) for cut in cuts]
         layouts = [self._layouts(graph, start, end) for start, end in zip([graph.placeholder, *ends], ends, strict=False)]
@@ -221,9 +221,14 @@ class Supervise(Pass):
             # Shapes are read before the boundary still, so that sections of earlier passes that hold both stay convex.
             edit.redirect(end, boundary, [user for user in end.users if not is_number(user)])
             effects.mark(cut.module, Status.ISOLATED)
-            effects.mark(f"supervise.{i}", Status.INSERTED, sources=(end.meta["origin"].path,), **self._detail(auxiliary))
+            head = "none" if auxiliary.head is None else self.head
+            decoder = f"features, {self.structure}" if self.decoder == "features" else self.decoder
+            decoder = "none" if auxiliary.decoder is None else decoder
+            weights = f"classify {auxiliary.weights.classify:g}, reconstruct {auxiliary.weights.reconstruct:g}"
+            origin = end.meta["origin"].path
+            effects.mark(f"supervise.{i}", Status.INSERTED, sources=(origin,), head=head, decoder=decoder, weights=weights)
         for i in range(len(cuts)):
-            span = _Span(graph, i)
+            span = Span(graph, i)
             edit.outline(span.nodes(), span, f"supervise_{i}", target=True, image=span.auxiliary.rebuilds_image)
         sizes = [p.numel() for n, p in graph.module.named_parameters() if n.startswith("supervise.")]
         effects.note("supervise", f"{len(sizes)} auxiliary parameter tensors, dropped at export")
@@ -232,10 +237,10 @@ class Supervise(Pass):
 
     def _initialized(self, graph: Graph, index: int, count: int, source: ActivationLayout, goal: ActivationLayout) -> Auxiliary:
         """A module's auxiliary part with initial weights, on the device and in the dtype of the backbone."""
-        weights = Weights(
-            0.0 if self.decoder == "none" else Weights.between(*self.weights.reconstruct, index, count),
-            Weights.between(*self.weights.classify, index, count),
-        )
+        # A single auxiliary module takes the first's weights, as InfoPro's code does.
+        ends = (self.weights.reconstruct, self.weights.classify)
+        reconstruct, classify = (first + (last - first) * index / max(1, count - 1) for first, last in ends)
+        weights = Weights(0.0 if self.decoder == "none" else reconstruct, classify)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Other weights for another seed, without drawing from the stream that the backbone's own randomness comes from.
             torch.default_generator.manual_seed(torch.initial_seed() + index + 1)
@@ -249,41 +254,21 @@ class Supervise(Pass):
         """The head and the decoder of a module whose output has the layout `source`."""
         classes = self._classes(graph)
         # The decoder first: a seed's initial weights depend on the order.
-        decoder = self._decoder(source, goal) if weights.reconstruct > 0 else None
-        head = heads.build(self.head, source, classes) if weights.classify > 0 else None
+        decoder = self._decoder(source, goal) if weights.reconstruct > 0 and self.decoder != "none" else None
+        head = build_head(self.head, source, classes) if weights.classify > 0 else None
         if head is None and decoder is None:
             raise PassError("a module has neither a head nor a decoder: both its weights are 0", fix="Raise one of the weights")
-        return Auxiliary(
-            head,
-            decoder,
-            weights,
-            classes,
-            difference=self.loss or ("bce" if self.decoder == "image" else "l1"),
-            temperature=self.temperature if self.head == "contrast" else None,
-            rebuilds_image=self.decoder == "image" and decoder is not None,
-        )
+        difference, temperature = self.loss or ("bce" if self.decoder == "image" else "l1"), self.temperature
+        return Auxiliary(head, decoder, weights, classes, difference, temperature if self.head == "contrast" else None)
 
-    def _decoder(self, source: ActivationLayout, goal: ActivationLayout) -> nn.Module | None:
+    def _decoder(self, source: ActivationLayout, goal: ActivationLayout) -> nn.Module:
         if self.decoder == "features":
             return decoders.build(self.structure, source, goal, self.fraction or FRACTION)
-        if self.decoder == "none":
-            return None
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         unknown = (0.5,) * goal.channels
-        mean = self.mean or (IMAGENET_DEFAULT_MEAN if goal.channels == 3 else unknown)
-        std = self.std or (IMAGENET_DEFAULT_STD if goal.channels == 3 else unknown)
-        return decoders.ImageDecoder(source, goal, self.fraction or 1.0, mean, std)
-
-    def _detail(self, auxiliary: Auxiliary) -> dict[str, Any]:
-        """What a module's auxiliary part is made of, human-readable."""
-        decoder = f"features, {self.structure}" if self.decoder == "features" else self.decoder
-        weights = auxiliary.weights
-        return {
-            "head": "none" if auxiliary.head is None else self.head,
-            "decoder": "none" if auxiliary.decoder is None else decoder,
-            "weights": f"classify {weights.classify:g}, reconstruct {weights.reconstruct:g}",
-        }
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if goal.channels == 3 else (unknown, unknown)
+        return decoders.ImageDecoder(source, goal, self.fraction or 1.0, self.mean or mean, self.std or std)
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
@@ -292,8 +277,7 @@ class Supervise(Pass):
         others = {key: value for key, value in current.table().items() if key not in chosen} if current else {}
         for count in (2, 3, 4, 6, 8):
             if count <= len(cut_points(graph)):
-                value = cls.model_validate({**others, "modules": count, "balance": "memory"})
-                yield Candidate(f"supervise, {count} modules", value)
+                yield Candidate(f"supervise, {count} modules", cls.model_validate({**others, "modules": count, "balance": "memory"}))
 
 
 @dataclass(frozen=True)
@@ -303,52 +287,46 @@ class _Peaks:
     value: Supervise
 
     def __call__(self, graph: Graph) -> Table:
-        image = layout_of(graph, graph.placeholder)
+        nodes = [graph.placeholder, *(c.node for c in cut_candidates(graph))]
+        layouts = [layout_of(graph, n) for n in nodes]
+        shapes = {layout: tuple(n.meta["val"].shape[1:]) for n, layout in zip(nodes, layouts, strict=True)}
 
-        def build(source: ActivationLayout, entry: ActivationLayout) -> Auxiliary | None:
-            goal = image if self.value.decoder == "image" else entry
-            if self.value._incompatibility(source, goal) is not None:
-                return None
+        @functools.cache
+        def highest(output: ActivationLayout, entry: ActivationLayout) -> float:
+            goal = layouts[0] if self.value.decoder == "image" else entry
+            if self.value._incompatibility(output, goal) is not None:
+                return math.inf
             with torch.device("meta"):
-                return self.value.auxiliary(graph, source, goal, Weights(1.0, 1.0))
+                auxiliary = self.value.auxiliary(graph, output, goal, Weights(1.0, 1.0))
+            return _auxiliary_peak(auxiliary, shapes[output], shapes[goal])
 
-        return peak_table(graph, build)
+        return peaks(pieces_of(graph), 4 * BATCH * math.prod(graph.input), lambda first, last: highest(layouts[last + 1], layouts[first]))
 
 
-@dataclass(frozen=True)
-class _Span:
-    """The nodes of a local module in a rewritten graph; makes the module that runs them, once all passes are done."""
-
-    graph: Graph
-    index: int
-
-    @property
-    def auxiliary(self) -> Any:
-        return self.graph.module.get_submodule(f"supervise.{self.index}")
-
-    def ends(self) -> tuple[Node | None, Node]:
-        start = find_boundary(self.graph, f"supervise.{self.index - 1}.boundary") if self.index else None
-        return start, find_boundary(self.graph, f"supervise.{self.index}.boundary")
-
-    def nodes(self) -> tuple[Node, ...]:
-        return nodes_between(self.graph, *self.ends())
-
-    def __call__(self, body: fx.GraphModule) -> nn.Module:
-        start, end = self.ends()
-        trains = any(p.requires_grad for p in parameters_between(self.graph, start, end))
-        # The auxiliary part of a frozen module is frozen too: it would train for nothing.
-        self.auxiliary.requires_grad_(trains)
-        return LocalModule(body, self.auxiliary, str(start.target) if start else INPUT, str(end.target), trains=trains)
+def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[int, ...]) -> int:
+    """Bytes that an auxiliary part adds at its highest, forward and backward, for `BATCH` samples."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ledger = Ledger(Attribution())
+    part = fake_copy(auxiliary, mode).train()
+    with mode:
+        h, x = torch.empty(BATCH, *output, requires_grad=True), torch.empty(BATCH, *goal)
+        target = torch.zeros(BATCH, dtype=torch.long)
+        ledger.set_kind((*part.parameters(), *part.buffers(), h, x, target), Kind.PARAMETER)
+        with ledger:
+            gradients = torch.autograd.grad(part(h, x, target), [h, *part.parameters()], allow_unused=True)
+            ledger.set_kind([g for g in gradients[1:] if g is not None], Kind.GRADIENT)
+            del gradients
+        ledger.close()
+    return ledger.peak((Kind.ACTIVATION,))[0]
 
 
 def _resolve(graph: Graph, cut: Cut) -> Node:
     """The node of a cut in a graph that earlier passes may have changed."""
-    for node in graph.nodes:
-        if node.name == cut.node and isinstance(node.meta.get("val"), Tensor):
-            return node
-    region = named_region(graph, cut.label)
-    if len(region.exits) == 1:
-        return region.exits[0]
+    named = [n for n in graph.nodes if n.name == cut.node and isinstance(n.meta.get("val"), Tensor)]
+    with suppress(SelectError):
+        ends = named or named_region(graph, cut.label).exits
+        if len(ends) == 1:
+            return ends[0]
     raise PassError(f"another pass removed the cut after {cut.label!r}", fix="Cut elsewhere (cuts = [...]), or put supervise first")
 
 

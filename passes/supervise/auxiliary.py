@@ -1,29 +1,37 @@
-"""The auxiliary part of one locally supervised module: its head, its decoder and their local loss."""
+"""The auxiliary part of one locally supervised module: its head, its decoder and their local loss.
 
-from dataclasses import dataclass
-from typing import Any
+A head makes class scores, or features to contrast, of the module's output. `pool` is mean over the positions, norm, linear; `norm-pool`
+puts the norm first, over every position, as the transformer papers do (arXiv 2212.14215). `conv` is InfoPro's (ICLR 2021), "1c2f": a 3x3
+convolution with norm and ReLU, global pooling, two linear layers with a ReLU between. The default is `pool`: a head runs in every module
+and every step, and must not cost what the module saves.
+"""
+
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.errors import RunError
-from graphopt.passes.supervise import losses
+from graphopt.passes.supervise.decoders import ImageDecoder
+from graphopt.passes.supervise.layout import ActivationLayout
+
+Difference = Literal["l1", "l2", "bce"]
 
 #: first scale of the local loss under float16; GradScaler's 2**16 overflows in the pooled head, whose features are normalised
 FLOAT16_SCALE = 2.0**12
+#: width of the hidden layer of InfoPro's head, and of the features it contrasts
+HIDDEN = 128
+#: most positions per side that the convolution gives; it takes every k-th row and column of a larger map. InfoPro's largest.
+LARGEST_SIDE = 16
+HeadKind = Literal["pool", "norm-pool", "conv", "contrast"]
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """Weights of one module's two losses; a loss of weight 0 is left out, with what would compute it."""
 
     reconstruct: float
     classify: float
-
-    @staticmethod
-    def between(first: float, last: float, index: int, count: int) -> float:
-        """Linear over the auxiliary modules, from the first's to the last's; a single one takes the first's (as InfoPro's code does)."""
-        return first if count < 2 else first + (last - first) * index / (count - 1)
 
 
 class Auxiliary(nn.Module):
@@ -42,31 +50,20 @@ class Auxiliary(nn.Module):
     clean: Tensor
 
     def __init__(
-        self,
-        head: nn.Module | None,
-        decoder: nn.Module | None,
-        weights: Weights,
-        classes: int,
-        *,
-        difference: losses.Difference = "l1",
-        temperature: float | None = None,
-        rebuilds_image: bool = False,
+        self, head: nn.Module | None, decoder: Any, weights: Weights, classes: int, difference: Difference, temperature: float | None
     ) -> None:
         super().__init__()
-        self.head = head
-        self.decoder: Any = decoder
+        self.head, self.decoder = head, decoder
         self.weights, self.classes, self.temperature = weights, classes, temperature
-        self.difference, self.rebuilds_image = difference, rebuilds_image
+        self.difference, self.rebuilds_image = difference, isinstance(decoder, ImageDecoder)
         self.register_buffer("scale", torch.tensor(FLOAT16_SCALE))
         self.register_buffer("clean", torch.zeros((), dtype=torch.int64))
         self.step_index = 0
 
     def get_extra_state(self) -> Tensor:
-        """The step index, for the state dict."""
         return torch.tensor(self.step_index, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The step index from a state dict."""
         self.step_index = int(state)
 
     def forward(self, h: Tensor, x: Tensor | None, target: Tensor, step_index: int = 0) -> Tensor:
@@ -82,15 +79,12 @@ class Auxiliary(nn.Module):
             h, sample_state = self.decoder.sample(h, step_index)
         if self.head is not None:
             out = self.head(h)
-            if self.temperature is None:
-                loss = losses.classification(out, target)
-            else:
-                loss = losses.contrast(out, target, self.temperature)
+            loss = _classification(out, target) if self.temperature is None else _contrast(out, target, self.temperature)
             terms.append(_weighted(loss, self.weights.classify))
         if self.decoder is not None:
             assert x is not None
             prediction, goal = self.decoder(sample_state, x.detach())
-            terms.append(_weighted(losses.reconstruction(prediction, goal, self.difference), self.weights.reconstruct))
+            terms.append(_weighted(_reconstruction(prediction, goal, self.difference), self.weights.reconstruct))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def validated_target(self, target: Tensor | None, batch: int) -> Tensor:
@@ -101,11 +95,8 @@ class Auxiliary(nn.Module):
         """
         wanted = f"class indices ({batch},), integers, or probabilities ({batch}, {self.classes}), floating point"
         if target is None:
-            raise RunError(
-                "training with local supervision needs the targets",
-                where="supervise",
-                fix=f"Call output, local_loss = module(x, target) with {wanted}; in eval mode module(x) is enough",
-            )
+            fix = f"Call output, local_loss = module(x, target) with {wanted}; in eval mode module(x) is enough"
+            raise RunError("training with local supervision needs the targets", where="supervise", fix=fix)
         if not isinstance(target, Tensor):
             raise RunError(f"the target is a {type(target).__name__}, not a tensor", where="supervise", fix=f"Give {wanted}")
         integers = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
@@ -116,15 +107,105 @@ class Auxiliary(nn.Module):
         return target
 
 
+class Boundary(nn.Module):
+    """Marks where a locally supervised module ends in the graph; returns its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def _weighted(loss: Tensor, weight: float) -> Tensor:
     """In float32 or wider. A factor of one is left out: next to a small module, every operation takes a measurable time."""
     loss = loss if loss.dtype == torch.float64 else loss.float()
     return loss if weight == 1 else weight * loss
 
 
-class Boundary(nn.Module):
-    """Marks where a locally supervised module ends in the graph; returns its input."""
+def _classification(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, classes) with class indices (N,) or class probabilities (N, classes)."""
+    return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The input itself."""
-        return x
+
+def _contrast(features: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Supervised contrast (SupCon, arXiv 2004.11362, equation 2, one view), as InfoPro uses it; a sample alone in its class adds nothing.
+
+    Args:
+        features: (N, D), not yet of unit length.
+        target: class indices (N,); or probabilities (N, classes), where the similarity of two samples is their probabilities' product.
+    """
+    features = F.normalize(features.float(), dim=1)
+    logits = features @ features.T / temperature
+    diagonal = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    similar = target.float() @ target.float().T if target.is_floating_point() else (target[:, None] == target[None, :]).float()
+    similar = similar.masked_fill(diagonal, 0.0)
+    log_likelihood = logits - torch.logsumexp(logits.masked_fill(diagonal, float("-inf")), dim=1, keepdim=True)
+    total = similar.sum(1)
+    return -((similar * log_likelihood).sum(1) / total.where(total > 0, 1.0)).mean()
+
+
+def _reconstruction(prediction: Tensor, goal: Tensor, kind: Difference) -> Tensor:
+    """Mean difference of two tensors of one shape, in float32 or wider.
+
+    `"bce"` takes the prediction as logits (InfoPro's sigmoid and binary cross-entropy in one, which autocast allows).
+    """
+    prediction = prediction if prediction.dtype == torch.float64 else prediction.float()
+    goal = goal.to(prediction.dtype)
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(prediction, goal)
+    return F.l1_loss(prediction, goal) if kind == "l1" else F.mse_loss(prediction, goal)
+
+
+class PoolHead(nn.Module):
+    """(N, ...) in `layout` -> (N, outputs): mean over positions and layer norm over channels, in either order, then linear."""
+
+    def __init__(self, layout: ActivationLayout, outputs: int, norm_first: bool, hidden: int | None = None) -> None:
+        super().__init__()
+        self.layout, self.norm_first = layout, norm_first
+        self.norm = nn.LayerNorm(layout.channels)
+        self.fc = _mlp(layout.channels, hidden, outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.norm_first:
+            return self.fc(self.norm(self.layout.tokens(h)).mean(1))
+        # The mean of half-precision activations is float32, which weights in half precision do not take.
+        return self.fc(self.norm(self.layout.mean(h).to(self.norm.weight.dtype)))
+
+
+class ConvHead(nn.Module):
+    """(N, ...) in `layout` -> (N, outputs): InfoPro's head, its width and stride those of its ResNets with 16, 32 and 64 channels.
+
+    Up to 32 channels the convolution doubles them at stride 2; from 64 on it has as many, at most 128, at stride 1 where the map is small.
+    It takes every k-th row and column of a map that would still have more than `LARGEST_SIDE` positions per side.
+    """
+
+    def __init__(self, layout: ActivationLayout, outputs: int) -> None:
+        super().__init__()
+        assert layout.grid is not None
+        self.layout = layout
+        side = max(layout.grid)
+        stride = 1 if layout.channels >= 64 and side <= LARGEST_SIDE else 2
+        self.step = max(1, -(-side // (LARGEST_SIDE * stride)))
+        width = 2 * layout.channels if layout.channels < 64 else min(layout.channels, HIDDEN)
+        self.conv = nn.Conv2d(layout.channels, width, 3, stride, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.fc = _mlp(width, HIDDEN, outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.layout.map(h)
+        if self.step > 1:
+            h = h[:, :, :: self.step, :: self.step]
+        return self.fc(F.relu(self.bn(self.conv(h))).mean((2, 3)))
+
+
+def _mlp(inputs: int, hidden: int | None, outputs: int) -> nn.Module:
+    if hidden is None:
+        return nn.Linear(inputs, outputs)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def build_head(kind: HeadKind, layout: ActivationLayout, classes: int) -> nn.Module:
+    """The head of that kind. `"contrast"` ends in 128 features, on the convolutional trunk for maps with channels first."""
+    if kind == "conv" or (kind == "contrast" and layout.images):
+        return ConvHead(layout, HIDDEN if kind == "contrast" else classes)
+    if kind == "contrast":
+        return PoolHead(layout, HIDDEN, norm_first=False, hidden=HIDDEN)
+    return PoolHead(layout, classes, norm_first=kind == "norm-pool")

@@ -40,19 +40,17 @@ def position_at(step_index: int, count: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Evenly spaced rows of a grid of `height` rows, which rotate from step to step."""
+    """Evenly spaced rows of a grid of `height` rows, which rotate from step to step: every `stride`-th within `extent` rows."""
 
     height: int
     count: int
 
     @property
     def stride(self) -> int:
-        """Rows from one to the next."""
         return self.height // self.count
 
     @property
     def extent(self) -> int:
-        """Rows from the first one to the last one, both included."""
         return self.stride * (self.count - 1) + 1
 
     def start(self, step_index: int) -> int:
@@ -104,13 +102,11 @@ class PatchDecoder(nn.Module):
 
     def __init__(self, source: ActivationLayout, goal: ActivationLayout, fraction: float, structure: Structure) -> None:
         super().__init__()
-        self.source, self.goal = source, goal
-        self.ratio = (1, 1)
+        self.source, self.goal, self.ratio = source, goal, (1, 1)
         self.resize: tuple[int, int] | None = None
         if source.grid is not None and goal.grid is not None:
             self.grid = source.grid
-            self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
-            size = (self.grid[0] * self.ratio[0], self.grid[1] * self.ratio[1])
+            self.ratio, size = _multiple(source.grid, goal.grid)
             self.resize = size if size != goal.grid else None
         else:
             self.grid = source.grid or goal.grid or (source.length - source.prefix, 1)
@@ -127,18 +123,6 @@ class PatchDecoder(nn.Module):
             self.block, width = nn.Linear(width, LINEAR_RANK, bias=False), LINEAR_RANK
         self.fc = nn.Linear(width, patch)
 
-    @staticmethod
-    def incompatibility(source: ActivationLayout, goal: ActivationLayout) -> str | None:
-        """Why `goal` cannot be rebuilt from `source`, or None."""
-        for layout in (source, goal):
-            if layout.rank > 4:
-                return f"a decoder rebuilds maps and tokens, not activations of {layout.rank} dimensions"
-        if source.grid is not None and goal.grid is not None:
-            return None
-        if source.length - source.prefix == goal.length - goal.prefix:
-            return None
-        return f"{goal} cannot be aligned with {source}: the graph shows no grid for them"
-
     def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
         """The activation, and the step's positions (N, k, C) with their first row."""
         start = self.rows.start(step_index)
@@ -146,7 +130,6 @@ class PatchDecoder(nn.Module):
         return whole, (picked, start)
 
     def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (N, k, r*r * C')."""
         picked, start = state
         return self.fc(picked if self.block is None else self.block(picked)), self._patches(x, start)
 
@@ -164,8 +147,10 @@ class PatchDecoder(nn.Module):
         return patches.reshape(len(x), self.rows.count * self.grid[1], -1)
 
 
-def _ratio(coarse: int, fine: int) -> int:
-    return max(1, round(fine / coarse))
+def _multiple(coarse: tuple[int, int], fine: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many times as fine a grid is as another, and the multiple of that other which is nearest to it."""
+    down, right = (max(1, round(f / c)) for c, f in zip(coarse, fine, strict=True))
+    return (down, right), (coarse[0] * down, coarse[1] * right)
 
 
 class Block(nn.Module):
@@ -179,7 +164,6 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
 
     def forward(self, h: Tensor) -> Tensor:
-        """(N, k, C) -> (N, k, C)."""
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = h + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + self.mlp(self.norm2(h))
@@ -202,8 +186,7 @@ class ConvDecoder(nn.Module):
         assert goal.grid is not None
         self.source, self.goal, self.aligned = source, goal, aligned
         self.window: tuple[int, int] | None = None
-        self.ratio = (_ratio(source.grid[0], goal.grid[0]), _ratio(source.grid[1], goal.grid[1]))
-        self.fine = (source.grid[0] * self.ratio[0], source.grid[1] * self.ratio[1])
+        self.ratio, self.fine = _multiple(source.grid, goal.grid)
         if fraction < 1:
             height, width = source.grid
             self.window = (max(1, round(height * math.sqrt(fraction))), max(1, round(width * math.sqrt(fraction))))
@@ -212,20 +195,10 @@ class ConvDecoder(nn.Module):
         self.bn = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, goal.channels, 3, 1, 1)
 
-    @staticmethod
-    def incompatibility(source: ActivationLayout, goal: ActivationLayout) -> str | None:
-        """Why `goal` cannot be rebuilt from `source`, or None."""
-        for layout in (source, goal):
-            if layout.grid is None:
-                return f"a convolution needs a map, and the graph shows no grid for {layout}"
-        return None
-
     def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
-        """The activation, twice: the window is cut out in `forward`."""
         return h, (h, step_index)
 
     def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (N, C', H, W), of the window."""
         h, x = self.source.map(state[0]), self.goal.map(x)
         if self.window is not None:
             if self.fine != self.goal.grid:
@@ -240,39 +213,25 @@ class ConvDecoder(nn.Module):
         return self.conv2(F.relu(self.bn(self.conv1(h)))), x
 
 
-class Denormalise(nn.Module):
-    """A normalised image (N, C, H, W) -> the image, in [0, 1]."""
+class ImageDecoder(nn.Module):
+    """InfoPro's decoder of the network's own input, which it first de-normalises to [0, 1]: logits and image, both (N, C, H, W)."""
 
     mean: Tensor
     std: Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        return (x * self.std + self.mean).clamp(0, 1)
-
-
-class ImageDecoder(nn.Module):
-    """InfoPro's decoder of the network's own input: logits and de-normalised image, both (N, C, H, W)."""
 
     def __init__(
         self, source: ActivationLayout, image: ActivationLayout, fraction: float, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
-        self.image = Denormalise(mean, std)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.decoder = ConvDecoder(source, image, fraction, IMAGE_HIDDEN, aligned=True)
 
     def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
-        """As in `ConvDecoder`."""
         return self.decoder.sample(h, step_index)
 
     def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and image."""
-        return self.decoder(state, self.image(x))
+        return self.decoder(state, (x * self.std + self.mean).clamp(0, 1))
 
 
 def build(structure: Structure, source: ActivationLayout, goal: ActivationLayout, fraction: float) -> nn.Module:
@@ -284,5 +243,12 @@ def build(structure: Structure, source: ActivationLayout, goal: ActivationLayout
 
 def incompatibility(structure: Structure | Literal["image"], source: ActivationLayout, goal: ActivationLayout) -> str | None:
     """Why the decoder of that structure cannot rebuild `goal` from `source`, or None."""
-    kind: type[ConvDecoder] | type[PatchDecoder] = ConvDecoder if structure in ("conv", "image") else PatchDecoder
-    return kind.incompatibility(source, goal)
+    gridless = next((layout for layout in (source, goal) if layout.grid is None), None)
+    if structure in ("conv", "image"):
+        return None if gridless is None else f"a convolution needs a map, and the graph shows no grid for {gridless}"
+    rank = max(source.rank, goal.rank)
+    if rank > 4:
+        return f"a decoder rebuilds maps and tokens, not activations of {rank} dimensions"
+    if gridless is None or source.length - source.prefix == goal.length - goal.prefix:
+        return None
+    return f"{goal} cannot be aligned with {source}: the graph shows no grid for them"

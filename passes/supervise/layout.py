@@ -107,10 +107,8 @@ def _grid_of_tokens(graph: Graph, node: Node, length: int) -> tuple[tuple[int, i
         value = other.meta.get("val")
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point() and value.shape[0] == node.meta["val"].shape[0]:
             channel = 1 if other.op == "placeholder" else _channel(graph, other)
-            if channel not in (1, 3):
-                continue
             grid = (value.shape[2], value.shape[3]) if channel == 1 else (value.shape[1], value.shape[2])
-            if 0 <= length - math.prod(grid) <= MOST_PREFIX_TOKENS:
+            if channel in (1, 3) and 0 <= length - math.prod(grid) <= MOST_PREFIX_TOKENS:
                 fits.append((length - math.prod(grid), grid))
     if fits:
         prefix, grid = min(fits, key=lambda fit: fit[0])
@@ -121,8 +119,6 @@ def _grid_of_tokens(graph: Graph, node: Node, length: int) -> tuple[tuple[int, i
             return (side, side), prefix
     return None, 0
 
-
-# -- which dimension is the channels --------------------------------------------------------------------------------------------
 
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.modules.pooling._MaxPoolNd,
@@ -152,7 +148,7 @@ def _search(graph: Graph, start: Node, *, forward: bool) -> int | None:
         node, dims = queue.pop(0)
         if (node is not start or not forward) and (decided := _decides(graph, node)) is not None:
             # A linear layer after a transposition may mix positions (MLP-Mixer, ResMLP): it decides nothing.
-            if dims == unmoved or not _is_linear(graph, node):
+            if dims == unmoved or not (node.target is F.linear or isinstance(leaf(graph, node), nn.Linear)):
                 return dims.index(decided % rank)
             continue
         for other in node.users if forward else node.all_input_nodes:
@@ -181,10 +177,6 @@ def _decides(graph: Graph, node: Node) -> int | None:
     return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
 
 
-def _is_linear(graph: Graph, node: Node) -> bool:
-    return node.target is F.linear or isinstance(leaf(graph, node), nn.Linear)
-
-
 def _moved(node: Node, dims: tuple[int, ...], forward: bool, rank: int) -> tuple[int, ...] | None:
     """Where the dimensions go through `node`: the same for element-wise work, permuted by a permutation, None past anything else."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -207,7 +199,5 @@ def _permutation(node: Node, name: str, rank: int) -> list[int] | None:
     numbers = [n % rank for n in given]
     if name == "permute":
         return numbers
-    order = list(range(rank))
-    a, b = numbers
-    order[a], order[b] = b, a
-    return order
+    swapped = dict(zip(numbers, reversed(numbers), strict=True))
+    return [swapped.get(d, d) for d in range(rank)]

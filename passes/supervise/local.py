@@ -17,17 +17,24 @@ step.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-from graphopt.errors import PassError, RunError
+from graphopt import Graph, PassError, RunError
+from graphopt.ir.flow import ancestors, descendants
+from graphopt.ir.nodes import activations, trainable
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.runtime.body import Body
 
 #: key of a node's meta: the name of the boundary that it is
 BOUNDARY = "boundary"
+#: the boundary that the first module starts at
+INPUT = "input"
 #: the largest block whose release raises glibc's limits (its DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB), less the overhead of a block
 LARGEST_BLOCK = 2**25 - 2**16
 #: steps without overflow after which the float16 scale is doubled; `GradScaler`'s
@@ -57,11 +64,8 @@ class LocalModule(nn.Module):
         (result,) = body.graph.output_node().args
         self.output = next(i for i, n in enumerate(result) if n.meta.get(BOUNDARY) == end) if isinstance(result, tuple) else None
         if trains and self.input is None and auxiliary.decoder is not None and not auxiliary.rebuilds_image:
-            raise PassError(
-                "another pass removed the input of a locally supervised module, which its decoder rebuilds",
-                where="supervise",
-                fix='Let that pass end where a module does, or use decoder = "none"',
-            )
+            what = "another pass removed the input of a locally supervised module, which its decoder rebuilds"
+            raise PassError(what, where="supervise", fix='Let that pass end where a module does, or use decoder = "none"')
         self._options: dict[str, Any] | None = None
         self._compiled: Callable[..., Any] | None = None
 
@@ -98,13 +102,11 @@ class LocalModule(nn.Module):
     def _main(self, output: Any) -> Tensor:
         return output[self.output] if self.output is not None else output
 
-    # -- torch.compile ------------------------------------------------------------------------------------------------------
     def compile_stage(self, **options: Any) -> None:
         """Compiles the module's own forward, head and decoder with `torch.compile(..., **options)`; a deep copy compiles again."""
         self._options, self._compiled = options, None
 
     def run_stage(self, *arguments: Any) -> tuple[Any, Tensor]:
-        """`stage`, compiled if `compile_stage` was called."""
         if self._options is None:
             return self.stage(*arguments)
         if self._compiled is None:
@@ -151,7 +153,8 @@ class _Stage(torch.autograd.Function):
             output, loss = module.run_stage(auxiliary.step_index, target, image, *inputs)
             auxiliary.step_index += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
-            half = _float16(loss.device.type)
+            device = loss.device.type
+            half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
             scale = auxiliary.scale
             found = torch.autograd.grad(loss * scale if half else loss, [t for _, t in wanted], allow_unused=True)
         stored = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
@@ -169,36 +172,20 @@ class _Stage(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * ctx.total
         stored = ctx.stored
         if stored is None:
-            raise RunError(
-                "a second backward through a local loss whose gradients were delivered already",
-                where="supervise",
-                fix="Call backward(retain_graph=True) the first time",
-            )
+            what, fix = "a second backward through a local loss whose gradients were delivered already", "Call backward(retain_graph=True)"
+            raise RunError(what, where="supervise", fix=f"{fix} the first time")
         if incoming is not None and stored:
             found = [g for _, g in stored]
-            if _graph_is_retained():
+            if torch._C._autograd._get_current_graph_task_keep_graph():  # backward(retain_graph=True)
                 found = list(torch._foreach_mul(found, incoming))
             else:
                 ctx.stored = None
-                if not _is_one(incoming):
+                # A plain loop's factor of one is looked at on the CPU only: reading a device's value would wait for it.
+                if not (incoming.device.type == "cpu" and type(incoming) is Tensor and incoming.item() == 1.0):
                     torch._foreach_mul_(found, incoming)
             for (position, _), gradient in zip(stored, found, strict=True):
                 gradients[position] = gradient
         return (None, None, None, None, *gradients)
-
-
-def _is_one(factor: Tensor) -> bool:
-    """Whether there is nothing to multiply by, as in a plain loop. Asked on the CPU only: reading a device's value would wait for it."""
-    return factor.device.type == "cpu" and type(factor) is Tensor and factor.item() == 1.0
-
-
-def _graph_is_retained() -> bool:
-    """Whether the backward that runs now was called with `retain_graph`."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-def _float16(device: str) -> bool:
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
 @torch.no_grad()
@@ -213,3 +200,70 @@ def _unscale(gradients: list[Tensor], auxiliary: Auxiliary) -> None:
     grow = auxiliary.clean >= GROWTH_INTERVAL
     auxiliary.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
     auxiliary.clean.mul_(~grow)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The nodes of a local module in a rewritten graph; makes the module that runs them, once all passes are done."""
+
+    graph: Graph
+    index: int
+
+    @property
+    def auxiliary(self) -> Any:
+        return self.graph.module.get_submodule(f"supervise.{self.index}")
+
+    def nodes(self) -> tuple[Node, ...]:
+        return nodes_between(self.graph, *self._ends())
+
+    def __call__(self, body: fx.GraphModule) -> nn.Module:
+        start, end = self._ends()
+        active = activations(self.graph)
+        # What it reads itself, or through what the root computes of parameters alone.
+        trains = any(trainable(self.graph, n) for n in ancestors(self.nodes(), lambda n: n not in active))
+        # The auxiliary part of a frozen module is frozen too: it would train for nothing.
+        self.auxiliary.requires_grad_(trains)
+        return LocalModule(body, self.auxiliary, str(start.target) if start else INPUT, str(end.target), trains=trains)
+
+    def _ends(self) -> tuple[Node | None, Node]:
+        return self._boundary(self.index - 1) if self.index else None, self._boundary(self.index)
+
+    def _boundary(self, index: int) -> Node:
+        path = f"supervise.{index}.boundary"
+        found = next((n for n in self.graph.nodes if n.op == "call_module" and n.target == path), None)
+        if found is None:
+            raise PassError(f"another pass removed the boundary {path}", where="supervise", fix="Put supervise after it, or cut elsewhere")
+        return found
+
+
+def nodes_between(graph: Graph, start: Node | None, end: Node) -> tuple[Node, ...]:
+    """What leads to `end` and not to `start` (None: the input), in execution order.
+
+    That includes what is done there for its effect alone (in place, assertions) and the shapes that are read there. Tensors made of
+    parameters alone belong to it only if nothing else uses them: the root computes those that two modules share.
+    """
+    inside = _done_by(graph, end) - (_done_by(graph, start) if start is not None else set())
+    from_input = descendants([graph.placeholder])
+    members: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in inside and (node in from_input or all(u in members for u in node.users)):
+            members.add(node)
+    return tuple(n for n in graph.nodes if n in members)
+
+
+def _done_by(graph: Graph, end: Node) -> set[Node]:
+    """What has run when an activation is there: all that leads to it, and what depends on that alone and leads nowhere else."""
+    used = ancestors([graph.output])
+    done = {n for n in ancestors([end]) if n.op != "placeholder"}
+    for node in graph.nodes:
+        sources = [n in done for n in node.all_input_nodes]
+        # A shape that is read here for later: the numbers leave the module, not the activation that they were read from.
+        number = node.op != "output" and is_number(node) and sources and all(sources)
+        if number or (node not in used and any(sources)):
+            done.add(node)
+    return done
+
+
+def is_number(node: Node) -> bool:
+    """Whether it is a number of shape arithmetic, or several."""
+    return "val" in node.meta and not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta["val"]))

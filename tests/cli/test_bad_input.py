@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,37 @@ def test_one_message_and_exit_2(
 def test_a_run_locates_its_backbone_once(old: str, new: str, location: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("s.toml").write_text(SPEC.replace(old, new, 1))
     assert refused(capsys, "train", "s.toml", "-o", "run").count(location) == 1
+
+
+#: what the case is, the spec as (old, new), what the message must contain
+REFUSED = [
+    ("optimizer", ("[train]", '[train]\noptimizer = { name = "admw" }'), ["train.optimizer", "'admw'", "Did you mean 'adamw'"]),
+    ("its option", ("[train]", "[train]\noptimizer = { arguments = { betaz = 7 } }"), ["train.optimizer", "betaz"]),
+    ("scheduler's option", ("[train]", "[train]\nscheduler = { arguments = { cycle = 7 } }"), ["train.scheduler", "cycle"]),
+    ("layers", ("[train]", "[train]\noptimizer = { layer_decay = 0.5 }"), ["train.optimizer.layer_decay", "does not define its layers"]),
+    ("classes", ("in_chans = 1", "in_chans = 1, num_classes = 7"), ["7 classes, the data has 10", "Set num_classes = 10"]),
+    ("data folder", ("[data]", '[data]\nname = "cifar10"\nroot = "gone"'), ["data.root", "there is no folder", "cifar-10-batches-py"]),
+    ("no data folder", ("[data]", '[data]\nname = "folder"'), ["data.root", "needs a folder"]),
+    ("data set", ("[data]", '[data]\nname = "digit"'), ["data.name", "Did you mean 'digits'"]),
+    ("batch", ("batch = 20", "batch = 41"), ["train.batch", "takes 41 images, the training set has 40"]),
+    ("device", ("[train]", '[train]\ndevice = "cuda:77"'), ["train.device", "no device cuda:77"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_the_dry_run_refuses_what_training_refuses(change: tuple[str, str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text(SPEC.replace(*change))
+    message = refused(capsys, "check", "s.toml")
+    assert all(word in message for word in words), message
+    assert refused(capsys, "train", "s.toml", "-o", "run") == message
+
+
+def test_the_dry_run_reports_all_that_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text(SPEC.replace("batch = 20", 'batch = 41\noptimizer = { name = "admw" }'))
+    assert main(["check", "s.toml", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.partition(":")[0] for line in json.loads(out)["refused"]] == ["train.batch", "train.optimizer"]
+    assert err.count("error: ") == 2
 
 
 def test_passes_that_contradict_each_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,8 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert "time, a forecast" not in out
 
 
-def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.cost.rates.STEPS", 1)
     assert "  time, a forecast: " in output(capsys, "check", "s.toml", "--time")
 
 
@@ -96,7 +97,7 @@ def test_train_resume_and_export(capsys: pytest.CaptureFixture[str]) -> None:
     output(capsys, "train", "s.toml", "-q")
     assert Path("runs/s-2/summary.json").exists()
     out = output(capsys, "train", "s.toml", "-o", "runs/s", "--resume")
-    assert "epoch 2" in out
+    assert "epoch 1/1" in out
     output(capsys, "export", "runs/s", "-o", "m.safetensors")
     state = load_file("m.safetensors")
     module = CifarResNet(8, in_chans=1)
@@ -198,3 +199,16 @@ def test_shell_completion(shell: str) -> None:
     environment = {"_GRAPHOPT_COMPLETE": f"source_{shell}", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
     done = subprocess.run([command], capture_output=True, text=True, env=environment, check=False)
     assert "_GRAPHOPT_COMPLETE" in done.stdout
+
+
+def test_fit_says_first_what_fits_and_prints_what_to_paste(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = output(capsys, "fit", "s.toml", "--memory", "1 GiB", "--suggest")
+    assert out.startswith("fits as it is: nothing needs to be added\n")
+    assert "stays exact" in out
+    assert "[[pass]]" not in out
+    output(capsys, "fit", "s.toml", "--memory", "1 GiB", "-o", "fitted.toml")
+    assert len(Path("fitted.toml").read_text().splitlines()) < 20, "what the spec said, and the batch; no defaults"
+    assert load("fitted.toml").passes == load("s.toml").passes
+    monkeypatch.setattr("graphopt.planning.budget.Search.__init__", None)  # what is refused needs no search
+    assert main(["fit", "s.toml", "--memory", "1 GiB", "--flops", "0.5"]) == 2
+    assert "FLOPs per sample do not depend on it" in capsys.readouterr().err

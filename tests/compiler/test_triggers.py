@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphopt.compiler import triggers
 from graphopt.compiler.triggers import AtEpoch, Decision, FreezeOut, Progressive, Score, Start, Steps, Trigger, active_regions
 from graphopt.errors import PassError
-from graphopt.train.history import EpochRecord, History
+from graphopt.train.state import EpochRecord, History
 
 NAMES = ("a", "b", "c", "d")
 ADAPTER = pydantic.TypeAdapter(Trigger)

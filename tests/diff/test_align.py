@@ -19,7 +19,7 @@ from tests.support.backbones import Hollow, Small, Twice
 
 
 def statuses(found: Diff) -> dict[str, tuple[str, ...]]:
-    return {r.name: r.statuses for r in found.rows if r.statuses != ("kept",)}
+    return {r.name: r.statuses for r in found.rows if r.statuses != ("unchanged",)}
 
 
 ROWS = ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
@@ -158,9 +158,9 @@ def test_two_plans_of_one_backbone() -> None:
     found = diff(plan(Ice(select="blocks.0")), plan(Ice(select="blocks.1"), Say(select="blocks.3", status="checkpointed")))
     assert found.same_backbone
     assert {r.name: (r.was, r.statuses) for r in found.rows if r.changed} == {
-        "blocks.0": (("frozen",), ("kept",)),
-        "blocks.1": (("kept",), ("frozen",)),
-        "blocks.3": (("kept",), ("checkpointed",)),
+        "blocks.0": (("frozen",), ("unchanged",)),
+        "blocks.1": (("unchanged",), ("frozen",)),
+        "blocks.3": (("unchanged",), ("checkpointed",)),
     }
 
 

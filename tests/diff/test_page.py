@@ -13,7 +13,7 @@ import torch
 from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import diff
 from graphopt.diff.phases import phase_diffs
-from graphopt.diff.render.files import write_html
+from graphopt.diff.render.page import to_html
 from tests.diff.browser import opened
 from tests.diff.passes import Blend, Ice, Part, Say
 from tests.diff.plans import plan
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "small.html"
     evil = Say(select="fc", status="frozen", detail={"why": EVIL})
     passes = [Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.3"), evil]
-    write_html(diff(plan(*passes, model=Small(blocks=6), costs=False)), path)
+    path.write_text(to_html(diff(plan(*passes, model=Small(blocks=6), costs=False))))
     return path
 
 
@@ -44,7 +44,7 @@ def phases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three phases: nothing, the front frozen, and one block thawed again."""
     path = tmp_path_factory.mktemp("page") / "phases.html"
     passes = [Ice(select=("stem", "blocks.0", "blocks.1"), when=AtEpoch(epoch=2)), Ice(select="blocks.2", when=AtEpoch(epoch=3, until=5))]
-    write_html(phase_diffs(plan(*passes), epochs=8), path)
+    path.write_text(to_html(phase_diffs(plan(*passes), epochs=8)))
     return path
 
 
@@ -112,6 +112,19 @@ def test_search_finds_blocks_and_operations(browse: Any, small: Path) -> None:
     assert {label.split(",")[0] for label in labels} == {"head", "aux.0"}
     page.locator("input[type=search]").fill("no such thing")
     assert page.locator(".found").text_content() == "nothing found"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_strip_of_a_phase_stays_in_its_card_and_the_shown_one_in_the_window(browse: Any, width: int, tmp_path: Path) -> None:
+    passes = [Ice(select=f"blocks.{n}", when=AtEpoch(epoch=n)) for n in range(1, 7)]
+    (tmp_path / "long.html").write_text(to_html(phase_diffs(plan(*passes, model=Small(blocks=60)), epochs=8)))
+    page = browse(tmp_path / "long.html", width=width)
+    boxes = "[...document.querySelectorAll('.phases button')].map(b => [b, ...b.querySelectorAll('i')].map(e => e.getBoundingClientRect()))"
+    for card, *bars in page.evaluate(f"{boxes}.map(l => l.map(r => [r.left, r.right]))"):
+        assert len(bars) == 62
+        assert all(card[0] <= left <= right <= card[1] for left, right in bars)
+    shown = page.evaluate("(r => [r.left, r.right])(document.querySelector('.phases [aria-pressed=true]').getBoundingClientRect())")
+    assert 0 <= shown[0] <= shown[1] <= width
 
 
 def test_filters_dim_what_is_not_asked_for(browse: Any, small: Path) -> None:
@@ -228,7 +241,7 @@ def test_a_large_graph_opens_soon_and_stays_usable(browse: Any, tmp_path: Path) 
     found = diff(plan(Ice(select=("patch_embed", "layers.0", "layers.1")), model=model, input=(3, 224, 224)))
     assert sum(len(r.nodes) for r in found.rows) > 1300
     path = tmp_path / "large.html"
-    write_html(found, path)
+    path.write_text(to_html(found))
     page = browse(path)
     # Opening is quick because little is drawn (0.9 s on two busy cores; a test that took the time would fail on a busy machine).
     assert page.locator("[data-id]").count() < 20

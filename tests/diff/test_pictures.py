@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from torch import nn
 
 from graphopt.cli import main
 from graphopt.diff import diff
-from graphopt.diff.render import png
-from graphopt.diff.render.svg import to_svg
+from graphopt.diff.align import group_name
+from graphopt.diff.render import picture as pictures
+from graphopt.diff.render.picture import to_svg
 from graphopt.errors import RunError
-from tests.diff.passes import Blend, Ice, Part, Say
+from tests.diff.passes import Blend, Ice, Part, Say, Skip
 from tests.diff.plans import plan
+from tests.support.backbones import Residual
 
 EVIL = "</svg><script>1</script>&amp;\"'\x07"
 SPEC = """\
@@ -62,6 +66,25 @@ def test_svg_needs_no_style_variables_and_is_deterministic() -> None:
     assert picture() == picture()
 
 
+def test_operations_have_a_place_each() -> None:
+    root = ElementTree.fromstring(to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Skip(select="blocks.1"))), level="operations"))
+    for piece in root.iter("{http://www.w3.org/2000/svg}g"):
+        places = [op.get("transform") for op in piece.findall("{http://www.w3.org/2000/svg}g[@transform]")]
+        assert len(places) == len(set(places))
+
+
+def test_what_is_too_long_is_cut_where_it_tells_least_and_no_figure_is_cut() -> None:
+    layers = {f"encoder_layer_{n}": Residual(8) for n in range(4)}
+    net = nn.Sequential(OrderedDict(backbone=nn.Sequential(OrderedDict(transformer_encoder=nn.Sequential(OrderedDict(layers))))))
+    frozen = Ice(select=[f"backbone.transformer_encoder.encoder_layer_{n}" for n in (1, 2)])
+    root = ElementTree.fromstring(to_svg(diff(plan(frozen, model=net, input=(8, 8, 8), costs=True))))
+    found = {c: [t.text or "" for t in root.iter() if t.get("class", "").startswith(c)] for c in ("name", "small", "big", "cost", "what")}
+    assert found["name"] == [f"encoder_layer_{n}" for n in range(4)]
+    assert group_name([f"encoder.layers.encoder_layer_{n}" for n in range(3)]) == "encoder.layers.encoder_layer_0-2 ×3"
+    assert not [text for c in ("small", "big", "cost", "what") for text in found[c] if "…" in text]
+    assert found["small"]
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node is not installed")
 def test_node_lays_out_as_the_engine_inside_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = picture()
@@ -78,15 +101,15 @@ def test_without_any_engine_the_error_says_what_to_install(monkeypatch: pytest.M
 
 def test_png_without_browser_and_cairo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cairosvg", None)
-    monkeypatch.setattr(png, "browser", lambda: None)
+    monkeypatch.setattr(pictures, "browser", lambda: None)
     with pytest.raises(RunError, match="Install chromium"):
-        png.to_png("<svg/>")
+        pictures.to_png("<svg/>")
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(png.browser() is None, reason="there is no Chromium")
+@pytest.mark.skipif(pictures.browser() is None, reason="there is no Chromium")
 def test_png_by_chromium() -> None:
-    assert png.to_png(picture(), scale=1).startswith(b"\x89PNG\r\n")
+    assert pictures.to_png(picture(), scale=1).startswith(b"\x89PNG\r\n")
 
 
 def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,10 +125,10 @@ def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.Capture
 def test_diff_of_two_specs_and_of_two_phases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", "s.toml", "t.toml", "--no-costs", "--json"]) == 0
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert (rows["layer1.0"]["changed"], rows["layer2.0"]["was"], rows["layer2.0"]["statuses"]) == (False, ["kept"], ["frozen"])
+    assert (rows["layer1.0"]["changed"], rows["layer2.0"]["was"], rows["layer2.0"]["statuses"]) == (False, ["unchanged"], ["frozen"])
     assert main(["diff", "s.toml", "--no-costs", "--json", "--phase", "1", "--phase", "0"]) == 0
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert (rows["stem"]["was"], rows["stem"]["statuses"]) == (["frozen"], ["kept"])
+    assert (rows["stem"]["was"], rows["stem"]["statuses"]) == (["frozen"], ["unchanged"])
 
 
 def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +151,7 @@ def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.
         (["--html", "."], ["is a folder", "diff.html"]),
         (["--phase", "2"], ["--phase", "s.toml has phases 0 to 1, not 2"]),
         (["--phase", "0", "--epoch", "1"], ["--epoch", "exclude each other"]),
+        (["--epoch", "99"], ["--epoch", "the run has epochs 0 to 3, not 99"]),
         (["t.toml", "--phase", "0", "--phase", "1"], ["--phase", "at most two"]),
         (["quikstart"], ["quikstart", "no such spec"]),
     ],

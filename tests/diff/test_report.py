@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from graphopt.cli import main
-from graphopt.diff.render.run import charts
-from graphopt.diff.run import is_run, read_run
+from graphopt.diff.render.run import charts, is_run, read_run
 from tests.diff.browser import opened
 
 SPEC = """\
@@ -72,6 +71,19 @@ def test_curves_lie_over_epochs(tmp_path: Path) -> None:
     assert found["time"]["series"] == [{"name": "step", "y": [10.0] * 6, "points": True}]
     assert [s["name"] for s in found["loss"]["series"]] == ["training", "evaluation"]
     assert found["accuracy"]["series"][1]["y"] == [None, 0.0, None, 10.0, None, 20.0]
+
+
+def test_memory_is_shown_with_its_forecast_in_one_unit(tmp_path: Path) -> None:
+    found = charts(read_run(write_run(tmp_path / "run", records())), [(0, 2**28), (1, 2**27)])["memory"]
+    measured, forecast = ({x: y for x, y in zip(found["x"], s["y"], strict=True) if y is not None} for s in found["series"])
+    assert set(measured.values()) == {1024}
+    assert forecast == {0: 256, 0.9999: 256, 1: 128, 3: 128}
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    tile = page.partition('<div class="what">peak memory</div>')[2][:120]
+    assert "1.00 GiB" in tile
+    assert "forecast " in tile
+    assert "in epoch 1" in page, "counted from 0, as in a spec"
 
 
 def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphopt.passes.freeze import activations, bitmask, operators
+from graphopt.passes.freeze import activations, operators
 from graphopt.passes.freeze.lean import frozen_form
 
 IMAGE = (2, 8, 13, 12)
@@ -303,9 +303,9 @@ def test_extreme_values_behave_as_in_stock(function: Callable[[Tensor], Tensor])
 @given(st.lists(st.booleans(), min_size=0, max_size=70))
 def test_packing_is_lossless(bits: list[bool]) -> None:
     mask = torch.tensor(bits, dtype=torch.bool)
-    packed = bitmask.pack(mask.clone())
+    packed = activations.pack(mask.clone())
     assert packed.numel() == -(-len(bits) // 8)
-    assert torch.equal(bitmask.unpack(packed, len(bits)) != 0, mask)
+    assert torch.equal(activations.unpack(packed, len(bits)) != 0, mask)
 
 
 @settings(max_examples=40, deadline=None)

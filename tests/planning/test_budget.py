@@ -62,7 +62,7 @@ def test_the_batch_found_fits_and_the_next_does_not(search):
     memory = 10 * 2**20
     found = search.largest_batch(Budget(memory=memory))
     assert found.spec.train.batch == found.batch
-    assert found.chosen.cost.peak_bytes <= memory < search.cost(search.phases(search.plan), found.batch + 1).peak_bytes
+    assert found.chosen.cost.peak_bytes <= memory < search.cost(search.plan.phases(search.spec.train.epochs), found.batch + 1).peak_bytes
     with_room = search.largest_batch(Budget(memory=memory, allowance=1.25))
     assert with_room.batch < found.batch
 
@@ -73,6 +73,33 @@ def test_the_batch_must_fit_in_every_phase(frozen, search):
     assert frozen.largest_batch(budget).batch == search.largest_batch(budget).batch
 
 
+def test_what_fits_as_it_is_needs_nothing(search, frozen):
+    for own in (search, frozen):
+        found = own.suggest(Budget(memory=2 * own.backbone.peak_bytes))
+        assert (found.chosen.name, found.chosen.added, found.snippet) == ("the spec as it is", (), "")
+
+
+def test_the_less_a_candidate_leaves_exact_the_later_it_is_chosen(search):
+    words = {"checkpoint": "everything", "freeze": "gradients of what trains", "supervise": "outputs, not gradients"}
+    shown = [c for c in search.front if c.cost and c.added]
+    for candidate in shown:
+        assert str(candidate.exact) == words[max((p.name for p in candidate.added), key=list(words).index)]
+    found = search.suggest(Budget(memory=min(c.cost.peak_bytes for c in shown if str(c.exact) == "everything")))
+    assert [p.name for p in found.chosen.added] == ["checkpoint"], "supervise fits with fewer FLOPs, but by other gradients"
+    assert found.to_dict()["candidates"][0]["exact"] == "everything"
+    pasted = loads(SPEC + found.snippet)
+    assert pasted.passes == found.spec.passes
+
+
+def test_a_snippet_says_where_it_belongs(frozen):
+    found = frozen.suggest(Budget(memory=min(c.cost.peak_bytes for c in frozen.front if c.cost and c.exact == 1)))
+    assert found.snippet.startswith('# after the spec\'s other passes\n[[pass]]\nuse = "checkpoint"\n')
+
+
+def test_no_candidate_ends_in_an_internal_error(search, frozen):
+    assert not [c.refused for own in (search, frozen) for c in own.front if c.refused and "internal" in c.refused]
+
+
 def test_a_suggestion_fits_trains_everything_where_it_can_and_is_a_spec(search):
     budget = Budget(memory=search.backbone.peak_bytes * 7 // 10)
     found = search.suggest(budget)
@@ -80,7 +107,7 @@ def test_a_suggestion_fits_trains_everything_where_it_can_and_is_a_spec(search):
     assert found.chosen.verified
     assert found.chosen.untrained == 0
     assert found.chosen.cost.peak_bytes <= budget.memory
-    rivals = [c for c in found.candidates if c.fits and c.untrained == 0]
+    rivals = [c for c in found.candidates if c.fits and c.exact == found.chosen.exact]
     assert found.chosen.cost.flops == min(c.cost.flops for c in rivals)
     again = loads(dumps(found.spec))
     assert again == found.spec
@@ -92,15 +119,10 @@ def test_the_front_holds_nothing_that_another_candidate_beats(search):
     shown = search.suggest(Budget(memory=1)).candidates
     front = [c for c in shown if c.best]
     assert all(c.verified for c in front)
+    figures = {id(c): (c.cost.peak_bytes, c.cost.flops, c.exact, c.untrained) for c in shown if c.cost}
     for candidate in (c for c in shown if c.cost):
-        better = [
-            c
-            for c in front
-            if (c.cost.peak_bytes, c.cost.flops, c.untrained) != (candidate.cost.peak_bytes, candidate.cost.flops, candidate.untrained)
-            and c.cost.peak_bytes <= candidate.cost.peak_bytes
-            and c.cost.flops <= candidate.cost.flops
-            and c.untrained <= candidate.untrained
-        ]
+        mine = figures[id(candidate)]
+        better = [c for c in front if figures[id(c)] != mine and all(a <= b for a, b in zip(figures[id(c)], mine, strict=True))]
         assert bool(better) != candidate.best
 
 
@@ -128,7 +150,7 @@ def test_pairs_that_save_differently_are_tried(search):
 def test_a_flops_budget_freezes_as_little_as_it_can(search):
     found = search.suggest(Budget(flops=0.75))
     assert found.chosen.cost.flops <= 0.75 * found.backbone.flops
-    cheaper = [c for c in found.candidates if c.fits and c.untrained < found.chosen.untrained]
+    cheaper = [c for c in found.candidates if c.fits and c.exact <= found.chosen.exact and c.untrained < found.chosen.untrained]
     assert not cheaper
 
 

@@ -92,6 +92,17 @@ def test_best_last_and_averaged(tmp_path: Path) -> None:
     assert not small.same(one, made["last", "model"])
 
 
+def test_the_file_is_what_its_name_says(tmp_path: Path) -> None:
+    plan = run(tmp_path / "run", epochs=1)
+    state = load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", plan=plan))
+    assert small.same(torch.load(export_run(tmp_path / "run", tmp_path / "m.pt", plan=plan), weights_only=True), state)
+    for name in ("m.onnx", "m.bin"):
+        with pytest.raises(RunError, match=r"Name it m\.safetensors"):
+            export_run(tmp_path / "run", tmp_path / name, plan=plan)
+    with pytest.raises(RunError, match="not be what its name says"):
+        graphopt.save(plan, tmp_path / "plan.pt")
+
+
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such run"):
         export_run(tmp_path / "nowhere", tmp_path / "m.safetensors")

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 import graphopt
 from graphopt import RunError
 from graphopt.data.loader import open_data
-from graphopt.spec import AugmentSpec, DataSpec, from_table
+from graphopt.spec import AugmentSpec, DataSpec, TrainSpec, from_table
 from graphopt.train import Stopped, train
+from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
 from tests.train import small
 from tests.train.passes import Extra, Hold, Local
@@ -36,7 +38,9 @@ def test_a_network_learns_to_read_digits(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         *("run.json", "spec.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json")
     }
-    assert "epoch 4/4: loss" in console.export_text()
+    text = console.export_text()
+    assert "epoch 3/3: loss" in text, "counted from 0, as in a spec"
+    assert "phase 0 from epoch 0: start" in text
 
 
 def test_metrics_tell_epochs_steps_and_phases(tmp_path: Path) -> None:
@@ -228,3 +232,15 @@ def test_opened_data_may_be_handed_over(tmp_path: Path) -> None:
     train(small.plan(), tmp_path / "opened", settings=small.settings(epochs=1), data=opened)
     train(small.plan(), tmp_path / "named", settings=small.settings(epochs=1), data=small.DATA)
     assert small.same(small.weights(tmp_path / "opened"), small.weights(tmp_path / "named"))
+
+
+def test_measured_memory_is_what_the_run_adds_and_each_phase_is_measured_anew() -> None:
+    strategy = Strategy.of(TrainSpec(device="cpu"))
+    module = nn.Linear(2**10, 2**12)  # 16 MiB, which count as well
+    strategy.begin_memory(module)
+    block = torch.ones(2**26)  # 256 MiB
+    first = strategy.peak_memory()
+    assert 2**28 + 2**24 <= first < 2**28 + 2**26
+    del block
+    strategy.reset_peak_memory()
+    assert strategy.peak_memory() < first - 2**27

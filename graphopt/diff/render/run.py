@@ -1,16 +1,19 @@
-"""A run as one HTML page: its curves, its phases and decisions, and the diff."""
+"""A run's folder read, and shown as one HTML page: its curves, its phases and decisions, and the diff."""
 
 import html
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
-from graphopt.diff.render.page import filled, scripts, to_html
-from graphopt.diff.render.style import for_page, web
-from graphopt.diff.run import Run
+from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
+from graphopt.errors import RunError
 from graphopt.units import show_count, show_size, show_time
 
 #: points in one curve at most: more than a screen has columns
@@ -18,36 +21,110 @@ POINTS = 1500
 MIB = 2**20
 
 
-def to_report(run: Run, plan: Plan) -> str:
-    """The page of a run.
+_FIX = "Name the folder that `graphopt train` wrote"
 
-    Args:
-        plan: of the run's spec, in its first phase.
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the records of its metrics.jsonl by kind, in order, and its summary.json, which is None while the run goes on."""
+
+    path: Path
+    epochs: tuple[Mapping[str, Any], ...]
+    steps: tuple[Mapping[str, Any], ...]
+    phases: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any] | None
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All that was decided, in order."""
+        records = (d for phase in self.phases for d in phase.get("decisions", ()))
+        return tuple(dict.fromkeys(Decision.model_validate({k: d[k] for k in d if k in Decision.model_fields}) for d in records))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run."""
+    return path.is_dir() and (path / "run.json").is_file()
+
+
+def read_run(path: Path) -> Run:
+    """Reads the folder of a run.
+
+    Raises:
+        RunError: the folder does not exist, is not a run, or its metrics cannot be read.
     """
+    if not path.exists():
+        raise RunError("no such folder", where=str(path), fix=_FIX)
+    if not path.is_dir():
+        raise RunError("a file, not the folder of a run", where=str(path), fix=_FIX)
+    if not (path / "run.json").is_file() or not (path / "spec.toml").is_file():
+        raise RunError("no run of graphopt: it has no run.json and spec.toml", where=str(path), fix=_FIX)
+    records = _records(path / "metrics.jsonl")
+    summary = _text(path / "summary.json")
+    try:
+        finished = json.loads(summary) if summary else None
+    except ValueError as error:
+        raise RunError("not JSON", where=str(path / "summary.json"), fix="Remove it, or resume the run") from error
+    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished)
+
+
+def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """The records of a metrics file by kind; a last line that was cut off in writing is passed over."""
+    records: dict[str, list[Mapping[str, Any]]] = {"epoch": [], "step": [], "phase": []}
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            kind = record["kind"]
+        except (ValueError, TypeError, KeyError) as error:
+            if line.endswith("}"):
+                raise RunError("not a line of metrics", where=f"{path}:{number}", fix="Remove the line") from error
+            continue
+        if kind in records:
+            records[kind].append(record)
+    return records
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(path)) from error
+
+
+def to_report(run: Run, plan: Plan) -> str:
+    """The page of a run; `plan` is of its spec, in its first phase."""
     phases = phase_diffs(plan, run.decisions)
+    forecast = [(p.epoch, p.diff.after.totals["peak_bytes"]) for p in phases if p.diff.after.totals]
     title = plan.name or run.path.name
     spec = plan.spec
     facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
     if run.summary:
         facts.append(str(run.summary.get("device", "")))
-    note = "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>'
+    lines = [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(map(_label, p.get("decisions", ()))))} for p in run.phases]
     values = {
-        "TITLE": html.escape(title),
-        "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
+        "TITLE": escaped(title),
+        "SUBTITLE": escaped(" · ".join(t for t in facts if t)),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
-        "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
-        "NOTE": note,
+        "TILES": "".join(_tile(*tile) for tile in _tiles(run, forecast)),
+        "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
-        "DIFF": html.escape(to_html(phases), quote=True),
-        "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),
+        "DIFF": html.escape(to_html(phases)),
+        "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
     return filled(web("report.html"), values)
 
 
-def charts(run: Run) -> dict[str, Any]:
-    """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends."""
+def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+    """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends.
+
+    Args:
+        forecast: the first epoch of each phase, and the forecast peak of its steps in bytes.
+    """
     ends = [0, *(int(r["step"]) for r in run.epochs)]
+    # How long an epoch that has not ended is: as the one before, or all there is so far.
+    length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
 
     def at(record: Mapping[str, Any]) -> float:
         step = int(record["step"])
@@ -55,7 +132,6 @@ def charts(run: Run) -> dict[str, Any]:
         start = ends[number]
         if number + 1 < len(ends):
             return number + (step - start) / max(1, ends[number + 1] - start)
-        length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
         return number + min(1.0, (step - start) / max(1, length))
 
     def steps(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
@@ -64,18 +140,15 @@ def charts(run: Run) -> dict[str, Any]:
     def epochs(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(int(r["epoch"]) + 1.0, factor * float(r[key])) for r in run.epochs if _number(r.get(key))]
 
-    training = steps("loss") or epochs("train_loss")
+    until = max([len(run.epochs), *(start + 1 for start, _ in forecast)])
+    ends_of = [*(start - 1e-4 for start, _ in forecast[1:]), until]
+    expected = [(x, peak / MIB) for (start, peak), end in zip(forecast, ends_of, strict=False) for x in (start, end)]
+    training, accuracy = steps("loss") or epochs("train_loss"), steps("accuracy", 100) or epochs("train_accuracy", 100)
     return {
         "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
-        "accuracy": _chart(
-            {
-                "training": steps("accuracy", 100) or epochs("train_accuracy", 100),
-                "evaluation": epochs("accuracy", 100),
-                "averaged weights": epochs("ema_accuracy", 100),
-            }
-        ),
+        "accuracy": _chart({"training": accuracy, "evaluation": epochs("accuracy", 100), "averaged weights": epochs("ema_accuracy", 100)}),
         "time": _chart({"step": steps("step_seconds", 1000)}, zero=True),
-        "memory": _chart({"peak": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB)}, zero=True),
+        "memory": _chart({"measured": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB), "forecast": expected}, zero=True),
     }
 
 
@@ -106,18 +179,19 @@ def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
 
 
-def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
+def _tiles(run: Run, forecast: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str, str]]:
     last, done = (run.epochs[-1] if run.epochs else {}), run.summary or {}
     if _number(accuracy := done.get("accuracy", last.get("accuracy"))):
         best = done.get("best_accuracy")
-        small = f"best {100 * best:.2f} % in epoch {done['best_epoch'] + 1}" if _number(best) else ""
+        small = f"best {100 * best:.2f} % in epoch {done['best_epoch']}" if _number(best) else ""
         yield "accuracy", f"{100 * accuracy:.2f} %", small
     if _number(loss := done.get("loss", last.get("loss"))):
         yield "loss", f"{loss:.4f}", "evaluation"
     if (seconds := done.get("seconds") or sum(float(r.get("seconds", 0)) for r in run.epochs)) > 0:
         yield "time", show_time(seconds), f"{len(run.epochs)} epochs, {last.get('step', 0)} steps"
     if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
-        yield "peak memory", show_size(peak), str(done.get("device", ""))
+        expected = max((size for _, size in forecast), default=0)
+        yield "peak memory", show_size(peak), f"forecast {show_size(expected)}" if expected else str(done.get("device", ""))
     if run.phases:
         first, now = run.phases[0].get("trainable_parameters"), run.phases[-1].get("trainable_parameters")
         if _number(first) and _number(now):
@@ -126,13 +200,9 @@ def _tiles(run: Run) -> Iterable[tuple[str, str, str]]:
 
 def _tile(what: str, big: str, small: str) -> str:
     return (
-        f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
-        f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
+        f'<div class="tile" role="listitem"><div class="what">{escaped(what)}</div>'
+        f'<div class="big">{escaped(big)}</div><div class="small">{escaped(small)}</div></div>'
     )
-
-
-def _phase_lines(run: Run) -> list[dict[str, Any]]:
-    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_label(d) for d in p.get("decisions", ())))} for p in run.phases]
 
 
 def _label(decision: Mapping[str, Any]) -> str:
@@ -146,4 +216,4 @@ def _phase_row(phase: Mapping[str, Any]) -> str:
     label = "; ".join(_label(d) for d in decisions) or "start"
     trainable = phase.get("trainable_parameters")
     cells = [str(phase.get("epoch", 0)), label, regions, show_count(trainable) if _number(trainable) else ""]
-    return f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in cells)}</tr>"
+    return f"<tr>{''.join(f'<td>{escaped(c)}</td>' for c in cells)}</tr>"

@@ -5,8 +5,7 @@ from typing import Literal
 
 from graphopt.cost.figures import FIGURES, Figure
 from graphopt.diff.align import Diff, RowGroup
-from graphopt.diff.model import Row, Shape
-from graphopt.diff.status import KEPT, STYLES
+from graphopt.diff.model import STYLES, UNCHANGED, Row, Shape
 
 
 def change(before: int, after: int) -> str:
@@ -30,7 +29,7 @@ def total(rows: Sequence[Row], figure: str, when: Literal["before", "after"]) ->
 def status_words(row: Row) -> str:
     """`frozen + isolated`, or, where the two views differ, `shared → frozen`."""
     now = " + ".join(row.statuses)
-    return now if row.was in ((KEPT,), (), row.statuses) else f"{' + '.join(row.was)} → {now}"
+    return now if row.was in ((UNCHANGED,), (), row.statuses) else f"{' + '.join(row.was)} → {now}"
 
 
 def facts(row: Row) -> str:

@@ -7,11 +7,12 @@ on disk; an interrupted fill continues from there. Any number of processes may r
 
 import json
 import os
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import RunError
-from graphopt.files import exclusive, reason, write_atomically
+from graphopt.files import exclusive, reason, remove_if_empty, write_atomically
 from graphopt.train.hashing import raw_bytes
 
 FORMAT_VERSION = 1
@@ -40,17 +41,14 @@ class EntryLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Bytes of all rows."""
         return self.rows * self.row_bytes
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are; the last may be short."""
         return -(-self.rows // self.chunk)
 
     def span(self, number: int) -> tuple[int, int]:
@@ -58,12 +56,9 @@ class EntryLayout:
         return number * self.chunk, min((number + 1) * self.chunk, self.rows)
 
     def table(self) -> dict[str, Any]:
-        """The layout as plain values, for the files of an entry."""
-        plain = {"key": self.key, "rows": self.rows, "shape": list(self.shape), "dtype": str(self.dtype), "chunk": self.chunk}
-        return {"graphopt": FORMAT_VERSION, **plain}
+        return {"graphopt": FORMAT_VERSION, **asdict(self), "shape": list(self.shape), "dtype": str(self.dtype)}
 
     def describes(self, table: dict[str, Any]) -> bool:
-        """Whether the header of a file has this layout."""
         return self.table().items() <= table.items()
 
 
@@ -97,7 +92,6 @@ class CacheDirectory:
             write_atomically(path / MANIFEST, json.dumps({"graphopt": FORMAT_VERSION, "digest": digest}))
 
     def file(self, layout: EntryLayout, kind: str) -> Path:
-        """One of an entry's files."""
         return self.path / f"{layout.key}.{kind}"
 
     def open(self, layout: EntryLayout) -> CacheEntry | None:
@@ -106,11 +100,8 @@ class CacheDirectory:
         if not header:
             return None
         rows, targets = self.file(layout, "rows"), self.file(layout, "targets")
-        try:
-            sizes = rows.stat().st_size, targets.stat().st_size
-        except OSError:
-            sizes = (-1, -1)
-        if layout.describes(header) and sizes == (layout.bytes, layout.rows * 8):
+        sizes = [file.stat().st_size for file in (rows, targets) if file.is_file()]
+        if layout.describes(header) and sizes == [layout.bytes, layout.rows * 8]:
             entry = CacheEntry(layout, _map(rows, layout), torch.frombuffer(bytearray(targets.read_bytes()), dtype=torch.int64))
             sums = [zlib.crc32(raw_bytes(entry.features[a:b])) for a, b in map(layout.span, range(layout.chunks))]
             if sums == header.get("sums") and zlib.crc32(raw_bytes(entry.targets)) == header.get("targets"):
@@ -157,8 +148,7 @@ class Fill(ABC):
         return self._written().index_select(0, rows)
 
     @abstractmethod
-    def finish(self) -> CacheEntry:
-        """The complete entry."""
+    def finish(self) -> CacheEntry: ...
 
     @abstractmethod
     def _put(self, first: int, features: Tensor) -> None: ...
@@ -217,13 +207,11 @@ class FileFill(Fill):
         return _map(self._part, self.layout)
 
     def flush(self) -> None:
-        """Brings the rows to the disk, and records how many there are."""
         os.fsync(self.handle)
         self._write_table("progress", targets=self.targets[: self.layout.span(len(self.sums))[0]].tolist())
         self._unrecorded = 0
 
     def finish(self) -> CacheEntry:
-        """The complete entry; it exists from here on."""
         os.fsync(self.handle)
         file = self.directory.file
         rows = file(self.layout, "rows")
@@ -237,7 +225,6 @@ class FileFill(Fill):
         write_atomically(self.directory.file(self.layout, kind), json.dumps({**self.layout.table(), "sums": self.sums, **more}))
 
     def discard(self) -> None:
-        """Removes the files."""
         self.directory.remove(self.layout)
 
 
@@ -257,8 +244,21 @@ class MemoryFill(Fill):
         return self.features
 
     def finish(self) -> CacheEntry:
-        """The complete entry."""
         return CacheEntry(self.layout, self.features, self.targets)
+
+
+def remove_features(path: Path) -> None:
+    """Removes the entries and the manifest of a folder, and the folder if nothing else is in it; files of others stay."""
+    with suppress(OSError):  # tidying up is no reason to fail
+        if (path / MANIFEST).is_file():
+            for entry in path.iterdir():
+                if _OWN.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+            remove_if_empty(path)
+
+
+#: the files of entries, the manifest, and what a process that was killed has left of them
+_OWN = re.compile(r"\.?([0-9a-f]{32}\.(rows|targets|json|part|progress|lock)|features\.json)(\.[a-z0-9_]{8})?")
 
 
 def reserve(handle: int, size: int) -> None:

@@ -127,7 +127,7 @@
     const statuses = row.statuses.map((s) => `<span class="s-${esc(s)}"><b class="tint">${esc(data.styles[s].glyph)}</b> ${esc(s)}</span>`).join(" &nbsp;");
     const out = [`<h2>${esc(one ? row.name : rows[0].name + " … " + rows[rows.length - 1].name)}</h2><p>${esc(row.kind)}${one ? "" : ` · ${rows.length} blocks, sums`}</p>`];
     out.push(`<p class="state">${statuses}</p>`);
-    if (row.changed && row.was.length && row.was.join() !== "kept") out.push(`<p>${esc(words(row))}</p>`);
+    if (row.changed && row.was.length && row.was.join() !== "unchanged") out.push(`<p>${esc(words(row))}</p>`);
     const meaning = row.statuses.map((s) => data.styles[s].meaning).filter(Boolean).join("; ");
     if (meaning) out.push(`<p class="subtitle">${esc(meaning)}</p>`);
     if (facts(row)) out.push(`<p>${esc(facts(row))}</p>`);
@@ -150,7 +150,7 @@
     const nodes = state.nodes(row).filter(globalThis.graphoptLayout.drawn), hidden = state.nodes(row).length - nodes.length;
     if (one && nodes.length) {
       out.push(`<h3>${nodes.length} operation${nodes.length === 1 ? "" : "s"}${hidden ? `, and ${hidden} of shapes and weights` : ""}</h3><ul>`);
-      for (const n of nodes.slice(0, 400)) out.push(`<li>${n.statuses[0] === "kept" ? "" : `<span class="s-${esc(n.statuses[0])}"><b class="tint">${esc(data.styles[n.statuses[0]].glyph)}</b></span> `}<b>${esc(n.what)}</b> ${esc(n.name)}${n.shape ? ` <span class="subtitle">${esc(n.shape.join("×"))}</span>` : ""}</li>`);
+      for (const n of nodes.slice(0, 400)) out.push(`<li>${n.statuses[0] === "unchanged" ? "" : `<span class="s-${esc(n.statuses[0])}"><b class="tint">${esc(data.styles[n.statuses[0]].glyph)}</b></span> `}<b>${esc(n.what)}</b> ${esc(n.name)}${n.shape ? ` <span class="subtitle">${esc(n.shape.join("×"))}</span>` : ""}</li>`);
       out.push("</ul>");
     } else if (!one) out.push(`<h3>Blocks</h3><ul>${rows.map((r) => `<li>${esc(r.name)} <span class="subtitle">${esc(words(r))}</span></li>`).join("")}</ul>`);
     $(".details").innerHTML = out.join("");
@@ -213,7 +213,7 @@
   function setPhase(next) {
     at = Math.max(0, Math.min(data.phases.length - 1, next));
     document.querySelectorAll(".phases button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === at)));
-    tiles(); filters(); draw(true);
+    tiles(); filters(); draw(true); showPhase();
     if (chosen) show(chosen);
   }
 
@@ -229,16 +229,33 @@
     $(".filters").innerHTML = Object.entries(counts).map(([s, c]) => `<button class="s-${esc(s)}" data-status="${esc(s)}" aria-pressed="${filter.has(s)}" title="${esc(data.styles[s].meaning || s)}"><b class="tint">${esc(data.styles[s].glyph)}</b>${esc(s)} ${c}</button>`).join("");
   }
 
+  /** The strip scrolls where it is wider than the window: its ends fade where there is more. */
+  function fadeEnds() {
+    const host = $(".phases"), left = host.scrollLeft, most = host.scrollWidth - host.clientWidth;
+    host.classList.toggle("more-left", left > 2);
+    host.classList.toggle("more-right", left < most - 2);
+  }
+
+  function showPhase() {
+    const host = $(".phases"), b = host.querySelector('[aria-pressed="true"]');
+    if (!b) return;
+    host.scrollLeft += Math.min(0, b.offsetLeft - 40 - host.scrollLeft) + Math.max(0, b.offsetLeft + b.offsetWidth + 40 - host.clientWidth - host.scrollLeft);
+    fadeEnds();
+  }
+
   function phaseButtons() {
-    if (data.phases.length < 2) return;
     const host = $(".phases");
+    if (data.phases.length < 2) return;
     host.hidden = false;
     host.innerHTML = data.phases.map((f, i) => {
       const before = i ? new Map(data.phases[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
-      const strip = f.rows.length > 90 ? "" : `<span class="strip">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "kept" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
+      const strip = `<span class="strip${f.rows.length > 40 ? " dense" : ""}">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "unchanged" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
       return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${f.epoch}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
     }).join("");
     host.addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) setPhase(Number(b.dataset.phase)); });
+    host.addEventListener("scroll", fadeEnds);
+    addEventListener("resize", fadeEnds);
+    showPhase();
   }
 
   $("h1").textContent = data.title;

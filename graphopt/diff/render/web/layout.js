@@ -66,16 +66,17 @@
         continue;
       }
       group.cards = [];
+      const short = (name) => (group.stage && name.startsWith(group.stage + ".") ? name.slice(group.stage.length + 1) : name);
       for (const fold of group.folds) {
         const apart = fold.rows.length === 1 || state.level === "blocks" || state.level === "operations" || state.open.has("f:" + fold.rows[0].name);
         if (!apart) {
-          group.cards.push({ id: "f:" + fold.rows[0].name, type: "fold", name: fold.name, rows: fold.rows, group: group.key, open: false, nodes: [] });
+          group.cards.push({ id: "f:" + fold.rows[0].name, type: "fold", name: fold.name, short: short(fold.name), rows: fold.rows, group: group.key, open: false, nodes: [] });
           continue;
         }
         for (const row of fold.rows) {
           const id = "r:" + row.name, nodes = state.nodes(row).filter(drawn);
           const open = nodes.length > 0 && (state.open.has(id) !== (state.level === "operations"));
-          group.cards.push({ id, type: "row", name: row.name, rows: [row], group: group.key, open, nodes, fold: fold.rows.length > 1 ? "f:" + fold.rows[0].name : null });
+          group.cards.push({ id, type: "row", name: row.name, short: short(row.name), rows: [row], group: group.key, open, nodes, fold: fold.rows.length > 1 ? "f:" + fold.rows[0].name : null });
         }
       }
     }
@@ -84,11 +85,11 @@
 
   /** Shape arithmetic and the tensors that operations read are left out of the picture, unless a pass did something to them. */
   function drawn(node) {
-    return node.statuses[0] !== "kept" || (node.shape !== null && node.op !== "get_attr");
+    return node.statuses[0] !== "unchanged" || (node.shape !== null && node.op !== "get_attr");
   }
 
   function plain(row) {
-    return row.statuses.length === 1 && row.statuses[0] === "kept" && !row.changed;
+    return row.statuses.length === 1 && row.statuses[0] === "unchanged" && !row.changed;
   }
 
   /** Sizes a card, and lays out its operations where it is open. */

@@ -23,13 +23,25 @@
     return size * Array.from(String(text)).reduce((sum, sign) => sum + FACES[face](sign), 0);
   }
 
-  /** Cuts text so that it fits `width` pixels at `size` pixels. */
-  function fit(text, width, size, face = "mono") {
+  /** Cuts text so that it fits `width` pixels at `size` pixels: its end, its start, or what stands between a few words and the last path. */
+  function fit(text, width, size, face = "mono", cut = "end") {
     if (extent(text, size, face) <= width) return String(text);
     const signs = Array.from(String(text));
+    if (cut === "middle") {
+      const head = Array.from(/^[^:]*: |/.exec(String(text))[0]), room = width - extent(head.join(""), size, face);
+      return head.join("") + fit(signs.slice(head.length).join(""), room, size, face, "start");
+    }
+    if (cut === "start") signs.reverse();
     let left = width - extent("…", size, face), most = 0;
     while (most < signs.length && (left -= size * FACES[face](signs[most])) >= 0) most += 1;
-    return signs.slice(0, Math.max(1, most)).join("").replace(/[ …]+$/, "") + "…";
+    const rest = signs.slice(0, Math.max(1, most));
+    return cut === "start" ? "…" + rest.reverse().join("").replace(/^[ …]+/, "") : rest.join("").replace(/[ …]+$/, "") + "…";
+  }
+
+  /** What figures are set in, so that none of them is cut: smaller type where there is little room. */
+  function sized(text, width, size, face) {
+    const wide = extent(text, size, face);
+    return wide <= width ? "" : ` style="font-size:${n(Math.floor((20 * size * width) / wide) / 20)}px"`;
   }
 
   function amount(key, value) {
@@ -64,7 +76,7 @@
 
   function words(row) {
     const now = row.statuses.join(" + ");
-    return row.changed && row.was.length && row.was.join() !== "kept" ? row.was.join(" + ") + " → " + now : now;
+    return row.changed && row.was.length && row.was.join() !== "unchanged" ? row.was.join(" + ") + " → " + now : now;
   }
 
   function facts(row) {
@@ -78,12 +90,12 @@
     return Object.entries(counts).map(([s, c]) => c + " " + s).join(", ");
   }
 
-  /** The main status of a card; of a closed group, the one most of its rows have apart from kept. */
+  /** The main status of a card; of a closed group, the one most of its rows have apart from unchanged. */
   function mainOf(card) {
     if (card.type !== "group") return card.rows[0].statuses[0];
     const counts = {};
-    for (const r of card.rows) if (r.statuses[0] !== "kept") counts[r.statuses[0]] = (counts[r.statuses[0]] || 0) + 1;
-    return Object.keys(counts).sort((a, b) => counts[b] - counts[a])[0] || "kept";
+    for (const r of card.rows) if (r.statuses[0] !== "unchanged") counts[r.statuses[0]] = (counts[r.statuses[0]] || 0) + 1;
+    return Object.keys(counts).sort((a, b) => counts[b] - counts[a])[0] || "unchanged";
   }
 
   function glyphs(styles, row) {
@@ -101,9 +113,10 @@
     out.push(`<text class="glyph" x="16" y="20">${esc(sign)}</text>`);
     const start = 20 + Math.max(1, Array.from(sign).length) * 13;
     const canOpen = c.type !== "row" || c.nodes.length > 0;
-    const name = fit(c.name, w - start - (canOpen ? 26 : 10), 12.5);
+    const space = w - start - (canOpen ? 26 : 10);
+    const name = extent(c.name, 12.5) <= space ? c.name : fit(c.short || c.name, space, 12.5, "mono", "start");
     out.push(`<text class="name" x="${start}" y="19.5">${esc(name)}</text>`);
-    const room = w - start - (canOpen ? 26 : 10) - extent(name, 12.5) - 10;
+    const room = space - extent(name, 12.5) - 10;
     if (row.kind && c.type !== "group" && (room > 110 || room > extent(row.kind, 10.5, "plain"))) out.push(`<text class="kind" x="${w - (canOpen ? 24 : 10)}" y="19.5" text-anchor="end">${esc(fit(row.kind, room, 10.5, "plain"))}</text>`);
     if (canOpen) out.push(`<g class="fold" data-fold="${esc(c.id)}"><rect class="hit" x="${w - 26}" y="2" width="24" height="26"/><path d="${c.open ? `M${w - 18} 12 l4 5 l4 -5` : `M${w - 16} 10 l5 4.5 l-5 4.5`}"/></g>`);
     let y = 30;
@@ -124,7 +137,7 @@
     out.push(`<rect class="bar before" x="16" y="${y + 1}" width="${length(before)}" height="4" rx="1.5"/><rect class="bar after" x="16" y="${y + 6.5}" width="${length(after)}" height="4" rx="1.5"/>`);
     const added = before === null && !after && row.after && row.after.parameters;
     const text = added ? amount("parameters", row.after.parameters) + " parameters" : before === null && after === null ? "" : before === null || after === null ? amount(state.metric, after === null ? before : after) : change(state.metric, before, after);
-    out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end">${esc(fit(text, 112, 10, "plain"))}</text>`);
+    out.push(`<text class="cost" x="${w - 10}" y="${y + 9}" text-anchor="end"${sized(text, 112, 10, "plain")}>${esc(text)}</text>`);
     if (c.open) out.push(operations(c, data, phase));
     return out.join("");
   }
@@ -176,7 +189,7 @@
     for (const c of picture.cards.values()) if (c.type !== "end") for (const when of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, when) || 0);
     for (const b of picture.boxes) {
       const single = b.group.rows.length === 1;
-      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20">${esc(fit(b.title, b.width - 30, 12, "bold"))}</text></g>`) });
+      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20">${esc(fit(b.title, b.width - 30, 12, "bold", "middle"))}</text></g>`) });
     }
     for (const r of picture.routes) {
       const cls = ["edge", r.kind === "before" ? "gone" : "", r.live ? "live" : "", r.attached ? "attached" : ""].join(" ").trim();
@@ -216,7 +229,8 @@
     const left = 20, over = s.pieces.some((p) => p.d && p.d.includes("-14")) ? 16 : 0;
     const out = [], full = Math.max(s.width + 2 * left, 680);
     let y = 34;
-    out.push(`<text class="heading" x="${left}" y="${y}">${esc(fit(data.title, full - 40, 18, "bold"))}</text>`);
+    const heading = fit(data.title, (full - 40) * 1.5, 18, "bold");
+    out.push(`<text class="heading" x="${left}" y="${y}"${sized(heading, full - 40, 18, "bold")}>${esc(heading)}</text>`);
     y += 20;
     out.push(`<text class="sub" x="${left}" y="${y}">${esc(fit(data.subtitle, full - 40, 12, "plain"))}</text>`);
     y += 12;
@@ -224,8 +238,8 @@
     if (tiles.length) {
       const each = Math.min(210, (full - 2 * left - 10 * (tiles.length - 1)) / tiles.length);
       tiles.forEach((k, i) => {
-        const b = data.before[k], a = phase.totals[k];
-        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17">${esc(fit(data.figures[k], each - 16, 11, "plain"))}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51">${esc(fit(change(k, b, a), each - 16, 10.5, "plain"))}</text></g>`);
+        const b = data.before[k], a = phase.totals[k], figures = change(k, b, a);
+        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17"${sized(data.figures[k], each - 16, 11, "plain")}>${esc(data.figures[k])}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51"${sized(figures, each - 16, 10.5, "plain")}>${esc(figures)}</text></g>`);
       });
       y += 76;
     }

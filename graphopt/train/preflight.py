@@ -1,0 +1,70 @@
+"""What can be found wrong with a run before it begins: `train` stops at the first of it, `graphopt check` reports all."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from graphopt.compiler.plan import Plan
+from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
+from graphopt.errors import GraphoptError, RunError
+from graphopt.spec import DataSpec, TrainSpec
+from graphopt.train import optimizer as optimizers
+from graphopt.train.evaluation import check_output
+from graphopt.train.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a run trains, and on what."""
+
+    strategy: Strategy
+    data: Data
+    images: ImageFeed  # of training
+    evaluation: ImageFeed
+    mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
+
+    @classmethod
+    def open(cls, settings: TrainSpec, data: DataSpec | Data, shape: tuple[int, ...]) -> Self:
+        """Raises RunError for a device that is not there, data that is missing or does not fit, or a batch larger than the data."""
+        strategy = Strategy.of(settings)
+        opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
+        if not len(opened.evaluation):
+            raise RunError("there are no evaluation images", where="data")
+        loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
+        images = ImageFeed(opened.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **loading)
+        evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
+        smoothing = settings.label_smoothing
+        mixer = Mixer.of(data.augment, opened.classes, smoothing, settings.seed) if isinstance(data, DataSpec) else None
+        return cls(strategy, opened, images, evaluation, mixer)
+
+
+def check_outputs(plan: Plan, classes: int) -> None:
+    """Raises RunError unless the backbone is a classifier of at least so many classes."""
+    output = plan.base.fx.output_node().args[0]
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    value = first.meta["val"] if isinstance(first, torch.fx.Node) else first
+    value = value[0] if isinstance(value, tuple | list) and value else value
+    check_output(value, torch.empty(len(value)) if isinstance(value, Tensor) and value.ndim else torch.empty(0), classes)
+
+
+def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
+    """Raises RunError unless timm knows the optimizer and the schedule, and takes their options."""
+    rates = optimizers.layer_rates(plan.backbone, settings.optimizer.layer_decay)
+    optimizer = optimizers.build_optimizer(plan.module, settings.optimizer, rates=rates)
+    optimizers.Schedule(optimizer, settings, steps)
+
+
+def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
+    """Everything for which `train` would refuse a run of this plan before its first step."""
+    try:
+        inputs = Inputs.open(settings, data, plan.base.input)
+        check_outputs(plan, inputs.data.classes)
+    except GraphoptError as error:
+        yield error
+    try:
+        check_optimizer(plan, settings)
+    except GraphoptError as error:
+        yield error
