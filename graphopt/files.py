@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,10 +18,13 @@ except ImportError:  # Windows: nothing is locked there
 _ROOM = "Make room or choose another folder; what was there before is untouched"
 
 
-def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], None]) -> None:
+def write_atomically(
+    path: Path, content: str | bytes | Callable[[IO[bytes]], None], *, links: Callable[[Path], None] | None = None
+) -> None:
     """Writes a file that appears under `path` whole, on disk, or not at all; what was there before stays until then.
 
     A function as `content` writes to the open file. Raises RunError if the disk is full or refuses; no temporary file is left.
+    `links` is called with the whole file under its temporary name, for other names that it must have before it has this one.
     """
     if isinstance(content, str):
         content = content.encode()
@@ -36,6 +39,8 @@ def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], No
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        if links is not None:
+            links(Path(temporary))
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -57,6 +62,7 @@ def link_atomically(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # renaming does nothing where both are the same file already
         sync_folder(target.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -105,7 +111,28 @@ def lock_folder(path: Path) -> int | None:
         if isinstance(error, BlockingIOError):
             raise
         return None
+    _locks.add(descriptor)
     return descriptor
+
+
+def unlock_folder(descriptor: int | None) -> None:
+    """Gives back what `lock_folder` has returned."""
+    if descriptor is not None:
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+#: descriptors that hold locks of folders; a forked process, which may outlive this one, does not hold them too
+_locks: set[int] = set()
+
+
+def _drop_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 @contextmanager
@@ -129,6 +156,12 @@ def reason(error: BaseException) -> str:
             return cause.strerror.lower()
         cause = cause.__cause__ or cause.__context__
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a folder, unless there is something in it, it is a link, or the system refuses."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

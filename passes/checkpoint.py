@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, Selector, Status, select
 from graphopt.compiler.pass_base import Candidate
@@ -25,7 +27,7 @@ from graphopt.compiler.verify import ALL_PROPERTIES, Property
 from graphopt.cost.partition import recomputed_by_memory
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import slice_around
-from graphopt.ir.nodes import activations
+from graphopt.ir.nodes import activations, can_leave_its_input, storages, writes_in_place
 from graphopt.runtime.body import Checkpointed, NoGrad
 
 
@@ -75,6 +77,12 @@ class Checkpoint(Pass):
         effects, count, active = Effects(), 0, activations(edit.graph)
         for regions in self._segments(match.regions, match.decision):
             nodes = regions[0].nodes if self.segments is None else slice_around(edit.graph, (n for r in regions for n in r.nodes))
+            repeatable = _repeatable(edit, nodes)
+            if repeatable is None:
+                for region in regions:
+                    effects.skip(region.name, "its input is overwritten in place where others read it: it cannot run from it again")
+                continue
+            nodes = repeatable
             name = f"checkpoint_{count + 1}"
             sections = edit.outline(nodes, Checkpointed, name, outside=NoGrad, only=lambda piece: not active.isdisjoint(piece))
             count += len(sections)
@@ -102,3 +110,33 @@ class Checkpoint(Pass):
         blocks = len(find_blocks(graph))
         counts = sorted({k for k in (2, 4, round(blocks**0.5), blocks // 2, blocks) if 2 <= k <= blocks})
         return (Candidate(f"checkpoint, {k} segments", cls(segments=k)) for k in counts)
+
+
+def _repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
+    """Nodes that find their inputs as they were when they run again: what writes into one in place writes into a copy of it.
+
+    Returns None where that would be seen, or where what follows overwrites an input.
+    """
+    graph, inside, order = edit.graph, set(nodes), dict(edit.graph.order)
+    memory = {n: storages(n) for n in order}
+    inputs = {i for n in nodes for i in n.all_input_nodes if i not in inside and i.op != "get_attr"}
+    held = set[StorageWeakRef]().union(*(memory[i] for i in inputs))
+    first = min(order[n] for n in nodes)
+    writers: list[Node] = []
+    for node in graph.nodes[first:]:
+        written = memory[node.all_input_nodes[0]] & held if node.all_input_nodes and writes_in_place(graph.module, node) else set()
+        if not written:
+            continue
+        if node not in inside or not can_leave_its_input(node, order, memory):
+            return None
+        writers.append(node)
+        held -= written  # what is written later is the copy
+    copies = []
+    for node in writers:
+        source = node.all_input_nodes[0]
+        later = [u for u in source.users if order[u] > order[node]]
+        copies.append(edit.call("clone", (source,), before=node))
+        edit.redirect(source, copies[-1], [node])
+        edit.redirect(source, node, later)
+        order[copies[-1]] = order[node]
+    return (*nodes, *copies)

@@ -38,7 +38,7 @@ def check(
         graphopt check learn_and_drop/vgg11 --json
     """
     from graphopt.compiler.plan import compile_phase
-    from graphopt.driver import prepare
+    from graphopt.driver import check_folders, prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
     from graphopt.train.preflight import problems
@@ -46,7 +46,9 @@ def check(
     loaded = load(spec, trust=trust, overrides=set_)
     rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, trust=trust)
-    plan = compile_phase(source, verify="off", costs=False)
+    check_folders(source, trust=trust)
+    plan = compile_phase(source, verify="fast", costs=False)
+    plan.check_phases(loaded.train.epochs)
     refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)

@@ -17,16 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.errors import CostError, PassError
+from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.regions import Region
-from graphopt.ir.shapes import fake_copy
+from graphopt.ir.shapes import fake_copy, tensors_in
 
 #: samples that the pieces are measured with; bytes are for so many samples
 BATCH = 8
@@ -86,8 +85,8 @@ def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
             with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
                 run.start(x)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise CostError(
-                f"the backbone's Python looks at tensor values, which a forecast does not have: {error}",
+            raise NeedsValuesError(
+                f"the backbone's Python looks at tensor values, which a forecast does not have: {first_line(error)}",
                 fix="Compute shapes and branches from sizes, not from values, or divide the backbone by blocks",
             ) from error
         ledger.close()
@@ -137,7 +136,7 @@ class _PieceByPiece(fx.Interpreter):
 
     def _close(self, value: Any) -> None:
         ledger = self.ledger
-        outputs = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+        outputs = [t for t in tensors_in(value) if t.is_floating_point()]
         turn = len(ledger.events)
         numbers = [ledger.index(t) for t in outputs]
         saved = {number for keeper, number, _ in ledger.saved if keeper() is not None and ledger.kinds[number] != Kind.PARAMETER}

@@ -141,10 +141,37 @@ def _collate(samples: list[Any]) -> Any:
     return unreadable or default_collate(samples)
 
 
-def _set_signals(_: int) -> None:
-    # Ctrl-C is the training process's; a loader process ends on SIGTERM as usual.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+#: sent to the whole process group by terminals and schedulers; the training process stops on them, and ends its loader processes itself
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+def _ignore_stop(_: int) -> None:
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
+
+
+def _begin(loader: DataLoader[Any]) -> Any:
+    """An iterator over a loader. Its processes are born with stop signals blocked, so that none dies before it ignores them."""
+    if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(iterator: Any) -> None:
+    """Ends the processes of an iterator; left to the interpreter's exit, they end with a traceback. One that hangs is killed."""
+    workers = getattr(iterator, "_workers", ())
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _loader(samples: Samples, order: Iterable[list[Key]], workers: int, seed: int, **options: Any) -> DataLoader[Any]:
@@ -153,7 +180,7 @@ def _loader(samples: Samples, order: Iterable[list[Key]], workers: int, seed: in
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_set_signals,
+        worker_init_fn=_ignore_stop,
         # Its own generator: by default the loader draws from the global one, which belongs to the model.
         generator=torch.Generator().manual_seed(mixed_seed(seed)),
         **options,
@@ -169,7 +196,11 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
 
 def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Iterator[Batch]:
     """The batches with these keys."""
-    return _checked(_loader(samples, keys, workers, seed=0))
+    iterator = _begin(_loader(samples, keys, workers, seed=0))
+    try:
+        yield from _checked(iterator)
+    finally:
+        _end(iterator)
 
 
 class ImageFeed:
@@ -194,6 +225,7 @@ class ImageFeed:
         if shuffle and not self._batches:
             raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
         self._next = 0, 0  # an epoch, and the first batch in it
+        self._iterator: Any = None
         self._loader = _loader(samples, self, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
 
     def __len__(self) -> int:
@@ -209,7 +241,13 @@ class ImageFeed:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._next = epoch, start
-        return _checked(self._loader)
+        self._iterator = _begin(self._loader)
+        return _checked(self._iterator)
+
+    def close(self) -> None:
+        """Ends the loader processes."""
+        _end(self._iterator)
+        self._iterator = None
 
 
 class Mixer:

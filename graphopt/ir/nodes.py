@@ -2,17 +2,16 @@
 
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.shapes import tensors_in
 from graphopt.runtime.by_mode import ByMode
 
 #: Python's assignments to a part of an object (`x += 1`, `x[0] = 1`), as methods and as functions: they write into their first operand
@@ -30,15 +29,10 @@ def _activations(graph: Graph) -> set[Node]:
     found: set[Node] = set()
     for node in graph.nodes:
         computed = node.op != "output" and any(n in found for n in node.all_input_nodes)
-        if node.op == "placeholder" or (computed and _holds_floats(node.meta.get("val"))):
+        floating = (t.is_floating_point() or t.is_complex() for t in tensors_in(node.meta.get("val")))
+        if node.op == "placeholder" or (computed and any(floating)):
             found.add(node)
     return found
-
-
-def _holds_floats(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.is_floating_point() or value.is_complex()
-    return isinstance(value, (tuple, list)) and any(map(_holds_floats, value))
 
 
 def leaf(graph: Graph, node: Node) -> nn.Module | None:
@@ -77,7 +71,7 @@ def trainable(graph: Graph, node: Node) -> bool:
     return any(p.requires_grad for _, p in parameters_read(graph.module, node))
 
 
-def writes_in_place(module: fx.GraphModule, node: Node) -> bool:
+def writes_in_place(module: nn.Module, node: Node) -> bool:
     """Whether a node writes into one of its inputs: by name (`relu_`), by argument (`inplace=True`, `out=`) or by module (`ReLU(inplace)`).
 
     A leaf counts by its own `inplace`: modules inside of it usually write into what the leaf itself has computed.
@@ -118,8 +112,7 @@ def _position_of_inplace(function: Any) -> int | None:
 
 def storages(node: Node) -> set[StorageWeakRef]:
     """The memory behind a node's value; two nodes whose sets meet share memory."""
-    tensors = (t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor))
-    return {StorageWeakRef(t.untyped_storage()) for t in tensors}
+    return {StorageWeakRef(t.untyped_storage()) for t in tensors_in(node.meta.get("val"))}
 
 
 def overwriter(graph: Graph, node: Node) -> Node | None:
@@ -129,3 +122,20 @@ def overwriter(graph: Graph, node: Node) -> Node | None:
         if writes_in_place(graph.module, later) and any(memory & storages(i) for i in later.all_input_nodes):
             return later
     return None
+
+
+def can_leave_its_input(node: Node, order: Mapping[Node, int], memory: Mapping[Node, set[StorageWeakRef]]) -> bool:
+    """Whether nobody would see that a node no longer writes into its first input, once later readers of that read the node instead.
+
+    Args:
+        order, memory: of all nodes, before any change: their positions, and `storages`.
+    """
+    source, here = node.all_input_nodes[0], order[node]
+    if getattr(node.meta.get("val"), "shape", None) != source.meta["val"].shape:
+        return False  # an assignment to a part of it: the node has no value to read instead
+    for other, held in memory.items():
+        if other is node or order[other] > here or memory[source].isdisjoint(held):
+            continue
+        if other.op in ("placeholder", "get_attr") or (other is not source and any(order[u] > here for u in other.users)):
+            return False
+    return True

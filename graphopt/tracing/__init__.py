@@ -1,13 +1,15 @@
 """`nn.Module` -> `Graph`: one graph that serves train and eval mode, bit for bit."""
 
 import copy
+import keyword
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError, first_line
@@ -15,15 +17,18 @@ from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
 from graphopt.ir.section import BACKBONE, Section
-from graphopt.ir.shapes import propagate_shapes
+from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
-from graphopt.tracing.equivalence import compare_modes, same
+from graphopt.tracing.equivalence import compare_modes, same, without_gradient
 from graphopt.tracing.modes import Difference, merge_modes
 from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
+from graphopt.units import show_size
 
 #: stop tracing after this many opaque modules: too little of the model would be visible to the passes
 MOST_OPAQUE = 64
+#: the most memory that running backbone and graph for a comparison may take
+MOST_BYTES = 4 * 2**30
 
 
 def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
@@ -37,9 +42,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     Raises:
         TraceError: the forward of the backbone itself (not of a part of it) cannot be traced, or cannot take such an input.
     """
-    lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
-    if lazy is not None:
-        raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    _check_traceable(backbone, tuple(input))
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
     meta = cache(lambda: meta_copy(backbone))
@@ -48,9 +51,12 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
             try:
                 graph = _trace_once(backbone, tuple(input), meta, opaque)
                 if compare and not any(p.is_meta for p in backbone.parameters()):
+                    _check_memory(graph)
                     differing = compare_modes(backbone, graph)
                     if differing is not None:
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
+                    if graph.opaque or any(n.target in ("detach", "detach_", Tensor.detach, Tensor.detach_) for n in graph.nodes):
+                        graph.unused = tuple(dict.fromkeys((*graph.unused, *without_gradient(graph))))
                 break
             except _Untraceable as found:
                 _make_opaque(opaque, *found.args)
@@ -61,6 +67,32 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     for path, module in graph.module.named_modules():
         module.training = modes.get(path, backbone.training)
     return graph
+
+
+def _check_traceable(backbone: nn.Module, input: tuple[int, ...]) -> None:
+    lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    try:
+        check_input(input)
+    except ValueError as error:
+        raise TraceError(str(error), fix="Give the shape of one sample, (3, 224, 224) for example") from None
+    scripted = next((n for n, m in backbone.named_modules() if _has_scripted_parameters(m)), None)
+    if scripted is not None:
+        what = f"{scripted or 'the backbone'} is a scripted module with parameters, of which torch cannot make a copy that trains"
+        raise TraceError(what, fix="Give the Python module that was scripted")
+
+
+def _check_memory(graph: Graph) -> None:
+    """Refuses a comparison that would take the machine's memory."""
+    needed = forward_bytes(graph.module)
+    if needed > MOST_BYTES:
+        what = f"comparing the graph with the backbone on two samples takes {show_size(needed)}, more than {show_size(MOST_BYTES)}"
+        raise TraceError(what, fix="Give a smaller input; from Python, compile with verify = 'off'")
+
+
+def _has_scripted_parameters(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None
 
 
 class _Untraceable(Exception):
@@ -77,6 +109,7 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     except Difference as difference:
         raise _Untraceable(difference.args[0], "its structure depends on the mode") from None
     nodes = traced.nodes
+    _check_names(traced)
     module = TrainingModule(_root_for(backbone, traced, switches, constants), traced, type(backbone).__name__)
     for node in nodes:
         node.meta["origin"] = _origin_of(node)
@@ -88,7 +121,9 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
     unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
-    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+    first = {m: path for path, m in backbone.named_modules()}
+    aliases = {path: first[m] for path, m in backbone.named_modules(remove_duplicate=False) if first[m] != path}
+    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused, aliases)
     alive = set(nodes)
     for number, segment in enumerate(segments):
         if members := tuple(n for n in segment if n in alive):
@@ -96,14 +131,24 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     return graph
 
 
-def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple[fx.Node, ...]]]:
+def _check_names(graph: fx.Graph) -> None:
+    """Refuses names of modules that the code of a graph cannot hold (fx writes them into it as they are)."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            wrong = next((part for part in node.target.split(".") if keyword.iskeyword(part) or re.search(r"""[\\"'\n\r]""", part)), None)
+            if wrong is not None:
+                raise TraceError(f"a module or a parameter cannot be called {wrong!r} in a graph", where=node.target, fix="Rename it")
+
+
+def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, Tensor], list[tuple[fx.Node, ...]]]:
     """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     backbone.train(training)
     with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda: tracer.graph) as segments:
         error: Exception | None = None
         try:
-            graph = tracer.trace(backbone)
+            with torch.enable_grad():
+                graph = tracer.trace(backbone)
         except TraceError:
             raise
         except Exception as caught:
@@ -184,7 +229,7 @@ def _origin_of(node: fx.Node) -> Origin:
     return Origin(path, int(call) if "@" in key and call.isdigit() else 0)
 
 
-def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
+def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, Tensor]) -> nn.Module:
     """A root for the graph: what the backbone registers, plus modules that depend on the mode and constants, without state-dict keys."""
     root = skeleton(backbone, frozenset(n.target for n in graph.nodes if n.op == "call_module"))
     if any(target.startswith("by_mode.") for target in switches):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -9,15 +10,12 @@ from torch import fx, nn
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.regions import region_of
+from graphopt.ir.shapes import tensors_in
 
 
-def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[str, str] | None:
+def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
     """The innermost module whose traced form computes something else, and in which mode; None if all outputs are bit-equal."""
-    generator = torch.Generator().manual_seed(0)
-    reference = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-    x = torch.rand(batch, *graph.input, generator=generator)
-    if reference is not None:
-        x = x.to(device=reference.device, dtype=reference.dtype)
+    x = _sample(backbone, graph.input)
     for mode, training in (("train", True), ("eval", False)):
         backbone.train(training)
         graph.module.train(training)
@@ -28,6 +26,29 @@ def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[st
     return None
 
 
+def without_gradient(graph: Graph) -> tuple[str, ...]:
+    """Trainable parameters that the graph reads, but that no training step gives a gradient, as far as four random inputs tell.
+
+    The forward of an opaque module may not use them, or detaches what it makes of them. One that branches on values may use them for
+    some inputs only: hence more than one input, of either sign.
+    """
+    module = graph.module.train()
+    names = [n for n, p in module.named_parameters() if p.requires_grad and n not in graph.unused]
+    for factor in (1.0, -1.0, 100.0, -100.0):
+        with untouched(module), torch.enable_grad():
+            outputs = [t for t in tensors_in(module(factor * _sample(module, graph.input))) if t.requires_grad]
+            parameters = [module.get_parameter(n) for n in names]
+            found = torch.autograd.grad([t.sum() for t in outputs], parameters, allow_unused=True) if outputs and names else ()
+        names = [name for name, gradient in zip(names, found, strict=False) if gradient is None]
+    return tuple(names)
+
+
+def _sample(module: nn.Module, input: tuple[int, ...], batch: int = 2) -> torch.Tensor:
+    x = torch.rand(batch, *input, generator=torch.Generator().manual_seed(0))
+    reference = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return x if reference is None else x.to(device=reference.device, dtype=reference.dtype)
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two values are equal in structure, and in every bit of every tensor (NaN equals NaN)."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -36,6 +57,8 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(p, q) for p, q in zip(a, b, strict=True))
+    if is_dataclass(a) and type(a) is type(b):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     return type(a) is type(b) and a == b
 
 

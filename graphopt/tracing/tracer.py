@@ -112,6 +112,8 @@ class Tracer(fx.Tracer):
         self._evaluating = False
         #: what each node gives on the meta device
         self.values: dict[Node, Any] = {}
+        #: nodes made under `torch.no_grad()`
+        self._without_gradient: set[Node] = set()
         #: path of the innermost module whose forward raised, after a failed trace.
         self.failed: str | None = None
 
@@ -151,10 +153,21 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.failed = None
         graph = super().trace(root, concrete_args)
+        self._detach_what_has_no_gradient(graph)
         for node in reversed(graph.find_nodes(op="call_method", target="size")):
             if not node.users:
                 graph.erase_node(node)
         return graph
+
+    def _detach_what_has_no_gradient(self, graph: fx.Graph) -> None:
+        """A graph has no `torch.no_grad()`: what left one is detached instead, wherever it is read outside."""
+        for node in list(graph.nodes):
+            readers = [u for u in node.users if u not in self._without_gradient]
+            if node in self._without_gradient and readers:
+                with graph.inserting_after(node):
+                    detached = graph.call_method("detach", (node,))
+                detached.meta = dict(node.meta)
+                node.replace_all_uses_with(detached, delete_user_cb=lambda user, readers=readers: user in readers)
 
     def proxy(self, node: Node) -> fx.Proxy:
         return ValueProxy(node, self)
@@ -166,6 +179,9 @@ class Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         node = proxy.node
+        computes = kind in ("call_function", "call_method", "call_module")
+        if computes and not torch.is_grad_enabled() and isinstance(value := self.value_of(node), Tensor) and value.is_floating_point():
+            self._without_gradient.add(node)
         if not (kind == "call_method" and target in _QUERIES) and not (kind == "call_function" and target in _QUERY_FUNCTIONS):
             return proxy
         value = self.value_of(node)

@@ -6,6 +6,7 @@ is ever pickled: structure comes from replaying (spec, decisions), and every fil
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,15 +19,18 @@ from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Data
 from graphopt.data.randomness import random_states, restore_random_states
 from graphopt.errors import RunError
-from graphopt.files import link_atomically, lock_folder, reason, write_atomically
+from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, unlock_folder, write_atomically
 from graphopt.plan_file import check_digest, check_version
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
+from graphopt.train.feature_cache.store import remove_features
+from graphopt.train.hashing import content_digest
 from graphopt.train.phase import Phase, RunContext
 from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
-FORMAT_VERSION = 1
+MANIFEST_VERSION = 1
+FORMAT_VERSION = 2  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
@@ -36,57 +40,109 @@ FREE = {
 
 
 class RunFolder:
-    """The folder of one run: `run.json` (its manifest), `spec.toml`, `last.pt`, `best.pt`, `metrics.jsonl`, `summary.json`."""
+    """The folder of one run: `run.json` (its manifest), `spec.toml`, checkpoints, `metrics.jsonl`, `summary.json`.
+
+    The checkpoints are `last.pt`, the one before it (`previous.pt`), the best (`best.pt`) and those of the latest epochs.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.last, self.best = path / "last.pt", path / "best.pt"
-        self.metrics, self.summary = path / "metrics.jsonl", path / "summary.json"
+        self.last, self.previous, self.best = (path / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.metrics, self.summary, self.features = path / "metrics.jsonl", path / "summary.json", path / "features"
+        self.manifest: dict[str, Any] | None = None
+        self._made: list[Path] = []  # folders that did not exist before, the innermost first
         self._lock: int | None = None
+        self._begun = False
 
     @classmethod
-    def claim(cls, path: str | os.PathLike[str], digest: str, spec: str, *, resume: bool) -> Self:
-        """Takes `path` for a run. Raises RunError unless it is new, empty, or (with `resume`) the same spec's run, and used by no other."""
+    def claim(cls, path: str | os.PathLike[str], digest: str, *, resume: bool) -> Self:
+        """Takes `path` for a run, without a change to anything in it; `begin` makes it the run's, `release` gives it back.
+
+        Raises RunError unless it is new, empty, a run without a checkpoint, or (with `resume`) the same spec's run, and used by no other.
+        """
         folder, where = cls(Path(path)), os.fspath(path)
         try:
+            folder._made = [p for p in (folder.path, *folder.path.parents) if not p.exists()]
             folder.path.mkdir(parents=True, exist_ok=True)
-            entries = [entry.name for entry in folder.path.iterdir() if not entry.name.startswith(f".{MANIFEST}.")]
-        except OSError as error:
-            raise RunError(f"cannot be an output folder: {reason(error)}", where=where) from error
-        manifest = read_manifest(folder.path) if entries else None
-        if entries and manifest is None:
-            raise RunError("the output folder holds files that are not a run of graphopt", where=where, fix="Choose a new folder")
-        if manifest is not None:
-            if not resume:
-                fix = "Continue it with --resume, or choose a new folder"
-                raise RunError("the output folder holds a run already", where=where, fix=fix)
-            check_digest(manifest["digest"], digest, where, "Resume with the spec.toml inside the folder, or choose a new folder")
-        try:
             folder._lock = lock_folder(folder.path)
+            folder._check(digest, resume)
         except BlockingIOError as error:
             raise RunError("another process is training in this folder", where=where) from error
-        if manifest is None:
-            write_atomically(folder.path / MANIFEST, json.dumps({"graphopt": FORMAT_VERSION, "digest": digest}) + "\n")
-        write_atomically(folder.path / "spec.toml", spec)
+        except OSError as error:
+            raise RunError(f"cannot be an output folder: {reason(error)}", where=where) from error
+        except RunError:
+            folder.release()
+            raise
         return folder
 
+    def _check(self, digest: str, resume: bool) -> None:
+        where, fix = str(self.path), "Continue it with --resume, or choose a new folder"
+        names = [entry.name for entry in self.path.iterdir() if not _LEFTOVER.fullmatch(entry.name)]
+        self.manifest = read_manifest(self.path) if names else None
+        saved = bool(self.checkpoints())
+        if self.manifest is None and names and not (saved and (resume or MANIFEST in names)):
+            raise RunError("the output folder holds files that are not a run of graphopt", where=where, fix="Choose a new folder")
+        if saved and not resume:
+            raise RunError("the output folder holds a run already", where=where, fix=fix)
+        # Without a legible manifest, the checkpoint itself says whose run it is.
+        if saved and self.manifest is not None:
+            check_digest(self.manifest["digest"], digest, where, "Resume with the spec.toml inside the folder, or choose a new folder")
+
+    def begin(self, digest: str, spec: str) -> None:
+        """Makes the folder the run's: removes what killed processes have left, and writes the manifest and the spec."""
+        self._begun = True
+        for entry in self.path.iterdir():
+            if _LEFTOVER.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
+        if self.manifest is None or self.manifest["digest"] != digest:
+            remove_features(self.features)  # of an attempt with another spec
+            write_atomically(self.path / MANIFEST, json.dumps({"graphopt": MANIFEST_VERSION, "digest": digest}) + "\n")
+        write_atomically(self.path / "spec.toml", spec)
+
+    def abandon(self) -> None:
+        """Removes what `begin` and a run without a step have written; nothing where there is a checkpoint."""
+        if self._begun and not self.checkpoints():
+            for path in (self.metrics, self.path / "spec.toml", self.path / MANIFEST, *self.path.glob("tensorboard/events.out.tfevents.*")):
+                path.unlink(missing_ok=True)
+            remove_if_empty(self.path / "tensorboard")
+            remove_features(self.features)
+
     def release(self) -> None:
-        descriptor, self._lock = self._lock, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """Lets another process have the folder; one that `claim` has made goes if nothing is in it."""
+        for made in self._made:
+            remove_if_empty(made)
+        unlock_folder(self._lock)
+        self._lock = None
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that there are, the last one first."""
+        known = (self.last, self.previous, self.best, *sorted(self.path.glob("epoch-*.pt"), reverse=True))
+        return [path for path in known if path.is_file()]
 
     def save(self, state: Mapping[str, Any], *, best: bool = False, keep: int = 2, epoch: int | None = None) -> None:
         """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt`; `epoch` counts finished ones at the end of one.
 
-        `keep` checkpoints stay: the last, the best (from 2 on), and from 3 on the latest epochs' (`epoch-0007.pt`).
+        Of `keep` checkpoints, the first is the last, the second the best, and the others are the latest epochs' (`epoch-0007.pt`).
+        From 2 on the one before the last stays, too: if the last is damaged, no more than one interval is lost.
         """
-        write_atomically(self.last, lambda file: torch.save(dict(state), file))
-        if best and keep > 1:
-            link_atomically(self.last, self.best)
-        if epoch is not None and keep > 2:
-            link_atomically(self.last, self.path / f"epoch-{epoch:04d}.pt")
-            for old in sorted(self.path.glob("epoch-*.pt"))[: 2 - keep]:
-                old.unlink(missing_ok=True)
+        content = {**state, "checksum": content_digest(state)}
+
+        def links(new: Path) -> None:
+            # They come before `last.pt`: a run that is killed in between takes the same steps again, and writes the same files.
+            if best and keep > 1:
+                link_atomically(new, self.best)
+            if epoch is not None and keep > 2:
+                link_atomically(new, self.path / f"epoch-{epoch:04d}.pt")
+                for old in sorted(self.path.glob("epoch-*.pt"))[: 2 - keep]:
+                    old.unlink(missing_ok=True)
+            if keep > 1 and self.last.exists():
+                link_atomically(self.last, self.previous)
+
+        write_atomically(self.last, lambda file: torch.save(content, file), links=links)
+
+
+#: temporary files of a process that was killed while it wrote
+_LEFTOVER = re.compile(r"\.(run\.json|spec\.toml|summary\.json|(last|previous|best|epoch-\d+)\.pt)\.(link|[a-z0-9_]{8})")
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -103,6 +159,7 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data) -> None:
         self.folder, self.spec, self.keep = folder, spec, train.keep
+        self.source: Path | None = None  # the checkpoint that the run continues from
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
         self.settings = {"train": train.model_dump(mode="json"), "data": sources}
 
@@ -127,11 +184,25 @@ class Checkpointer:
         }
         self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
 
-    def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None. Raises RunError if it is damaged, or of a run with other settings on which steps depend."""
-        if not self.folder.last.exists():
-            return None
-        saved = load_checkpoint(self.folder.last)
+    def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
+        """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged.
+
+        Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
+        """
+        paths = self.folder.checkpoints()
+        if not paths:
+            return None, None
+        path, message = self.folder.last, None
+        try:
+            saved = load_checkpoint(path)
+        except RunError as error:
+            whole = {path: content for path in paths if (content := _whole(path)) is not None and content["digest"] == digest}
+            if not whole:
+                raise
+            path, saved = max(whole.items(), key=lambda item: item[1]["progress"]["total"])
+            progress = Progress(**saved["progress"])
+            message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
+        check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
         changed = [
             f"{table}.{key} was {old.get(key)!r} and is {new.get(key)!r}"
             for table, free in FREE.items()
@@ -143,7 +214,14 @@ class Checkpointer:
             what = f"a run can only be resumed with the settings that it began with: {'; '.join(changed[:3])}"
             fix = "Restore them (the folder's spec.toml has them), or start a new run"
             raise RunError(what, where=str(self.folder.path), fix=fix)
-        return saved
+        self.source = path
+        return saved, message
+
+    def begin(self, digest: str) -> None:
+        """Makes the folder the run's; a damaged last checkpoint is replaced by the one that the run continues from."""
+        self.folder.begin(digest, self.spec)
+        if self.source not in (None, self.folder.last):
+            link_atomically(self.source, self.folder.last)
 
     def restore(self, saved: Mapping[str, Any], plan: Plan, context: RunContext) -> RunState:
         """The state in a checkpoint of `plan`; restores random generators, too. Raises RunError if network or data have changed."""
@@ -162,15 +240,26 @@ class Checkpointer:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint, onto the CPU. Raises RunError if it is missing, damaged, or of another format."""
+    others = [other.name for other in RunFolder(path.parent).checkpoints() if not path.exists() or not other.samefile(path)]
+    fix = f"Use {' or '.join(others)} in its place" if others else "There is no other checkpoint: start the run again"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise RunError("there is no checkpoint here", where=str(path)) from error
-    except Exception as error:  # unpickling a damaged file may raise anything
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        fix = "If best.pt is intact, export it; otherwise start the run again"
-        raise RunError(f"is damaged or not a checkpoint: {message}", where=str(path), fix=fix) from error
+    except OSError as error:
+        raise RunError(f"cannot be read: {reason(error)}", where=str(path), fix=fix) from error
+    except Exception as error:  # unpickling a damaged file may raise anything, with advice to load it unsafely
+        raise RunError("is damaged or not a checkpoint", where=str(path), fix=fix) from error
     if not isinstance(state, dict) or "graphopt" not in state:
-        raise RunError("is not a checkpoint of graphopt", where=str(path))
+        raise RunError("is not a checkpoint of graphopt", where=str(path), fix=fix)
     check_version(state["graphopt"], FORMAT_VERSION, str(path))
+    if state.pop("checksum", None) != content_digest(state):
+        raise RunError("is damaged: its content is not what was written", where=str(path), fix=fix)
     return state
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    try:
+        return load_checkpoint(path)
+    except RunError:
+        return None

@@ -1,7 +1,8 @@
 """Invariants checked at the start and the end of every phase."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
     broken = [name for name, gradient in trained.items() if gradient is not None and not torch.isfinite(gradient).all()]
     extra = [name for name, p in parameters.items() if not p.requires_grad and p.grad is not None]
     found = {"trainable but without a gradient": missing, "gradient not finite": broken, "frozen but with a gradient": extra}
-    messages = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
+    messages = [f"{what}: {listed(names)}" for what, names in found.items() if names]
     if messages:
         fix = "Lower train.optimizer.lr, or check the data" if broken and not missing and not extra else None
         raise RunError("; ".join(messages), where="first step of the phase", fix=fix)
@@ -40,8 +41,14 @@ def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
     now = fingerprints(module)
     changed = [name for name, old in before.items() if now.get(name) != old]
     if changed:
-        raise RunError(f"frozen, but changed during the phase: {_listed(changed)}", where="end of the phase")
+        raise RunError(f"frozen, but changed during the phase: {listed(changed)}", where="end of the phase")
 
 
-def _listed(names: list[str]) -> str:
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors with NaN or infinity in them."""
+    return [name for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all())]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -16,7 +16,7 @@ from graphopt.data.randomness import preserved, reseed
 from graphopt.plan_file import load_strictly
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
-from graphopt.train.checks import check_frozen, check_gradients, fingerprints
+from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
 from graphopt.train.evaluation import check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.strategy import Strategy
@@ -73,6 +73,8 @@ class Phase:
             carried = {k: v for k, v in earlier.ema.module.state_dict().items() if k in own and v.shape == own[k].shape}
             self.ema.module.load_state_dict(carried, strict=False)
         self.frozen = fingerprints(plan.module)
+        # Buffers may hold infinity on purpose, masks for example.
+        self._infinite = set(not_finite(dict(plan.module.named_buffers())))
         self.gradients_checked = False
         self._overflows = 0
 
@@ -145,6 +147,13 @@ class Phase:
             return
         check_gradients(self.plan.module, self.plan.report.unused)
         self.gradients_checked = True
+
+    def not_finite(self) -> list[str]:
+        """What is no longer finite of the weights, the averaged weights and the optimizer's state."""
+        state = self.state_dict()
+        named = {"": state["model"], "averaged ": state["ema"] or {}}
+        found = [f"{what}{name}" for what, tensors in named.items() for name in not_finite(tensors) if name not in self._infinite]
+        return found + [f"optimizer state of {name}" for name, of in state["optimizer"]["state"].items() if not_finite(of)]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores of a phase; everything by name."""

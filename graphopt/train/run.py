@@ -23,11 +23,12 @@ from torch import Tensor
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, Data
-from graphopt.driver import build_backbone, compile
+from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
+from graphopt.train.checks import listed
 from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
@@ -68,31 +69,37 @@ def train(
     inputs = Inputs.open(settings, data, shape)
     strategy, images, evaluation, mixer = inputs.strategy, inputs.images, inputs.evaluation, inputs.mixer
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
-    folder = RunFolder.claim(out, digest, text, resume=resume)
+    folder, state = RunFolder.claim(out, digest, resume=resume), None
     try:
-        with strategy.kernels(), StopSignals() as signals:
+        with strategy.kernels(), StopSignals() as signals, closing(images), closing(evaluation):
             checkpointer = Checkpointer(folder, text, settings, data)
-            saved = checkpointer.load() if resume else None
+            saved, message = checkpointer.load(digest)
             if plan is None:
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
+                check_folders(plan, trust=trust)
+            plan.check_phases(settings.epochs)
             check_outputs(plan, inputs.data.classes)
             check_optimizer(plan, settings, len(images) // settings.accumulate)
             identity = dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
                 identity["data"] = data.model_dump(mode="json", exclude={"workers"})
-            cached = folder.path / "features"
-            features = FeatureCache(images, strategy, folder=cached, digest=digest, identity=identity, mixed=mixer is not None)
+            features = FeatureCache(images, strategy, folder=folder.features, digest=digest, identity=identity, mixed=mixer is not None)
             context = RunContext(settings, strategy, images, evaluation, inputs.data.classes, mixer, features)
             state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
+            features.check(plan)
+            checkpointer.begin(digest)
             board = folder.path / "tensorboard" if tensorboard else None
             offset = saved["metrics_offset"] if saved is not None else 0
             with closing(MetricsLog(folder.metrics, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
                 log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                log.resumed() if saved is not None else log.phase(state.phase.plan.decisions)
-                features.check(plan)
+                log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
                 return Run(context, state, log, checkpointer, signals).run()
+    except Exception:
+        if state is not None and not state.progress.total:
+            folder.abandon()
+        raise
     finally:
         folder.release()
 
@@ -218,7 +225,15 @@ class Run:
             self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
             meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=self._after_evaluating)
             figures |= {f"{prefix}loss": meter.loss, f"{prefix}accuracy": meter.accuracy}
+            if not math.isfinite(meter.loss):
+                self._check_finite()  # the usual cause
+                what = f"the evaluation's loss became {meter.loss} after step {self.progress.total} (epoch {self.progress.epoch})"
+                raise RunError(what, where=str(self.folder.path), fix=self._lower())
         return figures
+
+    def _lower(self) -> str:
+        advice = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16"
+        return f"{advice}; the last checkpoint is from before" if self.folder.last.exists() else advice
 
     def _after_evaluating(self) -> None:
         self.log.screen.step()
@@ -236,8 +251,14 @@ class Run:
         for number, value in enumerate(values, self.progress.total - len(values) + 1):
             if not math.isfinite(value):
                 what = f"the loss became {value} at step {number} (epoch {self.progress.epoch})"
-                fix = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before"
-                raise RunError(what, where=str(self.folder.path), fix=fix)
+                raise RunError(what, where=str(self.folder.path), fix=self._lower())
+
+    def _check_finite(self) -> None:
+        """Checks that everything that a checkpoint would restore is finite: the loss shows an update that is not only in the next step."""
+        names = self.state.phase.not_finite()
+        if names:
+            what = f"not finite after step {self.progress.total} (epoch {self.progress.epoch}): {listed(names)}"
+            raise RunError(what, where=str(self.folder.path), fix=self._lower())
 
     def _stop_if_requested(self) -> None:
         """Raises Stopped, after writing a checkpoint, if a signal has requested it."""
@@ -250,6 +271,7 @@ class Run:
 
     def _save(self, *, best: bool = False) -> None:
         self._check_losses()
+        self._check_finite()
         self._update_clock()
         self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 

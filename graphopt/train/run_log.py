@@ -26,8 +26,11 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, offset: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
         try:
-            self._file = path.open("ab")
-            self._file.truncate(min(offset, path.stat().st_size))
+            self._file = path.open("ab+")
+            self._file.seek(0)
+            # A file that is shorter than it was may end in half a record.
+            whole = self._file.read(offset).rfind(b"\n") + 1
+            self._file.truncate(whole)
             self._file.seek(0, os.SEEK_END)
         except OSError as error:
             raise RunError(f"cannot be written: {reason(error)}", where=str(path)) from error
@@ -109,9 +112,12 @@ class RunLog:
         self.metrics.write(record)
         return record
 
-    def resumed(self) -> None:
+    def resumed(self, message: str | None) -> None:
+        """A run that continues; `message` says why not from its last checkpoint."""
         progress = self.state.progress
-        self.write("resume")
+        self.write("resume", **({"message": message} if message else {}))
+        if message:
+            self.screen.say(message)
         self.screen.say(f"resumes at epoch {progress.epoch}, step {progress.step}")
 
     def phase(self, decisions: tuple[Decision, ...]) -> None:

@@ -35,13 +35,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import torch
-from pydantic import Field
+from pydantic import Field, StrictBool
 from torch.fx import Node
 
 from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, RuntimeNeeds, Selector, Status, select
 from graphopt.compiler.pass_base import FeatureCut
 from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
 from graphopt.compiler.verify import Property
+from graphopt.ir.flow import ancestors
+from graphopt.ir.nodes import parameters_read
 from graphopt.ir.patterns import residuals
 from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
 from graphopt.passes.drop.prefix import block_cuts, bytes_per_sample, check_cut, drop_prefix, named_cut, parts_between
@@ -63,7 +65,7 @@ class Drop(Pass):
         dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16).
         limit: size of the largest cache ("8 GiB"); above it the prefix runs under no_grad instead. Default: what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
-        folder: of a cache on disk, to keep it after the run or to put it on another disk.
+        folder: of a cache on disk, to keep it after the run or to put it on another disk; a spec that names one needs --trust.
         force: cache the features even if reading them is slower than computing them.
         select: bypass: the blocks; default: all of them.
         probability: bypass: of leaving the deepest block out of a training step; None leaves all of them out for good.
@@ -80,9 +82,9 @@ class Drop(Pass):
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
     folder: str | None = None
-    force: bool = False
+    force: StrictBool = False
     select: Selector | None = None
-    probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    probability: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -189,7 +191,10 @@ class Drop(Pass):
         # From the last on: the shortcut of a later sum can be an earlier sum.
         for residual in reversed([r for item in found.values() for r in item.residuals]):
             remove(edit, residual)
-        edit.freeze(name for item in found.values() for name in item.unread)
+        alive = ancestors([edit.graph.output])
+        read = {id(p) for n in edit.graph.nodes if n in alive for _, p in parameters_read(edit.graph.module, n)}
+        names = dict.fromkeys(n for region in match.regions if region.name in found for n in region.parameters)
+        edit.freeze(n for n in names if id(edit.graph.module.get_parameter(n)) not in read)
         for name in found:
             effects.mark(name, Status.BYPASSED)
         zeros = [name for item in found.values() for name in item.zeros]

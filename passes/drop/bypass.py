@@ -30,12 +30,10 @@ class Removal(NamedTuple):
     Attributes:
         residuals: the sums, in execution order.
         zeros: names of parameters that make the branches compute zeros when they are zero.
-        unread: names of the parameters that nothing reads any more.
     """
 
     residuals: tuple[Residual, ...]
     zeros: tuple[str, ...]
-    unread: tuple[str, ...]
 
 
 def find_each(find: Callable[[Graph, Region], Found], blocks: Iterable[Region], graph: Graph, out: Diagnostics) -> dict[str, Found]:
@@ -59,11 +57,10 @@ def removal(graph: Graph, block: Region) -> Removal:
     zeros = tuple(name for residual in sums for name in _last_weights(graph, residual))
     inside = set(block.nodes)
     others = {id(p) for n in graph.nodes if n not in inside for _, p in parameters_read(graph.module, n)}
-    own = {n for n in (*zeros, *block.parameters) if id(graph.module.get_parameter(n)) not in others}
-    shared = next((name for name in zeros if name not in own), None)
+    shared = next((name for name in zeros if id(graph.module.get_parameter(name)) in others), None)
     if shared is not None:
         raise NotResidualError(f"its branch ends in {shared}, which is used outside the block too: an export could not set it to zero")
-    return Removal(sums, zeros, tuple(n for n in block.parameters if n in own))
+    return Removal(sums, zeros)
 
 
 def _last_weights(graph: Graph, residual: Residual) -> tuple[str, ...]:

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 from torch.fx import Node
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphopt import Editor, Graph, Region
 from graphopt.ir.flow import ancestors, descendants
-from graphopt.ir.nodes import activations, leaf, parameters_of, parameters_read, storages, trainable, writes_in_place
+from graphopt.ir.nodes import activations, can_leave_its_input, leaf, parameters_of, parameters_read, storages, trainable, writes_in_place
 from graphopt.ir.paths import containers, is_below
 from graphopt.passes.freeze import activations as lean_activations
 from graphopt.passes.freeze.lean import FUNCTIONS, METHODS, NORM_FUNCTIONS, frozen_form, original_class
@@ -102,7 +101,8 @@ def _parameters(graph: Graph, regions: Sequence[Region], selected: set[fx.Node])
         inside = [n for n in known if is_below(n, paths)]
         if inside:
             names += known
-            tied += [(inside[0], n) for n in known if n not in inside]
+            # A module that is registered under two names is whole under either.
+            tied += [(inside[0], n) for n in known if n not in inside and not readers[key] <= selected]
         elif readers[key] & selected:
             # Owned elsewhere (a class token, a table at the root): it goes along when nothing else reads it.
             if readers[key] <= selected:
@@ -188,7 +188,7 @@ def use_lean_operators(edit: Editor, nodes: Sequence[Node]) -> dict[str, int]:
             continue
         # A function or method without a lean form stays, in place or not.
         if (node.op == "call_module" or _lean_function(node)) and writes_in_place(graph.module, node):
-            if not all(_can_leave_its_input(c, order, memory) for c in calls):
+            if not all(can_leave_its_input(c, order, memory) for c in calls):
                 continue
             for call in calls:
                 source = call.all_input_nodes[0]
@@ -227,17 +227,6 @@ def _saved_by_a_user(graph: Graph, node: Node) -> bool:
     """Whether a layer that trains saves this output anyway: a stock ReLU then saves the same tensor, and a mask would come on top."""
     layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return any(isinstance(leaf(graph, u), layers) and trainable(graph, u) for u in node.users)
-
-
-def _can_leave_its_input(node: Node, order: dict[Node, int], memory: dict[Node, set[StorageWeakRef]]) -> bool:
-    """Whether nobody would see that a node no longer changes its input, once later readers of the input read the node instead."""
-    source, here = node.all_input_nodes[0], order[node]
-    for other, held in memory.items():
-        if other is node or order[other] > here or memory[source].isdisjoint(held):
-            continue
-        if other.op in ("placeholder", "get_attr") or (other is not source and any(order[u] > here for u in other.users)):
-            return False
-    return True
 
 
 def cut_prefix(edit: Editor, prefix: Sequence[Node]) -> None:

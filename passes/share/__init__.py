@@ -24,14 +24,14 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, StrictBool, StrictFloat
 from torch import Tensor
 
 from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, SelectError, Selector, Status, select
 from graphopt.ir.paths import owner
 from graphopt.ir.regions import region_of
 from graphopt.passes.share.mix import Mixture, compute_mixtures, fit_mixtures, replace_weights
-from graphopt.passes.share.neighbours import Boundary, Decision, Mode, match_neighbours
+from graphopt.passes.share.neighbours import Boundary, Decision, Mode, SharedBlock, match_neighbours
 from graphopt.passes.share.surrogate import NotShareable, Part, is_norm, put_surrogate
 
 
@@ -64,8 +64,8 @@ class Share(Pass):
     parts: Part | None = None
     norm: Literal["own", "mix"] = "own"
     scalars: Literal["block", "parameter"] = "block"
-    init: tuple[float, float] = (0.5, 0.5)
-    detach: bool = False
+    init: tuple[StrictFloat, StrictFloat] = (0.5, 0.5)
+    detach: StrictBool = False
     boundary: Boundary = "skip"
 
     @pydantic.model_validator(mode="before")
@@ -107,6 +107,9 @@ class Share(Pass):
         mixtures: list[Mixture] = []
         narrowed: dict[str, int | None] = {}
         for block in (match.decision[name] for name in match.names):
+            if _is_frozen(edit.graph, block):
+                effects.warn(block.region, "it is frozen, so it keeps its own weights: a mix would move with its neighbours")
+                continue
             channels = None
             if self.mode == "surrogate":
                 try:
@@ -121,8 +124,10 @@ class Share(Pass):
             a, b = self.init
             effects.mark(block.region, Status.SHARED, sources=block.sources, a=a, b=b, mode=self.mode, part=block.part)
         removed = before - sum(p.numel() for p in module.parameters())
-        effects.figures = {"shared": len(match.names), "tensors_replaced": len(mixtures), "parameters_removed": removed}
+        effects.figures = {"shared": len(effects.regions), "tensors_replaced": len(mixtures), "parameters_removed": removed}
         effects.no_decay = frozenset(n for m in mixtures for n in m.scalars)
+        if not mixtures:
+            return effects
         if self.mode == "mix":
             effects.to_original_state = partial(compute_mixtures, mixtures=mixtures)
             effects.from_original_state = partial(fit_mixtures, mixtures=mixtures)
@@ -130,6 +135,12 @@ class Share(Pass):
             effects.to_original_state = partial(_refuse_export, path=owner(owner(mixtures[0].scalars[0])))
             effects.from_original_state = partial(_without, gone=keys - set(module.state_dict()), narrowed=narrowed)
         return effects
+
+
+def _is_frozen(graph: Graph, block: SharedBlock) -> bool:
+    """Whether an earlier pass, or the user, has taken all that a block would replace out of training."""
+    known = dict(graph.module.named_parameters(remove_duplicate=False))
+    return all(t.name in known and not known[t.name].requires_grad for t in block.tensors)
 
 
 def _refuse_export(_: dict[str, Tensor], path: str) -> NoReturn:

@@ -12,26 +12,6 @@ From: *Local Learning on Transformers via Feature Reconstruction* (arXiv 2212.14
     modules = 4
     balance = "memory"
 
-Options
-    modules     number of modules (K), the last one included.
-    balance     how the cuts are chosen: "blocks" (as many blocks in each module), "memory" (the lowest predicted peak of a step, heads and
-                decoders included; without `modules`, as many as bring it within 10 % of the lowest), "stage" (where the resolution
-                changes; without `modules`, at every stage).
-    cuts        instead: regions to cut after, `["layers.0", "layers.1"]`, or the names of cuts that a report or an error lists.
-    decoder     "features" (rebuilds the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
-    structure   of the features decoder: "linear" (default; each position predicts the patch of the input at its place; for wide features
-                by a map of rank 64), "pointwise" (by a small MLP), "conv" (upsampling and two convolutions), "transformer" (a block over
-                the sampled positions first).
-    fraction    fraction of spatial rows reconstructed per step; rows rotate so that all are covered. Default 0.125, for images 1.
-    loss        of the decoder: "l1" (default), "l2", "bce" (default for images; what is rebuilt must lie in [0, 1]).
-    head        "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
-                (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
-    temperature of the contrast.
-    weights     of the two losses, from the first to the last auxiliary module, linear between.
-    mean, std   the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.
-    classes     number of classes of the targets. Default: the width of the network's output.
-    when        from which epoch, until which.
-
 Preserves the eval output. Training needs the targets: `output, local_loss = module(x, target)`, with class indices (N,) or probabilities
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses
 regions that the graph cannot be cut after, more modules than there are cuts for, and decoders that cannot rebuild the input. On a CPU with
@@ -41,6 +21,7 @@ glibc, training lets the process hold up to 64 MiB of freed memory, so that a mo
 import functools
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -51,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, Status
+from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, SelectError, Status
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.triggers import Start
 from graphopt.compiler.verify import Property
@@ -73,14 +54,19 @@ __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 #: seeds (tools/tables/supervise_accuracy.md)
 FRACTION = 0.125
 
-Ends = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+Ends = tuple[Annotated[float, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, strict=True)]]
 Statistics = tuple[float, ...]
 
 
 class Weighting(pydantic.BaseModel):
-    """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between."""
+    """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Attributes:
+        reconstruct: of the decoder's loss.
+        classify: of the auxiliary classifier's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     reconstruct: Ends = (1.0, 1.0)
     classify: Ends = (1.0, 1.0)
@@ -98,10 +84,23 @@ class Supervise(Pass):
     """Gradient-isolated modules with local losses; the module docstring explains each option.
 
     Attributes:
-        modules, balance, cuts: how many modules, and where the backbone is cut.
-        decoder, structure, fraction, loss, mean, std: what each module rebuilds, and how.
-        head, temperature, classes: the auxiliary classifier.
-        weights: of the two losses.
+        modules: number of modules (K), the last one included.
+        balance: how the cuts are chosen: "blocks" (as many blocks in each module), "memory" (the lowest predicted peak of a step, heads
+            and decoders included; without `modules`, as many as bring it within 10 % of the lowest), "stage" (where the resolution
+            changes; without `modules`, at every stage).
+        cuts: instead: regions to cut after, `["layers.0", "layers.1"]`, or the names of cuts that a report or an error lists.
+        decoder: "features" (rebuilds the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
+        structure: of the features decoder: "linear" (default; each position predicts the patch of the input at its place; for wide
+            features by a map of rank 64), "pointwise" (by a small MLP), "conv" (upsampling and two convolutions), "transformer" (a
+            block over the sampled positions first).
+        fraction: fraction of spatial rows reconstructed per step; rows rotate so that all are covered. Default 0.125, for images 1.
+        loss: of the decoder: "l1" (default), "l2", "bce" (default for images; what is rebuilt must lie in [0, 1]).
+        head: "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
+            (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
+        temperature: of the contrast.
+        weights: of the two losses, from the first to the last auxiliary module, linear between.
+        mean, std: the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.
+        classes: number of classes of the targets. Default: the width of the network's output.
         when: from which epoch, until which.
     """
 
@@ -116,10 +115,10 @@ class Supervise(Pass):
     cuts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     decoder: Literal["features", "image", "none"] = "features"
     structure: decoders.Structure = "linear"
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
     head: HeadKind = "pool"
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3, strict=True)] = 0.07
     weights: Weighting = Weighting()
     mean: Statistics | None = None
     std: Statistics | None = None
@@ -203,6 +202,12 @@ class Supervise(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
         graph, effects = edit.graph, Effects(needs=RuntimeNeeds(targets=True), to_original_state=_without_auxiliary)
+        if (other := next((s.author for s in graph.sections if s.target), None)) is not None:
+            what, fix = (
+                f"{other} divides the backbone into local modules already",
+                "Use one at a time: end one where the other begins (until)",
+            )
+            raise PassError(what, fix=fix)
         cuts = [cut for cut in match.decision if cut.module in match.names]
         ends = [_resolve(graph, cut) for cut in cuts]
         layouts = [self._layouts(graph, start, end) for start, end in zip([graph.placeholder, *ends], ends, strict=False)]
@@ -318,9 +323,10 @@ def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[i
 def _resolve(graph: Graph, cut: Cut) -> Node:
     """The node of a cut in a graph that earlier passes may have changed."""
     named = [n for n in graph.nodes if n.name == cut.node and isinstance(n.meta.get("val"), Tensor)]
-    ends = named or named_region(graph, cut.label).exits
-    if len(ends) == 1:
-        return ends[0]
+    with suppress(SelectError):
+        ends = named or named_region(graph, cut.label).exits
+        if len(ends) == 1:
+            return ends[0]
     raise PassError(f"another pass removed the cut after {cut.label!r}", fix="Cut elsewhere (cuts = [...]), or put supervise first")
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import graphopt
@@ -128,3 +129,47 @@ def test_a_deep_copy_stands_alone():
     step(copied)
     assert all(p.grad is None for p in module.parameters())
     assert same(step(module)[1], step(copied)[1])
+
+
+class Overwriting(nn.Module):
+    """Layers that write into their input: a ReLU of its own, a sum into the shortcut, a ReLU that a view of its input sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.sum, self.relu, self.seen = nn.Conv2d(3, 4, 3, padding=1), Sum(), nn.ReLU(inplace=True), Seen()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.seen(0.5 * self.relu(self.sum(self.conv(x)))).mean((2, 3)))
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return x.add_(self.conv(2 * x))
+
+
+class Seen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        view = x.flatten(1)
+        return self.conv(x.relu_()) + view.mean()
+
+
+@pytest.mark.parametrize(("selected", "checkpointed"), [("relu", 1), ("sum", 1), (("conv", "sum", "relu"), 3), ("seen", 0), ("conv", 1)])
+def test_a_segment_runs_again_from_its_input_as_it_was(selected, checkpointed):
+    torch.manual_seed(0)
+    model, x = Overwriting(), torch.randn(2, *INPUT)
+    plan = graphopt.compile(model, Checkpoint(select=selected), input=INPUT, costs=False)
+    F.cross_entropy(model(x), torch.arange(2)).backward()
+    F.cross_entropy(plan.module(x), torch.arange(2)).backward()
+    assert all(torch.equal(p.grad, model.get_parameter(n).grad) for n, p in plan.module.named_parameters())
+    (report,) = plan.report.passes
+    assert len(report.regions) == checkpointed
+    assert checkpointed or "overwritten in place" in report.diagnostics[0].message

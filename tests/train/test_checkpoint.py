@@ -46,42 +46,52 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for resume in (False, True):
         with pytest.raises(RunError, match="not a run of graphopt"):
-            RunFolder.claim(tmp_path, "digest", "", resume=resume)
+            RunFolder.claim(tmp_path, "digest", resume=resume)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(RunError, match="cannot be an output folder"):
-        RunFolder.claim(tmp_path / "out", "digest", "", resume=False)
+        RunFolder.claim(tmp_path / "out", "digest", resume=False)
+
+
+def begun(path: Path, digest: str = "digest", *, resume: bool = False) -> RunFolder:
+    folder = RunFolder.claim(path, digest, resume=resume)
+    folder.begin(digest, "")
+    return folder
 
 
 def test_a_run_is_continued_only_when_asked_and_only_by_its_spec(tmp_path: Path) -> None:
-    RunFolder.claim(tmp_path / "out", "digest", "", resume=False).release()
+    folder = begun(tmp_path / "out")
+    folder.save({"graphopt": 2})
+    folder.release()
     with pytest.raises(RunError, match="--resume"):
-        RunFolder.claim(tmp_path / "out", "digest", "", resume=False)
+        RunFolder.claim(tmp_path / "out", "digest", resume=False)
     with pytest.raises(RunError, match=r"another spec \(digest digest, yours is other\)"):
-        RunFolder.claim(tmp_path / "out", "other", "", resume=True)
-    RunFolder.claim(tmp_path / "out", "digest", "", resume=True).release()
+        RunFolder.claim(tmp_path / "out", "other", resume=True)
+    RunFolder.claim(tmp_path / "out", "digest", resume=True).release()
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    first = RunFolder.claim(tmp_path, "digest", "", resume=False)
+    first = begun(tmp_path)
     with pytest.raises(RunError, match="another process is training"):
-        RunFolder.claim(tmp_path, "digest", "", resume=True)
+        RunFolder.claim(tmp_path, "digest", resume=True)
     first.release()
-    RunFolder.claim(tmp_path, "digest", "", resume=True).release()
+    RunFolder.claim(tmp_path, "digest", resume=True).release()
 
 
 def test_last_best_and_the_latest_epochs_stay(tmp_path: Path) -> None:
-    for keep, expected in ((1, {"last.pt"}), (2, {"last.pt", "best.pt"}), (4, {"last.pt", "best.pt", "epoch-0004.pt", "epoch-0005.pt"})):
-        folder = RunFolder.claim(tmp_path / str(keep), "digest", "", resume=False)
+    two = {"last.pt", "previous.pt", "best.pt"}
+    for keep, expected in ((1, {"last.pt"}), (2, two), (4, two | {"epoch-0004.pt", "epoch-0005.pt"})):
+        folder = begun(tmp_path / str(keep))
         for epoch in range(1, 6):
-            folder.save({"graphopt": 1, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
+            folder.save({"graphopt": 2, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
         assert {path.name for path in folder.path.glob("*.pt")} == expected
         assert load_checkpoint(folder.last)["epoch"] == 5
         if keep > 1:
             assert load_checkpoint(folder.best)["epoch"] == 3
+            assert load_checkpoint(folder.previous)["epoch"] == 4
         folder.release()
 
 
@@ -114,7 +124,7 @@ def test_another_format(tmp_path: Path) -> None:
 
 def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
     torch.save({"graphopt": 7}, tmp_path / "last.pt")
-    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 1"):
+    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 2"):
         load_checkpoint(tmp_path / "last.pt")
 
 

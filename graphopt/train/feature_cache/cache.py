@@ -6,8 +6,8 @@ and of the entry that it was filled from; so an outdated entry has another name 
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +21,7 @@ from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
-from graphopt.train.feature_cache.store import MANIFEST, CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill
+from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill, remove_features
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
@@ -104,8 +104,7 @@ class FeatureCache:
     def close(self) -> None:
         """Removes what the run has cached; a folder that the pass names stays, for the next run."""
         self._held = None
-        if (self.folder / MANIFEST).is_file():
-            shutil.rmtree(self.folder)
+        remove_features(self.folder)
 
     def _try_to_hold(self, plan: Plan, route: Sequence[str], trial: bool) -> str | None:
         """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
@@ -166,16 +165,17 @@ class FeatureCache:
         last = min(TRIAL, layout.chunks - 1) if trial and not options.get("force") and fill.done == 0 else 0
         began = start = perf_counter()
         try:
-            for number, (inputs, targets) in enumerate(self._chunks(source, fill), fill.done):
-                features = prefix.compute(inputs)
-                if number == 0:
-                    prefix.check(inputs, features)
-                fill.write(number, prefix.convert(features), targets)
-                if number == 0:
-                    start = perf_counter()  # the first chunk was computed three times, and warmed the kernels up
-                elif number == last:
-                    self._check_faster(fill, last, perf_counter() - start)
-                self.on_progress(layout.span(number)[1], layout.rows)
+            with closing(self._chunks(source, fill)) as chunks:
+                for number, (inputs, targets) in enumerate(chunks, fill.done):
+                    features = prefix.compute(inputs)
+                    if number == 0:
+                        prefix.check(inputs, features)
+                    fill.write(number, prefix.convert(features), targets)
+                    if number == 0:
+                        start = perf_counter()  # the first chunk was computed three times, and warmed the kernels up
+                    elif number == last:
+                        self._check_faster(fill, last, perf_counter() - start)
+                    self.on_progress(layout.span(number)[1], layout.rows)
         except (OSError, Declined):
             fill.discard()
             raise
@@ -186,7 +186,7 @@ class FeatureCache:
         self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "images" if source is None else "features"}
         return entry
 
-    def _chunks(self, source: CacheEntry | None, fill: Fill) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, source: CacheEntry | None, fill: Fill) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next."""
         if source is not None:
             return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)

@@ -7,10 +7,11 @@ on disk; an interrupted fill continues from there. Any number of processes may r
 
 import json
 import os
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import RunError
-from graphopt.files import exclusive, reason, write_atomically
+from graphopt.files import exclusive, reason, remove_if_empty, write_atomically
 from graphopt.train.hashing import raw_bytes
 
 FORMAT_VERSION = 1
@@ -244,6 +245,20 @@ class MemoryFill(Fill):
 
     def finish(self) -> CacheEntry:
         return CacheEntry(self.layout, self.features, self.targets)
+
+
+def remove_features(path: Path) -> None:
+    """Removes the entries and the manifest of a folder, and the folder if nothing else is in it; files of others stay."""
+    with suppress(OSError):  # tidying up is no reason to fail
+        if (path / MANIFEST).is_file():
+            for entry in path.iterdir():
+                if _OWN.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+            remove_if_empty(path)
+
+
+#: the files of entries, the manifest, and what a process that was killed has left of them
+_OWN = re.compile(r"\.?([0-9a-f]{32}\.(rows|targets|json|part|progress|lock)|features\.json)(\.[a-z0-9_]{8})?")
 
 
 def reserve(handle: int, size: int) -> None:
