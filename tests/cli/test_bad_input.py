@@ -107,6 +107,7 @@ def test_the_dry_run_refuses_what_training_refuses(change: tuple[str, str], word
     message = refused(capsys, "check", "s.toml")
     assert all(word in message for word in words), message
     assert refused(capsys, "train", "s.toml", "-o", "run") == message
+    assert not Path("run").exists()
 
 
 def test_the_dry_run_reports_all_that_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
