@@ -36,7 +36,7 @@ def test_a_network_learns_to_read_digits(tmp_path: Path) -> None:
     assert summary.best_accuracy >= summary.accuracy
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == summary.steps == 4 * (1442 // 32)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        *("run.json", "spec.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json")
+        *("run.json", "spec.toml", "last.pt", "previous.pt", "best.pt", "metrics.jsonl", "summary.json")
     }
     text = console.export_text()
     assert "epoch 3/3: loss" in text, "counted from 0, as in a spec"
