@@ -230,7 +230,7 @@ def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained:
 
         try:
             made = create_optimizer_v2(trained, opt=optimizer, lr=1e-3, **{"momentum": 0.9, **(options or {})})
-        except (ValueError, TypeError, AssertionError) as error:
+        except Exception as error:
             raise CostError(f"optimizer {optimizer!r} cannot be made: {error}", fix="timm.optim.list_optimizers() lists them") from error
     else:
         made = optimizer(trained)
