@@ -215,7 +215,7 @@ def _backward(ledger: Ledger, module: nn.Module, x: Tensor, loss: Tensor, optimi
     if optimizer is not None:
         ledger.start_phase("optimizer")
         ledger.default = Kind.SCRATCH
-        optimizer.step()
+        _step(optimizer)
         ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
         optimizer.zero_grad(set_to_none=True)
     return gradient_bytes
@@ -236,13 +236,17 @@ def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained:
         made = optimizer(trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    try:
-        made.step()
-    except Exception as error:
-        what = f"optimizer {optimizer!r} cannot step without values: {error}"
-        raise CostError(what, fix="Forecast with another, or with None") from error
+    _step(made)
     made.zero_grad(set_to_none=True)
     return made
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        what = f"the optimizer {type(optimizer).__name__} cannot step without values: {error}"
+        raise CostError(what, fix="Forecast with another, or with None") from error
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -59,8 +59,10 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
         schedule.set_step(done)
     probe = nn.ParameterList([nn.Parameter(torch.zeros(2, 2))])
     probe[0].grad = torch.zeros(2, 2)
+    tried = optimizers.build_optimizer(probe, settings.optimizer)
     try:
-        optimizers.build_optimizer(probe, settings.optimizer).step()
+        tried.step()
+        tried.step()  # with the state of the first
     except Exception as error:
         what = f"{settings.optimizer.name} cannot step with these arguments: {error}"
         raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
