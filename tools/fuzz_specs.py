@@ -2,10 +2,10 @@
 
     python tools/fuzz_specs.py [--count 10000] [--checks 300] [--seed 0] [--out tools/tables/fuzz_specs.md]
 
-Every changed spec is read; one that is accepted must be written, read again and be the same. Of these, as many as `--checks` that still
-name the small network go through `graphopt check`. All of it runs in forked processes with limits on CPU time and memory. Case number i of
-seed s is the same on any machine (`--only i` runs it alone). A case that fails is reduced line by line and written to
-tests/fuzz_cases/specs, where a test replays it.
+Every changed spec is read; one that is accepted must be written, read again and be the same, one that is refused must be so on the command
+line, in one message without control characters. Of those accepted, as many as `--checks` that still name the small network go through
+`graphopt check`. All of it runs in forked processes with limits on CPU time and memory. Case number i of seed s is the same on any machine
+(`--only i` runs it alone). A case that fails is reduced line by line and written to tests/fuzz_cases/specs, where a test replays it.
 """
 
 from __future__ import annotations
@@ -285,7 +285,12 @@ def outcome(text: str, checked: bool) -> str:
     previous = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        return check(text) if checked else read(text)[0]
+        if checked:
+            return check(text)
+        found = read(text)[0]
+        # What is refused goes through the command line too: one message, and nothing in it that a terminal would obey.
+        printed = check(text) if found in ("refused", "not TOML") else "refused"
+        return found if printed == "refused" else printed
     except Hang:
         return "hang"
     except MemoryError:

@@ -216,3 +216,26 @@ def test_check_and_train_refuse_a_later_phase_alike(capsys: pytest.CaptureFixtur
     assert messages[0] == messages[1]
     assert "s.toml:10 (pass 2, drop)" in messages[0]
     assert "from epoch 1 on" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ('optimizer = { name = "adamw", arguments = { betas = [0.3] } }', "adamw could not be built"),
+        ('optimizer = { name = "adamw", arguments = { eps = "x" } }', "adamw could not be built"),
+        (
+            'optimizer = { name = "adamw", arguments = { amsgrad = [], maximize = {}, foreach = 3, betas = ["a", "b"] } }',
+            "adamw could not be",
+        ),
+        ('optimizer = { name = "momentum", arguments = { dampening = "x" } }', "momentum cannot step with these arguments"),
+        ("scheduler = { arguments = { cycle_mul = 0.0, cycle_limit = 5, cycle_decay = 0.5 } }", "train.scheduler"),
+        ('scheduler = { name = "step", decay_epochs = 0.001, decay_rate = 100.0 }', "train.scheduler"),
+    ],
+)
+def test_settings_that_a_step_would_fail_on_are_found_before_it(
+    setting: str, part: str, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    Path("s.toml").write_text(SPEC.replace("batch = 20", f"batch = 20\n{setting}"))
+    for command in (["check", "s.toml"], ["train", "s.toml", "-o", "run"]):
+        assert part in refused(capsys, *command)
+    assert os.listdir(folder) == ["s.toml"]
