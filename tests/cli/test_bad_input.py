@@ -110,6 +110,14 @@ def test_the_dry_run_refuses_what_training_refuses(change: tuple[str, str], word
     assert not Path("run").exists()
 
 
+def test_the_dry_run_says_where_its_counts_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "s.toml"]) == 0
+    assert "run of 2 epochs of 40 images:" in capsys.readouterr().out
+    Path("s.toml").write_text(SPEC.replace("[data]\n", '[data]\nname = "cifar10"\nroot = "gone"\n').replace("train_limit = 40\n", ""))
+    assert main(["check", "s.toml"]) == 2
+    assert "run of 2 epochs of 50,000 images, as published:" in capsys.readouterr().out
+
+
 def test_the_dry_run_reports_all_that_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     Path("s.toml").write_text(SPEC.replace("batch = 20", 'batch = 41\noptimizer = { name = "admw" }'))
     assert main(["check", "s.toml", "--json"]) == 2
