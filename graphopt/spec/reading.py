@@ -222,7 +222,7 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
 def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; `input` is by default the model's own.
 
-    Raises BackboneError if it is not source/name, the source has no such model, or its input is not known.
+    Raises BackboneError if it is not source/name, the source has no such model, or its input is not known; SpecError for a wrong one.
     """
     source, slash, name = text.partition("/")
     if not slash or source not in SOURCES:
@@ -231,7 +231,11 @@ def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     shape = input or default_input(source, name, {})
     if shape is None:
         raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
-    return BackboneSpec(source=cast(Source, source), name=name, input=shape)
+    try:
+        return BackboneSpec(source=cast(Source, source), name=name, input=shape)
+    except ValidationError as error:
+        values = {"source": source, "name": name, "input": shape}
+        raise joined(spec_errors(error, BackboneSpec, values, lambda path: f"{text}, {path[0]}")) from None
 
 
 def _override(data: dict[str, Any], text: str) -> KeyPath:

@@ -59,6 +59,13 @@ CASES = [
     ("not source/name", None, ["inspect", "tim/resnet50"], ["Did you mean 'timm'"]),
     ("unknown name to inspect", None, ["inspect", "timm/resnet5o"], ["'resnet50'"]),
     ("shape that is none", None, ["inspect", "cifar/resnet20", "--input", "3,a"], ["--input", "3,224,224"]),
+    (
+        "shape beyond memory",
+        None,
+        ["inspect", "cifar/resnet8", "--input", "1,99999,99999"],
+        ["cifar/resnet8, input", "one sample of shape"],
+    ),
+    ("a file for a module", None, ["inspect", "python/my/net.py:f", "--input", "3,3,3", "--trust"], ["my/net.py", "my.net:f"]),
     ("folder missing for the schema", None, ["schema", "-o", "gone/s.json"], ["gone"]),
 ]
 
