@@ -62,7 +62,7 @@ def check(
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
-        _show_run(work)
+        _show_run(work, any((error.where or "").startswith("data") for error in refused))
     for error in refused[:-1]:
         show_error(str(error))
     if refused:
@@ -133,7 +133,8 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
         show(table)
 
 
-def _show_run(work: "RunCost | None") -> None:
+def _show_run(work: "RunCost | None", published: bool) -> None:
+    """`published`: the data could not be opened, so that the number of its images is the one its authors give."""
     from graphopt.units import show_count, show_size, show_time
 
     if work is None:
@@ -141,7 +142,9 @@ def _show_run(work: "RunCost | None") -> None:
         return
     before, run = work.before, work.run
     saved = f"{_less(work.forward_saved)}, averaged over the run; {_less(work.final_forward_saved)} in a step at its end"
-    show(f"run of {work.epochs} epochs: forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
+    images = f"{work.samples:,} images{', as published' if published else ''}"
+    show(f"run of {work.epochs} epochs of {images}:")
+    show(f"  forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
     show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
     show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
     show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")

@@ -1,7 +1,7 @@
 """`graphopt inspect`: a backbone's blocks, cut points and shapes, before writing a spec for it."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,7 +41,7 @@ def inspect(
 
     shape = None if input is None else _parse_shape(input)
     source = what.partition("/")[0]
-    if not Path(what).exists() and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
+    if not os.path.exists(what) and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
         backbone = resolve(what, input=shape)
         graph = trace(build_backbone(backbone, trust=trust), backbone.input)
     else:

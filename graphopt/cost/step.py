@@ -215,7 +215,7 @@ def _backward(ledger: Ledger, module: nn.Module, x: Tensor, loss: Tensor, optimi
     if optimizer is not None:
         ledger.start_phase("optimizer")
         ledger.default = Kind.SCRATCH
-        optimizer.step()
+        _step(optimizer)
         ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
         optimizer.zero_grad(set_to_none=True)
     return gradient_bytes
@@ -230,19 +230,23 @@ def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained:
 
         try:
             made = create_optimizer_v2(trained, opt=optimizer, lr=1e-3, **{"momentum": 0.9, **(options or {})})
-        except (ValueError, TypeError, AssertionError) as error:
+        except Exception as error:
             raise CostError(f"optimizer {optimizer!r} cannot be made: {error}", fix="timm.optim.list_optimizers() lists them") from error
     else:
         made = optimizer(trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    try:
-        made.step()
-    except Exception as error:
-        what = f"optimizer {optimizer!r} cannot step without values: {error}"
-        raise CostError(what, fix="Forecast with another, or with None") from error
+    _step(made)
     made.zero_grad(set_to_none=True)
     return made
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        what = f"the optimizer {type(optimizer).__name__} cannot step without values: {error}"
+        raise CostError(what, fix="Forecast with another, or with None") from error
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:

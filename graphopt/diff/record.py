@@ -62,6 +62,7 @@ class Records:
         self.rows = [RowRecord(location) for location in self.map.rows]
         self._by_name = {row.name: row for row in self.rows}
         self._region_paths = {r.name: r.paths for m in plan.matched for r in m.match.regions}
+        self._declared = {i: {row.name for name in effects.statuses for row in self.named(name)} for i, effects, _ in self.done}
         self._add_inserted_rows()
         self._assign_nodes()
         self._add_frozen()
@@ -74,7 +75,13 @@ class Records:
                 if is_below(str(node.target), (row.name,)):
                     return row
         index = self.map.of(node)
-        return None if index is None else self.rows[index]
+        if index is None:
+            return None
+        declared = self._declared.get(node.meta.get("pass", -1), set()) if node.name in self.inserted else set()
+        if declared and self.rows[index].name not in declared:  # put before what the pass acts on, so it has its origin in front of that
+            readers = [self.rows[i] for user in node.users if (i := self.map.of(user)) is not None]
+            return next((row for row in readers if row.name in declared), self.rows[index])
+        return self.rows[index]
 
     def named(self, name: str) -> list[RowRecord]:
         """The rows of a region, of a path, or of that name."""

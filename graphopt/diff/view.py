@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePath
 
 from torch.fx import Node
 
@@ -26,7 +27,10 @@ def backbone_view(plan: Plan, title: str | None = None) -> ModelView:
 
 def plan_view(plan: Plan, title: str | None = None, epoch: int | None = None) -> ModelView:
     """A plan in its phase."""
-    return _ViewBuilder(plan, plan.graph, plan.report.after).build(title or plan.name or _backbone_name(plan), epoch)
+    file = _spec_file(plan)
+    # The spec of a run is called by the run's folder.
+    name = title or plan.name or (file.parent.name if file.name == "spec.toml" else file.stem) or _backbone_name(plan)
+    return _ViewBuilder(plan, plan.graph, plan.report.after).build(name, epoch)
 
 
 class _ViewBuilder:
@@ -45,7 +49,7 @@ class _ViewBuilder:
         rows = self._rows(section_of, before_cut)
         edges, stops = self._edges(rows, section_of)
         backbone = f"{_backbone_name(plan)} {'×'.join(map(str, self.base.input))}"
-        spec, passes = (getattr(plan.spec, "file", None), tuple(_pass_infos(plan))) if self.rewritten else (None, ())
+        spec, passes = (_spec_file(plan).name or None, tuple(_pass_infos(plan))) if self.rewritten else (None, ())
         rows, step = tuple(_after_their_rows(rows)), totals(self.cost)
         return ModelView(title, backbone, plan.digest, plan.batch, spec, rows, edges, stops, sections, passes, step, feature_input, epoch)
 
@@ -164,6 +168,10 @@ def _pass_infos(plan: Plan) -> Iterator[PassInfo]:
         text = dumps_pass(value.table()).strip()
         diagnostics = tuple(map(str, report.diagnostics))
         yield PassInfo(index, value.name, report.instance.line, text, report.active, report.regions, diagnostics)
+
+
+def _spec_file(plan: Plan) -> PurePath:
+    return PurePath(getattr(plan.spec, "file", None) or "")
 
 
 def _backbone_name(plan: Plan) -> str:

@@ -221,6 +221,11 @@ class Spec(_Table):
         """Key path (`("pass", 0, "select")`) -> its line, from 1; 0 for an override. Empty for a spec made in Python."""
         return self._lines
 
+    @property
+    def file(self) -> str | None:
+        """The file it was read from, as messages name it; None for a spec made in Python."""
+        return self._file
+
     def where(self, *path: str | int) -> str | None:
         """`"quickstart.toml:14, pass 2 (freeze), select"` for an error's location; None for a spec made in Python."""
         if self._file is None:

@@ -155,6 +155,10 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
     known = f"There are {', '.join(sorted(installed_passes))}"
     if not isinstance(use, str):
         raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=known)
+    if ":" in use and not use.rpartition(":")[0].endswith(".py"):
+        module, _, name = use.rpartition(":")
+        fix = f"A pass in code is named by its file: {module.replace('.', '/')}.py:{name}"
+        raise SpecError(f"{use!r} is not file.py:Class", where=where((*path, "use")), fix=fix)
     if ":" in use:
         return _pass_from_file(use, folder, trust, where((*path, "use"))), options
     if use not in installed_passes:
@@ -218,7 +222,7 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
 def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; `input` is by default the model's own.
 
-    Raises BackboneError if it is not source/name, the source has no such model, or its input is not known.
+    Raises BackboneError if it is not source/name, the source has no such model, or its input is not known; SpecError for a wrong one.
     """
     source, slash, name = text.partition("/")
     if not slash or source not in SOURCES:
@@ -227,7 +231,11 @@ def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     shape = input or default_input(source, name, {})
     if shape is None:
         raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
-    return BackboneSpec(source=cast(Source, source), name=name, input=shape)
+    try:
+        return BackboneSpec(source=cast(Source, source), name=name, input=shape)
+    except ValidationError as error:
+        values = {"source": source, "name": name, "input": shape}
+        raise joined(spec_errors(error, BackboneSpec, values, lambda path: f"{text}, {path[0]}")) from None
 
 
 def _override(data: dict[str, Any], text: str) -> KeyPath:

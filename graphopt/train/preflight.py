@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
@@ -51,10 +51,21 @@ def check_outputs(plan: Plan, classes: int) -> None:
 
 
 def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
-    """Raises RunError unless timm knows the optimizer and the schedule, and takes their options."""
+    """Raises RunError unless timm knows the optimizer and the schedule, takes their options, and can step with them."""
     rates = optimizers.layer_rates(plan.backbone, settings.optimizer.layer_decay)
     optimizer = optimizers.build_optimizer(plan.module, settings.optimizer, rates=rates)
-    optimizers.Schedule(optimizer, settings, steps)
+    schedule = optimizers.Schedule(optimizer, settings, steps)
+    for done in (0, settings.epochs * steps // 2, settings.epochs * steps - 1):
+        schedule.set_step(done)
+    probe = nn.ParameterList([nn.Parameter(torch.zeros(2, 2))])
+    probe[0].grad = torch.zeros(2, 2)
+    tried = optimizers.build_optimizer(probe, settings.optimizer)
+    try:
+        tried.step()
+        tried.step()  # with the state of the first
+    except Exception as error:
+        what = f"{settings.optimizer.name} cannot step with these arguments: {error}"
+        raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
 
 
 def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:

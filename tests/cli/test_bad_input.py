@@ -59,6 +59,13 @@ CASES = [
     ("not source/name", None, ["inspect", "tim/resnet50"], ["Did you mean 'timm'"]),
     ("unknown name to inspect", None, ["inspect", "timm/resnet5o"], ["'resnet50'"]),
     ("shape that is none", None, ["inspect", "cifar/resnet20", "--input", "3,a"], ["--input", "3,224,224"]),
+    (
+        "shape beyond memory",
+        None,
+        ["inspect", "cifar/resnet8", "--input", "1,99999,99999"],
+        ["cifar/resnet8, input", "one sample of shape"],
+    ),
+    ("a file for a module", None, ["inspect", "python/my/net.py:f", "--input", "3,3,3", "--trust"], ["my/net.py", "my.net:f"]),
     ("folder missing for the schema", None, ["schema", "-o", "gone/s.json"], ["gone"]),
 ]
 
@@ -107,6 +114,15 @@ def test_the_dry_run_refuses_what_training_refuses(change: tuple[str, str], word
     message = refused(capsys, "check", "s.toml")
     assert all(word in message for word in words), message
     assert refused(capsys, "train", "s.toml", "-o", "run") == message
+    assert not Path("run").exists()
+
+
+def test_the_dry_run_says_where_its_counts_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "s.toml"]) == 0
+    assert "run of 2 epochs of 40 images:" in capsys.readouterr().out
+    Path("s.toml").write_text(SPEC.replace("[data]\n", '[data]\nname = "cifar10"\nroot = "gone"\n').replace("train_limit = 40\n", ""))
+    assert main(["check", "s.toml"]) == 2
+    assert "run of 2 epochs of 50,000 images, as published:" in capsys.readouterr().out
 
 
 def test_the_dry_run_reports_all_that_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,3 +231,26 @@ def test_check_and_train_refuse_a_later_phase_alike(capsys: pytest.CaptureFixtur
     assert messages[0] == messages[1]
     assert "s.toml:10 (pass 2, drop)" in messages[0]
     assert "from epoch 1 on" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ('optimizer = { name = "adamw", arguments = { betas = [0.3] } }', "adamw could not be built"),
+        ('optimizer = { name = "adamw", arguments = { eps = "x" } }', "adamw could not be built"),
+        (
+            'optimizer = { name = "adamw", arguments = { amsgrad = [], maximize = {}, foreach = 3, betas = ["a", "b"] } }',
+            "adamw could not be",
+        ),
+        ('optimizer = { name = "momentum", arguments = { dampening = "x" } }', "momentum cannot step with these arguments"),
+        ("scheduler = { arguments = { cycle_mul = 0.0, cycle_limit = 5, cycle_decay = 0.5 } }", "train.scheduler"),
+        ('scheduler = { name = "step", decay_epochs = 0.001, decay_rate = 100.0 }', "train.scheduler"),
+    ],
+)
+def test_settings_that_a_step_would_fail_on_are_found_before_it(
+    setting: str, part: str, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    Path("s.toml").write_text(SPEC.replace("batch = 20", f"batch = 20\n{setting}"))
+    for command in (["check", "s.toml"], ["train", "s.toml", "-o", "run"]):
+        assert part in refused(capsys, *command)
+    assert os.listdir(folder) == ["s.toml"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -142,4 +143,18 @@ class Say(_Selecting):
         effects = Effects()
         for name in match.names:
             effects.mark(name, self.status, **self.detail)
+        return effects
+
+
+class Before(_Selecting):
+    """An operation before a region, which the pass declares."""
+
+    name: ClassVar[str] = "before"
+
+    def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        effects = Effects()
+        for region in match.regions:
+            for entry in region.entries:
+                edit.redirect(entry, edit.call(torch.relu, (entry,), after=entry), region.nodes)
+            effects.mark(region.name, Status.REWIRED)
         return effects

@@ -13,7 +13,7 @@ from graphopt.diff import Diff, diff
 from graphopt.diff.align import group_name
 from graphopt.models.build import build
 from graphopt.passes.freeze import Freeze
-from tests.diff.passes import Adapter, Blend, Ice, Part, Say, Skip, Store
+from tests.diff.passes import Adapter, Before, Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
 from tests.support.backbones import Hollow, Small, Twice
 
@@ -37,6 +37,7 @@ CASES = [
     ([Ice(select="blocks.1"), Say(select="blocks.1", status="checkpointed")], {"blocks.1": ("frozen", "checkpointed")}),
     ([Skip(select="blocks.2", declare=False)], {"blocks.2": ("rewired",)}),
     ([Adapter(select="blocks.1")], {"adapter": ("inserted",)}),
+    ([Before(select="blocks.1")], {"blocks.1": ("rewired",)}),
 ]
 
 

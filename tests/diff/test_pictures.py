@@ -122,6 +122,13 @@ def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.Capture
     assert "frozen" not in capsys.readouterr().out
 
 
+def test_an_unnamed_spec_is_called_by_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.toml").write_text(SPEC.replace('name = "small"\n', ""))
+    assert main(["diff", "mine.toml", "--no-costs", "--json"]) == 0
+    heading = json.loads(capsys.readouterr().out)["after"]
+    assert (heading["title"], heading["spec"]) == ("mine", "mine.toml")
+
+
 def test_diff_of_two_specs_and_of_two_phases(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diff", "s.toml", "t.toml", "--no-costs", "--json"]) == 0
     rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["rows"]}

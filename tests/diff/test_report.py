@@ -128,6 +128,8 @@ def test_the_page_opens_clean_and_tells_the_run(finished: bool, tmp_path: Path) 
             inner = page.frame_locator("iframe")
             assert inner.locator("[data-id]").count() > 2
             assert inner.locator(".phases button").count() == 2
+            assert inner.locator("[data-do=theme]").is_hidden(), "the page has that button already"
+            assert "–" not in page.locator(".chart").first.text_content(), "the legend shows the last values"
             page.locator(".theme").click()
             assert page.locator(".chart canvas").count() == 4
 

@@ -214,7 +214,13 @@ def test_a_pass_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("use", "told"), [("gone.py:Mine", "no file"), ("mine.py:Other", "no pass class"), ("broken.py:Mine", "ZeroDivisionError")]
+    ("use", "told"),
+    [
+        ("gone.py:Mine", "no file"),
+        ("mine.py:Other", "no pass class"),
+        ("broken.py:Mine", "ZeroDivisionError"),
+        ("a.mine:Mine", "by its file: a/mine.py:Mine"),
+    ],
 )
 def test_a_pass_by_file_that_is_not_one(use: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(PASS_FILE)

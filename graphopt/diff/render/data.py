@@ -50,7 +50,7 @@ def page_data(shown: Shown) -> dict[str, Any]:
             "subtitle": subtitle(main),
             "notes": list(main.notes),
             "batch": main.after.batch,
-            "spec": main.after.spec and str(main.after.spec).replace("\\", "/").rpartition("/")[2],
+            "spec": main.after.spec,
             "before": as_json(main.before.totals),
             "input": shape(next((r.input_shape for r in main.rows if r.input_shape), None)),
             "output": shape(next((r.output_shape for r in reversed(main.rows) if r.output_shape and not r.attached_to), None)),

@@ -284,6 +284,7 @@
     const root = document.documentElement, dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
   }
+  if (window.frameElement) document.querySelector("[data-do=theme]").hidden = true; // the page around it has that button
   const actions = { in: () => zoom(1.25), out: () => zoom(0.8), fit, theme };
   $(".view").addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) actions[b.dataset.do](); });
   $("aside .close").addEventListener("click", hide);

@@ -23,6 +23,11 @@
     ctx.restore();
   }
 
+  /** Without a pointer over the chart, the legend shows the last values. */
+  function latest(u) {
+    if (u.legend.idx === null || u.legend.idx === undefined) u.setLegend({ idx: u.data[0].length - 1 });
+  }
+
   const palette = [["after", []], ["features", [6, 4]], ["good", [2, 3]]];
 
   function draw() {
@@ -45,7 +50,7 @@
         },
         axes: [{ ...axis, label: "epochs trained", size: 28, labelSize: 16, labelGap: 0, labelFont: "11px Helvetica, Arial, sans-serif" }, { ...axis, size: 52 }],
         series: [{ label: "epochs trained", value: (u, v) => (v === null ? "–" : v.toFixed(2)) }, ...chart.series.map((s, i) => ({ label: s.name, stroke: colour(palette[i % 3][0]), width: 2, dash: palette[i % 3][1], spanGaps: true, points: { show: s.points, size: 6, fill: colour(palette[i % 3][0]) }, value: (u, v) => (v === null || v === undefined ? "–" : Number(v.toPrecision(4)).toString()) }))],
-        hooks: { draw: [phases] },
+        hooks: { draw: [phases], ready: [latest], setLegend: [latest] },
         cursor: { sync: { key: "run" } },
         legend: { live: true },
       };

@@ -29,13 +29,13 @@
     const signs = Array.from(String(text));
     if (cut === "middle") {
       const head = Array.from(/^[^:]*: |/.exec(String(text))[0]), room = width - extent(head.join(""), size, face);
-      return head.join("") + fit(signs.slice(head.length).join(""), room, size, face, "start");
+      return head.join("") + fit(signs.slice(head.length).join(""), room, size, face, "start").replace(/^….* … /, "… ");
     }
     if (cut === "start") signs.reverse();
     let left = width - extent("…", size, face), most = 0;
     while (most < signs.length && (left -= size * FACES[face](signs[most])) >= 0) most += 1;
     const rest = signs.slice(0, Math.max(1, most));
-    return cut === "start" ? "…" + rest.reverse().join("").replace(/^[ …]+/, "") : rest.join("").replace(/[ …]+$/, "") + "…";
+    return cut === "start" ? "…" + rest.reverse().join("").replace(/^[ …]+/, "").replace(/^\w*\.(?=\w)/, "") : rest.join("").replace(/[ …]+$/, "") + "…";
   }
 
   /** What figures are set in, so that none of them is cut: smaller type where there is little room. */
@@ -188,8 +188,8 @@
     let scale = 1;
     for (const c of picture.cards.values()) if (c.type !== "end") for (const when of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, when) || 0);
     for (const b of picture.boxes) {
-      const single = b.group.rows.length === 1;
-      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20">${esc(fit(b.title, b.width - 30, 12, "bold", "middle"))}</text></g>`) });
+      const single = b.group.rows.length === 1, title = fit(b.title, 1.25 * (b.width - 30), 12, "bold", "middle");
+      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20"${sized(title, b.width - 30, 12, "bold")}>${esc(title)}</text></g>`) });
     }
     for (const r of picture.routes) {
       const cls = ["edge", r.kind === "before" ? "gone" : "", r.live ? "live" : "", r.attached ? "attached" : ""].join(" ").trim();
