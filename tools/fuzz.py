@@ -8,7 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
-#: each part is a script next to this one, with a `main(arguments)` that returns the exit status
+#: each part is a script next to this one, with a `main` that reads the command line and returns the exit status
 PARTS = {path.stem.removeprefix("fuzz_"): path.stem for path in sorted(Path(__file__).parent.glob("fuzz_*.py"))}
 
 
@@ -17,7 +17,8 @@ def main() -> int:
         print(__doc__.strip() if __doc__ else "", file=sys.stderr)
         print(f"\nThe parts are {', '.join(PARTS)}.", file=sys.stderr)
         return 2
-    return int(importlib.import_module(PARTS[sys.argv[1]]).main(sys.argv[2:]))
+    part = sys.argv.pop(1)
+    return int(importlib.import_module(PARTS[part]).main())
 
 
 if __name__ == "__main__":

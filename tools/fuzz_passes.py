@@ -1,5 +1,7 @@
 """Drawn compositions of passes on small backbones: each is refused with a reason, or compiles and does all it promises.
 
+    python tools/fuzz_passes.py --count 200 --seed 1 --jobs 2 --out tools/tables/fuzz.md
+
 A draw takes a backbone and one to four passes with selectors, triggers and options. It must be refused by a GraphoptError that names the
 cause, or else, in every phase of a short run: compile and verify fully, train two steps with finite gradients on everything trainable and
 on nothing else, leave what is frozen as it was, survive a deep copy, give its state to a fresh plan (by state dict and by file), export
@@ -14,6 +16,7 @@ import math
 import multiprocessing
 import random
 import re
+import sys
 import tempfile
 import traceback
 import warnings
@@ -50,7 +53,6 @@ Table = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "tests" / "fuzz_cases"
-TABLE = ROOT / "tools" / "tables" / "fuzz.md"
 #: epochs of the run whose phases are compiled
 EPOCHS = 4
 #: samples of a training step
@@ -556,16 +558,16 @@ def draw_and_run(task: tuple[int, int, str | None]) -> tuple[int, Table, Outcome
     return number, case, run(case)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fuzz.py passes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100, help="number of draws")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000, help="number of draws")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--backbone", choices=BACKBONES)
     parser.add_argument("--replay", type=Path, nargs="*", help="cases to run instead")
-    parser.add_argument("--table", action="store_true", help=f"add the result to {TABLE.relative_to(ROOT)}")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="add the result to this table")
+    options = parser.parse_args()
     if options.replay:
         outcomes = [run(json.loads(path.read_text())) for path in options.replay]
         for path, outcome in zip(options.replay, outcomes, strict=True):
@@ -584,7 +586,7 @@ def main(arguments: list[str]) -> int:
         write_case(reduced(case, outcome.kind), outcome)
     counts = Counter(outcome.status for _, outcome in found)
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
-    if options.table:
+    if options.out:
         write_table(options, found)
     return int(bool(violations))
 
@@ -614,7 +616,7 @@ def plain(reason: str) -> str:
 
 def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]]) -> None:
     """Adds one run to the table: a row for the run, and its refusals to those of all runs."""
-    old = TABLE.read_text().splitlines() if TABLE.exists() else []
+    old = options.out.read_text().splitlines() if options.out.exists() else []
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in old if line.startswith("| ")]
     runs = [row for row in cells if len(row) == 6 and row[0].isdigit()]
     reasons = Counter({row[0]: int(row[1]) for row in cells if len(row) == 2 and row[1].isdigit()})
@@ -627,4 +629,8 @@ def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]])
     lines += [f"| {' | '.join(run)} |" for run in runs]
     lines += [f"| all | {sum(total)} | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
     lines += [f"| {reason} | {count} |" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
-    TABLE.write_text("\n".join(lines) + "\n")
+    options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
