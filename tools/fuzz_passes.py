@@ -44,6 +44,7 @@ from graphopt.errors import CostError, GraphoptError, VerifyError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
 from graphopt.ir.partition import cut_candidates
+from graphopt.ir.paths import is_below
 from graphopt.ir.shapes import tensors_in
 from graphopt.models import cifar_resnet as cifar
 from graphopt.plan_file import packed, read_plan_file
@@ -57,6 +58,8 @@ CASES = ROOT / "tests" / "fuzz_cases"
 EPOCHS = 4
 #: samples of a training step
 BATCH = 3
+#: what a table's own data follow
+COMMENT = "<!-- runs: "
 #: what can become of a case
 STATUSES = ("accepted", "refused", "refused later", "violation")
 
@@ -465,13 +468,15 @@ def _held(plan: Plan) -> dict[str, Tensor]:
     """What must stay as it is: all that does not train, and everything in regions that were frozen or dropped."""
     state = plan.export_state() if _exports(plan) else plan.module.state_dict()
     names = {n for n, p in plan.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    reported = {d.location for report in plan.report.passes for d in report.diagnostics if d.severity is Severity.WARNING}
+    reports = (d for report in plan.report.passes for d in report.diagnostics if d.severity is Severity.WARNING)
+    moving = {d.location for d in reports if "moves with" in d.message or "is not frozen" in d.message}
+    excused = [p for m in plan.matched for region in m.match.regions if region.name in moving for p in region.paths]
     for matched, effect in zip(plan.matched, plan.effects, strict=True):
         for region in matched.match.regions:
             status = effect.statuses.get(region.name) if effect is not None else None
-            if status is not None and status.status in (Status.FROZEN, Status.DROPPED) and region.name not in reported:
+            if status is not None and status.status in (Status.FROZEN, Status.DROPPED):
                 names |= {n for n in plan.base.module.state_dict() if any(n.startswith(f"{p}.") for p in region.paths)}
-    return {n: state[n].cpu().clone() for n in names if n in state}
+    return {n: state[n].cpu().clone() for n in names if n in state and not is_below(n, excused)}
 
 
 def _check_file(start: Plan, plan: Plan, x: Tensor, seed: int) -> Plan:
@@ -615,21 +620,20 @@ def plain(reason: str) -> str:
 
 
 def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]]) -> None:
-    """Adds one run to the table: a row for the run, and its refusals to those of all runs."""
-    old = options.out.read_text().splitlines() if options.out.exists() else []
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in old if line.startswith("| ")]
-    runs = [row for row in cells if len(row) == 6 and row[0].isdigit()]
-    reasons = Counter({row[0]: int(row[1]) for row in cells if len(row) == 2 and row[1].isdigit()})
+    """Adds one run to the table, or takes the place of an earlier one of the same draws. A comment in it holds what it is made from."""
+    old = options.out.read_text() if options.out.exists() else ""
+    runs: dict[str, Table] = json.loads(old.rpartition(COMMENT)[2].partition(" -->")[0]) if COMMENT in old else {}
     counts = Counter(outcome.status for _, outcome in found)
-    row = (options.seed, f"{options.first} to {options.first + options.count - 1}", *(counts[status] for status in STATUSES))
-    runs.append([str(cell) for cell in row])
-    reasons.update(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
-    total = [sum(int(run[column]) for run in runs) for column in range(2, 6)]
+    reasons = Counter(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
+    key = f"{options.seed} | {options.first} to {options.first + options.count - 1}"
+    runs[key] = {"counts": [counts[status] for status in STATUSES], "reasons": reasons}
+    total = [sum(column) for column in zip(*(run["counts"] for run in runs.values()), strict=True)]
     lines = [heading("Drawn compositions of passes", __doc__), "| seed | draws | " + " | ".join(STATUSES) + " |", "|---" * 6 + "|"]
-    lines += [f"| {' | '.join(run)} |" for run in runs]
+    lines += [f"| {name} | {' | '.join(map(str, run['counts']))} |" for name, run in sorted(runs.items())]
     lines += [f"| all | {sum(total)} | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
-    lines += [f"| {reason} | {count} |" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
-    options.out.write_text("\n".join(lines) + "\n")
+    merged = sum((Counter(run["reasons"]) for run in runs.values()), Counter())
+    lines += [f"| {reason} | {count} |" for reason, count in merged.most_common()]
+    options.out.write_text("\n".join([*lines, "", f"{COMMENT}{json.dumps(runs)} -->"]) + "\n")
 
 
 if __name__ == "__main__":
