@@ -29,7 +29,7 @@ demo: .venv/.installed
 	  print(cifar.build('resnet20', in_chans=1).load_state_dict(load_file('runs/demo.safetensors'), strict=True), 'the untouched ResNet-20')"
 
 # The README's pictures, from real specs.
-pictures: .venv/.installed
+pictures: .venv/.installed-test
 	$(BIN)/python tools/pictures.py
 
 # What CI runs: style, types and layers first, then every test.

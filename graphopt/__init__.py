@@ -32,27 +32,24 @@ __all__ += ["BackboneError", "GraphoptError", "PassError", "RunError", "SelectEr
 __all__ += ["compile", "load", "save", "select", "trace"]
 
 _MODULE_OF = {
-    **dict.fromkeys(("ActiveMatch", "Diagnostic", "Effects", "Match", "Pass", "RuntimeNeeds", "Severity", "Status"), "compiler.pass_base"),
-    **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
-    **dict.fromkeys(("Filter", "Selector", "select"), "ir.select"),
     "Decision": "compiler.triggers",
+    "Plan": "compiler.plan",
+    "Report": "compiler.report",
     "Editor": "ir.editor",
     "Graph": "ir.graph",
-    "Plan": "compiler.plan",
-    "Region": "ir.regions",
-    "Report": "compiler.report",
-    "Section": "ir.section",
+    **{"Region": "ir.regions", "Section": "ir.section"} | dict.fromkeys(("Filter", "Selector", "select"), "ir.select"),
     "compile": "driver",
     "load": "train.export",
     "save": "plan_file",
     "trace": "tracing",
+    **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'compiler.pass_base')}"), name)
     globals()[name] = value  # found at once from now on
     return value
 

@@ -23,6 +23,9 @@ from graphopt.tracing import trace
 #: default batch size for cost estimates
 DEFAULT_BATCH = 32
 
+Passes = Spec | Sequence[Pass] | Pass | str | Path
+Shape = tuple[int, ...] | None
+
 
 def compile(
     model: nn.Module | None,
@@ -35,7 +38,7 @@ def compile(
     costs: bool = True,
     trust: bool = False,
 ) -> Plan:
-    """Compiles a backbone with a spec, or with passes.
+    """Compiles a backbone with a spec, or with passes. Raises GraphoptError (see `graphopt.errors`); the model is left as it was.
 
     Args:
         model: the backbone; None builds the one the spec names. It is left as it was.
@@ -46,30 +49,17 @@ def compile(
         decisions: triggers that have fired: the phase to compile.
         costs: fill in the report's costs.
         trust: let a spec run Python code that it names.
-
-    Raises:
-        GraphoptError: see `graphopt.errors`; the model is left as it was.
     """
     source = prepare(model, spec, input=input, batch=batch, compare=verify != "off", trust=trust)
     return compile_phase(source, tuple(decisions), verify=verify, costs=costs)
 
 
 def prepare(
-    model: nn.Module | None,
-    spec: Spec | Sequence[Pass] | Pass | str | Path,
-    *,
-    input: tuple[int, ...] | None = None,
-    batch: int | None = None,
-    compare: bool = True,
-    trust: bool = False,
+    model: nn.Module | None, spec: Passes, *, input: Shape = None, batch: int | None = None, compare: bool = True, trust: bool = False
 ) -> Source:
     """Everything that a plan's phases share: the traced backbone, and what each pass decided on it. Rewrites nothing.
 
-    Args:
-        compare: run backbone and graph side by side and demand equal bits. The others are as in `compile`.
-
-    Raises:
-        GraphoptError: the spec, the backbone, the trace or a pass's decision is at fault.
+    With `compare`, backbone and graph run one after the other and must give equal bits. The rest is as in `compile`.
     """
     spec = load(spec, trust=trust) if isinstance(spec, (str, Path)) else spec
     if isinstance(spec, Spec):
@@ -90,7 +80,7 @@ def prepare(
 
 
 def trace_backbone(
-    spec: Spec, *, model: nn.Module | None = None, input: tuple[int, ...] | None = None, compare: bool = True, trust: bool = False
+    spec: Spec, *, model: nn.Module | None = None, input: Shape = None, compare: bool = True, trust: bool = False
 ) -> tuple[nn.Module, Graph]:
     """The backbone of a spec and its graph; no pass is applied. Arguments and errors are as in `prepare`."""
     with located_backbone(spec):
@@ -99,13 +89,9 @@ def trace_backbone(
 
 
 def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = True) -> nn.Module:
-    """The backbone that `[backbone]` names, in train mode.
+    """The backbone that `[backbone]` names, in train mode; raises as `graphopt.models.build`.
 
-    Args:
-        weights: load its weights file, if it names one; False where the state comes from elsewhere (a checkpoint).
-
-    Raises:
-        BackboneError: see `graphopt.models.build`.
+    `weights` is False where the state comes from elsewhere than the weights file (from a checkpoint).
     """
     return build(spec.source, spec.name, spec.arguments, weights=spec.weights if weights else None, trust=trust)
 
@@ -126,5 +112,5 @@ def located_backbone(spec: Spec) -> Iterator[None]:
 def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...]) -> str:
     """Identifies a plan made in code: its passes, and the names and shapes of the backbone's parameters."""
     shapes = {k: list(v.shape) for k, v in backbone.state_dict().items()}
-    plain: dict[str, Any] = {"passes": [p.table() for p in passes], "shapes": shapes, "input": list(input)}
+    plain = {"passes": [p.table() for p in passes], "shapes": shapes, "input": list(input)}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

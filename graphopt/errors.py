@@ -32,6 +32,11 @@ class GraphoptError(Exception):
         return self
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class SpecError(GraphoptError):
     """A spec is not valid: syntax, an unknown key, a wrong type."""
 
@@ -68,6 +73,12 @@ class CostError(GraphoptError):
 
 class RunError(GraphoptError):
     """A run, a checkpoint, an output folder or a command-line option is not usable."""
+
+
+def listed(names: Iterable[str], most: int) -> str:
+    """`"a, b, ..."`: names for a message, not more than so many."""
+    first = list(names)
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:

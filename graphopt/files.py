@@ -66,8 +66,7 @@ def link_atomically(source: Path, target: Path) -> None:
 def write_folder(path: Path, files: Mapping[str, str], allowed: Collection[str]) -> None:
     """Writes `files` (name -> text) as the folder `path`: all of them, or none (RunError: the disk is full or refuses).
 
-    A new folder appears by one rename. In a folder that exists each file is replaced whole, and files of `allowed` (all that such a
-    folder may hold) that are no longer written are removed.
+    A new folder appears by one rename. In one that exists each file is replaced whole, and others of `allowed` are removed.
     """
     staging: Path | None = None
     try:
@@ -91,10 +90,10 @@ def write_folder(path: Path, files: Mapping[str, str], allowed: Collection[str])
 
 
 def lock_folder(path: Path) -> int | None:
-    """Takes a folder for this process. Raises BlockingIOError if another process has it.
+    """Takes a folder for this process; raises BlockingIOError if another process has it.
 
-    The folder itself carries the lock, so that no file is left for it; the system frees it however the process ends. Returns a
-    descriptor that holds the lock until it is closed; None where there are no locks (Windows, some network file systems).
+    The folder itself carries the lock, and the system frees it however the process ends. Returns a descriptor that holds the lock until
+    it is closed; None where there are no locks (Windows, some network file systems).
     """
     if fcntl is None:
         return None

@@ -83,16 +83,12 @@ def read_plan_file(path: Path, *, trust: bool = False, plan: Plan | None = None)
 
 
 def restore(about: Mapping[str, Any], state: Mapping[str, Tensor], *, plan: Plan | None, trust: bool, where: str) -> Plan:
-    """A plan from what a file says about it, with its weights.
+    """A plan from what a file says about it, with its weights. Raises RunError if `plan` is another plan or missing, or weights do not fit.
 
     Args:
         about: the text of its "spec" (empty for a plan compiled by hand), its "digest", and its "decisions" as plain values.
-        state: state dict of the emitted module.
-        plan: for a plan compiled by hand, that plan (in any phase).
+        state: state dict of the emitted module. plan: for a plan compiled by hand, that plan (in any phase).
         trust: let the spec run Python code that it names.
-
-    Raises:
-        RunError: `plan` is another plan or missing, or the weights do not fit.
     """
     decisions = [Decision.model_validate(d) for d in about["decisions"]]
     if plan is not None:

@@ -1,5 +1,6 @@
 """Human-readable figures: sizes in bytes (`"8 GiB"`, `"512MB"`, `1024`), read and written; counts and times, written."""
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -10,13 +11,9 @@ _SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*(?:([kmgtpe])(i?b?)|b|bytes
 
 
 def parse_size(value: Any) -> int:
-    """Bytes in `value`.
+    """Bytes in `value`; raises ValueError if it is not a size, negative, or more than 16 EiB. A number is bytes.
 
-    `"kB", "MB", "GB", ...` are powers of 1000; `"KiB", "MiB", "GiB", ...` powers of 1024, and so are the bare letters
-    (`"8G"`), as in `ls -h` and Docker. A number is bytes.
-
-    Raises:
-        ValueError: not a size, negative, or more than 16 EiB.
+    `"kB", "MB", "GB", ...` are powers of 1000; `"KiB", "MiB", "GiB", ...` powers of 1024, and so are bare letters (`"8G"`, as in `ls -h`).
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f'expected a size such as "8 GiB" or a number of bytes, found {value!r}')
@@ -31,7 +28,7 @@ def parse_size(value: Any) -> int:
         # Whole numbers stay exact: a float holds only 53 bits.
         size = int(number) * scale if number.isdigit() else round(float(number) * scale)
     else:
-        if value != value or value in (float("inf"), float("-inf")) or value != int(value):
+        if not math.isfinite(value) or value != int(value):
             raise ValueError(f"expected a whole number of bytes, found {value!r}")
         size = int(value)
     if not 0 <= size <= 2**64:
@@ -44,8 +41,7 @@ def exact_size(size: int) -> str:
     units = [(1, "B")]
     for power, prefix in enumerate(_PREFIXES, start=1):
         units += [(1000**power, f"{prefix}B"), (1024**power, f"{prefix.upper()}iB")]
-    whole = [(size // scale, unit) for scale, unit in units if size % scale == 0] if size else [(0, "B")]
-    count, unit = min(whole, key=lambda item: item[0])
+    count, unit = min((size // scale, unit) for scale, unit in (units if size else units[:1]) if size % scale == 0)
     return f"{count} {unit}"
 
 

@@ -28,8 +28,7 @@ from graphopt.cost.partition import recomputed_by_memory
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import slice_around
 from graphopt.ir.nodes import activations, can_leave_its_input, storages, writes_in_place
-from graphopt.runtime.body import NoGrad
-from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.runtime.body import Checkpointed, NoGrad
 
 
 class Checkpoint(Pass):

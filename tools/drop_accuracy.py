@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from machine import heading
 
+from graphopt.diff.render.run import read_run
 from graphopt.driver import build_backbone as build
 from graphopt.driver import compile
-from graphopt.planning.run_cost import counts, decisions_of, forecast_run
+from graphopt.planning.run_cost import counts, forecast_run
 from graphopt.spec import load
 from graphopt.train import train
 
@@ -42,7 +43,7 @@ def run(name: str, seed: int, whole: bool) -> dict:
         if not whole:
             plan = compile(build(spec.backbone), spec, verify="off", costs=False)
             samples, evaluated = counts(spec.data)
-            work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions_of(Path(folder) / "run"))
+            work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=read_run(Path(folder) / "run").decisions)
             taken = [f"{d.epoch}: {d.regions[-1]}" for phase in work.phases for d in phase.decisions if d.regions]
             found |= {"saved": work.forward_saved, "final": work.final_forward_saved, "decisions": ", ".join(taken)}
             lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())

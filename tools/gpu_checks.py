@@ -1,4 +1,4 @@
-"""What a GPU says to the forecasts: `max_memory_allocated` of real training steps beside them, and the terms the device model lacks.
+"""What a GPU says to the forecasts: `max_memory_allocated` of real training steps beside them, and the workspaces that forecasts leave out.
 
     python tools/gpu_checks.py --out tools/tables/gpu_checks.md
 
@@ -16,7 +16,6 @@ from machine import device, heading
 from torch.nn import functional as F
 
 from graphopt.cost import forecast
-from graphopt.cost.cuda import Device, on_device
 
 #: (name, batch); even rows calibrate, odd rows are held out
 CASES = (
@@ -49,7 +48,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print(f"no GPU here ({device()}): nothing was measured, and the device model stays uncalibrated")
+        print(f"no GPU here ({device()}): nothing was measured")
         return 0
     torch.backends.cuda.matmul.allow_tf32 = False
     found = []
@@ -65,15 +64,15 @@ def main() -> int:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for amp in (False, True):
         rows = [row for row in found if row[2] is amp]
-        extra = sorted(max(0, real - on_device(cost).allocated_bytes) for *_, cost, real in rows[::2])
-        calibrated = Device(device(), 0, extra[len(extra) // 2], f"median over {len(extra)} backbones")
+        extra = sorted(max(0, real - cost.peak_block_bytes) for *_, cost, real in rows[::2])
+        workspace = extra[len(extra) // 2]
         for number, (name, batch, _, cost, real) in enumerate(rows):
-            plain, full = on_device(cost).allocated_bytes, on_device(cost, calibrated).allocated_bytes
+            plain, full = cost.peak_block_bytes, cost.peak_block_bytes + workspace
             use = "calibration" if number % 2 == 0 else "held out"
             figures = f"{plain / 2**20:.0f} | {real / 2**20:.0f} | {plain / real:.3f} | {full / real:.3f}"
             lines.append(f"| {name} | {batch} | {'bfloat16' if amp else 'none'} | {figures} | {use} |")
         kind = "bfloat16" if amp else "float32"
-        lines.append(f"\nWorkspace, {kind}: {extra[len(extra) // 2] / 2**20:.0f} MiB, {calibrated.measured}.\n")
+        lines.append(f"\nWorkspace, {kind}: {workspace / 2**20:.0f} MiB, median over {len(extra)} backbones.\n")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.out:

@@ -9,7 +9,7 @@ import torch
 
 import graphopt
 from graphopt.diff.phases import phase_diffs
-from graphopt.diff.render.files import write_svg
+from graphopt.diff.render.picture import to_svg
 
 #: picture -> (installed spec, window it should fit)
 PICTURES = {
@@ -32,7 +32,7 @@ def main() -> None:
         spec, (width, height) = PICTURES[name]
         torch.manual_seed(0)
         path = arguments.out / f"{name}.svg"
-        write_svg(phase_diffs(graphopt.compile(None, spec, verify="off")), path, width=width, height=height)
+        path.write_text(to_svg(phase_diffs(graphopt.compile(None, spec, verify="off")), width=width, height=height), encoding="utf-8")
         print(f"{path}  from {spec}")
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import BatchOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, out_option, seeded_plan
+from graphopt.cli.screen import show, show_json
 from graphopt.errors import RunError
+from graphopt.files import reason, write_folder
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
@@ -39,12 +41,10 @@ def apply(
         graphopt apply spec.toml --json --set backbone.arguments.num_classes=100
     """
     from graphopt.cli.report import show_report
-    from graphopt.cli.screen import show, show_json
     from graphopt.diff import diff
     from graphopt.diff.phases import phase_diffs
     from graphopt.diff.render.page import to_html
-    from graphopt.diff.render.svg import to_svg
-    from graphopt.files import write_folder
+    from graphopt.diff.render.picture import to_svg
     from graphopt.ir.printing import graph_text
     from graphopt.spec import dumps, load
 
@@ -71,23 +71,17 @@ def apply(
 
 def _check_folder(path: Path) -> None:
     """Refuses an output folder that is not new, empty, or written by `apply`."""
-    from graphopt.files import reason
-
     try:
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
         raise RunError(f"cannot be an output folder: {reason(error)}", where=str(path), fix="Choose another folder") from error
-    if names and (names - FILES or not _is_report(path / "report.json")):
+    try:
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = None
+    if names and (names - FILES or not (isinstance(report, dict) and {"digest", "passes"} <= report.keys())):
         other = min(names - FILES or names)
         raise RunError(f"exists and was not written by apply (it holds {other!r})", where=str(path), fix="Choose a new or an empty folder")
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and {"digest", "passes"} <= report.keys()
 
 
 def _plan_at(spec: "Spec", epoch: int | None, *, trust: bool, verify: Any, batch: int | None) -> "Plan":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
+from graphopt.cli.screen import grid, show, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
@@ -36,7 +37,6 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --json
     """
-    from graphopt.cli.screen import show_json
     from graphopt.driver import prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
@@ -72,10 +72,11 @@ def _rates(device: str, amp: str | None) -> "Rates":
 def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
     from graphopt.compiler.plan import compile_phase
+    from graphopt.diff.render.run import read_run
     from graphopt.errors import CostError, RunError
-    from graphopt.planning.run_cost import counts, decisions_of, forecast_run
+    from graphopt.planning.run_cost import counts, forecast_run
 
-    decisions = decisions_of(path) if (path / "summary.json").is_file() else None
+    decisions = read_run(path).decisions if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
         plan = compile_phase(source, verify="off", costs=False)
@@ -91,18 +92,13 @@ def _point(point: "DropPoint", samples: int | None) -> dict[str, Any]:
 
 def _row(item: "Matched") -> dict[str, Any]:
     value, match = item.instance.value, item.match
-    return {
-        **value.table(),
-        "line": item.instance.line,
-        "regions": list(match.names),
-        "diagnostics": [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics],
-        "preserves": sorted(value.preserved_properties()),
-    }
+    diagnostics = [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in match.diagnostics]
+    head = {**value.table(), "line": item.instance.line, "regions": list(match.names)}
+    return {**head, "diagnostics": diagnostics, "preserves": sorted(value.preserved_properties())}
 
 
 def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
     from graphopt.cli.report import some
-    from graphopt.cli.screen import show
 
     show(f"{spec.name or 'unnamed spec'}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
     for number, row in enumerate(rows, start=1):
@@ -116,7 +112,6 @@ def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
 
 
 def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
-    from graphopt.cli.screen import grid, show
     from graphopt.units import show_size
 
     table = grid("drop after", "features", "a sample, float32", "all in float32", "in 16 bits", right=(2, 3, 4))
@@ -130,7 +125,6 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
 
 
 def _show_run(work: "RunCost | None") -> None:
-    from graphopt.cli.screen import show
     from graphopt.units import show_count, show_size, show_time
 
     if work is None:

@@ -1,5 +1,6 @@
 """`graphopt diff`: what a spec does to its backbone, or how two plans differ; on the terminal or as a picture."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.screen import console, show, show_json, show_text
 from graphopt.errors import RunError
+from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
     from graphopt.diff import Diff
@@ -55,7 +58,6 @@ def diff(
 
         graphopt diff runs/quickstart --phase 0 --phase 1
     """
-    from graphopt.cli.screen import show, show_json
     from graphopt.diff.render.data import main_diff
 
     asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
@@ -68,7 +70,14 @@ def diff(
         return _phases(argument, batch, costs, set_, trust)
 
     shown = _shown(phases_of, spec, other, phase, epoch)
-    written = _write(shown, targets, unfold)
+    written: list[Path] = []
+    for suffix, path in targets.items():
+        for name, content in _files(shown, suffix, path, unfold).items():
+            if name == STDOUT and isinstance(content, str):
+                show_text(content)
+            else:
+                write_atomically(name, content)
+                written.append(name)
     if as_json:
         show_json(main_diff(shown).to_dict())
     elif written:
@@ -77,35 +86,24 @@ def diff(
         _print(shown, unfold=unfold, nodes=nodes)
 
 
-def _write(shown: "Shown", targets: dict[str, Path], unfold: bool) -> list[Path]:
-    """Writes, or prints, each of the formats that were asked for; the files that were written."""
-    from graphopt.cli.screen import show_text
-    from graphopt.diff.render import files
+def _files(shown: "Shown", suffix: str, path: Path, unfold: bool) -> dict[Path, str | bytes]:
+    """One of the formats: its files (Model Explorer takes two, the graph and the node data that colours it)."""
     from graphopt.diff.render.data import main_diff
-    from graphopt.diff.render.dot import to_dot
-    from graphopt.diff.render.mermaid import to_mermaid
-    from graphopt.files import write_atomically
+    from graphopt.diff.render.explorer import to_model_explorer, to_node_data
+    from graphopt.diff.render.flowchart import to_dot, to_mermaid
+    from graphopt.diff.render.page import to_html
+    from graphopt.diff.render.picture import to_png, to_svg
 
-    pictures = {"html": files.write_html, "svg": files.write_svg, "png": files.write_png}
-    texts = {"mmd": to_mermaid, "dot": to_dot}
-    written: list[Path] = []
-    for suffix, path in targets.items():
-        if suffix == "json":
-            written += files.write_model_explorer(shown, path)
-            continue
-        if suffix in pictures:
-            pictures[suffix](shown, path)
-        elif path == STDOUT:
-            show_text(texts[suffix](main_diff(shown), unfold=unfold))
-            continue
-        else:
-            write_atomically(path, texts[suffix](main_diff(shown), unfold=unfold))
-        written.append(path)
-    return written
+    if suffix == "json":
+        overlay, main = path.with_name(f"{path.stem}.data{path.suffix}"), main_diff(shown)
+        values = {path: to_model_explorer(main), overlay: to_node_data(main)}
+        return {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in values.items()}
+    if suffix in ("mmd", "dot"):
+        return {path: (to_dot if suffix == "dot" else to_mermaid)(main_diff(shown), unfold=unfold)}
+    return {path: to_html(shown) if suffix == "html" else to_svg(shown) if suffix == "svg" else to_png(to_svg(shown))}
 
 
 def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:
-    from graphopt.cli.screen import console, show
     from graphopt.diff import Diff
     from graphopt.diff.render.data import main_diff
     from graphopt.diff.render.text import render
@@ -139,13 +137,13 @@ def _shown(
 def _phases(argument: str, batch: int | None, costs: bool, set_: list[str], trust: bool) -> "tuple[PhaseDiff, ...]":
     """The phases of a spec, or those that a run has gone through."""
     from graphopt.diff.phases import phase_diffs
-    from graphopt.diff.run import is_run, read_run
+    from graphopt.diff.render.run import is_run, read_run
     from graphopt.spec import load
 
     path = options.expanded(argument)
     decisions = read_run(path).decisions if is_run(path) else None
     plan = options.seeded_plan(load(argument, trust=trust, overrides=set_), trust=trust, batch=batch, costs=costs)
-    return phase_diffs(plan, decisions, costs=costs)
+    return phase_diffs(plan, decisions)
 
 
 def _one(phases: "tuple[PhaseDiff, ...]", phase: list[int], epoch: int | None, name: str) -> "Diff":

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, out_option
+from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
+from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
     from graphopt.planning.budget import Fit
@@ -36,8 +38,6 @@ def fit(
 
         graphopt fit spec.toml --flops 0.5 --suggest
     """
-    from graphopt.cli.screen import show, show_json
-    from graphopt.files import write_atomically
     from graphopt.planning.budget import Budget, Search
     from graphopt.spec import dumps, load
     from graphopt.units import parse_size
@@ -63,7 +63,6 @@ def fit(
 
 
 def _show(found: "Fit", suggest: bool) -> None:
-    from graphopt.cli.screen import grid, show
     from graphopt.units import show_count, show_size
 
     budget = found.budget

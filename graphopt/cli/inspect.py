@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, TrustOption
+from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ def inspect(
 
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
-    from graphopt.cli.screen import show_json
     from graphopt.driver import build_backbone, trace_backbone
     from graphopt.models.catalog import SOURCES
     from graphopt.spec import installed, load, resolve
@@ -74,28 +74,16 @@ def _table(backbone: str, graph: "Graph") -> dict[str, Any]:
 
     def row(region: "Region", level: int, block: bool) -> dict[str, Any]:
         out = region.exits[0] if len(region.exits) == 1 else None
-        return {
-            "name": region.name,
-            "kind": region.kind,
-            "level": level,
-            "block": block,
-            "parameters": sum(sizes.get(name, 0) for name in region.parameters),
-            "output": None if out is None else _shape(out),
-            "closed": region.closed,
-            "cut_point": out in cuts,
-        }
+        output, parameters = None if out is None else _shape(out), sum(sizes.get(name, 0) for name in region.parameters)
+        head = {"name": region.name, "kind": region.kind, "level": level, "block": block, "parameters": parameters}
+        return {**head, "output": output, "closed": region.closed, "cut_point": out in cuts}
 
     rows = [row(*entry) for entry in _tree(graph)]
-    return {
-        "backbone": backbone,
-        "input": list(graph.input),
-        "parameters": sum(sizes.values()),
-        "blocks": [row["name"] for row in rows if row["block"]],
-        "tree": rows,
-        "cut_points": [{"node": node.name, "path": node.meta["origin"].path, "shape": _shape(node)} for node in cuts],
-        "opaque": [{"path": path, "reason": reason} for path, reason in graph.opaque],
-        "unused_parameters": list(graph.unused),
-    }
+    head = {"backbone": backbone, "input": list(graph.input), "parameters": sum(sizes.values())}
+    shown = {"blocks": [row["name"] for row in rows if row["block"]], "tree": rows}
+    cut_rows = [{"node": node.name, "path": node.meta["origin"].path, "shape": _shape(node)} for node in cuts]
+    opaque = [{"path": path, "reason": reason} for path, reason in graph.opaque]
+    return {**head, **shown, "cut_points": cut_rows, "opaque": opaque, "unused_parameters": list(graph.unused)}
 
 
 def _tree(graph: "Graph") -> "Iterator[tuple[Region, int, bool]]":
@@ -123,7 +111,6 @@ def _shape(node: "Node") -> list[Any] | None:
 
 
 def _show(table: dict[str, Any]) -> None:
-    from graphopt.cli.screen import grid, show
     from graphopt.units import show_count
 
     shape = ", ".join(map(str, table["input"]))

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, out_option
+from graphopt.cli.screen import grid, show, show_json, show_text
 from graphopt.errors import PassError, SpecError, did_you_mean
+from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
     from graphopt.compiler.pass_base import Pass
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, to print its manual.")] = None,
-    as_json: JsonOption = False,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, to print its manual.")] = None, as_json: JsonOption = False
 ) -> None:
     """List the installed passes, or print the manual of one: what it does, its options and defaults, what it preserves.
 
@@ -27,7 +28,6 @@ def passes(
 
         graphopt passes freeze
     """
-    from graphopt.cli.screen import grid, show, show_json
     from graphopt.compiler.registry import passes as registered
 
     known = registered()
@@ -56,8 +56,7 @@ def _module_text(cls: "type[Pass]") -> str:
 
 
 def _manual(cls: "type[Pass]") -> None:
-    from graphopt.cli.screen import grid, show
-    from graphopt.spec.docs import option_texts, without_attributes
+    from graphopt.spec.writing import option_texts, without_attributes
 
     for text in dict.fromkeys((_module_text(cls), without_attributes(cls.__doc__ or ""))):
         if text:
@@ -88,8 +87,7 @@ def _default(value: Any) -> str:
 
 
 def specs(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.")] = None,
-    as_json: JsonOption = False,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.")] = None, as_json: JsonOption = False
 ) -> None:
     """List the installed specs, or print one as a start for your own.
 
@@ -101,7 +99,6 @@ def specs(
     """
     import tomli
 
-    from graphopt.cli.screen import grid, show, show_json, show_text
     from graphopt.spec import installed
 
     known = installed()
@@ -113,13 +110,8 @@ def specs(
     rows: dict[str, dict[str, Any]] = {}
     for key, path in known.items():
         spec = tomli.loads(path.read_text(encoding="utf-8"))
-        backbone = "{source}/{name}".format(**spec["backbone"])
-        rows[key] = {
-            "name": spec.get("name", ""),
-            "backbone": backbone,
-            "passes": [item["use"] for item in spec.get("pass", [])],
-            "file": str(path),
-        }
+        backbone, passes = "{source}/{name}".format(**spec["backbone"]), [item["use"] for item in spec.get("pass", [])]
+        rows[key] = {"name": spec.get("name", ""), "backbone": backbone, "passes": passes, "file": str(path)}
     if as_json:
         show_json(rows)
         return
@@ -136,8 +128,6 @@ def schema(out: Annotated[Path | None, out_option("Write it there; default: prin
 
         graphopt schema -o graphopt.schema.json
     """
-    from graphopt.cli.screen import show, show_text
-    from graphopt.files import write_atomically
     from graphopt.spec import schema as spec_schema
 
     text = json.dumps(spec_schema(), indent=2) + "\n"

@@ -6,21 +6,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graphopt.cli.screen import grid, show
-from graphopt.units import show_count, show_size
+from graphopt.diff.render.words import common_figures
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
     from graphopt.compiler.report import PassReport
-
-_FIGURES = (
-    ("parameters", "parameters", show_count),
-    ("trainable_parameters", "trainable parameters", show_count),
-    ("forward_flops", "forward FLOPs", show_count),
-    ("backward_flops", "backward FLOPs", show_count),
-    ("saved_activation_bytes", "saved activations", show_size),
-    ("peak_activation_bytes", "peak activations", show_size),
-    ("peak_bytes", "peak memory", show_size),
-)
 
 
 def show_report(plan: "Plan") -> None:
@@ -28,7 +18,10 @@ def show_report(plan: "Plan") -> None:
     report = plan.report
     show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
     if report.before is not None and report.after is not None:
-        show(_figures(report.before.to_dict(), report.after.to_dict()))
+        table = grid("one training step", "before", "after", "ratio", right=(1, 2, 3))
+        for figure, old, new in common_figures(report.before.to_dict(), report.after.to_dict()):
+            table.add_row(figure.title, figure.text(old), figure.text(new), f"{new / old:.3f}" if old else "")
+        show(table)
     for number, item in enumerate(report.passes, start=1):
         show()
         _show_pass(number, item)
@@ -38,15 +31,6 @@ def show_report(plan: "Plan") -> None:
         show(f"opaque {path}: {reason}")
     if report.unused:
         show(f"unused by the forward: {some(report.unused)}")
-
-
-def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    table = grid("one training step", "before", "after", "ratio", right=(1, 2, 3))
-    for key, title, text in _FIGURES:
-        if key in before and key in after:
-            ratio = f"{after[key] / before[key]:.3f}" if before[key] else ""
-            table.add_row(title, text(before[key]), text(after[key]), ratio)
-    return table
 
 
 def _show_pass(number: int, item: "PassReport") -> None:
@@ -73,13 +57,12 @@ def _show_pass(number: int, item: "PassReport") -> None:
 
 def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
     """The figures that a pass changed: before, after, and the fraction it saved."""
-    changed = [(key, title, text) for key, title, text in _FIGURES if before[key] != after[key]]
+    changed = [row for row in common_figures(before, after) if row[1] != row[2]]
     if not changed:
         return "  changes no figure of a training step"
     table = grid("  this pass", "before", "after", "saved", right=(1, 2, 3))
-    for key, title, text in changed:
-        saved = f"{1 - after[key] / before[key]:.1%}" if before[key] else ""
-        table.add_row(f"  {title}", text(before[key]), text(after[key]), saved)
+    for figure, old, new in changed:
+        table.add_row(f"  {figure.title}", figure.text(old), figure.text(new), f"{1 - new / old:.1%}" if old else "")
     return table
 
 

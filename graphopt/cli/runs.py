@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.screen import console, show, show_json
+from graphopt.files import write_atomically
 
 
 def train(
@@ -31,7 +33,6 @@ def train(
     """
     from dataclasses import asdict
 
-    from graphopt.cli.screen import console, show, show_json
     from graphopt.driver import located_backbone
     from graphopt.spec import load
     from graphopt.train import train as run
@@ -74,10 +75,7 @@ def report(
 
         graphopt report runs/quickstart -o quickstart.html
     """
-    from graphopt.cli.screen import show
-    from graphopt.diff.render.run import to_report
-    from graphopt.diff.run import read_run
-    from graphopt.files import write_atomically
+    from graphopt.diff.render.run import read_run, to_report
     from graphopt.spec import load
 
     found = read_run(run)
@@ -100,7 +98,6 @@ def export(
 
         graphopt export runs/quickstart -o model.safetensors
     """
-    from graphopt.cli.screen import show
     from graphopt.plan_file import is_plan_file
     from graphopt.train.export import export_run
     from graphopt.units import show_size

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from graphopt.errors import PassError
+from graphopt.ir.flow import reentry
 from graphopt.ir.graph import Graph, Origin
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.nodes import storages, writes_in_place
@@ -25,13 +26,8 @@ Members = tuple[Node, ...]
 def emit(graph: Graph, *, start: Node | None = None, stop: Node | None = None) -> TrainingModule:
     """The module that trains. Leaves, parameters and buffers are shared with `graph`, which stays flat.
 
-    Args:
-        start: an activation that takes the input's place; what only led to it is gone.
-        stop: an activation that takes the output's place.
-
-    Raises:
-        PassError: two sections overlap without one holding the other, a section without a local loss holds one with, or a section is
-            not convex.
+    `start` is an activation that takes the input's place (what only led to it is gone), `stop` one that takes the output's. Raises
+    PassError if sections overlap without nesting, one without a local loss holds one with, or one is not convex.
     """
     flat, copies = _copied(graph, start, stop)
     _drop_dead(flat, graph.module, keep_input=start is None)
@@ -82,11 +78,7 @@ def _root_of(module: fx.GraphModule, sections: bool) -> nn.Module:
 
 
 class _Outliner:
-    """Replaces the nodes of sections by calls of modules that run them, inner sections first.
-
-    Attributes:
-        graph: the graph that gets shorter. root: the module that it runs on; wrappers are registered there.
-    """
+    """Replaces the nodes of sections in `graph` by calls of modules that run them, registered on `root`; inner sections first."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.graph, self.root = graph, root
@@ -99,7 +91,9 @@ class _Outliner:
     def outline(self, section: Section, members: Members) -> None:
         current = dict.fromkeys(n for m in members for n in self._standing_for(m))
         inside = {m for m in current if m.op not in ("get_attr", "placeholder", "output")}
-        _check_convex(self.graph, section, inside)
+        if (outside := reentry(self.graph.nodes, inside)) is not None:
+            what = f"section {section.name!r} is not convex: node {outside} lies outside it, between two of its nodes"
+            raise PassError(what, where=str(section.author), fix="End it at a cut point (graphopt inspect shows them)")
         known = set(self.graph.nodes)
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         ordered = sorted(inside, key=order.__getitem__)
@@ -209,21 +203,6 @@ def _restore_order(graph: fx.Graph) -> None:
             before.append(after)
 
 
-def _check_convex(flat: fx.Graph, section: Section, inside: set[Node]) -> None:
-    after: set[Node] = set()
-    for node in flat.nodes:
-        through = next((i for i in node.all_input_nodes if i in after), None)
-        if node in inside:
-            if through is not None:
-                raise PassError(
-                    f"section {section.name!r} is not convex: node {through} lies outside it, between two of its nodes",
-                    where=str(section.author),
-                    fix="End it at a cut point (graphopt inspect shows them)",
-                )
-        elif through is not None or any(i in inside for i in node.all_input_nodes):
-            after.add(node)
-
-
 def _check_nesting(sections: Iterable[tuple[Section, Members]]) -> None:
     computing = [(section, {n for n in members if n.op != "get_attr"}) for section, members in sections]
     for (one, mine), (other, theirs) in itertools.combinations(computing, 2):
@@ -231,18 +210,12 @@ def _check_nesting(sections: Iterable[tuple[Section, Members]]) -> None:
             continue
         where = f"{one.author} and {other.author}"
         if not (mine <= theirs or theirs <= mine):
-            raise PassError(
-                f"the sections {one.name!r} and {other.name!r} overlap",
-                where=where,
-                fix="Let one hold the other whole: move a cut, or select other regions",
-            )
+            fix = "Let one hold the other whole: move a cut, or select other regions"
+            raise PassError(f"the sections {one.name!r} and {other.name!r} overlap", where=where, fix=fix)
         outer, inner = (one, other) if mine > theirs else (other, one)
         if inner.target and not outer.target and mine != theirs:
-            raise PassError(
-                f"section {outer.name!r} holds section {inner.name!r}, which has a local loss: that loss could not leave it",
-                where=where,
-                fix="Declare sections with Editor.outline, which divides them, or select other regions",
-            )
+            what = f"section {outer.name!r} holds section {inner.name!r}, which has a local loss: that loss could not leave it"
+            raise PassError(what, where=where, fix="Declare sections with Editor.outline, which divides them, or select other regions")
 
 
 def _drop_dead(graph: fx.Graph, module: fx.GraphModule, *, keep_input: bool) -> None:
@@ -254,11 +227,8 @@ def _drop_dead(graph: fx.Graph, module: fx.GraphModule, *, keep_input: bool) -> 
         # Without its input, a graph has no use for assertions on the input's size.
         if keep_input and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
             continue
-        if writes_in_place(module, node) and _is_read_later(graph, node, order):
-            continue
+        if writes_in_place(module, node):
+            memory = storages(node)
+            if any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users):
+                continue
         graph.erase_node(node)
-
-
-def _is_read_later(graph: fx.Graph, node: Node, order: dict[Node, int]) -> bool:
-    memory = storages(node)
-    return any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users)

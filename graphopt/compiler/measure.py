@@ -19,8 +19,7 @@ def measure_with(batch: int, **options: Unpack[StepOptions]) -> Measure:
     """A `Measure` for steps of `batch` samples."""
 
     def measure(module: nn.Module, graph: Graph, effects: Sequence[Effects]) -> Cost:
-        needs = RuntimeNeeds.of(effects)
-        shape = graph.input
+        needs, shape = RuntimeNeeds.of(effects), graph.input
         if needs.features is not None:
             # Only what follows the cut is trained; parameters and buffers of the whole network stay in memory for evaluation.
             module = emit(graph, start=needs.features.node).train()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property, reduce
-from operator import or_
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pydantic
@@ -35,13 +34,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A message about one region.
-
-    Attributes:
-        location: name of the region, or of the option that is wrong.
-        message: one sentence without a full stop.
-        fix: what the user can do about it.
-    """
+    """A message, in one sentence without a full stop, about a region or an option (`location`), and what the user can do about it."""
 
     severity: Severity
     location: str
@@ -60,22 +53,19 @@ class Diagnostics:
 
     def note(self, location: str, message: str) -> None:
         """Something worth knowing."""
-        self._add(Severity.NOTE, location, message)
+        self.diagnostics.append(Diagnostic(Severity.NOTE, location, message))
 
     def skip(self, location: str, message: str) -> None:
         """A region that is left alone, and why."""
-        self._add(Severity.SKIPPED, location, message)
+        self.diagnostics.append(Diagnostic(Severity.SKIPPED, location, message))
 
     def warn(self, location: str, message: str) -> None:
         """Something that costs memory, compute or accuracy."""
-        self._add(Severity.WARNING, location, message)
+        self.diagnostics.append(Diagnostic(Severity.WARNING, location, message))
 
     def refuse(self, location: str, message: str, fix: str | None = None) -> None:
         """A reason not to compile; the first one becomes the error that the user sees."""
-        self._add(Severity.ERROR, location, message, fix)
-
-    def _add(self, severity: Severity, location: str, message: str, fix: str | None = None) -> None:
-        self.diagnostics.append(Diagnostic(severity, location, message, fix))
+        self.diagnostics.append(Diagnostic(Severity.ERROR, location, message, fix))
 
 
 @dataclass
@@ -84,8 +74,7 @@ class Match(Diagnostics, Generic[Decided]):
 
     Attributes:
         regions: what it acts on, in execution order.
-        decision: whatever else it decided (where to cut, whose weights to mix). It must hold names only, no nodes, because it is used
-            on clones of the graph.
+        decision: whatever else it decided (where to cut, whose weights to mix), in names: it is used on clones of the graph.
         feature_options: options for caching features, where the pass may ask for that (see `FeatureCut`).
     """
 
@@ -105,11 +94,8 @@ class ActiveMatch(Generic[Decided]):
     """The part of a match that has to be rewritten now, in the graph that is being rewritten.
 
     Attributes:
-        graph: the graph as earlier passes have left it.
-        names: of the regions that are due, in execution order.
-        decision: as in `Match`.
-        paths: module paths of those regions.
-        all_names: of all the match's regions, due or not.
+        graph: the graph as earlier passes have left it. decision: as in `Match`.
+        names: of the regions that are due, in execution order. paths: their module paths. all_names: of all regions, due or not.
     """
 
     graph: Graph
@@ -130,8 +116,7 @@ class FeatureCut:
     """A prefix that has left the training graph: its output replaces the images as the input of training.
 
     Attributes:
-        node: the activation that is cached; in the flat graph.
-        region: name of the last region before the cut.
+        node: the activation that is cached; in the flat graph. region: name of the last region before the cut.
         options: the pass's options for caching it (where, dtype, limit, views).
     """
 
@@ -157,11 +142,9 @@ class RuntimeNeeds:
     @staticmethod
     def of(effects: Iterable[Effects]) -> RuntimeNeeds:
         """What several passes need together."""
-        return reduce(or_, (effect.needs for effect in effects), RuntimeNeeds())
-
-    def __or__(self, other: RuntimeNeeds) -> RuntimeNeeds:
-        scores = tuple(dict.fromkeys(self.scores + other.scores))
-        return RuntimeNeeds(self.targets or other.targets, other.features or self.features, scores)
+        needs = [effect.needs for effect in effects]
+        features = next((n.features for n in reversed(needs) if n.features), None)
+        return RuntimeNeeds(any(n.targets for n in needs), features, tuple(dict.fromkeys(name for n in needs for name in n.scores)))
 
 
 class Status(StrEnum):
@@ -259,26 +242,19 @@ class Pass(pydantic.BaseModel):
     def match(self, graph: Graph) -> Match[Any]:
         """Decides what it will do. Runs once per plan, on the untouched graph, which it must not change.
 
-        Raises:
-            SelectError: a selector matches nothing.
-            PassError: its options make no sense for this graph.
+        Raises SelectError if a selector matches nothing, PassError if its options make no sense for this graph.
         """
         raise NotImplementedError
 
     def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
-        """Does what was decided, through the editor.
-
-        Raises:
-            PassError: an earlier pass has changed what this one needs.
-        """
+        """Does what was decided, through the editor. Raises PassError if an earlier pass has changed what this one needs."""
         raise NotImplementedError
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
         """Values of this pass that the budget search may try on a graph, mildest first; none by default.
 
-        Args:
-            current: the value of this pass that the spec has already, if any; its other options are worth keeping.
+        `current` is the value of this pass that the spec has already, if any; its other options are worth keeping.
         """
         return ()
 
@@ -297,11 +273,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PassInstance:
-    """One pass of a plan: its value, its number (from 0), and where in a spec it was written.
-
-    Attributes:
-        location: `"spec.toml:12"`, None for a pass made in code. line: the line alone.
-    """
+    """One pass of a plan: its value, its number (from 0), and where in a spec it was written (`"spec.toml:12"`; None if made in code)."""
 
     value: Pass
     index: int

@@ -4,6 +4,7 @@ Between two passes the compiler looks at what a pass did: structure, declared pr
 """
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ Verify = Literal["full", "fast", "off"]
 
 @dataclass(frozen=True)
 class Matched:
-    """One pass of a plan with what it decided. `active` names the regions it is applied to."""
+    """One pass of a plan with what it decided."""
 
     instance: PassInstance
     match: Match[Any]
@@ -40,11 +41,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after its passes, with what each did. The tuples follow the passes' numbers; None for a pass that has not fired.
-
-    Attributes:
-        before, after: costs of one training step of the whole, where they were measured.
-    """
+    """A graph after its passes, what each did (by its number; None for one that has not fired), and costs of a step, where measured."""
 
     graph: Graph
     effects: tuple[Effects | None, ...]
@@ -57,8 +54,7 @@ class Rewritten:
 def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched, ...]:
     """Lets every pass decide on the untouched graph, and finds conflicts. Changes nothing.
 
-    Raises:
-        SelectError, PassError: a selector matches nothing, a pass refuses, or two passes contradict each other.
+    Raises SelectError or PassError if a selector matches nothing, a pass refuses, or two passes contradict each other.
     """
     found: list[Matched] = []
     for instance in instances:
@@ -69,29 +65,18 @@ def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched,
                 raise PassError(refused.message, where=refused.location, fix=refused.fix)
             instance.value.when.check(match.names)
             found.append(Matched(instance, match))
-    for one in found:
-        for other in found:
-            if one is not other:
-                _check_no_conflict(one, other)
+    for one, other in itertools.permutations(found, 2):
+        _check_no_conflict(one, other)
     return tuple(found)
 
 
 def rewrite(
-    untouched: Graph,
-    matched: Sequence[Matched],
-    decisions: tuple[Decision, ...] = (),
-    *,
-    verify: Verify = "full",
-    measure: Measure | None = None,
+    untouched: Graph, matched: Sequence[Matched], decisions: tuple[Decision, ...], *, verify: Verify, measure: Measure | None
 ) -> Rewritten:
     """Applies the passes that are active after `decisions` to a clone; `untouched` stays as it is.
 
-    Args:
-        verify: "full" tries every declared property in numbers, "fast" the structure and the keys only, "off" nothing.
-        measure: costs of an emitted module, for the report; called around each pass.
-
-    Raises:
-        VerifyError: a pass did not keep what it declares; with the pass and its place in the spec.
+    "full" tries every declared property in numbers, "fast" the structure and the keys only. `measure` is called around each pass, for the
+    report. Raises VerifyError if a pass did not keep what it declares, with the pass and its place in the spec.
     """
     graph = untouched.clone()
     effects: list[Effects | None] = []
@@ -107,47 +92,30 @@ def rewrite(
             reports.append(PassReport(item.instance, False, diagnostics=tuple(item.match.diagnostics)))
             continue
         with located(item.instance):
-            reference = _reference(module, item.instance, verify)
+            value, match = item.instance.value, item.match
+            properties = value.preserved_properties()
+            # A copy, because a rewrite can replace modules that the network shares with the graph.
+            reference = copy.deepcopy(module) if verify == "full" and properties else None
             keys = tuple(module.state_dict())
-            editor = Editor(graph, Author(item.instance.index, item.instance.value.name))
-            result = item.instance.value.rewrite(editor, _active_match(graph, item.match, active))
+            editor = Editor(graph, Author(item.instance.index, value.name))
+            paths = {r.name: r.paths for r in match.regions if r.name in active}
+            result = value.rewrite(editor, ActiveMatch(graph, active, match.decision, paths, match.names))
             graph.refresh()
             module = emit(graph)
-            checked = _verified(graph, module, item.instance, keys, reference, verify)
+            checked: list[Checked] = []
+            if verify != "off":
+                checked += check_structure(graph, module)
+                checked += [check_keys(keys, module)] if "state-dict keys" in properties else []
+            if reference is not None:
+                checked += [check_property(name, reference, module, graph.input) for name in sorted(properties)]
         effects.append(result)
         edits.append(editor.edits)
         cost_before, cost = cost, measure(module, graph, tuple(e for e in effects if e)) if measure else None
-        diagnostics = tuple(dict.fromkeys((*item.match.diagnostics, *result.diagnostics)))
-        reports.append(
-            PassReport(item.instance, True, result.regions, diagnostics, checked, cost_before, cost, figures=dict(result.figures))
-        )
+        diagnostics, verified = tuple(dict.fromkeys((*match.diagnostics, *result.diagnostics))), tuple(checked)
+        reports.append(PassReport(item.instance, True, result.regions, diagnostics, verified, cost_before, cost, dict(result.figures)))
     if verify == "full":
         _check_gradients(graph, matched, effects, reports)
     return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost)
-
-
-def _active_match(graph: Graph, match: Match[Any], active: tuple[str, ...]) -> ActiveMatch[Any]:
-    paths = {r.name: r.paths for r in match.regions if r.name in active}
-    return ActiveMatch(graph, active, match.decision, paths, match.names)
-
-
-def _reference(module: nn.Module, instance: PassInstance, verify: Verify) -> nn.Module | None:
-    """The network before a pass, for comparison: a copy, because a rewrite can replace modules that it shares with the graph."""
-    return copy.deepcopy(module) if verify == "full" and instance.value.preserved_properties() else None
-
-
-def _verified(
-    graph: Graph, module: nn.Module, instance: PassInstance, keys: tuple[str, ...], reference: nn.Module | None, verify: Verify
-) -> tuple[Checked, ...]:
-    if verify == "off":
-        return ()
-    properties = instance.value.preserved_properties()
-    checked = check_structure(graph, module)
-    if "state-dict keys" in properties:
-        checked.append(check_keys(keys, module))
-    if reference is not None:
-        checked += [check_property(name, reference, module, graph.input) for name in sorted(properties)]
-    return tuple(checked)
 
 
 def _check_gradients(graph: Graph, matched: Sequence[Matched], effects: list[Effects | None], reports: list[PassReport]) -> None:
@@ -171,12 +139,11 @@ def _check_no_conflict(one: Matched, other: Matched) -> None:
         for rival in other.match.regions:
             if set(region.nodes) & set(rival.nodes):
                 spot = region.name if rival.covers(region) else rival.name
-                raise PassError(
-                    f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}: "
-                    f"it cannot be {mine.claim} and {theirs.claim}",
-                    where=one.instance.location,
-                    fix="Narrow one of the two selections (exclude = ...)",
+                claims = (
+                    f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}"
                 )
+                what, fix = f"it cannot be {mine.claim} and {theirs.claim}", "Narrow one of the two selections (exclude = ...)"
+                raise PassError(f"{claims}: {what}", where=one.instance.location, fix=fix)
 
 
 @contextmanager

@@ -40,11 +40,10 @@ class Source:
     """What all phases of a plan have in common.
 
     Attributes:
-        backbone: the user's model, as it was. base: its graph before any rewrite.
+        backbone: the user's model, as it was. base: its graph before any rewrite. spec: the spec it came from, if any.
         matched: the passes in order, with what each decided on that graph.
         name, digest: of the spec; the digest identifies spec and backbone, and checkpoints carry it.
         batch: samples in the training step that costs are of. measure: the cost model; None where costs were not asked for.
-        spec: the spec it came from, if any.
     """
 
     backbone: nn.Module
@@ -97,7 +96,6 @@ class Plan(Source):
         """What the runner must provide."""
         return RuntimeNeeds.of(e for e in self.effects if e is not None)
 
-    # -- phases -------------------------------------------------------------------------------------------------------------
     def progress(self) -> tuple[Progress, ...]:
         """How far each pass has come."""
         return tuple(Progress(m.instance, m.match.names, m.active(self.decisions)) for m in self.matched)
@@ -115,11 +113,7 @@ class Plan(Source):
         return decisions[len(self.decisions) :]
 
     def phases(self, epochs: int, decisions: Sequence[Decision] | None = None) -> tuple[Phase, ...]:
-        """The phases of a run of `epochs` that starts with this plan, without gaps; unverified.
-
-        Args:
-            decisions: of a finished run, to be replayed; default: what can be foreseen.
-        """
+        """The phases of a run of `epochs` that starts with this plan, unverified; `decisions` of a finished run are replayed."""
         later = [d for d in (self.foreseen(epochs) if decisions is None else decisions) if d.epoch < epochs]
         plan, found = self, []
         for start, end in itertools.pairwise(sorted({0, epochs, *(d.epoch for d in later)})):
@@ -153,23 +147,15 @@ class Plan(Source):
 
     @cached_property
     def scored(self) -> dict[str, tuple[str, ...]]:
-        """Regions whose weights the runner must watch, with their parameters in the backbone.
-
-        Those are the regions of passes that decide by measurement, and those that a pass asks for.
-        """
-        measured = (m.match.regions for m in self.matched if not m.instance.value.when.foreseeable)
-        found = {region.name: region.parameters for regions in measured for region in regions}
+        """Regions whose weights the runner must watch, because a pass decides by them or asks for it, with their parameters."""
+        measured = (m for m in self.matched if not m.instance.value.when.foreseeable)
+        found = {region.name: region.parameters for m in measured for region in m.match.regions}
         return found | {name: region_at(self.base, name).parameters for name in self.needs.scores if name not in found}
 
-    # -- weights ------------------------------------------------------------------------------------------------------------
     def to_backbone(self, state: dict[str, Tensor], *, partial: bool = False) -> dict[str, Tensor]:
         """The emitted module's state dict under the backbone's keys (auxiliary parts gone, mixed weights worked out).
 
-        Args:
-            partial: leave what the backbone's architecture cannot express as it is, instead of raising.
-
-        Raises:
-            PassError: a pass replaced something that the backbone's architecture cannot express.
+        Raises PassError if a pass replaced something that the backbone's architecture cannot express; with `partial` that stays as it is.
         """
         for effect in reversed(self.effects):
             if effect is None or effect.to_original_state is None:
@@ -191,8 +177,7 @@ class Plan(Source):
     def load_backbone(self, state: dict[str, Tensor]) -> None:
         """Loads a checkpoint of the backbone (its own keys) into the plan.
 
-        Raises:
-            PassError: keys are missing or unexpected; lists them.
+        Raises PassError if keys are missing or unexpected; lists them.
         """
         self._check_keys(state, "the checkpoint does not fit the backbone")
         adopted = self.from_backbone(state)
@@ -224,15 +209,11 @@ class Plan(Source):
         """Names of parameters that passes ask not to be weight-decayed."""
         return frozenset(n for e in self.effects if e is not None for n in e.no_decay)
 
-    # -- training on cached features ----------------------------------------------------------------------------------------
     @cached_property
     def suffix(self) -> TrainingModule:
         """What is left to train behind `needs.features`: takes the cached activation in the place of the images.
 
-        It shares parameters with `module`. Make it after moving `module` to its device.
-
-        Raises:
-            PassError: no pass has cut a prefix off.
+        It shares parameters with `module`. Make it after moving `module` to its device. Raises PassError if no pass has cut a prefix off.
         """
         suffix = emit(self.graph, start=self._feature_cut())
         suffix.train(self.module.training)
@@ -253,31 +234,21 @@ class Plan(Source):
 
 
 def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int, history: Any, epochs: int | None) -> tuple[Decision, ...]:
-    found = []
-    for item in matched:
-        when, index = item.instance.value.when, item.instance.index
-        for action, regions in when.fire(item.match.names, item.active(decisions), epoch, epochs, history):
-            found.append(Decision(index=index, epoch=epoch, action=action, regions=regions))
-    return tuple(found)
+    return tuple(
+        Decision(index=item.instance.index, epoch=epoch, action=action, regions=regions)
+        for item in matched
+        for action, regions in item.instance.value.when.fire(item.match.names, item.active(decisions), epoch, epochs, history)
+    )
 
 
 def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True) -> Plan:
     """The plan of one phase: the source's passes applied as `decisions` say.
 
-    Raises:
-        PassError, VerifyError: with the pass and its place in the spec.
+    Raises PassError or VerifyError with the pass and its place in the spec.
     """
-    base, measure = source.base, source.measure if costs else None
-    result = rewrite(base, source.matched, decisions, verify=verify, measure=measure)
-    opaque = tuple((o.path, o.reason) for o in base.opaque)
-    costs_around = (result.before, result.after)
-    report = Report(source.name, source.digest, source.batch, *costs_around, result.reports, opaque, base.unused)
+    base = source.base
+    made = rewrite(base, source.matched, decisions, verify=verify, measure=source.measure if costs else None)
+    report = Report(source.name, source.digest, source.batch, made.before, made.after, made.reports, base.opaque, base.unused)
     shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
-    made: dict[str, Any] = {
-        "graph": result.graph,
-        "effects": result.effects,
-        "edits": result.edits,
-        "module": emit(result.graph),
-        "report": report,
-    }
-    return Plan(**shared, decisions=decisions, **made)
+    own: dict[str, Any] = {"graph": made.graph, "effects": made.effects, "edits": made.edits, "module": emit(made.graph)}
+    return Plan(**shared, decisions=decisions, **own, report=report)

@@ -6,30 +6,22 @@ from importlib.metadata import entry_points
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import PassError
 
-GROUP = "graphopt.passes"
-
 
 @lru_cache(maxsize=1)
 def passes() -> dict[str, type[Pass]]:
-    """Every installed pass, by the name specs use.
-
-    Raises:
-        PassError: an entry point does not load, is not a `Pass`, or two have the same name.
-    """
+    """Every installed pass, by the name specs use. Raises PassError if one does not load or is no `Pass`, or two have the same name."""
     found: dict[str, type[Pass]] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+    for entry in sorted(entry_points(group="graphopt.passes"), key=lambda e: e.name):
         where = f"entry point {entry.name} = {entry.value}"
         try:
             loaded = entry.load()
         except Exception as error:
-            raise PassError(
-                f"the pass cannot be loaded: {error}", where=where, fix="Repair or uninstall the package that provides it"
-            ) from error
+            fix = "Repair or uninstall the package that provides it"
+            raise PassError(f"the pass cannot be loaded: {error}", where=where, fix=fix) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
             raise PassError("it does not name a subclass of graphopt.Pass", where=where, fix="Name one there")
         if getattr(loaded, "name", None) != entry.name:
             raise PassError(f"its class has the name {getattr(loaded, 'name', None)!r}", where=where, fix="Give the entry point that name")
-        if entry.name in found and found[entry.name] is not loaded:
+        if found.setdefault(entry.name, loaded) is not loaded:
             raise PassError(f"two installed packages provide a pass called {entry.name!r}", where=where, fix="Uninstall one of them")
-        found[entry.name] = loaded
     return found

@@ -7,6 +7,7 @@ from typing import Any
 from graphopt.compiler.pass_base import Diagnostic, PassInstance
 from graphopt.compiler.verify import Checked
 from graphopt.cost import Advice, Cost, advise, where_memory_is
+from graphopt.ir.graph import Opaque
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,8 @@ class PassReport:
     """What one pass did.
 
     Attributes:
-        instance: the pass. active: whether its trigger has fired.
-        regions: names of the regions it changed. verified: the properties that were checked.
-        before, after: costs of one training step before and after this pass; None if costs were not asked for.
-        figures: figures of the pass's own.
+        active: whether its trigger has fired. regions: names of the regions it changed. verified: the properties that were checked.
+        before, after: costs of one training step around this pass; None if costs were not asked for. figures: of the pass's own.
     """
 
     instance: PassInstance
@@ -41,7 +40,7 @@ class PassReport:
             "active": self.active,
             "regions": list(self.regions),
             "diagnostics": [{"severity": str(d.severity), "location": d.location, "message": d.message} for d in self.diagnostics],
-            "verified": [{"property": c.property, "difference": c.difference} for c in self.verified],
+            "verified": [asdict(c) for c in self.verified],
             **_costs(self.before, self.after, self.advice),
             "line": self.instance.line,
             "figures": dict(self.figures),
@@ -63,7 +62,7 @@ class Report:
     before: Cost | None
     after: Cost | None
     passes: tuple[PassReport, ...]
-    opaque: tuple[tuple[str, str], ...] = ()
+    opaque: tuple[Opaque, ...] = ()
     unused: tuple[str, ...] = ()
 
     @property
@@ -79,14 +78,11 @@ class Report:
             "batch": self.batch,
             **_costs(self.before, self.after, self.advice),
             "passes": [p.to_dict() for p in self.passes],
-            "opaque": [{"path": path, "reason": reason} for path, reason in self.opaque],
+            "opaque": [o._asdict() for o in self.opaque],
             "unused_parameters": list(self.unused),
         }
 
 
 def _costs(before: Cost | None, after: Cost | None, advice: tuple[Advice, ...]) -> dict[str, Any]:
-    return {
-        "before": before.to_dict() if before is not None else None,
-        "after": after.to_dict() if after is not None else None,
-        "advice": [asdict(a) for a in advice],
-    }
+    figures = {"before": before and before.to_dict(), "after": after and after.to_dict()}
+    return {**figures, "advice": [asdict(a) for a in advice]}

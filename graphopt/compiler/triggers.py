@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from graphopt.compiler.scores import MEASURES
 from graphopt.errors import PassError, did_you_mean
 
 #: an action, and the names of the regions it is about (None: all)
@@ -16,20 +17,18 @@ Fired = tuple[Literal["apply", "undo"], tuple[str, ...] | None]
 
 ScoreName = Literal["change", "continuation", "slope"]
 Threshold = Annotated[float, Field(gt=0)]
+From0 = Annotated[int, Field(ge=0, strict=True)]
+From1 = Annotated[int, Field(ge=1, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 _BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05}
 
 
-class Decision(pydantic.BaseModel):
-    """A trigger that fired.
-
-    Attributes:
-        index: number of the pass in the spec, from 0.
-        epoch: the epoch before which it takes effect.
-        action: apply the pass, or undo it.
-        regions: names of the regions it is about; None means the whole selection.
-    """
-
+class _Frozen(pydantic.BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Decision(_Frozen):
+    """A trigger that fired: before `epoch`, pass number `index` (from 0) is applied or undone on `regions` (None: its whole selection)."""
 
     index: int
     epoch: int
@@ -37,10 +36,8 @@ class Decision(pydantic.BaseModel):
     regions: tuple[str, ...] | None = None
 
 
-class BaseTrigger(pydantic.BaseModel):
+class BaseTrigger(_Frozen):
     """A rule that decides, before each epoch, to which regions a pass is applied, or undone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
         """What fires before `epoch`.
@@ -53,15 +50,11 @@ class BaseTrigger(pydantic.BaseModel):
         raise NotImplementedError
 
     def check(self, names: tuple[str, ...]) -> None:
-        """Checks the trigger against the regions of its pass.
-
-        Raises:
-            PassError: it names something else.
-        """
+        """Checks the trigger against the regions of its pass. Raises PassError if it names something else."""
 
     @property
     def foreseeable(self) -> bool:
-        """Whether it fires without measurements, so that the spec alone determines when."""
+        """Whether it fires without measurements, as the spec alone determines."""
         return True
 
 
@@ -69,15 +62,14 @@ class Start(BaseTrigger):
     """From the first step to the last: `when = "start"`."""
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
-        """Never: such a pass is active from the start."""
-        return []
+        return []  # such a pass is active from the start
 
 
 class AtEpoch(BaseTrigger):
     """From an epoch on, and optionally only until another: `when = { epoch = 10, until = 20 }`. Epochs count from 0."""
 
-    epoch: Annotated[int, Field(ge=0, strict=True)]
-    until: Annotated[int, Field(ge=1, strict=True)] | None = None
+    epoch: From0
+    until: From1 | None = None
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> AtEpoch:
@@ -86,21 +78,14 @@ class AtEpoch(BaseTrigger):
         return self
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
-        """All regions at once."""
         on = self.epoch <= epoch and (self.until is None or epoch < self.until)
-        if on and not active:
-            return [("apply", None)]
-        if active and not on:
-            return [("undo", None)]
-        return []
+        return [] if on == bool(active) else [("apply" if on else "undo", None)]
 
 
-class Step(pydantic.BaseModel):
+class Step(_Frozen):
     """One entry of an explicit schedule: from `epoch` (from 0) on, every region up to and including `upto`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epoch: Annotated[int, Field(ge=0, strict=True)]
+    epoch: From0
     upto: Annotated[str, Field(min_length=1)]
 
 
@@ -114,13 +99,12 @@ class Steps(BaseTrigger):
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Steps:
-        for before, after in zip(self.steps, self.steps[1:], strict=False):
+        for before, after in itertools.pairwise(self.steps):
             if after.epoch <= before.epoch:
                 raise ValueError(f"epoch = {after.epoch} comes after epoch = {before.epoch}: a schedule's epochs must rise")
         return self
 
     def check(self, names: tuple[str, ...]) -> None:
-        """Every step names a region, further than the step before."""
         reached = -1
         for step in self.steps:
             if step.upto not in names:
@@ -131,9 +115,40 @@ class Steps(BaseTrigger):
             reached = names.index(step.upto)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
-        """The regions up to the last step that is due."""
         due = [s.upto for s in self.steps if s.epoch <= epoch]
         return _apply(names[: names.index(due[-1]) + 1], active) if due else []
+
+
+def change(series: Sequence[float], _window: int) -> float:
+    """The last epoch's change of the weights, relative to the weights."""
+    return series[-1]
+
+
+def continuation(series: Sequence[float], _window: int) -> float:
+    """The last epoch's change over the largest one so far: 1.0 while a region changes as fast as ever."""
+    largest = max(series)
+    return series[-1] / largest if largest > 0 else 0.0
+
+
+def slope(series: Sequence[float], window: int) -> float:
+    """How fast the change itself changes: its absolute least-squares slope over the last `window` epochs, over the largest change so far.
+
+    Infinite until there are `window` epochs.
+    """
+    recent = series[-window:]
+    largest = max(series)
+    if len(recent) < window:
+        return float("inf")
+    if largest == 0:
+        return 0.0
+    middle, mean = (window - 1) / 2, sum(recent) / window
+    rise = sum((i - middle) * (value - mean) for i, value in enumerate(recent))
+    return abs(rise / sum((i - middle) ** 2 for i in range(window))) / largest
+
+
+#: scores of convergence, from a region's changes of weights per epoch (oldest first) and a window in epochs. Learn&Drop (arXiv
+#: 2604.23403) names them, but publishes neither formulas nor thresholds; those here are our own.
+MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {"change": change, "continuation": continuation, "slope": slope}
 
 
 class Score(BaseTrigger):
@@ -143,7 +158,7 @@ class Score(BaseTrigger):
     order from the input on. Weights are equal on all ranks, and so are the scores.
 
     Attributes:
-        score: `"change"`, `"continuation"`, `"slope"` (see `graphopt.compiler.scores`), or several, all of which must be under theirs.
+        score: `"change"`, `"continuation"`, `"slope"`, or several, all of which must be under theirs.
         below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05.
         patience: checks in a row.
         every: epochs between checks.
@@ -155,12 +170,12 @@ class Score(BaseTrigger):
 
     score: ScoreName | Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     below: Threshold | tuple[Threshold, ...] | None = None
-    patience: Annotated[int, Field(ge=1, strict=True)] = 2
-    every: Annotated[int, Field(ge=1, strict=True)] = 1
-    warmup: Annotated[int, Field(ge=0, strict=True)] = 0
+    patience: From1 = 2
+    every: From1 = 1
+    warmup: From0 = 0
     window: Annotated[int, Field(ge=2, strict=True)] = 3
-    most: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
-    by: Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    most: From1 | Share | None = None
+    by: From1 | Share | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_threshold_each(self) -> Score:
@@ -200,7 +215,6 @@ class Score(BaseTrigger):
         return min(int(most * grown + 1e-9), count)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
-        """Regions that have converged, and all before them too."""
         if history is None or epoch % self.every:
             return []
         checks = range(epoch, epoch - self.patience * self.every, -self.every)
@@ -251,7 +265,6 @@ class FreezeOut(_Published):
         return linear**3 if self.how == "cubic" else linear
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
-        """Each region at its t_i."""
         if epochs is None:
             return []
         return _apply(tuple(n for i, n in enumerate(names) if self.end(i, len(names)) * epochs <= epoch + 1e-9), active)
@@ -277,7 +290,6 @@ class Progressive(_Published):
         return (1 - self.keep) * math.exp(-self.gamma * time) + self.keep
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
-        """The deepest regions that are due."""
         if epochs is None:
             return []
         count = len(names)
@@ -315,13 +327,10 @@ def _from_short(value: Any) -> Any:
 def _kind(value: Any) -> str:
     if isinstance(value, BaseTrigger):
         return type(value).__name__
-    if isinstance(value, dict):
-        if "schedule" in value:
-            return _SCHEDULES.get(str(value["schedule"]), "FreezeOut")
-        for key, kind in _KEYS.items():
-            if key in value:
-                return kind
-    return "Start"
+    table = value if isinstance(value, dict) else {}
+    if "schedule" in table:
+        return _SCHEDULES.get(str(table["schedule"]), "FreezeOut")
+    return next((kind for key, kind in _KEYS.items() if key in table), "Start")
 
 
 def _to_short(trigger: BaseTrigger) -> Any:

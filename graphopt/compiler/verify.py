@@ -5,11 +5,10 @@ tolerance of 1e-9 separates rounding from errors. Gradients are compared in eval
 compute the same function, so that only the backward pass is compared.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,8 +39,7 @@ class Checked:
 def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
     """What every pass must leave intact: a well-formed graph, shapes, origins, and all parameters in the emitted module.
 
-    Raises:
-        VerifyError: with the node.
+    Raises VerifyError with the node.
     """
     try:
         graph.fx.lint()
@@ -60,11 +58,7 @@ def check_structure(graph: Graph, emitted: nn.Module) -> list[Checked]:
 
 
 def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
-    """The emitted module has the same state-dict keys as before the pass.
-
-    Raises:
-        VerifyError: names the keys that were lost and gained.
-    """
+    """The emitted module has the same state-dict keys as before the pass. Raises VerifyError with the keys that were not."""
     now = after.state_dict().keys()
     lost, gained = sorted(set(before) - now), sorted(now - set(before))
     if lost or gained:
@@ -73,41 +67,36 @@ def check_keys(before: tuple[str, ...], after: nn.Module) -> Checked:
 
 
 def check_property(name: Property, before: nn.Module, after: nn.Module, input: tuple[int, ...]) -> Checked:
-    """One declared property holds.
-
-    Raises:
-        VerifyError: it does not; with the difference that was found and the one allowed.
-    """
+    """One declared property holds. Raises VerifyError if it does not; with the difference that was found and the one allowed."""
     if name == "state-dict keys":
         return _values(before, after)
-    found = _MEASURES[name](before, after, input, torch.float32)
-    if found.difference:
-        found = _MEASURES[name](before, after, input, torch.float64)
-    if found.difference > TOLERANCE:
-        what = f"the gradient of {found.parameter}" if found.parameter else name
-        raise VerifyError(
-            f"{what} is not preserved: relative difference {found.difference:.2e}, expected at most {TOLERANCE:.0e}", where=found.parameter
-        )
-    return Checked(name, found.difference)
+    difference, parameter = _MEASURES[name](before, after, input, torch.float32)
+    if difference:
+        difference, parameter = _MEASURES[name](before, after, input, torch.float64)
+    if difference > TOLERANCE:
+        what = f"the gradient of {parameter}" if parameter else name
+        figures = f"relative difference {difference:.2e}, expected at most {TOLERANCE:.0e}"
+        raise VerifyError(f"{what} is not preserved: {figures}", where=parameter)
+    return Checked(name, difference)
 
 
 def check_gradients_arrive(module: nn.Module, input: tuple[int, ...], targets: bool, unused: tuple[str, ...]) -> Checked:
     """After a backward pass every trainable parameter has a finite gradient, and no frozen one has any.
 
-    Raises:
-        VerifyError: with the parameter.
+    Raises VerifyError with the parameter.
     """
     module = _copy(module, torch.float32).train()
     if not any(p.requires_grad for p in module.parameters()):
         raise VerifyError("no trainable parameter is left", fix="Freeze or drop less")
     torch.autograd.backward(_scalar(module, input, torch.float32, targets))
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.grad is None and name not in unused:
-            raise VerifyError(f"the trainable parameter {name} gets no gradient", where=name)
-        if parameter.requires_grad and parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise VerifyError(f"the gradient of {name} is not finite on random input", where=name)
-        if not parameter.requires_grad and parameter.grad is not None:
+        if parameter.grad is None:
+            if parameter.requires_grad and name not in unused:
+                raise VerifyError(f"the trainable parameter {name} gets no gradient", where=name)
+        elif not parameter.requires_grad:
             raise VerifyError(f"the frozen parameter {name} gets a gradient", where=name)
+        elif not parameter.grad.isfinite().all():
+            raise VerifyError(f"the gradient of {name} is not finite on random input", where=name)
     return Checked("every trainable parameter gets a gradient, no frozen one does", 0.0)
 
 
@@ -153,28 +142,21 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-@dataclass(frozen=True)
-class _Largest:
-    """The largest relative difference, and the parameter whose gradient has it."""
-
-    difference: float
-    parameter: str | None = None
+#: the largest relative difference, and the parameter whose gradient has it
+_Largest = tuple[float, str | None]
 
 
-def _outputs(training: bool) -> _Measure:
-    def measure(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Largest:
-        results = []
-        for module in (before, after):
-            module = _copy(module, dtype).train(training)
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(2)
-                results.append(tensors_in(module(_sample(input, dtype))))
-        if len(results[0]) != len(results[1]):
-            name = "training output" if training else "eval output"
-            raise VerifyError(f"{name}: {len(results[0])} tensors before, {len(results[1])} after")
-        return _Largest(max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0))
-
-    return measure
+def _outputs(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype, *, training: bool) -> _Largest:
+    results = []
+    for module in (before, after):
+        module = _copy(module, dtype).train(training)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(2)
+            results.append(tensors_in(module(_sample(input, dtype))))
+    if len(results[0]) != len(results[1]):
+        name = "training output" if training else "eval output"
+        raise VerifyError(f"{name}: {len(results[0])} tensors before, {len(results[1])} after")
+    return max((_difference(a, b) for a, b in zip(*results, strict=True)), default=0.0), None
 
 
 def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype: torch.dtype) -> _Largest:
@@ -186,13 +168,13 @@ def _gradients(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtyp
             torch.autograd.backward(loss)
         found.append({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
     expected, got = found
-    worst = _Largest(0.0)
+    worst: _Largest = (0.0, None)
     for name in (n for n in got if n in expected):
         reference, gradient = expected[name], got[name]
         if (gradient is None) != (reference is None):
             raise VerifyError(f"the gradient of {name} is {'gone' if gradient is None else 'new'} after the rewrite", where=name)
-        if gradient is not None and reference is not None and (difference := _difference(reference, gradient)) > worst.difference:
-            worst = _Largest(difference, name)
+        if gradient is not None and reference is not None and (difference := _difference(reference, gradient)) > worst[0]:
+            worst = (difference, name)
     return worst
 
 
@@ -204,10 +186,8 @@ def _values(before: nn.Module, after: nn.Module) -> Checked:
     return Checked("state-dict values", 0.0)
 
 
-_Measure = Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Largest]
-
-_MEASURES: dict[Property, _Measure] = {
-    "eval output": _outputs(training=False),
-    "training output": _outputs(training=True),
+_MEASURES: dict[Property, Callable[[nn.Module, nn.Module, tuple[int, ...], torch.dtype], _Largest]] = {
+    "eval output": partial(_outputs, training=False),
+    "training output": partial(_outputs, training=True),
     "gradients of unselected parameters": _gradients,
 }

@@ -6,16 +6,5 @@ from graphopt.cost.rates import Rates, measure_rates
 from graphopt.cost.step import StepOptions, forecast, measure
 from graphopt.errors import CostError
 
-__all__ = [
-    "Advice",
-    "BlockCost",
-    "Cost",
-    "CostError",
-    "Rates",
-    "StepOptions",
-    "advise",
-    "forecast",
-    "measure",
-    "measure_rates",
-    "where_memory_is",
-]
+__all__ = ["Advice", "BlockCost", "Cost", "CostError", "Rates", "StepOptions"]
+__all__ += ["advise", "forecast", "measure", "measure_rates", "where_memory_is"]

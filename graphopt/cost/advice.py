@@ -3,6 +3,7 @@
 They are derived from the costs of one training step before and after a rewrite, by block; nothing here knows a pass.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,7 @@ class Advice:
     """One warning.
 
     Attributes:
-        where: the block, or "the step".
-        what: the fact and what to do about it.
+        where: the block, or "the step". what: the fact and what to do about it.
         worth: how many bytes of memory, or FLOPs, of one step it is about.
     """
 
@@ -44,33 +44,28 @@ def where_memory_is(cost: Cost) -> tuple[Advice, ...]:
     """The part of a step that holds most of its memory, where a cut or a freeze helps most; or that this is not its activations."""
     constant = cost.parameter_bytes + cost.buffer_bytes + cost.gradient_bytes + cost.optimizer_bytes
     if constant > MOST * cost.peak_bytes:
-        share = _percent(constant, cost.peak_bytes)
         what = (
-            f"{share} of the peak is parameters, gradients and optimizer state ({show_size(constant)}): at this batch, passes that save "
-            "activations gain little. Freeze or share parameters, choose an optimizer with less state, or use a larger batch"
+            f"{_percent(constant, cost.peak_bytes)} of the peak is parameters, gradients and optimizer state ({show_size(constant)}): at "
+            "this batch, passes that save activations gain little. Freeze or share parameters, choose an optimizer with less state, "
+            "or use a larger batch"
         )
         return (Advice("the step", what, constant),)
     total = cost.saved_activation_bytes
-    where = "of the saved activations ({}) are here: cut inside it, or checkpoint it"
-    return tuple(
-        Advice(name, f"{_percent(saved, total)} {where.format(show_size(saved))}", saved)
-        for name, saved in _outer_parts(cost.blocks)
-        if saved > MOST * total
-    )
+    what = "{} of the saved activations ({}) are here: cut inside it, or checkpoint it"
+    largest = [(name, saved) for name, saved in _outer_parts(cost.blocks) if saved > MOST * total]
+    return tuple(Advice(name, what.format(_percent(saved, total), show_size(saved)), saved) for name, saved in largest)
 
 
 def _outer_parts(blocks: Sequence[BlockCost]) -> list[tuple[str, int]]:
     """Saved bytes of the outermost modules that are more than three in number, the largest first."""
     rows = [(b.path.split("."), b.saved_activation_bytes) for b in blocks if b.path]
-    depth = 1
-    while True:
-        sums: dict[str, int] = {}
+    for depth in range(1, 1 + max((len(path) for path, _ in rows), default=1)):
+        sums: Counter[str] = Counter()
         for path, saved in rows:
-            name = ".".join(path[:depth])
-            sums[name] = sums.get(name, 0) + saved
-        if len(sums) > 3 or depth >= max((len(p) for p, _ in rows), default=1):
-            return sorted(sums.items(), key=lambda item: -item[1])
-        depth += 1
+            sums[".".join(path[:depth])] += saved
+        if len(sums) > 3:
+            break
+    return sums.most_common()
 
 
 def _open_prefix(before: Cost, after: Cost) -> list[Advice]:
@@ -78,9 +73,7 @@ def _open_prefix(before: Cost, after: Cost) -> list[Advice]:
     old = {b.path: b for b in before.blocks}
     frozen = [b for b in after.blocks if b.path and b.parameters and not b.trainable_parameters and old.get(b.path, b).trainable_parameters]
     unchanged = [b for b in frozen if b.saved_activation_bytes > STILL_SAVED * max(old[b.path].saved_activation_bytes, 1)]
-    if not unchanged:
-        return []
-    first = after.blocks.index(unchanged[0])
+    first = after.blocks.index(unchanged[0]) if unchanged else 0
     trainable = [b.path for b in after.blocks[:first] if b.path and b.trainable_parameters]
     if not trainable:
         return []
@@ -93,24 +86,19 @@ def _open_prefix(before: Cost, after: Cost) -> list[Advice]:
 def _no_saving(before: Cost, after: Cost) -> list[Advice]:
     if _less(before.peak_bytes, after.peak_bytes) or _less(before.saved_activation_bytes, after.saved_activation_bytes):
         return []
-    gains = []
-    if _less(before.flops, after.flops):
-        gains.append(f"{show_count(before.flops - after.flops)} FLOPs")
-    if _less(before.trainable_parameters, after.trainable_parameters):
-        gains.append(f"{show_count(before.trainable_parameters - after.trainable_parameters)} trainable parameters")
+    figures = (("FLOPs", before.flops, after.flops), ("trainable parameters", before.trainable_parameters, after.trainable_parameters))
+    gains = [f"{show_count(old - new)} {name}" for name, old, new in figures if _less(old, new)]
     what = "this saves no memory at this batch" + (f"; what it saves is {' and '.join(gains)}" if gains else ", and no FLOPs either")
     return [Advice("the step", what, 0)]
 
 
 def _more_expensive(before: Cost, after: Cost) -> list[Advice]:
     found = []
-    if after.peak_bytes > before.peak_bytes * (1 + NEGLIGIBLE):
-        more = after.peak_bytes - before.peak_bytes
+    if (more := after.peak_bytes - before.peak_bytes) > NEGLIGIBLE * before.peak_bytes:
         added = after.parameters - before.parameters
         why = f" (it adds {show_count(added)} parameters, with gradients and optimizer state)" if added > 0 else ""
         found.append(Advice("the step", f"this costs {show_size(more)} more at the peak than it saves{why}", more))
-    if after.flops > before.flops * (1 + NEGLIGIBLE):
-        more = after.flops - before.flops
+    if (more := after.flops - before.flops) > NEGLIGIBLE * before.flops:
         why = ", run again in the backward" if after.recomputed_flops else ""
         found.append(Advice("the step", f"this costs {_percent(more, before.flops)} more FLOPs a step{why}", more))
     return found

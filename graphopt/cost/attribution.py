@@ -18,12 +18,10 @@ from graphopt.runtime.body import bodies
 
 
 class _Frame(NamedTuple):
-    """What is running.
+    """What is running, and the path that its operators are attributed to.
 
-    Attributes:
-        path: whom its operators are attributed to.
-        task: the autograd engine's task it was entered in; work of a later task is the engine's, not this frame's.
-        module: name of the module that runs; its submodules are attributed to paths below `path`.
+    It was entered in an autograd engine's `task`: work of a later task is the engine's, not this frame's. The submodules of `module`,
+    which is the name of the one that runs, are attributed to paths below `path`.
     """
 
     path: str
@@ -54,7 +52,7 @@ class Attribution:
         self.push(outer.path + name[len(outer.module) :] if inside else name, name)
 
     def pop(self) -> None:
-        """What was pushed last has ended."""
+        """What was pushed last ends."""
         self._frames.pop()
         self._record(self._frames[-1].path)
 
@@ -100,9 +98,9 @@ class Attribution:
 
 def instrument(module: nn.Module, attribution: Attribution) -> None:
     """Makes every part of `module` (a private copy) report to `attribution`: graph modules node by node, others by module path."""
-    parts = [(name, part) for name, part in module.named_modules()]
-    names = {id(part): name for name, part in parts}
-    parts += [(names.get(id(holder), ""), body) for holder, body in bodies(module)]
+    parts = [*module.named_modules()]
+    names = {part: name for name, part in parts}
+    parts += [(names.get(holder, ""), body) for holder, body in bodies(module)]
     for name, part in parts:
         if isinstance(part, fx.GraphModule):
             part.forward = _NodeRunner(part, name, attribution)

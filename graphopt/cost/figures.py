@@ -1,25 +1,20 @@
 """The figures of a training step's cost, whole and per block."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from graphopt.ir.paths import lineage
 from graphopt.units import show_count, show_size
 
 
 class Named(Protocol):
-    """What costs need to know of a region."""
+    """What costs need to know of a region: its name, and the module paths that make it up."""
 
     @property
-    def name(self) -> str:
-        """Its name."""
-
+    def name(self) -> str: ...
     @property
-    def paths(self) -> tuple[str, ...]:
-        """The module paths that make it up."""
+    def paths(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,8 @@ class BlockCost:
         """All parts of the backward."""
         return self.weight_gradient_flops + self.input_gradient_flops + self.recomputed_flops
 
-    def __add__(self, other: BlockCost) -> BlockCost:
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "path"}
-        return BlockCost(self.path, **sums)
+    def __add__(self, other: Self) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "path"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -67,10 +61,8 @@ class Cost:
     Attributes:
         batch: samples in the step.
         parameters, trainable_parameters: elements; shared ones count once, and those that the forward never reads are included.
-        parameter_bytes, buffer_bytes: the model itself.
-        gradient_bytes: all gradients that reach a parameter's `.grad`.
-        optimizer_bytes: the optimizer's state between steps.
-        input_bytes: the batch and its targets.
+        parameter_bytes, buffer_bytes, input_bytes: the model itself; the batch and its targets.
+        gradient_bytes, optimizer_bytes: all gradients that reach a parameter's `.grad`; the optimizer's state between steps.
         forward_flops, backward_flops: of one step. A backward that runs inside the forward (local supervision) is backward here.
         weight_gradient_flops, input_gradient_flops, recomputed_flops: the backward's parts, which add up to it. The gradient of a
             weight that is itself computed (a mix of two) is a weight gradient.
@@ -82,7 +74,8 @@ class Cost:
             parameter gradients, and the optimizer's state and temporary results are left out. It may be reached at another moment than
             `peak_bytes`. A parameter gradient counts as one from the allocation of its storage, whether autograd writes it
             to `.grad` or `torch.autograd.grad` returns it.
-        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator does.
+        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator does: what
+            `torch.cuda.max_memory_allocated` shows, but for workspaces.
         peak_phase: the part of the step that reaches `peak_bytes`: forward, backward or optimizer.
         peak_parts: bytes by kind at that moment.
         all_reduced_bytes: what data-parallel training sums over ranks in every step: one gradient per trainable parameter.
@@ -110,7 +103,7 @@ class Cost:
     peak_activation_bytes: int
     peak_block_bytes: int
     peak_phase: str
-    peak_parts: Mapping[str, int]
+    peak_parts: dict[str, int]
     all_reduced_bytes: int
     kernels: int
     moved_bytes: int
@@ -125,31 +118,24 @@ class Cost:
     def by(self, blocks: Iterable[str | Named]) -> tuple[BlockCost, ...]:
         """The rows added up by block, in the order given, then `""` for everything else.
 
-        A block is a module path, with everything below it, or anything with a `name` and `paths` (a region). Where blocks
-        nest, a row counts for the innermost.
+        A block is a module path, with everything below it, or a region. Where blocks nest, a row counts for the innermost.
         """
         owner: dict[str, str] = {}
-        totals: dict[str, BlockCost] = {}
+        totals = {"": BlockCost("")}
         for block in blocks:
             name, paths = (block, (block,)) if isinstance(block, str) else (block.name, block.paths)
             totals[name] = BlockCost(name)
             owner.update(dict.fromkeys(paths, name))
-        outside = totals.pop("", BlockCost(""))
         for row in self.rows:
             name = next((owner[p] for p in reversed([*lineage(row.path)][1:]) if p in owner), "")
-            if name:
-                totals[name] += row
-            else:
-                outside += row
+            totals[name] += row
+        outside = totals.pop("")
         return (*totals.values(), outside)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; with `blocks` if blocks were asked for, without `rows`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks")}
-        plain["peak_parts"] = dict(self.peak_parts)
-        if self.blocks:
-            plain["blocks"] = [block.to_dict() for block in self.blocks]
-        return plain
+        return plain | ({"blocks": [block.to_dict() for block in self.blocks]} if self.blocks else {})
 
 
 class Figure(NamedTuple):

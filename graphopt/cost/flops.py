@@ -28,18 +28,11 @@ Formula = Callable[[tuple[Any, ...], Any], OperatorFlops]
 
 def _matrix_product(first: int) -> Formula:
     """The product of arguments `first` and `first + 1`."""
-
-    def flops(args: tuple[Any, ...], _out: Any) -> OperatorFlops:
-        return OperatorFlops(2 * prod(args[first].shape) * args[first + 1].shape[-1])
-
-    return flops
+    return lambda args, _out: OperatorFlops(2 * prod(args[first].shape) * args[first + 1].shape[-1])
 
 
 def _vector_product(first: int) -> Formula:
-    def flops(args: tuple[Any, ...], _out: Any) -> OperatorFlops:
-        return OperatorFlops(2 * prod(args[first].shape))
-
-    return flops
+    return lambda args, _out: OperatorFlops(2 * prod(args[first].shape))
 
 
 def _convolve(positions: tuple[int, ...], weight: tuple[int, ...]) -> int:
@@ -49,7 +42,7 @@ def _convolve(positions: tuple[int, ...], weight: tuple[int, ...]) -> int:
 
 
 def _convolution(args: tuple[Any, ...], out: Any) -> OperatorFlops:
-    transposed = args[6] if len(args) > 6 else False
+    transposed = len(args) > 6 and args[6]
     return OperatorFlops(_convolve((args[0] if transposed else out).shape, args[1].shape))
 
 
@@ -63,24 +56,16 @@ def _convolution_backward(args: tuple[Any, ...], _out: Any) -> OperatorFlops:
     return OperatorFlops(once if mask[0] else 0, once if mask[1] else 0)
 
 
-def _overrideable_convolution_backward(args: tuple[Any, ...], out: Any) -> OperatorFlops:
-    return _convolution_backward((*args[:3], None, *args[3:]), out)
+def _attention(first: int, over_width: int, over_value: int) -> Formula:
+    """Products over the query's width and over the value's; argument `first` is the query, then come key and value."""
 
+    def flops(args: tuple[Any, ...], _out: Any) -> OperatorFlops:
+        # (N, heads, tokens, width). Masked and causal positions count: the dense kernels compute them.
+        query, key, value = args[first : first + 3]
+        per_pair = over_width * query.shape[-1] + over_value * value.shape[-1]
+        return OperatorFlops(2 * prod(query.shape[:-1]) * key.shape[-2] * per_pair)
 
-def _attention(query: Any, key: Any, value: Any, products: tuple[int, int]) -> OperatorFlops:
-    # (N, heads, tokens, width). Masked and causal positions count: the dense kernels compute them.
-    queries, width = query.shape[-2:]
-    per_pair = products[0] * width + products[1] * value.shape[-1]
-    return OperatorFlops(2 * prod(query.shape[:-2]) * queries * key.shape[-2] * per_pair)
-
-
-def _attention_forward(args: tuple[Any, ...], _out: Any) -> OperatorFlops:
-    return _attention(args[0], args[1], args[2], (1, 1))
-
-
-def _attention_backward(args: tuple[Any, ...], _out: Any) -> OperatorFlops:
-    # Scores again, and the gradients of scores, value, query and key: five products, three of them over the query's width.
-    return _attention(args[1], args[2], args[3], (3, 2))
+    return flops
 
 
 FORMULAS: dict[Any, Formula] = {
@@ -92,18 +77,16 @@ FORMULAS: dict[Any, Formula] = {
     aten.mv: _vector_product(0),
     aten.addmv: _vector_product(1),
     aten.dot: _vector_product(0),
-    aten.convolution: _convolution,
-    aten._convolution: _convolution,
-    aten.convolution_overrideable: _convolution,
-    aten.cudnn_convolution: _plain_convolution,
-    aten.miopen_convolution: _plain_convolution,
-    aten._slow_conv2d_forward: _plain_convolution,
-    aten._conv_depthwise2d: _plain_convolution,
+    **dict.fromkeys((aten.convolution, aten._convolution, aten.convolution_overrideable), _convolution),
+    **dict.fromkeys(
+        (aten.cudnn_convolution, aten.miopen_convolution, aten._slow_conv2d_forward, aten._conv_depthwise2d), _plain_convolution
+    ),
     aten.convolution_backward: _convolution_backward,
-    aten.convolution_backward_overrideable: _overrideable_convolution_backward,
+    aten.convolution_backward_overrideable: lambda args, out: _convolution_backward((*args[:3], None, *args[3:]), out),
 }
+# A backward computes the scores again, and the gradients of scores, value, query and key: five products, three over the query's width.
 for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "fused_attention_overrideable"):
-    for _suffix, _formula in (("", _attention_forward), ("_backward", _attention_backward)):
+    for _suffix, _formula in (("", _attention(0, 1, 1)), ("_backward", _attention(1, 3, 2))):
         if hasattr(aten, f"_scaled_dot_product_{_name}{_suffix}"):
             FORMULAS[getattr(aten, f"_scaled_dot_product_{_name}{_suffix}")] = _formula
 
@@ -113,8 +96,7 @@ def operator_flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
     A custom operator counts by the formula registered with `torch.utils.flop_counter.register_flop_formula`.
     """
-    formula = FORMULAS.get(packet)
-    if formula is not None:
+    if (formula := FORMULAS.get(packet)) is not None:
         return formula(args, out)
     registered = flop_registry.get(packet)
     return OperatorFlops(int(registered(*args, **kwargs, out_val=out))) if registered is not None else None

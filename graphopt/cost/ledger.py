@@ -6,48 +6,40 @@ ones. Storages are identified by address: views cost nothing, and a weak referen
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.cost.attribution import Attribution
-from graphopt.cost.fake_kernel_fixes import fixed
 from graphopt.cost.flops import operator_flops
 from graphopt.ir.shapes import tensors_in
 
+aten = torch.ops.aten
 
-class Kind(IntEnum):
-    """What a storage is for. Storages of no other kind count as activations: temporary results and gradients of activations too."""
 
-    ACTIVATION = 0
-    PARAMETER = 1
-    BUFFER = 2
-    INPUT = 3
-    OPTIMIZER = 4
-    GRADIENT = 5
-    SCRATCH = 6  # temporary results of the optimizer's step
+#: What a storage is for. Storages of no other kind count as activations: temporary results and gradients of activations too; SCRATCH are
+#: temporary results of the optimizer's step.
+Kind = IntEnum("Kind", "ACTIVATION PARAMETER BUFFER INPUT OPTIMIZER GRADIENT SCRATCH", start=0)
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
     """A weak reference to a storage, with its address and its number in the ledger."""
 
-    __slots__ = ("address", "index")
-
     address: int
     index: int
 
 
+@dataclass(eq=False)
 class _Saved:
     """What autograd stores in place of a saved tensor: it is alive as long as autograd needs it."""
 
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    tensor: Tensor
 
 
 class Ledger(TorchDispatchMode):
@@ -75,8 +67,6 @@ class Ledger(TorchDispatchMode):
         self.kernels = self.moved = 0
         self._references: dict[int, _StorageRef] = {}
         self._open = True
-
-    # -- storages
 
     def index(self, tensor: Tensor) -> int:
         """The number of a tensor's storage; an unknown storage gets one."""
@@ -119,11 +109,9 @@ class Ledger(TorchDispatchMode):
         self._open = False
         self._references.clear()
 
-    # -- operators
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        out = fixed(func.overloadpacket, args, func(*args, **kwargs))
+        out = _as_real(func.overloadpacket, args, func(*args, **kwargs))
         if func.namespace == "prim":  # a fake tensor asked for its device
             return out
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
@@ -131,31 +119,16 @@ class Ledger(TorchDispatchMode):
             self.kernels += 1
             self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         registered = [self._register(t.untyped_storage()) for t in outputs]
-        if any(new for _, new in registered) and self._weights_only(inputs):
+        read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
+        weights = [known is not None and self.weights[known.index] for known in read]
+        buffers = [known is not None and self.kinds[known.index] == Kind.BUFFER for known in read]
+        if any(weights) and all(w or b for w, b in zip(weights, buffers, strict=True)):
             for number, new in registered:
                 self.weights[number] |= new
         flops = operator_flops(func.overloadpacket, args, kwargs, out)
         if flops is not None:
-            self.attribution.add(flops.plain, flops.weight, reads_weight=any(map(self._is_weight, inputs)))
+            self.attribution.add(flops.plain, flops.weight, reads_weight=any(weights))
         return out
-
-    def _is_weight(self, tensor: Tensor) -> bool:
-        known = self._references.get(tensor.untyped_storage()._cdata)
-        return known is not None and self.weights[known.index]
-
-    def _weights_only(self, inputs: Iterable[Tensor]) -> bool:
-        found = False
-        for tensor in inputs:
-            known = self._references.get(tensor.untyped_storage()._cdata)
-            if known is None:
-                return False
-            if self.weights[known.index]:
-                found = True
-            elif self.kinds[known.index] != Kind.BUFFER:
-                return False
-        return found
-
-    # -- saved tensors
 
     def pack(self, tensor: Tensor) -> _Saved:
         """`saved_tensors_hooks`' pack: records who saves what, and holds the tensor as autograd would have."""
@@ -178,36 +151,40 @@ class Ledger(TorchDispatchMode):
                 totals[path] = totals.get(path, 0) + self.sizes[number]
         return totals
 
-    # -- results
-
     def peak(self, kinds: Iterable[Kind] = tuple(Kind), *, block: int = 1) -> tuple[int, int]:
-        """The most bytes of `kinds` that are live at once, and the event that reaches it (-1 if there never are any).
-
-        Args:
-            block: sizes are rounded up to multiples of so many bytes.
-        """
+        """The most bytes of `kinds` that are live at once, sizes rounded up to multiples of `block`, and the event that reaches it."""
         live = self.live(kinds, block=block)
-        if not live.size:
-            return 0, -1
         at = int(live.argmax())
         return int(live[at]), at
 
     def live(self, kinds: Iterable[Kind] = tuple(Kind), *, block: int = 1) -> np.ndarray:
         """Bytes of `kinds` that are live after each event."""
-        return np.cumsum(self._changes(kinds, block))
+        events = np.asarray(self.events, dtype=np.int64)
+        counted = np.isin(np.asarray(self.kinds, dtype=np.int64), [int(k) for k in kinds])
+        sizes = -(-np.asarray(self.sizes, dtype=np.int64) // block) * block * counted
+        return np.cumsum(np.where(events < 0, -1, 1) * sizes[np.where(events < 0, ~events, events)])
 
     def live_at(self, event: int) -> dict[str, int]:
         """Bytes by kind after `event`."""
-        return {kind.name.lower(): int(self._changes((kind,))[: event + 1].sum()) for kind in Kind}
+        return {kind.name.lower(): int(self.live((kind,))[event]) for kind in Kind}
 
     def phase_of(self, event: int) -> str:
         """Name of the phase that an event belongs to."""
-        before = [name for name, start in self.phases if event >= start]
-        return before[-1] if before else self.phases[0][0]
+        return next((name for name, start in reversed(self.phases) if event >= start), self.phases[0][0])
 
-    def _changes(self, kinds: Iterable[Kind], block: int = 1) -> np.ndarray[Any, Any]:
-        events = np.asarray(self.events, dtype=np.int64)
-        numbers = np.where(events < 0, ~events, events)
-        counted = np.isin(np.asarray(self.kinds, dtype=np.int64), [int(k) for k in kinds])
-        sizes = -(-np.asarray(self.sizes, dtype=np.int64) // block) * block * counted
-        return np.where(events < 0, -1, 1) * sizes[numbers] if events.size else np.zeros(0, dtype=np.int64)
+
+def _as_real(packet: Any, args: tuple[Any, ...], out: Any) -> Any:
+    """An operator's result with the layout and types that its real kernel gives it, where torch's fake kernel differs.
+
+    Layout matters for memory: a non-contiguous result is copied by the next operator. Each case was found by `tools/cost_sweep.py`, which
+    compares strides and types of every operator's result on fake and on real CPU tensors, and has no effect once torch is fixed.
+    """
+    if packet not in (aten.native_layer_norm_backward, aten.native_batch_norm) or not isinstance(out[0], FakeTensor):
+        return out
+    if packet == aten.native_layer_norm_backward:
+        # The kernel works on a contiguous copy of its input, and its gradient has that layout; the fake one keeps the input's strides.
+        return (out[0].contiguous(), *out[1:])
+    if any(t.dtype == torch.float32 != args[0].dtype for t in args[1:5] if t is not None):
+        # A half-precision input with float32 parameters: the statistics are saved in float32, not in the input's type.
+        return (out[0], *(t.float() for t in out[1:]))
+    return out

@@ -49,7 +49,6 @@ class Piece:
         backward: the highest that its backward reaches, its input and output excluded.
         saved_ends: storages among its input and output that its backward needs, as number -> bytes.
         input, output: the storage's number and bytes; the same one where the piece only gives a view of its input.
-        has_parameters: whether it has any.
     """
 
     saved: int
@@ -70,12 +69,8 @@ def _pieces_of(graph: Graph) -> list[Piece]:
     return measure(graph, cut_candidates(graph))
 
 
-def measure(graph: Graph, candidates: Sequence[CutCandidate], batch: int = BATCH) -> list[Piece]:
-    """The pieces between the candidates, in order; one more than there are candidates.
-
-    Raises:
-        CostError: the backbone's Python looks at tensor values.
-    """
+def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
+    """The pieces between the candidates, in order; one more than there are candidates."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = fake_copy(graph.module, mode)
     module.train()
@@ -83,7 +78,7 @@ def measure(graph: Graph, candidates: Sequence[CutCandidate], batch: int = BATCH
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
     with mode:
-        x = torch.empty(batch, *graph.input)
+        x = torch.empty(BATCH, *graph.input)
         ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
         ledger.set_kind((x,), Kind.INPUT)
         run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in activations(graph)})
@@ -191,7 +186,6 @@ class _Seed(torch.autograd.Function):
         return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in ctx.kinds)
 
 
-# -- peaks of parts ---------------------------------------------------------------------------------------------------------
 def peaks(pieces: Sequence[Piece], always: int, auxiliary: Callable[[int, int], float] | None = None) -> Table:
     """The predicted peak of every part: its forward, then its backward. Infinite where it has no parameters.
 
@@ -226,12 +220,10 @@ def _if_new(storage: Storage, held: dict[int, int], own: int) -> int:
     return 0 if number in held or number == own else size
 
 
-# -- the best cuts ----------------------------------------------------------------------------------------------------------
 def best(table: Table, parts: int) -> tuple[float, tuple[int, ...]]:
-    """The lowest peak of a step in which each part goes forward and backward before the next one starts.
+    """The lowest peak of a step in which each part goes forward and backward before the next one starts, infinite where there is no way.
 
-    Returns:
-        The peak, infinite where there is no way; and the last piece of each part but the last. Of all ways with that peak, the most even.
+    With it comes the last piece of each part but the last: of all ways with that peak, the most even.
     """
     lowest, ends = _programme(table, parts, lambda before, own, _: max(before, own))
     if math.isinf(lowest):
@@ -255,39 +247,22 @@ def best_recomputed(pieces: Sequence[Piece], parts: int) -> tuple[float, tuple[i
 def _programme(table: Table, parts: int, join: Callable[[float, float, int], float]) -> tuple[float, tuple[int, ...]]:
     """The lowest cost of dividing the chain, and where each part but the last ends.
 
-    Args:
-        join: the cost up to a part, the part's own, and its last piece -> the cost with the part.
+    `join` gives the cost with a part from the cost up to it, its own, and its last piece.
     """
-    n = len(table)
-    cost = [float(table[0, j]) for j in range(n)]
-    back: list[list[int]] = []
+    lowest: list[tuple[float, tuple[int, ...]]] = [(float(own), ()) for own in table[0]]
     for _ in range(1, parts):
-        choice = [-1] * n
-        after = [math.inf] * n
-        for j in range(n):
-            for i in range(1, j + 1):
-                value = join(cost[i - 1], float(table[i, j]), j)
-                if value < after[j]:
-                    after[j], choice[j] = value, i - 1
-        back.append(choice)
-        cost = after
-    if math.isinf(cost[-1]):
-        return math.inf, ()
-    ends, j = [], n - 1
-    for choice in reversed(back):
-        j = choice[j]
-        ends.append(j)
-    return cost[-1], tuple(reversed(ends))
+        longer: list[tuple[float, tuple[int, ...]]] = []
+        for j in range(len(table)):
+            cost, i = min(((join(lowest[i - 1][0], float(table[i, j]), j), i) for i in range(1, j + 1)), default=(math.inf, 1))
+            longer.append((cost, (*lowest[i - 1][1], i - 1)))
+        lowest = longer
+    return lowest[-1] if math.isfinite(lowest[-1][0]) else (math.inf, ())
 
 
 def by_memory(candidates: Sequence[CutCandidate], table: Table, parts: int | None) -> tuple[CutCandidate, ...]:
     """The cuts with the lowest predicted peak; without a number, as many as bring it within 10 % of the best of up to 16 parts.
 
-    Args:
-        table: `peaks` of the pieces between the candidates.
-
-    Raises:
-        PassError: there are too few candidates.
+    `table` is the `peaks` of the pieces between the candidates.
     """
     require_parts(candidates, parts or 2)
     if parts is None:
@@ -305,9 +280,6 @@ def recomputed_by_memory(graph: Graph, blocks: Sequence[Region], parts: int) -> 
     """Names of the blocks that end all parts but the last, for the lowest predicted peak of a step that runs each part again.
 
     Parts end at blocks that end at cut candidates. What lies before the first block, and after the last, is in none of them.
-
-    Raises:
-        PassError: there are too few such blocks.
     """
     at = {c.node: c for c in cut_candidates(graph)}
     names = {b.exits[0]: b.name for b in blocks if len(b.exits) == 1 and b.exits[0] in at}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphopt.cost.figures import Cost
-from graphopt.cost.step import AMP_DTYPES, forecast
+from graphopt.cost.step import forecast
+from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: timed steps, of which the fastest counts (other processes may share the machine), after one step of warm-up
 STEPS = 3
@@ -46,11 +48,10 @@ class Rates:
 
 def measure_rates(device: str = "cpu", *, amp: str | None = None) -> Rates:
     """Times a few steps of six small networks on `device`, a few seconds in all. Weights and data are random."""
-    networks = _networks()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        costs = [forecast(make(), input, batch, amp=amp) for make, input, batch in networks]
-        found = np.array([_time(make(), input, batch, device, amp) for make, input, batch in networks])
+        costs = [forecast(make(), input, batch, amp=amp) for make, input, batch in _networks()]
+        found = np.array([_time(make(), input, batch, device, amp) for make, input, batch in _networks()])
     return fitted(costs, found, device)
 
 
@@ -71,23 +72,15 @@ def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
 
     from graphopt.models import cifar_resnet as cifar
 
-    def vit() -> nn.Module:
-        module: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4)
-        return module
-
-    def resnet() -> nn.Module:
-        module: nn.Module = timm.create_model("resnet18")
-        return module
-
     def wide() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 10))
 
     return [
-        (lambda: cifar.build("resnet20"), (3, 32, 32), 2),
-        (lambda: cifar.build("resnet20"), (3, 32, 32), 64),
-        (lambda: cifar.build("vgg11"), (3, 32, 32), 64),
-        (resnet, (3, 128, 128), 16),
-        (vit, (3, 64, 64), 32),
+        (partial(cifar.build, "resnet20"), (3, 32, 32), 2),
+        (partial(cifar.build, "resnet20"), (3, 32, 32), 64),
+        (partial(cifar.build, "vgg11"), (3, 32, 32), 64),
+        (partial(timm.create_model, "resnet18"), (3, 128, 128), 16),
+        (partial(timm.create_model, "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4), (3, 64, 64), 32),
         (wide, (3, 32, 32), 8),
     ]
 
@@ -101,7 +94,7 @@ def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, am
     for _ in range(STEPS + 1):
         start = _now(device)
         optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, AMP_DTYPES[amp]) if amp else nullcontext():
+        with torch.autocast(torch.device(device).type, AUTOCAST_DTYPES[amp]) if amp else nullcontext():
             loss = F.cross_entropy(module(x), y)
         torch.autograd.backward(loss)
         optimizer.step()

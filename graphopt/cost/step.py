@@ -1,4 +1,15 @@
-"""The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`)."""
+"""The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`).
+
+Both are steps on the CPU. CUDA kernels differ, which is not modelled:
+
+- Attention: the CPU's flash kernel saves the output and one log-sum-exp per query, as CUDA's flash and efficient kernels do. With a float
+  mask, or a head width that those do not support, CUDA may use the math kernel, which saves the score matrix.
+- Convolutions: cuDNN allocates a workspace inside the operator, whose size depends on the algorithm.
+- Dropout: CUDA's fused kernel saves a mask of one byte per element, the CPU one of four.
+- Optimizers: on CUDA torch's default is the for-each form, whose temporary results are as large as all gradients together.
+- Autocast: CUDA and CPU cast different operators (layer norm and softmax run in float32 under CUDA autocast).
+- The context, fragmentation and the reserved segments that `nvidia-smi` shows come on top.
+"""
 
 import gc
 import logging
@@ -8,6 +19,7 @@ from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -18,22 +30,18 @@ from torch._subclasses.fake_tensor import (
 )
 
 from graphopt.cost.attribution import Attribution, instrument
-from graphopt.cost.copies import fake_cpu_copy, real_cpu_copy
-from graphopt.cost.cuda import BLOCK
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.losses import LOSSES, Loss
 from graphopt.errors import CostError
-from graphopt.ir.shapes import tensors_in
+from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
+from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
+#: a function of the module's output and the labels (N,)
+Loss = Callable[[Any, Tensor], Tensor]
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+#: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
+BLOCK = 512
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
 
 
 class StepOptions(TypedDict, total=False):
@@ -56,22 +64,16 @@ class StepOptions(TypedDict, total=False):
 
 
 def forecast(
-    module: nn.Module,
-    input: tuple[int, ...],
-    batch: int,
-    *,
-    per_block: Sequence[str | Named] = (),
-    **options: Unpack[StepOptions],
+    module: nn.Module, input: tuple[int, ...], batch: int, *, per_block: Sequence[str | Named] = (), **options: Unpack[StepOptions]
 ) -> Cost:
     """What one training step of `module` costs, without running it: no memory, no GPU, no data.
 
     A copy of the module over fake CPU tensors takes the whole step (forward, loss, backward, optimizer). Its live bytes equal
-    those of the real CPU step (`measure`); GPU kernels save and allocate differently (see `graphopt.cost.cuda`).
+    those of the real CPU step (`measure`).
 
     Args:
         module: on any device, meta included; not touched. Its `requires_grad` flags say what trains.
         input: one sample's shape, `(C, H, W)`; for a suffix, that of the features it takes.
-        batch: samples in the step.
         per_block: module paths, or regions, to add the step up by (`Cost.blocks`); `Cost.by` does it later, too.
         options: see `StepOptions`.
 
@@ -79,12 +81,16 @@ def forecast(
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copied = fake_cpu_copy(module, mode)
+    with _explained():
+        copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
-    with mode, _silent_fake_tensor_log():
-        ledger, saved, gradient_bytes = _train_once(copied, input, batch, attribution, options)
-    return _cost(module, ledger, saved, gradient_bytes, batch, per_block)
+    with mode, ExitStack() as stack:
+        # torch logs the traceback of a shape that does not fit; the error that we raise says it.
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.CRITICAL)
+        return _train_once(copied, input, batch, per_block, attribution, options)
 
 
 def measure(
@@ -105,25 +111,36 @@ def measure(
     Raises:
         CostError: as in `forecast`, or the module is on the meta device.
     """
-    copied = real_cpu_copy(module)
+    with _explained():
+        copied = copy_with(module, _own)
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
-    ledger, saved, gradient_bytes = _train_once(copied, input, batch, attribution, options)
-    return _cost(module, ledger, saved, gradient_bytes, batch, per_block)
+    return _train_once(copied, input, batch, per_block, attribution, options)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A CPU tensor with the same values, without a gradient."""
+    if tensor.is_meta:
+        raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
+    values = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _train_once(
-    module: nn.Module, input: tuple[int, ...], batch: int, attribution: Attribution, options: StepOptions
-) -> tuple[Ledger, dict[str, int], int]:
-    """The ledger of a step; saved bytes by path at the end of its forward; and the bytes of all `.grad`."""
+    module: nn.Module, input: tuple[int, ...], batch: int, per_block: Sequence[str | Named], attribution: Attribution, options: StepOptions
+) -> Cost:
+    """One step of `module`, a private copy."""
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
     autocast, criterion = _autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
     ledger = Ledger(attribution)
     module.train()
     with ExitStack() as stack:
-        stack.enter_context(_no_garbage_collection())
+        if gc.isenabled():
+            # The collector frees at moments of its own; what is live must depend on the step alone.
+            gc.disable()
+            stack.callback(gc.enable)
         x = torch.randn(batch, *input, device="cpu")
         target = torch.zeros(batch, dtype=torch.long, device="cpu")
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -141,31 +158,43 @@ def _train_once(
         gradient_bytes = _backward(ledger, module, x, loss, optimizer) if loss.requires_grad else 0
         del output
         ledger.close()
-    return ledger, saved, gradient_bytes
+    cost = _cost(module, ledger, saved, gradient_bytes, batch)
+    return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
 def _autocast(amp: str | None) -> AbstractContextManager[Any]:
-    if amp is not None and amp not in AMP_DTYPES:
-        raise CostError(f"amp is one of {', '.join(map(repr, AMP_DTYPES))} or None, found {amp!r}")
-    return torch.autocast("cpu", dtype=AMP_DTYPES[amp]) if amp else nullcontext()
+    if amp is not None and amp not in AUTOCAST_DTYPES:
+        raise CostError(f"amp is one of {', '.join(map(repr, AUTOCAST_DTYPES))} or None, found {amp!r}")
+    return torch.autocast("cpu", dtype=AUTOCAST_DTYPES[amp]) if amp else nullcontext()
+
+
+LOSSES: dict[str, Loss] = {
+    # Dense outputs (N, C, ...) take a label per position.
+    "cross_entropy": lambda logits, y: F.cross_entropy(logits, y.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:])),
+    "binary_cross_entropy": lambda logits, _: F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)),
+}
 
 
 def _criterion(loss: str | Loss) -> Loss:
-    criterion = LOSSES.get(loss) if isinstance(loss, str) else loss
-    if criterion is None:
+    """The loss; a named one is added up over every floating-point tensor of an output."""
+    if not isinstance(loss, str):
+        return loss
+    if loss not in LOSSES:
         raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
+
+    def criterion(output: Any, target: Tensor) -> Tensor:
+        losses = (LOSSES[loss](logits, target) for logits in tensors_in(output) if logits.is_floating_point())
+        first = next(losses, None)
+        if first is None:
+            what = f"the module returns {type(output).__name__}, which holds no tensor to take a loss of"
+            raise CostError(what, fix="Pass `loss=`, a function")
+        return sum(losses, first)
+
     return criterion
 
 
 def _forward(
-    ledger: Ledger,
-    module: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    criterion: Loss,
-    autocast: AbstractContextManager[Any],
-    *,
-    targets: bool,
+    ledger: Ledger, module: nn.Module, x: Tensor, target: Tensor, criterion: Loss, autocast: AbstractContextManager[Any], *, targets: bool
 ) -> tuple[Any, Tensor]:
     ledger.start_phase("forward")
     with _explained(x), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack), autocast:
@@ -210,9 +239,8 @@ def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained:
     try:
         made.step()
     except Exception as error:
-        raise CostError(
-            f"optimizer {optimizer!r} cannot step without values: {error}", fix="Forecast with another, or with None"
-        ) from error
+        what = f"optimizer {optimizer!r} cannot step without values: {error}"
+        raise CostError(what, fix="Forecast with another, or with None") from error
     made.zero_grad(set_to_none=True)
     return made
 
@@ -221,15 +249,14 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return tensors_in(list(optimizer.state.values()))
 
 
-def _cost(
-    module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int, per_block: Sequence[str | Named]
-) -> Cost:
+def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int) -> Cost:
+    """The figures of a finished step; `saved` is what each path had saved at the end of the forward."""
     rows = _rows(module, ledger.attribution, saved)
     sums = sum(rows, BlockCost("")).to_dict()
     del sums["path"]
     sizes = {kind: sum(s for s, k in zip(ledger.sizes, ledger.kinds, strict=True) if k == kind) for kind in Kind}
     peak, at = ledger.peak()
-    cost = Cost(
+    return Cost(
         batch=batch,
         parameter_bytes=sizes[Kind.PARAMETER],
         buffer_bytes=sizes[Kind.BUFFER],
@@ -247,7 +274,6 @@ def _cost(
         rows=rows,
         **sums,
     )
-    return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
 def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) -> tuple[BlockCost, ...]:
@@ -258,37 +284,9 @@ def _rows(module: nn.Module, attribution: Attribution, saved: dict[str, int]) ->
         count[1] += parameter.numel() if parameter.requires_grad else 0
     rows = []
     for path in dict.fromkeys([*attribution.totals, *saved, *counts]):
-        parameters, trainable = counts.get(path, (0, 0))
-        forward, weight, input, again = attribution.totals.get(path, (0, 0, 0, 0))
-        rows.append(BlockCost(path, parameters, trainable, forward, weight, input, again, saved.get(path, 0)))
+        figures = [*counts.get(path, (0, 0)), *attribution.totals.get(path, (0, 0, 0, 0)), saved.get(path, 0)]
+        rows.append(BlockCost(path, *figures))
     return tuple(rows)
-
-
-# -- around the step
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    # The collector frees at moments of its own; what is live must depend on the step alone.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _silent_fake_tensor_log() -> Iterator[None]:
-    # torch logs the traceback of a shape that does not fit; the error that we raise says it.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @contextmanager
@@ -312,7 +310,8 @@ def _known_gradients(ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(x: Tensor) -> Iterator[None]:
+def _explained(x: Tensor | None = None) -> Iterator[None]:
+    """What a step on the batch `x` raises, or copying the module for one."""
     try:
         yield
     except CostError:
@@ -323,7 +322,8 @@ def _explained(x: Tensor) -> Iterator[None]:
             fix="Compute shapes and branches from sizes, not from values",
         ) from error
     except Exception as error:
-        raise CostError(
-            f"the module does not take a batch of shape {tuple(x.shape)}: {type(error).__name__}: {error}",
-            fix="Check the input's shape, and that the module trains on it",
-        ) from error
+        what, fix = "the module cannot be copied", "copy.deepcopy(module) must work"
+        if x is not None:
+            what = f"the module does not take a batch of shape {tuple(x.shape)}"
+            fix = "Check the input's shape, and that the module trains on it"
+        raise CostError(f"{what}: {type(error).__name__}: {error}", fix=fix) from error

@@ -3,10 +3,11 @@
 Nothing is ever downloaded. A missing file is one error that says where it was expected and what belongs there.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,32 +17,23 @@ from torchvision import datasets
 from graphopt.errors import RunError, did_you_mean
 
 
-class Images(Protocol):
-    """Labelled images: `images[i]` is a PIL image and its class."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
-
-
 @dataclass(frozen=True)
 class Split:
     """One opened split: its images, their targets (known without opening them), and how many classes there are."""
 
-    images: Images
+    images: Any  # `images[i]` is a PIL image and its class
     targets: Sequence[int]
     classes: int
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A data set by name."""
 
     open: Callable[[Path, str], Split]  # takes root and split; may raise what the reading library raises
-    splits: tuple[str, ...]  # the second is what "validation" means
-    mean: tuple[float, ...]  # per channel, of images in 0..1
-    std: tuple[float, ...]
     expects: str  # what the root folder must hold, for the error message
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # per channel, of images in 0..1
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    splits: tuple[str, ...] = ("train", "test")  # the second is what "validation" means
 
 
 def _digits(_: Path, split: str) -> Split:
@@ -59,10 +51,10 @@ def _digits(_: Path, split: str) -> Split:
     return Split([(Image.fromarray(image), target) for image, target in zip(pixels[chosen], targets, strict=True)], targets, 10)
 
 
-def _torchvision(factory: Callable[..., Any], by_split: bool = False) -> Callable[[Path, str], Split]:
+def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
     def open_split(root: Path, split: str) -> Split:
-        chosen = {"split": split} if by_split else {"train": split == "train"}
-        images = factory(str(root), download=False, **chosen)
+        by_split = "split" in inspect.signature(factory).parameters
+        images = factory(str(root), download=False, **({"split": split} if by_split else {"train": split == "train"}))
         targets = images.targets if hasattr(images, "targets") else images.labels
         classes = len(images.classes) if hasattr(images, "classes") else 10
         return Split(images, [int(target) for target in targets], classes)
@@ -84,50 +76,26 @@ def _folder(root: Path, split: str) -> Split:
     return Split(images, images.targets, len(images.classes))
 
 
-_IMAGENET = (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
-_PER_CLASS = "train/ and val/ (or validation/, test/), each with one folder of images per class"
+_CIFAR10 = "cifar-10-batches-py/, unpacked from cifar-10-python.tar.gz"
+_CIFAR100 = "cifar-100-python/, unpacked from cifar-100-python.tar.gz"
+_STL10 = "stl10_binary/, unpacked from stl10_binary.tar.gz"
+_SVHN = "train_32x32.mat and test_32x32.mat"
+_MNIST = "{}/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+_CLASSES = "train/ and val/ (or validation/, test/), each with one folder of images per class"
+_HELD_OUT = ("train", "validation")
 
-
-def _idx(name: str) -> str:
-    return f"{name}/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-
-
-SOURCES: dict[str, Source] = {
-    "digits": Source(_digits, ("train", "validation"), (0.3053,), (0.3759,), "nothing: it is embedded"),
-    "cifar10": Source(
-        _torchvision(datasets.CIFAR10),
-        ("train", "test"),
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-        "cifar-10-batches-py/, unpacked from cifar-10-python.tar.gz",
-    ),
-    "cifar100": Source(
-        _torchvision(datasets.CIFAR100),
-        ("train", "test"),
-        (0.5071, 0.4865, 0.4409),
-        (0.2673, 0.2564, 0.2762),
-        "cifar-100-python/, unpacked from cifar-100-python.tar.gz",
-    ),
-    "stl10": Source(
-        _torchvision(datasets.STL10, by_split=True),
-        ("train", "test"),
-        (0.4467, 0.4398, 0.4066),
-        (0.2603, 0.2566, 0.2713),
-        "stl10_binary/, unpacked from stl10_binary.tar.gz",
-    ),
-    "svhn": Source(
-        _torchvision(datasets.SVHN, by_split=True),
-        ("train", "test", "extra"),
-        (0.4377, 0.4438, 0.4728),
-        (0.1980, 0.2010, 0.1970),
-        "train_32x32.mat and test_32x32.mat",
-    ),
-    "mnist": Source(_torchvision(datasets.MNIST), ("train", "test"), (0.1307,), (0.3081,), _idx("MNIST")),
-    "fashion_mnist": Source(_torchvision(datasets.FashionMNIST), ("train", "test"), (0.2860,), (0.3530,), _idx("FashionMNIST")),
-    "kmnist": Source(_torchvision(datasets.KMNIST), ("train", "test"), (0.1918,), (0.3483,), _idx("KMNIST")),
-    "imagenette": Source(_folder, ("train", "validation"), *_IMAGENET, f"imagenette2/ (or -320, -160) with {_PER_CLASS}"),
-    "imagenet": Source(_folder, ("train", "validation"), *_IMAGENET, _PER_CLASS),
-    "folder": Source(_folder, (), *_IMAGENET, _PER_CLASS),
+SOURCES = {
+    "digits": Source(_digits, "nothing: it is embedded", (0.3053,), (0.3759,), _HELD_OUT),
+    "cifar10": Source(_torchvision(datasets.CIFAR10), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source(_torchvision(datasets.CIFAR100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": Source(_torchvision(datasets.STL10), _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "svhn": Source(_torchvision(datasets.SVHN), _SVHN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), ("train", "test", "extra")),
+    "mnist": Source(_torchvision(datasets.MNIST), _MNIST.format("MNIST"), (0.1307,), (0.3081,)),
+    "fashion_mnist": Source(_torchvision(datasets.FashionMNIST), _MNIST.format("FashionMNIST"), (0.2860,), (0.3530,)),
+    "kmnist": Source(_torchvision(datasets.KMNIST), _MNIST.format("KMNIST"), (0.1918,), (0.3483,)),
+    "imagenette": Source(_folder, f"imagenette2/ (or -320, -160) with {_CLASSES}", splits=_HELD_OUT),
+    "imagenet": Source(_folder, _CLASSES, splits=_HELD_OUT),
+    "folder": Source(_folder, _CLASSES, splits=()),
 }
 
 

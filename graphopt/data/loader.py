@@ -21,7 +21,7 @@ from graphopt.data.transforms import Transform, eval_transform, is_random, train
 from graphopt.errors import RunError
 from graphopt.spec import AugmentSpec, DataSpec
 
-Key = tuple[int, int]
+Key = tuple[int, int]  # epoch, index of the sample
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ class Batch(NamedTuple):
 class Feed(Protocol):
     """A source of training batches: images, or cached features of a prefix that has left the graph."""
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        ...
+    def __len__(self) -> int: ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number `start` on; a function of (seed, epoch) alone."""
-        ...
+        """The epoch's batches, `len(feed)` of them, from number `start` on; a function of (seed, epoch) alone."""
 
 
 class Unreadable(NamedTuple):
@@ -62,7 +59,6 @@ class Unreadable(NamedTuple):
     why: str
 
     def error(self) -> RunError:
-        """The error that the training process raises."""
         return RunError(f"the image cannot be read ({self.why})", where=self.image, fix="Replace the file, or take it out of the data set")
 
 
@@ -109,14 +105,10 @@ class Data:
 
 
 def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
-    """The training and evaluation samples that a spec asks for, as tensors of shape `input`.
-
-    Raises RunError for an input that images cannot have, missing files, or splits with different classes.
-    """
+    """The samples that a spec asks for, as tensors of shape `input`. Raises RunError for an input that no image has, and bad files."""
     if len(input) != 3 or input[0] not in (1, 3):
         raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(input)}", where="backbone.input")
-    train = open_split(spec.name, spec.root, spec.train_split)
-    evaluation = open_split(spec.name, spec.root, spec.eval_split)
+    train, evaluation = (open_split(spec.name, spec.root, split) for split in (spec.train_split, spec.eval_split))
     if train.classes != evaluation.classes:
         raise RunError(f"{spec.train_split} has {train.classes} classes, {spec.eval_split} has {evaluation.classes}", where="data")
     return Data(
@@ -139,23 +131,6 @@ def stratified(targets: Any, limit: int | None) -> list[int]:
     return sorted(np.lexsort((np.arange(len(labels)), labels, rank))[:limit].tolist())
 
 
-class _Order:
-    """Batches of sample keys; a function of (seed, epoch), divided among ranks."""
-
-    def __init__(self, count: int, batch: int, batches: int, seed: int, shuffle: bool, rank: Rank) -> None:
-        self.count, self.batch, self.batches, self.seed, self.shuffle, self.rank = count, batch, batches, seed, shuffle, rank
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.batches - self.start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = epoch_order(self.count, self.seed, self.epoch) if self.shuffle else list(range(self.count))
-        mine = order[self.rank.number :: self.rank.count]
-        for number in range(self.start, self.batches):
-            yield [(self.epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch]]
-
-
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch visits its samples."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
@@ -167,7 +142,7 @@ def _collate(samples: list[Any]) -> Any:
 
 
 def _set_signals(_: int) -> None:
-    """Leaves Ctrl-C to the training process; a loader process ends on SIGTERM as usual."""
+    # Ctrl-C is the training process's; a loader process ends on SIGTERM as usual.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -198,13 +173,7 @@ def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Itera
 
 
 class ImageFeed:
-    """Training batches of images in shuffled order or, without `shuffle`, every sample once in order.
-
-    Args:
-        accumulate: batches per optimizer step; an epoch has whole steps only.
-        workers: loader processes. pin: load into page-locked memory.
-        rank: this process, which gets its part of each epoch.
-    """
+    """Training batches of images, shuffled, in whole steps of `accumulate` batches; without `shuffle`, every sample once in order."""
 
     def __init__(
         self,
@@ -218,23 +187,28 @@ class ImageFeed:
         pin: bool = False,
         rank: Rank = SINGLE,
     ) -> None:
-        self.samples, self.batch, self.seed, self.workers, self.pin, self.rank = samples, batch, seed, workers, pin, rank
+        self.samples, self.batch, self.seed, self.shuffle = samples, batch, seed, shuffle
+        self.workers, self.pin, self.rank = workers, pin, rank
         count, step = len(samples), batch * accumulate * rank.count
-        if shuffle:
-            batches = count // step * accumulate
-            if batches == 0:
-                raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
-        else:
-            batches = -(-count // (batch * rank.count))
-        self._order = _Order(count, batch, batches, seed, shuffle, rank)
-        self._loader = _loader(samples, self._order, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
+        self._batches = count // step * accumulate if shuffle else -(-count // (batch * rank.count))
+        if shuffle and not self._batches:
+            raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
+        self._next = 0, 0  # an epoch, and the first batch in it
+        self._loader = _loader(samples, self, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
 
     def __len__(self) -> int:
-        return self._order.batches
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """The keys of each batch of an epoch, for the loader."""
+        epoch, start = self._next
+        order = epoch_order(len(self.samples), self.seed, epoch) if self.shuffle else list(range(len(self.samples)))
+        mine = order[self.rank.number :: self.rank.count]
+        for number in range(start, self._batches):
+            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch]]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """See `Feed.batches`."""
-        self._order.epoch, self._order.start = epoch, start
+        self._next = epoch, start
         return _checked(self._loader)
 
 
@@ -247,7 +221,6 @@ class Mixer:
 
     @classmethod
     def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Self | None:
-        """None where the spec asks for neither."""
         return cls(augment, classes, smoothing, seed) if augment.mixup or augment.cutmix else None
 
     def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:

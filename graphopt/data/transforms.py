@@ -31,22 +31,10 @@ def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
     if not is_random(augment):
         return eval_transform(spec, input)
     mean, std = _statistics(spec, input[0])
+    same = augment.model_dump(include={"scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"})
+    options = {**same, "re_prob": augment.erase, "interpolation": spec.interpolation, "mean": mean, "std": std}
     try:
-        first, second, last = create_transform(
-            (input[0], input[1], input[2]),
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=spec.interpolation,
-            mean=mean,
-            std=std,
-            re_prob=augment.erase,
-            separate=True,
-        )
+        first, second, last = create_transform((input[0], input[1], input[2]), is_training=True, separate=True, **options)
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise RunError(f"timm refused the augmentation: {error}", where="data.augment") from error
     steps = list(first.transforms)
@@ -102,9 +90,5 @@ def _rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _grey(image: Any) -> Any:
-    return image.convert("L")
-
-
 def _colors(channels: int) -> list[Any]:
-    return [_rgb] if channels == 3 else [_rgb, _grey]
+    return [_rgb] if channels == 3 else [_rgb, transforms.Grayscale()]

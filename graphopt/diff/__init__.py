@@ -2,8 +2,7 @@
 
 from graphopt.compiler.plan import Plan
 from graphopt.diff.align import Diff, RowGroup, align
-from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox
-from graphopt.diff.status import STYLES
+from graphopt.diff.model import STYLES, ModelView, NodeRow, PassInfo, Row, SectionBox
 from graphopt.diff.view import backbone_view, plan_view
 
 __all__ = [

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graphopt.diff.model import ModelView, Row, as_json
-from graphopt.diff.status import ADDED, DIFFERS, KEPT, REMOVED, ranked
+from graphopt.diff.model import ADDED, DIFFERS, KEPT, REMOVED, ModelView, Row, as_json, ranked
 
 FORMAT = "graphopt.diff/2"
 
@@ -58,27 +57,15 @@ class Diff:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the same input gives the same bytes."""
-        return {
-            "format": FORMAT,
-            "before": _heading(self.before),
-            "after": _heading(self.after),
-            "same_backbone": self.same_backbone,
-            "notes": list(self.notes),
-            "groups": [{"name": g.name, "rows": [r.name for r in g.rows]} for g in self.groups()],
-            "rows": [{**as_json(r), "status": r.status, "changed": r.changed} for r in self.rows],
-            **self.flow(),
-        }
+        head = {"format": FORMAT, "before": _heading(self.before), "after": _heading(self.after), "same_backbone": self.same_backbone}
+        groups = [{"name": g.name, "rows": [r.name for r in g.rows]} for g in self.groups()]
+        rows = [{**as_json(r), "status": r.status, "changed": r.changed} for r in self.rows]
+        return {**head, "notes": list(self.notes), "groups": groups, "rows": rows, **self.flow()}
 
     def flow(self) -> dict[str, Any]:
         """What connects the rows, JSON-ready, with the passes and the numbers of statuses."""
-        return {
-            "counts": self.counts(),
-            "edges": as_json(self.edges),
-            "gradient_stops": as_json(self.after.gradient_stops),
-            "sections": as_json(self.after.sections),
-            "passes": as_json(self.after.passes),
-            "feature_input": self.after.feature_input,
-        }
+        names = ("gradient_stops", "sections", "passes", "feature_input")
+        return {"counts": self.counts(), "edges": as_json(self.edges), **{name: as_json(getattr(self.after, name)) for name in names}}
 
 
 def align(before: ModelView, after: ModelView) -> Diff:
@@ -107,11 +94,9 @@ def _aligned(old: Row | None, new: Row | None, same_backbone: bool) -> Row:
 
 
 def _is_same(one: Row, other: Row) -> bool:
-    def identity(row: Row) -> tuple[Any, ...]:
-        inside = [(n.op, n.what, n.parameters) for n in row.nodes if n.changed_by is None]
-        return (row.kind, row.input_shape, row.output_shape, inside)
-
-    return identity(one) == identity(other)
+    inside, others = ([(n.op, n.what, n.parameters) for n in r.nodes if n.changed_by is None] for r in (one, other))
+    shapes, other_shapes = ((r.kind, r.input_shape, r.output_shape) for r in (one, other))
+    return shapes == other_shapes and inside == others
 
 
 def _note(before: ModelView, after: ModelView, rows: Sequence[Row]) -> str:

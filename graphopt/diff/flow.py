@@ -1,16 +1,16 @@
-"""What flows between rows, how far the backward pass comes, and what each row costs."""
+"""Nodes as the diff shows them, what flows between rows, how far the backward pass comes, and what each row costs."""
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 from torch.fx import Node
 
 from graphopt.cost.figures import BLOCK_FIGURES, FIGURES, Cost
-from graphopt.diff.locate import RowLocation
-from graphopt.diff.model import Shape
-from graphopt.diff.nodes import shape
+from graphopt.diff.model import NodeRow, RowLocation, Shape
 from graphopt.ir.graph import Graph
-from graphopt.ir.nodes import activations, parameters_read, trainable
+from graphopt.ir.nodes import activations, leaf, parameters_read, trainable
+from graphopt.ir.shapes import SHAPE_BATCH
 
 Edge = tuple[str, str]
 
@@ -70,3 +70,30 @@ def figures(cost: Cost | None, rows: Sequence[RowLocation], graph: Graph, nodes:
 def totals(cost: Cost | None) -> dict[str, int] | None:
     """The figures of a whole training step."""
     return None if cost is None else {f.name: int(getattr(cost, f.name)) for f in FIGURES}
+
+
+def describe(graph: Graph, node: Node, statuses: tuple[str, ...]) -> NodeRow:
+    """A node of a graph for the diff."""
+    origin = node.meta["origin"]
+    path = str(node.target) if node.op in ("call_module", "get_attr") else origin.path
+    sizes, inputs = shape(node, batched=node in activations(graph)), tuple(n.name for n in node.all_input_nodes)
+    parameters = sum(p.numel() for _, p in parameters_read(graph.module, node))
+    if node.op == "call_module":
+        what = type(leaf(graph, node)).__name__
+    else:
+        what = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else str(node.target).rpartition(".")[2]
+    return NodeRow(node.name, node.op, what, path, origin.call, sizes, inputs, statuses, node.meta.get("pass"), parameters)
+
+
+def shape(node: Node, *, batched: bool = True) -> Shape | None:
+    """Shape of a node's output with the batch, if it is `batched`, as "N" (windows of Swin: "64N"); None where it is no tensor."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
+        value = value[0]
+    if not isinstance(value, torch.Tensor) or not value.ndim:
+        return None
+    sizes: list[str | int] = [int(s) for s in value.shape]
+    batch = int(value.shape[0])
+    if batched and value.ndim > 1 and batch % SHAPE_BATCH == 0:
+        sizes[0] = "N" if batch == SHAPE_BATCH else f"{batch // SHAPE_BATCH}N"
+    return tuple(sizes)

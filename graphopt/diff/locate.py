@@ -1,24 +1,14 @@
 """Which row every node belongs to: blocks, and what lies before, between and after them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch.fx import Node
 
+from graphopt.diff.model import RowLocation
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
 from graphopt.ir.paths import common_path, is_below, lineage, owner
 from graphopt.ir.regions import Region
-
-
-@dataclass(frozen=True)
-class RowLocation:
-    """Where a row lies in a backbone: its name, its module paths (none inside another), its class and its stage."""
-
-    name: str
-    paths: tuple[str, ...]
-    kind: str
-    stage: str
 
 
 class RowMap:

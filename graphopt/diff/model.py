@@ -1,12 +1,57 @@
 """The data behind every rendering: rows (blocks), their operations, what connects them, and what a training step costs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from graphopt.diff.status import KEPT
+from graphopt.compiler.pass_base import Status
 
 Shape = tuple[str | int, ...]
+
+#: statuses that no pass gives: as in the backbone, and what the comparison of two backbones adds
+KEPT, REMOVED, ADDED, DIFFERS = "kept", "removed", "added", "differs"
+
+
+class StatusStyle(NamedTuple):
+    """How a status is shown everywhere. No two share a glyph, so that colour is never the only sign.
+
+    Attributes:
+        glyph: one cell wide. ascii: the same for terminals without Unicode.
+        light, dark: colours on a light and a dark ground, after Okabe and Ito (2008): told apart whatever the colour vision.
+        terminal: rich's colour.
+        meaning: for legends.
+    """
+
+    glyph: str
+    ascii: str
+    light: str
+    dark: str
+    terminal: str
+    meaning: str
+
+
+#: most important first: where several hold for one row, the first is its main one
+STYLES: dict[str, StatusStyle] = {
+    REMOVED: StatusStyle("−", "-", "#b04000", "#ff8f4d", "red", "only in the first of the two"),
+    ADDED: StatusStyle("⊕", "&", "#0b7fb5", "#7cc8f2", "bright_cyan", "only in the second of the two"),
+    DIFFERS: StatusStyle("≠", "!", "#a8467f", "#e79bc6", "magenta", "under the same name in both, but not the same"),
+    Status.DROPPED: StatusStyle("✂", "x", "#c04a00", "#f58a4b", "red", "left the training graph; its output is cached"),
+    Status.BYPASSED: StatusStyle("↷", ">", "#a86b00", "#f0b43c", "yellow", "replaced by its shortcut"),
+    Status.INSERTED: StatusStyle("+", "+", "#1276a8", "#7cc8f2", "bright_cyan", "added by a pass; not in the exported backbone"),
+    Status.SHARED: StatusStyle("⇄", "=", "#00795a", "#35c79b", "green", "its weights are computed from its neighbours'"),
+    Status.FROZEN: StatusStyle("❄", "*", "#0072b2", "#5cb3ea", "blue", "its parameters do not train"),
+    Status.ISOLATED: StatusStyle("⊣", "|", "#a8467f", "#e79bc6", "magenta", "no gradient comes back to its output"),
+    Status.CHECKPOINTED: StatusStyle("↻", "@", "#857500", "#e8dc4c", "bright_yellow", "recomputed in the backward pass instead of saved"),
+    Status.REWIRED: StatusStyle("~", "~", "#5b5f66", "#b4b9c2", "bright_black", "computes the same with other operators"),
+    KEPT: StatusStyle("○", "o", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),
+}
+
+_RANK = {name: rank for rank, name in enumerate(STYLES)}
+
+
+def ranked(statuses: Iterable[str]) -> tuple[str, ...]:
+    """Statuses, most important first; `("kept",)` where there are none."""
+    return tuple(sorted({str(s) for s in statuses} - {KEPT}, key=_RANK.__getitem__)) or (KEPT,)
 
 
 @dataclass(frozen=True)
@@ -14,9 +59,8 @@ class NodeRow:
     """One operation.
 
     Attributes:
-        name: unique in its graph, equal in all phases. what: the module's class or the function's name.
-        path, call: its origin. shape: of its output; "N" is the batch. None where it is no tensor.
-        inputs: names of the nodes it reads. changed_by: number (from 0) of the last pass that inserted or changed it.
+        name: unique in its graph, equal in all phases. what: the module's class or the function's name. path, call: its origin.
+        shape: of its output; "N" is the batch. changed_by: number (from 0) of the last pass that inserted or changed it.
     """
 
     name: str
@@ -32,25 +76,27 @@ class NodeRow:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One block, or what lies before, between and after blocks; or a module that a pass inserted.
-
-    Attributes:
-        name: unique: "layer3.2", "stem", "head". paths: the module paths it is made of.
-        kind: class name. stage: what it is grouped under.
-        statuses: most important first. was: those of the same row in the other view.
-        passes: numbers (from 0) of the passes that changed it. messages: their diagnostics about it.
-        sources: rows whose parameters it uses. detail: short facts ("a": 0.5).
-        section: name of the local module (a part with a loss of its own) it is in. attached_to: of an inserted row, the row it reads.
-        backward: whether the backward pass of a training step goes through it.
-        input_shape, output_shape: of its activations.
-        before, after: figures of one training step; None where they are not known.
-    """
+class RowLocation:
+    """Where a row lies: its name ("layer3.2", "stem"), module paths (none inside another), class, and what it is grouped under."""
 
     name: str
     paths: tuple[str, ...]
     kind: str
     stage: str
+
+
+@dataclass(frozen=True)
+class Row(RowLocation):
+    """One block, or what lies before, between and after blocks; or a module that a pass inserted.
+
+    Attributes:
+        statuses: most important first. was: those of the same row in the other view.
+        passes: numbers (from 0) of the passes that changed it. messages: their diagnostics about it.
+        sources: rows whose parameters it uses. detail: short facts ("a": 0.5).
+        section: name of the local module (a part with a loss of its own) it is in. attached_to: of an inserted row, the row it reads.
+        backward: whether the backward pass of a training step goes through it. before, after: figures of one training step.
+    """
+
     statuses: tuple[str, ...] = (KEPT,)
     was: tuple[str, ...] = (KEPT,)
     passes: tuple[int, ...] = ()
@@ -111,11 +157,7 @@ class PassInfo:
 
 @dataclass(frozen=True)
 class SectionBox:
-    """Rows that run as one unit.
-
-    Attributes:
-        local: whether the unit is a local module, with a loss and a backward pass of its own.
-    """
+    """Rows that run as one unit; `local`: with a loss and a backward pass of its own."""
 
     name: str
     rows: tuple[str, ...]
@@ -127,7 +169,7 @@ class ModelView:
     """One of the two models that are compared: a backbone, or a plan in one of its phases.
 
     Attributes:
-        title: human-readable. spec: the file it came from, if any. totals: figures of one training step.
+        totals: figures of one training step.
         edges: (from, to) pairs of row names over which activations flow. gradient_stops: those over which no gradient comes back.
         feature_input: the row whose cached output is the input of training.
     """

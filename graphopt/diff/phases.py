@@ -21,23 +21,19 @@ class PhaseDiff:
     diff: Diff
 
 
-def phase_diffs(
-    plan: Plan, decisions: Sequence[Decision] | None = None, *, epochs: int | None = None, costs: bool = True
-) -> tuple[PhaseDiff, ...]:
+def phase_diffs(plan: Plan, decisions: Sequence[Decision] | None = None, *, epochs: int | None = None) -> tuple[PhaseDiff, ...]:
     """One diff per phase, the first at epoch 0; a plan whose passes all act from the start has one.
 
     Args:
         plan: in its first phase, compiled with costs where costs are to be shown.
-        decisions: of a run; None takes those that need no measurement.
-        epochs: length of the run, where the spec does not say.
+        decisions: of a run; None takes those that need no measurement. epochs: length of the run, where the spec does not say.
     """
     before = backbone_view(plan)
     phases = plan.phases(epochs or _epochs(plan, decisions or ()), decisions)
-    costs = costs and plan.report.before is not None
     found = []
     for number, phase in enumerate(phases):
         later = phase.plan
-        if costs and later is not plan and (len(phases) <= COSTED + 1 or number == len(phases) - 1):
+        if plan.report.before and later is not plan and (len(phases) <= COSTED + 1 or number == len(phases) - 1):
             later = plan.advance_to(later.decisions, verify="off", costs=True)
         label = "; ".join(_label(plan, d) for d in phase.decisions) or "start"
         found.append(PhaseDiff(phase.start, label, align(before, plan_view(later, epoch=phase.start))))

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from graphopt.compiler.pass_base import Effects, RegionStatus, Status
+from graphopt.compiler.pass_base import Effects, Status
 from graphopt.compiler.plan import Plan
-from graphopt.diff.locate import RowLocation, RowMap
+from graphopt.diff.locate import RowMap
+from graphopt.diff.model import RowLocation
 from graphopt.ir.editor import Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import parameters_read
@@ -53,21 +54,18 @@ class Records:
         self.plan, self.base, self.graph = plan, plan.base, graph
         rewritten = zip(plan.effects, plan.edits, strict=True) if graph is not plan.base else ()
         self.done: list[tuple[int, Effects, Edits]] = [(i, effect, edit) for i, (effect, edit) in enumerate(rewritten) if effect and edit]
-        self.inserted = {name for _, _, edits in self.done for name in edits.inserted}
-        self.changed = {name for _, _, edits in self.done for name in edits.changed}
-        self.redirected = {name for _, _, edits in self.done for name in edits.redirected}
-        self.erased = {name for _, _, edits in self.done for name in edits.erased}
-        self.frozen = {name for _, _, edits in self.done for name in edits.frozen}
+        kinds = ("inserted", "changed", "redirected", "erased", "frozen")
+        self.inserted, self.changed, self.redirected, self.erased, self.frozen = (
+            {name for _, _, edits in self.done for name in getattr(edits, kind)} for kind in kinds
+        )
         self.map = self.base.cached(RowMap)
         self.rows = [RowRecord(location) for location in self.map.rows]
         self._by_name = {row.name: row for row in self.rows}
         self._region_paths = {r.name: r.paths for m in plan.matched for r in m.match.regions}
         self._add_inserted_rows()
         self._assign_nodes()
-        self._add_edits()
         self._add_frozen()
-        self._add_statuses()
-        self._add_messages()
+        self._add_statuses_and_messages()
 
     def of(self, node: Node) -> RowRecord | None:
         """The row of a node of either graph."""
@@ -108,14 +106,10 @@ class Records:
         self._by_name[name] = row
 
     def _assign_nodes(self) -> None:
-        for node in self.base.nodes:
-            if (row := self.of(node)) is not None:
-                row.original.append(node)
-        for node in self.graph.nodes:
-            if (row := self.of(node)) is not None:
-                row.nodes.append(node)
-
-    def _add_edits(self) -> None:
+        for graph, kind in ((self.base, "original"), (self.graph, "nodes")):
+            for node in graph.nodes:
+                if (row := self.of(node)) is not None:
+                    getattr(row, kind).append(node)
         for row in self.rows:
             names = {n.name for n in (*row.original, *row.nodes)}
             for index, _, edits in self.done:
@@ -133,26 +127,20 @@ class Records:
                 if len(frozen) < len(names):
                     row.detail["frozen"] = f"{len(frozen)} of {len(names)} tensors"
 
-    def _add_statuses(self) -> None:
+    def _add_statuses_and_messages(self) -> None:
         for index, effects, _ in self.done:
             for name, status in effects.statuses.items():
                 rows = self.named(name)
                 # Of a region of several rows, the gradient stops at the last.
                 for row in rows[-1:] if status.status is Status.ISOLATED else rows:
-                    self._add_status(row, index, status)
-
-    def _add_status(self, row: RowRecord, index: int, status: RegionStatus) -> None:
-        row.statuses.add(status.status)
-        row.passes.add(index)
-        row.detail |= status.detail
-        if status.skip_probability:
-            row.detail.setdefault("probability", round(status.skip_probability, 4))
-        if status.status is not Status.INSERTED:
-            sources = (source.name for name in status.sources for source in self.named(name))
-            row.sources.update(dict.fromkeys(name for name in sources if name != row.name))
-
-    def _add_messages(self) -> None:
-        for index, _, _ in self.done:
+                    row.statuses.add(status.status)
+                    row.passes.add(index)
+                    row.detail |= status.detail
+                    if status.skip_probability:
+                        row.detail.setdefault("probability", round(status.skip_probability, 4))
+                    if status.status is not Status.INSERTED:
+                        sources = (source.name for name in status.sources for source in self.named(name))
+                        row.sources.update(dict.fromkeys(name for name in sources if name != row.name))
             report = self.plan.report.passes[index]
             for diagnostic in report.diagnostics:
                 for row in self.named(diagnostic.location):

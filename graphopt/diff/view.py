@@ -8,11 +8,9 @@ from torch.fx import Node
 from graphopt.compiler.pass_base import Status
 from graphopt.compiler.plan import Plan
 from graphopt.cost.figures import Cost
-from graphopt.diff.flow import Edge, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
-from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox
-from graphopt.diff.nodes import describe
+from graphopt.diff.flow import Edge, describe, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
+from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox, ranked
 from graphopt.diff.record import Records, RowRecord
-from graphopt.diff.status import ranked
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, parameters_read, trainable
 from graphopt.spec import dumps_pass
@@ -46,23 +44,11 @@ class _ViewBuilder:
                 row.statuses.add(Status.REWIRED)
         rows = self._rows(section_of, before_cut)
         edges, stops = self._edges(rows, section_of)
-        return ModelView(
-            title=title,
-            backbone=f"{_backbone_name(plan)} {'×'.join(map(str, self.base.input))}",
-            digest=plan.digest,
-            batch=plan.batch,
-            spec=getattr(plan.spec, "file", None) if self.rewritten else None,
-            rows=tuple(_after_their_rows(rows)),
-            edges=edges,
-            gradient_stops=stops,
-            sections=sections,
-            passes=tuple(_pass_infos(plan)) if self.rewritten else (),
-            totals=totals(self.cost),
-            feature_input=feature_input,
-            epoch=epoch,
-        )
+        backbone = f"{_backbone_name(plan)} {'×'.join(map(str, self.base.input))}"
+        spec, passes = (getattr(plan.spec, "file", None), tuple(_pass_infos(plan))) if self.rewritten else (None, ())
+        rows, step = tuple(_after_their_rows(rows)), totals(self.cost)
+        return ModelView(title, backbone, plan.digest, plan.batch, spec, rows, edges, stops, sections, passes, step, feature_input, epoch)
 
-    # -- sections, and where training starts --------------------------------------------------------------------------------
     def _sections(self) -> tuple[tuple[SectionBox, ...], dict[str, str]]:
         """The sections as boxes around rows, and for each row in a local module the name of that."""
         boxes: list[SectionBox] = []
@@ -111,8 +97,7 @@ class _ViewBuilder:
         attached = ((r.attached_to, r.name) for r in self.records.rows if r.attached_to is not None)
         return tuple(dict.fromkeys((*edges, *attached))), stops
 
-    # -- the result ---------------------------------------------------------------------------------------------------------
-    def _rows(self, section_of: dict[str, str], before_cut: set[str]) -> list[Row]:
+    def _rows(self, section_of: dict[str, str], before_cut: set[str]) -> tuple[Row, ...]:
         locations = [r.location for r in self.records.rows]
         base_rows = self.records.map.rows
         before = figures(self.plan.report.before, base_rows, self.base, [r.original for r in self.records.rows[: len(base_rows)]])
@@ -124,10 +109,7 @@ class _ViewBuilder:
             hidden = {Status.FROZEN} if row.statuses & {Status.DROPPED, Status.BYPASSED} else set()  # what is out does not train anyway
             found.append(
                 Row(
-                    name=row.name,
-                    paths=row.location.paths,
-                    kind=row.location.kind,
-                    stage=row.location.stage,
+                    **vars(row.location),
                     statuses=ranked(row.statuses - hidden),
                     passes=tuple(sorted(row.passes)),
                     messages=tuple(row.messages),
@@ -143,7 +125,7 @@ class _ViewBuilder:
                     nodes=tuple(self._node_rows(row)),
                 )
             )
-        return found
+        return tuple(found)
 
     def _node_rows(self, row: RowRecord) -> Iterator[NodeRow]:
         """The row's operations, and after them those that are gone."""

@@ -8,21 +8,17 @@ from torch import fx, nn
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
-from graphopt.ir.paths import common_path, lineage, owner
+from graphopt.ir.paths import common_path, containers, lineage, owner
 from graphopt.ir.regions import Region, entries_and_exits, region_of
 
 
 def find_blocks(graph: Graph) -> tuple[Region, ...]:
-    """The natural repeated blocks of the model, in execution order, with the nodes they have in this graph.
-
-    Which paths are blocks is a fact of the backbone: it is found once, on the untouched graph.
-    """
+    """The natural repeated blocks of the model (found on the untouched graph), in execution order, with the nodes they have in this one."""
     return graph.cached(_blocks)
 
 
 def _blocks(graph: Graph) -> tuple[Region, ...]:
-    regions = (region_of(graph, paths) for paths in graph.untouched.cached(block_paths))
-    return tuple(region for region in regions if region.nodes)
+    return tuple(r for paths in graph.untouched.cached(block_paths) if (r := region_of(graph, paths)).nodes)
 
 
 def disjoint_parts(graph: Graph) -> tuple[Region, ...]:
@@ -49,9 +45,8 @@ class _Tree:
         for node in graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            parts = node.meta["origin"].path.split(".") if node.meta["origin"].path else []
-            for depth in range(len(parts) + 1):
-                self.nodes.setdefault(".".join(parts[:depth]), []).append(node)
+            for path in lineage(node.meta["origin"].path):
+                self.nodes.setdefault(path, []).append(node)
 
     def children(self, path: str) -> list[str]:
         """Direct children in execution order."""
@@ -72,11 +67,7 @@ class _Tree:
 
     def is_chain(self, path: str) -> bool:
         """Whether activations flow through the parts of a module one after the other: no branch, no shortcut."""
-        owner: dict[fx.Node, str] = {}
-        children = self.children(path)
-        for child in children:
-            for node in self.nodes[child]:
-                owner[node] = child
+        owner = {node: child for child in self.children(path) for node in self.nodes[child]}
         parts: dict[Any, list[fx.Node]] = {}
         for node in self.nodes[path]:
             if node in self.active:
@@ -96,8 +87,7 @@ def block_paths(graph: Graph) -> tuple[tuple[str, ...], ...]:
     A unit is a run of leaves that starts at a convolution or linear layer and goes on to the next (conv, norm, activation, pool).
     """
     tree = _Tree(graph)
-    authored = _authored_blocks(tree)
-    if authored:
+    if authored := _authored_blocks(tree):
         return authored
     found: list[str] = []
     kinds = Counter(graph.types.get(p, "") for p in tree.nodes if p and not tree.is_leaf(p))
@@ -107,8 +97,7 @@ def block_paths(graph: Graph) -> tuple[tuple[str, ...], ...]:
             if tree.is_leaf(child):
                 continue
             kind = graph.types.get(child, "")
-            repeated = kinds[kind] > 1 and kind not in _CONTAINERS
-            if repeated and tree.closed(child) and not tree.is_chain(child):
+            if kinds[kind] > 1 and kind not in _CONTAINERS and tree.closed(child) and not tree.is_chain(child):
                 found.append(child)
             else:
                 walk(child)
@@ -137,8 +126,7 @@ def _authored_blocks(tree: _Tree) -> tuple[tuple[str, ...], ...]:
     graph = tree.graph
     owned = Counter[str]()
     for name, _ in graph.module.named_parameters():
-        parts = name.split(".")
-        owned.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+        owned.update(containers(name))
     paths: list[str] = []
     for names in graph.groups:
         path = common_path(owner(name) for name in names)
@@ -160,21 +148,17 @@ def _in_order(tree: _Tree, paths: Iterable[str]) -> list[str]:
 
 def _units(tree: _Tree) -> tuple[tuple[str, ...], ...]:
     """Conv-norm-act units of a plain chain (VGG, AlexNet): convolutional ones, or linear ones where there are none."""
-    weighted = {"Conv1d", "Conv2d", "Conv3d", "Linear"}
     runs: list[list[str]] = []
     last_parent = None
     for node in tree.graph.nodes:
         if node.op != "call_module":
             continue
         path = node.meta["origin"].path
-        parent = path.rpartition(".")[0]
-        module = tree.graph.module.get_submodule(str(node.target))
-        is_weighted = type(module).__name__ in weighted or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-        if is_weighted:
+        if isinstance(tree.graph.module.get_submodule(str(node.target)), nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
             runs.append([path])
-        elif runs and parent == last_parent:
+        elif runs and owner(path) == last_parent:
             runs[-1].append(path)
-        last_parent = parent
+        last_parent = owner(path)
     kinds = Counter(tree.graph.types[r[0]] for r in runs)
     convolutional = [r for r in runs if "Conv" in tree.graph.types[r[0]]]
     chosen = convolutional if len(convolutional) > 1 else runs

@@ -7,7 +7,7 @@ keeps sections nested and shapes up to date, clears cached analyses, and records
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import fx, nn
@@ -23,17 +23,23 @@ Nodes = tuple[Node, ...]
 Wrap = Callable[[fx.GraphModule], nn.Module]
 
 
+class Place(TypedDict, total=False):
+    """Where a new node goes: before or after another; `like` is the node whose origin and sections it gets (default: that other)."""
+
+    before: Node | None
+    after: Node | None
+    like: Node | None
+
+
 @dataclass
 class Edits:
     """What one pass instance did to a graph, by name, in the order it was done.
 
     Attributes:
         inserted: names of new nodes. changed: of nodes whose call or leaf changed. redirected: of nodes that only read another node now.
-        erased: of nodes that are gone.
-        added: paths of new modules and names of new parameters. replaced: paths of leaves that have another form now.
-        removed: names of modules, parameters and buffers that are gone.
-        frozen: names of parameters that no longer require a gradient.
-        sections: names of the sections that were declared.
+        erased: of nodes that are gone. added: paths of new modules and names of new parameters. replaced: paths of leaves that have
+            another form now. removed: names of modules, parameters and buffers that are gone.
+        frozen: names of parameters that no longer require a gradient. sections: names of the sections that were declared.
     """
 
     inserted: dict[str, None] = field(default_factory=dict)
@@ -48,74 +54,35 @@ class Edits:
 
 
 class Editor:
-    """Changes a graph on behalf of one pass instance.
-
-    Attributes:
-        graph: the graph; analyses of it are always up to date.
-        author: the pass instance.
-        edits: what was done so far.
-    """
+    """Changes `graph` on behalf of one pass instance, its `author`; `edits` is what was done so far."""
 
     def __init__(self, graph: Graph, author: Author) -> None:
         self.graph, self.author, self.edits = graph, author, Edits()
 
-    # -- new nodes ----------------------------------------------------------------------------------------------------------
-    def call(
-        self,
-        target: Callable[..., Any] | str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None = None,
-        *,
-        before: Node | None = None,
-        after: Node | None = None,
-        like: Node | None = None,
-    ) -> Node:
-        """A new call of a function, or of a tensor method by name.
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, **place: Unpack[Place]) -> Node:
+        """A new call of a function, or of a tensor method by name."""
+        return self._insert("call_method" if isinstance(target, str) else "call_function", target, args, kwargs or {}, **place)
 
-        Args:
-            before, after: where it goes; exactly one.
-            like: the node whose origin and sections it gets; default: the node it is put next to.
-        """
-        op = "call_method" if isinstance(target, str) else "call_function"
-        return self._insert(op, target, args, kwargs or {}, before, after, like)
-
-    def call_module(
-        self,
-        path: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        *,
-        before: Node | None = None,
-        after: Node | None = None,
-        like: Node | None = None,
-    ) -> Node:
-        """Registers a new module at `path` and calls it. Its output has the shape of its first argument. The rest is as in `call`."""
+    def call_module(self, path: str, module: nn.Module, args: tuple[Any, ...], **place: Unpack[Place]) -> Node:
+        """Registers a new module at `path` and calls it. Its output has the shape of its first argument."""
         self.add_module(path, module)
-        node = self._insert("call_module", path, args, {}, before, after, like)
+        node = self._insert("call_module", path, args, {}, **place)
         if isinstance(args[0], Node) and "val" in args[0].meta:
             node.meta["val"] = args[0].meta["val"]
         return node
 
-    def read(self, name: str, *, before: Node, like: Node | None = None) -> Node:
+    def read(self, name: str, **place: Unpack[Place]) -> Node:
         """A new node that reads a parameter or a buffer."""
-        return self._insert("get_attr", name, (), {}, before, None, like)
+        return self._insert("get_attr", name, (), {}, **place)
 
-    def _insert(
-        self,
-        op: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        before: Node | None,
-        after: Node | None,
-        like: Node | None,
-    ) -> Node:
-        place = before or after
-        if place is None or (before is not None and after is not None):
+    def _insert(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], **place: Unpack[Place]) -> Node:
+        before, after = place.get("before"), place.get("after")
+        neighbour = before or after
+        if neighbour is None or (before is not None and after is not None):
             raise ValueError("give one of before and after")
-        with self.graph.fx.inserting_before(place) if before is not None else self.graph.fx.inserting_after(place):
+        with self.graph.fx.inserting_before(neighbour) if before is not None else self.graph.fx.inserting_after(neighbour):
             node = self.graph.fx.create_node(op, target, args, kwargs)
-        model = like or place
+        model = place.get("like") or neighbour
         node.meta["origin"] = model.meta.get("origin", Origin("", 0))
         node.meta["pass"] = self.author.index
         self.graph.sections[:] = [replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections]
@@ -134,18 +101,15 @@ class Editor:
             node.meta["val"] = as_fake(value, mode).detach() if isinstance(value, torch.Tensor) else value
         elif node.op in ("call_function", "call_method"):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            target: Any = node.target
+            function = getattr(type(args[0]), target) if node.op == "call_method" else target
             with mode, torch.no_grad():
-                function: Any = node.target
-                node.meta["val"] = (
-                    getattr(args[0], function)(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
-                )
+                node.meta["val"] = function(*args, **kwargs)
 
-    # -- changed nodes ------------------------------------------------------------------------------------------------------
     def set_call(self, node: Node, target: Any = None, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> None:
         """Another operation, or other inputs, for a node; what is not given stays.
 
-        Args:
-            target: a function, or a string: a leaf's path where the node calls a module, else a tensor method.
+        A `target` in text is a leaf's path where the node calls a module, else a tensor method.
         """
         if callable(target):
             node.op, node.target = "call_function", target
@@ -159,7 +123,7 @@ class Editor:
         """Lets readers of `old` read `new` (a node, or a constant): all of them, `new` itself aside, or those among `users`."""
         for user in tuple(old.users) if users is None else tuple(u for u in users if old in u.all_input_nodes):
             if user is not new:
-                user.args, user.kwargs = _replaced((user.args, user.kwargs), old, new)
+                user.args, user.kwargs = fx.node.map_aggregate((user.args, user.kwargs), lambda a: new if a is old else a)
                 self.edits.redirected[user.name] = None
         self.graph.changed()
 
@@ -179,12 +143,8 @@ class Editor:
         self.graph.sections[:] = [s for s in kept if s.nodes]
         self.graph.changed()
 
-    # -- modules and parameters ---------------------------------------------------------------------------------------------
     def replace_leaf(self, node: Node, module: nn.Module) -> None:
-        """Puts `module` in the place of the leaf that a node calls, for all its calls.
-
-        Parameter and buffer names should stay, so that state-dict keys do.
-        """
+        """Puts `module` in the place of the leaf that a node calls, for all its calls. Names of its tensors are state-dict keys."""
         path = str(node.target)
         module.training = self.graph.module.get_submodule(path).training
         self.graph.module.get_submodule(owner(path))._modules[path.rpartition(".")[2]] = module
@@ -205,10 +165,8 @@ class Editor:
         """Registers a new parameter, making the modules on the way where there are none."""
         path, _, last = name.rpartition(".")
         holder: nn.Module = self.graph.module
-        for part in path.split(".") if path else ():
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
+        for part in filter(None, path.split(".")):
+            holder = holder._modules.setdefault(part, nn.Module())  # type: ignore[assignment]  # None only where a child was removed
         holder.register_parameter(last, parameter)
         self.edits.added[name] = None
 
@@ -234,7 +192,6 @@ class Editor:
             self.edits.frozen[name] = None
         self.graph.changed()
 
-    # -- sections -----------------------------------------------------------------------------------------------------------
     def outline(
         self,
         nodes: Iterable[Node],
@@ -244,7 +201,7 @@ class Editor:
         target: bool = False,
         image: bool = False,
         outside: Wrap | None = None,
-        only: Callable[[Nodes], bool] | None = None,
+        only: Callable[[Nodes], bool] = lambda _: True,
     ) -> tuple[Section, ...]:
         """Declares that nodes run as one unit in the emitted module, keeping all sections nested or disjoint.
 
@@ -256,15 +213,12 @@ class Editor:
             name: of the section; pieces and names that are taken get a number.
             outside: without `target`: leave out what runs in a section of this kind already.
             only: which pieces are worth a section; default: all that compute something.
-
-        Returns:
-            The new sections; none if nothing was left of the nodes.
         """
         if target:
             section = Section(name, tuple(sorted(set(nodes))), wrap, self.author, target, image)
             self._divide_others(section)
             return (self._declare(section),)
-        pieces = [p for p in _divide(set(nodes), self.graph.sections, outside) if only is None or only(p)]
+        pieces = filter(only, _divide(set(nodes), self.graph.sections, outside))
         return tuple(self._declare(Section(name, piece, wrap, self.author, target, image)) for piece in pieces)
 
     def _divide_others(self, border: Section) -> None:
@@ -289,10 +243,6 @@ class Editor:
         self.graph.sections.append(section)
         self.edits.sections[section.name] = None
         return section
-
-
-def _replaced(arguments: Any, old: Node, new: Any) -> Any:
-    return fx.node.map_aggregate(arguments, lambda a: new if a is old else a)
 
 
 def _divide(nodes: set[Node], sections: Sequence[Section], outside: Wrap | None = None) -> list[Nodes]:

@@ -13,11 +13,7 @@ Follow = Callable[[Node], bool]
 
 
 def ancestors(nodes: Iterable[Node], follow: Follow | None = None) -> set[Node]:
-    """`nodes` and everything that they are computed from.
-
-    Args:
-        follow: whether to go on through a node (and to include it); default: through all.
-    """
+    """`nodes` and everything that they are computed from. `follow` says whether to go on through a node (and to include it)."""
     return _reach(nodes, lambda node: node.all_input_nodes, follow)
 
 
@@ -42,11 +38,11 @@ def between(starts: Iterable[Node], ends: Iterable[Node]) -> set[Node]:
     return descendants(starts) & ancestors(ends)
 
 
-def reentry(graph: Graph, nodes: Iterable[Node]) -> Node | None:
-    """A node outside `nodes` that lies on a path from one of them to another; None where the set is convex."""
+def reentry(graph: Iterable[Node], nodes: Iterable[Node]) -> Node | None:
+    """A node outside `nodes` on a path from one of them to another; None where the set is convex. `graph` gives all nodes in order."""
     inside = set(nodes)
     after: set[Node] = set()
-    for node in graph.nodes:
+    for node in graph:
         if node in inside:
             through = next((i for i in node.all_input_nodes if i in after), None)
             if through is not None:
@@ -58,7 +54,7 @@ def reentry(graph: Graph, nodes: Iterable[Node]) -> Node | None:
 
 def is_convex(graph: Graph, nodes: Iterable[Node]) -> bool:
     """Whether no path leaves `nodes` and comes back, so that they can run as one unit."""
-    return reentry(graph, nodes) is None
+    return reentry(graph.nodes, nodes) is None
 
 
 def slice_around(graph: Graph, nodes: Iterable[Node]) -> tuple[Node, ...]:

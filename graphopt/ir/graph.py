@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from torch import fx
 from torch.fx import Node
 
+from graphopt.ir.paths import lineage
 from graphopt.ir.section import Section
 from graphopt.ir.shapes import propagate_shapes
 
@@ -41,8 +42,7 @@ class Graph:
         input: shape of one sample; the batch stays free.
         types: class name of every module of the backbone, by path.
         groups: the author's own blocks as lists of parameter names, where the model publishes them (timm's `group_matcher`).
-        opaque: modules kept whole, with reasons.
-        unused: parameters that no node uses; they are kept, and reported.
+        opaque: modules kept whole, with reasons. unused: parameters that no node uses; they are kept, and reported.
         sections: nodes that run as one unit in the emitted module; passes append, emission outlines.
         untouched: the graph as it was traced; itself, for a graph that is no clone.
     """
@@ -63,7 +63,6 @@ class Graph:
         self.untouched = untouched or self
         self._results: dict[Callable[..., Any], Any] = {}
 
-    # -- reading ------------------------------------------------------------------------------------------------------------
     @property
     def fx(self) -> fx.Graph:
         """The `torch.fx` graph itself, for reading."""
@@ -94,16 +93,12 @@ class Graph:
         """What a selector can name, in execution order, outer before inner: module paths, and parameters that the graph reads itself."""
         return self.cached(_paths)
 
-    def __iter__(self) -> Iterator[Node]:
-        return iter(self.nodes)
-
     def cached(self, analysis: Callable[[Graph], Result]) -> Result:
         """`analysis(self)`, kept until the graph changes. Do not change the result."""
         if analysis not in self._results:
             self._results[analysis] = analysis(self)
         return self._results[analysis]
 
-    # -- changing -----------------------------------------------------------------------------------------------------------
     def changed(self) -> None:
         """Forgets the results of all analyses. The editor calls it after every edit."""
         self._results.clear()
@@ -142,9 +137,7 @@ def _paths(graph: Graph) -> tuple[str, ...]:
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        parts = node.meta["origin"].path.split(".")
-        for depth in range(1, len(parts) + 1):
-            seen.setdefault(".".join(parts[:depth]))
+        seen |= dict.fromkeys(lineage(node.meta["origin"].path))
         if node.op == "get_attr":
             seen.setdefault(str(node.target))
     seen.pop("", None)

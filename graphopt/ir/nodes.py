@@ -16,21 +16,13 @@ from graphopt.ir.graph import Graph
 from graphopt.runtime.by_mode import ByMode
 
 #: Python's assignments to a part of an object (`x += 1`, `x[0] = 1`), as methods and as functions: they write into their first operand
-_WRITING_METHODS = frozenset(
-    f"__{name}__"
-    for name in (
-        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem"),
-    )
-)
+_ASSIGNMENTS = "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift iconcat setitem"
+_WRITING_METHODS = frozenset(f"__{name}__" for name in _ASSIGNMENTS.split())
 _WRITING_FUNCTIONS = frozenset(getattr(operator, name) for name in _WRITING_METHODS)
 
 
 def activations(graph: Graph) -> set[Node]:
-    """Nodes that carry activations: floating-point tensors computed from the input.
-
-    Shape arithmetic and what is computed from parameters alone do not count.
-    """
+    """Nodes that carry activations: floating-point tensors computed from the input (not from parameters alone)."""
     return graph.cached(_activations)
 
 
@@ -91,22 +83,16 @@ def writes_in_place(module: fx.GraphModule, node: Node) -> bool:
     A leaf counts by its own `inplace`: modules inside of it usually write into what the leaf itself has computed.
     """
     if node.op == "call_module":
-        return _leaf_writes_in_place(module.get_submodule(str(node.target)))
-    if node.op == "call_method":
-        return _named_in_place(str(node.target))
-    return node.op == "call_function" and _call_writes_in_place(node.target, node.args, node.kwargs)
-
-
-def _leaf_writes_in_place(leaf: nn.Module) -> bool:
-    if isinstance(leaf, ByMode):
-        calls = (leaf.train_arguments, leaf.eval_arguments)
-        if isinstance(leaf.function, str):
-            return _named_in_place(leaf.function)
-        return any(_call_writes_in_place(leaf.function, args, kwargs) for args, kwargs in calls)
-    return bool(getattr(leaf, "inplace", False))
+        leaf = module.get_submodule(str(node.target))
+        if not isinstance(leaf, ByMode):
+            return bool(getattr(leaf, "inplace", False))
+        return any(_call_writes_in_place(leaf.function, *arguments) for arguments in (leaf.train_arguments, leaf.eval_arguments))
+    return node.op in ("call_function", "call_method") and _call_writes_in_place(node.target, node.args, node.kwargs)
 
 
 def _call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
+    if isinstance(function, str):
+        return _named_in_place(function)
     if function in _WRITING_FUNCTIONS or _named_in_place(getattr(function, "__name__", "")):
         return True
     if kwargs.get("inplace") is True or kwargs.get("out") is not None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.errors import PassError
+from graphopt.errors import PassError, listed
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
@@ -22,11 +22,9 @@ from graphopt.ir.shapes import SHAPE_BATCH
 
 @dataclass(frozen=True)
 class CutCandidate:
-    """An activation after which a graph can be cut.
+    """An activation after which a graph can be cut, and whether there are parameters between the candidate before it and this one.
 
-    Attributes:
-        label: the largest region that ends there ("layer1.14"), else the operation's path and node ("layer1.14 (add_14)").
-        has_parameters: whether there are parameters between the candidate before it and this one.
+    Its label is the largest region that ends there ("layer1.14"), else the operation's path and node ("layer1.14 (add_14)").
     """
 
     node: Node
@@ -58,30 +56,21 @@ def most_parts(candidates: Sequence[CutCandidate]) -> int:
 
 
 def require_parts(candidates: Sequence[CutCandidate], parts: int) -> None:
-    """Checks that a chain can have so many parts.
-
-    Raises:
-        PassError: it cannot; lists the cuts that there are.
-    """
+    """Checks that a chain can have so many parts. Raises PassError if it cannot; lists the cuts that there are."""
     most = most_parts(candidates)
     if most < 2:
-        raise PassError(
-            "no cut has parameters on both sides: the backbone cannot be divided", fix="graphopt inspect shows what the trace sees of it"
-        )
+        what = "no cut has parameters on both sides: the backbone cannot be divided"
+        raise PassError(what, fix="graphopt inspect shows what the trace sees of it")
     if parts > most:
-        labels = [c.label for c in candidates if c.has_parameters]
-        shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-        raise PassError(
-            f"{parts} parts need {parts - 1} cuts, and the graph has {most - 1} with parameters between them",
-            fix=f"Ask for {most} or fewer. The possible cuts are after {shown}",
-        )
+        shown = listed((c.label for c in candidates if c.has_parameters), 12)
+        what = f"{parts} parts need {parts - 1} cuts, and the graph has {most - 1} with parameters between them"
+        raise PassError(what, fix=f"Ask for {most} or fewer. The possible cuts are after {shown}")
 
 
 def evenly(graph: Graph, candidates: Sequence[CutCandidate], parts: int) -> tuple[CutCandidate, ...]:
     """Cuts that give each part about as many blocks; as many candidates, where there are too few blocks.
 
-    Raises:
-        PassError: there are too few candidates.
+    Raises PassError if there are too few candidates.
     """
     require_parts(candidates, parts)
     at = {c.node: c for c in candidates}
@@ -104,10 +93,7 @@ def evenly(graph: Graph, candidates: Sequence[CutCandidate], parts: int) -> tupl
 def by_stage(graph: Graph, candidates: Sequence[CutCandidate], parts: int | None) -> tuple[CutCandidate, ...]:
     """Cuts between stages, a patch merging going with the stage before it; between all of them, or between `parts` runs of them.
 
-    A stage is a run of blocks whose outputs have one shape.
-
-    Raises:
-        PassError: the backbone has no stages, or too few.
+    A stage is a run of blocks whose outputs have one shape. Raises PassError if the backbone has no stages, or too few.
     """
     blocks = [b for b in find_blocks(graph) if len(b.exits) == 1 and b.entries]
     at = {c.node: c for c in candidates}
@@ -130,9 +116,7 @@ def by_stage(graph: Graph, candidates: Sequence[CutCandidate], parts: int | None
 def explicit(graph: Graph, candidates: Sequence[CutCandidate], names: Iterable[str]) -> tuple[CutCandidate, ...]:
     """A cut after each region named; a candidate's label is a name too.
 
-    Raises:
-        PassError: the graph cannot be cut after a region, or a part would have no parameters; names the nearest cuts.
-        SelectError: there is no such region.
+    Raises SelectError if there is no such region, PassError if the graph cannot be cut after it, or a part would have no parameters.
     """
     chosen = sorted((_candidate_after(graph, candidates, name) for name in names), key=lambda c: graph.order[c.node])
     position = {c.node: i for i, c in enumerate(candidates)}
@@ -147,11 +131,7 @@ def explicit(graph: Graph, candidates: Sequence[CutCandidate], names: Iterable[s
 
 
 def named_region(graph: Graph, name: str) -> Region:
-    """The block or the module path of that name.
-
-    Raises:
-        SelectError: there is none; with near misses.
-    """
+    """The block or the module path of that name. Raises SelectError if there is none; with near misses."""
     return next((b for b in find_blocks(graph) if b.name == name), None) or region_at(graph, name)
 
 
@@ -204,5 +184,4 @@ def _why_not(graph: Graph, exits: Sequence[Node]) -> str:
 def _nearest(graph: Graph, candidates: Sequence[CutCandidate], node: Node) -> str:
     before = [c.label for c in candidates if graph.order[c.node] < graph.order[node]][-1:]
     after = [c.label for c in candidates if graph.order[c.node] > graph.order[node]][:1]
-    nearest = [repr(label) for label in before + after]
-    return f"The nearest cuts are after {' and '.join(nearest)}" if nearest else "There are no cuts"
+    return f"The nearest cuts are after {' and '.join(map(repr, before + after))}" if before or after else "There are no cuts"

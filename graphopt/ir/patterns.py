@@ -2,7 +2,6 @@
 
 import operator
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,34 +31,31 @@ def shape_of(node: Node) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-# -- residual sums -----------------------------------------------------------------------------------------------------------
 class NotResidualError(Exception):
     """A block is not made of residual sums; the text says why, for a diagnostic about the block."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """One residual sum of a block: `sum = shortcut + branch`.
+    """A sum of a shortcut and a branch.
 
     Attributes:
-        sum: the node that adds. shortcut: the activation that it passes on unchanged. branch: the one that it adds.
-        nodes: what computes the branch from the shortcut, in execution order.
+        sum: the node that adds. shortcut, branch: its operands. nodes: what computes the branch alone, in execution order.
+        projected: whether the shortcut has parameters too; then which operand counts as the branch means nothing.
     """
 
     sum: Node
     shortcut: Node
     branch: Node
     nodes: tuple[Node, ...]
+    projected: bool = False
 
 
 def residuals(graph: Graph, block: Region) -> tuple[Residual, ...]:
-    """The residual sums of a block with identity shortcuts, in execution order.
+    """The residual sums of a block with identity shortcuts, in execution order: ResNet's blocks have one, transformer blocks two.
 
-    ResNet's blocks have one, transformer blocks two. Between the sums and after the last there is nothing but elementwise activations and
-    views, so that a block without its branches passes its input on.
-
-    Raises:
-        NotResidualError: the block computes something else, changes its input's shape, or its branches cannot be separated from the rest.
+    Between the sums and after the last there is nothing but elementwise activations and views, so that a block without its branches
+    passes its input on. Raises NotResidualError for any other block, and where branches cannot be separated from the rest.
     """
     if not block.closed:
         raise NotResidualError("it is not closed: more than one tensor goes in or comes out")
@@ -129,31 +125,13 @@ def _sample(node: Node) -> tuple[int, ...]:
     return (shape_of(node) or ())[1:]
 
 
-# -- sums of a branch with parameters --------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class WeightedSum:
-    """A sum of a shortcut and a branch with parameters.
-
-    Attributes:
-        sum: the addition. shortcut, branch: its operands.
-        nodes: what computes the branch and not the shortcut, in execution order.
-        projected: whether the shortcut has parameters too; then which operand counts as the branch means nothing.
-    """
-
-    sum: Node
-    shortcut: Node
-    branch: Node
-    nodes: tuple[Node, ...]
-    projected: bool
-
-
-def weighted_sums(graph: Graph, region: Region) -> tuple[WeightedSum, ...]:
+def weighted_sums(graph: Graph, region: Region) -> tuple[Residual, ...]:
     """The sums of a region that add a branch with parameters to a shortcut of the same shape, in execution order.
 
     A sum inside another's branch (that of a response norm) is part of that branch, unless its shortcut has parameters.
     """
     active, inside = activations(graph), set(region.nodes)
-    found: list[WeightedSum] = []
+    found: list[Residual] = []
     for node in region.nodes:
         operands = [a for a in node.args if isinstance(a, Node) and a in active]
         if node.target not in ADDITIONS or len(operands) != 2 or any(shape_of(o) != shape_of(node) for o in operands):
@@ -163,12 +141,11 @@ def weighted_sums(graph: Graph, region: Region) -> tuple[WeightedSum, ...]:
         weighted = [bool(parameters_of(graph, nodes)) for nodes in own]
         if any(weighted):
             branch = weighted.index(True)
-            found.append(WeightedSum(node, operands[1 - branch], operands[branch], own[branch], all(weighted)))
+            found.append(Residual(node, operands[1 - branch], operands[branch], own[branch], all(weighted)))
     in_branches = {n for s in found if not s.projected for n in s.nodes}
     return tuple(s for s in found if s.projected or s.sum not in in_branches)
 
 
-# -- attention --------------------------------------------------------------------------------------------------------------
 def attention_path(graph: Graph, region: Region) -> str | None:
     """Path of the module inside a region that computes attention, or None where there is none.
 
@@ -201,14 +178,12 @@ def _is_attention(graph: Graph, node: Node) -> bool:
 
 def _feeds_product(node: Node) -> bool:
     """Whether a softmax is multiplied with something, perhaps after a dropout or a cast."""
-    return any(_name(user.target) in _PRODUCTS for near in _users_within(node, 3) for user in near.users)
-
-
-def _users_within(node: Node, steps: int) -> Iterator[Node]:
-    yield node
-    if steps:
-        for user in node.users:
-            yield from _users_within(user, steps - 1)
+    near = {node}
+    for _ in range(4):
+        near = {user for each in near for user in each.users}
+        if any(_name(user.target) in _PRODUCTS for user in near):
+            return True
+    return False
 
 
 def _name(function: Any) -> str:

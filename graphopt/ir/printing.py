@@ -18,9 +18,7 @@ def graph_text(graph: Graph) -> str:
     width = max((len(row[0]) for row in rows), default=0)
     lines = []
     for name, call, shape, remarks in rows:
-        line = f"{name:<{width}}  {call}"
-        line += f" -> {shape}" if shape else ""
-        lines.append(f"{line}  # {remarks}" if remarks else line)
+        lines.append(f"{name:<{width}}  {call}" + (f" -> {shape}" if shape else "") + (f"  # {remarks}" if remarks else ""))
     for section in graph.sections:
         names = [node.name for node in sorted(section.nodes)]
         kind = getattr(section.wrap, "__name__", type(section.wrap).__name__)
@@ -31,8 +29,7 @@ def graph_text(graph: Graph) -> str:
 def _call(graph: Graph, node: fx.Node) -> str:
     if node.op == "placeholder":
         return "input"
-    arguments = [_argument(value) for value in node.args] + [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
-    inside = ", ".join(arguments)
+    inside = ", ".join([*map(_argument, node.args), *(f"{key}={_argument(value)}" for key, value in node.kwargs.items())])
     if node.op == "call_module":
         return f"{type(graph.module.get_submodule(str(node.target))).__name__} {node.target}({inside})"
     if node.op == "get_attr":

@@ -10,7 +10,7 @@ from torch.fx import Node
 from graphopt.errors import SelectError, did_you_mean
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, parameters_of
-from graphopt.ir.paths import is_below, lineage
+from graphopt.ir.paths import containers, is_below, lineage
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def entries_and_exits(nodes: Iterable[Node], active: set[Node]) -> tuple[tuple[N
 def region_at(graph: Graph, path: str) -> Region:
     """The region of one module path, or of a parameter that the graph reads itself (`cls_token`).
 
-    Raises:
-        SelectError: nothing in the graph comes from there; names the nearest paths.
+    Raises SelectError if nothing in the graph comes from there; names the nearest paths.
     """
     found = region_of(graph, (path,))
     if not found.nodes:
@@ -68,10 +67,13 @@ def region_at(graph: Graph, path: str) -> Region:
 def region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
     """The region of a run of paths, whatever it holds (empty where nothing comes from there)."""
     below = graph.cached(_nodes_below)
-    if len(paths) == 1:
-        return _region(graph, paths, tuple(below.get(paths[0], ())))
-    nodes = {n for p in paths for n in below.get(p, ())}
-    return _region(graph, paths, tuple(sorted(nodes, key=graph.order.__getitem__)))
+    nodes = tuple(sorted({n for p in paths for n in below.get(p, ())}, key=graph.order.__getitem__))
+    entries, exits = entries_and_exits(nodes, activations(graph))
+    name = paths[0] if len(paths) == 1 else f"{paths[0]}-{paths[-1].rpartition('.')[2]}"
+    # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
+    own = (n for n in nodes if n.op != "get_attr" or "pass" not in n.meta or is_below(str(n.target), paths))
+    closed = len(entries) == len(exits) == 1
+    return Region(name, paths, _kind(graph, paths), nodes, entries, exits, closed, parameters_of(graph, own))
 
 
 def _nodes_below(graph: Graph) -> dict[str, dict[Node, None]]:
@@ -88,37 +90,8 @@ def _nodes_below(graph: Graph) -> dict[str, dict[Node, None]]:
     return below
 
 
-def _region(graph: Graph, paths: tuple[str, ...], nodes: tuple[Node, ...]) -> Region:
-    entries, exits = entries_and_exits(nodes, activations(graph))
-    return Region(
-        name=_run_name(paths),
-        paths=paths,
-        kind=_kind(graph, paths),
-        nodes=nodes,
-        entries=entries,
-        exits=exits,
-        closed=len(entries) == 1 and len(exits) == 1,
-        # What a pass reads here from elsewhere (a neighbour's weight in a mix) stays its owner's.
-        parameters=parameters_of(graph, (n for n in nodes if n.op != "get_attr" or "pass" not in n.meta or is_below(str(n.target), paths))),
-    )
-
-
 def _kind(graph: Graph, paths: tuple[str, ...]) -> str:
     if len(paths) == 1:
         return graph.types.get(paths[0], "Parameter")
-    first = next((graph.types[p] for p in paths if _has_parameters(graph, p)), graph.types.get(paths[0], ""))
-    return f"{first} unit"
-
-
-def _has_parameters(graph: Graph, path: str) -> bool:
-    try:
-        return next(graph.module.get_submodule(path).parameters(), None) is not None
-    except AttributeError:
-        return False
-
-
-def _run_name(paths: tuple[str, ...]) -> str:
-    """`features.0-2` for a run under one parent, `conv1-maxpool` at the root."""
-    if len(paths) == 1:
-        return paths[0]
-    return f"{paths[0]}-{paths[-1].rpartition('.')[2]}"
+    weighted = {path for name, _ in graph.module.named_parameters(remove_duplicate=False) for path in containers(name)}
+    return f"{next((graph.types[p] for p in paths if p in weighted), graph.types.get(paths[0], ''))} unit"

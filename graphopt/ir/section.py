@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx, nn
-from torch.fx import Node
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Section:
     """
 
     name: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[fx.Node, ...]
     wrap: Callable[[fx.GraphModule], nn.Module]
     author: Author
     target: bool = False

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 from pydantic import ConfigDict, Field
 
-from graphopt.errors import SelectError, did_you_mean
+from graphopt.errors import SelectError, did_you_mean, listed
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.paths import containers
 from graphopt.ir.regions import Region, region_of
@@ -72,8 +72,7 @@ Selector = Glob | Annotated[tuple[Glob | Filter, ...], Field(min_length=1)] | Fi
 def select(selector: Selector, graph: Graph) -> tuple[Region, ...]:
     """The regions a selector names in a graph, in execution order, none inside another.
 
-    Raises:
-        SelectError: an entry matches nothing; says which, with the nearest paths.
+    Raises SelectError if an entry matches nothing; says which, with the nearest paths.
     """
     return _outermost(graph, _select(selector, graph))
 
@@ -96,13 +95,10 @@ def _by_path(pattern: str, graph: Graph) -> list[Region]:
         # What lies inside a matched path adds nothing: only the outermost become regions.
         paths = [p for p in paths if not any(p.startswith(f"{q}.") for q in containers(p) if q in inside)]
         return [region_of(graph, (p,)) for p in paths]
-    named = [b for b in find_blocks(graph) if b.name == pattern]
-    if named:
+    if named := [b for b in find_blocks(graph) if b.name == pattern]:
         return named
-    raise SelectError(
-        f"{pattern!r} matches no path of the graph",
-        fix=did_you_mean(_plain(pattern), graph.paths) or f"Its first paths are {', '.join(graph.paths[:5])}",
-    )
+    fix = did_you_mean(_plain(pattern), graph.paths) or f"Its first paths are {', '.join(graph.paths[:5])}"
+    raise SelectError(f"{pattern!r} matches no path of the graph", fix=fix)
 
 
 def _by_table(table: Filter, graph: Graph) -> list[Region]:
@@ -111,8 +107,8 @@ def _by_table(table: Filter, graph: Graph) -> list[Region]:
     def narrowed(regions: list[Region], step: str, before: list[Region]) -> list[Region]:
         steps.append(step)
         if not regions:
-            had = ", ".join(r.name for r in before[:5]) + (", ..." if len(before) > 5 else "")
-            raise SelectError(f"the selector is empty after {' and '.join(steps)}", fix=f"Before that step it held: {had or 'nothing'}")
+            had = listed((r.name for r in before), 5) or "nothing"
+            raise SelectError(f"the selector is empty after {' and '.join(steps)}", fix=f"Before that step it held: {had}")
         return regions
 
     regions = _start(table, graph, steps)
@@ -126,9 +122,8 @@ def _by_table(table: Filter, graph: Graph) -> list[Region]:
         regions = narrowed([r for r in regions if max(order[n] for n in r.nodes) < edge], f"before = {before!r}", regions)
     if table.exclude is not None:
         out = _select(table.exclude, graph)
-        regions = narrowed(
-            [r for r in regions if not any(o.covers(r) or r.covers(o) for o in out)], f"exclude = {table.exclude!r}", regions
-        )
+        left = [r for r in regions if not any(o.covers(r) or r.covers(o) for o in out)]
+        regions = narrowed(left, f"exclude = {table.exclude!r}", regions)
     regions = list(_outermost(graph, regions))
     if table.first is not None:
         regions = narrowed(regions[: _count(table.first, len(regions))], f"first = {table.first}", regions)
@@ -154,7 +149,8 @@ def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
             regions = [b for b in regions if any(r.covers(b) for r in within)]
             steps.append(f"path = {table.path!r}")
             if not regions:
-                raise SelectError(f"no block lies at or below {table.path!r}", fix=f"The blocks are {_names(find_blocks(graph))}")
+                fix = f"The blocks are {listed((b.name for b in find_blocks(graph)), 6)}"
+                raise SelectError(f"no block lies at or below {table.path!r}", fix=fix)
         if table.type is not None:
             regions = _of_type(table.type, regions)
         return regions
@@ -181,19 +177,15 @@ def _of_type(types: str | tuple[str, ...], regions: list[Region]) -> list[Region
         matches = compile_pattern(pattern)
         hits = [r for r in regions if matches(r.kind)]
         if not hits:
-            raise SelectError(
-                f"type = {pattern!r} matches no module",
-                fix=did_you_mean(_plain(pattern), kinds) or f"There are {', '.join(sorted(kinds)[:8])}",
-            )
+            fix = did_you_mean(_plain(pattern), kinds) or f"There are {', '.join(sorted(kinds)[:8])}"
+            raise SelectError(f"type = {pattern!r} matches no module", fix=fix)
         chosen += hits
     return chosen
 
 
 def _one(pattern: str, graph: Graph) -> Region:
     regions = _outermost(graph, _by_path(pattern, graph))
-    if len(regions) == 1:
-        return regions[0]
-    return region_of(graph, tuple(p for r in regions for p in r.paths))
+    return regions[0] if len(regions) == 1 else region_of(graph, tuple(p for r in regions for p in r.paths))
 
 
 def _outermost(graph: Graph, regions: Iterable[Region]) -> tuple[Region, ...]:
@@ -212,22 +204,13 @@ def _count(share: int | float, total: int) -> int:
     return min(share, total) if isinstance(share, int) else round(share * total)
 
 
-def _names(regions: Iterable[Region]) -> str:
-    names = [r.name for r in regions]
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-
-
 def _plain(pattern: str) -> str:
     return pattern.removeprefix("re:").replace("**", "").replace("*", "").strip(".") or pattern
 
 
 @lru_cache(maxsize=512)
 def compile_pattern(pattern: str) -> Any:
-    """A predicate on whole paths.
-
-    Raises:
-        SelectError: the text after `re:` is no regular expression.
-    """
+    """A predicate on whole paths. Raises SelectError if the text after `re:` is no regular expression."""
     if pattern.startswith("re:"):
         try:
             return re.compile(pattern[3:]).fullmatch

@@ -6,15 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import TraceError
+from graphopt.errors import TraceError, first_line
 from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
@@ -24,8 +19,7 @@ SHAPE_BATCH = 2
 def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
     """Stamps `meta["val"]` on every node of `module` by running it on fake tensors, without gradients and without weights.
 
-    Raises:
-        TraceError: the graph cannot take this input; names the node and its module path.
+    Raises TraceError if the graph cannot take this input; names the node and its module path.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = fake_copy(module, mode)
@@ -58,11 +52,9 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             origin = node.meta.get("origin") if node is not None else None
             where = f"node {node} of {(origin.path if origin else '') or 'the backbone'}" if node is not None else None
             cause = error.__cause__ or error
-            raise TraceError(
-                f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {_first_line(cause)}",
-                where=where,
-                fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
-            ) from error
+            what = f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line(cause)}"
+            fix = "Give the input shape that the backbone was built for ([backbone] input, and its image size argument)"
+            raise TraceError(what, where=where, fix=fix) from error
 
 
 def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
@@ -128,7 +120,3 @@ def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -64,14 +64,11 @@ def build(
 def _factory(source: str, name: str, trust: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The constructor, with downloads switched off, and the function whose signature has the arguments it takes."""
     check_name(source, name)
-    if source == "python":
-        if not trust:
-            message = f"the spec names Python code ({name!r}), which would run"
-            raise BackboneError(message, where="backbone", fix="Read it, then pass --trust")
-        function = _python(name)
-        return function, function
-    if source == "cifar":
-        constructor = cifar.constructor(name)
+    if source == "python" and not trust:
+        message = f"the spec names Python code ({name!r}), which would run"
+        raise BackboneError(message, where="backbone", fix="Read it, then pass --trust")
+    if source in ("python", "cifar"):
+        constructor = _python(name) if source == "python" else cifar.constructor(name)
         return constructor, constructor
     if source == "timm":
         import timm
@@ -132,8 +129,7 @@ def _constructor_error(title: str, arguments: Mapping[str, Any], error: Exceptio
     if unexpected:
         fix = " ".join(filter(None, (did_you_mean(unexpected[1], accepted), takes))) or None
         return BackboneError(f"takes no argument {unexpected[1]!r}", where=f"{title}, arguments", fix=fix)
-    if arguments:
-        given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items())
-        message = f"does not take arguments {{ {given} }}: {type(error).__name__}: {error}"
-        return BackboneError(message, where=f"{title}, arguments", fix=takes)
-    return BackboneError(f"cannot be built: {type(error).__name__}: {error}", where=title, fix=takes)
+    given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items())
+    message = f"does not take arguments {{ {given} }}" if arguments else "cannot be built"
+    where = f"{title}, arguments" if arguments else title
+    return BackboneError(f"{message}: {type(error).__name__}: {error}", where=where, fix=takes)

@@ -24,11 +24,7 @@ def names(source: str) -> list[str]:
 
 
 def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Default input shape of one sample, according to the library; None for `python`, whose code has not run.
-
-    Raises:
-        BackboneError: the library has no such model.
-    """
+    """Default input shape of one sample, according to the library; None for `python`, whose code has not run."""
     check_name(source, name)
     if source == "cifar":
         return (int(arguments.get("in_chans", 3)), 32, 32)
@@ -50,11 +46,7 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
 
 
 def check_name(source: str, name: str) -> None:
-    """Refuses a name that `source` does not have.
-
-    Raises:
-        BackboneError: with the nearest names, or the source that has it.
-    """
+    """Refuses a name that `source` does not have, with the nearest names, or the source that has it."""
     if source == "timm":
         import timm
 

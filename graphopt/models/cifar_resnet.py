@@ -1,4 +1,4 @@
-"""The CIFAR residual networks of He et al. (arXiv 1512.03385, section 4.2), which neither torchvision nor timm has.
+"""The CIFAR residual networks of He et al. (arXiv 1512.03385, section 4.2), which neither torchvision nor timm has, and VGG for CIFAR.
 
 Depth 6n+2: a 3x3 stem, three stages of n basic blocks at widths 16, 32 and 64, global pooling, one linear layer. The shortcut of the
 first block of a stage is a 1x1 convolution with a norm (option B of the paper), as in the systems that graphopt reproduces: with 10
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.errors import BackboneError
-from graphopt.models import cifar_vgg
 
 #: published depths; any depth 6n+2 works
 DEPTHS = (20, 32, 44, 56, 110)
@@ -75,9 +74,50 @@ class CifarResNet(nn.Module):
         return self.fc(out.mean((2, 3)))
 
 
+#: channels per convolution, "M" for a 2x2 max pool
+LAYERS: dict[str, tuple[int | str, ...]] = {
+    "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
+    "vgg19": (64, 64, "M", 128, 128, "M", *(256,) * 4, "M", *(512,) * 4, "M", *(512,) * 4, "M"),
+}
+
+
+class CifarVGG(nn.Module):
+    """(N, in_chans, H, W) -> logits (N, num_classes). H and W are 32 or more: five pools halve them.
+
+    The convolutions are those of arXiv 1409.1556, table 1, with norms after them, as papers train it on CIFAR. Its two hidden layers of
+    4096 units are left out: at 32 pixels, where the last map is 1x1, they would hold nine tenths of the parameters and do half of the work.
+
+    Args:
+        width: factor on every layer's channels; 1.0 is the published network.
+    """
+
+    def __init__(self, name: str, num_classes: int = 10, in_chans: int = 3, width: float = 1.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_chans
+        for entry in LAYERS[name]:
+            if isinstance(entry, str):
+                layers.append(nn.MaxPool2d(2))
+                continue
+            wide = max(1, round(entry * width))
+            layers += [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+            channels = wide
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        return self.fc(self.features(x).mean((2, 3)))
+
+
 def names() -> list[str]:
     """Names of the published depths and of the VGGs; `constructor` takes any other `resnet<6n+2>` too."""
-    return [*(f"resnet{depth}" for depth in DEPTHS), *cifar_vgg.LAYERS]
+    return [*(f"resnet{depth}" for depth in DEPTHS), *LAYERS]
 
 
 def constructor(name: str) -> Callable[..., nn.Module]:
@@ -86,8 +126,8 @@ def constructor(name: str) -> Callable[..., nn.Module]:
     Raises:
         BackboneError: not a name of these families.
     """
-    if name in cifar_vgg.LAYERS:
-        return partial(cifar_vgg.CifarVGG, name)
+    if name in LAYERS:
+        return partial(CifarVGG, name)
     found = re.fullmatch(r"resnet(\d+)", name)
     if found is None:
         raise BackboneError(f"no CIFAR backbone is called {name!r}", fix=f"There are {', '.join(names())}")

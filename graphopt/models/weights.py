@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import WeightsError
+from graphopt.errors import WeightsError, first_line
 
 _SAVE = "Save model.state_dict(), preferably as safetensors"
 
@@ -57,17 +57,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         message = "not a weights-only checkpoint, and graphopt runs no code from one"
         raise WeightsError(message, where=str(path), fix=_SAVE) from error
     except Exception as error:
-        message = f"cannot be read as weights: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        message = f"cannot be read as weights: {type(error).__name__}: {first_line(error)}"
         raise WeightsError(message, where=str(path), fix=_SAVE) from error
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError("holds no state dict", where=str(path), fix=_SAVE)
-    state = dict(loaded)
     for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+        if all(key.startswith(prefix) for key in loaded):
+            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    return dict(loaded)
 
 
 def _listed(what: str, items: list[str], most: int = 5) -> str:

@@ -2,15 +2,11 @@
 
 The search uses the cost model and trains nothing. Memory is live bytes (see `graphopt.cost.Cost`); what an allocator and kernels need on
 top is an allowance that the user gives. "Cheapest" means: the smallest part of the backbone left untrained, then the fewest FLOPs per
-step. So passes that stop training parameters are chosen only if nothing that trains all of them fits.
-
-Every installed pass offers values of its own to try (`Pass.candidates`).
+step. Every installed pass offers values of its own to try (`Pass.candidates`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -64,12 +60,9 @@ class Trial:
     """One way to meet a budget: passes added to the spec's own.
 
     Attributes:
-        name: human-readable. added: the passes.
         cost: of one step; in a plan with phases, of the phase with the highest peak.
         untrained: share of the backbone's trainable parameters that no longer train.
-        fits: whether it is within the budget.
         best: whether it is on the Pareto front of peak, FLOPs and `untrained`.
-        verified: whether every declared property was checked on this model.
         refused: why it is impossible, if it is.
     """
 
@@ -92,11 +85,7 @@ class Trial:
         plain = {key: getattr(self, key) for key in ("name", "untrained", "fits", "best", "verified", "refused")}
         return {**plain, "added": [value.table() for value in self.added], "cost": self.cost.to_dict() if self.cost else None}
 
-    def __and__(self, other: Trial) -> Trial:
-        """Both at once."""
-        return Trial(f"{self.name}; {other.name}", (*self.added, *other.added))
-
-    def beats(self, other: Trial) -> bool:
+    def beats(self, other: "Trial") -> bool:
         """Whether it is better than `other` in something and worse in nothing."""
         if self.cost is None or other.cost is None:
             return False
@@ -117,15 +106,8 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "batch": self.batch,
-            "memory": self.budget.memory,
-            "flops": self.budget.flops,
-            "allowance": self.budget.allowance,
-            "backbone": self.backbone.to_dict(),
-            "candidates": [c.to_dict() for c in self.candidates],
-            "chosen": self.chosen.name if self.chosen else None,
-        }
+        plain = {"batch": self.batch, **asdict(self.budget), "backbone": self.backbone.to_dict()}
+        return {**plain, "candidates": [c.to_dict() for c in self.candidates], "chosen": self.chosen.name if self.chosen else None}
 
 
 def largest_batch(cost_at: Callable[[int], Cost], memory: float) -> tuple[int, Cost]:
@@ -136,10 +118,8 @@ def largest_batch(cost_at: Callable[[int], Cost], memory: float) -> tuple[int, C
     """
     low, low_cost = 1, cost_at(1)
     if low_cost.peak_bytes > memory:
-        raise CostError(
-            f"one sample takes {show_size(low_cost.peak_bytes)}, the budget is {show_size(memory)}",
-            fix="Ask for passes that fit (--suggest), or give more memory",
-        )
+        what = f"one sample takes {show_size(low_cost.peak_bytes)}, the budget is {show_size(memory)}"
+        raise CostError(what, fix="Ask for passes that fit (--suggest), or give more memory")
     high, step = LARGEST_BATCH + 1, 8
     before = low_cost.peak_bytes
     while high - low > 1:
@@ -173,10 +153,6 @@ class Search:
         measure = measure_with(batch, **self.spec.train.forecast_options())
         return measure(plan.module, plan.graph, [effects for effects in plan.effects if effects is not None])
 
-    def phases(self, plan: Plan) -> tuple[Phase, ...]:
-        """The plan's phases, as far as they can be foreseen."""
-        return plan.phases(self.spec.train.epochs)
-
     def cost(self, phases: Sequence[Phase], batch: int) -> Cost:
         """The step of the phase with the highest peak."""
         return max((self._phase_cost(phase.plan, batch) for phase in phases), key=lambda c: c.peak_bytes)
@@ -189,7 +165,7 @@ class Search:
         """
         if budget.memory is None or budget.flops is not None:
             raise CostError("a batch is found for memory; FLOPs per sample do not depend on it", fix="Give memory alone, or --suggest")
-        phases = self.phases(self.plan)
+        phases = self.plan.phases(self.spec.train.epochs)
         batch, cost = largest_batch(lambda size: self.cost(phases, size), budget.memory / budget.allowance)
         backbone = self._phase_cost(self._plan(()), batch)
         self._plan(self.plan.passes, verify=self.spec.verify or "full")
@@ -219,7 +195,8 @@ class Search:
 
     def _costed(self, trial: Trial) -> Trial:
         try:
-            cost = self.cost(self.phases(self._plan(in_order(self.plan.passes, trial.added))), self.spec.train.batch)
+            phases = self._plan(in_order(self.plan.passes, trial.added)).phases(self.spec.train.epochs)
+            cost = self.cost(phases, self.spec.train.batch)
         except GraphoptError as error:
             return replace(trial, refused=str(error))
         except Exception as error:  # a fault of one pass: reported, and no reason to give up on the others
@@ -266,4 +243,5 @@ def trials(plan: Plan) -> Iterator[Trial]:
     # A few pairs are enough: of the second pass the middle candidate; of the first every one, or its strongest if a plan has one at most.
     for (kind, candidates), (_, others) in combinations(found, 2):
         for candidate in candidates[-1:] if kind.once else candidates:
-            yield candidate & others[len(others) // 2]
+            other = others[len(others) // 2]
+            yield Trial(f"{candidate.name}; {other.name}", (*candidate.added, *other.added))

@@ -4,11 +4,9 @@ Phases follow from decisions: those that can be foreseen from a spec, or those o
 count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,15 +41,11 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class RunTotals:
-    """The sums of a run. FLOPs are 2 per multiply-accumulate.
+    """The sums of a run.
 
     Attributes:
-        forward_flops, backward_flops: all, with evaluation and cache filling.
-        training_forward_flops: of training steps alone; their backward is `backward_flops`, there is no other.
-        evaluation_forward_flops: of the full network over the evaluation split, as often as the run evaluates.
-        filling_forward_flops: of prefixes over the training set, once per cache and view.
-        feature_bytes: size of the largest feature cache.
-        peak_bytes: the highest peak of a step (see `graphopt.cost.Cost`).
+        forward_flops: of training, of evaluating the full network, and of filling caches (prefixes over the training set, per view).
+        feature_bytes, peak_bytes: of the largest feature cache, and of the step with the highest peak.
         seconds: of steps, evaluation and filling, without loading data; None without rates.
     """
 
@@ -64,22 +58,14 @@ class RunTotals:
     peak_bytes: int
     seconds: float | None = None
 
-    @property
-    def flops(self) -> int:
-        """Forward and backward."""
-        return self.forward_flops + self.backward_flops
-
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase of a run.
+    """One phase of a run: its first epoch, their number, and the decisions that started it.
 
     Attributes:
-        epoch, epochs: its first epoch, and their number. decisions: those that started it.
         forward_flops, backward_flops, seconds: of training, per epoch; no seconds without rates.
-        step: one training step.
         filling_flops, filling_seconds: of filling its feature cache, once.
-        feature_bytes: size of its feature cache.
     """
 
     epoch: int
@@ -105,7 +91,6 @@ class RunCost:
 
     Attributes:
         samples, evaluated: images per epoch, and per evaluation.
-        before: every epoch trains the whole backbone. run: with the passes as decided. phases: one by one.
         complete: whether all decisions are known; False if a trigger waits for measurements: it has not fired here.
     """
 
@@ -135,15 +120,8 @@ class RunCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "run_before": asdict(self.before),
-            "run": asdict(self.run),
-            "run_phases": [p.to_dict() for p in self.phases],
-            "run_samples": self.samples,
-            "run_evaluated": self.evaluated,
-            "run_epochs": self.epochs,
-            "run_complete": self.complete,
-        }
+        plain = {f"run_{name}": getattr(self, name) for name in ("samples", "evaluated", "epochs", "complete")}
+        return {"run_before": asdict(self.before), "run": asdict(self.run), "run_phases": [p.to_dict() for p in self.phases], **plain}
 
 
 def counts(data: DataSpec) -> tuple[int, int]:
@@ -152,33 +130,22 @@ def counts(data: DataSpec) -> tuple[int, int]:
     Raises:
         RunError: a folder of images does not exist.
     """
-    name = data.name.casefold().removeprefix("torch/").replace("-", "_")
-    default = data.train_split == "train" and data.eval_split == "validation"
-    if name in KNOWN and default:
+    name, splits = data.name.casefold().removeprefix("torch/").replace("-", "_"), (data.train_split, data.eval_split)
+    if name in KNOWN and splits == ("train", "validation"):
         train, evaluation = KNOWN[name]
     else:
-        train = len(open_split(data.name, data.root, data.train_split).targets)
-        evaluation = len(open_split(data.name, data.root, data.eval_split).targets)
+        train, evaluation = (len(open_split(data.name, data.root, split).targets) for split in splits)
     return min(train, data.train_limit or train), min(evaluation, data.eval_limit or evaluation)
 
 
 def forecast_run(
-    plan: Plan,
-    train: TrainSpec,
-    *,
-    samples: int,
-    evaluated: int,
-    decisions: Sequence[Decision] | None = None,
-    rates: Rates | None = None,
+    plan: Plan, train: TrainSpec, *, samples: int, evaluated: int, decisions: Sequence[Decision] | None = None, rates: Rates | None = None
 ) -> RunCost:
-    """The cost of a run that starts with `plan`.
+    """The cost of a run that starts with `plan`, in its first phase.
 
     Args:
-        plan: in its first phase.
-        train: the run: epochs, batch, optimizer, how often it evaluates.
         samples, evaluated: images per epoch and per evaluation (see `counts`).
-        decisions: of a finished run; default: those that can be foreseen.
-        rates: the machine's, for seconds.
+        decisions: of a finished run; default: those that can be foreseen. rates: the machine's, for seconds.
 
     Raises:
         RunError: the training set has less than one batch.
@@ -237,11 +204,7 @@ def _totals(phases: Sequence[PhaseCost], evaluation: int, evaluation_seconds: fl
 def _phase_cost(
     plan: Plan, earlier: Plan | None, batch: int, samples: int, options: Mapping[str, Any]
 ) -> tuple[Cost, tuple[Cost, float] | None, int]:
-    """One training step; one batch of filling the feature cache, and the number of batches; and the size of the cache.
-
-    Args:
-        earlier: the plan of the phase before, if it has a cache, from which this one's is filled.
-    """
+    """One training step; one batch of filling the feature cache (from that of the phase before), and the number of batches; its size."""
     options = {**options, "targets": plan.needs.targets}
     cut = plan.needs.features
     if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
@@ -290,8 +253,7 @@ class _NoBackward(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.body = body
-        self.unit = nn.Parameter(torch.ones(()))
+        self.body, self.unit = body, nn.Parameter(torch.ones(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -313,17 +275,3 @@ def drop_points(graph: Graph) -> tuple[DropPoint, ...]:
     cuts = {n for n in cut_points(graph) if n.meta["val"].shape[:1] == (SHAPE_BATCH,)}
     ends = ((block.name, block.exits[-1]) for block in find_blocks(graph) if block.exits)
     return tuple(DropPoint(name, _shape(end), 4 * math.prod(_shape(end))) for name, end in ends if end in cuts)
-
-
-def decisions_of(folder: Path) -> tuple[Decision, ...]:
-    """The decisions of a finished run, from its summary.json.
-
-    Raises:
-        RunError: the folder holds no finished run.
-    """
-    try:
-        phases = json.loads((folder / "summary.json").read_text())["phases"]
-        tables = ({k: v for k, v in table.items() if k != "pass"} for phase in phases for table in phase["decisions"])
-        return tuple(map(Decision.model_validate, tables))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError("there is no finished run here", where=str(folder), fix="Train it to its end first") from error

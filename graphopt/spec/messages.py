@@ -21,22 +21,11 @@ _EXPECTED = {
     **dict.fromkeys(("tuple", "list", "set", "frozen_set"), "an array"),
     **dict.fromkeys(("dict", "model"), "a table"),
 }
-_BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-}
+_BOUNDS = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than", "less_than_equal": "at most"}
 
 
 def spec_errors(error: ValidationError, model: type[BaseModel], data: Any, locate: Locate, prefix: KeyPath = ()) -> list[SpecError]:
-    """All that is wrong in `data`, one error for each key.
-
-    Args:
-        model: what `data` was validated by.
-        locate: turns a key path into `file:line, field`.
-        prefix: key path of `data` in the spec.
-    """
+    """All that is wrong in `data`, which `model` has validated and which is at `prefix` in the spec: one error for each key."""
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
         grouped.setdefault(_in_data(item["loc"], data, item["type"]), []).append(item)
@@ -68,22 +57,19 @@ def _mistake(path: KeyPath, items: list[Any], model: type[BaseModel], locate: Lo
 
 
 def _expected(item: Any) -> str | None:
-    kind = item["type"]
-    if kind == "literal_error":
+    if item["type"] == "literal_error":
         return str(item["ctx"]["expected"])
-    return _EXPECTED.get(kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float"))
+    return _EXPECTED.get(item["type"].removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float"))
 
 
 def _message(item: Any) -> tuple[str, str | None]:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
-    expected = _expected(item)
-    if expected:
+    if expected := _expected(item):
         word = kind == "literal_error" and isinstance(value, str)
         fix = did_you_mean(value, re.findall(r"'([^']*)'", str(context["expected"]))) if word else None
         return f"expected {expected}, found {_found(value)}", fix
     if kind in _BOUNDS:
-        key, words = _BOUNDS[kind]
-        return f"must be {words} {context[key]}, found {_found(value)}", None
+        return f"must be {_BOUNDS[kind]} {next(iter(context.values()))}, found {_found(value)}", None
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", item["msg"])), None
     if kind in ("too_short", "too_long"):

@@ -61,8 +61,8 @@ class AugmentSpec(_Table):
     @property
     def random(self) -> bool:
         """Whether one image can give different inputs, so that caching one set of features would not do."""
-        flips = self.hflip or self.vflip or self.color_jitter or self.auto_augment or self.erase
-        return bool(self.crop != "none" or flips or self.mixup or self.cutmix)
+        # crop, scale and ratio go together; every other field is off where it is false
+        return self.crop != "none" or any(self.model_dump(exclude={"crop", "scale", "ratio"}).values())
 
 
 class DataSpec(_Table):
@@ -146,10 +146,7 @@ class TrainSpec(_Table):
 
 
 class Spec(_Table):
-    """A whole spec. Two are equal if their resolved values are, wherever they were read from.
-
-    It knows where each key was written; that is for messages and does not count in comparisons.
-    """
+    """A whole spec. Two are equal if their resolved values are, wherever they were read from."""
 
     name: str = Field(default="", description="human-readable; shown in reports")
     verify: Verify | None = Field(default=None, description="default: full in apply, fast in train")

@@ -25,11 +25,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
 
 
 class _Scanner:
-    """Reads valid TOML token by token and notes where each key path first stands.
-
-    Attributes:
-        lines: the result. token, line: the token to be read next ("" at the end) and its line.
-    """
+    """Reads valid TOML token by token ("" at the end) and notes in `lines` where each key path first stands."""
 
     def __init__(self, text: str) -> None:
         self.lines: dict[KeyPath, int] = {}

@@ -21,16 +21,17 @@ from graphopt.spec.messages import Locate, joined, spec_errors
 from graphopt.spec.model import BackboneSpec, Source, Spec, locate
 from graphopt.spec.positions import KeyPath, key_lines
 
+Lines = Mapping[KeyPath, int]
+
 
 def load(source: str | Path, *, trust: bool = False, overrides: Iterable[str] = ()) -> Spec:
     """The spec at a path, in a folder that holds a `spec.toml` (a run, an `apply`), or installed under a name.
 
+    Raises SpecError with file, line and field.
+
     Args:
         trust: allow a pass that is code in a file (`use = "file.py:Class"`).
         overrides: `"train.epochs=1"`, `"pass.0.when.epoch=2"`: a key path and a TOML value (or bare text).
-
-    Raises:
-        SpecError: with file, line and field.
     """
     path = _find(source)
     try:
@@ -65,16 +66,10 @@ def installed() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
 
 
-def loads(text: str, *, file: str | None = None, folder: Path | None = None, trust: bool = False, overrides: Iterable[str] = ()) -> Spec:
-    """A spec from TOML 1.1 text.
+def loads(text: str, *, file: str | None = None, folder: Path = Path(), trust: bool = False, overrides: Iterable[str] = ()) -> Spec:
+    """A spec from TOML 1.1 text. Takes and raises what `load` does.
 
-    Args:
-        file: its name in messages.
-        folder: where its relative paths start.
-        trust, overrides: as in `load`.
-
-    Raises:
-        SpecError: as `load` does.
+    `file` is its name in messages, `folder` where its relative paths start.
     """
     try:
         data = tomli.loads(text)
@@ -90,15 +85,10 @@ def loads(text: str, *, file: str | None = None, folder: Path | None = None, tru
 
 
 def from_table(
-    data: Mapping[str, Any],
-    *,
-    file: str | None = None,
-    lines: Mapping[KeyPath, int] | None = None,
-    folder: Path | None = None,
-    trust: bool = False,
+    data: Mapping[str, Any], *, file: str | None = None, lines: Lines | None = None, folder: Path = Path(), trust: bool = False
 ) -> Spec:
     """A spec from plain TOML values: from what `loads` has parsed, or from `Spec.resolved()`. Raises as `load` does."""
-    lines, folder = lines or {}, folder or Path()
+    lines = lines or {}
     tables = data.get("pass", [])
     if not isinstance(tables, list):
         where = locate(file or "spec", lines, [], ("pass",))
@@ -188,11 +178,7 @@ def _named(cls: type[Pass], name: str) -> type[Pass]:
 
 
 def _complete(data: dict[str, Any], folder: Path) -> None:
-    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none.
-
-    Raises:
-        BackboneError: the library has no such model.
-    """
+    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none."""
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
         if isinstance(value, str) and (folder / value).exists():
@@ -210,14 +196,12 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
 def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; `input` is by default the model's own.
 
-    Raises:
-        BackboneError: it is not source/name, the source has no such model, or its input is not known.
+    Raises BackboneError if it is not source/name, the source has no such model, or its input is not known.
     """
     source, slash, name = text.partition("/")
     if not slash or source not in SOURCES:
-        guess = did_you_mean(source, SOURCES) if slash else None
-        fix = guess or f"Write source/name, the source being one of {', '.join(SOURCES)}: timm/resnet50"
-        raise BackboneError(f"{text!r} is not source/name", fix=fix)
+        fix = f"Write source/name, the source being one of {', '.join(SOURCES)}: timm/resnet50"
+        raise BackboneError(f"{text!r} is not source/name", fix=(slash and did_you_mean(source, SOURCES)) or fix)
     shape = input or default_input(source, name, {})
     if shape is None:
         raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
@@ -254,7 +238,5 @@ def _override(data: dict[str, Any], text: str) -> KeyPath:
 
 def _short(path: Path) -> str:
     """As the user would write it: relative if it is below the working directory."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    full = path.resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else path)

@@ -1,19 +1,21 @@
-"""A spec back to TOML, and its JSON Schema for editors.
+"""A spec back to TOML, its JSON Schema for editors, and the texts about options (from the `Attributes:` section of a pass's docstring).
 
 It has a TOML writer of its own because a resolved spec is meant to be read: one key a line, `[[pass]]` headers, small tables inline.
 TOML libraries put each small table under a header, or all passes into one array.
 """
 
+import inspect
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from graphopt.compiler.registry import passes
-from graphopt.spec.docs import option_texts
 from graphopt.spec.model import Spec
 
+_ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -58,14 +60,10 @@ def _text(text: str) -> str:
 
 
 def _inline(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()  # true, 1, 0.5, 1e-05, inf, nan
     if isinstance(value, str):
         return _text(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, int):
-        return str(value)
     if isinstance(value, Mapping):
         inner = ", ".join(f"{_key(k)} = {_inline(v)}" for k, v in value.items() if v is not None)
         return f"{{ {inner} }}" if inner else "{}"
@@ -82,14 +80,13 @@ def schema() -> dict[str, Any]:
     for use, cls in sorted(passes().items()):
         table = cls.model_json_schema(by_alias=True)
         shared.update(table.pop("$defs", {}))
-        if "when" in table.get("properties", {}):
-            # The schema of the trigger's type lacks its short forms: the word, and a list of steps.
-            when = table["properties"]["when"]
-            short = [{"const": "start"}, {"type": "array", "items": {"type": "object"}}]
-            table["properties"]["when"] = {"anyOf": [*short, *when.get("oneOf", when.get("anyOf", []))], "default": "start"}
+        # The schema of the trigger's type lacks its short forms: the word, and a list of steps.
+        when = table["properties"]["when"]
+        short = [{"const": "start"}, {"type": "array", "items": {"type": "object"}}]
+        table["properties"]["when"] = {"anyOf": [*short, *when.get("oneOf", when.get("anyOf", []))], "default": "start"}
         for name, text in option_texts(cls).items():
             table["properties"][name].setdefault("description", text)
-        table["properties"] = {"use": {"const": use, "type": "string"}, **table.get("properties", {})}
+        table["properties"] = {"use": {"const": use, "type": "string"}, **table["properties"]}
         table["required"] = ["use", *table.get("required", [])]
         branches.append(table)
     use_file = {"use": {"type": "string", "pattern": ":"}}
@@ -97,9 +94,37 @@ def schema() -> dict[str, Any]:
     whole["properties"]["pass"]["items"] = {"anyOf": [*branches, by_file]}
     # `input` may be left out: the default is the model's own.
     shared["BackboneSpec"]["required"] = ["source", "name"]
-    for name in ("OptimizerSpec", "SchedulerSpec"):
-        field = name.removesuffix("Spec").lower()
-        properties = shared["TrainSpec"]["properties"]
-        either = [{"type": "string"}, {"$ref": f"#/$defs/{name}"}]
-        properties[field] = {"anyOf": either, "description": f"its name, or [train.{field}]"}
+    for field in ("optimizer", "scheduler"):
+        either = [{"type": "string"}, {"$ref": f"#/$defs/{field.title()}Spec"}]
+        shared["TrainSpec"]["properties"][field] = {"anyOf": either, "description": f"its name, or [train.{field}]"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "graphopt spec"}
+
+
+def option_texts(cls: type[BaseModel]) -> dict[str, str]:
+    """The meaning of each option, by name: its field's description, or its entry under `Attributes:` (of the class or a base class)."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        texts |= _attributes(base.__doc__ or "")
+    described = {name: field.description for name, field in cls.model_fields.items() if field.description}
+    return {name: text for name, text in {**texts, **described}.items() if name in cls.model_fields}
+
+
+def without_attributes(text: str) -> str:
+    """A docstring without its `Attributes:` section."""
+    return re.sub(r"^Attributes:\n(?:(?:    .*)?\n)*", "", inspect.cleandoc(text) + "\n", flags=re.MULTILINE).strip()
+
+
+def _attributes(text: str) -> dict[str, str]:
+    found = re.search(r"^Attributes:\n((?:(?:    .*)?\n)*)", inspect.cleandoc(text) + "\n", flags=re.MULTILINE)
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in (found[1] if found else "").splitlines():
+        body = line.removeprefix("    ")
+        # Two on a line ("first, last: ...") share the text; deeper lines continue it.
+        entry = None if body.startswith(" ") else _ENTRY.match(body)
+        if entry:
+            names = entry[1].split(", ")
+            texts |= dict.fromkeys(names, entry[2])
+        elif body.strip():
+            texts |= {name: f"{texts[name]} {body.strip()}" for name in names}
+    return texts

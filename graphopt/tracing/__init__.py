@@ -4,25 +4,23 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
-from graphopt.errors import TraceError
+from graphopt.errors import TraceError, first_line
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
 from graphopt.ir.section import BACKBONE, Section
 from graphopt.ir.shapes import propagate_shapes
-from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same
 from graphopt.tracing.modes import Difference, merge_modes
 from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
-
-__all__ = ["Graph", "Opaque", "Origin", "TrainingModule", "trace"]
 
 #: stop tracing after this many opaque modules: too little of the model would be visible to the passes
 MOST_OPAQUE = 64
@@ -55,7 +53,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
                 break
             except _Untraceable as found:
-                _make_opaque(found.path, found.reason, opaque)
+                _make_opaque(opaque, *found.args)
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -66,31 +64,20 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
 
 
 class _Untraceable(Exception):
-    """A module that has to stay whole, with the reason."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-
-class _Traced(NamedTuple):
-    """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
-
-    graph: fx.Graph
-    constants: dict[str, torch.Tensor]
-    segments: list[tuple[fx.Node, ...]]
+    """A module that has to stay whole: its path, and the reason."""
 
 
 def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Sequence[Opaque]) -> Graph:
-    train, eval_ = (_trace_mode(backbone, training, Tracer(input, meta, (o.path for o in opaque))) for training in (True, False))
-    if not same(train.constants, eval_.constants):
+    both = (_trace_mode(backbone, training, Tracer(input, meta, (o.path for o in opaque))) for training in (True, False))
+    (traced, constants, segments), (in_eval, eval_constants, _) = both
+    if not same(constants, eval_constants):
         raise _Untraceable("", "its constants depend on the mode")
     try:
-        switches = merge_modes(train.graph, eval_.graph, _scope_of)
+        switches = merge_modes(traced, in_eval, _scope_of)
     except Difference as difference:
-        raise _Untraceable(difference.path, "its structure depends on the mode") from None
-    nodes = train.graph.nodes
-    module = TrainingModule(_root_for(backbone, train.graph, switches, train.constants), train.graph, type(backbone).__name__)
+        raise _Untraceable(difference.args[0], "its structure depends on the mode") from None
+    nodes = traced.nodes
+    module = TrainingModule(_root_for(backbone, traced, switches, constants), traced, type(backbone).__name__)
     for node in nodes:
         node.meta["origin"] = _origin_of(node)
         node.meta.pop("nn_module_stack", None)
@@ -103,13 +90,14 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
     graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
     alive = set(nodes)
-    for number, segment in enumerate(train.segments):
+    for number, segment in enumerate(segments):
         if members := tuple(n for n in segment if n in alive):
             graph.sections.append(Section(f"backbone_checkpoint_{number}", members, Checkpointed, BACKBONE))
     return graph
 
 
-def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> _Traced:
+def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple[fx.Node, ...]]]:
+    """The graph of one mode, the constants that tracing made, and the nodes of each checkpointed segment."""
     own = {*dict(backbone.named_parameters()), *dict(backbone.named_buffers())}
     backbone.train(training)
     with _restored(backbone) as reassigned, noting_checkpoints(backbone, lambda: tracer.graph) as segments:
@@ -126,11 +114,11 @@ def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> _Traced:
         if error is not None:
             if not tracer.failed and not isinstance(error, fx.proxy.TraceError):
                 raise TraceError(
-                    f"the backbone does not take an input of shape (N, {', '.join(map(str, tracer.input))}): {_reason(error)}",
+                    f"the backbone does not take an input of shape (N, {', '.join(map(str, tracer.input))}): {first_line(error)}",
                     fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
                 ) from error
-            raise _Untraceable(tracer.failed or "", f"cannot be traced: {_reason(error)}") from error
-        return _Traced(graph, constants_of(backbone, graph, own), segments)
+            raise _Untraceable(tracer.failed or "", f"cannot be traced: {first_line(error)}") from error
+        return graph, constants_of(backbone, graph, own), segments
 
 
 @contextmanager
@@ -144,13 +132,12 @@ def _restored(backbone: nn.Module) -> Iterator[Callable[[], list[str]]]:
     containers = [(value, copy.copy(value)) for _, _, own, _, _ in before for value in own.values() if type(value) in (dict, list)]
 
     def reassigned() -> list[str]:
-        changed = (
+        return [
             path
-            for path, module, _, buffers, parameters in before
-            if any(module._buffers.get(name) is not value for name, value in buffers.items())
-            or any(module._parameters.get(name) is not value for name, value in parameters.items())
-        )
-        return list(changed)
+            for path, module, _, *tensors in before
+            for now, former in zip((module._buffers, module._parameters), tensors, strict=True)
+            if any(now.get(name) is not value for name, value in former.items())
+        ]
 
     try:
         yield reassigned
@@ -159,15 +146,13 @@ def _restored(backbone: nn.Module) -> Iterator[Callable[[], list[str]]]:
             container.clear()
             container.update(value) if isinstance(value, dict) else container.extend(value)
         for _, module, own, buffers, parameters in before:
-            training = module.training
-            module.__dict__.clear()
-            module.__dict__.update(own, training=training)
-            for current, former in ((module._buffers, buffers), (module._parameters, parameters)):
+            own["training"] = module.training
+            for current, former in ((module.__dict__, own), (module._buffers, buffers), (module._parameters, parameters)):
                 current.clear()
                 current.update(former)
 
 
-def _make_opaque(path: str, reason: str, opaque: list[Opaque]) -> None:
+def _make_opaque(opaque: list[Opaque], path: str, reason: str) -> None:
     """Adds a module to the opaque ones; its container, if it is one of them already."""
     while path and any(o.path == path for o in opaque):
         path = path.rpartition(".")[0]
@@ -195,8 +180,8 @@ def _origin_of(node: fx.Node) -> Origin:
     if not stack:
         return Origin("", 0)
     key, (path, _) = list(stack.items())[-1]
-    call = key.rpartition("@")[2] if "@" in key else "0"
-    return Origin(path, int(call) if call.isdigit() else 0)
+    call = key.rpartition("@")[2]
+    return Origin(path, int(call) if "@" in key and call.isdigit() else 0)
 
 
 def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Module], constants: dict[str, torch.Tensor]) -> nn.Module:
@@ -213,17 +198,11 @@ def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Mo
 
 def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
     """The layers into which timm groups the parameters of this model (`group_matcher`), in order; empty if it does not."""
-    matcher = getattr(backbone, "group_matcher", None)
-    if not callable(matcher):
-        return ()
     from timm.models import group_parameters
 
+    matcher: Any = getattr(backbone, "group_matcher", None)
     try:
         groups = group_parameters(backbone, matcher(coarse=False))
-    except Exception:  # the matcher does not fit its own model: blocks are found by structure instead
+    except Exception:  # there is no matcher, or it does not fit its own model: blocks are found by structure instead
         return ()
     return tuple(tuple(names) for _, names in sorted(groups.items()))
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

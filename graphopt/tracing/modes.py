@@ -17,11 +17,7 @@ from graphopt.runtime.by_mode import ByMode, OutputByMode, Slot
 
 
 class Difference(Exception):
-    """The two graphs differ in structure inside module `path`."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
+    """The two graphs differ in structure inside the module of that path."""
 
 
 def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -> dict[str, ByMode | OutputByMode]:
@@ -42,8 +38,11 @@ def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]
         if _equal(in_train, in_eval):
             continue
         if node.op == "output":
-            _switch_output(train, node, in_eval[0][0])
-            new["output_by_mode"] = OutputByMode()
+            new["output_by_mode"], eval_value = OutputByMode(), in_eval[0][0]
+            with train.inserting_before(node):
+                switch = train.call_module("output_by_mode", (node.args[0], eval_value))
+            switch.meta = dict(eval_value.meta) if isinstance(eval_value, Node) else {}
+            node.args = (switch,)
         elif node.op in ("call_function", "call_method"):
             target, inputs = f"by_mode.{number}", list[Node]()
             new[target] = ByMode(node.target, _template(in_train, inputs), _template(in_eval, inputs))
@@ -72,31 +71,20 @@ def _matched(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -
 
 def _is_same_call(train_node: Node, eval_node: Node, matched: dict[Node, Node]) -> bool:
     """Whether two nodes are the same operation on the same values; their constants may differ."""
-    if train_node.op != eval_node.op:
+    if (train_node.op, train_node.target) != (eval_node.op, eval_node.target):
         return False
-    if train_node.op == "output":
-        return True
-    return train_node.target == eval_node.target and train_node.all_input_nodes == [matched.get(i) for i in eval_node.all_input_nodes]
-
-
-def _switch_output(graph: fx.Graph, output: Node, value_in_eval: Any) -> None:
-    with graph.inserting_before(output):
-        switch = graph.call_module("output_by_mode", (output.args[0], value_in_eval))
-    switch.meta = dict(value_in_eval.meta) if isinstance(value_in_eval, Node) else {}
-    output.args = (switch,)
+    return train_node.op == "output" or train_node.all_input_nodes == [matched.get(i) for i in eval_node.all_input_nodes]
 
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two nested arguments are equal in structure, types and values (NaN equals NaN)."""
+
+    def same(a: Any, b: Any) -> bool:
+        # The values of tensors are not compared: two of them count as different constants.
+        return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b or (a != a and b != b)))
+
     (leaves_a, structure_a), (leaves_b, structure_b) = pytree.tree_flatten(a), pytree.tree_flatten(b)
-    return structure_a == structure_b and all(map(_equal_leaves, leaves_a, leaves_b))
-
-
-def _equal_leaves(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    # The values of tensors are not compared: two of them count as different constants.
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b or (a != a and b != b))
+    return structure_a == structure_b and all(map(same, leaves_a, leaves_b))
 
 
 def _template(arguments: Any, inputs: list[Node]) -> Any:

@@ -12,6 +12,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -69,12 +70,8 @@ class ValueProxy(fx.Proxy):
         return super().__getattr__(name)
 
     def __len__(self) -> int:
-        value = self.value
-        if isinstance(value, (tuple, list, dict)):
-            return len(value)
-        if isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]):
-            return value.shape[0]
-        return super().__len__()
+        length = _length(self.value)
+        return super().__len__() if length is None else length
 
 
 class Shape(tuple[Any, ...]):
@@ -118,7 +115,6 @@ class Tracer(fx.Tracer):
         #: path of the innermost module whose forward raised, after a failed trace.
         self.failed: str | None = None
 
-    # -- what is traced -----------------------------------------------------------------------------------------------------
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or isinstance(m, self._registered):
             return True
@@ -155,12 +151,11 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.failed = None
         graph = super().trace(root, concrete_args)
-        for node in reversed(list(graph.nodes)):
-            if node.op == "call_method" and node.target == "size" and not node.users:
+        for node in reversed(graph.find_nodes(op="call_method", target="size")):
+            if not node.users:
                 graph.erase_node(node)
         return graph
 
-    # -- values -------------------------------------------------------------------------------------------------------------
     def proxy(self, node: Node) -> fx.Proxy:
         return ValueProxy(node, self)
 
@@ -190,11 +185,8 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         value = self.value_of(obj.node)
-        if isinstance(value, (tuple, list)):
-            return (obj[i] for i in range(len(value)))
-        if isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]):
-            return (obj[i] for i in range(value.shape[0]))
-        return super().iter(obj)
+        length = None if isinstance(value, dict) else _length(value)
+        return super().iter(obj) if length is None else (obj[i] for i in range(length))
 
     def value_of(self, node: Node) -> Any:
         """What a node gives on the meta device; `_UNKNOWN` where that takes real ones. Evaluates what leads to it, each node once."""
@@ -209,24 +201,21 @@ class Tracer(fx.Tracer):
         return self.values[node]
 
     def _evaluate(self, node: Node) -> Any:
-        if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
-            return _UNKNOWN
-        self._evaluating = True
-        try:
-            with torch.device("meta"), torch.no_grad():
-                return self._run(node, *self._fake_arguments(node))
-        except Exception:  # not to be known without values; if the node is at fault, running it on the real shapes will say so
-            return _UNKNOWN
-        finally:
-            self._evaluating = False
-
-    def _fake_arguments(self, node: Node) -> Any:
         def fake(argument: Any) -> Any:
             if isinstance(argument, Node):
                 return self.values[argument]
             return list(argument) if isinstance(argument, list) else argument
 
-        return fx.node.map_aggregate((node.args, node.kwargs), fake)
+        if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
+            return _UNKNOWN
+        self._evaluating = True
+        try:
+            with torch.device("meta"), torch.no_grad():
+                return self._run(node, *fx.node.map_aggregate((node.args, node.kwargs), fake))
+        except Exception:  # not to be known without values; if the node is at fault, running it on the real shapes will say so
+            return _UNKNOWN
+        finally:
+            self._evaluating = False
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
@@ -236,9 +225,7 @@ class Tracer(fx.Tracer):
             module = self._meta().get_submodule(str(node.target))
             return args[0] if type(module).forward in _FORWARDS_THAT_KEEP_SHAPE else module(*args, **kwargs)
         if node.op == "get_attr":
-            value: Any = self.root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+            value = attrgetter(str(node.target))(self.root)
             return value.to("meta") if isinstance(value, Tensor) else value
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -253,6 +240,12 @@ def meta_copy(root: nn.Module) -> nn.Module:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     return copy.deepcopy(root, memo)
+
+
+def _length(value: Any) -> int | None:
+    """How many items a value has; None where that is not known, or depends on the batch."""
+    known = isinstance(value, (tuple, list, dict)) or (isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]))
+    return len(value) if known else None
 
 
 def _depends_on_batch(value: Any) -> bool:
@@ -287,10 +280,5 @@ def _asks_for_mode(module: nn.Module) -> bool:
 
 def constants_of(root: nn.Module, graph: fx.Graph, own: set[str]) -> dict[str, torch.Tensor]:
     """Tensors that tracing had to park on `root` (`_tensor_constant0`), by name; `own` are the names it had before."""
-    found = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and "." not in node.target and node.target not in own:
-            value = getattr(root, node.target)
-            if isinstance(value, torch.Tensor):
-                found[node.target] = value
-    return found
+    names = [n.target for n in graph.nodes if n.op == "get_attr" and "." not in n.target and n.target not in own]
+    return {name: value for name in names if isinstance(value := getattr(root, name), Tensor)}

@@ -6,9 +6,8 @@ the plan.
 
 from graphopt.data.loader import Batch, Data, Feed, Samples, open_data
 from graphopt.train.export import export_run, load_run
-from graphopt.train.history import EpochRecord, History
 from graphopt.train.run import Stopped, train
-from graphopt.train.state import Summary
+from graphopt.train.state import EpochRecord, History, Summary
 
 __all__ = [
     "Batch",

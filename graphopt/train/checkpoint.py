@@ -22,18 +22,15 @@ from graphopt.files import link_atomically, lock_folder, reason, write_atomicall
 from graphopt.plan_file import check_digest, check_version
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
-from graphopt.train.history import History
 from graphopt.train.phase import Phase, RunContext
-from graphopt.train.state import Progress, RunState
+from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 FORMAT_VERSION = 1
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
-    "train": {
-        *("epochs", "device", "strategy", "compile", "channels_last", "deterministic"),
-        *("checkpoint_steps", "keep", "eval_every", "log_every"),
-    },
+    "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
+    | {"checkpoint_steps", "keep", "eval_every", "log_every"},
     "data": {"root", "workers", "eval_limit"},
 }
 
@@ -50,8 +47,7 @@ class RunFolder:
     @classmethod
     def claim(cls, path: str | os.PathLike[str], digest: str, spec: str, *, resume: bool) -> Self:
         """Takes `path` for a run. Raises RunError unless it is new, empty, or (with `resume`) the same spec's run, and used by no other."""
-        folder = cls(Path(path))
-        where = str(folder.path)
+        folder, where = cls(Path(path)), os.fspath(path)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             entries = [entry.name for entry in folder.path.iterdir() if not entry.name.startswith(f".{MANIFEST}.")]
@@ -62,11 +58,9 @@ class RunFolder:
             raise RunError("the output folder holds files that are not a run of graphopt", where=where, fix="Choose a new folder")
         if manifest is not None:
             if not resume:
-                raise RunError(
-                    "the output folder holds a run already", where=where, fix="Continue it with --resume, or choose a new folder"
-                )
-            fix = "Resume with the spec.toml inside the folder, or choose a new folder"
-            check_digest(manifest["digest"], digest, where, fix)
+                fix = "Continue it with --resume, or choose a new folder"
+                raise RunError("the output folder holds a run already", where=where, fix=fix)
+            check_digest(manifest["digest"], digest, where, "Resume with the spec.toml inside the folder, or choose a new folder")
         try:
             folder._lock = lock_folder(folder.path)
         except BlockingIOError as error:
@@ -77,17 +71,14 @@ class RunFolder:
         return folder
 
     def release(self) -> None:
-        """Lets another process have the folder."""
         descriptor, self._lock = self._lock, None
         if descriptor is not None:
             os.close(descriptor)
 
     def save(self, state: Mapping[str, Any], *, best: bool = False, keep: int = 2, epoch: int | None = None) -> None:
-        """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt` (unless only one stays).
+        """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt`; `epoch` counts finished ones at the end of one.
 
-        Args:
-            keep: how many checkpoints stay: the last, the best, and from 3 on the latest epochs' (`epoch-0007.pt`).
-            epoch: finished epochs, where this is the end of one.
+        `keep` checkpoints stay: the last, the best (from 2 on), and from 3 on the latest epochs' (`epoch-0007.pt`).
         """
         write_atomically(self.last, lambda file: torch.save(dict(state), file))
         if best and keep > 1:
@@ -137,10 +128,7 @@ class Checkpointer:
         self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, on the CPU; None where a run stopped before its first.
-
-        Raises RunError if it cannot be read, or if the run began with other settings on which training steps depend.
-        """
+        """The last checkpoint, or None. Raises RunError if it is damaged, or of a run with other settings on which steps depend."""
         if not self.folder.last.exists():
             return None
         saved = load_checkpoint(self.folder.last)

@@ -10,13 +10,6 @@ from graphopt.errors import RunError
 from graphopt.train.hashing import raw_bytes
 from graphopt.train.optimizer import named_parameters
 
-_SHOWN = 5
-
-
-def gradients_finite(module: nn.Module) -> bool:
-    """Whether no parameter has a gradient with NaN or infinity in it."""
-    return all(bool(torch.isfinite(p.grad).all()) for p in module.parameters() if p.grad is not None)
-
 
 def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
     """Raises RunError unless, after a backward pass, frozen parameters have no gradient and others (but for unused ones) a finite one."""
@@ -51,5 +44,4 @@ def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -15,7 +15,7 @@ from graphopt.train.strategy import Strategy
 
 @dataclass
 class Meter:
-    """Sums of loss and correct predictions over samples, on the device, so that no step waits for them."""
+    """Sums of loss and correct predictions over samples, on the device, so that no step waits for them. NaN without samples."""
 
     samples: int = 0
     sums: Tensor | None = None
@@ -28,21 +28,17 @@ class Meter:
 
     @property
     def loss(self) -> float:
-        """Mean loss so far; NaN before the first sample."""
         return float(self.sums[0]) / self.samples if self.sums is not None else float("nan")
 
     @property
     def accuracy(self) -> float:
-        """Share of correct predictions so far, 0 to 1; NaN before the first sample."""
         return float(self.sums[1]) / self.samples if self.sums is not None else float("nan")
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
         return {"samples": self.samples, "sums": None if self.sums is None else self.sums.tolist()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Self:
-        """The inverse of `state_dict()`."""
         sums = state["sums"]
         return cls(state["samples"], None if sums is None else torch.tensor(sums, dtype=torch.float64, device=device))
 

@@ -1,9 +1,8 @@
 """What a run has trained: the ordinary checkpoint (the backbone's own keys, in safetensors), the plan, or the model."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors.torch import save
 from torch import nn
@@ -23,8 +22,9 @@ def export_run(
 ) -> Path:
     """Writes the trained backbone to `path` as safetensors, atomically; it loads strictly into the untouched backbone.
 
-    Where a pass replaced something that the backbone's architecture cannot express, the file holds the emitted module's weights with
-    the spec instead: `graphopt.load(path)` gives the model back, and `graphopt.plan_file.is_plan_file(path)` is true.
+    Its metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are. Where a pass replaced
+    something that the backbone's architecture cannot express, the file holds the emitted module's weights with the spec instead:
+    `graphopt.load(path)` gives the model back. Raises RunError for no run or checkpoint, no averaged weights, or no room.
 
     Args:
         run: the run's folder, or one of its checkpoints.
@@ -32,17 +32,9 @@ def export_run(
         weights: "model", "ema" (the averaged weights), or "auto": whichever were better when they were evaluated.
         plan: for a run of a plan compiled by hand, that plan.
         trust: let the run's spec run Python code that it names.
-
-    Returns:
-        `path`. The file's metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are.
-
-    Raises:
-        RunError: no run or checkpoint there, no averaged weights, or no room.
     """
-    state = load_checkpoint(_checkpoint(Path(run), which))
-    plan, chosen = _restored(state, weights, plan, trust, str(run))
-    epoch = str(state["progress"]["epoch"])
-    metadata = {"format": "pt", "name": plan.name, "digest": plan.digest, "epoch": epoch, "weights": chosen}
+    plan, found = _restored(Path(run), which, weights, plan, trust)
+    metadata = {"format": "pt", "name": plan.name, "digest": plan.digest, **found}
     try:
         content = save({name: tensor.contiguous() for name, tensor in plan.export_state().items()}, metadata)
     except PassError as error:
@@ -52,30 +44,28 @@ def export_run(
 
 def load_run(run: StrPath, *, which: Which = "best", weights: Weights = "auto", plan: Plan | None = None, trust: bool = False) -> Plan:
     """The plan of a run, in the phase and with the weights of its checkpoint; takes and raises what `export_run` does."""
-    return _restored(load_checkpoint(_checkpoint(Path(run), which)), weights, plan, trust, str(run))[0]
+    return _restored(Path(run), which, weights, plan, trust)[0]
 
 
 def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
     """The model in a file that `graphopt.save` or `graphopt export` wrote, or in a run's folder; in eval mode.
 
-    Args:
-        trust: let its spec run Python code that it names.
-        plan: for a file or run of a plan compiled by hand, that plan (in any phase).
-
-    Raises:
-        RunError: nothing there, not such a file, or a plan compiled by hand without `plan`.
+    `trust` lets its spec run Python code that it names; a file or run of a plan compiled by hand needs that `plan` (in any phase).
+    Raises RunError if there is nothing, or not such a file.
     """
     source = Path(path)
     read = load_run if source.is_dir() or source.suffix == ".pt" else read_plan_file
     return read(source, plan=plan, trust=trust).module.eval()
 
 
-def _restored(state: Mapping[str, Any], weights: Weights, plan: Plan | None, trust: bool, where: str) -> tuple[Plan, str]:
-    """The plan of a checkpoint with its weights, and which they are: "model" or "ema"."""
+def _restored(run: Path, which: Which, weights: Weights, plan: Plan | None, trust: bool) -> tuple[Plan, dict[str, str]]:
+    """The plan of a checkpoint, and its finished epochs and which weights it has."""
+    state = load_checkpoint(_checkpoint(run, which))
     if weights == "ema" and state["phase"]["ema"] is None:
-        raise RunError("the run has no averaged weights", where=where, fix="Set train.ema, or export the model's own")
+        raise RunError("the run has no averaged weights", where=str(run), fix="Set train.ema, or export the model's own")
     chosen = state["progress"]["weights"] if weights == "auto" else weights
-    return restore(state, state["phase"][chosen], plan=plan, trust=trust, where=where), chosen
+    found = {"epoch": str(state["progress"]["epoch"]), "weights": chosen}
+    return restore(state, state["phase"][chosen], plan=plan, trust=trust, where=str(run)), found
 
 
 def _checkpoint(run: Path, which: Which) -> Path:

@@ -1,8 +1,7 @@
 """timm's optimizers and schedulers, with optimizer state by parameter name.
 
-Tracing and phase changes reorder parameters, so positions identify nothing: an optimizer's state is saved, and carried into the next
-phase, under the parameter's state-dict name. The state of a parameter that a phase freezes or removes is dropped; if the parameter trains
-again later, it starts with new state.
+Tracing and phase changes reorder parameters, so positions identify nothing. The state of a parameter that a phase freezes or removes is
+dropped; if the parameter trains again later, it starts with new state.
 """
 
 from collections import Counter
@@ -17,7 +16,7 @@ from torch import nn
 
 from graphopt.errors import RunError, did_you_mean
 from graphopt.ir.paths import containers, is_below
-from graphopt.spec import OptimizerSpec, SchedulerSpec
+from graphopt.spec import OptimizerSpec, TrainSpec
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -42,10 +41,9 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 def build_optimizer(
     module: nn.Module, spec: OptimizerSpec, *, no_decay: Collection[str] = (), rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """An optimizer of timm over the trainable parameters of `module`, in named groups.
+    """An optimizer of timm over the trainable parameters, in named groups; what has one dimension and `no_decay` are not decayed.
 
-    Biases, norm parameters (everything of at most one dimension) and the names in `no_decay` are not decayed. `rates` are learning-rate
-    factors by name (see `layer_rates`). Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
+    `rates` are from `layer_rates`. Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in trainable(module).items():
@@ -59,10 +57,9 @@ def build_optimizer(
         groups.setdefault(label, group)["params"].append(parameter)
     if not groups:
         raise RunError("nothing is left to train: every parameter is frozen", fix="Select fewer regions to freeze")
+    ordered = [groups[label] for label in sorted(groups)]
     try:
-        optimizer = create_optimizer_v2(
-            [groups[label] for label in sorted(groups)], opt=spec.name, lr=spec.lr, momentum=spec.momentum, **spec.arguments
-        )
+        optimizer = create_optimizer_v2(ordered, opt=spec.name, lr=spec.lr, momentum=spec.momentum, **spec.arguments)
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
         known = [str(name) for name in list_optimizers()]
         if spec.name.casefold() not in known:
@@ -73,10 +70,7 @@ def build_optimizer(
 
 
 def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | None:
-    """Learning-rate factor per parameter name: 1 at the head, times `decay` for each layer (as timm counts them) before it.
-
-    Raises RunError if the backbone does not define its layers.
-    """
+    """Learning-rate factor per parameter: 1 at the head, times `decay` for each layer before it. Raises RunError for unknown layers."""
     if decay is None:
         return None
     if not hasattr(backbone, "group_matcher"):
@@ -115,52 +109,42 @@ def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
     """`{"state": {parameter name: its state}, "groups": {group name: its settings}}`, plain values and tensors (no copies)."""
-    names = {id(parameter): name for name, parameter in named_parameters(module).items()}
-    packed = optimizer.state_dict()
-    state: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    for group, saved in zip(optimizer.param_groups, packed["param_groups"], strict=True):
-        groups[saved["name"]] = {key: value for key, value in saved.items() if key not in ("params", "name")}
-        for parameter, index in zip(group["params"], saved["params"], strict=True):
-            if index in packed["state"]:
-                state[names[id(parameter)]] = packed["state"][index]
-    return {"state": state, "groups": groups}
+    packed, names = optimizer.state_dict(), _names(optimizer, module)
+    groups = {g["name"]: {k: v for k, v in g.items() if k not in ("params", "name")} for g in packed["param_groups"]}
+    return {"state": {names[index]: state for index, state in packed["state"].items()}, "groups": groups}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Loads the state of parameters and the settings of groups by name.
-
-    A parameter without saved state starts with new state; saved state without a parameter is dropped.
-    """
-    names = {id(parameter): name for name, parameter in named_parameters(module).items()}
+    """Loads the settings of groups, and the state of parameters that have some, by name; the rest of `saved` is dropped."""
     packed = optimizer.state_dict()
-    packed["state"] = {}
-    for group, entry in zip(optimizer.param_groups, packed["param_groups"], strict=True):
-        entry.update(saved["groups"].get(entry["name"], {}))
-        for parameter, index in zip(group["params"], entry["params"], strict=True):
-            state = saved["state"].get(names[id(parameter)])
-            if state is not None:
-                packed["state"][index] = state
+    for group in packed["param_groups"]:
+        group.update(saved["groups"].get(group["name"], {}))
+    packed["state"] = {i: saved["state"][name] for i, name in _names(optimizer, module).items() if name in saved["state"]}
     optimizer.load_state_dict(packed)
 
 
-class Schedule:
-    """The learning rate as a function of the optimizer steps done so far.
+def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, str]:
+    """The name of each parameter by its position in the optimizer's state dict."""
+    names = {parameter: name for name, parameter in named_parameters(module).items()}
+    return dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
 
-    All schedulers that a spec can name are pure functions of that count, so a phase change or a resume needs no saved state: make one for
-    the new optimizer and set its step. (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
+
+class Schedule:
+    """The learning rate as a function of the optimizer steps done so far, and of nothing else; so there is no state to save.
+
+    (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, spec: SchedulerSpec, *, lr: float, epochs: int, steps_per_epoch: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, train: TrainSpec, steps: int) -> None:
+        spec = train.scheduler
         for group in optimizer.param_groups:
             # A group loaded from the phase before has the rate reached there; the schedule starts from the spec's.
-            group["lr"] = group["initial_lr"] = lr
+            group["lr"] = group["initial_lr"] = train.optimizer.lr
         settings = {**spec.model_dump(exclude={"name", "arguments"}), "decay_milestones": list(spec.decay_milestones), **spec.arguments}
+        settings |= {"num_epochs": train.epochs, "step_on_epochs": False, "updates_per_epoch": steps}
         self._optimizer = optimizer
         try:
-            self._scheduler, _ = create_scheduler_v2(
-                optimizer, spec.name, num_epochs=epochs, step_on_epochs=False, updates_per_epoch=steps_per_epoch, **settings
-            )
+            self._scheduler, _ = create_scheduler_v2(optimizer, spec.name, **settings)
         except (TypeError, AssertionError, ValueError) as error:
             raise RunError(f"timm refused the settings of {spec.name}: {error}", where="train.scheduler") from error
 

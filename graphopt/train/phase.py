@@ -16,7 +16,7 @@ from graphopt.data.randomness import preserved, reseed
 from graphopt.plan_file import load_strictly
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
-from graphopt.train.checks import check_frozen, check_gradients, fingerprints, gradients_finite
+from graphopt.train.checks import check_frozen, check_gradients, fingerprints
 from graphopt.train.evaluation import check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.strategy import Strategy
@@ -48,25 +48,14 @@ def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: int) ->
 
 
 class Phase:
-    """A plan between two decisions, on its device, with its optimizer, schedule and averaged weights.
-
-    The runner reads of a plan only `module` and its `requires_grad`, `needs`, `no_decay`, `due()`, `scored`, and which parameters the
-    forward never uses. It knows no pass by name.
-
-    Attributes:
-        feed: its training batches.
-        steps: optimizer steps per epoch.
-        features: what the feature cache has decided in this phase, as plain values.
-        frozen: fingerprints of the tensors that must not change.
-        gradients_checked: whether the gradients of its first step have been checked.
-    """
+    """A plan between two decisions, on its device, with its optimizer, schedule and averaged weights."""
 
     def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None) -> None:
         self.plan, self.context = plan, context
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
         strategy.to_device(plan.module)
         self.feed: Feed = context.images
-        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}
+        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
         self._trained: nn.Module = plan.module
         self._call: Callable[..., Any] | None = None
         # timm's backbones may exclude parameters from weight decay, too.
@@ -75,12 +64,14 @@ class Phase:
         self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
         if earlier is not None:
             optimizers.load_optimizer_state(self.optimizer, plan.module, optimizers.optimizer_state(earlier.optimizer, earlier.plan.module))
-        self.steps = len(self.feed) // spec.accumulate
-        self.schedule = optimizers.Schedule(
-            self.optimizer, spec.scheduler, lr=spec.optimizer.lr, epochs=spec.epochs, steps_per_epoch=self.steps
-        )
+        self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
+        self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
-        self.ema: ModelEmaV3 | None = _averaged(plan.module, spec.ema, earlier.ema if earlier is not None else None)
+        self.ema = ModelEmaV3(plan.module, decay=spec.ema, use_warmup=True) if spec.ema is not None else None
+        if self.ema is not None and earlier is not None and earlier.ema is not None:
+            own = self.ema.module.state_dict()
+            carried = {k: v for k, v in earlier.ema.module.state_dict().items() if k in own and v.shape == own[k].shape}
+            self.ema.module.load_state_dict(carried, strict=False)
         self.frozen = fingerprints(plan.module)
         self.gradients_checked = False
         self._overflows = 0
@@ -91,7 +82,6 @@ class Phase:
         return Phase(advance(self.plan, decisions, self.spec.seed, epoch), self.context, earlier=self)
 
     def close(self) -> None:
-        """Checks, at the end of the phase, that no frozen tensor has changed."""
         check_frozen(self.plan.module, self.frozen)
 
     def begin(self) -> bool:
@@ -108,10 +98,7 @@ class Phase:
         self._trained.train()
 
     def step(self, batches: Sequence[Batch], done: int) -> tuple[Tensor, Tensor, int]:
-        """One optimizer step over `batches` (already on the device); the run has done `done` steps before.
-
-        Returns the loss (mean over samples, on the device), how many predictions were right, and how many samples there were.
-        """
+        """One optimizer step after `done` ones, over batches on the device: the mean loss, how many predictions were right, and samples."""
         self.optimizer.zero_grad(set_to_none=True)
         total = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
@@ -141,20 +128,19 @@ class Phase:
             outputs, local = self._call(batch.input), None
         output, *auxiliary = outputs if isinstance(outputs, tuple | list) else [outputs]
         check_output(output, batch.target, self.context.classes)
-        loss = self._criterion(output, batch.target)
+        # Mixup has smoothed soft targets already.
+        smoothing = self.spec.label_smoothing if batch.target.ndim == 1 else 0.0
+        loss = F.cross_entropy(output, batch.target, label_smoothing=smoothing)
         for other in auxiliary:
             if isinstance(other, Tensor):
-                loss = loss + AUXILIARY_WEIGHT * self._criterion(other, batch.target)
+                loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other, batch.target, label_smoothing=smoothing)
         return (loss if local is None else loss + local), output
-
-    def _criterion(self, output: Tensor, target: Tensor) -> Tensor:
-        # Mixup has smoothed soft targets already.
-        return F.cross_entropy(output, target, label_smoothing=self.spec.label_smoothing if target.ndim == 1 else 0.0)
 
     def _check_gradients_once(self) -> None:
         if self.gradients_checked:
             return
-        if self.scaler.is_enabled() and self._overflows < MAX_OVERFLOWS and not gradients_finite(self.plan.module):
+        finite = all(p.grad.isfinite().all() for p in self.plan.module.parameters() if p.grad is not None)
+        if self.scaler.is_enabled() and self._overflows < MAX_OVERFLOWS and not finite:
             self._overflows += 1  # the scaler will skip this step and lower its scale
             return
         check_gradients(self.plan.module, self.plan.report.unused)
@@ -183,15 +169,3 @@ class Phase:
         self.frozen, self.gradients_checked = dict(state["frozen"]), not state["first"]
         self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)
-
-
-def _averaged(module: nn.Module, decay: float | None, earlier: ModelEmaV3 | None) -> ModelEmaV3 | None:
-    """Averages of a module's weights, continued from those of the phase before where names and shapes agree."""
-    if decay is None:
-        return None
-    ema = ModelEmaV3(module, decay=decay, use_warmup=True)
-    if earlier is not None:
-        own = ema.module.state_dict()
-        carried = {k: v for k, v in earlier.module.state_dict().items() if k in own and v.shape == own[k].shape}
-        ema.module.load_state_dict(carried, strict=False)
-    return ema

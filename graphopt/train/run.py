@@ -57,10 +57,8 @@ def train(
         tensorboard: write event files under `out/tensorboard` as well.
         console: where progress is shown; None is silent.
 
-    Raises:
-        GraphoptError: the spec, the data or the folder is wrong, the loss is not finite, or one of these checks fails: the optimizer holds
-            exactly the trainable parameters; these have finite gradients, frozen ones none; frozen tensors do not change.
-        Stopped: Ctrl-C or SIGTERM, after writing a checkpoint.
+    Raises GraphoptError if the spec, the data or the folder is wrong, the loss is not finite, the optimizer does not hold exactly the
+    trainable parameters, these have no finite gradients, or frozen tensors change; Stopped on Ctrl-C or SIGTERM, after a checkpoint.
     """
     plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
     settings = settings or (spec.train if spec is not None else TrainSpec())
@@ -69,7 +67,11 @@ def train(
     # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
     shape = plan.base.input if plan is not None else spec.backbone.input
     opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
-    images, evaluation = _feeds(opened, data, settings, strategy)
+    if not len(opened.evaluation):
+        raise RunError("there are no evaluation images", where="data")
+    loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
+    images = ImageFeed(opened.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **loading)
+    evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
     digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
     folder = RunFolder.claim(out, digest, text, resume=resume)
     try:
@@ -80,12 +82,10 @@ def train(
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
-            mixer, identity = None, {}
+            mixer, identity = None, dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
                 mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)
-                identity = data.model_dump(mode="json", exclude={"workers"})
-            # Everything that determines the inputs of training.
-            identity = {"data": identity, "seed": settings.seed}
+                identity["data"] = data.model_dump(mode="json", exclude={"workers"})
             cached = folder.path / "features"
             features = FeatureCache(images, strategy, folder=cached, digest=digest, identity=identity, mixed=mixer is not None)
             context = RunContext(settings, strategy, images, evaluation, opened.classes, mixer, features)
@@ -94,24 +94,11 @@ def train(
             offset = saved["metrics_offset"] if saved is not None else 0
             with closing(MetricsLog(folder.metrics, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
                 log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                if saved is not None:
-                    log.resumed()
-                else:
-                    log.phase(state.phase.plan.decisions)
+                log.resumed() if saved is not None else log.phase(state.phase.plan.decisions)
                 features.check(plan)
                 return Run(context, state, log, checkpointer, signals).run()
     finally:
         folder.release()
-
-
-def _feeds(data: Data, spec: DataSpec | Data, settings: TrainSpec, strategy: Strategy) -> tuple[ImageFeed, ImageFeed]:
-    """The training and the evaluation batches."""
-    workers = spec.workers if isinstance(spec, DataSpec) else 0
-    common: dict[str, Any] = {"workers": workers, "pin": strategy.device.type == "cuda", "rank": strategy.rank}
-    train = ImageFeed(data.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **common)
-    if not len(data.evaluation):
-        raise RunError("there are no evaluation images", where="data")
-    return train, ImageFeed(data.evaluation, settings.batch, shuffle=False, **common)
 
 
 class Stopped(RunError):
@@ -123,10 +110,7 @@ class Stopped(RunError):
 
 
 class StopSignals:
-    """While open, the first Ctrl-C or SIGTERM only sets `signum`; the second has its usual effect.
-
-    Outside the main thread, where Python allows no handlers, nothing changes.
-    """
+    """While open, the first Ctrl-C or SIGTERM sets `signum`, the second has its usual effect; does nothing outside the main thread."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -158,7 +142,6 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
 
     def run(self) -> Summary:
-        """Trains until the last epoch; see `train` for what it raises."""
         self.strategy.reset_peak_memory()
         with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
@@ -171,14 +154,12 @@ class Run:
         write_atomically(self.folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
         return summary
 
-    # -- an epoch -----------------------------------------------------------------------------------------------------------
     def _decide(self) -> None:
         """Between epochs, begins the next phase where triggers have fired."""
         state, epoch = self.state, self.progress.epoch
         if self.progress.step or not epoch:
             return
-        due = self.strategy.agree(lambda: state.phase.plan.due(epoch, state.history, self.spec.epochs))
-        if due:
+        if due := state.phase.plan.due(epoch, state.history, self.spec.epochs):
             state.phase = state.phase.next(due, epoch)
             state.watch()
             self.log.phase(due)
@@ -186,7 +167,7 @@ class Run:
     def _train_epoch(self) -> None:
         phase, progress, spec = self.state.phase, self.progress, self.spec
         if phase.begin() and self.context.features.last_decision:
-            self.log.features(self.context.features.last_decision)
+            self.log.write("features", **self.context.features.last_decision)
         phase.train_mode()
         self.log.screen.start("train", progress.epoch, phase.steps, progress.step)
         batches = self._batches()
@@ -198,11 +179,9 @@ class Run:
             self._losses.append(loss)
             self.state.meter.add(loss, correct, samples)
             self.state.window.add(loss, correct, samples)
-            note = ""
-            if progress.total % spec.log_every == 0:
+            if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
-                note = self.log.window(rate, spec.log_every)
-            self.log.screen.step(note)
+            self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
             self._stop_if_requested()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
@@ -263,7 +242,6 @@ class Run:
                 fix = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16; the last checkpoint is from before"
                 raise RunError(what, where=str(self.folder.path), fix=fix)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------------
     def _stop_if_requested(self) -> None:
         """Raises Stopped, after writing a checkpoint, if a signal has requested it."""
         signum = self.signals.signum
@@ -274,10 +252,9 @@ class Run:
             raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)
 
     def _save(self, *, best: bool = False) -> None:
-        if self.strategy.is_main_rank:
-            self._check_losses()
-            self._update_clock()
-            self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
+        self._check_losses()
+        self._update_clock()
+        self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 
     def _update_clock(self) -> None:
         now = time.perf_counter()

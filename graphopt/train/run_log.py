@@ -22,10 +22,7 @@ from graphopt.units import show_size
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object per line, and on request the same in TensorBoard.
-
-    A checkpoint stores `tell()`; a resumed run truncates the file there, so that steps trained twice are logged once.
-    """
+    """metrics.jsonl, truncated to `offset` (so that steps trained twice are logged once), and on request the same in TensorBoard."""
 
     def __init__(self, path: Path, *, offset: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
         try:
@@ -62,7 +59,6 @@ class MetricsLog:
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes both files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -72,7 +68,7 @@ class Screen:
     """A progress bar over the epoch and a line per epoch; silent without a console. Shown while `progress` is open."""
 
     def __init__(self, console: Console | None, epochs: int) -> None:
-        self._console, self._epochs = console, epochs
+        self._console, self.epochs = console, epochs
         note, what = TextColumn("{task.fields[note]}"), TextColumn("{task.description}")
         self.progress = Progress(
             *(what, BarColumn(bar_width=None), MofNCompleteColumn(), note, TimeRemainingColumn()),
@@ -83,36 +79,16 @@ class Screen:
         self._task = self.progress.add_task("", total=None, note="", visible=False)
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar."""
         if self._console is not None:
             self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, what: str, epoch: int, total: int, done: int = 0) -> None:
-        """Starts a bar of `total` steps; `what` is 'train', 'eval' or 'features'."""
-        description = f"epoch {epoch + 1}/{self._epochs} {what}"
+        description = f"epoch {epoch + 1}/{self.epochs} {what}"
         self.progress.reset(self._task, total=total, completed=done, description=description, note="", visible=True)
 
     def step(self, note: str = "") -> None:
-        """Advances the bar by one step."""
         fields: dict[str, Any] = {"note": note} if note else {}
         self.progress.update(self._task, advance=1, **fields)
-
-    def phase(self, record: Mapping[str, Any]) -> None:
-        """Prints a new phase and the decisions that began it."""
-        decisions = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in record["decisions"]]
-        self.say(
-            f"phase {record['phase']} from epoch {record['epoch'] + 1}: {'; '.join(decisions) or 'start'}; "
-            f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
-        )
-
-    def epoch(self, record: Mapping[str, Any]) -> None:
-        """Prints the figures of an epoch."""
-        parts = [f"loss {record['train_loss']:.4f}"]
-        for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
-            if name in record:
-                parts.append(f"{label} {100 * record[name]:.2f} %")
-        parts += [f"{record['seconds']:.1f} s", f"{record['samples_per_second']:.0f} images/s", f"peak {show_size(record['peak_bytes'])}"]
-        self.say(f"epoch {record['epoch'] + 1}/{self._epochs}: " + ", ".join(parts))
 
 
 class RunLog:
@@ -122,32 +98,28 @@ class RunLog:
         self.state, self.metrics, self.screen, self._strategy = state, metrics, screen, strategy
         self._lap = time.perf_counter(), 0
 
-    def _write(self, kind: str, **figures: Any) -> dict[str, Any]:
+    def write(self, kind: str, **figures: Any) -> dict[str, Any]:
+        """Writes one record, and returns it."""
         progress = self.state.progress
         record = {"kind": kind, "step": progress.total, "epoch": progress.epoch, **figures}
         self.metrics.write(record)
         return record
 
     def resumed(self) -> None:
-        """A run that continues."""
         progress = self.state.progress
-        self._write("resume")
+        self.write("resume")
         self.screen.say(f"resumes at epoch {progress.epoch + 1}, step {progress.step}")
 
     def phase(self, decisions: tuple[Decision, ...]) -> None:
-        """A new phase, and the decisions that began it."""
         plan, phases = self.state.phase.plan, self.state.phases
         made = [{**d.model_dump(mode="json"), "pass": plan.passes[d.index].name} for d in decisions]
-        record = self._write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module))
+        record = self.write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module))
         phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions")})
-        self.screen.phase(record)
-
-    def features(self, decision: Mapping[str, Any]) -> None:
-        """What the feature cache has decided."""
-        self._write("features", **decision)
+        why = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in made]
+        counts = f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
+        self.screen.say(f"phase {record['phase']} from epoch {record['epoch'] + 1}: {'; '.join(why) or 'start'}; {counts}")
 
     def start_window(self) -> None:
-        """Starts to measure the time of steps."""
         self._lap = time.perf_counter(), self.state.progress.total
 
     def window(self, rate: float, steps: int) -> str:
@@ -155,29 +127,26 @@ class RunLog:
         self._strategy.synchronize()
         (start, first), window = self._lap, self.state.window
         seconds = (time.perf_counter() - start) / max(1, self.state.progress.total - first)
-        self._write(
-            "step",
-            phase=len(self.state.phases) - 1,
-            loss=window.loss,
-            accuracy=window.accuracy,
-            lr=rate,
-            step_seconds=seconds,
-            samples_per_second=window.samples / steps / seconds if seconds else 0.0,
-            peak_bytes=self._strategy.peak_memory(),
-        )
+        speed, peak = window.samples / steps / seconds if seconds else 0.0, self._strategy.peak_memory()
+        figures = {"loss": window.loss, "accuracy": window.accuracy, "lr": rate, "step_seconds": seconds, "samples_per_second": speed}
+        self.write("step", phase=len(self.state.phases) - 1, **figures, peak_bytes=peak)
         self.state.window = Meter()
         self.start_window()
         return f"loss {window.loss:.4f}"
 
     def epoch(self, figures: Mapping[str, float], change: Mapping[str, float], seconds: float) -> None:
         """The figures of an epoch, how much the weights of scored regions changed in it, and how long it took."""
-        record = self._write(
-            "epoch",
-            phase=len(self.state.phases) - 1,
-            **figures,
-            seconds=seconds,
-            samples_per_second=self.state.meter.samples / max(seconds, 1e-9),
-            peak_bytes=self.state.progress.peak_bytes,
+        speed, peak = self.state.meter.samples / max(seconds, 1e-9), self.state.progress.peak_bytes
+        more: dict[str, Any] = {
+            "seconds": seconds,
+            "samples_per_second": speed,
+            "peak_bytes": peak,
             **({"change": change} if change else {}),
-        )
-        self.screen.epoch(record)
+        }
+        record = self.write("epoch", phase=len(self.state.phases) - 1, **figures, **more)
+        parts = [f"loss {figures['train_loss']:.4f}"]
+        for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
+            if name in figures:
+                parts.append(f"{label} {100 * figures[name]:.2f} %")
+        parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", f"peak {show_size(peak)}"]
+        self.screen.say(f"epoch {record['epoch'] + 1}/{self.screen.epochs}: {', '.join(parts)}")

@@ -1,16 +1,80 @@
-"""What changes while a run goes on, and what it amounts to at the end."""
+"""What changes while a run goes on, what triggers measure of it, and what it amounts to at the end."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.randomness import mixed_seed
 from graphopt.train.evaluation import Meter
-from graphopt.train.history import History
 from graphopt.train.optimizer import named_parameters, parameter_counts
 from graphopt.train.phase import Phase, RunContext, advance
+
+Regions = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One finished epoch, counted from 0."""
+
+    epoch: int
+    metrics: dict[str, float]  # figures of metrics.jsonl (`train_loss`, `accuracy`, ...), numbers only
+    #: of scored regions, `|w_e - w_(e-1)| / |w_(e-1)|` over all parameters, in float64; from zero, `inf` once they change, 0.0 before
+    change: dict[str, float]
+
+
+@dataclass
+class History:
+    """Epoch records in order, and the weights at the end of the last epoch, from which the next change is measured.
+
+    Everything a trigger reads is in `state_dict()`, so that a resumed run decides as the uninterrupted one would have.
+    """
+
+    records: list[EpochRecord] = field(default_factory=list)
+    snapshot: dict[str, Tensor] = field(default_factory=dict)
+
+    def change(self, region: str) -> list[float]:
+        """The region's change per epoch, oldest first; epochs in which it was not scored are left out."""
+        return [record.change[region] for record in self.records if region in record.change]
+
+    def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:
+        """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed."""
+        wanted = {name for names in regions.values() for name in names if name in parameters}
+        copies = {name: parameters[name].detach().to("cpu", copy=True) for name in wanted - self.snapshot.keys()}
+        self.snapshot = {name: self.snapshot[name] if name in self.snapshot else copies[name] for name in sorted(wanted)}
+
+    def close(self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor]) -> EpochRecord:
+        """Appends the record of `epoch`, measured from the last snapshot, and takes the next snapshot."""
+        known = self.snapshot.keys() & parameters.keys()
+        pairs = {region: [(self.snapshot[name], parameters[name]) for name in names if name in known] for region, names in regions.items()}
+        change = {region: _relative_change(found) for region, found in pairs.items() if found}
+        record = EpochRecord(epoch, dict(metrics), change)
+        self.records.append(record)
+        self.snapshot = {}
+        self.watch(regions, parameters)
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": [asdict(record) for record in self.records], "snapshot": self.snapshot}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        return cls([EpochRecord(**record) for record in state["records"]], dict(state["snapshot"]))
+
+
+def _relative_change(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    difference = before = 0.0
+    for old, new in pairs:
+        old64, new64 = old.double(), new.detach().to("cpu", torch.float64)
+        difference += float((new64 - old64).square().sum())
+        before += float(old64.square().sum())
+    if before == 0.0:
+        return math.inf if difference > 0.0 else 0.0
+    return math.sqrt(difference / before)
 
 
 @dataclass
@@ -41,9 +105,8 @@ class RunState:
 
     @classmethod
     def initial(cls, plan: Plan, context: RunContext) -> Self:
-        """The state before the first step."""
         history, spec = History(), context.spec
-        due = context.strategy.agree(lambda: plan.due(0, history, spec.epochs))
+        due = plan.due(0, history, spec.epochs)
         state = cls(Phase(advance(plan, due, spec.seed, 0) if due else plan, context), history=history)
         # From here on the model draws from a stream that compiling and verifying have not touched.
         torch.manual_seed(mixed_seed(spec.seed, 3))
@@ -79,22 +142,9 @@ class Summary:
 
     @classmethod
     def of(cls, state: RunState, device: str, folder: str) -> Self:
-        """The summary of a run that is over."""
         plan, progress, last = state.phase.plan, state.progress, state.history.records[-1].metrics
-        return cls(
-            name=plan.name,
-            digest=plan.digest,
-            epochs=progress.epoch,
-            steps=progress.total,
-            accuracy=last["accuracy"],
-            loss=last["loss"],
-            ema_accuracy=last.get("ema_accuracy"),
-            best_accuracy=progress.best_accuracy,
-            best_epoch=progress.best_epoch,
-            seconds=progress.seconds,
-            peak_bytes=progress.peak_bytes,
-            device=device,
-            **parameter_counts(plan.module),
-            phases=tuple(state.phases),
-            folder=folder,
-        )
+        figures: dict[str, Any] = {name: last.get(name) for name in ("accuracy", "loss", "ema_accuracy")}
+        figures |= {name: getattr(progress, name) for name in ("best_accuracy", "best_epoch", "seconds", "peak_bytes")}
+        figures |= parameter_counts(plan.module)
+        figures |= {"name": plan.name, "digest": plan.digest, "device": device, "folder": folder, "phases": tuple(state.phases)}
+        return cls(epochs=progress.epoch, steps=progress.total, **figures)

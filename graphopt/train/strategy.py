@@ -1,34 +1,32 @@
-"""How a step runs: devices, precision, memory layout, compilation and ranks."""
+"""How a step runs: devices, precision, memory layout and compilation."""
 
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from graphopt.data.loader import SINGLE, Batch, Rank
+from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
 from graphopt.spec import TrainSpec
 
-Result = TypeVar("Result")
 _deterministic: Any = torch.utils.deterministic
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One process on one device; a strategy for several ranks would have the same methods."""
+    """One process on one device."""
 
     device: torch.device
     precision: torch.dtype | None = None  # of autocast; None is float32, float16 scales its loss
     channels_last: bool = False  # NHWC memory format for images and convolution weights
     compiled: bool = False  # compile training steps with `torch.compile`, once per phase
     deterministic: bool = True  # use deterministic kernels where torch has them
-    rank: Rank = SINGLE
 
     @classmethod
     def of(cls, spec: TrainSpec) -> Self:
@@ -36,9 +34,7 @@ class Strategy:
         if spec.strategy in ("ddp", "fsdp") or torch.distributed.is_torchelastic_launched():
             fix = 'Start it without torchrun, with strategy = "single"'
             raise RunError("training runs on one device for now", where="train.strategy", fix=fix)
-        name = spec.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = spec.device if spec.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
         except RuntimeError as error:
@@ -52,26 +48,16 @@ class Strategy:
     @contextmanager
     def kernels(self) -> Iterator[None]:
         """Inside, torch uses deterministic kernels (`deterministic`) or the fastest; the settings are restored on exit."""
-        before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.backends.cudnn.benchmark,
-            _deterministic.fill_uninitialized_memory,
-        )
+        algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        benchmark, fill = torch.backends.cudnn.benchmark, _deterministic.fill_uninitialized_memory
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not self.deterministic
         _deterministic.fill_uninitialized_memory = False  # it costs time, and would hide reads of uninitialised memory
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.backends.cudnn.benchmark = before[2]
-            _deterministic.fill_uninitialized_memory = before[3]
-
-    @property
-    def is_main_rank(self) -> bool:
-        """Whether this rank writes files and prints."""
-        return self.rank.number == 0
+            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+            torch.backends.cudnn.benchmark, _deterministic.fill_uninitialized_memory = benchmark, fill
 
     def to_device(self, module: nn.Module) -> None:
         """Moves a module to the device, in the memory format of the strategy; in place, so that parameters keep their identity."""
@@ -87,23 +73,17 @@ class Strategy:
         return torch.compile(module)
 
     def move(self, batch: Batch) -> Batch:
-        """The batch on the device, images in the memory format of the strategy."""
         sample, input, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         if self.channels_last and input.ndim == 4:
             input = input.contiguous(memory_format=torch.channels_last)
         return Batch(sample, input, target)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision for a forward pass, or nothing."""
         return torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler:
         """The loss scaler; it does nothing unless gradients are float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
-
-    def agree(self, decide: Callable[[], Result]) -> Result:
-        """The same decision on every rank: the main rank's. With one rank, its own."""
-        return decide()
 
     def synchronize(self) -> None:
         """Waits for the device, so that the next reading of a clock includes its work."""
@@ -124,7 +104,5 @@ class Strategy:
 
     def describe(self) -> str:
         """Human-readable, for summary.json: 'cpu', 'cuda (NVIDIA H200), bfloat16'."""
-        name = self.device.type
-        if name == "cuda":
-            name = f"cuda ({torch.cuda.get_device_name(self.device)})"
+        name = f"cuda ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else self.device.type
         return f"{name}, {dtype_name(self.precision)}" if self.precision else name

@@ -13,7 +13,7 @@ from graphopt import Editor, Graph, PassError, Region
 from graphopt.compiler.pass_base import Diagnostics
 from graphopt.ir.nodes import attribute, leaf, overwriter, parameters_read
 from graphopt.ir.patterns import VIEWS, NotResidualError, Residual, residuals
-from graphopt.runtime.stochastic import StochasticBranch
+from graphopt.runtime.body import StochasticBranch
 
 Found = TypeVar("Found")
 

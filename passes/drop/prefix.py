@@ -20,7 +20,7 @@ from graphopt.ir.paths import lineage
 from graphopt.ir.regions import region_at
 from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
 from graphopt.runtime.body import NoGrad
-from graphopt.runtime.eval_mode import always_eval, depends_on_mode, is_random
+from graphopt.runtime.by_mode import always_eval, depends_on_mode, is_random
 
 
 def possible_cuts(graph: Graph) -> tuple[Node, ...]:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from graphopt.passes.freeze import activations, operators
-from graphopt.runtime.eval_mode import AlwaysEval
+from graphopt.runtime.by_mode import AlwaysEval
 
 Method = Callable[..., Tensor]
 

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graphopt import Editor, Graph, Region
 from graphopt.ir.nodes import leaf, parameters_of
 from graphopt.ir.paths import is_below, owner
-from graphopt.ir.patterns import WeightedSum, attention_path, shape_of, weighted_sums
+from graphopt.ir.patterns import Residual, attention_path, shape_of, weighted_sums
 
 Part = Literal["attention", "mlp", "all"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -137,7 +137,7 @@ def surrogate_of(graph: Graph, block: Region, part: Part | None) -> Surrogate:
     return _convolutional(graph, block, sums[0])
 
 
-def _half(graph: Graph, block: Region, sums: tuple[WeightedSum, ...], attention: str, part: Part) -> Surrogate:
+def _half(graph: Graph, block: Region, sums: tuple[Residual, ...], attention: str, part: Part) -> Surrogate:
     if part == "all":
         raise NotShareable('a whole transformer block is no light operator: use parts = "attention" or "mlp", or mode = "mix"')
     if attention == block.paths[0]:
@@ -152,7 +152,7 @@ def _half(graph: Graph, block: Region, sums: tuple[WeightedSum, ...], attention:
     return Surrogate(part, tuple(n for n in names if n in wanted), norms, _checked({s.sum: s.shortcut for s in removed}))
 
 
-def _convolutional(graph: Graph, block: Region, residual: WeightedSum) -> Surrogate:
+def _convolutional(graph: Graph, block: Region, residual: Residual) -> Surrogate:
     # A layer scale is a parameter that the graph reads itself, and no leaf.
     layers = [(n, module) for n in residual.nodes if _has_weights(graph, n) and (module := leaf(graph, n)) is not None]
     nodes, modules = [n for n, _ in layers], [m for _, m in layers]

@@ -86,7 +86,8 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert "time, a forecast" not in out
 
 
-def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.cost.rates.STEPS", 1)
     assert "  time, a forecast: " in output(capsys, "check", "s.toml", "--time")
 
 

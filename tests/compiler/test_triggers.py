@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.compiler import scores
+from graphopt.compiler import triggers
 from graphopt.compiler.triggers import AtEpoch, Decision, FreezeOut, Progressive, Score, Start, Steps, Trigger, active_regions
 from graphopt.errors import PassError
-from graphopt.train.history import EpochRecord, History
+from graphopt.train.state import EpochRecord, History
 
 NAMES = ("a", "b", "c", "d")
 ADAPTER = pydantic.TypeAdapter(Trigger)
@@ -133,15 +133,15 @@ def test_score_needs_measurements():
 
 @given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=12))
 def test_scores_are_shares(series):
-    assert 0 <= scores.continuation(series, 3) <= 1
-    assert scores.slope(series, 3) >= 0
-    assert scores.change(series, 3) == series[-1]
+    assert 0 <= triggers.continuation(series, 3) <= 1
+    assert triggers.slope(series, 3) >= 0
+    assert triggers.change(series, 3) == series[-1]
 
 
 def test_slope_of_a_straight_line():
-    assert scores.slope([1.0, 0.8, 0.6, 0.4], 3) == pytest.approx(0.2)
-    assert scores.slope([1.0, 0.5], 3) == math.inf
-    assert scores.slope([0.0, 0.0, 0.0], 3) == 0.0
+    assert triggers.slope([1.0, 0.8, 0.6, 0.4], 3) == pytest.approx(0.2)
+    assert triggers.slope([1.0, 0.5], 3) == math.inf
+    assert triggers.slope([0.0, 0.0, 0.0], 3) == 0.0
 
 
 @pytest.mark.parametrize(

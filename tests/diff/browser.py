@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from graphopt.diff.render.png import browser
+from graphopt.diff.render.picture import browser
 
 
 def _missing() -> str | None:

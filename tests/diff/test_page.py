@@ -13,7 +13,7 @@ import torch
 from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import diff
 from graphopt.diff.phases import phase_diffs
-from graphopt.diff.render.files import write_html
+from graphopt.diff.render.page import to_html
 from tests.diff.browser import opened
 from tests.diff.passes import Blend, Ice, Part, Say
 from tests.diff.plans import plan
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "small.html"
     evil = Say(select="fc", status="frozen", detail={"why": EVIL})
     passes = [Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.3"), evil]
-    write_html(diff(plan(*passes, model=Small(blocks=6), costs=False)), path)
+    path.write_text(to_html(diff(plan(*passes, model=Small(blocks=6), costs=False))))
     return path
 
 
@@ -44,7 +44,7 @@ def phases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three phases: nothing, the front frozen, and one block thawed again."""
     path = tmp_path_factory.mktemp("page") / "phases.html"
     passes = [Ice(select=("stem", "blocks.0", "blocks.1"), when=AtEpoch(epoch=2)), Ice(select="blocks.2", when=AtEpoch(epoch=3, until=5))]
-    write_html(phase_diffs(plan(*passes), epochs=8), path)
+    path.write_text(to_html(phase_diffs(plan(*passes), epochs=8)))
     return path
 
 
@@ -228,7 +228,7 @@ def test_a_large_graph_opens_soon_and_stays_usable(browse: Any, tmp_path: Path) 
     found = diff(plan(Ice(select=("patch_embed", "layers.0", "layers.1")), model=model, input=(3, 224, 224)))
     assert sum(len(r.nodes) for r in found.rows) > 1300
     path = tmp_path / "large.html"
-    write_html(found, path)
+    path.write_text(to_html(found))
     page = browse(path)
     # Opening is quick because little is drawn (0.9 s on two busy cores; a test that took the time would fail on a busy machine).
     assert page.locator("[data-id]").count() < 20

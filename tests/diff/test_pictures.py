@@ -12,8 +12,8 @@ import pytest
 
 from graphopt.cli import main
 from graphopt.diff import diff
-from graphopt.diff.render import png
-from graphopt.diff.render.svg import to_svg
+from graphopt.diff.render import picture as pictures
+from graphopt.diff.render.picture import to_svg
 from graphopt.errors import RunError
 from tests.diff.passes import Blend, Ice, Part, Say
 from tests.diff.plans import plan
@@ -78,15 +78,15 @@ def test_without_any_engine_the_error_says_what_to_install(monkeypatch: pytest.M
 
 def test_png_without_browser_and_cairo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cairosvg", None)
-    monkeypatch.setattr(png, "browser", lambda: None)
+    monkeypatch.setattr(pictures, "browser", lambda: None)
     with pytest.raises(RunError, match="Install chromium"):
-        png.to_png("<svg/>")
+        pictures.to_png("<svg/>")
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(png.browser() is None, reason="there is no Chromium")
+@pytest.mark.skipif(pictures.browser() is None, reason="there is no Chromium")
 def test_png_by_chromium() -> None:
-    assert png.to_png(picture(), scale=1).startswith(b"\x89PNG\r\n")
+    assert pictures.to_png(picture(), scale=1).startswith(b"\x89PNG\r\n")
 
 
 def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from graphopt.cli import main
-from graphopt.diff.render.run import charts
-from graphopt.diff.run import is_run, read_run
+from graphopt.diff.render.run import charts, is_run, read_run
 from tests.diff.browser import opened
 
 SPEC = """\

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from graphopt import Status
 from graphopt.diff import Diff, diff
-from graphopt.diff.render.dot import to_dot
+from graphopt.diff.model import STYLES
 from graphopt.diff.render.explorer import to_model_explorer, to_node_data
-from graphopt.diff.render.mermaid import to_mermaid
-from graphopt.diff.render.text import to_text
-from graphopt.diff.status import STYLES
+from graphopt.diff.render.flowchart import to_dot, to_mermaid
+from graphopt.diff.render.text import render
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
 from tests.diff.plans import plan
 
@@ -25,6 +26,13 @@ def everything() -> Diff:
     """Frozen stem, a mix, a local module with its head, and a name that wants to be code."""
     strange = Say(select="fc", status="frozen", detail={"why": '"<b>#1</b>"'})
     return diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange))
+
+
+def to_text(diff: Diff, *, unfold: bool = False, nodes: bool = False, colour: bool = False, unicode: bool = True) -> str:
+    out = StringIO()
+    console = Console(file=out, width=120, force_terminal=colour, color_system="truecolor" if colour else None, legacy_windows=False)
+    console.print(render(diff, unfold=unfold, nodes=nodes, unicode=unicode))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 CASES = {

@@ -51,7 +51,7 @@ def test_a_set_is_convex_if_no_path_comes_back(graph: Graph, data: st.DataObject
     pairs = itertools.permutations(chosen, 2)
     outside = {n for a, b in pairs for n in nx.descendants(reference, a) & nx.ancestors(reference, b)} - chosen
     assert is_convex(graph, chosen) is not bool(outside)
-    found = reentry(graph, chosen)
+    found = reentry(graph.nodes, chosen)
     assert found in outside if outside else found is None
 
 
@@ -116,5 +116,5 @@ def test_where_a_path_comes_back(names: list[str], back: str | None) -> None:
         return y.neg() * y.tanh().exp()
 
     graph = graph_of(forward)
-    found = reentry(graph, [node(graph, n) for n in names])
+    found = reentry(graph.nodes, [node(graph, n) for n in names])
     assert (found.name if found else None) == back

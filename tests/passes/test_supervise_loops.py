@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import graphopt
 from graphopt.passes.supervise import Supervise
 from tests.support.backbones import Small
+from tests.support.ranks import run_ranks
 
 STEPS, BATCH = 12, 16
 
@@ -114,10 +111,7 @@ def test_accelerate_takes_the_same_steps(accumulate: int) -> None:
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _rank(rank: int, folder: str) -> None:
     module = emitted()
     _norms_at_rest(module)
     # Different weights on the ranks at first: DDP sends rank 0's.
@@ -131,7 +125,6 @@ def _rank(rank: int, port: int, folder: str) -> None:
         output, local_loss = wrapped(x, y)
         (F.cross_entropy(output, y) + local_loss).backward()
     torch.save({n: p.grad for n, p in module.named_parameters()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def _norms_at_rest(module: nn.Module) -> None:
@@ -143,10 +136,7 @@ def _norms_at_rest(module: nn.Module) -> None:
 
 
 def test_two_ranks_average_to_one_process(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    run_ranks(_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     module = emitted()
     _norms_at_rest(module)

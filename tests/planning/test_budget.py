@@ -62,7 +62,7 @@ def test_the_batch_found_fits_and_the_next_does_not(search):
     memory = 10 * 2**20
     found = search.largest_batch(Budget(memory=memory))
     assert found.spec.train.batch == found.batch
-    assert found.chosen.cost.peak_bytes <= memory < search.cost(search.phases(search.plan), found.batch + 1).peak_bytes
+    assert found.chosen.cost.peak_bytes <= memory < search.cost(search.plan.phases(search.spec.train.epochs), found.batch + 1).peak_bytes
     with_room = search.largest_batch(Budget(memory=memory, allowance=1.25))
     assert with_room.batch < found.batch
 

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt.cost import Rates, forecast
+from graphopt.diff.render.run import read_run
 from graphopt.driver import build_backbone as build
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
-from graphopt.planning.run_cost import counts, decisions_of, drop_points, forecast_run
+from graphopt.planning.run_cost import counts, drop_points, forecast_run
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
 from tests.support.backbones import Small
@@ -123,7 +124,7 @@ batch = 16
     path.write_text(spec_text)
     spec = load(path)
     train(spec, tmp_path / "run")
-    decisions = decisions_of(tmp_path / "run")
+    decisions = read_run(tmp_path / "run").decisions
     assert [d.regions[-1] for d in decisions] == ["layer2"]
     assert decisions[0].epoch > 0
 
@@ -145,18 +146,17 @@ def test_drop_points_have_the_size_that_was_published():
     assert [points[i].bytes_per_sample // 2 for i in (1, 3, 5)] == [16384, 8192, 4096]
 
 
-@pytest.mark.parametrize(("name", "least"), [("vgg11", 0.1783), pytest.param("resnet152", 0.8374, marks=pytest.mark.slow)])
-def test_replayed_schedules_save_what_was_published(name, least):
+def test_a_replayed_schedule_saves_what_was_published():
     """arXiv 2604.23403: forward FLOPs averaged over the run; here with evaluation and filling counted in."""
-    spec = load(f"learn_and_drop/{name}")
+    spec = load("learn_and_drop/vgg11")
     with torch.device("meta"):
         model = build(spec.backbone)
     plan = graphopt.compile(model, spec, verify="off", costs=False)
     samples, evaluated = counts(spec.data)
     assert (samples, evaluated) == (50_000, 10_000)
     work = forecast_run(plan, spec.train, samples=samples, evaluated=evaluated)
-    assert work.forward_saved >= least
-    assert work.training_forward_saved >= least
+    assert work.forward_saved >= 0.1783
+    assert work.training_forward_saved >= 0.1783
     assert work.complete
 
 

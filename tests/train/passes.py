@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, RuntimeNeeds, Selector, Status, select
 from graphopt.ir.nodes import leaf
 from graphopt.runtime.body import Body
-from graphopt.runtime.eval_mode import always_eval
+from graphopt.runtime.by_mode import always_eval
 
 
 class _OnSelected(Pass):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,7 @@ from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import store as feature_store
 from graphopt.train.feature_cache.cache import FeatureCache
-from graphopt.train.feature_cache.feed import FeatureFeed
-from graphopt.train.feature_cache.prefix import Prefix
+from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
 from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
 from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
@@ -54,10 +54,16 @@ def run(tmp_path: Path, name: str = "run", data: DataSpec = DATA, settings: Trai
     return tmp_path / name
 
 
-@pytest.fixture
-def reference(tmp_path):
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
     """A run without a cache: its prefix runs in every step, without gradients."""
-    return weights(run(tmp_path, "reference", cache="none"))
+    return weights(run(tmp_path_factory.mktemp("reference"), cache="none"))
+
+
+@pytest.fixture(scope="module")
+def whole_of(tmp_path_factory):
+    """The weights of an undisturbed run with these options."""
+    return lru_cache(lambda **options: weights(run(tmp_path_factory.mktemp("whole"), **options)))
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
@@ -107,8 +113,8 @@ class _Stop:
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 @pytest.mark.parametrize("step", [3, 7, 10, 17, 23], ids=["before", "in the first", "at an epoch's end", "in the second", "at the end"])
-def test_resumed_at_any_point_the_weights_are_the_same(tmp_path, reference, monkeypatch, cache, step):
-    whole = weights(run(tmp_path, "whole", cache=cache, dtype="float16"))
+def test_resumed_at_any_point_the_weights_are_the_same(tmp_path, whole_of, monkeypatch, cache, step):
+    whole = whole_of(cache=cache, dtype="float16")
     with monkeypatch.context() as patch:
         _Stop(patch, step)
         with pytest.raises(RunError, match="stopped"):
@@ -116,8 +122,8 @@ def test_resumed_at_any_point_the_weights_are_the_same(tmp_path, reference, monk
     assert equal(weights(run(tmp_path, resume=True, cache=cache, dtype="float16")), whole)
 
 
-def test_a_stop_while_filling_goes_on_from_there(tmp_path, monkeypatch):
-    whole = weights(run(tmp_path, "whole", cache="disk"))
+def test_a_stop_while_filling_goes_on_from_there(tmp_path, whole_of, monkeypatch):
+    whole = whole_of(cache="disk")
     written = []
     original = feature_store.FileFill.write
 
@@ -144,8 +150,8 @@ def test_a_stop_while_filling_goes_on_from_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["bit", "short", "header", "targets"])
-def test_a_damaged_entry_is_built_anew(tmp_path, monkeypatch, how):
-    whole = weights(run(tmp_path, "whole", cache="disk"))
+def test_a_damaged_entry_is_built_anew(tmp_path, whole_of, monkeypatch, how):
+    whole = whole_of(cache="disk")
     with monkeypatch.context() as patch:
         _Stop(patch, 7)
         with pytest.raises(RunError, match="stopped"):
@@ -241,7 +247,8 @@ def test_a_cache_that_reads_slower_is_declined(tmp_path, monkeypatch, force, kep
 
     monkeypatch.setattr(MemoryFill, "read", slow)
     messages = []
-    cache = cache_of(tmp_path, plan, clock=clock)
+    monkeypatch.setattr("graphopt.train.feature_cache.cache.perf_counter", clock)
+    cache = cache_of(tmp_path, plan)
     cache.on_message = messages.append
     feed, module, record = cache.prepare(plan, {})
     assert record["kept"] is kept

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphopt import RunError
-from graphopt.spec import OptimizerSpec, SchedulerSpec
+from graphopt.spec import OptimizerSpec, SchedulerSpec, TrainSpec
 from graphopt.train.optimizer import (
     Schedule,
     build_optimizer,
@@ -135,7 +135,7 @@ def test_layers_further_from_the_head_learn_more_slowly() -> None:
     assert rates is not None
     assert rates["fc.weight"] == 1.0 > rates["layer4.1.conv2.weight"] > rates["layer1.0.conv1.weight"] >= rates["conv1.weight"]
     optimizer = build_optimizer(net, OptimizerSpec(lr=1.0), rates=rates)
-    Schedule(optimizer, SchedulerSpec(name="constant"), lr=1.0, epochs=2, steps_per_epoch=2).set_step(0)
+    Schedule(optimizer, TrainSpec(scheduler=SchedulerSpec(name="constant"), optimizer={"lr": 1.0}, epochs=2), 2).set_step(0)
     found = {name: group["lr"] for group in optimizer.param_groups for name in [group["name"]]}
     assert max(found.values()) == 1.0
     assert len(found) > 4
@@ -161,7 +161,7 @@ def test_settings_an_optimizer_does_not_take(change: dict[str, Any], message: st
 
 def rates(spec: SchedulerSpec, steps: list[int]) -> list[float]:
     optimizer = build_optimizer(nn.Linear(2, 2), OptimizerSpec(lr=0.8))
-    schedule = Schedule(optimizer, spec, lr=0.8, epochs=10, steps_per_epoch=10)
+    schedule = Schedule(optimizer, TrainSpec(scheduler=spec, optimizer={"lr": 0.8}, epochs=10), 10)
     return [schedule.set_step(step) for step in steps]
 
 
@@ -181,7 +181,8 @@ def test_a_new_phase_goes_on_at_the_rate_the_last_one_reached() -> None:
     module = nn.Linear(2, 2)
     spec, cosine = OptimizerSpec(lr=0.8), SchedulerSpec(name="cosine")
     first = build_optimizer(module, spec)
-    reached = Schedule(first, cosine, lr=0.8, epochs=10, steps_per_epoch=10).set_step(50)
+    train = TrainSpec(scheduler=cosine, optimizer={"lr": 0.8}, epochs=10)
+    reached = Schedule(first, train, 10).set_step(50)
     second = build_optimizer(module, spec)
     load_optimizer_state(second, module, optimizer_state(first, module))
-    assert Schedule(second, cosine, lr=0.8, epochs=10, steps_per_epoch=10).set_step(50) == reached == second.param_groups[0]["lr"]
+    assert Schedule(second, train, 10).set_step(50) == reached == second.param_groups[0]["lr"]

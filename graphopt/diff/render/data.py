@@ -7,10 +7,9 @@ from typing import Any
 
 from graphopt.cost.figures import FIGURES
 from graphopt.diff.align import Diff, group_name
-from graphopt.diff.model import as_json
+from graphopt.diff.model import STYLES, as_json
 from graphopt.diff.phases import PhaseDiff
 from graphopt.diff.render.words import shape, title
-from graphopt.diff.status import STYLES
 
 #: the figures at the head of a picture, and those that the bars can show
 TILES = ("trainable_parameters", "backward_flops", "forward_flops", "saved_activation_bytes", "peak_bytes")
@@ -59,45 +58,32 @@ def page_data(shown: Shown) -> dict[str, Any]:
         "metrics": list(METRICS) if has_costs else ["trainable_parameters", "parameters"],
         "metric": _main_metric(main) if has_costs else "trainable_parameters",
         "phases": [_phase(phase, pool, apart) for phase in phases],
-        "pool": pool.values,
+        "pool": list(map(json.loads, pool)),
         "show": most_changed(phases),
         # Room for the labels that any phase puts on an edge, so that none of them moves the blocks.
         "labelled": sorted({edge for p in phases for edge in _labelled(p.diff)}) if len(phases) > 1 else [],
     }
 
 
-class _Pool:
-    """Values that many rows have in common, each stored once."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._known: dict[str, int] = {}
+class _Pool(dict[str, int]):
+    """Values that many rows have in common, each stored once: JSON -> number."""
 
     def add(self, value: Any) -> int:
         """The number of a value."""
-        number = self._known.setdefault(json.dumps(value, sort_keys=True), len(self.values))
-        if number == len(self.values):
-            self.values.append(value)
-        return number
+        return self.setdefault(json.dumps(value), len(self))
 
 
 def _phase(phase: PhaseDiff, pool: _Pool, apart: set[tuple[str, str]]) -> dict[str, Any]:
     diff = phase.diff
     rows = [as_json(row) | {"changed": row.changed} for row in diff.rows]
     groups: list[list[str]] = []
-    for name, previous in zip([r.name for r in diff.rows], [None, *(r.name for r in diff.rows)], strict=False):
-        if previous is None or (previous, name) in apart:
-            groups.append([name])
-        else:
-            groups[-1].append(name)
-    return {
-        "epoch": phase.epoch,
-        "label": phase.label,
-        "totals": as_json(diff.after.totals),
-        "rows": [row | {"nodes": pool.add(row["nodes"])} for row in rows],
-        "groups": [{"name": group_name(names), "rows": names} for names in groups],
-        **diff.flow(),
-    }
+    for row in diff.rows:
+        if not groups or (groups[-1][-1], row.name) in apart:
+            groups.append([])
+        groups[-1].append(row.name)
+    head = {"epoch": phase.epoch, "label": phase.label, "totals": as_json(diff.after.totals)}
+    shown = [{"name": group_name(names), "rows": names} for names in groups]
+    return {**head, "rows": [row | {"nodes": pool.add(row["nodes"])} for row in rows], "groups": shown, **diff.flow()}
 
 
 def _apart(phases: Sequence[PhaseDiff]) -> set[tuple[str, str]]:

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from graphopt.diff.align import Diff
-from graphopt.diff.model import NodeRow, Row
+from graphopt.diff.model import KEPT, STYLES, NodeRow, Row
 from graphopt.diff.render.words import glyphs, passes_of, shape
-from graphopt.diff.status import KEPT, STYLES
 
 
 def to_model_explorer(diff: Diff) -> dict[str, Any]:
@@ -22,16 +21,8 @@ def to_model_explorer(diff: Diff) -> dict[str, Any]:
         nodes += [_node(diff, row, node, known) for node in row.nodes]
         if not row.nodes:  # a module that runs outside the flat graph: an auxiliary head
             attached = rows[row.attached_to].nodes[-1:] if row.attached_to else ()
-            edges = _edges((n.name for n in attached), known)
-            nodes.append(
-                {
-                    "id": row.name,
-                    "label": row.kind or row.name,
-                    "namespace": row.stage,
-                    "attrs": _attributes(diff, row),
-                    "incomingEdges": edges,
-                }
-            )
+            head = {"id": row.name, "label": row.kind or row.name, "namespace": row.stage, "attrs": _attributes(diff, row)}
+            nodes.append({**head, "incomingEdges": _edges((n.name for n in attached), known)})
     return {"label": diff.after.title, "graphs": [{"id": "diff", "nodes": nodes}]}
 
 
@@ -57,9 +48,8 @@ def _node(diff: Diff, row: Row, node: NodeRow, known: set[str]) -> dict[str, Any
 
 
 def _edges(inputs: Iterable[str], known: set[str]) -> list[dict[str, str]]:
-    return [
-        {"sourceNodeId": name, "sourceNodeOutputId": "0", "targetNodeInputId": str(i)} for i, name in enumerate(inputs) if name in known
-    ]
+    found = ((str(i), name) for i, name in enumerate(inputs) if name in known)
+    return [{"sourceNodeId": name, "sourceNodeOutputId": "0", "targetNodeInputId": number} for number, name in found]
 
 
 def _attributes(diff: Diff, row: Row) -> list[dict[str, str]]:

@@ -1,16 +1,19 @@
-"""A run as one HTML page: its curves, its phases and decisions, and the diff."""
+"""A run's folder read, and shown as one HTML page: its curves, its phases and decisions, and the diff."""
 
 import html
+import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
-from graphopt.diff.render.page import filled, scripts, to_html
-from graphopt.diff.render.style import for_page, web
-from graphopt.diff.run import Run
+from graphopt.diff.render.page import filled, for_page, scripts, to_html, web
+from graphopt.errors import RunError
 from graphopt.units import show_count, show_size, show_time
 
 #: points in one curve at most: more than a screen has columns
@@ -18,28 +21,95 @@ POINTS = 1500
 MIB = 2**20
 
 
-def to_report(run: Run, plan: Plan) -> str:
-    """The page of a run.
+_FIX = "Name the folder that `graphopt train` wrote"
 
-    Args:
-        plan: of the run's spec, in its first phase.
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the records of its metrics.jsonl by kind, in order, and its summary.json, which is None while the run goes on."""
+
+    path: Path
+    epochs: tuple[Mapping[str, Any], ...]
+    steps: tuple[Mapping[str, Any], ...]
+    phases: tuple[Mapping[str, Any], ...]
+    summary: Mapping[str, Any] | None
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All that was decided, in order."""
+        records = (d for phase in self.phases for d in phase.get("decisions", ()))
+        return tuple(dict.fromkeys(Decision.model_validate({k: d[k] for k in d if k in Decision.model_fields}) for d in records))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run."""
+    return path.is_dir() and (path / "run.json").is_file()
+
+
+def read_run(path: Path) -> Run:
+    """Reads the folder of a run.
+
+    Raises:
+        RunError: the folder does not exist, is not a run, or its metrics cannot be read.
     """
+    if not path.exists():
+        raise RunError("no such folder", where=str(path), fix=_FIX)
+    if not path.is_dir():
+        raise RunError("a file, not the folder of a run", where=str(path), fix=_FIX)
+    if not (path / "run.json").is_file() or not (path / "spec.toml").is_file():
+        raise RunError("no run of graphopt: it has no run.json and spec.toml", where=str(path), fix=_FIX)
+    records = _records(path / "metrics.jsonl")
+    summary = _text(path / "summary.json")
+    try:
+        finished = json.loads(summary) if summary else None
+    except ValueError as error:
+        raise RunError("not JSON", where=str(path / "summary.json"), fix="Remove it, or resume the run") from error
+    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished)
+
+
+def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """The records of a metrics file by kind; a last line that was cut off in writing is passed over."""
+    records: dict[str, list[Mapping[str, Any]]] = {"epoch": [], "step": [], "phase": []}
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            kind = record["kind"]
+        except (ValueError, TypeError, KeyError) as error:
+            if line.endswith("}"):
+                raise RunError("not a line of metrics", where=f"{path}:{number}", fix="Remove the line") from error
+            continue
+        if kind in records:
+            records[kind].append(record)
+    return records
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(path)) from error
+
+
+def to_report(run: Run, plan: Plan) -> str:
+    """The page of a run; `plan` is of its spec, in its first phase."""
     phases = phase_diffs(plan, run.decisions)
     title = plan.name or run.path.name
     spec = plan.spec
     facts = [f"run {run.path.name}", f"{spec.backbone.source} {spec.backbone.name}", f"digest {plan.digest}"] if spec is not None else []
     if run.summary:
         facts.append(str(run.summary.get("device", "")))
-    note = "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>'
+    lines = [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(map(_label, p.get("decisions", ()))))} for p in run.phases]
     values = {
         "TITLE": html.escape(title),
         "SUBTITLE": html.escape(" · ".join(t for t in facts if t)),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css"),
         "TILES": "".join(_tile(*tile) for tile in _tiles(run)),
-        "NOTE": note,
+        "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
         "DIFF": html.escape(to_html(phases), quote=True),
-        "DATA": as_script({"phases": _phase_lines(run), "charts": charts(run), "until": max(1, len(run.epochs))}),
+        "DATA": as_script({"phases": lines, "charts": charts(run), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
     }
     return filled(web("report.html"), values)
@@ -48,6 +118,8 @@ def to_report(run: Run, plan: Plan) -> str:
 def charts(run: Run) -> dict[str, Any]:
     """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends."""
     ends = [0, *(int(r["step"]) for r in run.epochs)]
+    # How long an epoch that has not ended is: as the one before, or all there is so far.
+    length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
 
     def at(record: Mapping[str, Any]) -> float:
         step = int(record["step"])
@@ -55,7 +127,6 @@ def charts(run: Run) -> dict[str, Any]:
         start = ends[number]
         if number + 1 < len(ends):
             return number + (step - start) / max(1, ends[number + 1] - start)
-        length = ends[-1] - ends[-2] if len(ends) > 1 else 1 + max((int(r["step"]) for r in run.steps), default=1)
         return number + min(1.0, (step - start) / max(1, length))
 
     def steps(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
@@ -64,16 +135,10 @@ def charts(run: Run) -> dict[str, Any]:
     def epochs(key: str, factor: float = 1.0) -> list[tuple[float, float]]:
         return [(int(r["epoch"]) + 1.0, factor * float(r[key])) for r in run.epochs if _number(r.get(key))]
 
-    training = steps("loss") or epochs("train_loss")
+    training, accuracy = steps("loss") or epochs("train_loss"), steps("accuracy", 100) or epochs("train_accuracy", 100)
     return {
         "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
-        "accuracy": _chart(
-            {
-                "training": steps("accuracy", 100) or epochs("train_accuracy", 100),
-                "evaluation": epochs("accuracy", 100),
-                "averaged weights": epochs("ema_accuracy", 100),
-            }
-        ),
+        "accuracy": _chart({"training": accuracy, "evaluation": epochs("accuracy", 100), "averaged weights": epochs("ema_accuracy", 100)}),
         "time": _chart({"step": steps("step_seconds", 1000)}, zero=True),
         "memory": _chart({"peak": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB)}, zero=True),
     }
@@ -129,10 +194,6 @@ def _tile(what: str, big: str, small: str) -> str:
         f'<div class="tile" role="listitem"><div class="what">{html.escape(what)}</div>'
         f'<div class="big">{html.escape(big)}</div><div class="small">{html.escape(small)}</div></div>'
     )
-
-
-def _phase_lines(run: Run) -> list[dict[str, Any]]:
-    return [{"epoch": p.get("epoch", 0), "label": ", ".join(dict.fromkeys(_label(d) for d in p.get("decisions", ())))} for p in run.phases]
 
 
 def _label(decision: Mapping[str, Any]) -> str:

@@ -1,19 +1,17 @@
 """The diff as a tree on the terminal, in colour and glyphs."""
 
 from collections.abc import Iterator
-from io import StringIO
 from itertools import groupby
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from graphopt.cost.figures import FIGURES
 from graphopt.diff.align import Diff, RowGroup
-from graphopt.diff.model import NodeRow, Row
+from graphopt.diff.model import KEPT, STYLES, NodeRow, Row
 from graphopt.diff.render.words import change, common_figures, facts, glyphs, groups, passes_of, shape, status_words, title, total
-from graphopt.diff.status import KEPT, STYLES
 
 _FIGURE = {f.name: f for f in FIGURES}
 #: what the end of a line may say: the one that changes most, the first of equals
@@ -22,21 +20,8 @@ _ASCII = str.maketrans({"→": "->", "×": "x", "╌": "-", "▤": "#", "…": "
 
 
 def render(diff: Diff, *, unfold: bool = False, nodes: bool = False, unicode: bool = True) -> RenderableType:
-    """A rich renderable.
-
-    Args:
-        unfold: a line for every block, equal neighbours too. nodes: the operations below each changed block.
-        unicode: glyphs and lines outside ASCII.
-    """
+    """A rich renderable; `unfold` gives every block a line, `nodes` shows the operations below each changed one."""
     return _Tree(diff, unfold, nodes, unicode).render()
-
-
-def to_text(diff: Diff, *, width: int = 120, unfold: bool = False, nodes: bool = False, colour: bool = False, unicode: bool = True) -> str:
-    """The same as a string, e.g. for a file."""
-    out = StringIO()
-    console = Console(file=out, width=width, force_terminal=colour, color_system="truecolor" if colour else None, legacy_windows=False)
-    console.print(render(diff, unfold=unfold, nodes=nodes, unicode=unicode))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 class _Tree:

@@ -5,8 +5,7 @@ from typing import Literal
 
 from graphopt.cost.figures import FIGURES, Figure
 from graphopt.diff.align import Diff, RowGroup
-from graphopt.diff.model import Row, Shape
-from graphopt.diff.status import KEPT, STYLES
+from graphopt.diff.model import KEPT, STYLES, Row, Shape
 
 
 def change(before: int, after: int) -> str:

@@ -7,9 +7,9 @@ and of the entry that it was filled from; so an outdated entry has another name 
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.runtime.dtypes import DTYPES
-from graphopt.train.feature_cache.feed import FeatureFeed, OnFeatures
-from graphopt.train.feature_cache.prefix import Cut, Declined, Prefix, key_of
+from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import MANIFEST, CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
@@ -32,41 +31,22 @@ TRIAL = 4
 
 
 class FeatureCache:
-    """Caches the features of one run, one entry at a time.
+    """Caches the features of one run, one entry at a time: in `folder`, in RAM, or in a folder that the pass names.
 
-    Args:
-        images: the feed of training, whose order and batches features have.
-        folder: where entries on disk go, unless the pass names a folder. digest: the run's.
-        identity: the data and its transform, as plain values.
-        mixed: whether mixup or CutMix changes the batches.
-        clock: times reading and computing.
-
-    Attributes:
-        on_progress: called with (rows done, rows) while an entry is filled; may raise an exception to stop.
-        on_message: called with a line for the console.
-        last_decision: the last decision about caching, as a record for the run's log.
+    `identity` is the data and its transform, `mixed` whether mixup or CutMix changes batches. `on_progress` is called with (rows done,
+    rows) and may raise an exception to stop, `on_message` with a line for the console; `last_decision` is a record for the run's log.
     """
 
     def __init__(
-        self,
-        images: ImageFeed,
-        strategy: Strategy,
-        *,
-        folder: Path,
-        digest: str,
-        identity: Mapping[str, Any],
-        mixed: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
+        self, images: ImageFeed, strategy: Strategy, *, folder: Path, digest: str, identity: Mapping[str, Any], mixed: bool = False
     ) -> None:
         self.images, self.samples, self.strategy = images, images.samples, strategy
-        self.folder, self.digest, self.identity = folder, digest, dict(identity)
-        self.mixed, self.clock = mixed, clock
+        self.folder, self.digest, self.identity, self.mixed = folder, digest, dict(identity), mixed
         self.on_progress: Callable[[int, int], None] = lambda done, rows: None  # noqa: ARG005 (names say what it gets)
         self.on_message: Callable[[str], None] = lambda text: None  # noqa: ARG005
         self.last_decision: dict[str, Any] = {}
         self._held: CacheEntry | None = None
 
-    # -- before the run -----------------------------------------------------------------------------------------------------
     def check(self, plan: Plan) -> None:
         """Raises RunError, before the first step, if a sample's input is not the same each time or the limit is smaller than a batch."""
         for item in plan.matched:
@@ -82,7 +62,6 @@ class FeatureCache:
                 raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
 
     def _check_inputs(self, options: Mapping[str, Any]) -> None:
-        """Checks that each sample's input is the same every time."""
         if self.mixed:
             what = "mixup and CutMix make new inputs from every batch, so features of them cannot be cached"
             raise RunError(what, where="data.augment", fix='Leave them out, or run the prefix in every step (cache = "none")')
@@ -96,14 +75,11 @@ class FeatureCache:
                 what = "the transform gives another input each time for the same view of a sample"
                 raise RunError(what, where="data", fix="Let it draw from torch's, numpy's or Python's own generators only")
 
-    # -- at the start of a phase --------------------------------------------------------------------------------------------
     def prepare(self, plan: Plan, record: Mapping[str, Any]) -> tuple[Feed, nn.Module, dict[str, Any]]:
         """The feed and the module that a phase trains with, and a record of that for its checkpoints.
 
-        Features are found, or computed: from those of the phase before if possible, else from the images. Where they cannot or should not
-        be cached, the whole module runs on images, its prefix under no_grad; that costs time and nothing else.
-
-        `record` is of the phase before, or, when a run is resumed, of this very phase (then its choice stands).
+        `record` is of the phase before, or, when a run is resumed, of this very phase (then its choice stands). Where features cannot or
+        should not be cached, the whole module runs on images, its prefix under no_grad; that costs time and nothing else.
         """
         cut = plan.needs.features
         self.last_decision = {}
@@ -114,10 +90,7 @@ class FeatureCache:
         resumed = record.get("cut") == cut.node.name
         route = [*record.get("route", []), *([] if resumed else [cut.node.name])]
         declined = "it was decided so before" if resumed and not record["kept"] else None
-        # The main rank decides; the others then find the entry, or do without it as well.
-        why = self.strategy.agree(lambda: declined or self._try_to_hold(plan, route, trial=not resumed))
-        if why is None and not self.strategy.is_main_rank:
-            why = self._try_to_hold(plan, route, trial=False)
+        why = declined or self._try_to_hold(plan, route, trial=not resumed)
         if why is not None or self._held is None:
             self._held = None
             self.last_decision |= {"kept": False, "why": why}
@@ -131,10 +104,8 @@ class FeatureCache:
     def close(self) -> None:
         """Removes what the run has cached; a folder that the pass names stays, for the next run."""
         self._held = None
-        if self.strategy.is_main_rank:
-            for own in {self.folder, self._directory({"cache": "ram"})}:
-                if (own / MANIFEST).is_file():
-                    shutil.rmtree(own)
+        if (self.folder / MANIFEST).is_file():
+            shutil.rmtree(self.folder)
 
     def _try_to_hold(self, plan: Plan, route: Sequence[str], trial: bool) -> str | None:
         """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
@@ -175,9 +146,10 @@ class FeatureCache:
         layout = cuts[-1].layout
         if self._held is not None and self._held.layout.key == layout.key:
             return self._held
-        if options["cache"] == "ram" and self.strategy.rank.count == 1:
+        if options["cache"] == "ram":
             return self._fill(plan, cuts, options, MemoryFill(layout), trial)
-        directory = CacheDirectory(self._directory(options), self.digest)
+        folder = options.get("folder")
+        directory = CacheDirectory(Path(folder).expanduser() if folder else self.folder, self.digest)
         entry = directory.open(layout)
         if entry is None:
             with directory.filling(layout) as fill:
@@ -188,14 +160,11 @@ class FeatureCache:
         return entry
 
     def _fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, trial: bool) -> CacheEntry:
-        """Computes what is missing of an entry. What was written stays if this is interrupted, and is removed where caching fails.
-
-        A trial declines if, after a few chunks, reading features turns out to be slower than computing them.
-        """
+        """Computes what is missing of an entry; a trial declines if reading a few chunks is slower than computing them."""
         source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if len(cuts) > 1 else None
         prefix, layout = Prefix(plan, cuts, self.strategy), fill.layout
         last = min(TRIAL, layout.chunks - 1) if trial and not options.get("force") and fill.done == 0 else 0
-        began = start = self.clock()
+        began = start = perf_counter()
         try:
             for number, (inputs, targets) in enumerate(self._chunks(source, fill), fill.done):
                 features = prefix.compute(inputs)
@@ -203,9 +172,9 @@ class FeatureCache:
                     prefix.check(inputs, features)
                 fill.write(number, prefix.convert(features), targets)
                 if number == 0:
-                    start = self.clock()  # the first chunk was computed three times, and warmed the kernels up
+                    start = perf_counter()  # the first chunk was computed three times, and warmed the kernels up
                 elif number == last:
-                    self._check_faster(fill, last, self.clock() - start)
+                    self._check_faster(fill, last, perf_counter() - start)
                 self.on_progress(layout.span(number)[1], layout.rows)
         except (OSError, Declined):
             fill.discard()
@@ -213,9 +182,8 @@ class FeatureCache:
         except BaseException:
             fill.flush()
             raise
-        self.last_decision["fill_seconds"] = self.clock() - began
         entry = fill.finish()
-        self.last_decision["filled_from"] = "images" if source is None else "features"
+        self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "images" if source is None else "features"}
         return entry
 
     def _chunks(self, source: CacheEntry | None, fill: Fill) -> Iterator[tuple[Tensor, Tensor]]:
@@ -229,23 +197,14 @@ class FeatureCache:
         """Reads back, in random order, the chunks from 1 to `last`, which took `computing` seconds to compute."""
         begin, end = fill.layout.span(1)[0], fill.layout.span(last)[1]
         order = begin + torch.randperm(end - begin, generator=torch.Generator().manual_seed(0))
-        began = self.clock()
+        began = perf_counter()
         for rows in torch.split(order, fill.layout.chunk):
             fill.read(rows)
-        reading, computing = (self.clock() - began) / len(order), computing / len(order)
+        reading, computing = (perf_counter() - began) / len(order), computing / len(order)
         self.last_decision |= {"compute_seconds_per_sample": computing, "read_seconds_per_sample": reading}
         if reading >= computing:
             times = f"reading them takes {1e6 * reading:.0f} us a sample, computing them {1e6 * computing:.0f} us"
             raise Declined(f"{times} (force = true caches them nevertheless)")
-
-    def _directory(self, options: Mapping[str, Any]) -> Path:
-        if options.get("folder"):
-            return Path(options["folder"]).expanduser()
-        shared = Path("/dev/shm")
-        if options["cache"] == "ram" and shared.is_dir():
-            # Ranks share one copy in memory.
-            return shared / f"graphopt-{self.digest}-{hash_parts(str(self.folder.absolute()).encode())[:8]}"
-        return self.folder
 
 
 def _views(options: Mapping[str, Any]) -> int:

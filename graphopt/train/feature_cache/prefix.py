@@ -1,23 +1,29 @@
-"""The prefix that computes cached features, their keys, and checks that they may be cached at all."""
+"""Both sides of a cut: the prefix that computes cached features, with their keys, and training on them."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Batch
+from graphopt.data.loader import Batch, ImageFeed, epoch_order
 from graphopt.errors import RunError
 from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
-from graphopt.train.feature_cache.store import EntryLayout
+from graphopt.train.feature_cache.store import CacheEntry, EntryLayout
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
+
+#: batches that are read ahead of the step
+AHEAD = 2
 
 
 class Declined(Exception):
@@ -38,10 +44,7 @@ def computing(start: Node | None, stop: Node) -> set[Node]:
 
 
 def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: Sequence[object]) -> str:
-    """The key of the features at `stop`, computed from those at `start`, or from images, that have the key `parent`.
-
-    It changes with everything that the features depend on.
-    """
+    """The key of the features at `stop`, which depend on those at `start` (or images) with the key `parent`, nodes, tensors and options."""
     inside = computing(start, stop)
     ordered = [n for n in graph.nodes if n in inside]
     text = [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in ordered]
@@ -61,10 +64,7 @@ def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: S
 
 
 class Prefix:
-    """Computes the features of the last of several cuts, from images or from the features of the cut before it.
-
-    Raises RunError if it still trains.
-    """
+    """Computes the features of the last of several cuts, from images or the features of the cut before. Raises RunError if it trains."""
 
     def __init__(self, plan: Plan, cuts: Sequence[Cut], strategy: Strategy) -> None:
         nodes = computing(None, cuts[-1].node)
@@ -76,7 +76,6 @@ class Prefix:
         strategy.to_device(self._module)
 
     def compute(self, inputs: Tensor) -> Tensor:
-        """The features of a batch, on the device."""
         batch = self._strategy.move(Batch(torch.empty(0), inputs, torch.empty(0)))
         with torch.no_grad(), self._strategy.autocast():
             return self._module(batch.input.float())
@@ -98,3 +97,45 @@ class Prefix:
         if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(features).all()):
             raise Declined(f"their values go beyond {dtype_name(dtype)}")
         return stored.cpu()
+
+
+class OnFeatures(nn.Module):
+    """The part of a network that is trained on cached features. Without autocast it computes in float32."""
+
+    def __init__(self, suffix: nn.Module) -> None:
+        super().__init__()
+        self.suffix = suffix
+
+    def forward(self, features: Tensor, *more: Any) -> Any:
+        return self.suffix(features.float(), *more)
+
+
+class FeatureFeed:
+    """Batches of cached features in the order of the images' feed, a thread reads ahead. The entry has all first views, then all second."""
+
+    def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1) -> None:
+        self.entry, self._images, self._views = entry, images, views
+        self._count = entry.layout.rows // views
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """A sample's views alternate from epoch to epoch."""
+        images, size = self._images, self._images.batch
+        order = torch.tensor(epoch_order(self._count, images.seed, epoch))[images.rank.number :: images.rank.count]
+
+        def load(number: int) -> Batch:
+            index = order[number * size : (number + 1) * size]
+            rows = index + (epoch + index) % self._views * self._count
+            features = self.entry.features.index_select(0, rows)
+            return Batch(index, features.pin_memory() if images.pin else features, self.entry.targets[rows])
+
+        with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
+            ahead: deque[Future[Batch]] = deque()
+            for number in range(start, len(self)):
+                ahead.append(pool.submit(load, number))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()

@@ -11,7 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,14 @@ class EntryLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Bytes of all rows."""
         return self.rows * self.row_bytes
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are; the last may be short."""
         return -(-self.rows // self.chunk)
 
     def span(self, number: int) -> tuple[int, int]:
@@ -58,12 +55,9 @@ class EntryLayout:
         return number * self.chunk, min((number + 1) * self.chunk, self.rows)
 
     def table(self) -> dict[str, Any]:
-        """The layout as plain values, for the files of an entry."""
-        plain = {"key": self.key, "rows": self.rows, "shape": list(self.shape), "dtype": str(self.dtype), "chunk": self.chunk}
-        return {"graphopt": FORMAT_VERSION, **plain}
+        return {"graphopt": FORMAT_VERSION, **asdict(self), "shape": list(self.shape), "dtype": str(self.dtype)}
 
     def describes(self, table: dict[str, Any]) -> bool:
-        """Whether the header of a file has this layout."""
         return self.table().items() <= table.items()
 
 
@@ -97,7 +91,6 @@ class CacheDirectory:
             write_atomically(path / MANIFEST, json.dumps({"graphopt": FORMAT_VERSION, "digest": digest}))
 
     def file(self, layout: EntryLayout, kind: str) -> Path:
-        """One of an entry's files."""
         return self.path / f"{layout.key}.{kind}"
 
     def open(self, layout: EntryLayout) -> CacheEntry | None:
@@ -106,11 +99,8 @@ class CacheDirectory:
         if not header:
             return None
         rows, targets = self.file(layout, "rows"), self.file(layout, "targets")
-        try:
-            sizes = rows.stat().st_size, targets.stat().st_size
-        except OSError:
-            sizes = (-1, -1)
-        if layout.describes(header) and sizes == (layout.bytes, layout.rows * 8):
+        sizes = [file.stat().st_size for file in (rows, targets) if file.is_file()]
+        if layout.describes(header) and sizes == [layout.bytes, layout.rows * 8]:
             entry = CacheEntry(layout, _map(rows, layout), torch.frombuffer(bytearray(targets.read_bytes()), dtype=torch.int64))
             sums = [zlib.crc32(raw_bytes(entry.features[a:b])) for a, b in map(layout.span, range(layout.chunks))]
             if sums == header.get("sums") and zlib.crc32(raw_bytes(entry.targets)) == header.get("targets"):
@@ -157,8 +147,7 @@ class Fill(ABC):
         return self._written().index_select(0, rows)
 
     @abstractmethod
-    def finish(self) -> CacheEntry:
-        """The complete entry."""
+    def finish(self) -> CacheEntry: ...
 
     @abstractmethod
     def _put(self, first: int, features: Tensor) -> None: ...
@@ -217,13 +206,11 @@ class FileFill(Fill):
         return _map(self._part, self.layout)
 
     def flush(self) -> None:
-        """Brings the rows to the disk, and records how many there are."""
         os.fsync(self.handle)
         self._write_table("progress", targets=self.targets[: self.layout.span(len(self.sums))[0]].tolist())
         self._unrecorded = 0
 
     def finish(self) -> CacheEntry:
-        """The complete entry; it exists from here on."""
         os.fsync(self.handle)
         file = self.directory.file
         rows = file(self.layout, "rows")
@@ -237,7 +224,6 @@ class FileFill(Fill):
         write_atomically(self.directory.file(self.layout, kind), json.dumps({**self.layout.table(), "sums": self.sums, **more}))
 
     def discard(self) -> None:
-        """Removes the files."""
         self.directory.remove(self.layout)
 
 
@@ -257,7 +243,6 @@ class MemoryFill(Fill):
         return self.features
 
     def finish(self) -> CacheEntry:
-        """The complete entry."""
         return CacheEntry(self.layout, self.features, self.targets)
 
 

@@ -17,7 +17,7 @@ from graphopt.errors import PassError
 from graphopt.ir.regions import region_at
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
-from graphopt.runtime.checkpointed import Checkpointed
+from graphopt.runtime.body import Checkpointed
 from tests.passes.drop.networks import BACKBONES
 from tests.support.backbones import Residual, Small
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import timm
@@ -95,7 +98,9 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
+@cache
 def family(name: str) -> tuple[nn.Module, tuple[int, ...], int]:
+    """A family's backbone, the shape of a sample, and how many blocks are shared at every = 2. Copy the backbone to change it."""
     make, shape, count = FAMILIES[name]
     torch.manual_seed(0)
     model = make()
@@ -110,6 +115,18 @@ def compiled(
 ) -> Plan:
     """A plan with one share pass."""
     return graphopt.compile(model, Share(**options), input=input, verify=verify, costs=costs, batch=batch)
+
+
+@cache
+def _family_plan(name: str, options: tuple[tuple[str, Any], ...]) -> Plan:
+    model, shape, _ = family(name)
+    return compiled(model, shape, every=2, **dict(options))
+
+
+def family_plan(name: str, **options: Any) -> Plan:
+    """A family's plan at every second block, with a module of its own: compiled once, as several tests look at it."""
+    plan = _family_plan(name, tuple(options.items()))
+    return dataclasses.replace(plan, module=copy.deepcopy(plan.module))
 
 
 def shared_blocks(plan: Plan) -> dict[str, SharedBlock]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
@@ -22,6 +21,7 @@ from graphopt.plan_file import is_plan_file
 from graphopt.train import export_run, train
 from tests.passes.share.backbones import family
 from tests.support.backbones import Small
+from tests.support.ranks import run_ranks
 from tests.train import small
 
 BOTH = pytest.mark.parametrize("mode", ["mix", "surrogate"])
@@ -200,8 +200,7 @@ def test_copies_are_apart(mode: str) -> None:
         assert torch.equal(value, expected[name])
 
 
-@BOTH
-@pytest.mark.parametrize("name", ["CIFAR ResNet", "torchvision ViT"])
+@pytest.mark.parametrize(("mode", "name"), [("mix", "CIFAR ResNet"), ("surrogate", "torchvision ViT")])
 def test_compiled_whole(mode: str, name: str) -> None:
     model, shape, _ = family(name)
     plan = graphopt.compile(model, Share(every=2, mode=mode), input=shape, verify="off", costs=False)
@@ -232,37 +231,33 @@ def test_autocast(mode: str) -> None:
         assert parameter.grad.isfinite().all()
 
 
-def _rank(rank: int, port: int, mode: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    plan = planned(Share(every=2, mode=mode), verify="off")
-    module = DistributedDataParallel(plan.module.eval())
+def _two_steps(plan: Plan, module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state after two steps of SGD on a batch."""
     optimizer = torch.optim.SGD(module.parameters(), 0.01, momentum=0.9)
     for _ in range(2):
         optimizer.zero_grad()
-        module(X[2 * rank : 2 * rank + 2]).square().mean().backward()
+        module(x).square().mean().backward()
         optimizer.step()
-    torch.save(plan.module.state_dict(), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return plan.module.state_dict()
+
+
+def _rank(rank: int, folder: str) -> None:
+    for mode in ("mix", "surrogate"):
+        plan = planned(Share(every=2, mode=mode), verify="off")
+        state = _two_steps(plan, DistributedDataParallel(plan.module.eval()), X[2 * rank : 2 * rank + 2])
+        torch.save(state, f"{folder}/{mode}-{rank}.pt")
 
 
 @pytest.mark.slow
-@BOTH
-def test_two_ranks_are_one(tmp_path: Path, mode: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, mode, str(tmp_path)), nprocs=2)
-    plan = planned(Share(every=2, mode=mode), verify="off")
-    optimizer = torch.optim.SGD(plan.module.eval().parameters(), 0.01, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        plan.module(X).square().mean().backward()
-        optimizer.step()
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
-    for name, value in plan.module.state_dict().items():
-        assert torch.equal(ranks[0][name], ranks[1][name])
-        torch.testing.assert_close(ranks[0][name], value, rtol=1e-4, atol=1e-6)
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    run_ranks(_rank, str(tmp_path))
+    for mode in ("mix", "surrogate"):
+        plan = planned(Share(every=2, mode=mode), verify="off")
+        expected = _two_steps(plan, plan.module.eval(), X)
+        ranks = [torch.load(tmp_path / f"{mode}-{r}.pt", weights_only=True) for r in (0, 1)]
+        for name, value in expected.items():
+            assert torch.equal(ranks[0][name], ranks[1][name])
+            torch.testing.assert_close(ranks[0][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["digits", "resnet32", "resnet110", "repl-resnet32", "repl-resnet110", "vit-b", "repl-vit-b"])
