@@ -40,6 +40,7 @@ from graphopt.compiler.pass_base import PassInstance, Severity, Status
 from graphopt.compiler.pipeline import match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
+from graphopt.compiler.verify import ALL_PROPERTIES
 from graphopt.errors import CostError, GraphoptError, VerifyError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
@@ -437,6 +438,7 @@ def check_phase(start: Plan, plan: Plan, build: Callable[[], nn.Module], input: 
     """One phase keeps every promise. Trains it by two steps."""
     json.dumps(plan.report.to_dict())
     x = torch.rand(BATCH, *input, generator=torch.Generator().manual_seed(seed))
+    _check_as_backbone(plan, x, seed)
     module, other = plan.module, copy.deepcopy(plan.module)
     losses = [step(plan, m, x, seed=seed) for m in (module, other)]
     require(losses[0] == losses[1], "deep copy", f"the loss is {losses[1]}, not {losses[0]}")
@@ -462,6 +464,18 @@ def check_phase(start: Plan, plan: Plan, build: Callable[[], nn.Module], input: 
     _check_export(plan, fresh, build)
     if plan.needs.features is not None:
         _check_features(plan, x)
+
+
+def _check_as_backbone(plan: Plan, x: Tensor, seed: int) -> None:
+    """Where all passes preserve everything, a training step is the backbone's own, buffers included."""
+    if any(e is not None and value.preserved_properties() != ALL_PROPERTIES for value, e in zip(plan.passes, plan.effects, strict=True)):
+        return
+    one, other = copy.deepcopy(plan.module), plan.export()
+    losses = [step(plan, module, x, seed=seed) for module in (one, other)]
+    require(losses[0] == losses[1], "as the backbone", f"the loss is {losses[0]}, not {losses[1]}")
+    for name, value in (*other.named_buffers(), *((n, p.grad) for n, p in other.named_parameters() if p.grad is not None)):
+        mine = one.get_parameter(name).grad if name not in dict(one.named_buffers()) else one.get_buffer(name)
+        require(mine is not None and torch.equal(value, mine), "as the backbone", f"{name} or its gradient differs after a step")
 
 
 def _held(plan: Plan) -> dict[str, Tensor]:
