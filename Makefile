@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep clean
+.PHONY: demo test quick lint pictures sweep fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -53,6 +53,11 @@ lint: .venv/.installed-test
 sweep: .venv/.installed
 	$(BIN)/python tools/trace_sweep.py
 	$(BIN)/python tools/cost_sweep.py --out tools/tables/cost_sweep.md
+
+# Specs changed at random, and passes drawn at random: no traceback, no hang. A failing case is reduced and kept as a test.
+fuzz: .venv/.installed
+	$(BIN)/python tools/fuzz_specs.py --out tools/tables/fuzz_specs.md
+	$(BIN)/python tools/fuzz_passes.py
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,7 +14,7 @@ from graphopt.compiler.pass_base import Pass, PassInstance
 from graphopt.compiler.pipeline import Verify, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
-from graphopt.errors import BackboneError, SpecError, TraceError, WeightsError
+from graphopt.errors import BackboneError, PassError, SpecError, TraceError, WeightsError
 from graphopt.ir.graph import Graph
 from graphopt.models.build import build
 from graphopt.spec import BackboneSpec, Spec, load
@@ -77,6 +77,15 @@ def prepare(
         about = {"name": type(model).__name__, "digest": digest_of(passes, model, tuple(input))}
     matched = match_all(graph, instances)
     return Source(backbone=model, base=graph, matched=matched, batch=batch, measure=measure_with(batch, **options), **about)
+
+
+def check_folders(source: Source, *, trust: bool) -> None:
+    """Raises PassError if a pass of a spec that is not trusted names a folder for features: they would be written outside the run."""
+    for item in source.matched:
+        folder = (item.match.feature_options or {}).get("folder")
+        if folder and not trust:
+            what, fix = f"the spec names a folder ({folder!r}) that features would be written to", "Read it, then pass --trust"
+            raise PassError(what, where=item.instance.label, fix=fix)
 
 
 def trace_backbone(

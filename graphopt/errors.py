@@ -71,6 +71,10 @@ class CostError(GraphoptError):
     """A training step cannot be forecast, or a budget makes no sense."""
 
 
+class NeedsValuesError(CostError):
+    """A forecast has no values of tensors, and the backbone's Python asks for one."""
+
+
 class RunError(GraphoptError):
     """A run, a checkpoint, an output folder or a command-line option is not usable."""
 

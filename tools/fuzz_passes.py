@@ -407,10 +407,9 @@ def _close(pair: list[list[Tensor]], tolerance: float) -> bool:
 
 
 def _exports(plan: Plan) -> bool:
-    return not any(
-        value.name == "share" and value.mode == "surrogate" and effect is not None
-        for value, effect in zip(plan.passes, plan.effects, strict=True)
-    )  # type: ignore[attr-defined]
+    """Whether the backbone's architecture can express the plan: not with surrogates in it."""
+    effects = (effect for value, effect in zip(plan.passes, plan.effects, strict=True) if getattr(value, "mode", "") == "surrogate")
+    return not any(effect is not None and effect.regions for effect in effects)
 
 
 def step(plan: Plan, module: nn.Module, x: Tensor, *, seed: int) -> float:
@@ -483,7 +482,7 @@ def _held(plan: Plan) -> dict[str, Tensor]:
     state = plan.export_state() if _exports(plan) else plan.module.state_dict()
     names = {n for n, p in plan.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     reports = (d for report in plan.report.passes for d in report.diagnostics if d.severity is Severity.WARNING)
-    moving = {d.location for d in reports if "moves with" in d.message or "is not frozen" in d.message}
+    moving = {d.location for d in reports if "is not frozen" in d.message}
     excused = [p for m in plan.matched for region in m.match.regions if region.name in moving for p in region.paths]
     for matched, effect in zip(plan.matched, plan.effects, strict=True):
         for region in matched.match.regions:

@@ -10,7 +10,7 @@ from graphopt.cli.screen import grid, show, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
-    from graphopt.compiler.plan import Source
+    from graphopt.compiler.plan import Plan
     from graphopt.cost import Rates
     from graphopt.planning.run_cost import DropPoint, RunCost
     from graphopt.spec import Spec
@@ -37,17 +37,21 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --json
     """
-    from graphopt.driver import prepare
+    from graphopt.compiler.plan import compile_phase
+    from graphopt.driver import check_folders, prepare
     from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
 
     loaded = load(spec, trust=trust, overrides=set_)
     source = prepare(None, loaded, trust=trust)
+    check_folders(source, trust=trust)
+    plan = compile_phase(source, verify="fast", costs=False)
+    plan.check_phases(loaded.train.epochs)
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
     rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
-    samples, work = _forecast(loaded, source, Path(spec), rates)
+    samples, work = _forecast(loaded, plan, Path(spec), rates)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
@@ -69,9 +73,8 @@ def _rates(device: str, amp: str | None) -> "Rates":
         raise RunError(f"no steps can be timed there: {reason}", where="--device", fix="Use cpu, or cuda if there is a GPU") from error
 
 
-def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
+def _forecast(spec: "Spec", plan: "Plan", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
-    from graphopt.compiler.plan import compile_phase
     from graphopt.diff.render.run import read_run
     from graphopt.errors import CostError, RunError
     from graphopt.planning.run_cost import counts, forecast_run
@@ -79,7 +82,6 @@ def _forecast(spec: "Spec", source: "Source", path: Path, rates: "Rates | None")
     decisions = read_run(path).decisions if (path / "summary.json").is_file() else None
     try:
         samples, evaluated = counts(spec.data)
-        plan = compile_phase(source, verify="off", costs=False)
         return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
     except (RunError, CostError):
         return None, None

@@ -56,7 +56,7 @@ def _module_text(cls: "type[Pass]") -> str:
 
 
 def _manual(cls: "type[Pass]") -> None:
-    from graphopt.spec.writing import option_texts, without_attributes
+    from graphopt.spec.writing import kind_of, option_texts, toml_value, without_attributes
 
     for text in dict.fromkeys((_module_text(cls), without_attributes(cls.__doc__ or ""))):
         if text:
@@ -64,8 +64,9 @@ def _manual(cls: "type[Pass]") -> None:
     meanings = option_texts(cls)
     table = grid("option", "default", "meaning")
     for name, field in cls.model_fields.items():
-        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        table.add_row(field.alias or name, default, meanings.get(name, ""))
+        value = "" if field.is_required() else field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else '"start"' if name == "when" else "" if value is None else toml_value(value)
+        table.add_row(field.alias or name, default, meanings.get(name) or kind_of(cls, name))
     show(table)
     if cls.preserves:
         show(f"\npreserves: {', '.join(sorted(cls.preserves))}")
@@ -73,17 +74,6 @@ def _manual(cls: "type[Pass]") -> None:
         show(f"its regions are: {cls.claim}")
     if cls.conflicts_with:
         show(f"they must not also be: {', '.join(sorted(cls.conflicts_with))}")
-
-
-def _default(value: Any) -> str:
-    """A default value as TOML would have it."""
-    from graphopt.compiler.triggers import Start
-
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return '"start"' if isinstance(value, Start) else repr(value).replace("'", '"')
 
 
 def specs(

@@ -1,5 +1,6 @@
 """Arguments and options that commands share, checks of them, and the plan of a spec."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def expanded(text: str) -> Path:
     """A path on the command line, with `~` expanded."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def out_option(help: str, metavar: str = "FILE") -> Any:

@@ -27,6 +27,8 @@ def show_report(plan: "Plan") -> None:
         _show_pass(number, item)
     for advice in report.advice:
         show(f"\nworth knowing: {advice}")
+    if report.no_costs:
+        show(f"no costs: {report.no_costs}")
     for path, reason in report.opaque:
         show(f"opaque {path}: {reason}")
     if report.unused:

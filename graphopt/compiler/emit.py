@@ -30,7 +30,9 @@ def emit(graph: Graph, *, start: Node | None = None, stop: Node | None = None) -
     PassError if sections overlap without nesting, one without a local loss holds one with, or one is not convex.
     """
     flat, copies = _copied(graph, start, stop)
-    _drop_dead(flat, graph.module, keep_input=start is None)
+    # A prefix, and what comes before a suffix, leave the buffers alone that their code writes.
+    writing = () if stop is not None else graph.nodes if start is None else graph.nodes[graph.order[start] :]
+    _drop_dead(flat, graph.module, {copies[n] for n in writing if n in copies}, keep_input=start is None)
     alive = set(flat.nodes)
     sections: list[tuple[Section, Members]] = []
     for section in graph.sections:
@@ -87,6 +89,8 @@ class _Outliner:
         #: the call that a node has become part of, and the nodes that such a call consists of (itself, and what takes its output apart)
         self._caller: dict[Node, Node] = {}
         self._parts: dict[Node, Members] = {}
+        #: of each such call, the tensors among its inputs that it writes into
+        self._written: dict[Node, set[Node]] = {}
 
     def outline(self, section: Section, members: Members) -> None:
         current = dict.fromkeys(n for m in members for n in self._standing_for(m))
@@ -102,6 +106,7 @@ class _Outliner:
         inputs = sorted({i for m in ordered for i in m.all_input_nodes if i not in inside}, key=lambda n: (n.op == "get_attr", order[n]))
         self._register(section, ordered, inputs, leaving)
         call = self._call(section, inputs, ordered[-1], leaving)
+        self._written[call] = self._written_by(ordered, inputs)
         self._read_instead(section, call, leaving, inside)
         for node in reversed(ordered):
             self.graph.erase_node(node)
@@ -118,9 +123,10 @@ class _Outliner:
     def _register(self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node]) -> None:
         body = fx.Graph()
         copies: dict[Node, Node] = {}
+        written = self._written_by(ordered, inputs)
         for node in inputs:
             copies[node] = body.placeholder(node.name)
-            copies[node].meta = dict(node.meta)
+            copies[node].meta = {**node.meta, "written": node in written}
         for node in ordered:
             copies[node] = body.node_copy(node, lambda n: copies[n])
         out = tuple(copies[n] for n in leaving)
@@ -129,6 +135,13 @@ class _Outliner:
         wrapper = section.wrap(fx.GraphModule(self.root, body, f"Section_{section.name}"))
         wrapper.train(self.root.training)
         self.root.get_submodule("sections").add_module(section.name, wrapper)
+
+    def _written_by(self, ordered: Sequence[Node], inputs: Sequence[Node]) -> set[Node]:
+        """The tensors read for a section that it writes into: buffers that its code keeps."""
+        written = {w for n in ordered for w in self._written.get(n, ())}
+        for node in (n for n in ordered if writes_in_place(self.root, n)):
+            written |= {i for i in inputs if i.op == "get_attr" and storages(i) & storages(node)}
+        return written
 
     def _call(self, section: Section, inputs: Sequence[Node], last: Node, leaving: Sequence[Node]) -> Node:
         extra: list[Node] = [self._target_input(section)] if section.target else []
@@ -218,17 +231,22 @@ def _check_nesting(sections: Iterable[tuple[Section, Members]]) -> None:
             raise PassError(what, where=where, fix="Declare sections with Editor.outline, which divides them, or select other regions")
 
 
-def _drop_dead(graph: fx.Graph, module: fx.GraphModule, *, keep_input: bool) -> None:
-    """Erases what nothing uses. A node that writes in place is used where the memory that it changed is read after it."""
+def _drop_dead(graph: fx.Graph, module: fx.GraphModule, writing: set[Node], *, keep_input: bool) -> None:
+    """Erases what nothing uses. A node that writes in place is used where the memory that it changed is read after it.
+
+    What is in `writing` is used, too, where it writes into a buffer, which lives on after the step.
+    """
     order = {n: i for i, n in enumerate(graph.nodes)}
+    registered = {memory for n in graph.nodes if n.op == "get_attr" for memory in storages(n)}
     for node in reversed(list(graph.nodes)):
         if node.op == "output" or node.users or (node.op == "placeholder" and (keep_input or node.name == "features")):
             continue
         # Without its input, a graph has no use for assertions on the input's size.
         if keep_input and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
             continue
+        lives_on = node in writing and not registered.isdisjoint(storages(node))
         if writes_in_place(module, node):
             memory = storages(node)
-            if any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users):
+            if lives_on or any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users):
                 continue
         graph.erase_node(node)

@@ -224,7 +224,7 @@ class Pass(pydantic.BaseModel):
         when: its trigger.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     preserves: ClassVar[frozenset[Property]] = frozenset()

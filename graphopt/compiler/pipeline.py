@@ -19,7 +19,7 @@ from graphopt.compiler.report import PassReport
 from graphopt.compiler.triggers import Decision, active_regions
 from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
 from graphopt.cost.figures import Cost
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError, NeedsValuesError, PassError
 from graphopt.ir.editor import Editor, Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.section import Author
@@ -41,7 +41,10 @@ class Matched:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after its passes, what each did (by its number; None for one that has not fired), and costs of a step, where measured."""
+    """A graph after its passes, what each did (by its number; None for one that has not fired), and costs of a step, where measured.
+
+    `no_costs` says why they were not measured although they were asked for.
+    """
 
     graph: Graph
     effects: tuple[Effects | None, ...]
@@ -49,6 +52,7 @@ class Rewritten:
     reports: tuple[PassReport, ...]
     before: Cost | None = None
     after: Cost | None = None
+    no_costs: str | None = None
 
 
 def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched, ...]:
@@ -83,7 +87,11 @@ def rewrite(
     edits: list[Edits | None] = []
     reports: list[PassReport] = []
     module: nn.Module = emit(graph)
-    first = cost = measure(module, graph, ()) if measure else None
+    first = cost = no_costs = None
+    try:
+        first = cost = measure(module, graph, ()) if measure else None
+    except NeedsValuesError as error:
+        measure, no_costs = None, error.what
     for item in matched:
         active = item.active(decisions)
         if not active:
@@ -115,7 +123,7 @@ def rewrite(
         reports.append(PassReport(item.instance, True, result.regions, diagnostics, verified, cost_before, cost, dict(result.figures)))
     if verify == "full":
         _check_gradients(graph, matched, effects, reports)
-    return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost)
+    return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost, no_costs)
 
 
 def _check_gradients(graph: Graph, matched: Sequence[Matched], effects: list[Effects | None], reports: list[PassReport]) -> None:

@@ -19,7 +19,7 @@ from graphopt.compiler.pass_base import Effects, Pass, PassInstance, RuntimeNeed
 from graphopt.compiler.pipeline import Matched, Verify, rewrite
 from graphopt.compiler.report import Report
 from graphopt.compiler.triggers import Decision
-from graphopt.errors import PassError
+from graphopt.errors import GraphoptError, PassError
 from graphopt.ir.editor import Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.module import TrainingModule
@@ -108,7 +108,8 @@ class Plan(Source):
         """What the triggers that need no measurement will decide in a run of `epochs`. Compiles nothing."""
         foreseeable = [m for m in self.matched if m.instance.value.when.foreseeable]
         decisions = self.decisions
-        for epoch in range(epochs):
+        moments = (m.instance.value.when.moments(m.match.names, epochs) for m in foreseeable)
+        for epoch in sorted({epoch for each in moments for epoch in each if epoch < epochs}):
             decisions += _due(foreseeable, decisions, epoch, None, epochs)
         return decisions[len(self.decisions) :]
 
@@ -121,6 +122,19 @@ class Plan(Source):
             plan = plan.advance_to((*plan.decisions, *due), verify="off") if due else plan
             found.append(Phase(start, end, due, plan))
         return tuple(found)
+
+    def check_phases(self, epochs: int) -> None:
+        """Compiles every later phase of a run of `epochs` that can be foreseen, and keeps none.
+
+        Raises PassError or VerifyError, with the pass and its place in the spec, instead of the run that would get there.
+        """
+        later = self.foreseen(epochs)
+        for epoch in sorted({d.epoch for d in later}):
+            decisions = (*self.decisions, *(d for d in later if d.epoch <= epoch))
+            try:
+                compile_phase(self, decisions, verify="fast", costs=False)
+            except GraphoptError as error:
+                raise type(error)(f"from epoch {epoch} on, {error.what}", where=error.where, fix=error.fix) from error
 
     def phase_at(self, epoch: int, epochs: int, *, verify: Verify = "fast", costs: bool = False) -> Plan:
         """The plan that `epoch` of a run of `epochs` trains with, as far as that can be foreseen. Compiles that phase only."""
@@ -248,7 +262,8 @@ def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verif
     """
     base = source.base
     made = rewrite(base, source.matched, decisions, verify=verify, measure=source.measure if costs else None)
-    report = Report(source.name, source.digest, source.batch, made.before, made.after, made.reports, base.opaque, base.unused)
+    costs_around = (made.before, made.after)
+    report = Report(source.name, source.digest, source.batch, *costs_around, made.reports, base.opaque, base.unused, made.no_costs)
     shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
     own: dict[str, Any] = {"graph": made.graph, "effects": made.effects, "edits": made.edits, "module": emit(made.graph)}
     return Plan(**shared, decisions=decisions, **own, report=report)

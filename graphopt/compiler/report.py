@@ -54,6 +54,7 @@ class Report:
     Attributes:
         batch: samples in the training step that the costs are of.
         opaque: modules that were not traced into, as (path, reason). unused: parameters that the backbone's forward never reads.
+        no_costs: why there are none, although they were asked for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Report:
     passes: tuple[PassReport, ...]
     opaque: tuple[Opaque, ...] = ()
     unused: tuple[str, ...] = ()
+    no_costs: str | None = None
 
     @property
     def advice(self) -> tuple[Advice, ...]:
@@ -80,6 +82,7 @@ class Report:
             "passes": [p.to_dict() for p in self.passes],
             "opaque": [o._asdict() for o in self.opaque],
             "unused_parameters": list(self.unused),
+            "no_costs": self.no_costs,
         }
 
 

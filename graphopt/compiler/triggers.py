@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -16,7 +17,7 @@ from graphopt.errors import PassError, did_you_mean
 Fired = tuple[Literal["apply", "undo"], tuple[str, ...] | None]
 
 ScoreName = Literal["change", "continuation", "slope"]
-Threshold = Annotated[float, Field(gt=0)]
+Threshold = Annotated[float, Field(gt=0, strict=True)]
 From0 = Annotated[int, Field(ge=0, strict=True)]
 From1 = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -24,7 +25,7 @@ _BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05}
 
 
 class _Frozen(pydantic.BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Decision(_Frozen):
@@ -57,6 +58,10 @@ class BaseTrigger(_Frozen):
         """Whether it fires without measurements, as the spec alone determines."""
         return True
 
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        """The epochs of a run before which it may fire, if it is foreseeable; without asking every epoch of a long run."""
+        return ()
+
 
 class Start(BaseTrigger):
     """From the first step to the last: `when = "start"`."""
@@ -66,7 +71,12 @@ class Start(BaseTrigger):
 
 
 class AtEpoch(BaseTrigger):
-    """From an epoch on, and optionally only until another: `when = { epoch = 10, until = 20 }`. Epochs count from 0."""
+    """From an epoch on, and optionally only until another: `when = { epoch = 10, until = 20 }`.
+
+    Attributes:
+        epoch: the first epoch that the pass is applied in; they count from 0.
+        until: the first in which it is no longer.
+    """
 
     epoch: From0
     until: From1 | None = None
@@ -77,13 +87,21 @@ class AtEpoch(BaseTrigger):
             raise ValueError(f"until = {self.until} must come after epoch = {self.epoch}")
         return self
 
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        return (self.epoch,) if self.until is None else (self.epoch, self.until)
+
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
         on = self.epoch <= epoch and (self.until is None or epoch < self.until)
         return [] if on == bool(active) else [("apply" if on else "undo", None)]
 
 
 class Step(_Frozen):
-    """One entry of an explicit schedule: from `epoch` (from 0) on, every region up to and including `upto`."""
+    """One entry of an explicit schedule.
+
+    Attributes:
+        epoch: the first epoch that it holds in; they count from 0.
+        upto: name of the region up to which, it included, the pass is applied.
+    """
 
     epoch: From0
     upto: Annotated[str, Field(min_length=1)]
@@ -92,7 +110,8 @@ class Step(_Frozen):
 class Steps(BaseTrigger):
     """An explicit schedule, to replay a published run: `when = [{ epoch = 3, upto = "layer1" }, { epoch = 5, upto = "layer2" }]`.
 
-    Epochs rise, and each step includes more regions than the one before.
+    Attributes:
+        steps: their epochs rise, and each includes more regions than the one before.
     """
 
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
@@ -113,6 +132,9 @@ class Steps(BaseTrigger):
             if names.index(step.upto) <= reached:
                 raise PassError(f"the schedule goes back to {step.upto!r} at epoch {step.epoch}", where="when", fix="Go further each time")
             reached = names.index(step.upto)
+
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        return (step.epoch for step in self.steps)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: int, epochs: int | None, history: Any) -> list[Fired]:
         due = [s.upto for s in self.steps if s.epoch <= epoch]
@@ -232,14 +254,24 @@ class Score(BaseTrigger):
 
 
 class _Published(BaseTrigger):
-    """A published schedule, by its name."""
+    """A published schedule. The number of regions that it wants applied never falls.
+
+    Attributes:
+        schedule: its name.
+    """
 
     schedule: str
+
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[int]:
+        def wanted(epoch: int) -> int:
+            return sum(len(regions or ()) for _, regions in self.fire(names, (), epoch, epochs, None))
+
+        return (bisect_left(range(epochs), count, key=wanted) for count in range(1, len(names) + 1))
 
     @pydantic.field_validator("schedule", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if value not in _SCHEDULES:
+        if value not in [*_SCHEDULES]:
             raise ValueError(f"schedule is {' or '.join(map(repr, _SCHEDULES))}, found {value!r}")
         return value
 
@@ -256,7 +288,7 @@ class FreezeOut(_Published):
         how: "cubic" or "linear".
     """
 
-    t0: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    t0: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
     how: Literal["cubic", "linear"] = "cubic"
 
     def end(self, i: int, count: int) -> float:
@@ -282,8 +314,8 @@ class Progressive(_Published):
         gamma: how fast theta falls; with the paper's 100 it reaches the limit within the first twentieth of the run.
     """
 
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    gamma: Annotated[float, Field(gt=0)] = 100.0
+    keep: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.5
+    gamma: Annotated[float, Field(gt=0, strict=True)] = 100.0
 
     def theta(self, time: float) -> float:
         """The deepest region's keep probability."""

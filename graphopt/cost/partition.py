@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.errors import CostError, PassError
+from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
@@ -86,8 +86,8 @@ def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
             with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
                 run.start(x)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise CostError(
-                f"the backbone's Python looks at tensor values, which a forecast does not have: {error}",
+            raise NeedsValuesError(
+                f"the backbone's Python looks at tensor values, which a forecast does not have: {first_line(error)}",
                 fix="Compute shapes and branches from sizes, not from values, or divide the backbone by blocks",
             ) from error
         ledger.close()

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import (
 from graphopt.cost.attribution import Attribution, instrument
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.errors import CostError
+from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -317,8 +317,8 @@ def _explained(x: Tensor | None = None) -> Iterator[None]:
     except CostError:
         raise
     except _NEEDS_VALUES as error:
-        raise CostError(
-            f"the module's Python looks at tensor values, which a forecast does not have: {type(error).__name__}: {error}",
+        raise NeedsValuesError(
+            f"the module's Python looks at tensor values, which a forecast does not have: {type(error).__name__}: {first_line(error)}",
             fix="Compute shapes and branches from sizes, not from values",
         ) from error
     except Exception as error:

@@ -4,6 +4,7 @@ Nothing is ever downloaded. A missing file is one error that says where it was e
 """
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,8 @@ def open_split(name: str, root: str | None, split: str) -> Split:
     wanted = f"It must hold {found.expects}; graphopt never downloads"
     if root is None:
         raise RunError(f"{name} needs a folder", where="data.root", fix=wanted)
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(root))
+    if not os.path.isdir(folder):
         raise RunError(f"there is no folder {folder.absolute()}", where="data.root", fix=wanted)
     try:
         return found.open(folder, split)

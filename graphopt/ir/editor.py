@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from graphopt.ir.graph import Graph, Origin
-from graphopt.ir.nodes import attribute
+from graphopt.ir.nodes import attribute, storages, writes_in_place
 from graphopt.ir.paths import owner
 from graphopt.ir.section import Author, Section
 from graphopt.ir.shapes import as_fake
@@ -191,6 +191,17 @@ class Editor:
             self.graph.module.get_parameter(name).requires_grad_(False)
             self.edits.frozen[name] = None
         self.graph.changed()
+
+    def keep_buffers(self, nodes: Iterable[Node]) -> None:
+        """Lets what `nodes` write into their buffers go into copies: a step computes the same, and the buffers stay as they are."""
+        inside, graph = set(nodes), self.graph
+        writers = [n for n in graph.nodes if writes_in_place(graph.module, n)]
+        for target in dict.fromkeys(str(n.target) for n in sorted(inside) if n.op == "get_attr"):
+            reads = graph.fx.find_nodes(op="get_attr", target=target)
+            if inside.issuperset(reads) and any(storages(reads[0]) & storages(w) for w in writers):
+                copied = self.call("clone", (reads[0],), after=reads[0])
+                for read in reads:
+                    self.redirect(read, copied)
 
     def outline(
         self,

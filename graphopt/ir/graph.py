@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +43,7 @@ class Graph:
         types: class name of every module of the backbone, by path.
         groups: the author's own blocks as lists of parameter names, where the model publishes them (timm's `group_matcher`).
         opaque: modules kept whole, with reasons. unused: parameters that no node uses; they are kept, and reported.
+        aliases: further paths of modules that are registered more than once, and the path of each in the graph.
         sections: nodes that run as one unit in the emitted module; passes append, emission outlines.
         untouched: the graph as it was traced; itself, for a graph that is no clone.
     """
@@ -55,10 +56,11 @@ class Graph:
         groups: tuple[tuple[str, ...], ...] = (),
         opaque: tuple[Opaque, ...] = (),
         unused: tuple[str, ...] = (),
+        aliases: Mapping[str, str] | None = None,
         untouched: Graph | None = None,
     ) -> None:
         self.module, self.input, self.types, self.groups = module, input, types, groups
-        self.opaque, self.unused = opaque, unused
+        self.opaque, self.unused, self.aliases = opaque, unused, aliases or {}
         self.sections: list[Section] = []
         self.untouched = untouched or self
         self._results: dict[Callable[..., Any], Any] = {}
@@ -106,7 +108,7 @@ class Graph:
     def clone(self) -> Graph:
         """A deep copy, weights and sections included."""
         module = copy.deepcopy(self.module)
-        other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.untouched)
+        other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.aliases, self.untouched)
         by_name = {node.name: node for node in module.graph.nodes}
         other.sections = [replace(s, nodes=tuple(by_name[n.name] for n in s.nodes)) for s in self.sections]
         return other

@@ -77,7 +77,7 @@ def trainable(graph: Graph, node: Node) -> bool:
     return any(p.requires_grad for _, p in parameters_read(graph.module, node))
 
 
-def writes_in_place(module: fx.GraphModule, node: Node) -> bool:
+def writes_in_place(module: nn.Module, node: Node) -> bool:
     """Whether a node writes into one of its inputs: by name (`relu_`), by argument (`inplace=True`, `out=`) or by module (`ReLU(inplace)`).
 
     A leaf counts by its own `inplace`: modules inside of it usually write into what the leaf itself has computed.

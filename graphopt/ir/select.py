@@ -7,13 +7,14 @@ order, each once, and none inside another. What matches nothing is an error that
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictBool
 
 from graphopt.errors import SelectError, did_you_mean, listed
 from graphopt.ir.blocks import find_blocks
@@ -36,14 +37,15 @@ class Filter(pydantic.BaseModel):
         before, after, between: only what runs before, after or strictly between these paths.
         exclude: a selector; drops what lies inside or contains what it matches.
         first, last: a count, or a fraction of what is left (`0.5`).
-        every: each k-th of what is left: the k-th, the 2k-th and so on. offset: index (from 0) of the first one taken instead.
+        every: each k-th of what is left: the k-th, the 2k-th and so on.
+        offset: with `every`: index (from 0) of the first one taken instead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: Glob | tuple[Glob, ...] | None = None
     type: Glob | tuple[Glob, ...] | None = None
-    blocks: bool | None = None
+    blocks: StrictBool | None = None
     before: Glob | None = None
     after: Glob | None = None
     between: tuple[Glob, Glob] | None = None
@@ -87,7 +89,8 @@ def _select(selector: Any, graph: Graph) -> list[Region]:
 
 def _by_path(pattern: str, graph: Graph) -> list[Region]:
     matches = compile_pattern(pattern)
-    paths = [p for p in graph.paths if matches(p)]
+    aliased = {path for alias, path in graph.aliases.items() if matches(alias)}
+    paths = [p for p in graph.paths if matches(p) or p in aliased]
     if pattern == "**":
         paths = [""]
     if paths:
@@ -208,14 +211,29 @@ def _plain(pattern: str) -> str:
     return pattern.removeprefix("re:").replace("**", "").replace("*", "").strip(".") or pattern
 
 
+def _nesting(parsed: Any) -> int:
+    """How deep repetitions and alternatives are nested in a parsed regular expression, from the outermost repetition on."""
+    deepest = 0
+    for operation, argument in parsed:
+        parts = argument if isinstance(argument, (tuple, list)) else ()
+        inner = [part for part in itertools.chain(parts, *(p for p in parts if isinstance(p, list))) if hasattr(part, "data")]
+        repeats = "REPEAT" in str(operation) and argument[1] > 1
+        deepest = max(deepest, max(map(_nesting, inner), default=0) + repeats, str(operation) == "BRANCH")
+    return deepest
+
+
 @lru_cache(maxsize=512)
 def compile_pattern(pattern: str) -> Any:
     """A predicate on whole paths. Raises SelectError if the text after `re:` is no regular expression."""
     if pattern.startswith("re:"):
         try:
-            return re.compile(pattern[3:]).fullmatch
-        except re.error as error:
+            compiled = re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
             raise SelectError(f"{pattern!r} is no regular expression: {error}") from None
+        if _nesting(re._parser.parse(pattern[3:])) > 1:  # type: ignore[attr-defined]  # typeshed has no parser of re
+            what = f"{pattern!r} repeats what has repetitions or alternatives in it, which can take for ever"
+            raise SelectError(what, fix="Use one repetition, or a list of selectors")
+        return compiled.fullmatch
     parts = []
     segments = pattern.split(".")
     for i, segment in enumerate(segments):

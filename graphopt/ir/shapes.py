@@ -1,6 +1,7 @@
 """Shapes of every node, found by running the graph on fake tensors."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,18 @@ from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
+
+
+#: the most numbers that one sample may hold: 256 MiB in float32
+MOST_NUMBERS = 2**26
+
+
+def check_input(input: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one sample; raises ValueError if it is beyond memory."""
+    if min(input, default=0) < 1 or math.prod(input) > MOST_NUMBERS:
+        shown = ", ".join(str(size) if abs(size) < 10**9 else "..." for size in input[:8])
+        raise ValueError(f"one sample of shape ({shown}) must hold between 1 and {MOST_NUMBERS:,} numbers")
+    return input
 
 
 def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
@@ -57,6 +70,19 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             raise TraceError(what, where=where, fix=fix) from error
 
 
+def forward_bytes(module: fx.GraphModule) -> int:
+    """The most memory that the values of a graph with shapes take at once in a forward pass without gradients."""
+    last = {i: node for node in module.graph.nodes for i in node.all_input_nodes}
+    held: dict[fx.Node, int] = {}
+    live = most = 0
+    for node in module.graph.nodes:
+        held[node] = sum(t.numel() * t.element_size() for t in tensors_in(node.meta.get("val")))
+        live += held[node]
+        most = max(most, live)
+        live -= sum(held[i] for i in {*node.all_input_nodes, node} if last.get(i, i) is node)
+    return most
+
+
 def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     """Shapes of a leaf that branches on values: they cannot be known without values, so it runs once on random ones."""
     if node.op != "call_module":
@@ -77,7 +103,12 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
     """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
-    return copy_with(module, lambda tensor: as_fake(tensor, mode))
+    copied = copy_with(module, lambda tensor: as_fake(tensor, mode))
+    for part in (p for root in (copied, *(body for _, body in bodies(copied))) for p in root.modules()):
+        # A norm that averages all batches divides by the value of its counter, which a fake does not have. Any factor costs the same.
+        if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None:
+            part.momentum = 0.1
+    return copied
 
 
 def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -6,20 +6,28 @@ runs code (with `trust`), and weight files are safetensors or weights-only check
 
 import importlib
 import inspect
+import itertools
+import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from graphopt.errors import BackboneError, did_you_mean
 from graphopt.models import cifar_resnet as cifar
 from graphopt.models.catalog import check_name
 from graphopt.models.weights import load_weights
+from graphopt.units import show_size
+
+#: more make no sense for a network of this kind, and tracing them would take hours
+MOST_MODULES = 10_000
 
 #: arguments of constructors that would download weights or open other files
 _WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
@@ -49,7 +57,8 @@ def build(
         fix = 'Weights come from a file: weights = "model.safetensors"'
         raise BackboneError(f"argument {forbidden[0]!r} would download weights", where=title, fix=fix)
     try:
-        module = factory(**arguments)
+        with _bounded():
+            module = factory(**arguments)
     except BackboneError as error:
         raise error.with_location(title) from None
     except Exception as error:
@@ -59,6 +68,31 @@ def build(
     if weights:
         load_weights(module, weights)
     return module.train()
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Refuses a backbone beyond this machine while it is being built: each module and parameter is counted when it is registered."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**36
+    modules, total = itertools.count(1), 0
+
+    def count_module(_parent: nn.Module, _name: str, _module: nn.Module) -> None:
+        if next(modules) > MOST_MODULES:
+            raise BackboneError(f"it has more than {MOST_MODULES:,} modules", fix="Ask for a smaller network")
+
+    def count_parameter(_parent: nn.Module, _name: str, parameter: nn.Parameter) -> None:
+        nonlocal total
+        total += parameter.numel() * parameter.element_size()
+        if total > room:
+            what = f"its parameters take more than {show_size(room)}, half of the memory here"
+            raise BackboneError(what, fix="Ask for a smaller network")
+
+    hooks = (register_module_module_registration_hook(count_module), register_module_parameter_registration_hook(count_parameter))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _factory(source: str, name: str, trust: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -94,6 +128,8 @@ def _python(name: str) -> Callable[..., Any]:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             fix = "It is looked for among the installed packages and in the working directory"
+            if module_name.endswith(".py"):
+                fix = f"Write it as a module: {module_name.removesuffix('.py').replace('/', '.')}:{attribute}"
             raise BackboneError(f"no Python module {module_name!r}", where=where, fix=fix) from error
         raise BackboneError(f"{module_name} does not import: {type(error).__name__}: {error}", where=where) from error
     for part in attribute.split("."):

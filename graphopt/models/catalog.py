@@ -27,15 +27,15 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
     """Default input shape of one sample, according to the library; None for `python`, whose code has not run."""
     check_name(source, name)
     if source == "cifar":
-        return (int(arguments.get("in_chans", 3)), 32, 32)
+        return (_size(arguments.get("in_chans"), 3), 32, 32)
     if source == "timm":
         import timm
 
         config = timm.models.get_pretrained_cfg(name)
         channels, height, width = config.input_size if config else (3, 224, 224)
-        size = arguments.get("img_size", (height, width))
-        height, width = (size, size) if isinstance(size, int) else size
-        return (int(arguments.get("in_chans", channels)), int(height), int(width))
+        size = arguments.get("img_size")
+        sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        return (_size(arguments.get("in_chans"), channels), _size(sides[0], height), _size(sides[1], width))
     if source == "torchvision":
         from torchvision import models
 
@@ -43,6 +43,11 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
         side = 299 if name == "inception_v3" else 224
         return (3, 16, side, side) if name in models.list_models(models.video) else (3, side, side)
     return None
+
+
+def _size(given: Any, default: int) -> int:
+    """A size that an argument gives; the default where it gives none, or one that the constructor will refuse."""
+    return given if type(given) is int and given > 0 else default
 
 
 def check_name(source: str, name: str) -> None:

@@ -1,5 +1,6 @@
 """Weight files: read without running code, loaded strictly."""
 
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +43,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: there is no such file, or it holds no state dict.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):
         fix = "It is looked for in the folder of the spec and in the working directory"
         raise WeightsError("no such weights file", where=str(path), fix=fix)
     try:

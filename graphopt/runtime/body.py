@@ -1,14 +1,16 @@
 """Modules that run the sections of an emitted network."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+
+Key = TypeVar("Key")
 
 
 class Body:
@@ -66,30 +68,46 @@ class Checkpointed(nn.Module):
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
         self.body = Body(body)
+        #: positions of the inputs that are buffers, and that the body's own code writes into
+        self.written = tuple(i for i, node in enumerate(body.graph.find_nodes(op="placeholder")) if node.meta.get("written"))
 
     def forward(self, *inputs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return self.body(*inputs)
-        # A compiled forward is run again by the compiler, which does not repeat its effects on buffers.
-        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
-        return checkpoint(self.body.module, *inputs, use_reentrant=False, **contexts)
+        if torch.compiler.is_compiling():  # a compiled forward is run again by the compiler, which does not repeat its effects on buffers
+            return checkpoint(self.body.module, *inputs, use_reentrant=False)
+        repeating = False
+        buffers = {i: inputs[i] for i in self.written}
+        written = _copies(buffers)
+        # What a norm computes in training does not depend on its statistics: they need not be what they were before the forward.
+        moving = [m for m in self.body.module.modules() if m.training and not isinstance(m, torch.jit.ScriptModule) and m._buffers]
+        before = [m._buffers if "running_mean" in m._buffers else _copies(m._buffers) for m in moving]
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Around the forward, and around its repetition."""
-        return nullcontext(), self._statistics_put()
+        @contextmanager
+        def repetition() -> Iterator[None]:
+            nonlocal repeating
+            repeating, originals = True, [dict(m._buffers) for m in moving]
+            try:
+                for module, values in zip(moving, before, strict=True):
+                    module._buffers.update(_copies(values))
+                yield
+            finally:
+                repeating = False
+                for module, values in zip(moving, originals, strict=True):
+                    module._buffers.update(values)
 
-    @contextmanager
-    def _statistics_put(self) -> Iterator[None]:
-        """Norms with running statistics move copies of them meanwhile."""
-        norms = [m for m in self.body.module.modules() if m.training and isinstance(m._buffers.get("running_mean"), Tensor)]
-        originals = [dict(m._buffers) for m in norms]
-        try:
-            for module in norms:
-                module._buffers.update({k: b if b is None else b.clone() for k, b in module._buffers.items()})
-            yield
-        finally:
-            for module, buffers in zip(norms, originals, strict=True):
-                module._buffers.update(buffers)
+        def run(*values: Any) -> Any:
+            given, read = list(values), _copies(written) if repeating else buffers
+            for position, buffer in read.items():
+                given.insert(position, buffer)
+            return self.body(*given)
+
+        others = [value for i, value in enumerate(inputs) if i not in buffers]
+        return checkpoint(run, *others, use_reentrant=False, context_fn=lambda: (nullcontext(), repetition()))
+
+
+def _copies(buffers: Mapping[Key, Tensor | None]) -> dict[Key, Tensor | None]:
+    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
 
 
 class StochasticBranch(nn.Module):

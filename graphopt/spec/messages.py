@@ -29,7 +29,9 @@ def spec_errors(error: ValidationError, model: type[BaseModel], data: Any, locat
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
         grouped.setdefault(_in_data(item["loc"], data, item["type"]), []).append(item)
-    return [_mistake(path, items, model, locate, prefix) for path, items in grouped.items()]
+    # Where one branch of a union accepts a table or an array and finds a mistake inside, the others' complaint about it says nothing.
+    around = {path[:end] for path in grouped for end in range(len(path))}
+    return [_mistake(path, items, model, locate, prefix) for path, items in grouped.items() if path not in around]
 
 
 def joined(mistakes: list[SpecError]) -> SpecError:
@@ -113,6 +115,17 @@ def _known_keys(model: Any, path: KeyPath) -> set[str]:
         fields = [field for each in models for name, field in each.model_fields.items() if part in (name, field.alias)]
         models = [inner for field in fields for inner in _models(field.annotation)]
     return {field.alias or name for each in models for name, field in each.model_fields.items()}
+
+
+def models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """The models that the fields of a model hold, at any depth."""
+    found: set[type[BaseModel]] = set()
+    pending = [model]
+    while pending:
+        inner = {m for field in pending.pop().model_fields.values() for m in _models(field.annotation)} - found
+        found |= inner
+        pending += inner
+    return found
 
 
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:

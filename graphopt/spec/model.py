@@ -2,34 +2,78 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny
 
 from graphopt.compiler.pass_base import Pass
+from graphopt.ir.shapes import check_input
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
 
 # The models are frozen, so TOML's arrays become tuples; nothing else is converted (strict).
 _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
+# Bounds leave out what no run can mean, and what would overflow or take the machine's memory later.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Batch = Annotated[int, Field(gt=0, le=2**20)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30)]
+Above0 = Annotated[float, Field(ge=1e-30, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionAbove0 = Annotated[float, Field(gt=0, le=1)]
 FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
-Shape: TypeAlias = Annotated[tuple[Positive, ...], _tuple, Field(min_length=1)]
-Numbers: TypeAlias = Annotated[tuple[float, ...], _tuple]
+Shape: TypeAlias = Annotated[tuple[Annotated[int, Field(gt=0)], ...], _tuple, Field(min_length=1), AfterValidator(check_input)]
+Means: TypeAlias = Annotated[tuple[Annotated[float, Field(ge=-1000, le=1000)], ...], _tuple, Field(min_length=1)]
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"the first number is the smaller one, found {list(value)!r}")
+    return value
+
+
+def _alpha(value: float) -> float:
+    if 0 < value < 0.001:
+        raise ValueError(f"must be 0 (off) or at least 0.001, found {value!r}")
+    return value
+
+
+def _policy(value: str) -> str:
+    counts = [(key, count) for key, count in re.findall(r"-([nwd])(\d+)", value) if len(count) > 2]
+    if counts:
+        raise ValueError(f"{counts[0][0]} is a number of operations, at most 99, found {counts[0][1]}")
+    return value
+
+
+Moderate = Annotated[float, Field(ge=0.001, le=1000)]
+Deviations: TypeAlias = Annotated[tuple[Moderate, ...], _tuple, Field(min_length=1)]
+Interval: TypeAlias = Annotated[tuple[Moderate, Moderate], _tuple, AfterValidator(_ordered)]
+Alpha: TypeAlias = Annotated[float, Field(ge=0, le=1000), AfterValidator(_alpha)]
+Policy: TypeAlias = Annotated[str, AfterValidator(_policy)]
 
 
 class _Table(BaseModel):
     """A TOML table. Unknown keys are errors, `"10"` is not a number, and values do not change after parsing."""
 
     # JSON has no infinity but TOML does: as a constant it survives being written.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Refuses dates and times: they would not be the same when they are written and read."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _plain(item)
+    if not isinstance(value, bool | int | float | str | list | tuple | dict):
+        raise ValueError(f"expected a number, text, true or false, an array or a table, found the {type(value).__name__} {value}")
+    return value
+
+
+Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class BackboneSpec(_Table):
@@ -37,7 +81,7 @@ class BackboneSpec(_Table):
 
     source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
     name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory"')
-    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
+    arguments: Arguments = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
     input: Shape = Field(description="one sample's shape, [3, 224, 224]; default: the model's own")
     weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint, loaded strictly")
 
@@ -48,15 +92,15 @@ class AugmentSpec(_Table):
     crop: Literal["none", "pad", "resized"] = Field(
         default="none", description="pad: by an eighth, then a random crop (CIFAR); resized: random resized crop (ImageNet)"
     )
-    scale: Annotated[tuple[float, float], _tuple] = Field(default=(0.08, 1.0), description='area of the image that crop = "resized" takes')
-    ratio: Annotated[tuple[float, float], _tuple] = Field(default=(0.75, 4 / 3), description='aspect ratio of crop = "resized"')
+    scale: Interval = Field(default=(0.08, 1.0), description='area of the image that crop = "resized" takes')
+    ratio: Interval = Field(default=(0.75, 4 / 3), description='aspect ratio of crop = "resized"')
     hflip: Fraction = Field(default=0.0, description="probability of a horizontal flip")
     vflip: Fraction = Field(default=0.0, description="probability of a vertical flip")
-    color_jitter: NonNegative = Field(default=0.0, description="strength of the color jitter")
-    auto_augment: str | None = Field(default=None, description='timm\'s policy text, e.g. "rand-m9-mstd0.5-inc1"')
+    color_jitter: Annotated[float, Field(ge=0, le=10)] = Field(default=0.0, description="strength of the color jitter")
+    auto_augment: Policy | None = Field(default=None, description='timm\'s policy text, e.g. "rand-m9-mstd0.5-inc1"')
     erase: Fraction = Field(default=0.0, description="probability of random erasing")
-    mixup: NonNegative = Field(default=0.0, description="mixup's alpha; 0 is off")
-    cutmix: NonNegative = Field(default=0.0, description="CutMix's alpha; 0 is off")
+    mixup: Alpha = Field(default=0.0, description="mixup's alpha; 0 is off")
+    cutmix: Alpha = Field(default=0.0, description="CutMix's alpha; 0 is off")
 
     @property
     def random(self) -> bool:
@@ -74,16 +118,16 @@ class DataSpec(_Table):
         'or "folder" (one folder of images per class)',
     )
     root: str | None = Field(default=None, description="folder of the images; digits needs none")
-    train_split: str = "train"
-    eval_split: str = "validation"
+    train_split: str = Field(default="train", description="the split that is trained on")
+    eval_split: str = Field(default="validation", description="the split that is evaluated on")
     train_limit: Positive | None = Field(default=None, description="use only so many training images (a fixed, stratified draw)")
     eval_limit: Positive | None = Field(default=None, description="use only so many evaluation images")
-    mean: Numbers | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
-    std: Numbers | None = Field(default=None, description="per channel")
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    crop_pct: FractionAbove0 = Field(default=1.0, description="fraction of the resized image that evaluation uses")
-    workers: Count = Field(default=0, description="loader processes; 0 loads in the training process")
-    augment: AugmentSpec = AugmentSpec()
+    mean: Means | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
+    std: Deviations | None = Field(default=None, description="per channel")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(default="bilinear", description="of resized images")
+    crop_pct: Annotated[float, Field(ge=0.05, le=1)] = Field(default=1.0, description="fraction of the resized image that evaluation uses")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, description="loader processes; 0 loads in the training process")
+    augment: AugmentSpec = Field(default=AugmentSpec(), description="augmentation of training images; none by default")
 
 
 class OptimizerSpec(_Table):
@@ -94,20 +138,20 @@ class OptimizerSpec(_Table):
     momentum: FractionBelow1 = Field(default=0.9, description="of SGD; the betas of Adam are set in arguments")
     weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and scalars that a pass has added")
     layer_decay: FractionAbove0 | None = Field(default=None, description="learning-rate factor per layer from the head")
-    arguments: dict[str, Any] = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
+    arguments: Arguments = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
 
 
 class SchedulerSpec(_Table):
     """`[train.scheduler]`, or just its name: `scheduler = "step"`. timm's scheduler factory makes it."""
 
-    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = "cosine"
-    warmup_epochs: Count = 0
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = Field(default="cosine", description="timm's name")
+    warmup_epochs: Count = Field(default=0, description="epochs of linear warm-up")
     warmup_lr: NonNegative = Field(default=1e-5, description="learning rate at the first step of the warm-up")
-    min_lr: NonNegative = 0.0
+    min_lr: NonNegative = Field(default=0.0, description="learning rate at the end")
     decay_epochs: Above0 | None = Field(default=None, description="step: epochs between decays")
     decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
-    decay_rate: Above0 = 0.1
-    arguments: dict[str, Any] = Field(default={}, description="further arguments of timm's create_scheduler_v2")
+    decay_rate: Annotated[float, Field(gt=0, le=100)] = Field(default=0.1, description="step: factor of a decay; poly: the power")
+    arguments: Arguments = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 
 def _named(value: Any) -> Any:
@@ -117,18 +161,20 @@ def _named(value: Any) -> Any:
 class TrainSpec(_Table):
     """`[train]`: the training run."""
 
-    epochs: Positive = 10
-    batch: Positive = Field(default=128, description="samples per optimizer step and process, before accumulation; costs are given for it")
-    seed: Count = 0
+    epochs: Positive = Field(default=10, description="passes over the training images")
+    batch: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        default=128, description="samples per optimizer step and process, before accumulation; costs are given for it"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of initial weights, order, and augmentation")
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
-    label_smoothing: FractionBelow1 = 0.0
+    label_smoothing: FractionBelow1 = Field(default=0.0, description="share of the target that all classes get")
     accumulate: Positive = Field(default=1, description="batches per optimizer step")
     clip: Above0 | None = Field(default=None, description="gradient clipping; see clip_mode")
-    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    clip_mode: Literal["norm", "value", "agc"] = Field(default="norm", description="by total norm, by value, or adaptive (agc)")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
     amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="autocast dtype; default: float32")
-    channels_last: bool = False
+    channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     compile: bool = Field(default=False, description="torch.compile, once per phase")
     device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
@@ -151,7 +197,9 @@ class Spec(_Table):
     name: str = Field(default="", description="human-readable; shown in reports")
     verify: Verify | None = Field(default=None, description="default: full in apply, fast in train")
     backbone: BackboneSpec
-    passes: tuple[SerializeAsAny[Pass], ...] = Field(default=(), alias="pass", description="in the order in which they are applied")
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(
+        default=(), alias="pass", max_length=100, description="in the order in which they are applied"
+    )
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
 
@@ -159,10 +207,14 @@ class Spec(_Table):
     _lines: Mapping[tuple[str | int, ...], int] = PrivateAttr(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self.resolved() == other.resolved()
+        return isinstance(other, Spec) and self._text == other._text
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.resolved(), sort_keys=True))
+        return hash(self._text)
+
+    @property
+    def _text(self) -> str:
+        return json.dumps(self.resolved(), sort_keys=True)  # as text, nan is nan
 
     @property
     def lines(self) -> Mapping[tuple[str | int, ...], int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
@@ -22,6 +23,10 @@ from graphopt.spec.model import BackboneSpec, Source, Spec, locate
 from graphopt.spec.positions import KeyPath, key_lines
 
 Lines = Mapping[KeyPath, int]
+
+#: how deep tables and arrays may be nested
+MOST_NESTED = 32
+_NESTED = f"tables and arrays are nested more than {MOST_NESTED} deep"
 
 
 def load(source: str | Path, *, trust: bool = False, overrides: Iterable[str] = ()) -> Spec:
@@ -45,13 +50,13 @@ def load(source: str | Path, *, trust: bool = False, overrides: Iterable[str] = 
 
 def _find(source: str | Path) -> Path:
     """The file that a spec argument means."""
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         if (path / "spec.toml").is_file():
             return path / "spec.toml"
         fix = "Name a spec file, or a folder that apply or train wrote"
         raise SpecError("a folder without a spec.toml", where=str(source), fix=fix)
-    if path.exists():
+    if os.path.exists(path):
         return path
     known = installed()
     if str(source) in known:
@@ -72,16 +77,33 @@ def loads(text: str, *, file: str | None = None, folder: Path = Path(), trust: b
     `file` is its name in messages, `folder` where its relative paths start.
     """
     try:
-        data = tomli.loads(text)
+        data = _parsed(text)
     except tomli.TOMLDecodeError as error:
         message = f"not TOML (line {error.lineno}, column {error.colno}): {error.msg[:1].lower()}{error.msg[1:]}"
         raise SpecError(message, where=f"{file or 'spec'}:{error.lineno}:{error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise SpecError(str(error), where=file or "spec") from None
     lines = key_lines(text)
     for override in overrides:
         path = _override(data, override)
         lines = {key: line for key, line in lines.items() if key[: len(path)] != path}
         lines[path] = 0  # it stands on no line; messages name --set instead
     return from_table(data, file=file, lines=lines, folder=folder, trust=trust)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """TOML as plain values; raises RecursionError if they are nested too deep, ValueError for a number that is too long."""
+    try:
+        data = tomli.loads(text)
+    except RecursionError:
+        raise RecursionError(_NESTED) from None
+    level: list[Any] = [data]
+    for _ in range(MOST_NESTED):
+        inner = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return data
+    raise RecursionError(_NESTED)
 
 
 def from_table(
@@ -145,7 +167,7 @@ def _pass_from_file(use: str, folder: Path, trust: bool, where: str) -> type[Pas
     if not trust:
         raise SpecError(f"the spec names Python code ({use!r}), which would run", where=where, fix="Read it, then pass --trust")
     # A spec names it from its own folder; a run's resolved spec names it from the working directory.
-    path = next((path for path in (folder / file, Path(file)) if path.is_file()), None)
+    path = next((path for path in (folder / file, Path(file)) if os.path.isfile(path)), None)
     if path is None:
         raise SpecError(f"no file {file!r}", where=where)
     cls = getattr(_module(path.resolve()), name, None)
@@ -181,7 +203,7 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
     """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none."""
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
-        if isinstance(value, str) and (folder / value).exists():
+        if isinstance(value, str) and os.path.exists(folder / value):
             data[table] = {**data[table], key: str((folder / value).resolve())}
     backbone = data.get("backbone")
     if isinstance(backbone, Mapping) and backbone.get("input") is None:
@@ -214,9 +236,11 @@ def _override(data: dict[str, Any], text: str) -> KeyPath:
     if not equals or not key.strip():
         raise SpecError("expected key.path=value", where=f"--set {text}", fix="For example --set train.epochs=1")
     try:
-        parsed = tomli.loads(f"value = {value}")["value"]
+        parsed = _parsed(f"value = {value}")["value"]
     except tomli.TOMLDecodeError:
         parsed = value.strip()
+    except (ValueError, RecursionError) as error:
+        raise SpecError(str(error), where=f"--set {key.strip()}") from None
     *parts, last = key.strip().split(".")
     table: Any = data
     path: KeyPath = ()

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from graphopt.compiler.registry import passes
+from graphopt.spec.messages import models_in
 from graphopt.spec.model import Spec
 
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
@@ -21,7 +22,11 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 def dumps(spec: Spec) -> str:
     """The resolved spec as TOML, every default written out; `loads(dumps(spec)) == spec`."""
-    table = spec.resolved()
+    return dumps_table(spec.resolved())
+
+
+def dumps_table(table: Mapping[str, Any]) -> str:
+    """A table of plain TOML values as it would be a spec."""
     chunks = [_lines({key: value for key, value in table.items() if not _nested(value)})]
     chunks += [text for key, value in table.items() if _nested(value) for text in _section(key, value)]
     return "\n".join(chunk for chunk in chunks if chunk)
@@ -30,6 +35,19 @@ def dumps(spec: Spec) -> str:
 def dumps_pass(table: Mapping[str, Any]) -> str:
     """One pass's table (`Pass.table()`) as the `[[pass]]` block it would be in a spec."""
     return f"[[pass]]\n{_lines(table)}"
+
+
+def toml_value(value: Any) -> str:
+    """A value of a field as a spec has it: `"start"`, `[0.5, 0.5]`, `{ reconstruct = [1.0, 1.0] }`."""
+    return _inline(value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value)
+
+
+def kind_of(cls: type[BaseModel], option: str) -> str:
+    """What an option takes, in words: `"text or an array"`; for one that its pass does not describe."""
+    words = {"number": "a number", "integer": "a whole number", "string": "text", "boolean": "true or false", "array": "an array"}
+    schema = cls.model_json_schema(by_alias=False)["properties"][option]
+    branches = [branch.get("type") for branch in schema.get("anyOf", [schema])]
+    return " or ".join(dict.fromkeys(words.get(str(kind), "a table") for kind in branches if kind != "null"))
 
 
 def _nested(value: Any) -> bool:
@@ -79,13 +97,15 @@ def schema() -> dict[str, Any]:
     branches = []
     for use, cls in sorted(passes().items()):
         table = cls.model_json_schema(by_alias=True)
-        shared.update(table.pop("$defs", {}))
         # The schema of the trigger's type lacks its short forms: the word, and a list of steps.
         when = table["properties"]["when"]
         short = [{"const": "start"}, {"type": "array", "items": {"type": "object"}}]
         table["properties"]["when"] = {"anyOf": [*short, *when.get("oneOf", when.get("anyOf", []))], "default": "start"}
-        for name, text in option_texts(cls).items():
-            table["properties"][name].setdefault("description", text)
+        shared.update(table.pop("$defs", {}))
+        for model in (cls, *models_in(cls), *models_in(Spec)):
+            described = table if model is cls else shared.get(model.__name__, {})
+            for name, text in option_texts(model).items():
+                described.get("properties", {}).get(name, {}).setdefault("description", text)
         table["properties"] = {"use": {"const": use, "type": "string"}, **table["properties"]}
         table["required"] = ["use", *table.get("required", [])]
         branches.append(table)

@@ -1,6 +1,8 @@
 """`nn.Module` -> `Graph`: one graph that serves train and eval mode, bit for bit."""
 
 import copy
+import keyword
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,15 +17,18 @@ from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
 from graphopt.ir.section import BACKBONE, Section
-from graphopt.ir.shapes import propagate_shapes
+from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
-from graphopt.tracing.equivalence import compare_modes, same
+from graphopt.tracing.equivalence import compare_modes, same, without_gradient
 from graphopt.tracing.modes import Difference, merge_modes
 from graphopt.tracing.tracer import Tracer, constants_of, meta_copy
+from graphopt.units import show_size
 
 #: stop tracing after this many opaque modules: too little of the model would be visible to the passes
 MOST_OPAQUE = 64
+#: the most memory that running backbone and graph for a comparison may take
+MOST_BYTES = 4 * 2**30
 
 
 def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
@@ -40,6 +45,10 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
     if lazy is not None:
         raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    try:
+        check_input(tuple(input))
+    except ValueError as error:
+        raise TraceError(str(error), fix="Give the shape of one sample, (3, 224, 224) for example") from None
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
     meta = cache(lambda: meta_copy(backbone))
@@ -48,9 +57,12 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
             try:
                 graph = _trace_once(backbone, tuple(input), meta, opaque)
                 if compare and not any(p.is_meta for p in backbone.parameters()):
+                    _check_memory(graph)
                     differing = compare_modes(backbone, graph)
                     if differing is not None:
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
+                    if graph.opaque:
+                        graph.unused = tuple(dict.fromkeys((*graph.unused, *without_gradient(graph))))
                 break
             except _Untraceable as found:
                 _make_opaque(opaque, *found.args)
@@ -61,6 +73,14 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     for path, module in graph.module.named_modules():
         module.training = modes.get(path, backbone.training)
     return graph
+
+
+def _check_memory(graph: Graph) -> None:
+    """Refuses a comparison that would take the machine's memory."""
+    needed = forward_bytes(graph.module)
+    if needed > MOST_BYTES:
+        what = f"comparing the graph with the backbone on two samples takes {show_size(needed)}, more than {show_size(MOST_BYTES)}"
+        raise TraceError(what, fix="Give a smaller input; from Python, compile with verify = 'off'")
 
 
 class _Untraceable(Exception):
@@ -77,6 +97,7 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     except Difference as difference:
         raise _Untraceable(difference.args[0], "its structure depends on the mode") from None
     nodes = traced.nodes
+    _check_names(traced)
     module = TrainingModule(_root_for(backbone, traced, switches, constants), traced, type(backbone).__name__)
     for node in nodes:
         node.meta["origin"] = _origin_of(node)
@@ -88,12 +109,23 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     reached = {id(module.get_parameter(n)) for n, _ in module.named_parameters() if n in used or n.startswith(called)}
     unused = tuple(n for n, p in backbone.named_parameters() if id(p) not in reached)
     types = {path: type(m).__name__ for path, m in backbone.named_modules()}
-    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused)
+    first = {m: path for path, m in backbone.named_modules()}
+    aliases = {path: first[m] for path, m in backbone.named_modules(remove_duplicate=False) if first[m] != path}
+    graph = Graph(module, input, types, _author_groups(backbone), tuple(opaque), unused, aliases)
     alive = set(nodes)
     for number, segment in enumerate(segments):
         if members := tuple(n for n in segment if n in alive):
             graph.sections.append(Section(f"backbone_checkpoint_{number}", members, Checkpointed, BACKBONE))
     return graph
+
+
+def _check_names(graph: fx.Graph) -> None:
+    """Refuses names of modules that the code of a graph cannot hold (fx writes them into it as they are)."""
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            wrong = next((part for part in node.target.split(".") if keyword.iskeyword(part) or re.search(r"""[\\"'\n\r]""", part)), None)
+            if wrong is not None:
+                raise TraceError(f"a module or a parameter cannot be called {wrong!r} in a graph", where=node.target, fix="Rename it")
 
 
 def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx.Graph, dict[str, torch.Tensor], list[tuple[fx.Node, ...]]]:

@@ -1,5 +1,6 @@
 """Activation checkpointing that a backbone does itself: what it covers is noted while tracing, so that it is kept."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,20 +36,27 @@ def noting_checkpoints(backbone: nn.Module, graph: Callable[[], fx.Graph]) -> It
         segments.append(tuple(reversed(made)))
         return result
 
-    replaced = [(names, name) for names in _namespaces(backbone) for name, value in names.items() if value is original]
-    for names, name in replaced:
-        names[name] = plain
+    def in_place_of(value: Any) -> Any:
+        if isinstance(value, functools.partial) and value.func is original:
+            return functools.partial(plain, *value.args, **value.keywords)
+        return plain if value is original else value
+
+    found = [(names, name, value) for names in _namespaces(backbone) for name, value in names.items()]
+    replaced = [(names, name, value) for names, name, value in found if in_place_of(value) is not value]
+    for names, name, value in replaced:
+        names[name] = in_place_of(value)
     try:
         yield segments
     finally:
-        for names, name in replaced:
-            names[name] = original
+        for names, name, value in replaced:
+            names[name] = value
 
 
 def _namespaces(backbone: nn.Module) -> list[dict[str, Any]]:
-    """Where the forwards of a backbone's modules, and timm's helpers, look names up."""
+    """Where the forwards of a backbone's modules, and timm's helpers, look names up; Hugging Face's look in the modules themselves."""
     found = {id(names): names for names in (vars(torch.utils.checkpoint),)}
     for module in backbone.modules():
+        found[id(vars(module))] = vars(module)
         for cls in type(module).__mro__:
             for function in vars(cls).values():
                 names = getattr(inspect.unwrap(function), "__globals__", None) if callable(function) else None

@@ -8,16 +8,14 @@ import torch
 from torch import fx, nn
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.paths import is_below
 from graphopt.ir.regions import region_of
+from graphopt.ir.shapes import tensors_in
 
 
-def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[str, str] | None:
+def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
     """The innermost module whose traced form computes something else, and in which mode; None if all outputs are bit-equal."""
-    generator = torch.Generator().manual_seed(0)
-    reference = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-    x = torch.rand(batch, *graph.input, generator=generator)
-    if reference is not None:
-        x = x.to(device=reference.device, dtype=reference.dtype)
+    x = _sample(backbone, graph.input)
     for mode, training in (("train", True), ("eval", False)):
         backbone.train(training)
         graph.module.train(training)
@@ -26,6 +24,23 @@ def compare_modes(backbone: nn.Module, graph: Graph, batch: int = 2) -> tuple[st
         if not same(expected, found):
             return _first_difference(backbone, graph, x), mode
     return None
+
+
+def without_gradient(graph: Graph) -> tuple[str, ...]:
+    """Trainable parameters inside opaque modules that a training step gives no gradient: their forward does not use them."""
+    paths, module = [o.path for o in graph.opaque], graph.module.train()
+    names = [n for n, p in module.named_parameters() if p.requires_grad and is_below(n, paths)]
+    with untouched(module), torch.enable_grad():
+        outputs = [t for t in tensors_in(module(_sample(module, graph.input))) if t.requires_grad]
+        parameters = [module.get_parameter(n) for n in names]
+        found = torch.autograd.grad([t.sum() for t in outputs], parameters, allow_unused=True) if outputs and names else ()
+    return tuple(name for name, gradient in zip(names, found, strict=False) if gradient is None)
+
+
+def _sample(module: nn.Module, input: tuple[int, ...], batch: int = 2) -> torch.Tensor:
+    x = torch.rand(batch, *input, generator=torch.Generator().manual_seed(0))
+    reference = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return x if reference is None else x.to(device=reference.device, dtype=reference.dtype)
 
 
 def same(a: Any, b: Any) -> bool:

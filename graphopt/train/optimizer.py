@@ -4,6 +4,7 @@ Tracing and phase changes reorder parameters, so positions identify nothing. The
 dropped; if the parameter trains again later, it starts with new state.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, cast
@@ -150,6 +151,13 @@ class Schedule:
 
     def set_step(self, steps: int) -> float:
         """Sets the rate for the step after `steps` finished ones, and returns it (without the layers' factors)."""
-        self._scheduler.step_update(steps)
+        try:
+            self._scheduler.step_update(steps)
+        except (ArithmeticError, ValueError) as error:
+            what = f"timm's scheduler fails at step {steps} with these settings: {error}"
+            raise RunError(what, where="train.scheduler", fix="Check train.scheduler.arguments") from error
         group = self._optimizer.param_groups[0]
-        return float(group["lr"] / group.get("lr_scale", 1.0))
+        rate = float(group["lr"] / group.get("lr_scale", 1.0))
+        if not math.isfinite(rate):
+            raise RunError(f"the learning rate of step {steps} is {rate}", where="train.scheduler", fix="Check its settings")
+        return rate

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, Data, ImageFeed, Mixer, open_data
-from graphopt.driver import build_backbone, compile
+from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
@@ -82,6 +82,8 @@ def train(
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
+                check_folders(plan, trust=trust)
+            plan.check_phases(settings.epochs)
             mixer, identity = None, dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
                 mixer = Mixer.of(data.augment, opened.classes, settings.label_smoothing, settings.seed)

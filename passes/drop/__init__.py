@@ -35,7 +35,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import torch
-from pydantic import Field
+from pydantic import Field, StrictBool
 from torch.fx import Node
 
 from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, RuntimeNeeds, Selector, Status, select
@@ -63,7 +63,7 @@ class Drop(Pass):
         dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16).
         limit: size of the largest cache ("8 GiB"); above it the prefix runs under no_grad instead. Default: what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
-        folder: of a cache on disk, to keep it after the run or to put it on another disk.
+        folder: of a cache on disk, to keep it after the run or to put it on another disk; a spec that names one needs --trust.
         force: cache the features even if reading them is slower than computing them.
         select: bypass: the blocks; default: all of them.
         probability: bypass: of leaving the deepest block out of a training step; None leaves all of them out for good.
@@ -80,9 +80,9 @@ class Drop(Pass):
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
     folder: str | None = None
-    force: bool = False
+    force: StrictBool = False
     select: Selector | None = None
-    probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    probability: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:

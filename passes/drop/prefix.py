@@ -15,8 +15,8 @@ from torch.fx import Node
 from graphopt import Editor, Graph, PassError, Region, select
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import ancestors, cut_points, descendants
-from graphopt.ir.nodes import activations, parameters_of, parameters_read
-from graphopt.ir.paths import lineage
+from graphopt.ir.nodes import activations, parameters_of, parameters_read, storages, writes_in_place
+from graphopt.ir.paths import is_below, lineage
 from graphopt.ir.regions import region_at
 from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
 from graphopt.runtime.body import NoGrad
@@ -30,8 +30,12 @@ def possible_cuts(graph: Graph) -> tuple[Node, ...]:
 
 
 def prefix_of(graph: Graph, cut: Node) -> tuple[Node, ...]:
-    """What computes a cut, itself included, in execution order; without the input."""
+    """What computes a cut, itself included, and what writes into memory read on the way; in execution order, without the input."""
     before = ancestors([cut])
+    writers = [n for n in graph.nodes[: graph.order[cut]] if n not in before and writes_in_place(graph.module, n)]
+    if writers:
+        read = {memory for n in before for memory in storages(n)}
+        before |= ancestors(n for n in writers if storages(n) & read)
     return tuple(n for n in graph.nodes if n in before and n.op != "placeholder")
 
 
@@ -130,6 +134,7 @@ def drop_prefix(edit: Editor, cuts: Sequence[Node]) -> dict[str, int]:
     names = parameters_of(graph, nodes)
     edit.freeze(names)
     converted = _stay_in_eval_mode(edit, nodes)
+    edit.keep_buffers((*nodes, *_read_for_nothing(graph, nodes)))
     for cut in cuts:
         _recompute_scalars(edit, cut)
     active = activations(graph)
@@ -152,6 +157,17 @@ def _check_separable(graph: Graph, prefix: Sequence[Node]) -> None:
         if section.target and not inside.isdisjoint(section.nodes):
             what = f"{section.author.name} trains a part of the prefix with a local loss, so it cannot be dropped"
             raise PassError(what, where=str(section.author), fix="End the prefix earlier, or leave one of the two passes out")
+
+
+def _read_for_nothing(graph: Graph, prefix: Sequence[Node]) -> list[Node]:
+    """What modules that lie wholly in a prefix read, and the output does not depend on: buffers that they only write."""
+    inside, used = set(prefix), ancestors([graph.output])
+
+    def is_inside(path: str) -> bool:
+        nodes = [n for n in used if "origin" in n.meta and is_below(n.meta["origin"].path, (path,))]
+        return bool(nodes) and inside.issuperset(nodes)
+
+    return [n for n in graph.nodes if n.op == "get_attr" and n not in used and is_inside(n.meta["origin"].path)]
 
 
 def _stay_in_eval_mode(edit: Editor, prefix: Sequence[Node]) -> int:

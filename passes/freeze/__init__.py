@@ -24,6 +24,8 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
 from collections.abc import Iterable
 from typing import ClassVar
 
+from pydantic import StrictBool
+
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Selector, Status, select
 from graphopt.compiler.pass_base import Candidate
 from graphopt.compiler.verify import Property
@@ -49,7 +51,7 @@ class Freeze(Pass):
     claim: ClassVar[str | None] = "frozen"
 
     select: Selector
-    lean: bool = True
+    lean: StrictBool = True
 
     def match(self, graph: Graph) -> Match[None]:
         match: Match[None] = Match(select(self.select, graph))
@@ -76,6 +78,7 @@ class Freeze(Pass):
         edit.freeze(scope.parameters)
         norms = freeze_norms(edit, [n for r in match.regions for n in r.nodes], set(scope.behind) if self.lean else set())
         lean = use_lean_operators(edit, scope.behind) if self.lean else {}
+        edit.keep_buffers(n for r in match.regions for n in r.nodes)
         cut_prefix(edit, scope.prefix)
         counts = {"frozen_parameters": len(scope.parameters), "prefix_nodes": len(scope.prefix)}
         effects = Effects(figures={**counts, "norms": norms, "lean": lean})

@@ -101,7 +101,8 @@ def _parameters(graph: Graph, regions: Sequence[Region], selected: set[fx.Node])
         inside = [n for n in known if is_below(n, paths)]
         if inside:
             names += known
-            tied += [(inside[0], n) for n in known if n not in inside]
+            # A module that is registered under two names is whole under either.
+            tied += [(inside[0], n) for n in known if n not in inside and not readers[key] <= selected]
         elif readers[key] & selected:
             # Owned elsewhere (a class token, a table at the root): it goes along when nothing else reads it.
             if readers[key] <= selected:

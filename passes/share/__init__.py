@@ -24,7 +24,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, StrictBool, StrictFloat
 from torch import Tensor
 
 from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, SelectError, Selector, Status, select
@@ -64,8 +64,8 @@ class Share(Pass):
     parts: Part | None = None
     norm: Literal["own", "mix"] = "own"
     scalars: Literal["block", "parameter"] = "block"
-    init: tuple[float, float] = (0.5, 0.5)
-    detach: bool = False
+    init: tuple[StrictFloat, StrictFloat] = (0.5, 0.5)
+    detach: StrictBool = False
     boundary: Boundary = "skip"
 
     @pydantic.model_validator(mode="before")
@@ -107,6 +107,9 @@ class Share(Pass):
         mixtures: list[Mixture] = []
         narrowed: dict[str, int | None] = {}
         for block in (match.decision[name] for name in match.names):
+            if _is_frozen(edit.graph, block):
+                effects.warn(block.region, "it is frozen, so it keeps its own weights: a mix would move with its neighbours")
+                continue
             channels = None
             if self.mode == "surrogate":
                 try:
@@ -114,8 +117,6 @@ class Share(Pass):
                 except NotShareable as reason:
                     raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
                 narrowed |= dict.fromkeys(names, channels)
-            if (moves := _frozen_but_mixed(edit.graph, block)) is not None:
-                effects.warn(block.region, moves)
             mixtures += replace_weights(edit, block, init=self.init, per_tensor=per_tensor, detach=self.detach, channels=channels)
             for position, source in enumerate(block.sources):
                 if not any(module.get_parameter(t.sources[position]).requires_grad for t in block.tensors):
@@ -123,8 +124,10 @@ class Share(Pass):
             a, b = self.init
             effects.mark(block.region, Status.SHARED, sources=block.sources, a=a, b=b, mode=self.mode, part=block.part)
         removed = before - sum(p.numel() for p in module.parameters())
-        effects.figures = {"shared": len(match.names), "tensors_replaced": len(mixtures), "parameters_removed": removed}
+        effects.figures = {"shared": len(effects.regions), "tensors_replaced": len(mixtures), "parameters_removed": removed}
         effects.no_decay = frozenset(n for m in mixtures for n in m.scalars)
+        if not mixtures:
+            return effects
         if self.mode == "mix":
             effects.to_original_state = partial(compute_mixtures, mixtures=mixtures)
             effects.from_original_state = partial(fit_mixtures, mixtures=mixtures)
@@ -134,14 +137,10 @@ class Share(Pass):
         return effects
 
 
-def _frozen_but_mixed(graph: Graph, block: SharedBlock) -> str | None:
-    """What to say of a block that an earlier pass froze, and that becomes a mix of weights that train."""
-    trains = {n: p.requires_grad for n, p in graph.module.named_parameters(remove_duplicate=False)}
-    for tensor in block.tensors:
-        moving = next((s for s in tensor.sources if trains.get(s)), None)
-        if moving is not None and not trains.get(tensor.name, True):
-            return f"{tensor.name} is frozen, but becomes a mix that moves with {moving}, which trains: freeze that too, or do not share it"
-    return None
+def _is_frozen(graph: Graph, block: SharedBlock) -> bool:
+    """Whether an earlier pass, or the user, has taken all that a block would replace out of training."""
+    known = dict(graph.module.named_parameters(remove_duplicate=False))
+    return all(t.name in known and not known[t.name].requires_grad for t in block.tensors)
 
 
 def _refuse_export(_: dict[str, Tensor], path: str) -> NoReturn:

@@ -12,26 +12,6 @@ From: *Local Learning on Transformers via Feature Reconstruction* (arXiv 2212.14
     modules = 4
     balance = "memory"
 
-Options
-    modules     number of modules (K), the last one included.
-    balance     how the cuts are chosen: "blocks" (as many blocks in each module), "memory" (the lowest predicted peak of a step, heads and
-                decoders included; without `modules`, as many as bring it within 10 % of the lowest), "stage" (where the resolution
-                changes; without `modules`, at every stage).
-    cuts        instead: regions to cut after, `["layers.0", "layers.1"]`, or the names of cuts that a report or an error lists.
-    decoder     "features" (rebuilds the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
-    structure   of the features decoder: "linear" (default; each position predicts the patch of the input at its place; for wide features
-                by a map of rank 64), "pointwise" (by a small MLP), "conv" (upsampling and two convolutions), "transformer" (a block over
-                the sampled positions first).
-    fraction    fraction of spatial rows reconstructed per step; rows rotate so that all are covered. Default 0.125, for images 1.
-    loss        of the decoder: "l1" (default), "l2", "bce" (default for images; what is rebuilt must lie in [0, 1]).
-    head        "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
-                (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
-    temperature of the contrast.
-    weights     of the two losses, from the first to the last auxiliary module, linear between.
-    mean, std   the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.
-    classes     number of classes of the targets. Default: the width of the network's output.
-    when        from which epoch, until which.
-
 Preserves the eval output. Training needs the targets: `output, local_loss = module(x, target)`, with class indices (N,) or probabilities
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses
 regions that the graph cannot be cut after, more modules than there are cuts for, and decoders that cannot rebuild the input. On a CPU with
@@ -74,14 +54,19 @@ __all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
 #: seeds (tools/tables/supervise_accuracy.md)
 FRACTION = 0.125
 
-Ends = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+Ends = tuple[Annotated[float, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, strict=True)]]
 Statistics = tuple[float, ...]
 
 
 class Weighting(pydantic.BaseModel):
-    """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between."""
+    """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Attributes:
+        reconstruct: of the decoder's loss.
+        classify: of the auxiliary classifier's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     reconstruct: Ends = (1.0, 1.0)
     classify: Ends = (1.0, 1.0)
@@ -99,10 +84,23 @@ class Supervise(Pass):
     """Gradient-isolated modules with local losses; the module docstring explains each option.
 
     Attributes:
-        modules, balance, cuts: how many modules, and where the backbone is cut.
-        decoder, structure, fraction, loss, mean, std: what each module rebuilds, and how.
-        head, temperature, classes: the auxiliary classifier.
-        weights: of the two losses.
+        modules: number of modules (K), the last one included.
+        balance: how the cuts are chosen: "blocks" (as many blocks in each module), "memory" (the lowest predicted peak of a step, heads
+            and decoders included; without `modules`, as many as bring it within 10 % of the lowest), "stage" (where the resolution
+            changes; without `modules`, at every stage).
+        cuts: instead: regions to cut after, `["layers.0", "layers.1"]`, or the names of cuts that a report or an error lists.
+        decoder: "features" (rebuilds the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
+        structure: of the features decoder: "linear" (default; each position predicts the patch of the input at its place; for wide
+            features by a map of rank 64), "pointwise" (by a small MLP), "conv" (upsampling and two convolutions), "transformer" (a
+            block over the sampled positions first).
+        fraction: fraction of spatial rows reconstructed per step; rows rotate so that all are covered. Default 0.125, for images 1.
+        loss: of the decoder: "l1" (default), "l2", "bce" (default for images; what is rebuilt must lie in [0, 1]).
+        head: "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
+            (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
+        temperature: of the contrast.
+        weights: of the two losses, from the first to the last auxiliary module, linear between.
+        mean, std: the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.
+        classes: number of classes of the targets. Default: the width of the network's output.
         when: from which epoch, until which.
     """
 
@@ -117,10 +115,10 @@ class Supervise(Pass):
     cuts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     decoder: Literal["features", "image", "none"] = "features"
     structure: decoders.Structure = "linear"
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
     head: HeadKind = "pool"
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3, strict=True)] = 0.07
     weights: Weighting = Weighting()
     mean: Statistics | None = None
     std: Statistics | None = None

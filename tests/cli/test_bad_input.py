@@ -163,3 +163,23 @@ def test_an_error_in_graphopt_is_1_and_says_so(capsys: pytest.CaptureFixture[str
     assert "by nought" in err
     assert "--debug" in err
     assert "Traceback" not in err
+
+
+def test_a_folder_for_features_needs_trust(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    drop = f'use = "drop"\nupto = "layer1"\ncache = "disk"\nfolder = "{folder / "elsewhere" / "features"}"'
+    Path("s.toml").write_text(SPEC.replace('use = "freeze"\nselect = ["conv1", "bn1"]', drop))
+    for command in (["check", "s.toml"], ["train", "s.toml", "-o", "run"]):
+        message = refused(capsys, *command)
+        assert "s.toml:7 (pass 1, drop)" in message
+        assert "--trust" in message
+    assert not (folder / "elsewhere").exists()
+    assert main(["check", "s.toml", "--trust"]) == 0
+
+
+def test_check_and_train_refuse_a_later_phase_alike(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    passes = 'use = "supervise"\nmodules = 2\n[[pass]]\nuse = "drop"\nupto = "layer1"\nwhen = { epoch = 1 }'
+    Path("s.toml").write_text(SPEC.replace('use = "freeze"\nselect = ["conv1", "bn1"]', passes))
+    messages = [refused(capsys, *command) for command in (["check", "s.toml"], ["train", "s.toml", "-o", "run"])]
+    assert messages[0] == messages[1]
+    assert "s.toml:10 (pass 2, drop)" in messages[0]
+    assert "from epoch 1 on" in messages[0]

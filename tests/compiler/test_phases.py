@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 import graphopt
 from graphopt.compiler import plan as plan_module
 from graphopt.compiler.plan import Plan
-from graphopt.compiler.triggers import Decision
+from graphopt.compiler.triggers import Decision, active_regions
+from graphopt.errors import PassError
+from graphopt.models.cifar_resnet import build
+from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
+from graphopt.passes.supervise import Supervise
 from tests.support.backbones import Small
 
 THAWED = Freeze(select=("stem",), when={"epoch": 2, "until": 5})
@@ -54,3 +60,42 @@ def test_one_phase_is_found_by_its_epoch(plan: Plan, epoch: int) -> None:
     found = plan.phase_at(epoch, 6, verify="off")
     assert found.decisions == expected.decisions
     assert frozen(found) == frozen(expected)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        *({"epoch": 0}, {"epoch": 3}, {"epoch": 2, "until": 5}, {"epoch": 70}, [{"epoch": 1, "upto": "a"}, {"epoch": 6, "upto": "d"}]),
+        *({"schedule": "freezeout"}, {"schedule": "freezeout", "t0": 0.0, "how": "linear"}, {"schedule": "progressive"}),
+        {"schedule": "progressive", "gamma": 3.0},
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 2, 7, 40])
+def test_a_trigger_names_every_epoch_at_which_it_fires(when: object, epochs: int) -> None:
+    names = ("a", "b", "c", "d")
+    trigger = Freeze(select=("fc",), when=when).when
+    asked: dict[bool, list[Decision]] = {}
+    for all_epochs in (True, False):
+        decisions: tuple[Decision, ...] = ()
+        for epoch in range(epochs) if all_epochs else sorted({e for e in trigger.moments(names, epochs) if e < epochs}):
+            fired = trigger.fire(names, active_regions(names, trigger, 0, decisions), epoch, epochs, None)
+            decisions += tuple(Decision(index=0, epoch=epoch, action=action, regions=regions) for action, regions in fired)
+        asked[all_epochs] = list(decisions)
+    assert asked[True] == asked[False]
+
+
+def test_a_billion_epochs_are_foreseen_at_once() -> None:
+    schedules = [{"epoch": 10**9 - 1}, {"schedule": "freezeout"}, {"schedule": "progressive"}]
+    passes = [Freeze(select=("blocks.0", "blocks.1"), when=when) for when in schedules]
+    plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), verify="off", costs=False)
+    started = time.process_time()
+    assert {d.index for d in plan.foreseen(10**9)} == {0, 1, 2}
+    assert time.process_time() - started < 1
+
+
+def test_every_phase_that_can_be_foreseen_is_compiled_before_the_run() -> None:
+    passes = [Supervise(modules=2), Drop(upto="layer1", when={"epoch": 2})]
+    plan = graphopt.compile(build("resnet8"), passes, input=(3, 8, 8), verify="off", costs=False)
+    plan.check_phases(2)  # the run ends before the phase that cannot be compiled
+    with pytest.raises(PassError, match=r"pass 2, drop.*from epoch 2 on, "):
+        plan.check_phases(3)

@@ -135,3 +135,14 @@ def test_a_literal_path_matches_itself_and_double_star_whatever_is_below(path: s
     assert compile_pattern(f"{path}.**")(f"{path}.a.b")
     assert not compile_pattern(f"{path}.*")(path)
     assert not compile_pattern(path)(f"{path}x")
+
+
+@pytest.mark.parametrize("pattern", ["re:(.+)+!", "re:(a|aa)+b", "re:((a*)*)*", "re:(?=(a+)+)b", "re:(?:x{1,3}){2}"])
+def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
+    with pytest.raises(SelectError, match="for ever"):
+        compile_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"re:layer[12](\.\d)+", "re:(conv|bn)1", "re:a*b*", "re:(a+)?b", "re:(a|bc(d|ef))", "re:layer(1|2).*"])
+def test_other_expressions_are_not(pattern: str) -> None:
+    assert compile_pattern(pattern) is not None

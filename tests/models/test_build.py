@@ -241,3 +241,13 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "w.pt")
     with pytest.raises(BackboneError, match="holds no state dict"):
         load_weights(CifarResNet(8), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "arguments"),
+    [("cifar", "resnet6000002", {}), ("timm", "vit_tiny_patch16_224", {"depth": 100_000}), ("cifar", "resnet8", {"num_classes": 10**10})],
+)
+def test_a_network_beyond_the_machine_is_refused_while_it_is_built(source: str, name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(BackboneError, match=r"more than 10,000 modules|take more than .* half of the memory|can't allocate memory"):
+        build(spec(source, name, **arguments))
+    assert build(spec("cifar", "resnet8")) is not None  # nothing is counted afterwards

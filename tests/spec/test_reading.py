@@ -44,6 +44,11 @@ MISTAKES = [
         ["s.toml:10, pass 2 (freeze), lean"],
     ),
     ("a trigger's key", BACKBONE + '[[pass]]\nuse = "freeze"\nselect = "fc"\nwhen = { epoch = -1 }\n', ["s.toml:7, pass 1 (freeze), when"]),
+    (
+        "a list in a list",
+        BACKBONE + '[[pass]]\nuse = "freeze"\nselect = [["fc"]]\n',
+        ["s.toml:6, pass 1 (freeze), select[0]: expected text"],
+    ),
     ("code in a pass", BACKBONE + '[[pass]]\nuse = "mine.py:Mine"\n', ["s.toml:5", "Python code", "--trust"]),
 ]
 

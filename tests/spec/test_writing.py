@@ -1,7 +1,5 @@
 """TOML out: any spec, written and read again, is the same spec."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any
@@ -11,7 +9,11 @@ import tomli
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from graphopt.compiler.pass_base import Pass
+from graphopt.compiler.registry import passes
+from graphopt.ir.select import Selector
 from graphopt.spec import dumps, from_table, installed, load, loads, schema
+from graphopt.spec.writing import kind_of, option_texts, toml_value
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 scalars = st.one_of(st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), words)
@@ -43,7 +45,7 @@ specs = _table(
         "backbone": _table(
             {"source": st.sampled_from(["cifar", "python", "timm"]), "name": words.filter(bool)},
             {"arguments": arguments, "weights": words},
-        ).flatmap(lambda table: st.lists(st.integers(1, 512), min_size=1, max_size=4).map(lambda shape: {**table, "input": shape}))
+        ).flatmap(lambda table: st.lists(st.integers(1, 64), min_size=1, max_size=4).map(lambda shape: {**table, "input": shape}))
     },
     {
         "name": words,
@@ -55,7 +57,10 @@ specs = _table(
                 "name": words,
                 "mean": st.lists(fractions, min_size=1, max_size=3),
                 "workers": st.integers(0, 8),
-                "augment": _table({}, {"hflip": fractions, "scale": st.lists(fractions, min_size=2, max_size=2), "auto_augment": words}),
+                "augment": _table(
+                    {},
+                    {"hflip": fractions, "scale": st.lists(st.floats(0.001, 1), min_size=2, max_size=2).map(sorted), "auto_augment": words},
+                ),
             },
         ),
         "train": _table(
@@ -125,3 +130,27 @@ def test_schema() -> None:
     known = made["properties"].keys()
     for name in installed():
         assert tomli.loads(installed()[name].read_text()).keys() <= known
+
+
+def test_every_key_and_every_option_has_a_text_and_a_default_that_can_be_pasted() -> None:
+    for name, cls in passes().items():
+        assert set(option_texts(cls)) == set(cls.model_fields), name
+        for option, field in cls.model_fields.items():
+            if not field.is_required() and option != "when" and field.default is not None:
+                tomli.loads(f"{option} = {toml_value(field.default)}")
+    whole = schema()
+    branches = whole["properties"]["pass"]["items"]["anyOf"]
+    for table in (whole, *branches, *whole["$defs"].values()):
+        for key, value in table.get("properties", {}).items():
+            assert "description" in value or key in ("use", "pass", *whole["properties"]), (table.get("title"), key)
+
+
+def test_an_option_without_a_text_shows_what_it_takes() -> None:
+    class Plain(Pass):
+        select: Selector
+        factor: float = 0.5
+        names: tuple[str, ...] | None = None
+
+    kinds = [kind_of(Plain, option) for option in ("select", "factor", "names")]
+    assert kinds == ["text or an array or a table", "a number", "an array"]
+    assert option_texts(Plain).keys() == {"when"}

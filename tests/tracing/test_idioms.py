@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +21,7 @@ import graphopt
 from graphopt import TraceError, trace
 from graphopt.cost import forecast
 from graphopt.ir.blocks import find_blocks
+from graphopt.passes.freeze import Freeze
 
 SHAPE = (3, 16, 16)
 
@@ -219,6 +224,17 @@ class Checkpointing(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
+class BoundCheckpoint(Checkpointing):
+    """As Hugging Face does it: options are bound, and the function is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpoint = functools.partial(checkpoint, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.checkpoint(functools.partial(self.body), x)
+
+
 def timm_model(name: str, **arguments: Any) -> nn.Module:
     model = timm.create_model(name, **arguments)
     model.set_grad_checkpointing(True)
@@ -229,10 +245,11 @@ def timm_model(name: str, **arguments: Any) -> nn.Module:
     ("build", "shape"),
     [
         (lambda: Net(Checkpointing), SHAPE),
+        (lambda: Net(BoundCheckpoint), SHAPE),
         (lambda: timm_model("test_vit", img_size=32), (3, 32, 32)),
         (lambda: timm_model("resnet18"), (3, 64, 64)),
     ],
-    ids=["own", "vit", "resnet"],
+    ids=["own", "bound", "vit", "resnet"],
 )
 def test_a_backbone_s_own_checkpointing_is_kept(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model = build()
@@ -245,3 +262,71 @@ def test_a_backbone_s_own_checkpointing_is_kept(build: Callable[[], nn.Module], 
     expected = copy.deepcopy(model).train()(x)
     torch.manual_seed(1)
     assert torch.equal(plan.module.train()(x), expected)
+
+
+class Asserting(ByValue):
+    """Looks at its channels, and takes keywords that nobody gives."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        assert x.shape[1] == 8
+        assert not options
+        return x + self.conv(x)
+
+
+def test_blocks_that_check_their_channels_trace() -> None:
+    graph = trace(Net(Asserting), SHAPE)
+    assert graph.opaque == ()
+    assert [b.name for b in find_blocks(graph)] == [f"blocks.{i}" for i in range(3)]
+
+
+class UsesPart(ByValue):
+    """An opaque block with a parameter that it does not use here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.zeros(8, 1, 1))
+
+    def forward(self, x: Tensor, masked: bool = False) -> Tensor:
+        return super().forward(x * self.mask if masked else x)
+
+
+def test_what_an_opaque_module_does_not_use_is_reported_and_no_failure_of_a_pass() -> None:
+    plan = graphopt.compile(Net(UsesPart), Freeze(select="stem"), input=SHAPE)
+    assert plan.report.unused == tuple(f"blocks.{i}.mask" for i in range(3))
+
+
+def test_functions_of_einops_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rearrange(tensor: Tensor, pattern: str) -> Tensor:
+        assert issubclass(type(tensor), Tensor), "einops finds a tensor's library by its type"
+        return tensor.transpose(2, 3) if pattern == "b c h w -> b c w h" else tensor
+
+    einops = types.ModuleType("einops")
+    einops.rearrange = rearrange
+    monkeypatch.setitem(sys.modules, "einops", einops)
+    # As `from einops import rearrange` would.
+    monkeypatch.setitem(globals(), "rearrange", rearrange)
+    model = Net(look=lambda x: globals()["rearrange"](x, "b c h w -> b c w h"))
+    graph = trace(model, SHAPE)
+    assert graph.opaque == ()
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(graph.module.eval()(x), model.eval()(x))
+
+
+def test_maps_no_larger_than_the_window_of_a_video_swin() -> None:
+    sizes = {"patch_size": [2, 4, 4], "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": [8, 7, 7]}
+    model = torchvision.models.video.SwinTransformer3d(num_classes=5, **sizes)
+    plan = graphopt.compile(model, Freeze(select="features.0"), input=(3, 4, 32, 32), costs=False)
+    assert plan.base.opaque == ()
+    x = torch.rand(2, 3, 4, 32, 32)
+    assert torch.equal(plan.module.eval()(x), model.eval()(x))
+
+
+def test_a_module_under_two_names_is_known_by_either() -> None:
+    model = Net(Checkpointing)
+    model.blocks[2] = model.blocks[0]
+    for name in ("blocks.0", "blocks.2"):
+        plan = graphopt.compile(model, Freeze(select=name), input=SHAPE, costs=False)
+        frozen = {n for n, p in plan.module.named_parameters() if not p.requires_grad}
+        assert frozen == {n for n, _ in model.named_parameters() if n.startswith("blocks.0.")}
+    both = graphopt.compile(model, Freeze(select="blocks.*"), input=SHAPE, costs=False)
+    assert {n for n, p in both.module.named_parameters() if p.requires_grad} == {"stem.weight", "stem.bias", "fc.weight", "fc.bias"}

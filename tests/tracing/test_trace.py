@@ -126,3 +126,27 @@ def test_what_cannot_be_one_graph_is_one_clear_error(factory: Factory, shape: tu
 def test_a_training_graph_is_never_pickled(tmp_path) -> None:
     with pytest.raises(TypeError, match="state dict"):
         torch.save(trace(backbones.Small(), (3, 8, 8)).module, tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize("name", ["class", 'a"b', "a'b", "a\\b", "a\nb"])
+def test_a_name_that_code_cannot_hold_is_refused_by_name(name: str) -> None:
+    module = nn.Sequential()
+    module.add_module(name, nn.Conv2d(3, 3, 1))
+    with pytest.raises(TraceError, match="cannot be called"):
+        trace(module, (3, 4, 4))
+
+
+def test_names_that_are_no_identifiers_trace() -> None:
+    module = nn.Sequential()
+    for name in ("0", "a-b", "a b", "é", "match"):
+        module.add_module(name, nn.Conv2d(3, 3, 1))
+    assert {"a-b", "a b"} <= set(trace(module, (3, 4, 4)).paths)
+
+
+def test_inputs_beyond_memory_are_refused_before_memory_is_taken() -> None:
+    for shape in ((1, 2**31 - 1, 16), (3, 10**6, 10**6), (1, 10**30, 32), (1, 2**63 - 1, 16), (3, 0, 4), (3, -1, 4)):
+        with pytest.raises(TraceError, match="one sample of shape"):
+            trace(backbones.Small(), shape)
+    wide = nn.Sequential(nn.Conv2d(1, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(TraceError, match="on two samples takes"):
+        trace(wide, (1, 8000, 8000))

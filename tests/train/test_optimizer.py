@@ -186,3 +186,18 @@ def test_a_new_phase_goes_on_at_the_rate_the_last_one_reached() -> None:
     second = build_optimizer(module, spec)
     load_optimizer_state(second, module, optimizer_state(first, module))
     assert Schedule(second, train, 10).set_step(50) == reached == second.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SchedulerSpec(name="cosine", arguments={"cycle_mul": 0.0, "cycle_limit": 5}),
+        SchedulerSpec(name="step", decay_epochs=0.001, decay_rate=100.0),
+    ],
+    ids=["no cycle", "overflow"],
+)
+def test_a_schedule_that_cannot_be_computed_is_an_error_of_its_settings(spec: SchedulerSpec) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.8)
+    schedule = Schedule(optimizer, TrainSpec(scheduler=spec, optimizer={"lr": 0.8}, epochs=10), 10)
+    with pytest.raises(RunError, match=r"train\.scheduler: "):
+        schedule.set_step(95)
