@@ -17,8 +17,9 @@ def main() -> int:
         print(__doc__.strip() if __doc__ else "", file=sys.stderr)
         print(f"\nThe parts are {', '.join(PARTS)}.", file=sys.stderr)
         return 2
-    part = sys.argv.pop(1)
-    return int(importlib.import_module(PARTS[part]).main())
+    script = Path(__file__).with_name(f"{PARTS[sys.argv[1]]}.py")
+    sys.argv = [str(script), *sys.argv[2:]]
+    return int(importlib.import_module(script.stem).main())
 
 
 if __name__ == "__main__":
