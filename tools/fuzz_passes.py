@@ -1,5 +1,7 @@
 """Drawn compositions of passes on small backbones: each is refused with a reason, or compiles and does all it promises.
 
+    python tools/fuzz_passes.py --count 200 --seed 1 --jobs 2 --out tools/tables/fuzz.md
+
 A draw takes a backbone and one to four passes with selectors, triggers and options. It must be refused by a GraphoptError that names the
 cause, or else, in every phase of a short run: compile and verify fully, train two steps with finite gradients on everything trainable and
 on nothing else, leave what is frozen as it was, survive a deep copy, give its state to a fresh plan (by state dict and by file), export
@@ -14,6 +16,7 @@ import math
 import multiprocessing
 import random
 import re
+import sys
 import tempfile
 import traceback
 import warnings
@@ -37,10 +40,12 @@ from graphopt.compiler.pass_base import PassInstance, Severity, Status
 from graphopt.compiler.pipeline import match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
+from graphopt.compiler.verify import ALL_PROPERTIES
 from graphopt.errors import CostError, GraphoptError, VerifyError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
 from graphopt.ir.partition import cut_candidates
+from graphopt.ir.paths import is_below
 from graphopt.ir.shapes import tensors_in
 from graphopt.models import cifar_resnet as cifar
 from graphopt.plan_file import packed, read_plan_file
@@ -50,11 +55,12 @@ Table = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "tests" / "fuzz_cases"
-TABLE = ROOT / "tools" / "tables" / "fuzz.md"
 #: epochs of the run whose phases are compiled
 EPOCHS = 4
 #: samples of a training step
 BATCH = 3
+#: what a table's own data follow
+COMMENT = "<!-- runs: "
 #: what can become of a case
 STATUSES = ("accepted", "refused", "refused later", "violation")
 
@@ -401,10 +407,9 @@ def _close(pair: list[list[Tensor]], tolerance: float) -> bool:
 
 
 def _exports(plan: Plan) -> bool:
-    return not any(
-        value.name == "share" and value.mode == "surrogate" and effect is not None
-        for value, effect in zip(plan.passes, plan.effects, strict=True)
-    )  # type: ignore[attr-defined]
+    """Whether the backbone's architecture can express the plan: not with surrogates in it."""
+    effects = (effect for value, effect in zip(plan.passes, plan.effects, strict=True) if getattr(value, "mode", "") == "surrogate")
+    return not any(effect is not None and effect.regions for effect in effects)
 
 
 def step(plan: Plan, module: nn.Module, x: Tensor, *, seed: int) -> float:
@@ -432,6 +437,7 @@ def check_phase(start: Plan, plan: Plan, build: Callable[[], nn.Module], input: 
     """One phase keeps every promise. Trains it by two steps."""
     json.dumps(plan.report.to_dict())
     x = torch.rand(BATCH, *input, generator=torch.Generator().manual_seed(seed))
+    _check_as_backbone(plan, x, seed)
     module, other = plan.module, copy.deepcopy(plan.module)
     losses = [step(plan, m, x, seed=seed) for m in (module, other)]
     require(losses[0] == losses[1], "deep copy", f"the loss is {losses[1]}, not {losses[0]}")
@@ -459,17 +465,31 @@ def check_phase(start: Plan, plan: Plan, build: Callable[[], nn.Module], input: 
         _check_features(plan, x)
 
 
+def _check_as_backbone(plan: Plan, x: Tensor, seed: int) -> None:
+    """Where all passes preserve everything, a training step is the backbone's own, buffers included."""
+    if any(e is not None and value.preserved_properties() != ALL_PROPERTIES for value, e in zip(plan.passes, plan.effects, strict=True)):
+        return
+    one, other = copy.deepcopy(plan.module), plan.export()
+    losses = [step(plan, module, x, seed=seed) for module in (one, other)]
+    require(losses[0] == losses[1], "as the backbone", f"the loss is {losses[0]}, not {losses[1]}")
+    for name, value in (*other.named_buffers(), *((n, p.grad) for n, p in other.named_parameters() if p.grad is not None)):
+        mine = one.get_parameter(name).grad if name not in dict(one.named_buffers()) else one.get_buffer(name)
+        require(mine is not None and torch.equal(value, mine), "as the backbone", f"{name} or its gradient differs after a step")
+
+
 def _held(plan: Plan) -> dict[str, Tensor]:
     """What must stay as it is: all that does not train, and everything in regions that were frozen or dropped."""
     state = plan.export_state() if _exports(plan) else plan.module.state_dict()
     names = {n for n, p in plan.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    reported = {d.location for report in plan.report.passes for d in report.diagnostics if d.severity is Severity.WARNING}
+    reports = (d for report in plan.report.passes for d in report.diagnostics if d.severity is Severity.WARNING)
+    moving = {d.location for d in reports if "is not frozen" in d.message}
+    excused = [p for m in plan.matched for region in m.match.regions if region.name in moving for p in region.paths]
     for matched, effect in zip(plan.matched, plan.effects, strict=True):
         for region in matched.match.regions:
             status = effect.statuses.get(region.name) if effect is not None else None
-            if status is not None and status.status in (Status.FROZEN, Status.DROPPED) and region.name not in reported:
+            if status is not None and status.status in (Status.FROZEN, Status.DROPPED):
                 names |= {n for n in plan.base.module.state_dict() if any(n.startswith(f"{p}.") for p in region.paths)}
-    return {n: state[n].cpu().clone() for n in names if n in state}
+    return {n: state[n].cpu().clone() for n in names if n in state and not is_below(n, excused)}
 
 
 def _check_file(start: Plan, plan: Plan, x: Tensor, seed: int) -> Plan:
@@ -556,16 +576,16 @@ def draw_and_run(task: tuple[int, int, str | None]) -> tuple[int, Table, Outcome
     return number, case, run(case)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fuzz.py passes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100, help="number of draws")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000, help="number of draws")
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--backbone", choices=BACKBONES)
     parser.add_argument("--replay", type=Path, nargs="*", help="cases to run instead")
-    parser.add_argument("--table", action="store_true", help=f"add the result to {TABLE.relative_to(ROOT)}")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="add the result to this table")
+    options = parser.parse_args()
     if options.replay:
         outcomes = [run(json.loads(path.read_text())) for path in options.replay]
         for path, outcome in zip(options.replay, outcomes, strict=True):
@@ -584,7 +604,7 @@ def main(arguments: list[str]) -> int:
         write_case(reduced(case, outcome.kind), outcome)
     counts = Counter(outcome.status for _, outcome in found)
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
-    if options.table:
+    if options.out:
         write_table(options, found)
     return int(bool(violations))
 
@@ -613,18 +633,21 @@ def plain(reason: str) -> str:
 
 
 def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]]) -> None:
-    """Adds one run to the table: a row for the run, and its refusals to those of all runs."""
-    old = TABLE.read_text().splitlines() if TABLE.exists() else []
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in old if line.startswith("| ")]
-    runs = [row for row in cells if len(row) == 6 and row[0].isdigit()]
-    reasons = Counter({row[0]: int(row[1]) for row in cells if len(row) == 2 and row[1].isdigit()})
+    """Adds one run to the table, or takes the place of an earlier one of the same draws. A comment in it holds what it is made from."""
+    old = options.out.read_text() if options.out.exists() else ""
+    runs: dict[str, Table] = json.loads(old.rpartition(COMMENT)[2].partition(" -->")[0]) if COMMENT in old else {}
     counts = Counter(outcome.status for _, outcome in found)
-    row = (options.seed, f"{options.first} to {options.first + options.count - 1}", *(counts[status] for status in STATUSES))
-    runs.append([str(cell) for cell in row])
-    reasons.update(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
-    total = [sum(int(run[column]) for run in runs) for column in range(2, 6)]
+    reasons = Counter(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
+    key = f"{options.seed} | {options.first} to {options.first + options.count - 1}"
+    runs[key] = {"counts": [counts[status] for status in STATUSES], "reasons": reasons}
+    total = [sum(column) for column in zip(*(run["counts"] for run in runs.values()), strict=True)]
     lines = [heading("Drawn compositions of passes", __doc__), "| seed | draws | " + " | ".join(STATUSES) + " |", "|---" * 6 + "|"]
-    lines += [f"| {' | '.join(run)} |" for run in runs]
+    lines += [f"| {name} | {' | '.join(map(str, run['counts']))} |" for name, run in sorted(runs.items())]
     lines += [f"| all | {sum(total)} | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
-    lines += [f"| {reason} | {count} |" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]
-    TABLE.write_text("\n".join(lines) + "\n")
+    merged = sum((Counter(run["reasons"]) for run in runs.values()), Counter())
+    lines += [f"| {reason} | {count} |" for reason, count in merged.most_common()]
+    options.out.write_text("\n".join([*lines, "", f"{COMMENT}{json.dumps(runs)} -->"]) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -148,10 +148,10 @@ class Plan(Source):
         return later
 
     def _take_weights_from(self, earlier: Plan) -> None:
-        """Weights by name; what the other phase does not store is derived through the backbone's own keys."""
+        """Weights by name; what the other phase does not store, or in another shape, is derived through the backbone's own keys."""
         mine, theirs = self.module.state_dict(), earlier.module.state_dict()
         values = dict(theirs)
-        if missing := mine.keys() - theirs.keys():
+        if missing := {k for k, v in mine.items() if k not in theirs or theirs[k].shape != v.shape}:
             adopted = self.from_backbone(earlier.to_backbone(theirs, partial=True))
             values |= {k: adopted[k] for k in missing if k in adopted}
         self.module.load_state_dict({k: v for k, v in values.items() if k in mine}, strict=False)

@@ -62,7 +62,7 @@ def check_cut(graph: Graph, cut: Node | None, name: str) -> Node:
     cuts = possible_cuts(graph)
     if cut is None or cut not in cuts:
         position = len(graph.nodes) if cut is None else graph.order[cut]
-        earlier = _first_name(graph, (n for n in reversed(cuts) if graph.order[n] < position))
+        earlier = _first_name(graph, (n for n in reversed(cuts) if graph.order[n] < position and trains_after(graph, n)))
         later = _first_name(graph, (n for n in cuts if graph.order[n] > position and trains_after(graph, n)))
         names = " and ".join(repr(n) for n in (earlier, later) if n)
         what = f"the prefix up to {name!r} is not closed: other paths lead past its end, so no single activation can replace it"
