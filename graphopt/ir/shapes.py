@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import TraceError, first_line
@@ -37,9 +38,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
 
         class Shapes(fx.Interpreter):
             def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-                # As in generated code: the graph's lists are literals there, which a function may change.
-                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: list(a) if isinstance(a, list) else a)
-                return super().call_function(target, args, kwargs)
+                return super().call_function(target, _literal(args), _literal(kwargs))
 
             def run_node(self, n: fx.Node) -> Any:
                 at[:] = [n]
@@ -64,6 +63,13 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
                 where=where,
                 fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
             ) from error
+
+
+def _literal(value: Any) -> Any:
+    """The graph's own lists and dictionaries as generated code has them: literals, which a function may change."""
+    if type(value) in (tuple, immutable_list):
+        return (tuple if type(value) is tuple else list)(map(_literal, value))
+    return {k: _literal(v) for k, v in value.items()} if type(value) in (dict, immutable_dict) else value
 
 
 def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
