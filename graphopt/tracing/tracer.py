@@ -164,9 +164,9 @@ class Tracer(fx.Tracer):
         graph = super().trace(root, concrete_args)
         self._detach_what_has_no_gradient(graph)
         for node in reversed(list(graph.nodes)):
-            # Sizes that nothing needed, and questions about types that were answered.
+            # Sizes that nothing needed, questions about types that were answered, and tensors that were read for those.
             asked = node.target == "size" or isinstance(self.values.get(node), (bool, torch.dtype))
-            if node.op in ("call_function", "call_method") and asked and not node.users:
+            if not node.users and (node.op == "get_attr" or (asked and node.op in ("call_function", "call_method"))):
                 graph.erase_node(node)
         return graph
 

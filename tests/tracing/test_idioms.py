@@ -22,6 +22,7 @@ import graphopt
 from graphopt import TraceError, trace
 from graphopt.cost import forecast
 from graphopt.ir.blocks import find_blocks
+from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 
@@ -420,3 +421,15 @@ def test_a_gradient_that_is_zero_by_nature_is_no_failure() -> None:
 
     for value in (Freeze(select="blocks.1"), Freeze(select=("patch", "blocks.0"))):
         graphopt.compile(Patches(), value, input=SHAPE, costs=False)
+
+
+def test_a_weight_that_is_asked_for_its_type_only_is_not_read() -> None:
+    class Asking(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            wanted = self.stem.weight.dtype
+            return super().forward(x if x.dtype == wanted else x.to(wanted))
+
+    graph = trace(Asking(), SHAPE)
+    assert not graph.fx.find_nodes(op="get_attr", target="stem.weight")
+    plan = graphopt.compile(Asking(Checkpointing), Drop(upto="blocks.0"), input=SHAPE, costs=False)
+    assert plan.needs.features is not None
