@@ -39,7 +39,7 @@ def show_report(plan: "Plan") -> None:
     for path, reason in report.opaque:
         show(f"opaque {path}: {reason}")
     if report.unused:
-        show(f"unused by the forward: {some(report.unused)}")
+        show(f"no gradient reaches: {some(report.unused)}")
 
 
 def _figures(before: dict[str, Any], after: dict[str, Any]) -> Table:
