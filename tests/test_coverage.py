@@ -55,3 +55,4 @@ def test_what_cannot_be_compiled_says_why(tool: Any) -> None:
         row = tool.cover(next(c for c in tool.candidates() if c.name == f"own/{name}"))
         assert row.words == {"traced": "no"}
         assert row.reasons["traced"]
+        assert name != "TakesDict" or "takes a dictionary, not an image" in row.reasons["traced"]

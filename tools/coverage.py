@@ -202,7 +202,7 @@ class Table:
             for column, reason in row.reasons.items():
                 notes.setdefault(f"{row.words[column]}: {reason}", []).append(f"{row.name} {column}")
         missing = [f"not installed: {', '.join(left_out())}"] if left_out() else []
-        over = [f"{len(self.skipped)} over the limit on parameters or rows: {', '.join(self.skipped)}"] if self.skipped else []
+        over = [f"{len(self.skipped)} over the limit on parameters, rows or minutes: {', '.join(self.skipped)}"] if self.skipped else []
         return "\n".join(
             [
                 heading("Backbones: what traces, what each pass makes of it, forecasts and exports", __doc__),
@@ -226,20 +226,21 @@ class Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names that match this pattern, or contain it")
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of them")
     parser.add_argument("--limit", type=int, default=None, help="at most so many backbones")
     parser.add_argument("--parameters", type=float, default=350e6, help="leave out larger ones")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no more backbones after so many")
     parser.add_argument("--out", type=Path, help="write the table there, after every backbone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     table = Table()
     chosen = (c for c in candidates() if fnmatch.fnmatch(c.name, options.only) or options.only in c.name)
-    for candidate in itertools.islice(chosen, options.skip, None):
-        if len(table.rows) == options.limit or parameters_of(candidate.build) > options.parameters:
+    end = time.perf_counter() + 60 * options.minutes
+    for candidate in chosen:
+        start = time.perf_counter()
+        if len(table.rows) == options.limit or start > end or parameters_of(candidate.build) > options.parameters:
             table.skipped.append(candidate.name)
             continue
-        start = time.perf_counter()
         table.rows.append(cover(candidate))
         print(f"{table.rows[-1].text()} {time.perf_counter() - start:.0f} s", flush=True)
         if options.out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import timm
@@ -40,11 +41,12 @@ def candidates() -> Iterator[Candidate]:
     """All backbones, the small and odd ones first."""
     for name, (build, shape) in ODDITIES.items():
         yield Candidate(f"own/{name}", build, shape)
-    yield from _outside()
-    yield from _features()
     yield from _hugging_face()
-    yield from (Candidate(name, build) for name, build in torchvision_models())
-    yield from (Candidate(name, build) for name, build in timm_families())
+    yield from _features()
+    yield from _outside()
+    # In turn, so that a run that ends early has some of both.
+    for pair in zip_longest(timm_families(), torchvision_models()):
+        yield from (Candidate(*made) for made in pair if made is not None)
 
 
 def _outside() -> Iterator[Candidate]:

@@ -32,7 +32,7 @@ def show_report(plan: "Plan") -> None:
     for path, reason in report.opaque:
         show(f"opaque {path}: {reason}")
     if report.unused:
-        show(f"unused by the forward: {some(report.unused)}")
+        show(f"no gradient reaches: {some(report.unused)}")
 
 
 def _show_pass(number: int, item: "PassReport") -> None:

@@ -53,7 +53,7 @@ class Report:
 
     Attributes:
         batch: samples in the training step that the costs are of.
-        opaque: modules that were not traced into, as (path, reason). unused: parameters that the backbone's forward never reads.
+        opaque: modules that were not traced into, as (path, reason). unused: parameters that the backbone's step gives no gradient.
         no_costs: why there are none, although they were asked for.
     """
 

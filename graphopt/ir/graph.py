@@ -42,7 +42,8 @@ class Graph:
         input: shape of one sample; the batch stays free.
         types: class name of every module of the backbone, by path.
         groups: the author's own blocks as lists of parameter names, where the model publishes them (timm's `group_matcher`).
-        opaque: modules kept whole, with reasons. unused: parameters that no node uses; they are kept, and reported.
+        opaque: modules kept whole, with reasons.
+        unused: parameters that no node uses, or that a step gives no gradient; they are kept, and reported.
         aliases: further paths of modules that are registered more than once, and the path of each in the graph.
         sections: nodes that run as one unit in the emitted module; passes append, emission outlines.
         untouched: the graph as it was traced; itself, for a graph that is no clone.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import TraceError, first_line
@@ -44,9 +45,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
 
         class Shapes(fx.Interpreter):
             def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-                # As in generated code: the graph's lists are literals there, which a function may change.
-                args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: list(a) if isinstance(a, list) else a)
-                return super().call_function(target, args, kwargs)
+                return super().call_function(target, _literal(args), _literal(kwargs))
 
             def run_node(self, n: fx.Node) -> Any:
                 at[:] = [n]
@@ -82,6 +81,13 @@ def forward_bytes(module: fx.GraphModule) -> int:
         most = max(most, live)
         live -= sum(held[i] for i in {*node.all_input_nodes, node} if last.get(i, i) is node)
     return most
+
+
+def _literal(value: Any) -> Any:
+    """The graph's own lists and dictionaries as generated code has them: literals, which a function may change."""
+    if type(value) in (tuple, immutable_list):
+        return (tuple if type(value) is tuple else list)(map(_literal, value))
+    return {k: _literal(v) for k, v in value.items()} if type(value) in (dict, immutable_dict) else value
 
 
 def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:

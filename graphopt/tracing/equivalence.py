@@ -29,18 +29,19 @@ def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
 def without_gradient(graph: Graph) -> tuple[str, ...]:
     """Trainable parameters that the graph reads, but that no training step gives a gradient, as far as four random inputs tell.
 
-    The forward of an opaque module may not use them, or detaches what it makes of them. One that branches on values may use them for
-    some inputs only: hence more than one input, of either sign.
+    The forward of an opaque module may not use them, or detaches what it makes of them. One that branches on values is given some of
+    either sign.
     """
     module = graph.module.train()
     names = [n for n, p in module.named_parameters() if p.requires_grad and n not in graph.unused]
-    for factor in (1.0, -1.0, 100.0, -100.0):
-        with untouched(module), torch.enable_grad():
-            outputs = [t for t in tensors_in(module(factor * _sample(module, graph.input))) if t.requires_grad]
-            parameters = [module.get_parameter(n) for n in names]
-            found = torch.autograd.grad([t.sum() for t in outputs], parameters, allow_unused=True) if outputs and names else ()
-        names = [name for name, gradient in zip(names, found, strict=False) if gradient is None]
-    return tuple(names)
+    parameters = [module.get_parameter(n) for n in names]
+    reached: set[str] = set()
+    with untouched(module), torch.enable_grad():
+        for sign in (1, -1):
+            outputs = [t.sum() for t in tensors_in(module(sign * _sample(module, graph.input))) if t.requires_grad]
+            found = torch.autograd.grad(outputs, parameters, allow_unused=True) if outputs and names else ()
+            reached |= {name for name, gradient in zip(names, found, strict=False) if gradient is not None}
+    return tuple(name for name in names if name not in reached)
 
 
 def _sample(module: nn.Module, input: tuple[int, ...], batch: int = 2) -> torch.Tensor:

@@ -69,6 +69,15 @@ class ValueProxy(fx.Proxy):
             return False
         return super().__getattr__(name)
 
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and isinstance(self.value, Tensor):
+            raise TraceError(
+                f"the backbone's forward reads {key!r} of a tensor: it takes a dictionary, not an image",
+                where=type(self.tracer.root).__name__,
+                fix="Wrap it so that forward(x) takes the image",
+            )
+        return super().__getitem__(key)  # type: ignore[misc]  # fx adds it to the class later
+
     def __len__(self) -> int:
         length = _length(self.value)
         return super().__len__() if length is None else length
@@ -154,8 +163,10 @@ class Tracer(fx.Tracer):
         self.failed = None
         graph = super().trace(root, concrete_args)
         self._detach_what_has_no_gradient(graph)
-        for node in reversed(graph.find_nodes(op="call_method", target="size")):
-            if not node.users:
+        for node in reversed(list(graph.nodes)):
+            # Sizes that nothing needed, questions about types that were answered, and tensors that were read for those.
+            asked = node.target == "size" or isinstance(self.values.get(node), (bool, torch.dtype))
+            if not node.users and (node.op == "get_attr" or (asked and node.op in ("call_function", "call_method"))):
                 graph.erase_node(node)
         return graph
 
@@ -193,6 +204,19 @@ class Tracer(fx.Tracer):
             self.graph.erase_node(node)
             return value
         return proxy
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A comparison of types is answered; types are not given as constants, because a module can be cast after tracing."""
+        value, open_ = self.value_of(obj.node), [obj.node]
+        while isinstance(value, bool) and open_:
+            node = open_.pop()
+            if node.target is getattr and node.args[1] == "dtype":
+                continue
+            known = self.values[node]
+            if not node.all_input_nodes or not isinstance(known, (bool, int, str, torch.dtype)) or _depends_on_batch(known):
+                return super().to_bool(obj)
+            open_ += node.all_input_nodes
+        return value if isinstance(value, bool) else super().to_bool(obj)
 
     def shape_of(self, proxy: fx.Proxy, value: Tensor) -> Shape:
         """The shape of a tensor: numbers, and nodes where a size depends on the batch."""

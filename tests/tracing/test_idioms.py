@@ -22,6 +22,7 @@ import graphopt
 from graphopt import TraceError, trace
 from graphopt.cost import forecast
 from graphopt.ir.blocks import find_blocks
+from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 
@@ -86,7 +87,11 @@ def dimensions(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.float()
 
 
-LOOKS = (assertion, padding, unpacking, sizes, loop, instance, chunks, dimensions)
+def types_of_tensors(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 else x.float()
+
+
+LOOKS = (types_of_tensors, assertion, padding, unpacking, sizes, loop, instance, chunks, dimensions)
 
 
 @pytest.mark.parametrize("look", LOOKS, ids=lambda f: f.__name__)
@@ -370,3 +375,61 @@ def test_a_module_under_two_names_is_known_by_either() -> None:
         assert frozen == {n for n, _ in model.named_parameters() if n.startswith("blocks.0.")}
     both = graphopt.compile(model, Freeze(select="blocks.*"), input=SHAPE, costs=False)
     assert {n for n, p in both.module.named_parameters() if p.requires_grad} == {"stem.weight", "stem.bias", "fc.weight", "fc.bias"}
+
+
+def test_a_leaf_that_returns_a_library_s_dictionary() -> None:
+    class Output(dict[str, Tensor]):
+        def __getattr__(self, name: str) -> Tensor:
+            return self[name]
+
+    class Leaf(ByValue):
+        def forward(self, x: Tensor) -> Output:
+            return Output(last=super().forward(x))
+
+    class Reading(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x).last
+            return self.fc(x.mean((2, 3)))
+
+    model = Reading(Leaf)
+    graph = trace(model, SHAPE)
+    assert len(graph.opaque) == 3
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(graph.module.eval()(x), model.eval()(x))
+
+
+def test_a_gradient_that_is_zero_by_nature_is_no_failure() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.query(x) @ self.key(x).transpose(1, 2)
+            return x + scores.softmax(-1) @ self.value(x)
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.fc = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+            self.blocks = nn.Sequential(*(Attention() for _ in range(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.blocks(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+    for value in (Freeze(select="blocks.1"), Freeze(select=("patch", "blocks.0"))):
+        graphopt.compile(Patches(), value, input=SHAPE, costs=False)
+
+
+def test_a_weight_that_is_asked_for_its_type_only_is_not_read() -> None:
+    class Asking(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            wanted = self.stem.weight.dtype
+            return super().forward(x if x.dtype == wanted else x.to(wanted))
+
+    graph = trace(Asking(), SHAPE)
+    assert not graph.fx.find_nodes(op="get_attr", target="stem.weight")
+    plan = graphopt.compile(Asking(Checkpointing), Drop(upto="blocks.0"), input=SHAPE, costs=False)
+    assert plan.needs.features is not None
