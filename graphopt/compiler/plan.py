@@ -154,7 +154,8 @@ class Plan(Source):
         if missing := {k for k, v in mine.items() if k not in theirs or theirs[k].shape != v.shape}:
             adopted = self.from_backbone(earlier.to_backbone(theirs, partial=True))
             values |= {k: adopted[k] for k in missing if k in adopted}
-        self.module.load_state_dict({k: v for k, v in values.items() if k in mine}, strict=False)
+        # What has another shape even so (another pass's parts under the same names) starts anew.
+        self.module.load_state_dict({k: v for k, v in values.items() if k in mine and v.shape == mine[k].shape}, strict=False)
         device = next((p.device for p in earlier.module.parameters()), torch.device("cpu"))
         self.module.to(device)
         self.module.train(earlier.module.training)

@@ -80,7 +80,8 @@ class Checkpointed(nn.Module):
         buffers = {i: inputs[i] for i in self.written}
         written = _copies(buffers)
         # What a norm computes in training does not depend on its statistics: they need not be what they were before the forward.
-        moving = [m for m in self.body.module.modules() if m.training and not isinstance(m, torch.jit.ScriptModule) and m._buffers]
+        called = {m: None for graph in (self.body.module, *(b for _, b in bodies(self.body.module))) for m in graph.modules()}
+        moving = [m for m in called if m.training and not isinstance(m, torch.jit.ScriptModule) and m._buffers]
         before = [m._buffers if "running_mean" in m._buffers else _copies(m._buffers) for m in moving]
 
         @contextmanager
