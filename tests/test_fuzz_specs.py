@@ -49,7 +49,8 @@ def test_a_case_is_the_same_on_any_machine(fuzz: ModuleType) -> None:
 
 def test_a_fault_of_one_case_does_not_reach_the_next(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies, and one that never ends, are reported as such."""
-    monkeypatch.setattr(fuzz, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "READ_SECONDS", 1)
+    monkeypatch.setattr(fuzz, "check", lambda text: "refused")
 
     def read(text: str) -> tuple[str, None]:
         if text == "die":

@@ -300,6 +300,20 @@ def outcome(text: str, checked: bool) -> str:
         signal.signal(signal.SIGPROF, previous)
 
 
+def _child(reader: int, writer: int, texts: list[str], start: int, checked: bool) -> None:
+    """Runs cases in a forked process, and ends it."""
+    os.close(reader)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, -1))
+    for number in range(start, len(texts)):
+        before = time.process_time()
+        found = outcome(texts[number], checked)
+        os.write(writer, json.dumps([number, found, time.process_time() - before]).encode() + b"\n")
+        if found.startswith("fault") or found == "hang" or number % (10 if checked else 500) == 9:
+            break  # a fresh process for what comes next
+    os._exit(0)
+
+
 def run(texts: list[str], checked: bool) -> Iterator[tuple[int, str, float]]:
     """Outcomes of cases, with their CPU seconds, from forked processes: a fault of one does not reach the next."""
     start = 0
@@ -308,16 +322,10 @@ def run(texts: list[str], checked: bool) -> Iterator[tuple[int, str, float]]:
         sys.stdout.flush()
         child = os.fork()
         if not child:
-            os.close(reader)
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, -1))
-            for number in range(start, len(texts)):
-                before = time.process_time()
-                found = outcome(texts[number], checked)
-                os.write(writer, json.dumps([number, found, time.process_time() - before]).encode() + b"\n")
-                if found.startswith("fault") or found == "hang" or number % (10 if checked else 500) == 9:
-                    break  # a fresh process for what comes next
-            os._exit(0)
+            try:
+                _child(reader, writer, texts, start, checked)
+            finally:
+                os._exit(1)  # only after a fault outside a case: whoever forked must not go on twice
         os.close(writer)
         with os.fdopen(reader, "rb") as results:
             while True:
