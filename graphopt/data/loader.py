@@ -165,7 +165,7 @@ def _begin(loader: DataLoader[Any]) -> Any:
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     try:
-        iterator = iter(loader)
+        iterator: Any = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if iterator not in _iterators:
