@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -14,6 +16,7 @@ from graphopt import RunError
 from graphopt.data.loader import open_data
 from graphopt.spec import AugmentSpec, DataSpec, from_table
 from graphopt.train import Stopped, train
+from graphopt.train.checkpoint import load_checkpoint
 from tests.support.backbones import Small
 from tests.train import small
 from tests.train.passes import Extra, Hold, Local
@@ -34,7 +37,7 @@ def test_a_network_learns_to_read_digits(tmp_path: Path) -> None:
     assert summary.best_accuracy >= summary.accuracy
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == summary.steps == 4 * (1442 // 32)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        *("run.json", "spec.toml", "last.pt", "best.pt", "metrics.jsonl", "summary.json")
+        *("run.json", "spec.toml", "last.pt", "previous.pt", "best.pt", "metrics.jsonl", "summary.json")
     }
     assert "epoch 4/4: loss" in console.export_text()
 
@@ -228,3 +231,14 @@ def test_opened_data_may_be_handed_over(tmp_path: Path) -> None:
     train(small.plan(), tmp_path / "opened", settings=small.settings(epochs=1), data=opened)
     train(small.plan(), tmp_path / "named", settings=small.settings(epochs=1), data=small.DATA)
     assert small.same(small.weights(tmp_path / "opened"), small.weights(tmp_path / "named"))
+
+
+def test_every_generator_is_seeded_at_the_start(tmp_path: Path) -> None:
+    states = []
+    for number in range(2):
+        random.seed(number)
+        np.random.seed(number)
+        train(small.plan(), tmp_path / str(number), settings=small.settings(epochs=1), data=small.DATA)
+        states.append(load_checkpoint(tmp_path / str(number) / "last.pt")["random"])
+    assert states[0]["python"] == states[1]["python"]
+    assert states[0]["numpy"] == states[1]["numpy"]
