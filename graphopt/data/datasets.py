@@ -3,7 +3,9 @@
 Nothing is ever downloaded. A missing file is one error that says where it was expected and what belongs there.
 """
 
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,17 +16,32 @@ import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.errors import RunError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Split:
-    """One opened split: its images, their targets (known without opening them), and how many classes there are."""
+    """One opened split: its images, their targets (known without opening them), and the names of the classes."""
 
     images: Any  # `images[i]` is a PIL image and its class
     targets: Sequence[int]
-    classes: int
+    classes: Sequence[str]
+
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        """Changes with a target, a class, and the name, size or time of a chosen image's file; of images in memory, with every pixel."""
+        digest = hashlib.sha256(json.dumps([list(self.classes), list(self.targets), list(chosen)]).encode())
+        if hasattr(self.images, "samples"):
+            for path, _ in (self.images.samples[number] for number in chosen):
+                found = os.stat(path)
+                digest.update(f"{path.removeprefix(self.images.root)} {found.st_size} {found.st_mtime_ns}\n".encode())
+        elif hasattr(self.images, "data"):
+            digest.update(np.ascontiguousarray(self.images.data).data)
+        elif isinstance(self.images, list):
+            for image, _ in self.images:
+                digest.update(image.tobytes())
+        return digest.hexdigest()
 
 
 class Source(NamedTuple):
@@ -35,6 +52,9 @@ class Source(NamedTuple):
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # per channel, of images in 0..1
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     splits: tuple[str, ...] = ("train", "test")  # the second is what "validation" means
+
+
+_DIGITS = tuple("0123456789")
 
 
 def _digits(_: Path, split: str) -> Split:
@@ -49,7 +69,7 @@ def _digits(_: Path, split: str) -> Split:
         rank[members] = np.arange(members.sum())
     chosen = (rank % 5 != 4) == (split == "train")
     targets = bunch.target[chosen].tolist()
-    return Split([(Image.fromarray(image), target) for image, target in zip(pixels[chosen], targets, strict=True)], targets, 10)
+    return Split([(Image.fromarray(image), target) for image, target in zip(pixels[chosen], targets, strict=True)], targets, _DIGITS)
 
 
 def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
@@ -57,8 +77,7 @@ def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
         by_split = "split" in inspect.signature(factory).parameters
         images = factory(str(root), download=False, **({"split": split} if by_split else {"train": split == "train"}))
         targets = images.targets if hasattr(images, "targets") else images.labels
-        classes = len(images.classes) if hasattr(images, "classes") else 10
-        return Split(images, [int(target) for target in targets], classes)
+        return Split(images, [int(target) for target in targets], getattr(images, "classes", _DIGITS))
 
     return open_split
 
@@ -73,8 +92,40 @@ def _folder(root: Path, split: str) -> Split:
     found = [base / name for base in bases for name in names if (base / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"no folder {' or '.join(names)}")
-    images = datasets.ImageFolder(str(found[0]))
-    return Split(images, images.targets, len(images.classes))
+    images = _ImageFolder(str(found[0]))
+    return Split(images, images.targets, images.classes)
+
+
+class _ImageFolder(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's, which follows links, but reads no folder twice (a link may lead back), and nothing that is no file."""
+
+    @staticmethod
+    def make_dataset(directory: str, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
+        seen = {_identity(directory): directory}
+        samples: list[tuple[str, int]] = []
+        for name, label in sorted(class_to_idx.items()):
+            found, pending = [], [os.path.join(directory, name)]
+            while pending:
+                folder = pending.pop()
+                first = seen.setdefault(_identity(folder), folder)
+                if first != folder:
+                    raise RunError(f"is the same folder as {first}", where=folder, fix="Remove the link: images may be read once only")
+                for entry in os.scandir(folder):
+                    if entry.is_dir():
+                        pending.append(entry.path)
+                    elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                        if not entry.is_file():
+                            raise RunError("is neither a file nor a link to one", where=entry.path, fix="Take it out of the data set")
+                        found.append((folder, entry.name))
+            if not found:
+                raise FileNotFoundError(f"no image in {name}/")
+            samples += [(os.path.join(*parts), label) for parts in sorted(found)]
+        return samples
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 _CIFAR10 = "cifar-10-batches-py/, unpacked from cifar-10-python.tar.gz"

@@ -4,9 +4,12 @@ So a run that is resumed within an epoch gets the same batches as an uninterrupt
 """
 
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -67,6 +70,7 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
 
     def __init__(self, split: Split, limit: int | None, transform: Transform, *, deterministic: bool, seed: int) -> None:
         self.images, self.chosen = split.images, stratified(split.targets, limit)
+        self.fingerprint = partial(split.fingerprint, self.chosen)
         self.transform, self.deterministic, self.seed = transform, deterministic, seed
 
     def __len__(self) -> int:
@@ -87,7 +91,7 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         number = self.chosen[index]
         try:
             image, target = self.images[number]
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, by format
+        except Exception as error:  # Pillow raises anything, by format
             files = getattr(self.images, "samples", None)
             return Unreadable(str(files[number][0]) if files else f"image {number}", (str(error) or type(error).__name__).splitlines()[0])
         if not self.deterministic:
@@ -109,12 +113,15 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
     if len(input) != 3 or input[0] not in (1, 3):
         raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(input)}", where="backbone.input")
     train, evaluation = (open_split(spec.name, spec.root, split) for split in (spec.train_split, spec.eval_split))
-    if train.classes != evaluation.classes:
-        raise RunError(f"{spec.train_split} has {train.classes} classes, {spec.eval_split} has {evaluation.classes}", where="data")
+    if list(train.classes) != list(evaluation.classes):
+        what = f"{spec.train_split} has {len(train.classes)} classes, {spec.eval_split} has {len(evaluation.classes)}"
+        pairs = ((spec.train_split, train, evaluation), (spec.eval_split, evaluation, train))
+        only = [f"only {split} has {', '.join(extra[:5])}" for split, a, b in pairs if (extra := sorted({*a.classes} - {*b.classes}))]
+        raise RunError("; ".join([what, *only]), where="data", fix="Give both the same folders")
     return Data(
         Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not is_random(spec.augment), seed=seed),
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
-        train.classes,
+        len(train.classes),
     )
 
 
@@ -158,9 +165,19 @@ def _begin(loader: DataLoader[Any]) -> Any:
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     try:
-        return iter(loader)
+        iterator: Any = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if iterator not in _iterators:
+        _iterators.add(iterator)
+        for worker in iterator._workers:
+            worker._popen.terminate = worker._popen.kill  # torch and the interpreter terminate what hangs, and wait for it
+        # What nobody has ended by then ends before the interpreter's own exit, which would wait for it.
+        Finalize(None, lambda known: _end(known()), (weakref.ref(iterator),), exitpriority=1)
+    return iterator
+
+
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _end(iterator: Any) -> None:

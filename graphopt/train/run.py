@@ -23,6 +23,7 @@ from torch import Tensor
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, Data
+from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -75,6 +76,7 @@ def train(
             checkpointer = Checkpointer(folder, text, settings, data)
             saved, message = checkpointer.load(digest)
             if plan is None:
+                reseed(settings.seed)  # Python's and NumPy's generators
                 torch.manual_seed(settings.seed)
                 model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
                 plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)

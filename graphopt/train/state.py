@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.randomness import mixed_seed
+from graphopt.data.randomness import mixed_seed, reseed
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import named_parameters, parameter_counts
 from graphopt.train.phase import Phase, RunContext, advance
@@ -109,7 +109,8 @@ class RunState:
         due = plan.due(0, history, spec.epochs)
         state = cls(Phase(advance(plan, due, spec.seed, 0) if due else plan, context), history=history)
         # From here on the model draws from a stream that compiling and verifying have not touched.
-        torch.manual_seed(mixed_seed(spec.seed, 3))
+        reseed(spec.seed, 3)
+        torch.manual_seed(mixed_seed(spec.seed, 3))  # the same, and on every device
         state.watch()
         return state
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import random
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -244,8 +247,65 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no folder val or validation"):
         opened((3, 32, 32), name="folder", root=str(tmp_path))
     formats.folders(tmp_path, ("val",), classes=2)
-    with pytest.raises(RunError, match="train has 3 classes, validation has 2"):
+    with pytest.raises(RunError, match="train has 3 classes, validation has 2; only train has n00000002"):
         opened((3, 32, 32), name="folder", root=str(tmp_path))
+
+
+def test_classes_are_compared_by_name(tmp_path: Path) -> None:
+    formats.folders(tmp_path)
+    (tmp_path / "val" / "n00000002").rename(tmp_path / "val" / "zebra")
+    with pytest.raises(RunError, match="only train has n00000002; only validation has zebra"):
+        opened((3, 32, 32), name="folder", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("links", [{"loop": "."}, {"up": ".."}, {"l1": ".", "l2": "."}, {"other": "../n00000001"}])
+def test_links_that_lead_back_are_errors(tmp_path: Path, links: dict[str, str]) -> None:
+    formats.folders(tmp_path)
+    for name, target in links.items():
+        (tmp_path / "train" / "n00000000" / name).symlink_to(target)
+    with pytest.raises(RunError, match="is the same folder as") as caught:
+        opened((3, 32, 32), name="folder", root=str(tmp_path))
+    assert str(tmp_path / "train") in str(caught.value.where)
+
+
+def test_links_to_folders_elsewhere_are_followed_in_torchvisions_order(tmp_path: Path) -> None:
+    formats.folders(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    one = tmp_path / "train" / "n00000001"
+    one.rename(tmp_path / "elsewhere" / "one")
+    one.symlink_to(tmp_path / "elsewhere" / "one")
+    (one / "deeper").mkdir()
+    (one / "0.png").rename(one / "deeper" / "9.png")
+    data = opened((3, 32, 32), name="folder", root=str(tmp_path))
+    assert data.train.images.samples == datasets.ImageFolder(str(tmp_path / "train")).samples
+
+
+@pytest.mark.parametrize("kind", ["pipe", "broken link", "folder"])
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+    formats.folders(tmp_path)
+    path = tmp_path / "train" / "n00000001" / "extra.png"
+    if kind == "folder":
+        path.mkdir()
+        assert len(opened((3, 32, 32), name="folder", root=str(tmp_path)).train) == 12
+        return
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("gone.png")
+    with pytest.raises(RunError, match="is neither a file nor a link to one") as caught:
+        opened((3, 32, 32), name="folder", root=str(tmp_path))
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_decompression_bomb_is_named(tmp_path: Path, workers: int) -> None:
+    formats.folders(tmp_path)
+    bomb = sorted((tmp_path / "train").glob("*/*"))[3]
+    header = struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1251 * 20_000))), (b"IEND", b""))
+    packed = b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + packed)
+    data = opened(name="folder", root=str(tmp_path))
+    with pytest.raises(RunError, match="decompression bomb") as caught:
+        list(feed(data, batch=4, workers=workers).batches(0))
+    assert caught.value.where == str(bomb)
 
 
 def test_names_and_roots_that_are_wrong(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import graphopt
@@ -22,8 +23,10 @@ from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import store as feature_store
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
-from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
+from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, EntryLayout, MemoryFill
+from graphopt.train.phase import Phase
 from graphopt.train.strategy import Strategy
+from tests.data import formats
 from tests.support.backbones import Small
 
 DATA = DataSpec(name="digits", train_limit=80, eval_limit=20)
@@ -91,7 +94,6 @@ class _Stop:
     """Asks a run to stop after its n-th step or so, as SIGTERM would."""
 
     def __init__(self, monkeypatch, after: int) -> None:
-        from graphopt.train.phase import Phase
         from graphopt.train.run import StopSignals
 
         self.left, self.signals = after, None
@@ -379,5 +381,87 @@ def test_a_second_process_waits_and_then_reads(tmp_path):
             fill.write(number, torch.full((4, 3), float(number)), torch.tensor([number] * 4))
         fill.finish()
     found = CacheDirectory(tmp_path / "cache", "d").open(layout)
-    assert torch.equal(found.features[:, 0], torch.tensor([0.0] * 4 + [1.0] * 4))
+    assert torch.equal(found.features[0:8][:, 0], torch.tensor([0.0] * 4 + [1.0] * 4))
     assert found.targets.tolist() == [0] * 4 + [1] * 4
+
+
+# -- what others do to the files -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change", ["content", "swapped", "same"])
+def test_another_image_or_target_anywhere_fills_anew(tmp_path, change):
+    """Neither is among the few samples that the transform is tried on."""
+    formats.folders(tmp_path, classes=2, count=8)
+    data = DataSpec(name="folder", root=str(tmp_path), train_limit=None, workers=0)
+    first, second = sorted((tmp_path / "train").glob("*/2.*"))
+    keys = []
+    for turn in range(2):
+        if turn and change == "content":
+            Image.new("RGB", (40, 50), "red").save(first)
+        elif turn and change == "swapped":
+            first.rename(tmp_path / "held")
+            second.rename(first)
+            (tmp_path / "held").rename(second)
+        plan = plan_of(when="start", upto="blocks.0", cache="disk")
+        cache_of(tmp_path / "cache" / str(turn), plan, data).prepare(plan, {})
+        keys += [path.stem for path in (tmp_path / "cache" / str(turn)).glob("*.rows")]
+    assert len(set(keys)) == (1 if change == "same" else 2)
+
+
+@pytest.mark.parametrize("how", ["short", "noise", "gone"])
+def test_a_file_of_features_that_is_changed_under_the_run(tmp_path, monkeypatch, how):
+    whole = weights(run(tmp_path, "whole", cache="disk"))
+    step, kept = Phase.step, tmp_path / "kept"
+
+    def changed(phase, batches, done):
+        if done == 7:
+            (rows,) = kept.glob("*.rows")
+            if how == "short":
+                os.truncate(rows, 100)
+            elif how == "noise":
+                with rows.open("r+b") as file:
+                    file.write(os.urandom(rows.stat().st_size))
+            else:
+                rows.unlink()
+        return step(phase, batches, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Phase, "step", changed)
+        if how != "gone":
+            with pytest.raises(RunError, match=r"kept/[0-9a-f]+\.rows: the file of features was changed"):
+                run(tmp_path, cache="disk", folder=str(kept))
+        else:
+            run(tmp_path, cache="disk", folder=str(kept))
+    assert equal(weights(run(tmp_path, resume=True, cache="disk", folder=str(kept))), whole)
+
+
+def test_a_linked_folder_of_features_and_files_of_others_stay(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    step, written = Phase.step, []
+
+    def noting(phase, batches, done):
+        if done == 0:
+            (tmp_path / "run" / "features").symlink_to(scratch)
+        if done == 7:
+            (scratch / "notes.txt").write_text("mine")
+            written.extend(path.suffix for path in scratch.iterdir())
+        return step(phase, batches, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Phase, "step", noting)
+        run(tmp_path, cache="disk")
+    assert ".rows" in written
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert [path.name for path in scratch.iterdir()] == ["notes.txt"]
+
+
+def test_who_waited_for_an_entry_leaves_no_room_reserved(tmp_path):
+    layout = EntryLayout("0" * 32, 8, (3,), torch.float32, 4)
+    directory = CacheDirectory(tmp_path / "cache", "d")
+    with directory.filling(layout) as fill:
+        for number in range(2):
+            fill.write(number, torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+        fill.finish()
+    (tmp_path / "cache" / f".{layout.key}.json.abcdefgh").write_text("by a killed process")
+    with directory.filling(layout) as found:
+        assert isinstance(found, CacheEntry)
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".json", ".rows", ".targets"]

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,6 +17,7 @@ from graphopt import RunError
 from graphopt.data.loader import open_data
 from graphopt.spec import AugmentSpec, DataSpec, TrainSpec, from_table
 from graphopt.train import Stopped, train
+from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
 from tests.train import small
@@ -244,3 +247,14 @@ def test_measured_memory_is_what_the_run_adds_and_each_phase_is_measured_anew() 
     del block
     strategy.reset_peak_memory()
     assert strategy.peak_memory() < first - 2**27
+
+
+def test_every_generator_is_seeded_at_the_start(tmp_path: Path) -> None:
+    states = []
+    for number in range(2):
+        random.seed(number)
+        np.random.seed(number)
+        train(small.plan(), tmp_path / str(number), settings=small.settings(epochs=1), data=small.DATA)
+        states.append(load_checkpoint(tmp_path / str(number) / "last.pt")["random"])
+    assert states[0]["python"] == states[1]["python"]
+    assert states[0]["numpy"] == states[1]["numpy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -137,6 +138,20 @@ def test_no_loader_process_outlives_the_run(tmp_path: Path, monkeypatch: pytest.
         caught = error
     assert (caught is None, isinstance(caught, Stopped)) == (end == "well", end == "stopped")
     assert not multiprocessing.active_children()
+
+
+LEFT_OPEN = """
+from graphopt.data.loader import ImageFeed, open_data
+from graphopt.spec import DataSpec
+feed = ImageFeed(open_data(DataSpec(name="digits"), (3, 8, 8), 0).train, 16, workers=1)
+batches = feed.batches(0)
+next(batches)
+"""
+
+
+def test_a_feed_that_is_left_open_does_not_keep_the_interpreter() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 class KillParent:

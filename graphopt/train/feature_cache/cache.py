@@ -46,6 +46,7 @@ class FeatureCache:
         self.on_message: Callable[[str], None] = lambda text: None  # noqa: ARG005
         self.last_decision: dict[str, Any] = {}
         self._held: CacheEntry | None = None
+        self._fingerprint = ""  # of every file and target
 
     def check(self, plan: Plan) -> None:
         """Raises RunError, before the first step, if a sample's input is not the same each time or the limit is smaller than a batch."""
@@ -127,7 +128,9 @@ class FeatureCache:
         """The cuts of a route, each with the layout of its features. A cut on the way is filled only if the next one needs it."""
         nodes = {n.name: n for n in plan.graph.nodes}
         views, dtype, count, batch = _views(options), options["dtype"], len(self.samples), self.images.batch
-        key = hash_parts(json.dumps(self.identity, sort_keys=True, default=str).encode(), *self._probe(views))
+        self._fingerprint = self._fingerprint or self.samples.fingerprint()
+        identity = json.dumps([self.identity, self._fingerprint], sort_keys=True, default=str)
+        key = hash_parts(identity.encode(), *self._probe(views))
         cuts: list[Cut] = []
         for name in route:
             node = nodes[name]
@@ -136,7 +139,7 @@ class FeatureCache:
         return cuts
 
     def _probe(self, views: int) -> list[bytes]:
-        """The inputs of a few samples, which change with the transform and the files."""
+        """The inputs of a few samples, which change with the transform."""
         count = len(self.samples)
         return [bytes(raw_bytes(self.samples[(v, i)][1])) for v in range(views) for i in sorted({0, count // 3, 2 * count // 3, count - 1})]
 
@@ -151,9 +154,8 @@ class FeatureCache:
         directory = CacheDirectory(Path(folder).expanduser() if folder else self.folder, self.digest)
         entry = directory.open(layout)
         if entry is None:
-            with directory.filling(layout) as fill:
-                # Another process may have filled it while this one waited.
-                entry = directory.open(layout) or self._fill(plan, cuts, options, fill, trial)
+            with directory.filling(layout) as found:
+                entry = found if isinstance(found, CacheEntry) else self._fill(plan, cuts, options, found, trial)
         for earlier in cuts[:-1]:
             directory.remove(earlier.layout)
         return entry

@@ -1,4 +1,4 @@
-"""Storage of cached features: rows of one dtype in RAM or in a memory-mapped file, with checksums.
+"""Storage of cached features: rows of one dtype in RAM or in a file, with checksums.
 
 On disk an entry is three files named by its key: `<key>.rows` (the features, row by row), `<key>.targets` (int64) and `<key>.json`, which
 is written last and makes the entry exist. Until then the rows are in `<key>.part`, and `<key>.progress` says how many of them are surely
@@ -8,6 +8,7 @@ on disk; an interrupted fill continues from there. Any number of processes may r
 import json
 import os
 import re
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -67,8 +68,46 @@ class CacheEntry:
     """A complete entry: `features` (rows, *shape) and `targets` (rows,) int64. Rows must not be written to."""
 
     layout: EntryLayout
-    features: Tensor
+    features: "Tensor | RowFile"
     targets: Tensor
+
+
+class RowFile:
+    """The rows of a file, read like those of a tensor. Nothing is mapped into memory: of a file that is cut short, that would be SIGBUS.
+
+    Raises RunError if somebody has changed the file since it was opened; removing it changes nothing.
+    """
+
+    def __init__(self, path: Path, layout: EntryLayout) -> None:
+        self._path, self._layout = path, layout
+        self._handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+        self._opened = self._stamp()
+
+    def _stamp(self) -> tuple[int, int]:
+        status = os.fstat(self._handle)
+        return status.st_size, status.st_mtime_ns
+
+    def index_select(self, _: int, rows: Tensor) -> Tensor:
+        """The rows with these numbers."""
+        return self._read(rows.tolist(), 1)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, end, _ = rows.indices(self._layout.rows)
+        return self._read([first], end - first)
+
+    def _read(self, starts: list[int], rows: int) -> Tensor:
+        found = torch.empty(len(starts) * rows, *self._layout.shape, dtype=self._layout.dtype)
+        view, size, complete = raw_bytes(found), rows * self._layout.row_bytes, True
+        for number, start in enumerate(starts):
+            part, offset = view[number * size : (number + 1) * size], start * self._layout.row_bytes
+            while part and (count := os.preadv(self._handle, [part], offset)):
+                part, offset = part[count:], offset + count
+            complete &= not part
+        if not complete or self._stamp() != self._opened:
+            fix = "Continue with --resume: the features are computed again"
+            raise RunError("the file of features was changed while a run reads it", where=str(self._path), fix=fix)
+        return found
 
 
 class CacheDirectory:
@@ -102,7 +141,7 @@ class CacheDirectory:
         rows, targets = self.file(layout, "rows"), self.file(layout, "targets")
         sizes = [file.stat().st_size for file in (rows, targets) if file.is_file()]
         if layout.describes(header) and sizes == [layout.bytes, layout.rows * 8]:
-            entry = CacheEntry(layout, _map(rows, layout), torch.frombuffer(bytearray(targets.read_bytes()), dtype=torch.int64))
+            entry = CacheEntry(layout, RowFile(rows, layout), torch.frombuffer(bytearray(targets.read_bytes()), dtype=torch.int64))
             sums = [zlib.crc32(raw_bytes(entry.features[a:b])) for a, b in map(layout.span, range(layout.chunks))]
             if sums == header.get("sums") and zlib.crc32(raw_bytes(entry.targets)) == header.get("targets"):
                 return entry
@@ -115,9 +154,15 @@ class CacheDirectory:
             self.file(layout, kind).unlink(missing_ok=True)
 
     @contextmanager
-    def filling(self, layout: EntryLayout) -> Iterator["FileFill"]:
-        """An entry to fill; waits until no other process fills it. Raises OSError if the disk has no room for it."""
+    def filling(self, layout: EntryLayout) -> Iterator["FileFill | CacheEntry"]:
+        """An entry to fill, or the one that another process has filled while this one waited. Raises OSError if the disk has no room."""
         with exclusive(self.file(layout, "lock")):
+            for left in self.path.glob(f".{layout.key}.*"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            entry = self.open(layout)
+            if entry is not None:
+                yield entry
+                return
             fill = FileFill(self, layout)
             try:
                 yield fill
@@ -154,7 +199,7 @@ class Fill(ABC):
     def _put(self, first: int, features: Tensor) -> None: ...
 
     @abstractmethod
-    def _written(self) -> Tensor: ...
+    def _written(self) -> Tensor | RowFile: ...
 
     def flush(self) -> None:  # noqa: B027 (in RAM there is nothing to do)
         """Saves what has been written, so that an interruption loses nothing of it."""
@@ -178,7 +223,7 @@ class FileFill(Fill):
         self.handle = os.open(self._part, os.O_CREAT | os.O_RDWR, 0o644)
         self._unrecorded = 0
         try:
-            # All of the room at once: a full disk shows before the first forward pass, and a mapped file never has holes.
+            # All of the room at once: a full disk shows before the first forward pass.
             reserve(self.handle, layout.bytes)
         except OSError:
             os.close(self.handle)
@@ -203,8 +248,8 @@ class FileFill(Fill):
         if self._unrecorded >= STRIDE:
             self.flush()
 
-    def _written(self) -> Tensor:
-        return _map(self._part, self.layout)
+    def _written(self) -> RowFile:
+        return RowFile(self._part, self.layout)
 
     def flush(self) -> None:
         os.fsync(self.handle)
@@ -219,7 +264,7 @@ class FileFill(Fill):
         self._part.replace(rows)
         self._write_table("json", targets=zlib.crc32(raw_bytes(self.targets)))
         file(self.layout, "progress").unlink(missing_ok=True)
-        return CacheEntry(self.layout, _map(rows, self.layout), self.targets)
+        return CacheEntry(self.layout, RowFile(rows, self.layout), self.targets)
 
     def _write_table(self, kind: str, **more: Any) -> None:
         write_atomically(self.directory.file(self.layout, kind), json.dumps({**self.layout.table(), "sums": self.sums, **more}))
@@ -282,11 +327,6 @@ def available_memory() -> float:
         return 0.9 * int(figures["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return float("inf")
-
-
-def _map(path: Path, layout: EntryLayout) -> Tensor:
-    count = layout.rows * torch.Size(layout.shape).numel()
-    return torch.from_file(str(path), shared=False, size=count, dtype=layout.dtype).view(layout.rows, *layout.shape)
 
 
 def _read(path: Path) -> dict[str, Any]:
