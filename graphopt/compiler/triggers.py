@@ -45,8 +45,7 @@ class BaseTrigger(_Frozen):
 
         Args:
             names: regions of the pass, in execution order. active: those it is applied to already.
-            epoch: from 0. epochs: length of the run, if known.
-            history: what the runner has measured so far (see `graphopt.train`), or None.
+            epoch: from 0. epochs: length of the run, if known. history: what the runner has measured so far, or None.
         """
         raise NotImplementedError
 
