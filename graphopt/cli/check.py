@@ -45,7 +45,7 @@ def check(
 
     loaded = load(spec, trust=trust, overrides=set_)
     rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
-    source = prepare(None, loaded, trust=trust)
+    source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
     plan = compile_phase(source, verify="fast", costs=False)
     plan.check_phases(loaded.train.epochs)
@@ -71,13 +71,14 @@ def check(
 
 def _rates(device: str, amp: str | None) -> "Rates":
     from graphopt.cost import measure_rates
-    from graphopt.errors import RunError
+    from graphopt.errors import RunError, first_line
 
     try:
         return measure_rates(device, amp=amp)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"no steps can be timed there: {reason}", where="--device", fix="Use cpu, or cuda if there is a GPU") from error
+        raise RunError(
+            f"no steps can be timed there: {first_line(error)}", where="--device", fix="Use cpu, or cuda if there is a GPU"
+        ) from error
 
 
 def _forecast(spec: "Spec", plan: "Plan", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":

@@ -88,7 +88,7 @@ def _check_memory(graph: Graph) -> None:
     needed = forward_bytes(graph.module)
     if needed > MOST_BYTES:
         what = f"comparing the graph with the backbone on two samples takes {show_size(needed)}, more than {show_size(MOST_BYTES)}"
-        raise TraceError(what, fix="Give a smaller input; from Python, compile with verify = 'off'")
+        raise TraceError(what, fix='Give a smaller input, or set verify = "off", which leaves the comparison out')
 
 
 def _has_scripted_parameters(module: nn.Module) -> bool:

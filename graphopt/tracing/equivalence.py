@@ -27,7 +27,7 @@ def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
 
 
 def without_gradient(graph: Graph) -> tuple[str, ...]:
-    """Trainable parameters that the graph reads, but that no training step gives a gradient, as far as four random inputs tell.
+    """Trainable parameters that the graph reads, but that no training step gives a gradient, as far as two random inputs tell.
 
     The forward of an opaque module may not use them, or detaches what it makes of them. One that branches on values is given some of
     either sign.

@@ -1,7 +1,8 @@
 """What can be found wrong with a run before it begins: `train` stops at the first of it, `graphopt check` reports all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from graphopt.errors import GraphoptError, RunError
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
+from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.strategy import Strategy
 
 
@@ -39,6 +41,10 @@ class Inputs:
         smoothing = settings.label_smoothing
         mixer = Mixer.of(data.augment, opened.classes, smoothing, settings.seed) if isinstance(data, DataSpec) else None
         return cls(strategy, opened, images, evaluation, mixer)
+
+    def features(self, folder: Path, digest: str, identity: Mapping[str, Any]) -> FeatureCache:
+        """The run's cache of features; it touches no file before a phase needs it."""
+        return FeatureCache(self.images, self.strategy, folder=folder, digest=digest, identity=identity, mixed=self.mixer is not None)
 
 
 def check_outputs(plan: Plan, classes: int) -> None:
@@ -70,12 +76,15 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
 
 def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
     """Everything for which `train` would refuse a run of this plan before its first step."""
+    steps = 1
     try:
         inputs = Inputs.open(settings, data, plan.base.input)
+        steps = len(inputs.images) // settings.accumulate
         check_outputs(plan, inputs.data.classes)
+        inputs.features(Path(), "", {}).check(plan)
     except GraphoptError as error:
         yield error
     try:
-        check_optimizer(plan, settings)
+        check_optimizer(plan, settings, steps)
     except GraphoptError as error:
         yield error

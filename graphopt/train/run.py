@@ -25,13 +25,11 @@ from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, Data
 from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
-from graphopt.errors import RunError
+from graphopt.errors import RunError, listed
 from graphopt.files import write_atomically
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
-from graphopt.train.checks import listed
 from graphopt.train.evaluation import Meter, evaluate
-from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
 from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
@@ -87,7 +85,7 @@ def train(
             identity = dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
             if isinstance(data, DataSpec):
                 identity["data"] = data.model_dump(mode="json", exclude={"workers"})
-            features = FeatureCache(images, strategy, folder=folder.features, digest=digest, identity=identity, mixed=mixer is not None)
+            features = inputs.features(folder.features, digest, identity)
             context = RunContext(settings, strategy, images, evaluation, inputs.data.classes, mixer, features)
             state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
             features.check(plan)

@@ -233,6 +233,21 @@ def test_check_and_train_refuse_a_later_phase_alike(capsys: pytest.CaptureFixtur
     assert "from epoch 1 on" in messages[0]
 
 
+def test_check_and_train_refuse_features_that_cannot_be_cached_alike(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    augmented = SPEC.replace('use = "freeze"\nselect = ["conv1", "bn1"]', 'use = "drop"\nupto = "layer1"') + "[data.augment]\nhflip = 0.5\n"
+    Path("s.toml").write_text(augmented)
+    messages = [refused(capsys, *command) for command in (["check", "s.toml"], ["train", "s.toml", "-o", "run"])]
+    assert messages[0] == messages[1]
+    assert "random augmentation" in messages[0]
+    assert os.listdir(folder) == ["s.toml"]
+
+
+def test_a_spec_without_verification_is_checked_without_comparison(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("graphopt.tracing.MOST_BYTES", 1000)
+    assert 'verify = "off"' in refused(capsys, "check", "s.toml")
+    assert main(["check", "s.toml", "--set", "verify=off"]) == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "part"),
     [
