@@ -88,10 +88,10 @@ class RunError(GraphoptError):
     """A run, a checkpoint, an output folder or a command-line option is not usable."""
 
 
-def listed(names: Iterable[str], most: int) -> str:
-    """`"a, b, ..."`: names for a message, not more than so many."""
-    first = list(names)
-    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """`"a, b and 3 more"`: names for a message, not more than so many."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:

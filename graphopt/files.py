@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from graphopt.errors import RunError
+from graphopt.errors import RunError, first_line
 
 try:
     import fcntl
@@ -155,7 +155,7 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror.lower()
         cause = cause.__cause__ or cause.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def remove_if_empty(folder: Path) -> None:

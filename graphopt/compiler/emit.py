@@ -234,7 +234,7 @@ def _check_nesting(sections: Iterable[tuple[Section, Members]]) -> None:
 def _drop_dead(graph: fx.Graph, module: fx.GraphModule, writing: set[Node], *, keep_input: bool) -> None:
     """Erases what nothing uses. A node that writes in place is used where the memory that it changed is read after it.
 
-    What is in `writing` is used, too, where it writes into a buffer, which lives on after the step.
+    What is in `writing` is used, too, where it writes into a buffer, which keeps its value after the step.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     registered = {memory for n in graph.nodes if n.op == "get_attr" for memory in storages(n)}

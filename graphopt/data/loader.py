@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from graphopt.data.datasets import Split, open_split
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.data.transforms import Transform, eval_transform, is_random, train_transform
-from graphopt.errors import RunError
+from graphopt.errors import RunError, first_line
 from graphopt.spec import AugmentSpec, DataSpec
 
 Key = tuple[int, int]  # epoch, index of the sample
@@ -93,7 +93,7 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
             image, target = self.images[number]
         except Exception as error:  # Pillow raises anything, by format
             files = getattr(self.images, "samples", None)
-            return Unreadable(str(files[number][0]) if files else f"image {number}", (str(error) or type(error).__name__).splitlines()[0])
+            return Unreadable(str(files[number][0]) if files else f"image {number}", first_line(error))
         if not self.deterministic:
             reseed(self.seed, epoch, index)
         return index, self.transform(image), int(target)

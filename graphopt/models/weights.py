@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import WeightsError, first_line
+from graphopt.errors import WeightsError, first_line, listed
 
 _SAVE = "Save model.state_dict(), preferably as safetensors"
 
@@ -29,9 +29,9 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         "of another shape": [f"{key} {tuple(state[key].shape)}, the backbone's is {tuple(own[key].shape)}" for key in other],
     }
     if any(problems.values()):
-        listed = "; ".join(_listed(what, keys) for what, keys in problems.items() if keys)
+        found = "; ".join(f"{len(keys)} {what} ({listed(keys)})" for what, keys in problems.items() if keys)
         fix = "Check [backbone] name and arguments (num_classes?)"
-        raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {listed}", where=str(path), fix=fix)
+        raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {found}", where=str(path), fix=fix)
     module.load_state_dict(state, strict=True)
 
 
@@ -68,8 +68,3 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if all(key.startswith(prefix) for key in loaded):
             loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
     return dict(loaded)
-
-
-def _listed(what: str, items: list[str], most: int = 5) -> str:
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return f"{len(items)} {what} ({', '.join(items[:most])}{more})"

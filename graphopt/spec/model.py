@@ -162,9 +162,7 @@ class TrainSpec(_Table):
     """`[train]`: the training run."""
 
     epochs: Positive = Field(default=10, description="passes over the training images")
-    batch: Annotated[int, Field(gt=0, le=2**20)] = Field(
-        default=128, description="samples per optimizer step and process, before accumulation; costs are given for it"
-    )
+    batch: Batch = Field(default=128, description="samples per optimizer step and process, before accumulation; costs are given for it")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of initial weights, order, and augmentation")
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()

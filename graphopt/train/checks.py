@@ -1,13 +1,13 @@
 """Invariants checked at the start and the end of every phase."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import RunError
+from graphopt.errors import RunError, listed
 from graphopt.train.hashing import raw_bytes
 from graphopt.train.optimizer import named_parameters
 
@@ -47,8 +47,3 @@ def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     """Names of the tensors with NaN or infinity in them."""
     return [name for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all())]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
