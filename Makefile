@@ -61,7 +61,7 @@ coverage: .venv/.installed
 # Specs changed at random, and passes drawn at random: no traceback, no hang. A failing case is reduced and kept as a test.
 fuzz: .venv/.installed
 	$(BIN)/python tools/fuzz_specs.py --out tools/tables/fuzz_specs.md
-	$(BIN)/python tools/fuzz_passes.py
+	$(BIN)/python tools/fuzz_passes.py --out tools/tables/fuzz.md
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
