@@ -17,6 +17,7 @@ from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
+from tests.support.backbones import FourBlocks
 
 SHAPE = (3, 8, 8)
 PASSES: dict[str, list[Any]] = {
@@ -69,16 +70,6 @@ class Any_(Item):
         return bool((x > 100).any())
 
 
-class Net(nn.Module):
-    def __init__(self, block: type[nn.Module]) -> None:
-        super().__init__()
-        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
-        self.blocks = nn.Sequential(*(block() for _ in range(4)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
-
-
 def trains(plan: graphopt.Plan) -> bool:
     x, y = torch.rand(4, *SHAPE), torch.arange(4)
     output, local = plan.module.train()(x, y) if plan.needs.targets else (plan.module.train()(x), 0)
@@ -88,7 +79,7 @@ def trains(plan: graphopt.Plan) -> bool:
 
 @pytest.mark.parametrize("passes", [*PASSES.values(), *BY_MEMORY.values()], ids=[*PASSES, *BY_MEMORY])
 def test_norms_that_average_all_batches_are_forecast(passes: list[Any]) -> None:
-    plan = graphopt.compile(Net(CumulativeNorm), passes, input=SHAPE)
+    plan = graphopt.compile(FourBlocks(CumulativeNorm), passes, input=SHAPE)
     assert plan.report.after is not None
     for module, targets in ((plan.backbone, False), (plan.module, plan.needs.targets)):
         one, other = (cost(module, SHAPE, 2, targets=targets) for cost in (forecast, measure))
@@ -101,7 +92,7 @@ def test_norms_that_average_all_batches_are_forecast(passes: list[Any]) -> None:
 @pytest.mark.parametrize("passes", [v for k, v in PASSES.items() if k != "bypass"], ids=[k for k in PASSES if k != "bypass"])
 @pytest.mark.parametrize("block", [Item, Implicit, Any_])
 def test_without_a_forecast_a_plan_says_why_it_has_no_costs(block: type[nn.Module], passes: list[Any]) -> None:
-    plan = graphopt.compile(Net(block), passes, input=SHAPE)
+    plan = graphopt.compile(FourBlocks(block), passes, input=SHAPE)
     assert [path for path, _ in plan.report.opaque] == [f"blocks.{i}" for i in range(4)]
     assert plan.report.before is None
     assert plan.report.after is None
@@ -113,9 +104,9 @@ def test_without_a_forecast_a_plan_says_why_it_has_no_costs(block: type[nn.Modul
 def test_what_cannot_do_without_a_forecast_says_so_in_one_line() -> None:
     for passes in BY_MEMORY.values():
         with pytest.raises(NeedsValuesError, match="looks at tensor values") as caught:
-            graphopt.compile(Net(Item), passes, input=SHAPE)
+            graphopt.compile(FourBlocks(Item), passes, input=SHAPE)
         assert "\n" not in str(caught.value)
 
 
 def test_a_plan_with_costs_says_nothing() -> None:
-    assert graphopt.compile(Net(CumulativeNorm), [], input=SHAPE).report.no_costs is None
+    assert graphopt.compile(FourBlocks(CumulativeNorm), [], input=SHAPE).report.no_costs is None

@@ -14,6 +14,7 @@ from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
+from tests.support.backbones import FourBlocks
 
 SHAPE = (3, 8, 8)
 
@@ -61,19 +62,9 @@ class WritingOnly(Averaging):
         return self.conv(x).relu() * self.weight
 
 
-class Net(nn.Module):
-    def __init__(self, block: type[nn.Module]) -> None:
-        super().__init__()
-        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
-        self.blocks = nn.Sequential(*(block() for _ in range(4)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
-
-
 def net(block: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return Net(block)
+    return FourBlocks(block)
 
 
 def stepped(module: nn.Module, targets: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -111,7 +102,7 @@ def test_supervised_modules_move_their_own_buffers(block: type[nn.Module]) -> No
 
 @pytest.mark.parametrize("block", [Averaging, WritingOnly], ids=lambda b: b.__name__)
 @pytest.mark.parametrize(
-    ("value", "resting"),
+    ("value", "still"),
     [
         (Freeze(select=("stem", "blocks.0", "blocks.1")), {0, 1}),
         (Freeze(select="blocks.1"), {1}),
@@ -120,10 +111,10 @@ def test_supervised_modules_move_their_own_buffers(block: type[nn.Module]) -> No
     ],
     ids=["prefix", "behind", "stock", "drop"],
 )
-def test_buffers_of_what_is_frozen_rest(block: type[nn.Module], value: Any, resting: set[int]) -> None:
+def test_buffers_of_what_is_frozen_rest(block: type[nn.Module], value: Any, still: set[int]) -> None:
     plan = graphopt.compile(net(block), value, input=SHAPE, costs=False)
     moved = {int(n.split(".")[1]) for n, b in stepped(plan.module)[1].items() if b.any()}
-    assert moved == set(range(4)) - resting
+    assert moved == set(range(4)) - still
 
 
 def test_a_suffix_on_cached_features_moves_its_own_buffers_only() -> None:

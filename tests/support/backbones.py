@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,3 +110,15 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.same(self.same(self.stem(x))).mean((2, 3)))
+
+
+class FourBlocks(nn.Module):
+    """Stem, four blocks on (N, 8, H, W), pool, linear."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.blocks = nn.Sequential(*(block() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))

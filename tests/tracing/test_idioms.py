@@ -197,13 +197,13 @@ def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("how", ["no_grad", "detach"])
 def test_what_has_no_gradient_in_the_backbone_has_none_in_the_graph(how: str) -> None:
-    class Resting(Net):
+    class WithoutGradient(Net):
         def forward(self, x: Tensor) -> Tensor:
             with torch.set_grad_enabled(how != "no_grad"):
                 x = self.stem(x)
             return self.fc(self.blocks(x.detach() if how == "detach" else x).mean((2, 3)))
 
-    plan = graphopt.compile(Resting(Checkpointing), Freeze(select="blocks.0"), input=SHAPE)
+    plan = graphopt.compile(WithoutGradient(Checkpointing), Freeze(select="blocks.0"), input=SHAPE)
     assert plan.report.unused == ("stem.weight", "stem.bias")
     plan.module.train()(torch.rand(2, *SHAPE)).sum().backward()
     assert {n for n, p in plan.module.named_parameters() if p.grad is None and p.requires_grad} == {"stem.weight", "stem.bias"}

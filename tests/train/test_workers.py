@@ -155,7 +155,7 @@ def test_a_feed_that_is_left_open_does_not_keep_the_interpreter() -> None:
 
 
 class KillParent:
-    """Kills the trainer, and lives on."""
+    """Kills the trainer, and does not end itself."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
