@@ -35,7 +35,7 @@ def test_ends_of_a_prefix(graph):
 def test_cuts(graph):
     with pytest.raises(PassError) as caught:
         Supervise(modules=1000).match(graph)
-    shown = re.sub(r", \.\.\.$", "", caught.value.fix.partition("cuts are after ")[2]).split(", ")
+    shown = re.sub(r" and \d+ more$", "", caught.value.fix.partition("cuts are after ")[2]).split(", ")
     for label in shown:
         assert [cut.label for cut in Supervise(cuts=[label], decoder="none").match(graph).decision] == [label]
 
