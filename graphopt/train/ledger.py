@@ -2,8 +2,8 @@
 
 The file begins with a line of JSON: the number of training samples, and how many a step takes. A record per step follows: its number in
 the run, its epoch, how many processes took it, and its samples: sorted, as differences of neighbours, in the narrowest dtype that holds
-them, which is about two bytes a sample. Each record ends with its CRC-32. Rank 0 writes it; it is on disk whenever a checkpoint is, and a run
-that is resumed cuts it back to the step of its checkpoint.
+them, which is about two bytes a sample. Each record ends with its CRC-32. Rank 0 writes the file; it is on disk whenever a checkpoint is,
+and a run that is resumed cuts it back to the step of its checkpoint.
 """
 
 import json
