@@ -1,4 +1,4 @@
-"""Data sets: the embedded digits, the usual ones in their own file formats, and folders of images.
+"""Data sets: the embedded digits, the usual ones in their own file formats, and folders, tar shards or arrow tables of images.
 
 Nothing is ever downloaded. A missing file is one error that says where it was expected and what belongs there.
 """
@@ -18,6 +18,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from graphopt.data.arrow import open_arrow
+from graphopt.data.shards import open_shards
 from graphopt.errors import RunError, did_you_mean
 
 
@@ -32,7 +34,9 @@ class Split:
     def fingerprint(self, chosen: Sequence[int]) -> str:
         """Changes with a target, a class, and the name, size or time of a chosen image's file; of images in memory, with every pixel."""
         digest = hashlib.sha256(json.dumps([list(self.classes), list(self.targets), list(chosen)]).encode())
-        if hasattr(self.images, "samples"):
+        if hasattr(self.images, "fingerprint"):
+            digest.update(self.images.fingerprint())
+        elif hasattr(self.images, "samples"):
             for path, _ in (self.images.samples[number] for number in chosen):
                 found = os.stat(path)
                 digest.update(f"{path.removeprefix(self.images.root)} {found.st_size} {found.st_mtime_ns}\n".encode())
@@ -96,6 +100,14 @@ def _folder(root: Path, split: str) -> Split:
     return Split(images, images.targets, images.classes)
 
 
+def _shards(root: Path, split: str) -> Split:
+    return Split(*open_shards(root, _SYNONYMS.get(split, (split,))))
+
+
+def _arrow(root: Path, split: str) -> Split:
+    return Split(*open_arrow(root, _SYNONYMS.get(split, (split,))))
+
+
 class _ImageFolder(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no types
     """torchvision's, which follows links, but reads no folder twice (a link may lead back), and nothing that is no file."""
 
@@ -134,6 +146,7 @@ _STL10 = "stl10_binary/, unpacked from stl10_binary.tar.gz"
 _SVHN = "train_32x32.mat and test_32x32.mat"
 _MNIST = "{}/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 _CLASSES = "train/ and val/ (or validation/, test/), each with one folder of images per class"
+_SHARDS = "tar files in train/ and val/ (or with these words in their names), with an image and a .cls member for each key"
 _HELD_OUT = ("train", "validation")
 
 SOURCES = {
@@ -148,13 +161,15 @@ SOURCES = {
     "imagenette": Source(_folder, f"imagenette2/ (or -320, -160) with {_CLASSES}", splits=_HELD_OUT),
     "imagenet": Source(_folder, _CLASSES, splits=_HELD_OUT),
     "folder": Source(_folder, _CLASSES, splits=()),
+    "webdataset": Source(_shards, _SHARDS, splits=()),
+    "arrow": Source(_arrow, "what `save_to_disk` of a DatasetDict has written", splits=()),
 }
 
 
 def source(name: str) -> Source:
     """The data set called `name`; case, `-` for `_`, and timm's prefix `torch/` do not matter. Raises RunError if there is none."""
     known = name.casefold().removeprefix("torch/").replace("-", "_")
-    known = {"image_folder": "folder", "fashionmnist": "fashion_mnist"}.get(known, known)
+    known = {"image_folder": "folder", "wds": "webdataset", "fashionmnist": "fashion_mnist"}.get(known, known)
     if known not in SOURCES:
         fix = did_you_mean(known, SOURCES) or f"There are {', '.join(SOURCES)}"
         raise RunError(f"there is no data set {name!r}", where="data.name", fix=fix)

@@ -92,11 +92,15 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         try:
             image, target = self.images[number]
         except Exception as error:  # Pillow raises anything, by format
-            files = getattr(self.images, "samples", None)
-            return Unreadable(str(files[number][0]) if files else f"image {number}", first_line(error))
+            return Unreadable(self._name(number), first_line(error))
         if not self.deterministic:
             reseed(self.seed, epoch, index)
         return index, self.transform(image), int(target)
+
+    def _name(self, number: int) -> str:
+        if hasattr(self.images, "name"):
+            return str(self.images.name(number))
+        return str(self.images.samples[number][0]) if hasattr(self.images, "samples") else f"image {number}"
 
 
 @dataclass(frozen=True)
@@ -282,7 +286,11 @@ class ImageFeed:
 
 
 class Mixer:
-    """timm's mixup and CutMix, seeded by (seed, epoch, batch number)."""
+    """timm's mixup and CutMix, seeded by (seed, epoch, batch number).
+
+    Images are paired within a micro-batch of one process: other than everything else, who is mixed with whom depends on the number of
+    processes, and on `accumulate`.
+    """
 
     def __init__(self, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> None:
         self._mixup: Any = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=classes)

@@ -100,8 +100,8 @@ class AugmentSpec(_Table):
     color_jitter: Annotated[float, Field(ge=0, le=10)] = Field(default=0.0, description="strength of the color jitter")
     auto_augment: Policy | None = Field(default=None, description='timm\'s policy text, e.g. "rand-m9-mstd0.5-inc1"')
     erase: Fraction = Field(default=0.0, description="probability of random erasing")
-    mixup: Alpha = Field(default=0.0, description="mixup's alpha; 0 is off")
-    cutmix: Alpha = Field(default=0.0, description="CutMix's alpha; 0 is off")
+    mixup: Alpha = Field(default=0.0, description="mixup's alpha; 0 is off; pairs images of one process's micro-batch")
+    cutmix: Alpha = Field(default=0.0, description="CutMix's alpha; 0 is off; pairs as mixup")
 
     @property
     def random(self) -> bool:
@@ -116,7 +116,7 @@ class DataSpec(_Table):
     name: str = Field(
         default="digits",
         description="digits (embedded), cifar10, cifar100, mnist, fashion_mnist, kmnist, stl10, svhn, imagenette, imagenet, "
-        'or "folder" (one folder of images per class)',
+        '"folder" (one folder of images per class), "webdataset" (tar shards), or "arrow" (Hugging Face\'s save_to_disk)',
     )
     root: str | None = Field(default=None, description="folder of the images; digits needs none")
     train_split: str = Field(default="train", description="the split that is trained on")
