@@ -78,6 +78,10 @@ class Ranks(Rank):
         group = distributed.new_group(backend="gloo", timeout=STEP_TIMEOUT) if count > 1 else None
         return cls(number, count, local, group, store, owner)
 
+    def new_group(self) -> Any:
+        """A further gloo group of all ranks, for a thread that communicates by itself; all ranks have to call it."""
+        return distributed.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+
     @property
     def first(self) -> bool:
         """Whether this is rank 0, which alone prints, and writes the run's folder."""

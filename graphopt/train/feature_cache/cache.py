@@ -3,14 +3,18 @@
 Features are cached only if the prefix is frozen and in eval semantics and every sample's input is the same each time; all three are
 checked. An entry's key is a hash of the prefix (its graph and every tensor in it), of the data and its transform, of dtype and precision,
 and of the entry that it was filled from; so an outdated entry has another name and is never found.
+
+On several ranks each rank has an entry of the samples that it owns, under a key of its own; they fill them at the same time, and each
+gets what its batches need from the others. What is decided (cached or not, and why) is the same on all ranks.
 """
 
 import json
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +24,43 @@ from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.runtime.dtypes import DTYPES
+from graphopt.train.feature_cache.exchange import Exchange, owned
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
-from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill, remove_features
+from graphopt.train.feature_cache.store import (
+    CacheDirectory,
+    CacheEntry,
+    EntryLayout,
+    Fill,
+    MemoryFill,
+    RowFile,
+    available_memory,
+    remove_features,
+)
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
 
+T = TypeVar("T")
+
 #: chunks that are timed before deciding whether the cache is faster than the prefix
 TRIAL = 4
+
+
+class Whole(Fill):
+    """An entry that this rank has already, while other ranks fill theirs."""
+
+    def __init__(self, entry: CacheEntry) -> None:
+        super().__init__(entry.layout)
+        self.entry, self.done = entry, entry.layout.chunks
+
+    def finish(self) -> CacheEntry:
+        return self.entry
+
+    def _put(self, first: int, features: Tensor) -> None:
+        raise AssertionError("nothing is missing")
+
+    def _written(self) -> Tensor | RowFile:
+        return self.entry.features
 
 
 class FeatureCache:
@@ -40,12 +73,13 @@ class FeatureCache:
     def __init__(
         self, images: ImageFeed, strategy: Strategy, *, folder: Path, digest: str, identity: Mapping[str, Any], mixed: bool = False
     ) -> None:
-        self.images, self.samples, self.strategy = images, images.samples, strategy
+        self.images, self.samples, self.strategy, self.ranks = images, images.samples, strategy, strategy.ranks
         self.folder, self.digest, self.identity, self.mixed = folder, digest, dict(identity), mixed
         self.on_progress: Callable[[int, int], None] = lambda done, rows: None  # noqa: ARG005 (names say what it gets)
         self.on_message: Callable[[str], None] = lambda text: None  # noqa: ARG005
         self.last_decision: dict[str, Any] = {}
         self._held: CacheEntry | None = None
+        self._exchange: Exchange | None = None
         self._fingerprint = ""  # of every file and target
 
     def check(self, plan: Plan) -> None:
@@ -91,8 +125,8 @@ class FeatureCache:
         resumed = record.get("cut") == cut.node.name
         route = [*record.get("route", []), *([] if resumed else [cut.node.name])]
         declined = "it was decided so before" if resumed and not record["kept"] else None
-        if self.strategy.ranks.count > 1:
-            declined = "several ranks train together"
+        if self._exchange is None and self.ranks.count > 1:
+            self._exchange = Exchange(self.ranks)
         why = declined or self._try_to_hold(plan, route, trial=not resumed)
         if why is not None or self._held is None:
             self._held = None
@@ -100,8 +134,8 @@ class FeatureCache:
             self.on_message(f"features of {cut.region} are not cached: {why}; its prefix runs in every step, without gradients")
             # The next cut starts from the images again.
             return self.images, plan.module, {"cut": cut.node.name, "kept": False, "route": []}
-        self.last_decision |= {"kept": True, "bytes": self._held.layout.bytes}
-        feed = FeatureFeed(self._held, self.images, _views(cut.options))
+        self.last_decision |= {"kept": True, "bytes": int(self.ranks.sum([self._held.layout.bytes])[0])}
+        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange)
         return feed, OnFeatures(plan.suffix), {"cut": cut.node.name, "kept": True, "route": route}
 
     def close(self) -> None:
@@ -116,28 +150,40 @@ class FeatureCache:
         self._check_inputs(options)
         try:
             cuts = self._cuts(plan, route, options)
-            size, limit = cuts[-1].layout.bytes, options.get("limit")
+            size, limit = int(self.ranks.sum([cuts[-1].layout.bytes])[0]), options.get("limit")
             if limit is not None and size > limit:
                 return f"they take {show_size(size)}, the limit is {show_size(limit)}"
             self._held = self._load_or_fill(plan, cuts, options, trial)
         except Declined as declined:
             return str(declined)
-        except OSError as error:
-            return reason(error)
         return None
+
+    def _attempt(self, call: Callable[[], T]) -> T:
+        """What `call` returns. Where one rank declines, or the system refuses it something, all ranks raise Declined."""
+        result, why = None, ""
+        try:
+            result = call()
+        except (OSError, Declined) as error:
+            why = reason(error) if isinstance(error, OSError) else str(error)
+        if self.ranks.largest(bool(why)):
+            raise Declined(next(found for found in self.ranks.gather(why) if found))
+        return cast(T, result)
 
     def _cuts(self, plan: Plan, route: Sequence[str], options: Mapping[str, Any]) -> list[Cut]:
         """The cuts of a route, each with the layout of its features. A cut on the way is filled only if the next one needs it."""
         nodes = {n.name: n for n in plan.graph.nodes}
         views, dtype, count, batch = _views(options), options["dtype"], len(self.samples), self.images.batch
-        self._fingerprint = self._fingerprint or self.samples.fingerprint()
+        self._fingerprint = self._fingerprint or self._attempt(self.samples.fingerprint)
         identity = json.dumps([self.identity, self._fingerprint], sort_keys=True, default=str)
         key = hash_parts(identity.encode(), *self._probe(views))
+        own, rank = len(owned(self.ranks, count)), (self.ranks.number, self.ranks.count) if self.ranks.count > 1 else ()
         cuts: list[Cut] = []
         for name in route:
             node = nodes[name]
-            key = key_of(plan.graph, cuts[-1].node if cuts else None, node, key, (dtype, views, self.strategy.precision, count, batch))
-            cuts.append(Cut(node, EntryLayout(key, count * views, tuple(node.meta["val"].shape[1:]), DTYPES[dtype], batch)))
+            key = key_of(
+                plan.graph, cuts[-1].node if cuts else None, node, key, (dtype, views, self.strategy.precision, count, batch, *rank)
+            )
+            cuts.append(Cut(node, EntryLayout(key, own * views, tuple(node.meta["val"].shape[1:]), DTYPES[dtype], batch)))
         return cuts
 
     def _probe(self, views: int) -> list[bytes]:
@@ -150,51 +196,89 @@ class FeatureCache:
         layout = cuts[-1].layout
         if self._held is not None and self._held.layout.key == layout.key:
             return self._held
-        if options["cache"] == "ram":
-            return self._fill(plan, cuts, options, MemoryFill(layout), trial)
-        folder = options.get("folder")
-        directory = CacheDirectory(Path(folder).expanduser() if folder else self.folder, self.digest)
-        entry = directory.open(layout)
-        if entry is None:
-            with directory.filling(layout) as found:
-                entry = found if isinstance(found, CacheEntry) else self._fill(plan, cuts, options, found, trial)
-        for earlier in cuts[:-1]:
-            directory.remove(earlier.layout)
+        with ExitStack() as stack:
+            directory = None
+            if options["cache"] == "ram":
+                fill: Fill = self._attempt(lambda: self._in_memory(layout))
+            else:
+                folder = options.get("folder")
+                directory = CacheDirectory(Path(folder).expanduser() if folder else self.folder, self.digest)
+                fill = self._on_disk(directory, layout, stack)
+            entry = self._fill(plan, cuts, options, fill, trial)
+        if directory is not None:
+            for earlier in cuts[:-1]:
+                directory.remove(earlier.layout)
         return entry
 
+    def _in_memory(self, layout: EntryLayout) -> MemoryFill:
+        """Raises OSError if the entries of all ranks on this machine do not fit."""
+        if layout.bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > available_memory():
+            raise OSError(0, "not enough memory")
+        return MemoryFill(layout)
+
+    def _on_disk(self, directory: CacheDirectory, layout: EntryLayout, stack: ExitStack) -> Fill:
+        """What this rank has of its entry, or is to fill; if a rank has to fill, all entries are locked until `stack` closes."""
+        found: Any = self._attempt(lambda: directory.open(layout))
+        if self.ranks.largest(found is None):
+            # Rank 0 comes first: two runs that share a folder must not each hold a lock that the other waits for.
+            for first in (True, False):
+                if self.ranks.first is first:
+                    found = self._attempt(lambda: stack.enter_context(directory.filling(layout)))
+                elif self.ranks.count > 1:
+                    self._attempt(lambda: None)
+        return Whole(found) if isinstance(found, CacheEntry) else found
+
     def _fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, trial: bool) -> CacheEntry:
-        """Computes what is missing of an entry; a trial declines if reading a few chunks is slower than computing them."""
+        """Computes what is missing of an entry; a trial declines if reading a few chunks is slower than computing them.
+
+        All ranks have as many rounds, one chunk each; one that has no chunk left waits for the others.
+        """
+        layout, done = fill.layout, fill.done
+        rounds = int(self.ranks.largest(layout.chunks - done))
+        if not rounds:
+            return self._attempt(fill.finish)
         source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if len(cuts) > 1 else None
-        prefix, layout = Prefix(plan, cuts, self.strategy), fill.layout
-        last = min(TRIAL, layout.chunks - 1) if trial and not options.get("force") and fill.done == 0 else 0
+        prefix = Prefix(plan, cuts, self.strategy)
+        last = self._trial_chunks(fill) if trial and not options.get("force") else 0
         began = start = perf_counter()
+
+        def compute(number: int, chunk: tuple[Tensor, Tensor] | None) -> None:
+            if chunk is not None:
+                features = prefix.compute(chunk[0])
+                if number == 0:
+                    prefix.check(chunk[0], features)
+                fill.write(number, prefix.convert(features), chunk[1])
+
         try:
             with closing(self._chunks(source, fill)) as chunks:
-                for number, (inputs, targets) in enumerate(chunks, fill.done):
-                    features = prefix.compute(inputs)
-                    if number == 0:
-                        prefix.check(inputs, features)
-                    fill.write(number, prefix.convert(features), targets)
+                for number in range(done, done + rounds):
+                    self._attempt(lambda: compute(number, next(chunks, None)))  # noqa: B023 (called at once)
                     if number == 0:
                         start = perf_counter()  # the first chunk was computed three times, and warmed the kernels up
                     elif number == last:
                         self._check_faster(fill, last, perf_counter() - start)
-                    self.on_progress(layout.span(number)[1], layout.rows)
-        except (OSError, Declined):
+                    self.on_progress(min(layout.span(number)[1], layout.rows), layout.rows)
+            entry = self._attempt(fill.finish)
+        except Declined:
             fill.discard()
             raise
         except BaseException:
             fill.flush()
             raise
-        entry = fill.finish()
         self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "images" if source is None else "features"}
         return entry
+
+    def _trial_chunks(self, fill: Fill) -> int:
+        """The last chunk of the trial, the same on all ranks, where each chunk of it has as many rows; 0 for no trial."""
+        fewest = int(-self.ranks.largest(-fill.layout.chunks))
+        return 0 if self.ranks.largest(fill.done) else max(0, min(TRIAL, fewest - (1 if self.ranks.count == 1 else 2)))
 
     def _chunks(self, source: CacheEntry | None, fill: Fill) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next."""
         if source is not None:
             return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
-        keys = ([divmod(row, len(self.samples)) for row in range(*span)] for span in fill.missing)
+        own = owned(self.ranks, len(self.samples))
+        keys = ([(row // len(own), own[row % len(own)]) for row in range(*span)] for span in fill.missing)
         return ((batch.input, batch.target) for batch in load(self.samples, keys, self.images.workers))
 
     def _check_faster(self, fill: Fill, last: int, computing: float) -> None:
@@ -203,8 +287,11 @@ class FeatureCache:
         order = begin + torch.randperm(end - begin, generator=torch.Generator().manual_seed(0))
         began = perf_counter()
         for rows in torch.split(order, fill.layout.chunk):
-            fill.read(rows)
-        reading, computing = (perf_counter() - began) / len(order), computing / len(order)
+            features = fill.read(rows)
+            if self._exchange is not None:
+                self._exchange.trial(features)
+        # The slowest rank decides.
+        reading, computing = (self.ranks.largest(seconds) / len(order) for seconds in (perf_counter() - began, computing))
         self.last_decision |= {"compute_seconds_per_sample": computing, "read_seconds_per_sample": reading}
         if reading >= computing:
             times = f"reading them takes {1e6 * reading:.0f} us a sample, computing them {1e6 * computing:.0f} us"

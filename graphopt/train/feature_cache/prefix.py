@@ -18,6 +18,7 @@ from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
+from graphopt.train.feature_cache.exchange import Exchange
 from graphopt.train.feature_cache.store import CacheEntry, EntryLayout
 from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
@@ -111,25 +112,31 @@ class OnFeatures(nn.Module):
 
 
 class FeatureFeed:
-    """Batches of cached features in the order of the images' feed, a thread reads ahead. The entry has all first views, then all second."""
+    """Batches of cached features in the order of the images' feed, a thread reads ahead. The entry has all first views, then all second.
 
-    def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1) -> None:
-        self.entry, self._images, self._views = entry, images, views
-        self._count = entry.layout.rows // views
+    On several ranks the entry has the samples that this rank owns, and the thread exchanges features with the other ranks.
+    """
+
+    def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1, exchange: Exchange | None = None) -> None:
+        self.entry, self._images, self._views, self._exchange = entry, images, views, exchange
 
     def __len__(self) -> int:
         return len(self._images)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """A sample's views alternate from epoch to epoch."""
-        images, size = self._images, self._images.batch
-        order = torch.tensor(epoch_order(self._count, images.seed, epoch))[images.rank.number :: images.rank.count]
+        images = self._images
+        rank, size, own = images.rank, images.batch, self.entry.layout.rows // self._views
+        order = torch.tensor(epoch_order(len(images.samples), images.seed, epoch))
 
         def load(number: int) -> Batch:
-            index = order[number * size : (number + 1) * size]
-            rows = index + (epoch + index) % self._views * self._count
-            features = self.entry.features.index_select(0, rows)
-            return Batch(index, features.pin_memory() if images.pin else features, self.entry.targets[rows])
+            wanted = [order[other :: rank.count][number * size : (number + 1) * size] for other in range(rank.count)]
+            index = torch.cat([samples[samples % rank.count == rank.number] for samples in wanted])
+            rows = index // rank.count + (epoch + index) % self._views * own
+            features, targets = self.entry.features.index_select(0, rows), self.entry.targets[rows]
+            if self._exchange is not None:
+                features, targets = self._exchange.batch(wanted, features, targets)
+            return Batch(wanted[rank.number], features.pin_memory() if images.pin else features, targets)
 
         with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
             ahead: deque[Future[Batch]] = deque()

@@ -1,0 +1,146 @@
+"""Cached features on several ranks: each owns a part, and training is that of one process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import graphopt
+from graphopt.data.loader import ImageFeed, open_data
+from graphopt.passes.drop import Drop
+from graphopt.spec import DataSpec, TrainSpec
+from graphopt.train import Stopped, train
+from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
+from graphopt.train.feature_cache.store import MemoryFill
+from graphopt.train.ledger import check_ledger
+from graphopt.train.ranks import Ranks
+from graphopt.train.run import Run
+from graphopt.train.strategy import Strategy
+from tests.support.backbones import Small
+from tests.support.ranks import run_ranks
+
+#: 82 samples: ranks own unequal parts
+DATA = DataSpec(name="digits", train_limit=82, eval_limit=20)
+TRAIN = TrainSpec(epochs=4, batch=12, device="cpu", optimizer={"name": "sgd", "lr": 0.02}, checkpoint_steps=2, ledger=True)
+
+
+def _plan(**options):
+    torch.manual_seed(0)
+    options = {"when": [{"epoch": 1, "upto": "blocks.0"}, {"epoch": 2, "upto": "blocks.2"}], "force": True, **options}
+    model = Small(drop=0.0)
+    for module in model.modules():  # statistics of a batch would be each rank's own
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum, module.track_running_stats = 0.0, True
+            module.train = lambda mode=True, module=module: torch.nn.Module.train(module, False)
+    model.eval()
+    return graphopt.compile(model, [Drop(**options)], input=(3, 8, 8), verify="off", costs=False)
+
+
+def _train(rank: int, folder: str, options: dict, stop_at: int = -1) -> None:
+    """A run, or its rest; with `stop_at` its last rank gets a signal when it has computed so many chunks."""
+    torch.set_num_threads(1)
+    compute, signals = Prefix.compute, []
+    begin = Run.run
+    left = [stop_at]
+
+    def computing(prefix, inputs):
+        left[0] -= 1
+        if left[0] == 0 and rank == torch.distributed.get_world_size() - 1:
+            signals[0].signum = signal.SIGTERM
+        return compute(prefix, inputs)
+
+    def running(run):
+        signals.append(run.signals)
+        return begin(run)
+
+    Prefix.compute, Run.run = computing, running
+    try:
+        train(_plan(**options), folder, settings=TRAIN, data=DATA, resume=True)
+        assert stop_at < 0
+    except Stopped:
+        assert stop_at > 0
+    finally:
+        Prefix.compute, Run.run = compute, begin
+
+
+def _weights(folder: Path):
+    return load_checkpoint(folder / "last.pt")["phase"]["model"]
+
+
+def _features(folder: Path) -> list[dict]:
+    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "features"]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single") / "run"
+    train(_plan(), folder, settings=TRAIN, data=DATA)
+    return folder
+
+
+def _near(folder: Path, single: Path) -> bool:
+    found, expected = _weights(folder), _weights(single)
+    return all(torch.allclose(found[name].double(), expected[name].double(), atol=2e-5) for name in expected)
+
+
+def test_a_stop_while_filling_and_another_number_of_ranks(tmp_path, single):
+    folder = tmp_path / "run"
+    options = {"cache": "disk", "folder": str(tmp_path / "kept")}
+    run_ranks(_train, str(folder), options, 7, ranks=2)
+    assert load_checkpoint(folder / "last.pt")["progress"]["epoch"] == 1
+    run_ranks(_train, str(folder), options, ranks=3)
+    assert _near(folder, single)
+    last = _features(folder)
+    assert [(r["cut"], r["kept"], r["filled_from"]) for r in last] == [("blocks.0", True, "images"), ("blocks.2", True, "features")]
+    assert [r["bytes"] for r in last] == [r["bytes"] for r in _features(single)]
+    assert all(epoch.right for epoch in check_ledger(folder / "ledger.bin", 24))
+
+
+def _feeds(rank: int, folder: str, views: int) -> None:
+    """The batches of features are those that the prefix makes of the batches of images; then decisions that one rank makes alone."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    ranks = Ranks.join("cpu")
+    plan = _plan(when="start", upto="blocks.0", views=views, dtype="bfloat16")
+    plan = plan.advance_to(plan.due(0, None, 1)) if not plan.decisions and plan.needs.features is None else plan
+    images = ImageFeed(open_data(DATA, (3, 8, 8), 0).train, 12, rank=ranks)
+    strategy = Strategy(torch.device("cpu"), ranks=ranks)
+
+    def cache_of(**more) -> FeatureCache:
+        return FeatureCache(images, strategy, folder=Path(folder) / f"{rank}", digest=plan.digest, identity={})
+
+    feed, _, record = cache_of().prepare(plan, {})
+    assert isinstance(feed, FeatureFeed)
+    assert record["kept"]
+    for epoch in range(2):
+        for ours, theirs in zip(feed.batches(epoch, 1), images.batches(epoch, 1), strict=True):
+            assert torch.equal(ours.sample, theirs.sample)
+            assert torch.equal(ours.target, theirs.target)
+            assert torch.allclose(ours.input.float(), plan.prefix(theirs.input), atol=0.05, rtol=0.01)
+
+    write = MemoryFill.write
+
+    def refused(fill, number, *more):
+        if rank == 1 and number == 2:
+            raise OSError(28, "No space left on device")
+        write(fill, number, *more)
+
+    MemoryFill.write = refused
+    try:
+        cache = cache_of()
+        feed, module, record = cache.prepare(plan, {})
+    finally:
+        MemoryFill.write = write
+    assert (feed, module, record["kept"]) == (images, plan.module, False)
+    assert cache.last_decision["why"] == "no space left on device", "on every rank"
+
+
+@pytest.mark.parametrize(("ranks", "views"), [(2, 1), (3, 2)])
+def test_features_and_order_are_those_of_the_images(tmp_path, ranks, views):
+    run_ranks(_feeds, str(tmp_path), views, ranks=ranks)
