@@ -60,10 +60,11 @@ class Drop(Pass):
     Attributes:
         mode: "prefix" or "bypass".
         upto: prefix: the part it ends with, at the furthest; for `when = "start"` and `{ epoch = n }`, exactly.
-        cache: prefix: where the features are cached: "ram" or "disk" (memory-mapped, in the run's folder); "none" runs the prefix every
-            time.
+        cache: prefix: where the features are cached: "ram" or "disk" (in the run's folder); "none" runs the prefix every time. Of several
+            processes each caches a part, and they exchange what their batches need; no file system has to be shared.
         dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16).
-        limit: size of the largest cache ("8 GiB"); above it the prefix runs under no_grad instead. Default: what there is.
+        limit: size of the largest cache ("8 GiB"), of all processes together; above it the prefix runs under no_grad instead. Default:
+            what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
         folder: of a cache on disk, to keep it after the run or to put it on another disk; a spec that names one needs --trust.
         force: cache the features even if reading them is slower than computing them.

@@ -96,7 +96,8 @@ class Supervise(Pass):
         fraction: fraction of spatial rows reconstructed per step; rows rotate so that all are covered. Default 0.125, for images 1.
         loss: of the decoder: "l1" (default), "l2", "bce" (default for images; what is rebuilt must lie in [0, 1]).
         head: "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
-            (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores).
+            (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores; within the micro-batch of one process,
+            so it depends on their number).
         temperature: of the contrast.
         weights: of the two losses, from the first to the last auxiliary module, linear between.
         mean, std: the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
 
 import graphopt
+from graphopt import RunError
 from graphopt.data.loader import ImageFeed, open_data
 from graphopt.passes.drop import Drop
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import Stopped, train
 from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.feature_cache import cache as cache_module
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
 from graphopt.train.feature_cache.store import MemoryFill
 from graphopt.train.ledger import check_ledger
+from graphopt.train.phase import Phase
 from graphopt.train.ranks import Ranks
 from graphopt.train.run import Run
 from graphopt.train.strategy import Strategy
@@ -139,6 +144,52 @@ def _feeds(rank: int, folder: str, views: int) -> None:
         MemoryFill.write = write
     assert (feed, module, record["kept"]) == (images, plan.module, False)
     assert cache.last_decision["why"] == "no space left on device", "on every rank"
+
+    # One rank reads slowly, by a clock that only its reading moves.
+    clock, read = [0.0], MemoryFill.read
+
+    def slow(fill, rows):
+        clock[0] += 1.0 * (rank == 1)
+        return read(fill, rows)
+
+    plan.needs.features.options["force"] = False
+    MemoryFill.read, cache_module.perf_counter = slow, lambda: clock[0]
+    try:
+        cache = cache_of()
+        assert not cache.prepare(plan, {})[2]["kept"]
+    finally:
+        MemoryFill.read, cache_module.perf_counter = read, perf_counter
+    assert "computing them 0 us" in cache.last_decision["why"], "on every rank"
+
+
+def _damaged(rank: int, folder: str) -> None:
+    """The rank whose file is overwritten names it; no rank takes the step."""
+    torch.set_num_threads(1)
+    step, steps = Phase.step, []
+
+    def stepped(phase, batches, done):
+        if done == 7 and rank == 1:
+            for rows in Path(folder, "kept").glob("*.rows"):
+                if rows.stat().st_ino == os.fstat(phase.feed.entry.features._handle).st_ino:
+                    os.truncate(rows, 100)
+        steps.append(done)
+        return step(phase, batches, done)
+
+    Phase.step = stepped
+    try:
+        with pytest.raises(RunError) as caught:
+            train(_plan(cache="disk", folder=f"{folder}/kept"), f"{folder}/run", settings=TRAIN, data=DATA)
+    finally:
+        Phase.step = step
+    if rank == 1:
+        assert "the file of features was changed" in str(caught.value)
+        assert ".rows" in str(caught.value)
+    assert steps[-1] < 12
+
+
+def test_a_file_that_is_cut_short_under_one_rank(tmp_path):
+    run_ranks(_damaged, str(tmp_path), ranks=2)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["total"] <= 10
 
 
 @pytest.mark.parametrize(("ranks", "views"), [(2, 1), (3, 2)])

@@ -129,7 +129,19 @@ class FeatureFeed:
         rank, size, own = images.rank, images.batch, self.entry.layout.rows // self._views
         order = torch.tensor(epoch_order(len(images.samples), images.seed, epoch))
 
+        failed: list[Exception] = []
+
         def load(number: int) -> Batch:
+            # After a failure this rank leaves; an exchange of a later batch would meet that of an earlier one elsewhere.
+            if failed:
+                raise failed[0]
+            try:
+                return read(number)
+            except Exception as error:
+                failed.append(error)
+                raise
+
+        def read(number: int) -> Batch:
             wanted = [order[other :: rank.count][number * size : (number + 1) * size] for other in range(rank.count)]
             index = torch.cat([samples[samples % rank.count == rank.number] for samples in wanted])
             rows = index // rank.count + (epoch + index) % self._views * own
