@@ -66,7 +66,7 @@ class LedgerFile:
             raise RunError(f"the ledger is of other data ({found}, now {head})", where=where, fix=_WITHOUT)
         end, last = self._file.tell(), 0
         if step:
-            for record in _records(self._file, self._path):
+            for record in _records(self._file, self._path, found["batch"]):
                 end, last = self._file.tell(), record.step
                 if last >= step:
                     break
@@ -157,7 +157,7 @@ def check_ledger(path: Path, steps: int | None = None) -> tuple[EpochCheck, ...]
                 counts[:] = 0
                 ranks.clear()
 
-            for record in _records(file, path, torn=steps is None):
+            for record in _records(file, path, int(head["batch"]), torn=steps is None):
                 if record.epoch != (record.step - 1) // whole or record.samples.max(initial=0) >= samples:
                     raise RunError(f"the ledger is damaged: the record of step {record.step} is impossible", where=str(path), fix=fix)
                 if record.epoch > len(found):
@@ -184,7 +184,7 @@ def _head(file: IO[bytes], path: Path | None) -> dict[str, Any]:
     raise RunError("is not a ledger of this version of graphopt, or is damaged", where=str(path), fix=_WITHOUT)
 
 
-def _records(file: IO[bytes], path: Path | None, *, torn: bool = True) -> Iterator[Step]:
+def _records(file: IO[bytes], path: Path | None, batch: int, *, torn: bool = True) -> Iterator[Step]:
     """The records from the file's position on. With `torn`, one that was cut off in writing may end the file."""
     number = 0
     while header := file.read(_RECORD.size):
@@ -193,7 +193,7 @@ def _records(file: IO[bytes], path: Path | None, *, torn: bool = True) -> Iterat
         if len(header) == _RECORD.size:
             step, epoch, ranks, count, width = _RECORD.unpack(header)
             size = count * width
-            record = header + file.read(size) if step == number and width in _DTYPES else b""
+            record = header + file.read(size) if (step, count) == (number, batch) and width in _DTYPES else b""
             sums = file.read(4)
         if sums != zlib.crc32(record).to_bytes(4, "little"):
             if torn and not file.read(1) and len(sums) < 4:
