@@ -95,6 +95,7 @@ class Phase:
         """Does what needs the phase's weights: caches the features it trains on, and compiles. False where that is done already."""
         if self._call is not None:
             return False
+        self.strategy.ranks.expect(slow=True)
         self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
         self._wrapped = self.strategy.wrap(self._trained, self._unused())
         self._call = self.strategy.callable(self._wrapped)
@@ -137,9 +138,15 @@ class Phase:
         if self.ema is not None:
             self.ema.update(self.plan.module, step=done + 1)
         if self._first_step:
-            self.strategy.ranks.require_equal(content_digest(optimizers.named_parameters(self.plan.module)), "weights after a step")
+            self.check_ranks("the weights after the first step of a phase")
+            self.strategy.ranks.expect(slow=False)
             self._first_step = False
         return total, correct, samples
+
+    def check_ranks(self, what: str) -> None:
+        """Raises RunError unless all ranks have the same weights, bit for bit."""
+        if self.strategy.ranks.count > 1:
+            self.strategy.ranks.require_equal(content_digest(optimizers.named_parameters(self.plan.module)), what)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert self._call is not None, "begin() comes before the first step"

@@ -81,7 +81,7 @@ PHASES = {
 CASES = PASSES | SETTINGS | PHASES
 
 
-def plan(passes: tuple[Pass, ...], seed: int = 0, norm: Any = partial(nn.GroupNorm, 2), drop: float = 0.0) -> Plan:
+def plan(passes: tuple[Pass, ...] = (), *, seed: int = 0, norm: Any = partial(nn.GroupNorm, 2), drop: float = 0.0) -> Plan:
     torch.manual_seed(seed)
     return graphopt.compile(Small(drop=drop, norm=norm).double(), list(passes), input=small.SHAPE, verify="off", costs=False)
 
