@@ -16,6 +16,7 @@ from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.plan_file import load_strictly
 from graphopt.runtime.randomness import set_seeds
+from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
@@ -56,6 +57,8 @@ class Phase:
     def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None) -> None:
         self.plan, self.context = plan, context
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
+        if spec.sync_norm:
+            synchronize(plan.module, strategy.device)
         strategy.to_device(plan.module)
         self.feed: Feed = context.images
         self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 import graphopt
@@ -23,6 +24,7 @@ from graphopt.train import train
 from tests.support.backbones import Small
 from tests.train import small
 
+GROUPS = partial(nn.GroupNorm, 2)
 ADAMW = {"name": "adamw", "lr": 0.003}
 
 
@@ -34,6 +36,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     alone: dict[str, Any] = field(default_factory=dict)
     within: float = 1e-12
+    norm: Any = GROUPS
 
 
 FRONT, BACK = Freeze(select=["stem", "blocks.0"]), Freeze(select="blocks.2")
@@ -78,10 +81,20 @@ PHASES = {
     "supervise, then not": Case((Supervise(modules=2, when={"epoch": 0, "until": 1}),), {"epochs": 2}),
     "frozen by score": Case((_SCORED,), {"epochs": 3}),
 }
-CASES = PASSES | SETTINGS | PHASES
+#: a head's own norms, norms in sections, those that freeze and thaw, and timm's with an activation
+SYNC = {
+    name: Case(passes, {"sync_norm": True, **settings}, norm=nn.BatchNorm2d, within=within)
+    for name, passes, settings, within in [
+        ("synchronized norms", (), {"ema": 0.9}, 1e-12),
+        ("synchronized norms, freeze and thaw", _CHANGES, {"epochs": 4}, 1e-12),
+        ("synchronized norms, sections", (Supervise(modules=2, head="conv"), Checkpoint(segments=3)), {}, 1e-12),
+        ("synchronized norms, mixed", (Share(select="blocks.2", norm="mix"),), {}, ROUGH),
+    ]
+} | {"synchronized norms with activations": Case((BACK,), {"sync_norm": True}, norm=partial(BatchNormAct2d, act_layer=nn.SiLU))}
+CASES = PASSES | SETTINGS | PHASES | SYNC
 
 
-def plan(passes: tuple[Pass, ...] = (), *, seed: int = 0, norm: Any = partial(nn.GroupNorm, 2), drop: float = 0.0) -> Plan:
+def plan(passes: tuple[Pass, ...] = (), *, seed: int = 0, norm: Any = GROUPS, drop: float = 0.0) -> Plan:
     torch.manual_seed(seed)
     return graphopt.compile(Small(drop=drop, norm=norm).double(), list(passes), input=small.SHAPE, verify="off", costs=False)
 
@@ -108,7 +121,7 @@ def run(name: str, folder: Path, *, alone: bool = False) -> None:
     """Trains one case into `folder / name`: 12 samples per step, 2 steps per epoch."""
     case = CASES[name]
     changes = {"epochs": 1, "batch": 12, "eval_every": 10, **case.settings, **(case.alone if alone else {})}
-    train(plan(case.passes), folder / name, settings=small.settings(**changes), data=data())
+    train(plan(case.passes, norm=case.norm), folder / name, settings=small.settings(**changes), data=data())
 
 
 def content(folder: Path) -> dict[str, Any]:
