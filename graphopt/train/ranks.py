@@ -169,9 +169,10 @@ class Ranks(Rank):
         late = broken and "Timed out" in str(error)
         if broken:
             self._tell("waits")
-            if not late:
-                time.sleep(NOTICE / 10)  # the rank that knows more reports it
-        if not self._claims_report():
+        watched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun says which rank has died
+        if broken and not late and not watched:
+            time.sleep(NOTICE / 10)  # the rank that knows more reports it
+        if (broken and not late and watched) or not self._claims_report():
             return SilentError(error)
         if broken:
             error = self._missing() if late else self._disconnected(error)
