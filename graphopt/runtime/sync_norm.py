@@ -24,14 +24,18 @@ class _Sum(torch.autograd.Function):
     """The sum of a tensor over ranks; so is its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.contiguous().clone()
-        distributed.all_reduce(total)
-        return total
+    def forward(_ctx: Any, values: Tensor) -> Tensor:
+        return _summed(values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _Sum.forward(ctx, gradients[0])
+    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
+        return _summed(gradients[0])
+
+
+def _summed(values: Tensor) -> Tensor:
+    total = values.contiguous().clone()
+    distributed.all_reduce(total)
+    return total
 
 
 class SyncNorm(_BatchNorm):
@@ -61,7 +65,8 @@ class SyncNorm(_BatchNorm):
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
