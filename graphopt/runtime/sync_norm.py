@@ -65,7 +65,8 @@ class SyncNorm(_BatchNorm):
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
@@ -75,6 +76,9 @@ class SyncNorm(_BatchNorm):
 
 class SyncNormAct(SyncNorm):
     """The same with an activation, as timm's `BatchNormAct2d`."""
+
+    act: Any
+    drop: Any
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))

@@ -309,7 +309,7 @@ class Run:
 
     def _after_evaluating(self) -> None:
         self.log.screen.step()
-        self._stop_if_requested(self._agreed(self.signals.signum or 0))  # all ranks have as many batches
+        self._stop_alone()
 
     def _after_filling(self, done: int, rows: int) -> None:
         """Part of a feature cache is filled; a run that stops here continues with the rest when it is resumed."""
