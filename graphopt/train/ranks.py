@@ -173,7 +173,10 @@ class Ranks(Rank):
         if broken and not late and not watched:
             time.sleep(NOTICE / 10)  # the rank that knows more reports it
         if (broken and not late and watched) or not self._claims_report():
-            return SilentError(error)
+            if not isinstance(error, GraphoptError):
+                return SilentError(error)
+            error.silent = True
+            return error
         if broken:
             error = self._missing() if late else self._disconnected(error)
         return error.with_location(f"rank {self.number}") if isinstance(error, GraphoptError) else error

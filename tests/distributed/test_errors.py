@@ -136,7 +136,7 @@ def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, name: str) 
     assert re.search(FAILURES[name][2], message)
     assert 0 not in codes
     left = {path.name for path in (tmp_path / name).glob("*")} if (tmp_path / name).exists() else set()
-    assert left <= {"run.json", "spec.toml", "metrics.jsonl"}, left
+    assert left <= {"run.json", "spec.toml", "metrics.jsonl", "ledger.bin"}, left
 
 
 def _lonely(rank: int, folder: Path) -> None:
