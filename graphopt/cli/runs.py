@@ -1,6 +1,8 @@
 """The commands that write and read runs: `graphopt train`, `report` (a run as one HTML page) and `export` (its ordinary model)."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ import typer
 
 from graphopt.cli import options
 from graphopt.cli.screen import console, show, show_json
+from graphopt.errors import GraphoptError, RunError
 from graphopt.files import write_atomically
 
 
@@ -19,7 +22,7 @@ def train(
     set_: options.SetOption = [],  # noqa: B006
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Train in so many processes of this machine.")] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes on this machine; on CUDA, each takes a GPU.")] = 1,
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -44,7 +47,10 @@ def train(
     from graphopt.train import train as run
     from graphopt.train.ranks import restarted
 
-    loaded = load(spec, trust=trust, overrides=set_)
+    with _said_once():
+        loaded = load(spec, trust=trust, overrides=set_)
+        if ranks > 1 and "WORLD_SIZE" in os.environ:
+            raise RunError("torchrun has started the processes already", where="--ranks", fix="Leave --ranks out")
     folder, screen = out or _folder(spec, resume or restarted()), None if quiet or as_json else console()
     if ranks > 1:
         from graphopt.train.launch import launch
@@ -52,7 +58,7 @@ def train(
         flags = {"--resume": resume, "--tensorboard": tensorboard, "--quiet": quiet, "--trust": trust, "--json": as_json}
         settings = [argument for value in set_ for argument in ("--set", value)]
         chosen = [flag for flag, given in flags.items() if given]
-        raise typer.Exit(launch(ranks, ["train", spec, "--out", str(folder), *settings, *chosen]))
+        return launch(ranks, ["train", spec, "--out", str(folder), *settings, *chosen])
     with located_backbone(loaded):
         summary = run(loaded, folder, resume=resume, trust=trust, tensorboard=tensorboard, console=screen)
     if os.environ.get("RANK", "0") != "0":
@@ -63,6 +69,16 @@ def train(
         best = f"best {100 * summary.best_accuracy:.2f} % in epoch {summary.best_epoch}"
         show(f"accuracy {100 * summary.accuracy:.2f} % ({best}) after {summary.seconds:.0f} s on {summary.device}")
         show(f"run: {summary.folder}   export it: graphopt export {summary.folder} -o model.safetensors")
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Silences an error that every process of this machine finds in the same place, but in the first of them."""
+    try:
+        yield
+    except GraphoptError as error:
+        error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
 
 
 def _folder(spec: str, resume: bool) -> Path:

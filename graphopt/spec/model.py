@@ -179,6 +179,10 @@ class TrainSpec(_Table):
     compile: bool = Field(default=False, description="torch.compile, once per phase")
     device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="of several processes; auto: ddp")
+    sync_norm: bool = Field(default=False, description="batch norms use the statistics of all processes' samples")
+    timeout: Positive = Field(
+        default=300, description="seconds that a process waits for the others in a step; longer in the first of a phase"
+    )
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")

@@ -33,7 +33,7 @@ MANIFEST_VERSION = 1
 FORMAT_VERSION = 3  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
-    "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
+    "train": {"epochs", "device", "strategy", "timeout", "compile", "channels_last", "deterministic"}
     | {"checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }

@@ -1,20 +1,34 @@
 """Starts the processes of a run on this machine, with torchrun's own launcher."""
 
+import logging
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 from uuid import uuid4
 
 from graphopt.errors import RunError
 
+#: seconds that ranks have after a stop signal to finish their step and write a checkpoint
+STOP_TIMEOUT = 300
 
-def launch(ranks: int, arguments: Sequence[str]) -> int:
-    """Runs `graphopt ARGUMENTS` in `ranks` processes, and returns the exit status: 0, or that of the first rank that failed.
 
-    The ranks print their own errors. A rank that is killed ends the run; `torchrun --max-restarts` starts all ranks again.
+def launch(ranks: int, arguments: Sequence[str]) -> None:
+    """Runs `graphopt ARGUMENTS` in `ranks` processes. Raises Ended, with the exit status of the first that failed.
+
+    The ranks print their own errors. Ctrl-C and SIGTERM reach all of them: they stop after a step, with a checkpoint, and the status is
+    130 or 143. A rank that is killed ends the run (RunError names it); `torchrun --max-restarts` would start all ranks again.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say what has happened
+    known = {field.name for field in fields(LaunchConfig)}
+    newer: dict[str, Any] = {name: value for name, value in {"shutdown_timeout": STOP_TIMEOUT}.items() if name in known}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -24,12 +38,26 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        **newer,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "graphopt", *arguments)
+    except SignalException as stopped:
+        raise Ended(128 + int(stopped.sigval)) from None
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:
-            raise RunError(f"rank {rank} was ended by signal {-failure.exitcode}", fix="Continue with --resume") from None
-        return failure.exitcode
-    return 0
+        # The launcher itself terminates the others.
+        killed = {rank: -f.exitcode for rank, f in failed.failures.items() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM}
+        if killed:
+            which = " and ".join(f"rank {rank} was ended by signal {number}" for rank, number in killed.items())
+            raise RunError(which, fix="The run continues from the last checkpoint with --resume") from None
+        raise Ended(failed.get_first_failure()[1].exitcode) from None
+
+
+class Ended(RunError):
+    """The ranks have said why; this process only ends with their status."""
+
+    silent = True
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the ranks ended with status {exit_code}")
+        self.exit_code = exit_code

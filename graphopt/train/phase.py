@@ -16,6 +16,7 @@ from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.plan_file import load_strictly
 from graphopt.runtime.randomness import set_seeds
+from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
@@ -56,6 +57,8 @@ class Phase:
     def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None) -> None:
         self.plan, self.context = plan, context
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
+        if spec.sync_norm:
+            synchronize(plan.module, strategy.device)
         strategy.to_device(plan.module)
         self.feed: Feed = context.images
         self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
@@ -95,6 +98,7 @@ class Phase:
         """Does what needs the phase's weights: caches the features it trains on, and compiles. False where that is done already."""
         if self._call is not None:
             return False
+        self.strategy.ranks.expect(slow=True)
         self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
         self._wrapped = self.strategy.wrap(self._trained, self._unused())
         self._call = self.strategy.callable(self._wrapped)
@@ -138,9 +142,15 @@ class Phase:
         if self.ema is not None:
             self.ema.update(self.plan.module, step=done + 1)
         if self._first_step:
-            self.strategy.ranks.require_equal(content_digest(optimizers.named_parameters(self.plan.module)), "weights after a step")
+            self.check_ranks("the weights after the first step of a phase")
+            self.strategy.ranks.expect(slow=False)
             self._first_step = False
         return total, correct, samples
+
+    def check_ranks(self, what: str) -> None:
+        """Raises RunError unless all ranks have the same weights, bit for bit."""
+        if self.strategy.ranks.count > 1:
+            self.strategy.ranks.require_equal(content_digest(optimizers.named_parameters(self.plan.module)), what)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert self._call is not None, "begin() comes before the first step"

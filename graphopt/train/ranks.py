@@ -6,10 +6,12 @@ decides and the others get its answer.
 """
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count as numbers
 from typing import Any, Self
 
 import torch
@@ -19,8 +21,13 @@ from torch.distributed.rendezvous import rendezvous
 from graphopt.data.loader import Rank
 from graphopt.errors import GraphoptError, RunError, first_line, listed
 
-#: how long a rank waits for the others to join, and for each collective
-JOIN_TIMEOUT, STEP_TIMEOUT = timedelta(minutes=5), timedelta(minutes=30)
+_distributed: Any = distributed  # torch does not declare all of its names
+
+#: how many times as long ranks wait for each other until the first step of a phase is over: it fills caches, and compiles
+SLOW = 6
+#: seconds in which ranks notice that a collective has failed
+NOTICE = 5.0
+_joins = numbers()  # the same on all ranks: each run of a process has its own part of the store
 
 
 class SilentError(RunError):
@@ -41,42 +48,56 @@ class Ranks(Rank):
     """
 
     local: int = 0
-    _group: Any = field(default=None, repr=False, compare=False)  # gloo, for values on the CPU; never used by gradients
+    timeout: float = field(default=300.0, compare=False)  # seconds
     _store: Any = field(default=None, repr=False, compare=False)
+    _group: Any = field(default=None, repr=False, compare=False)  # gloo, for values on the CPU; never used by gradients
     _owner: bool = field(default=False, repr=False, compare=False)  # whether this object has started torch.distributed
 
     @classmethod
-    def join(cls, device: str) -> Self:
-        """Joins the processes that torchrun has started (or a process group that exists); alone, there is one rank.
+    def join(cls, timeout: float) -> Self:
+        """Meets the processes that torchrun has started (or those of a process group that exists); alone, there is one rank.
 
-        `device` is "cpu" (gloo) or "cuda" (NCCL). Raises RunError, which names the ranks that are missing, if not all join in time.
+        They can say who reports an error; for all else comes `connected`. Raises RunError, which names the ranks that are missing, if not
+        all have come within `timeout` seconds.
         """
-        if distributed.is_available() and distributed.is_initialized():
-            local = int(os.environ.get("LOCAL_RANK", distributed.get_rank()))
-            return cls._with_group(distributed.get_rank(), distributed.get_world_size(), local)
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        exists = distributed.is_available() and distributed.is_initialized()
+        count = distributed.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
-        number, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-        if device == "cuda":
-            torch.cuda.set_device(local)
-        store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
-        store.set(f"joined/{number}", "1")
-        try:
-            for other in range(count):
-                store.wait([f"joined/{other}"], JOIN_TIMEOUT)
-        except RuntimeError as error:
-            missing = [str(rank) for rank in range(count) if not store.check([f"joined/{rank}"])]
-            what = f"rank {listed(missing)} of {count} did not join within {JOIN_TIMEOUT.total_seconds():.0f} s"
-            raise RunError(what, where=f"rank {number}", fix="Look for its error on its machine") from error
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=STEP_TIMEOUT)
-        return cls._with_group(number, count, local, store=store, owner=True)
+        number = distributed.get_rank() if exists else int(os.environ["RANK"])
+        part = f"graphopt/{next(_joins)}"
+        if exists:
+            store = _distributed.PrefixStore(part, distributed.distributed_c10d._get_default_store())
+        else:
+            store = _rendezvous(part, number, count, timeout)
+        return cls(number, count, int(os.environ.get("LOCAL_RANK", number)), timeout, store)
 
-    @classmethod
-    def _with_group(cls, number: int, count: int, local: int, store: Any = None, owner: bool = False) -> Self:
-        group = distributed.new_group(backend="gloo", timeout=STEP_TIMEOUT) if count > 1 else None
-        return cls(number, count, local, group, store, owner)
+    def connected(self, device: str) -> Self:
+        """The same ranks with the groups that they communicate in; `device` is "cpu" (gloo) or "cuda" (NCCL)."""
+        if self.count == 1:
+            return self
+        owner = not distributed.is_initialized()
+        if owner:
+            if device == "cuda":
+                torch.cuda.set_device(self.local)
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            distributed.init_process_group(backend, store=self._store, rank=self.number, world_size=self.count)
+        ranks = replace(self, _group=distributed.new_group(backend="gloo"), _owner=owner)
+        ranks.expect(slow=True)
+        return ranks
+
+    def expect(self, *, slow: bool) -> None:
+        """Sets how long this rank waits for the others in each collective: `timeout`, or longer."""
+        if self.count == 1:
+            return
+        wait = timedelta(seconds=self.timeout * (SLOW if slow else 1))
+        # torch gave it a public name in 2.14.
+        set_timeout: Any = getattr(distributed, "set_timeout", distributed.distributed_c10d._set_pg_timeout)
+        set_timeout(wait, self._group)
+        if self._owner:
+            # On CUDA, values on the CPU fail first: NCCL's own timeout aborts the process, and names no rank.
+            spare = timedelta(minutes=1) if distributed.get_backend() != "gloo" else timedelta(0)
+            set_timeout(wait + spare, distributed.group.WORLD)
 
     def new_group(self) -> Any:
         """A further gloo group of all ranks, for a thread that communicates by itself; all ranks have to call it."""
@@ -148,19 +169,74 @@ class Ranks(Rank):
         """The error to raise for one that has ended a run here: with this rank's number, or silent if another rank reports it."""
         if self.count == 1:
             return error
-        broken = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        broken = isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        late = broken and "Timed out" in str(error)
         if broken:
-            what = f"the connection to another rank broke ({first_line(error)[:200]})"
-            fix = "Look for that rank's own error; the run continues from the last checkpoint with --resume"
-            error = RunError(what, fix=fix)
-        if not self._claims_report():
-            return SilentError(error)
+            self._tell("waits")
+        watched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun says which rank has died
+        if broken and not late and not watched:
+            time.sleep(NOTICE / 10)  # the rank that knows more reports it
+        if (broken and not late and watched) or not self._claims_report():
+            if not isinstance(error, GraphoptError):
+                return SilentError(error)
+            error.silent = True
+            return error
+        if broken:
+            error = self._missing() if late else self._disconnected(error)
         return error.with_location(f"rank {self.number}") if isinstance(error, GraphoptError) else error
 
-    def _claims_report(self) -> bool:
+    def _tell(self, what: str) -> None:
         with suppress(RuntimeError):  # the store's own process may have ended
-            return self._store is None or bool(self._store.add("reported", 1) == 1)
+            self._store.set(f"{what}/{self.number}", "1")
+
+    def _claims_report(self) -> bool:
+        with suppress(RuntimeError):
+            return bool(self._store.add("reported", 1) == 1)
         return self.first
+
+    def _missing(self) -> RunError:
+        """After a collective has waited too long: ranks that wait notice that soon, others hang or are gone."""
+        missing, end = list(range(self.count)), time.monotonic() + NOTICE
+        with suppress(RuntimeError):
+            while missing and time.monotonic() < end:
+                missing = [rank for rank in missing if not self._store.check([f"waits/{rank}"])]
+                time.sleep(0.05)
+        who = f"rank {listed(map(str, missing))} of {self.count}" if missing else "another rank"
+        what = f"{who} does not answer; the others have waited for {self.timeout:.0f} s or longer"
+        return RunError(what, fix=f"Look for its own error, or raise train.timeout; {_CONTINUE}")
+
+    def _disconnected(self, error: Exception) -> RunError:
+        what = f"the connection to another rank broke ({first_line(error)[:200]})"
+        return RunError(what, fix=f"Look for that rank's own error; {_CONTINUE}")
+
+
+_CONTINUE = "the run continues from the last checkpoint with --resume"
+
+
+def _rendezvous(part: str, number: int, count: int, timeout: float) -> Any:
+    """The store of the processes that the environment names, when all have come."""
+    wait = timedelta(seconds=timeout)
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, _, _ = next(rendezvous("env://", timeout=wait))
+        else:  # torch's own would wait for all processes, and not say which are missing
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = _distributed.TCPStore(*where, is_master=number == 0, wait_for_workers=False, timeout=wait)
+    except (RuntimeError, ValueError, KeyError) as error:
+        what = f"rank {number} of {count} does not reach the others: {first_line(error)[:200]}"
+        raise RunError(what, fix="Check that rank 0 runs, and MASTER_ADDR and MASTER_PORT; or raise train.timeout") from error
+    store = _distributed.PrefixStore(part, store)
+    store.set(f"joined/{number}", "1")
+    try:
+        store.wait([f"joined/{other}" for other in range(count)], wait)
+    except RuntimeError as error:
+        if not number:
+            time.sleep(NOTICE / 10)  # the store is in rank 0's process: the others look into it too
+        missing = [str(rank) for rank in range(count) if not store.check([f"joined/{rank}"])]
+        what = f"rank {listed(missing)} of {count} did not join within {timeout:.0f} s"
+        late = RunError(what, where=f"rank {number}", fix="Look for its own error, or raise train.timeout")
+        raise late if store.add("reported", 1) == 1 else SilentError(late) from error
+    return store
 
 
 ALONE = Ranks()

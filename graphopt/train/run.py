@@ -269,6 +269,7 @@ class Run:
     def _close_epoch(self) -> None:
         state, progress, plan = self.state, self.progress, self.state.phase.plan
         epoch = progress.epoch
+        state.phase.check_ranks(f"the weights after epoch {epoch}")
         state.phase.average_buffers()
         meter = state.meter.over(self.strategy.ranks)
         figures: dict[str, float] = {"train_loss": meter.loss, "train_accuracy": meter.accuracy}

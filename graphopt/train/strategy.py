@@ -152,7 +152,8 @@ class Replicated(Strategy):
         # Running statistics stay each rank's own; they are averaged where they are used.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it in 2.14
-        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, buffers: False}
+        # Nor does the wrapper give all ranks rank 0's: a resumed rank has its own. Equal weights are checked, not made.
+        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, "init_sync": False, buffers: False}
         return DistributedDataParallel(module, **options)
 
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
@@ -168,15 +169,22 @@ def choose(spec: TrainSpec) -> Strategy:
 
     Raises RunError for a device that is not there, a rank that is missing, or a strategy for another number of ranks.
     """
-    alone = Strategy.of(spec)
-    ranks = Ranks.join(alone.device.type)
-    if ranks.count == 1:  # an elastic run may shrink to one process
-        return alone
+    ranks = Ranks.join(spec.timeout)
+    try:
+        strategy = _kind(spec, ranks.count).of(spec)
+        return strategy.with_ranks(ranks.connected(strategy.device.type))
+    except Exception as error:
+        raise ranks.reported(error) from error.__cause__
+
+
+def _kind(spec: TrainSpec, ranks: int) -> type[Strategy]:
+    if ranks == 1:  # an elastic run may shrink to one process
+        return Strategy
     name = spec.strategy if spec.strategy != "auto" else "ddp"
     if name == "single":
         fix = 'Start one process, or use strategy = "auto"'
-        raise RunError(f'strategy = "single" is one process, {ranks.count} were started', where="train.strategy", fix=fix)
+        raise RunError(f'strategy = "single" is one process, {ranks} were started', where="train.strategy", fix=fix)
     kinds: dict[str, type[Strategy]] = {"ddp": Replicated}
     if name not in kinds:
         raise RunError(f"{name} is not available", where="train.strategy", fix="Use auto, single or ddp")
-    return kinds[name].of(spec).with_ranks(ranks)
+    return kinds[name]

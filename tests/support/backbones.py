@@ -12,10 +12,10 @@ from torch import Tensor, nn
 class Residual(nn.Module):
     """A residual block whose dropout reads the mode in forward."""
 
-    def __init__(self, width: int, drop: float = 0.0) -> None:
+    def __init__(self, width: int, drop: float = 0.0, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ class Residual(nn.Module):
 class Small(nn.Module):
     """Stem, four residual blocks, pool, linear: input (3, 8, 8) and up, ten classes."""
 
-    def __init__(self, width: int = 8, blocks: int = 4, drop: float = 0.3) -> None:
+    def __init__(self, width: int = 8, blocks: int = 4, drop: float = 0.3, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(Residual(width, drop) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Residual(width, drop, norm) for _ in range(blocks)))
         self.fc = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -48,12 +48,14 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 def interrupting(after: int, spec: DataSpec = DATA, signum: int = signal.SIGTERM) -> Data:
     """The data, which sends this process a signal when the `after`-th training image is read."""
     data = open_data(spec, SHAPE, seed=0)
-    data.train.transform = _Counting(data.train.transform, after, signum)
+    data.train.transform = Counting(data.train.transform, after, signum)
     return data
 
 
-class _Counting:
-    def __init__(self, transform: Callable[[Any], Tensor], after: int, signum: int) -> None:
+class Counting:
+    """A transform that sends this process a signal at its `after`-th image."""
+
+    def __init__(self, transform: Callable[[Any], Tensor], after: int, signum: int = signal.SIGTERM) -> None:
         self.transform, self.left, self.signum = transform, after, signum
 
     def __call__(self, image: Any) -> Tensor:

@@ -1,0 +1,45 @@
+"""Several ranks, each with the whole network, train what one process trains with the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import cases
+from tests.support.ranks import run_ranks
+from tests.train import small
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case, trained by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in cases.CASES:
+        cases.run(name, folder, alone=True)
+    return folder
+
+
+def _all(rank: int, folder: Path) -> None:
+    for name in cases.CASES:
+        try:
+            cases.run(name, folder)
+        except Exception as error:
+            raise RuntimeError(name) from error
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_train_what_one_process_trains(tmp_path: Path, alone: Path, ranks: int) -> None:
+    run_ranks(_all, tmp_path, ranks=ranks)
+    wrong = {}
+    for name, case in cases.CASES.items():
+        one, other = cases.content(alone / name), cases.content(tmp_path / name)
+        assert one["decisions"] == other["decisions"], name
+        found = max(cases.distance(one["phase"][part], other["phase"][part], part) for part in ("model", "ema", "optimizer"))
+        if found[0] > case.within:
+            wrong[name] = found
+        # One image more than a step takes: some ranks have none of them in the last batch.
+        (*_, told), (*_, expected) = (small.records(folder / name, "epoch") for folder in (tmp_path, alone))
+        for figure in ("loss", "accuracy", "train_loss", "train_accuracy"):
+            assert told[figure] == pytest.approx(expected[figure], rel=max(case.within, 1e-9)), (name, figure)
+    assert not wrong

@@ -1,0 +1,155 @@
+"""What is wrong with a run reaches the user once, with its rank, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphopt import GraphoptError
+from graphopt.data.loader import Data
+from graphopt.passes.freeze import Freeze
+from graphopt.train import train
+from tests.distributed import cases
+from tests.support.ranks import run_ranks
+from tests.train import small
+
+#: settings (of one rank, where they differ) that are refused, and the message
+REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
+    "batch": (lambda _: {"batch": 13}, "a batch of 13 does not divide into 2 processes with 1 micro-batches each. Use 12 or 14"),
+    "accumulate": (lambda _: {"accumulate": 5}, "a batch of 12 does not divide into 2 processes with 5 micro-batches each. Use 10 or 20"),
+    "single": (lambda _: {"strategy": "single"}, 'strategy = "single" is one process, 2 were started'),
+    "device": (lambda _: {"device": "cuda:99"}, "torch finds no device cuda:99"),
+    "settings": (lambda rank: {"seed": rank}, "the spec or a version: rank 1 differs from rank 0"),
+    "optimizer": (lambda _: {"optimizer": {"name": "sgdd"}}, "sgdd"),
+}
+
+
+def _refused(rank: int, folder: Path) -> None:
+    for name, (settings, _) in REFUSED.items():
+        with pytest.raises(GraphoptError) as refused:
+            train(cases.plan(), folder / name, settings=small.settings(**{"batch": 12, **settings(rank)}), data=cases.data())
+        _tell(folder, name, rank, refused.value)
+    plan = cases.plan((Freeze(select=f"blocks.{rank}"),))
+    with pytest.raises(GraphoptError) as refused:
+        train(plan, folder / "spec", settings=small.settings(batch=12), data=cases.data())
+    _tell(folder, "spec", rank, refused.value)
+
+
+def _tell(folder: Path, name: str, rank: int, error: GraphoptError) -> None:
+    (folder / f"{name}-{rank}.json").write_text(json.dumps([error.silent, error.exit_code, str(error)]))
+
+
+def _told(folder: Path, name: str, ranks: Sequence[int] = (0, 1)) -> tuple[str, list[int]]:
+    """The one message, and the exit codes of all ranks."""
+    told = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in ranks]
+    (message,) = [text for silent, _, text in told if not silent]
+    return message, [code for _, code, _ in told]
+
+
+def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
+    run_ranks(_refused, tmp_path)
+    for name, expected in {name: message for name, (_, message) in REFUSED.items()}.items():
+        message, codes = _told(tmp_path, name)
+        assert expected in message
+        assert message.startswith("rank "), message
+        assert codes == [2, 2]
+        assert not (tmp_path / name).exists()
+    assert "rank 1 differs from rank 0" in _told(tmp_path, "spec")[0]
+
+
+class _Failing:
+    """A transform that does something else than its own work from the `after`-th image on."""
+
+    def __init__(self, transform: Any, after: int, instead: Callable[[], Any]) -> None:
+        self.transform, self.left, self.instead = transform, after, instead
+
+    def __call__(self, image: Any) -> Any:
+        self.left -= 1
+        return self.transform(image) if self.left > 0 else self.instead()
+
+
+class _Unreadable:
+    """Images that cannot be opened."""
+
+    def __getitem__(self, number: int) -> Any:
+        raise OSError("truncated file")
+
+
+def _unreadable(data: Data) -> None:
+    data.train.images = _Unreadable()
+
+
+def _not_a_number(data: Data) -> None:
+    data.train.transform = _Failing(data.train.transform, 20, lambda: torch.full(small.SHAPE, float("nan"), dtype=torch.float64))
+
+
+def _hanging(data: Data) -> None:
+    data.train.transform = _Failing(data.train.transform, 20, _hang)
+
+
+def _hang() -> None:
+    time.sleep(8)  # until all others have ended
+    os._exit(3)
+
+
+def _full_disk(_: Data) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+#: what goes wrong on one rank only: which, how, the message
+FAILURES: dict[str, tuple[int, Callable[[Data], None], str]] = {
+    "unreadable": (1, _unreadable, "rank 1: image"),
+    "nan": (1, _not_a_number, "the loss became nan at step"),
+    "disk": (0, _full_disk, "rank 0: .*last.pt"),
+    "hang": (1, _hanging, r"rank 0: rank 1 of 2 does not answer; the others have waited for 1 s"),
+}
+
+
+def _failing(rank: int, folder: Path, name: str) -> None:
+    which, spoil, _ = FAILURES[name]
+    data = cases.data(training=48)
+    if rank == which:
+        spoil(data)
+    settings = small.settings(batch=12, timeout=1, log_every=1)
+    try:
+        train(cases.plan(), folder / name, settings=settings, data=data)
+    except GraphoptError as error:
+        _tell(folder, name, rank, error)
+    os._exit(3)  # as a rank ends: without a word to the others
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_rank_that_fails_ends_all_with_its_message(tmp_path: Path, name: str) -> None:
+    run_ranks(_failing, tmp_path, name, ends=3, group=False)
+    message, codes = _told(tmp_path, name, ranks=[0] if name == "hang" else [0, 1])
+    assert re.search(FAILURES[name][2], message)
+    assert 0 not in codes
+    left = {path.name for path in (tmp_path / name).glob("*")} if (tmp_path / name).exists() else set()
+    assert left <= {"run.json", "spec.toml", "metrics.jsonl", "ledger.bin"}, left
+
+
+def _lonely(rank: int, folder: Path) -> None:
+    os.environ["WORLD_SIZE"] = "3"
+    with pytest.raises(GraphoptError) as refused:
+        train(cases.plan(), folder / "late", settings=small.settings(batch=12, timeout=1), data=cases.data())
+    _tell(folder, "late", rank, refused.value)
+    time.sleep(1)  # rank 0 has the store
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    run_ranks(_lonely, tmp_path, group=False)
+    message, codes = _told(tmp_path, "late")
+    assert "rank 2 of 3 did not join within 1 s" in message
+    assert codes == [2, 2]
+    assert not (tmp_path / "late").exists()
