@@ -24,7 +24,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state(value: Any, *, keep: bool = True) -> Any:
-    """Nested state dicts with every sharded tensor whole. All ranks have to call it; without `keep` it only takes part, and returns None."""
+    """Nested state dicts with every sharded tensor whole. All ranks have to call it; without `keep` one only takes part, and gets None."""
     if isinstance(value, Mapping):
         found = {name: whole_state(item, keep=keep) for name, item in value.items()}
         return found if keep else None

@@ -34,7 +34,7 @@ OPTIMIZERS |= {"lamb", "lars", "lion", "adan", "adanw", "madgrad", "madgradw", "
 class Sharded(Strategy):
     """Parameters in parts, gathered for as long as they are computed with."""
 
-    options: FsdpSpec = FsdpSpec()
+    options: FsdpSpec = field(default_factory=FsdpSpec)
     _mesh: DeviceMesh | None = field(default=None, init=False, repr=False)
     _replicated: list[nn.Parameter] = field(default_factory=list, init=False, repr=False)  # sorted by name
 
@@ -124,14 +124,14 @@ class Sharded(Strategy):
                 gradient.copy_(value)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
-        """Clips by the norm over all ranks' parts. The other modes look at an element, or (agc) at a row or a parameter of one dimension."""
+        """Clips by the norm over all ranks' parts. The other modes look at elements, or (agc) at rows and at parameters of one dimension."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if mode != "norm":
             pairs = [(p, _whole_units(p)) for p in parameters]
             dispatch_clip_grad([unit for _, unit in pairs], limit, mode=mode)
             for parameter, unit in pairs:
                 if is_sharded(parameter) and parameter.ndim == 1:
-                    local(parameter.grad).copy_(local(_like(unit.grad, parameter)))
+                    _gradient(parameter).copy_(local(_like(unit.grad, parameter)))
             return
         parts = [local(g) for g in gradients if is_sharded(g)]
         total = _square(parts, self.device)
@@ -167,8 +167,14 @@ def _whole_units(parameter: nn.Parameter) -> nn.Parameter:
         return parameter
     part = local if parameter.ndim > 1 else whole
     unit = nn.Parameter(part(parameter.detach()))
-    unit.grad = part(parameter.grad)
+    unit.grad = part(parameter.grad) if parameter.grad is not None else None
     return unit
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter's gradient."""
+    assert parameter.grad is not None
+    return local(parameter.grad)
 
 
 def _square(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
