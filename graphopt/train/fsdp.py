@@ -124,7 +124,7 @@ class Sharded(Strategy):
                 gradient.copy_(value)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
-        """Clips by the norm over all ranks' parts. The other modes look at elements, or (agc) at rows and at parameters of one dimension."""
+        """Clips by the norm over all ranks' parts. The other modes look at elements, or (agc) at rows and at whole vectors."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if mode != "norm":
             pairs = [(p, _whole_units(p)) for p in parameters]

@@ -32,9 +32,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Stem, a parameter that the forward reads itself, six blocks, pool, linear."""
+    """Stem, a parameter that the forward reads itself, four blocks, pool, linear."""
 
-    def __init__(self, width: int = 8, blocks: int = 6) -> None:
+    def __init__(self, width: int = 8, blocks: int = 4) -> None:
         super().__init__()
         self.stem, self.shift = nn.Conv2d(3, width, 3, padding=1), nn.Parameter(torch.zeros(width, 1, 1))
         self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
@@ -60,7 +60,7 @@ def plan(passes: Sequence[Pass]) -> Plan:
 
 
 def data() -> Data:
-    found = open_data(DataSpec(name="digits", train_limit=48, eval_limit=20), SHAPE, seed=0)
+    found = open_data(DataSpec(name="digits", train_limit=24, eval_limit=13), SHAPE, seed=0)
     for split in (found.train, found.evaluation):
         split.transform = Double(split.transform)
     return found
@@ -68,7 +68,7 @@ def data() -> Data:
 
 def settings(**changes: Any) -> TrainSpec:
     optimizer = {"name": "sgd", "lr": 0.02}
-    table = {"epochs": 2, "batch": 12, "optimizer": optimizer, "log_every": 2, "device": "cpu", "eval_every": 2, **changes}
+    table = {"epochs": 1, "batch": 12, "optimizer": optimizer, "log_every": 2, "device": "cpu", "eval_every": 10, **changes}
     return TrainSpec.model_validate(table)
 
 
