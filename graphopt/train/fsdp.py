@@ -68,6 +68,10 @@ class Sharded(Strategy):
         self._shard(module, emitted, units)
         return module
 
+    def evaluated(self, wrapped: nn.Module, plan: Plan) -> nn.Module:
+        # Only the module that was wrapped has its parameters gathered: behind a cut, that is what follows the prefix.
+        return nn.Sequential(plan.prefix, wrapped) if hasattr(wrapped, "suffix") else plan.module
+
     def wrap_average(self, module: nn.Module, plan: Plan) -> None:
         self._shard(module, module, units_of(module, [block.paths for block in find_blocks(plan.graph)]))
 

@@ -132,6 +132,11 @@ class Phase:
         unused = {id(p) for name, p in optimizers.named_parameters(self.plan.module).items() if name in self.plan.report.unused}
         return [name for name, p in self._trained.named_parameters(remove_duplicate=False) if id(p) in unused]
 
+    def evaluated(self) -> dict[str, nn.Module]:
+        """The networks that an evaluation calls with images, by the prefix of their figures: the trained one, and the averaged one."""
+        modules = {"": self.strategy.evaluated(self._wrapped, self.plan)}
+        return modules | ({"ema_": self.ema.module} if self.ema is not None else {})
+
     def train_mode(self) -> None:
         """Puts the whole network into training mode, and the part that is trained on cached features."""
         self.plan.module.train()

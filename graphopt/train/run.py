@@ -290,10 +290,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         figures: dict[str, float] = {}
-        modules = {"": self.state.phase.plan.module}
-        if self.state.phase.ema is not None:
-            modules["ema_"] = self.state.phase.ema.module
-        for prefix, module in modules.items():
+        for prefix, module in self.state.phase.evaluated().items():
             self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
             meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=self._after_evaluating)
             figures |= {f"{prefix}loss": meter.loss, f"{prefix}accuracy": meter.accuracy}

@@ -94,6 +94,10 @@ class Strategy:
         """
         return module
 
+    def evaluated(self, wrapped: nn.Module, plan: Plan) -> nn.Module:
+        """What an evaluation calls with images; `wrapped` is from `wrap`, and may take features in their place."""
+        return plan.module
+
     def wrap_average(self, module: nn.Module, plan: Plan) -> None:
         """Does with a copy of the plan's module, which is averaged and evaluated, what `wrap` does with parameters."""
 

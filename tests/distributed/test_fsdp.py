@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
+import graphopt
 from graphopt import Pass, RunError
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
@@ -18,8 +19,10 @@ from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
 from graphopt.runtime.shards import is_sharded
 from graphopt.train import export_run
+from graphopt.train.feature_cache.prefix import OnFeatures
 from graphopt.train.fsdp import Sharded
 from graphopt.train.phase import Phase
+from graphopt.train.ranks import Ranks
 from tests.distributed import runs
 from tests.support.ranks import run_ranks
 
@@ -85,6 +88,25 @@ def test_a_run_goes_on_with_other_ranks_and_strategies(tmp_path: Path) -> None:
 def resume_with(_rank: int, folder: str, strategy: str, epochs: int) -> None:
     changes = {"scheduler": "constant", "eval_every": 1, "ema": 0.9, "strategy": strategy, "epochs": epochs}
     runs.run(Path(folder), [Supervise(modules=2)], **changes, resume=epochs > 1)
+
+
+def train_on_features(rank: int) -> None:
+    torch.manual_seed(0)
+    made = graphopt.compile(runs.Net(), [Drop(upto="blocks.1")], input=runs.SHAPE, verify="off", costs=False)
+    images, ranks = torch.rand(2, *runs.SHAPE), Ranks.join("cpu")
+    strategy = Sharded.of(runs.settings(strategy="fsdp")).with_ranks(ranks)
+    expected = made.module.eval()(images)
+    features = made.prefix(images).detach()
+    wrapped = strategy.wrap(OnFeatures(made.suffix), made)
+    wrapped(features).sum().backward()
+    gradients = {name: p.grad is not None for name, p in made.module.named_parameters() if p.requires_grad}
+    assert all(given == (not name.startswith(("stem", "shift", "blocks.0", "blocks.1"))) for name, given in gradients.items())
+    with torch.no_grad():
+        assert torch.equal(strategy.evaluated(wrapped, made).eval()(images), expected)
+
+
+def test_a_suffix_is_sharded_alone_and_evaluated_behind_its_prefix() -> None:
+    run_ranks(train_on_features)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
