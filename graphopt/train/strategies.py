@@ -11,15 +11,15 @@ def choose(spec: TrainSpec) -> Strategy:
 
     Raises RunError for a device that is not there, a rank that is missing, or settings that the strategy cannot train with.
     """
-    alone = Strategy.of(spec)
+    alone, sharded = Strategy.of(spec), None
+    if spec.strategy == "fsdp":  # what it refuses, one process refuses too, so that `check` finds it
+        from graphopt.train.fsdp import Sharded  # its part of torch takes a while to load
+
+        sharded = Sharded.of(spec)
     ranks = Ranks.join(alone.device.type)
     if ranks.count == 1:  # an elastic run may shrink to one process
         return alone
     if spec.strategy == "single":
         fix = 'Start one process, or use strategy = "auto"'
         raise RunError(f'strategy = "single" is one process, {ranks.count} were started', where="train.strategy", fix=fix)
-    if spec.strategy == "fsdp":
-        from graphopt.train.fsdp import Sharded  # its part of torch takes a while to load
-
-        return Sharded.of(spec).with_ranks(ranks)
-    return Replicated.of(spec).with_ranks(ranks)
+    return (sharded or Replicated.of(spec)).with_ranks(ranks)
