@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
+from graphopt.ir.nodes import storages, writes_in_place
 from graphopt.ir.paths import is_below
-from graphopt.runtime.body import LocalBackward
+from graphopt.runtime.body import LocalBackward, bodies
 
 Paths = tuple[str, ...]
 
@@ -36,6 +38,7 @@ class Units:
         root: parameters that are gathered for the whole step.
         replicated: parameters without a dimension to shard: every rank holds them, and their gradients are averaged by name.
         unused: parameters that the forward never reads; they stay as they are.
+        overwritten: paths of leaves whose output a later operation writes into.
     """
 
     blocks: tuple[Paths, ...]
@@ -43,6 +46,7 @@ class Units:
     root: Paths
     replicated: Paths
     unused: Paths
+    overwritten: Paths = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -88,7 +92,14 @@ def units_of(module: nn.Module, blocks: Iterable[Paths]) -> Units:
     replicated = {name for name, p in by_name.items() if not p.ndim}
     unused = {name for name, p in by_name.items() if id(p) not in users and id(p) not in at_root}
     root = {name for name, p in by_name.items() if id(p) not in taken} - replicated - unused
-    return Units(lists, sections, tuple(sorted(root)), tuple(sorted(replicated - unused)), tuple(sorted(unused)))
+    return Units(lists, sections, tuple(sorted(root)), tuple(sorted(replicated - unused)), tuple(sorted(unused)), _overwritten(module))
+
+
+def _overwritten(module: nn.Module) -> Paths:
+    graphs = [m for m in (module, *(body for _, body in bodies(module))) if isinstance(m, GraphModule)]
+    nodes = [(graph, node) for graph in graphs for node in graph.graph.nodes]
+    written = {memory for graph, node in nodes if writes_in_place(graph, node) for memory in storages(node)}
+    return tuple(dict.fromkeys(str(n.target) for _, n in nodes if n.op == "call_module" and not written.isdisjoint(storages(n))))
 
 
 def _called(module: Any, section: str) -> Iterator[tuple[str, str]]:

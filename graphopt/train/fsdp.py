@@ -4,6 +4,7 @@ What is gathered together, `graphopt.compiler.units` says. A section whose backw
 without a dimension to shard are held by every rank, and their gradients are averaged in the order of their names.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ class Sharded(Strategy):
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": MixedPrecisionPolicy(precision, torch.float32 if precision else None)}
         if self.options.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        # FSDP's hook on a view is lost when something writes into the view; it warns of every view.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for path in units.overwritten:
+            module.get_submodule(path).register_forward_hook(_without_view)
         inside: set[nn.Parameter] = set()
         for section in units.sections:
             part: Any = module.get_submodule(section.path)
@@ -155,6 +160,11 @@ class Sharded(Strategy):
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.ranks.count} ranks (fsdp)"
+
+
+def _without_view(_leaf: nn.Module, _inputs: Any, output: Any) -> Any:
+    """A forward hook: a view of another tensor becomes a tensor of its own."""
+    return output.clone() if isinstance(output, Tensor) and output._base is not None else None
 
 
 class _Gathered(nn.Module):

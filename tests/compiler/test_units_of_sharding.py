@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
+import graphopt
 from graphopt import Pass, Plan
 from graphopt.compiler.units import Units, units_of
 from graphopt.ir.blocks import find_blocks
@@ -63,3 +64,21 @@ def test_every_parameter_is_in_one_place_and_a_dropped_prefix_in_none() -> None:
         names = [*inside, *found.root, *found.replicated, *found.unused]
         assert sorted(names) == sorted(name for name, _ in module.named_parameters())
     assert {"stem.weight", "shift", "blocks.0.conv1.weight"} <= set(units(made, made.suffix).unused)
+
+
+def test_leaves_whose_output_is_written_into_are_known() -> None:
+    """Views among those outputs have to become tensors of their own before hooks are put on them."""
+
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first(x))
+            y += x
+            return y
+
+    made = graphopt.compile(Adding(), [], input=(6, 4), verify="off", costs=False)
+    assert units(made).overwritten == ("second",)
+    assert units(plan([Supervise(modules=2)])).overwritten == ()
