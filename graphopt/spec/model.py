@@ -191,7 +191,7 @@ class TrainSpec(_Table):
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
         default="auto", description="of several processes; auto: ddp; fsdp shards parameters, gradients and optimizer state"
     )
-    fsdp: FsdpSpec = FsdpSpec()
+    fsdp: FsdpSpec = Field(default=FsdpSpec(), description='options of strategy = "fsdp"; all off by default')
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
