@@ -1,7 +1,7 @@
 """`graphopt inspect`: a backbone's blocks, cut points and shapes, before writing a spec for it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,16 +11,27 @@ from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.fx import Node
 
+    from graphopt.compiler.pass_base import Pass
     from graphopt.ir.graph import Graph
     from graphopt.ir.regions import Region
+
+
+#: parameters outside of units, by what becomes of them
+_KINDS = {
+    "root": "gathered for the whole step",
+    "replicated": "whole on every rank, averaged by name",
+    "unused": "whole on every rank, never read by a step",
+}
 
 
 def inspect(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="source/name (timm/resnet50, torchvision/..., cifar/...), or a SPEC.")],
     input: Annotated[str | None, typer.Option("--input", metavar="C,H,W", help="One sample's shape; default: the model's.")] = None,
     set_: SetOption = [],  # noqa: B006
+    units: Annotated[bool, typer.Option("--units", help="Also what fsdp gathers together: of a SPEC's first phase.")] = False,
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -40,19 +51,33 @@ def inspect(
     from graphopt.tracing import trace
 
     shape = None if input is None else _parse_shape(input)
+    passes: Sequence[Pass] = ()
     source = what.partition("/")[0]
     if not os.path.exists(what) and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
         backbone = resolve(what, input=shape)
-        graph = trace(build_backbone(backbone, trust=trust), backbone.input)
+        model = build_backbone(backbone, trust=trust)
+        graph = trace(model, backbone.input)
     else:
         loaded = load(what, trust=trust, overrides=set_)
-        backbone = loaded.backbone
-        _, graph = trace_backbone(loaded, input=shape, trust=trust)
+        backbone, passes = loaded.backbone, loaded.passes
+        model, graph = trace_backbone(loaded, input=shape, trust=trust)
     table = _table(f"{backbone.source}/{backbone.name}", graph)
+    if units:
+        table["units"] = _units(model, passes, graph.input)
     if as_json:
         show_json(table)
     else:
         _show(table)
+
+
+def _units(model: "nn.Module", passes: "Sequence[Pass]", shape: tuple[int, ...]) -> dict[str, Any]:
+    """What a strategy that shards parameters gathers together in the first phase, as plain values."""
+    from graphopt.compiler.units import units_of
+    from graphopt.driver import compile
+    from graphopt.ir.blocks import find_blocks
+
+    plan = compile(model, list(passes), input=shape, verify="off", costs=False)
+    return units_of(plan.module, [block.paths for block in find_blocks(plan.graph)]).to_dict()
 
 
 def _parse_shape(text: str) -> tuple[int, ...]:
@@ -124,6 +149,13 @@ def _show(table: dict[str, Any]) -> None:
         rows.add_row(name, row["kind"], show_count(row["parameters"]) if row["parameters"] else "", output, *flags)
     show(rows)
     show("* a block: what `blocks = true`, every and first/last count in a selector")
+    for number, leaves in enumerate(table.get("units", {}).get("blocks", [])):
+        show(f"unit {number}: {', '.join(leaves)}")
+    for path, leaves in table.get("units", {}).get("sections", {}).items():
+        show(f"unit {path}, with its own backward: {', '.join(leaves)}")
+    for kind, meaning in _KINDS.items():
+        if names := table.get("units", {}).get(kind):
+            show(f"{meaning}: {', '.join(names)}")
     for entry in table["opaque"]:
         show(f"opaque {entry['path']}: {entry['reason']}")
     if table["unused_parameters"]:

@@ -212,3 +212,9 @@ def test_fit_says_first_what_fits_and_prints_what_to_paste(capsys: pytest.Captur
     monkeypatch.setattr("graphopt.planning.budget.Search.__init__", None)  # what is refused needs no search
     assert main(["fit", "s.toml", "--memory", "1 GiB", "--flops", "0.5"]) == 2
     assert "FLOPs per sample do not depend on it" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_is_gathered_together(capsys: pytest.CaptureFixture[str]) -> None:
+    found = output_json(capsys, "inspect", "s.toml", "--units")["units"]
+    assert {"blocks", "sections", "root", "replicated", "unused"} == found.keys()
+    assert "gathered for the whole step: " in output(capsys, "inspect", "cifar/resnet20", "--units")

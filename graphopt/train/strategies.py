@@ -1,0 +1,29 @@
+"""Which strategy a run has, by its spec and the processes that were started."""
+
+from graphopt.errors import RunError
+from graphopt.spec import TrainSpec
+from graphopt.train.ranks import Ranks
+from graphopt.train.strategy import Replicated, Strategy
+
+
+def choose(spec: TrainSpec) -> Strategy:
+    """The strategy of a spec, after all ranks have joined: alone `single`, with several ranks `ddp` where the spec says `auto`.
+
+    Raises RunError for a device that is not there, a rank that is missing, or settings that the strategy cannot train with.
+    """
+    ranks = Ranks.join(spec.timeout)
+    try:
+        alone, sharded = Strategy.of(spec), None
+        if spec.strategy == "fsdp":  # what it refuses, one process refuses too, so that `check` finds it
+            from graphopt.train.fsdp import Sharded  # its part of torch takes a while to load
+
+            sharded = Sharded.of(spec)
+        if ranks.count == 1:  # an elastic run may shrink to one process
+            return alone
+        if spec.strategy == "single":
+            fix = 'Start one process, or use strategy = "auto"'
+            raise RunError(f'strategy = "single" is one process, {ranks.count} were started', where="train.strategy", fix=fix)
+        strategy = sharded or Replicated.of(spec)
+        return strategy.with_ranks(ranks.connected(strategy.device.type))
+    except Exception as error:
+        raise ranks.reported(error) from error.__cause__
