@@ -96,13 +96,14 @@ class Ledger(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)  # type: ignore[method-assign,assignment]  # watched
-        super().__enter__()
+        watched: Any = lambda storage, size: self._resized(storage, size)  # noqa: E731
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]  # sharded parameters are freed by it
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # torch's own again
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
 
     def _resized(self, storage: torch.UntypedStorage, size: int) -> Any:
         """Resizes a storage, which then counts as another one of the same kind."""

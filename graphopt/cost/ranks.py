@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import _DEFAULT_FIRST_BUCKET_BYTES, _compute_bucket_assignment_by_size  # type: ignore[attr-defined]  # DDP's
 
 from graphopt.errors import CostError
 
 #: sizes in bytes of DDP's buckets: of the first, whose gradients come first, and of all others (`bucket_cap_mb`)
-BUCKET_LIMITS = (distributed._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20)
+BUCKET_LIMITS = (_DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20)
 #: names of torch's operators
 _COLLECTIVES = {
     "allreduce_": "all-reduce",
@@ -118,11 +119,12 @@ class Replica(nn.Module):
         super().__init__()
         self.module, self.share, self.reduces = module, 1 / ranks, True
         # Gradients come in about the reverse order of parameters.
-        parameters = [p for name, p in module.named_parameters() if p.requires_grad and name not in unused][::-1]
-        assigned, _ = distributed._compute_bucket_assignment_by_size(parameters, list(BUCKET_LIMITS)) if parameters else ([], [])
+        trained = [p for name, p in module.named_parameters() if p.requires_grad and name not in unused]
+        parameters: list[Tensor] = [*reversed(trained)]
+        assigned, _ = _compute_bucket_assignment_by_size(parameters, list(BUCKET_LIMITS)) if parameters else ([], [])
         self.buckets = [self._bucket([parameters[index] for index in indices]) for indices in assigned]
 
-    def _bucket(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+    def _bucket(self, parameters: Sequence[Tensor]) -> Tensor:
         bucket = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
         waiting: set[int] = set()
         offset = 0

@@ -4,15 +4,14 @@ import dataclasses
 from functools import partial
 
 import pytest
-import torch
-from torch import nn
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from graphopt.cost import CostError, forecast, measure
 from graphopt.cost.ranks import Collective, Parallel, fake_ranks
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from tests.support.ranks import run_ranks
 
 INPUT = (3, 8, 8)
@@ -20,8 +19,8 @@ INPUT = (3, 8, 8)
 
 def network(*, frozen=False):
     """Above the limit of DDP's first bucket, with a norm and with sizes that no number of ranks divides."""
-    parts = [nn.Conv2d(3, 7, 3, bias=False), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 36, 1201), nn.ReLU(), nn.Linear(1201, 5)]
-    network = nn.Sequential(*parts)
+    convolution = nn.Sequential(nn.Conv2d(3, 7, 3, bias=False), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten())
+    network = nn.Sequential(*convolution, nn.Linear(7 * 36, 1201), nn.ReLU(), nn.Linear(1201, 5))
     network[0].requires_grad_(not frozen)
     return network
 
@@ -70,7 +69,8 @@ CASES = [(kind, frozen, accumulate) for kind in ("ddp", "fsdp") for frozen, accu
 
 def check(rank, forecasts):
     for (kind, frozen, accumulate), expected in forecasts.items():
-        found = measure(network(frozen=frozen), INPUT, 2, optimizer="adamw", parallel=parallel(kind, torch.distributed.get_world_size(), accumulate))
+        way = parallel(kind, distributed.get_world_size(), accumulate)
+        found = measure(network(frozen=frozen), INPUT, 2, optimizer="adamw", parallel=way)
         if rank == 0:  # whose shards are the largest
             assert figures(found) == expected, (kind, frozen, accumulate)
 
@@ -82,3 +82,15 @@ def test_equals_a_step_of_real_ranks(ranks):
         way = Parallel.replicated(ranks, accumulate=accumulate) if kind == "ddp" else parallel(kind, ranks, accumulate)
         forecasts[kind, frozen, accumulate] = figures(forecast(network(frozen=frozen), INPUT, 2, optimizer="adamw", parallel=way))
     run_ranks(check, forecasts, ranks=ranks)
+
+
+def test_a_ring_sends_what_is_not_a_ranks_own():
+    gather, reduction, scatter = (Collective(name, 1, 1200) for name in ("all-gather", "all-reduce", "reduce-scatter"))
+    assert [m.sent(3, "nccl") for m in (gather, reduction, scatter)] == [800, 1600, 800]
+    assert scatter.sent(3, "gloo") == 1600, "gloo scatters what it has reduced as a whole"
+
+
+def test_forecasts_of_ranks_need_a_process_of_their_own():
+    with fake_ranks(2), pytest.raises(CostError, match="a process of several"):
+        forecast(network(), INPUT, 2, parallel=Parallel.replicated(2))
+    assert not distributed.is_initialized()
