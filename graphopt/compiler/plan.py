@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -141,15 +141,25 @@ class Plan(Source):
         due = (d for d in self.foreseen(epochs) if d.epoch <= epoch)
         return self.advance_to((*self.decisions, *due), verify=verify, costs=costs)
 
-    def advance_to(self, decisions: Iterable[Decision], *, verify: Verify = "fast", costs: bool = False) -> Plan:
-        """The same plan after `decisions`, with the current weights carried over by name."""
+    def advance_to(
+        self,
+        decisions: Iterable[Decision],
+        *,
+        verify: Verify = "fast",
+        costs: bool = False,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Plan:
+        """The same plan after `decisions`, with the current weights carried over by name.
+
+        `state` is the module's state dict with whole tensors, for a module of which this process holds a part.
+        """
         later = compile_phase(self, tuple(decisions), verify=verify, costs=costs)
-        later._take_weights_from(self)
+        later._take_weights_from(self, dict(self.module.state_dict() if state is None else state))
         return later
 
-    def _take_weights_from(self, earlier: Plan) -> None:
+    def _take_weights_from(self, earlier: Plan, theirs: dict[str, Tensor]) -> None:
         """Weights by name; what the other phase does not store, or in another shape, is derived through the backbone's own keys."""
-        mine, theirs = self.module.state_dict(), earlier.module.state_dict()
+        mine = self.module.state_dict()
         values = dict(theirs)
         if missing := {k for k, v in mine.items() if k not in theirs or theirs[k].shape != v.shape}:
             adopted = self.from_backbone(earlier.to_backbone(theirs, partial=True))

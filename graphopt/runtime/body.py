@@ -1,6 +1,6 @@
 """Modules that run the sections of an emitted network."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -50,6 +50,29 @@ def bodies(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
                     seen.add(id(value.module))
                     queue.append(value.module)
                     yield holder, value.module
+
+
+class LocalBackward(nn.Module):
+    """A section whose backward runs inside its forward.
+
+    Attributes:
+        trains: whether it has a backward. gathered: calls a function with parameters gathered, where ranks hold parts of them.
+    """
+
+    trains: bool
+    gathered: Callable[..., Any] | None = None
+
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The modules that its forward and backward run."""
+        raise NotImplementedError
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls `function`, with every parameter that it needs."""
+        return function(*arguments) if self.gathered is None else self.gathered(function, *arguments)
+
+    def gather_by(self, call: Callable[..., Any]) -> None:
+        """Makes `call(function, *arguments)` the way to run anything with this section's parameters; it is not registered."""
+        self.__dict__["gathered"] = call
 
 
 class NoGrad(nn.Module):

@@ -155,6 +155,16 @@ class SchedulerSpec(_Table):
     arguments: Arguments = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 
+class FsdpSpec(_Table):
+    """`[train.fsdp]`: options of `strategy = "fsdp"`, which shards parameters over the processes."""
+
+    offload: bool = Field(default=False, description="hold parameters, gradients and optimizer state in the memory of the CPU")
+    precision: Literal["bfloat16"] | None = Field(
+        default=None, description="dtype in which blocks are gathered and computed, norms too; default: float32, computed by `amp`"
+    )
+    prefetch: Annotated[int, Field(ge=0, le=16)] = Field(default=0, description="blocks that are gathered ahead, in the graph's order")
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -178,7 +188,10 @@ class TrainSpec(_Table):
     channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     compile: bool = Field(default=False, description="torch.compile, once per phase")
     device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="of several processes; auto: ddp")
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
+        default="auto", description="of several processes; auto: ddp; fsdp shards parameters, gradients and optimizer state"
+    )
+    fsdp: FsdpSpec = FsdpSpec()
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")

@@ -33,7 +33,7 @@ MANIFEST_VERSION = 1
 FORMAT_VERSION = 3  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
-    "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
+    "train": {"epochs", "device", "strategy", "fsdp", "compile", "channels_last", "deterministic"}
     | {"checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }
@@ -168,7 +168,8 @@ class Checkpointer:
         self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
         self.source: Path | None = None  # the checkpoint that the run continues from
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
-        self.settings = {"train": train.model_dump(mode="json"), "data": sources}
+        settings = train.model_dump(mode="json")
+        self.settings = {"train": {**settings, "fsdp.precision": settings["fsdp"]["precision"]}, "data": sources}
 
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
         """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far.
@@ -178,6 +179,7 @@ class Checkpointer:
         plan, progress, ranks = state.phase.plan, state.progress, self.ranks
         meters = {"meter": state.meter.over(ranks).state_dict(), "window": state.window.over(ranks).state_dict()}
         buffers = state.phase.buffers_by_rank()
+        phase = state.phase.state_dict(keep=ranks.first)
         if not ranks.first:
             return
         content = {
@@ -186,7 +188,7 @@ class Checkpointer:
             "digest": plan.digest,
             "decisions": [decision.model_dump(mode="json") for decision in plan.decisions],
             "settings": self.settings,
-            "phase": state.phase.state_dict(),
+            "phase": phase,
             "progress": asdict(progress),
             "steps_per_epoch": state.phase.steps,
             "phases": state.phases,

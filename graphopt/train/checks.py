@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import RunError, listed
+from graphopt.runtime.shards import local, whole
 from graphopt.train.hashing import raw_bytes
 from graphopt.train.optimizer import named_parameters
 
@@ -17,7 +18,7 @@ def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
     parameters = named_parameters(module)
     trained = {name: p.grad for name, p in parameters.items() if p.requires_grad}
     missing = [name for name, gradient in trained.items() if gradient is None and name not in unused]
-    broken = [name for name, gradient in trained.items() if gradient is not None and not torch.isfinite(gradient).all()]
+    broken = [name for name, gradient in trained.items() if gradient is not None and not torch.isfinite(local(gradient)).all()]
     extra = [name for name, p in parameters.items() if not p.requires_grad and p.grad is not None]
     found = {"trainable but without a gradient": missing, "gradient not finite": broken, "frozen but with a gradient": extra}
     messages = [f"{what}: {listed(names)}" for what, names in found.items() if names]
@@ -33,7 +34,7 @@ def fingerprints(module: nn.Module) -> dict[str, str]:
         own = list(part.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
             frozen |= part.named_buffers(prefix=path, recurse=False)
-    return {name: hashlib.blake2b(raw_bytes(tensor.cpu()), digest_size=16).hexdigest() for name, tensor in frozen.items()}
+    return {name: hashlib.blake2b(raw_bytes(whole(tensor).cpu()), digest_size=16).hexdigest() for name, tensor in frozen.items()}
 
 
 def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
@@ -46,4 +47,4 @@ def check_frozen(module: nn.Module, before: Mapping[str, str]) -> None:
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     """Names of the tensors with NaN or infinity in them."""
-    return [name for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all())]
+    return [name for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point() and not bool(local(t).isfinite().all())]

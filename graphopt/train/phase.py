@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3, dispatch_clip_grad  # type: ignore[attr-defined]  # re-exported without saying so
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
@@ -16,6 +16,7 @@ from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.plan_file import load_strictly
 from graphopt.runtime.randomness import set_seeds
+from graphopt.runtime.shards import is_sharded, local, whole_state
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
@@ -43,17 +44,28 @@ class RunContext:
     features: FeatureCache  # caches what a prefix that has left the graph computes
 
 
-def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: int) -> Plan:
-    """The plan after further decisions. What passes initialise is a function of (seed, epoch), so that a resumed run does the same."""
+def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: int, state: Mapping[str, Tensor] | None = None) -> Plan:
+    """The plan after further decisions. What passes initialise is a function of (seed, epoch), so that a resumed run does the same.
+
+    `state` is the module's, where ranks hold parts of it.
+    """
     with preserved():
         reseed(seed, epoch, 2)
-        return plan.advance_to((*plan.decisions, *decisions))
+        return plan.advance_to((*plan.decisions, *decisions), state=state)
+
+
+class AveragedWeights(ModelEmaV3):
+    """timm's moving averages, each rank's of the parts that it holds."""
+
+    def _foreach_lerp_(self, ema_values: list[Tensor], model_values: list[Tensor], weight: float) -> None:
+        super()._foreach_lerp_([local(t) for t in ema_values], [local(t) for t in model_values], weight)
 
 
 class Phase:
     """A plan between two decisions, on its device, with its optimizer, schedule and averaged weights."""
 
-    def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None) -> None:
+    def __init__(self, plan: Plan, context: RunContext, *, earlier: "Phase | None" = None, state: Mapping[str, Any] | None = None) -> None:
+        """`state` is the earlier phase's `state_dict()`."""
         self.plan, self.context = plan, context
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
         strategy.to_device(plan.module)
@@ -62,19 +74,13 @@ class Phase:
         self._trained: nn.Module = plan.module
         self._wrapped: nn.Module = self._trained  # as a step calls it on several ranks
         self._call: Callable[..., Any] | None = None
-        # timm's backbones may exclude parameters from weight decay, too.
-        no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
-        rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
-        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
-        if earlier is not None:
-            optimizers.load_optimizer_state(self.optimizer, plan.module, optimizers.optimizer_state(earlier.optimizer, earlier.plan.module))
         self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
-        self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps)
+        self._optimize(state["optimizer"] if state is not None else None)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
-        self.ema = ModelEmaV3(plan.module, decay=spec.ema, use_warmup=True) if spec.ema is not None else None
-        if self.ema is not None and earlier is not None and earlier.ema is not None:
+        self.ema = AveragedWeights(plan.module, decay=spec.ema, use_warmup=True) if spec.ema is not None else None
+        if self.ema is not None and state is not None and state["ema"] is not None:
             own = self.ema.module.state_dict()
-            carried = {k: v for k, v in earlier.ema.module.state_dict().items() if k in own and v.shape == own[k].shape}
+            carried = {k: v for k, v in state["ema"].items() if k in own and v.shape == own[k].shape}
             self.ema.module.load_state_dict(carried, strict=False)
         self.frozen = fingerprints(plan.module)
         # Buffers may hold infinity on purpose, masks for example.
@@ -86,7 +92,19 @@ class Phase:
     def next(self, decisions: Sequence[Decision], epoch: int) -> "Phase":
         """The phase after `decisions`, with weights, optimizer state and averages carried over by name."""
         self.close()
-        return Phase(advance(self.plan, decisions, self.spec.seed, epoch), self.context, earlier=self)
+        state = self.state_dict()
+        return Phase(advance(self.plan, decisions, self.spec.seed, epoch, state["model"]), self.context, earlier=self, state=state)
+
+    def _optimize(self, state: Mapping[str, Any] | None) -> None:
+        """Makes the optimizer of the parameters that there are now, and its schedule; `state` is by name."""
+        plan, spec = self.plan, self.spec
+        # timm's backbones may exclude parameters from weight decay, too.
+        no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
+        rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
+        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
+        if state is not None:
+            optimizers.load_optimizer_state(self.optimizer, plan.module, state)
+        self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps)
 
     def close(self) -> None:
         check_frozen(self.plan.module, self.frozen)
@@ -96,9 +114,18 @@ class Phase:
         if self._call is not None:
             return False
         self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
-        self._wrapped = self.strategy.wrap(self._trained, self._unused())
+        before, state = self._parameters(), optimizers.optimizer_state(self.optimizer, self.plan.module)
+        self._wrapped = self.strategy.wrap(self._trained, self.plan, self._unused())
+        after = self._parameters()
+        if any(after[name] is not before[name] for name in before):
+            self._optimize(self.strategy.to_shards(state, after))
+        if self.ema is not None:
+            self.strategy.wrap_average(self.ema.module, self.plan)
         self._call = self.strategy.callable(self._wrapped)
         return True
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return optimizers.named_parameters(self.plan.module)
 
     def _unused(self) -> list[str]:
         """Trainable parameters of the trained part that no forward reads, by their names there."""
@@ -127,18 +154,19 @@ class Phase:
             total = total + loss.detach() / len(batches)
             correct = correct + count_correct(output, batch.target)
             samples += len(batch.target)
+        self.strategy.after_backward()
         self.scaler.unscale_(self.optimizer)
         self._check_gradients_once()
         if self.spec.clip is not None:
-            parameters = [p for p in optimizers.named_parameters(self.plan.module).values() if p.grad is not None]
-            dispatch_clip_grad(parameters, self.spec.clip, mode=self.spec.clip_mode)
+            self.strategy.clip([p for p in self._parameters().values() if p.grad is not None], self.spec.clip, self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         set_seeds(None, None)
         if self.ema is not None:
             self.ema.update(self.plan.module, step=done + 1)
         if self._first_step:
-            self.strategy.ranks.require_equal(content_digest(optimizers.named_parameters(self.plan.module)), "weights after a step")
+            everywhere = {name: p for name, p in self._parameters().items() if not is_sharded(p)}
+            self.strategy.ranks.require_equal(content_digest(everywhere), "weights after a step")
             self._first_step = False
         return total, correct, samples
 
@@ -161,7 +189,7 @@ class Phase:
     def _check_gradients_once(self) -> None:
         if self.gradients_checked:
             return
-        finite = all(p.grad.isfinite().all() for p in self.plan.module.parameters() if p.grad is not None)
+        finite = all(local(p.grad).isfinite().all() for p in self.plan.module.parameters() if p.grad is not None)
         if self.scaler.is_enabled() and self._overflows < MAX_OVERFLOWS and not finite:
             self._overflows += 1  # the scaler will skip this step and lower its scale
             return
@@ -170,10 +198,11 @@ class Phase:
 
     def not_finite(self) -> list[str]:
         """What is no longer finite of the weights, the averaged weights and the optimizer's state."""
-        state = self.state_dict()
+        state = self._state()
         named = {"": state["model"], "averaged ": state["ema"] or {}}
         found = [f"{what}{name}" for what, tensors in named.items() for name in not_finite(tensors) if name not in self._infinite]
-        return found + [f"optimizer state of {name}" for name, of in state["optimizer"]["state"].items() if not_finite(of)]
+        found += [f"optimizer state of {name}" for name, of in state["optimizer"]["state"].items() if not_finite(of)]
+        return list(dict.fromkeys(name for names in self.strategy.ranks.gather(found) for name in names))
 
     def average_buffers(self) -> None:
         """Gives all ranks the mean of what they have measured apart: running statistics of norms, and of a user's own buffers."""
@@ -196,8 +225,15 @@ class Phase:
         modules = {"model": self.plan.module} | ({"ema": self.ema.module} if self.ema is not None else {})
         return {f"{kind}.{name}": buffer for kind, module in modules.items() for name, buffer in module.named_buffers()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores of a phase; everything by name."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """What a checkpoint stores of a phase; everything by name, every tensor whole. Without `keep`, only takes part in gathering it.
+
+        All ranks have to call it.
+        """
+        state: dict[str, Any] = whole_state(self._state(), keep=keep)
+        return state
+
+    def _state(self) -> dict[str, Any]:
         return {
             "model": self.plan.module.state_dict(),
             "optimizer": optimizers.optimizer_state(self.optimizer, self.plan.module),

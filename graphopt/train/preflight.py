@@ -15,7 +15,8 @@ from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
 from graphopt.train.feature_cache.cache import FeatureCache
-from graphopt.train.strategy import Strategy, choose
+from graphopt.train.strategies import choose
+from graphopt.train.strategy import Strategy
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
 from graphopt.train.ranks import Agreement, restarted
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
-from graphopt.train.strategy import choose
+from graphopt.train.strategies import choose
 
 
 def train(
@@ -146,6 +146,7 @@ class Starting:
         plan.check_phases(settings.epochs)
         check_outputs(plan, self.inputs.data.classes)
         check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
+        self.inputs.strategy.check(plan)
         self.inputs.strategy.ranks.require_equal(content_digest(plan.module.state_dict()), "the initial weights")
         return plan
 

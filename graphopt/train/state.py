@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
+from graphopt.runtime.shards import whole
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import named_parameters, parameter_counts
 from graphopt.train.phase import Phase, RunContext, advance
@@ -43,7 +44,8 @@ class History:
     def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:
         """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed."""
         wanted = {name for names in regions.values() for name in names if name in parameters}
-        copies = {name: parameters[name].detach().to("cpu", copy=True) for name in wanted - self.snapshot.keys()}
+        missing = sorted(wanted - self.snapshot.keys())
+        copies = {name: whole(parameters[name]).detach().to("cpu", copy=True) for name in missing}
         self.snapshot = {name: self.snapshot[name] if name in self.snapshot else copies[name] for name in sorted(wanted)}
 
     def close(self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor]) -> EpochRecord:
@@ -68,7 +70,7 @@ class History:
 def _relative_change(pairs: list[tuple[Tensor, Tensor]]) -> float:
     difference = before = 0.0
     for old, new in pairs:
-        old64, new64 = old.double(), new.detach().to("cpu", torch.float64)
+        old64, new64 = old.double(), whole(new).detach().to("cpu", torch.float64)
         difference += float((new64 - old64).square().sum())
         before += float(old64.square().sum())
     if before == 0.0:

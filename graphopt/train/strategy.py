@@ -3,16 +3,18 @@
 import inspect
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
@@ -82,13 +84,33 @@ class Strategy:
         if self.channels_last:
             module.to(memory_format=torch.channels_last)
 
-    def wrap(self, module: nn.Module, unused: Collection[str] = ()) -> nn.Module:
-        """The module that a training step calls in the place of `module`; `unused` are trainable parameters that it never reads."""
+    def check(self, plan: Plan) -> None:
+        """Raises RunError for a plan that this strategy cannot train."""
+
+    def wrap(self, module: nn.Module, plan: Plan, unused: Sequence[str] = ()) -> nn.Module:
+        """The module that a training step calls in the place of `module`; `unused` are trainable parameters that it never reads.
+
+        It may replace the parameters of `module`, by parts of them.
+        """
         return module
+
+    def wrap_average(self, module: nn.Module, plan: Plan) -> None:
+        """Does with a copy of the plan's module, which is averaged and evaluated, what `wrap` does with parameters."""
+
+    def to_shards(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
+        """Optimizer state by name, from whole tensors, for these parameters."""
+        return state
 
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Inside, gradients of a wrapped module stay on their rank: for all micro-batches of a step but the last."""
         return nullcontext()
+
+    def after_backward(self) -> None:
+        """Reduces the gradients over ranks that no backward pass has reduced."""
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
+        """Clips gradients, by timm's modes."""
+        dispatch_clip_grad(parameters, limit, mode=mode)
 
     def callable(self, module: nn.Module) -> Callable[..., Any]:
         """What a training step calls: the module, or its compiled form without the guards of the phase before."""
@@ -144,7 +166,7 @@ class Strategy:
 class Replicated(Strategy):
     """Every rank holds the whole network; gradients are averaged while they are computed (DistributedDataParallel)."""
 
-    def wrap(self, module: nn.Module, unused: Collection[str] = ()) -> nn.Module:
+    def wrap(self, module: nn.Module, plan: Plan, unused: Sequence[str] = ()) -> nn.Module:
         # A parameter that gets no gradient would make DDP wait for it. Its own name for a root's parameter begins with a dot.
         names = [name if "." in name else f".{name}" for name in unused]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
@@ -161,22 +183,3 @@ class Replicated(Strategy):
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.ranks.count} ranks (ddp)"
-
-
-def choose(spec: TrainSpec) -> Strategy:
-    """The strategy of a spec, after all ranks have joined: alone `single`, with several ranks `ddp` where the spec says `auto`.
-
-    Raises RunError for a device that is not there, a rank that is missing, or a strategy for another number of ranks.
-    """
-    alone = Strategy.of(spec)
-    ranks = Ranks.join(alone.device.type)
-    if ranks.count == 1:  # an elastic run may shrink to one process
-        return alone
-    name = spec.strategy if spec.strategy != "auto" else "ddp"
-    if name == "single":
-        fix = 'Start one process, or use strategy = "auto"'
-        raise RunError(f'strategy = "single" is one process, {ranks.count} were started', where="train.strategy", fix=fix)
-    kinds: dict[str, type[Strategy]] = {"ddp": Replicated}
-    if name not in kinds:
-        raise RunError(f"{name} is not available", where="train.strategy", fix="Use auto, single or ddp")
-    return kinds[name].of(spec).with_ranks(ranks)

@@ -16,7 +16,7 @@ step.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,9 @@ from graphopt import Graph, PassError, RunError
 from graphopt.ir.flow import ancestors, descendants
 from graphopt.ir.nodes import activations, trainable
 from graphopt.passes.supervise.auxiliary import Auxiliary
-from graphopt.runtime.body import Body
+from graphopt.runtime.body import Body, LocalBackward
 from graphopt.runtime.randomness import begin_stream
+from graphopt.runtime.shards import local
 
 #: key of a node's meta: the name of the boundary that it is
 BOUNDARY = "boundary"
@@ -42,7 +43,7 @@ LARGEST_BLOCK = 2**25 - 2**16
 GROWTH_INTERVAL = 2000
 
 
-class LocalModule(nn.Module):
+class LocalModule(LocalBackward):
     """Runs a section as a locally supervised module: `(target, *inputs) -> (output, local_loss)`; the loss is None in eval mode.
 
     Args:
@@ -71,6 +72,10 @@ class LocalModule(nn.Module):
         self._options: dict[str, Any] | None = None
         self._compiled: Callable[..., Any] | None = None
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The body, and the head and decoder."""
+        return self.body.module, self.auxiliary.module
+
     def forward(self, target: Tensor | None, *inputs: Any) -> tuple[Any, Tensor | None]:
         """The output and the local loss: None in eval mode, 0 where nothing is recorded."""
         image: Tensor | None = None
@@ -78,13 +83,13 @@ class LocalModule(nn.Module):
             image, *rest = inputs
             inputs = tuple(rest)
         if not self.training:
-            return self.body(*inputs), None
+            return self.run(self.body, *inputs), None
         begin_stream(self.number)
         try:
             if self.trains and torch.is_grad_enabled():
                 return self._train(target, image, inputs)
             with torch.no_grad():
-                output = self.body(*inputs)
+                output = self.run(self.body, *inputs)
             # float32, as a loss is, and on the output's device.
             return output, torch.zeros((), device=self._main(output).device)
         finally:
@@ -141,8 +146,8 @@ def compile_modules(module: nn.Module, **options: Any) -> int:
     unless this was called.
     """
     found = [m for m in module.modules() if isinstance(m, LocalModule)]
-    for local in found:
-        local.compile_stage(**options)
+    for part in found:
+        part.compile_stage(**options)
     return len(found)
 
 
@@ -156,13 +161,13 @@ class _Stage(torch.autograd.Function):
             # Detached one by one: a weight that is a parameter of the body too gets two gradients, which autograd adds.
             inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors[:count]]
             auxiliary: Any = module.auxiliary.module
-            output, loss = module.run_stage(auxiliary.step_index, target, image, *inputs)
+            output, loss = module.run(module.run_stage, auxiliary.step_index, target, image, *inputs)
             auxiliary.step_index += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
             device = loss.device.type
             half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
             scale = auxiliary.scale
-            found = torch.autograd.grad(loss * scale if half else loss, [t for _, t in wanted], allow_unused=True)
+            found = _gradients(loss * scale if half else loss, [t for _, t in wanted], sharded=module.gathered is not None)
         stored = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
         if half:
             _unscale([g for _, g in stored], auxiliary)
@@ -183,15 +188,33 @@ class _Stage(torch.autograd.Function):
         if incoming is not None and stored:
             found = [g for _, g in stored]
             if torch._C._autograd._get_current_graph_task_keep_graph():  # backward(retain_graph=True)
-                found = list(torch._foreach_mul(found, incoming))
+                found = [g.clone() for g in found]
             else:
                 ctx.stored = None
-                # A plain loop's factor of one is looked at on the CPU only: reading a device's value would wait for it.
-                if not (incoming.device.type == "cpu" and type(incoming) is Tensor and incoming.item() == 1.0):
-                    torch._foreach_mul_(found, incoming)
+            # A plain loop's factor of one is looked at on the CPU only: reading a device's value would wait for it.
+            if not (incoming.device.type == "cpu" and type(incoming) is Tensor and incoming.item() == 1.0):
+                torch._foreach_mul_([local(g) for g in found], incoming)
             for (position, _), gradient in zip(stored, found, strict=True):
                 gradients[position] = gradient
         return (None, None, None, None, *gradients)
+
+
+def _gradients(loss: Tensor, tensors: list[Tensor], *, sharded: bool) -> Sequence[Tensor | None]:
+    """The gradients of a loss for leaf tensors; None where there is none.
+
+    Of parameters that ranks hold in parts, the parts' gradients: these come into being by a backward pass that reduces over ranks. What
+    the tensors have accumulated before stays theirs.
+    """
+    if not sharded:
+        return torch.autograd.grad(loss, tensors, allow_unused=True)
+    before = [t.grad for t in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    torch.autograd.backward(loss)
+    found = [t.grad for t in tensors]
+    for tensor, gradient in zip(tensors, before, strict=True):
+        tensor.grad = gradient
+    return found
 
 
 @torch.no_grad()

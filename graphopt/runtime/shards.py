@@ -1,0 +1,32 @@
+"""Tensors of which every rank holds a part (`DTensor`), next to ordinary ones; nothing here imports torch.distributed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(value: object) -> bool:
+    """Whether each rank holds a part of a tensor."""
+    return isinstance(value, Tensor) and hasattr(value, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, which shares memory with a sharded tensor; an ordinary tensor itself."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on the CPU; an ordinary tensor itself. All ranks have to call it, for the same tensors in the same order."""
+    sharded: Any = tensor.detach()
+    return sharded.full_tensor().cpu() if is_sharded(tensor) else tensor
+
+
+def whole_state(value: Any, *, keep: bool = True) -> Any:
+    """Nested state dicts with every sharded tensor whole. All ranks have to call it; without `keep` one only takes part, and gets None."""
+    if isinstance(value, Mapping):
+        found = {name: whole_state(item, keep=keep) for name, item in value.items()}
+        return found if keep else None
+    value = whole(value) if isinstance(value, Tensor) else value
+    return value if keep else None

@@ -1,0 +1,142 @@
+"""Sharded parameters: ranks train what one process trains, in every pass; checkpoints are those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from graphopt import Pass, RunError
+from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.drop import Drop
+from graphopt.passes.freeze import Freeze
+from graphopt.passes.share import Share
+from graphopt.passes.supervise import Supervise
+from graphopt.runtime.shards import is_sharded
+from graphopt.train import export_run
+from graphopt.train.fsdp import Sharded
+from graphopt.train.phase import Phase
+from tests.distributed import runs
+from tests.support.ranks import run_ranks
+
+FRONT = Freeze(select=("stem", "blocks.0", "blocks.1"))
+ADAMW = {"optimizer": {"name": "adamw", "lr": 0.002}}
+CHANGES = [Freeze(select=("blocks.1",), when={"epoch": 1, "until": 3}), Drop(upto="blocks.0", cache="none", when={"epoch": 2})]
+EXACT, ROUGH = 1e-12, 1e-7  # the factors of a mix are float32
+Case = tuple[Sequence[Pass], dict[str, Any], float]
+PLAIN: dict[str, Case] = {
+    "none": ([], {"fsdp": {"prefetch": 1}}, EXACT),
+    "freeze": ([FRONT], {"fsdp": {"offload": True}}, EXACT),
+    "mix, clipped": ([Share(every=2, norm="mix", scalars="parameter")], {"accumulate": 2, "clip": 0.5}, ROUGH),
+    "surrogate": ([Share(every=2, mode="surrogate")], {}, ROUGH),
+    "drop": ([Drop(upto="blocks.1", cache="none")], {}, EXACT),
+    "bypass": ([Drop(mode="bypass", select=("blocks.1", "blocks.3"), probability=0.5)], {}, EXACT),
+    "checkpoint": ([Checkpoint(segments=2)], {}, EXACT),
+    "averages": ([], {"accumulate": 3, "clip": 0.1, "ema": 0.9, **ADAMW}, EXACT),
+    "adaptive clip": ([], {"clip": 0.01, "clip_mode": "agc"}, EXACT),
+    "phases": (CHANGES, {"epochs": 4, "ema": 0.9, **ADAMW}, EXACT),
+}
+SUPERVISED: dict[str, Case] = {
+    "supervise": ([Supervise(modules=2)], {"fsdp": {"offload": True}}, EXACT),
+    "averages": ([Supervise(modules=3)], {"accumulate": 2, "ema": 0.9, "clip": 0.5, **ADAMW}, EXACT),
+    "freeze": ([FRONT, Supervise(modules=3)], {}, EXACT),
+    "share": ([Share(every=2), Supervise(modules=2)], {}, ROUGH),
+    "phases": ([Supervise(modules=3), Freeze(select=FRONT.select, when={"epoch": 1})], {"epochs": 2}, EXACT),
+}
+ON_THREE = {"phases": PLAIN["phases"], "supervised phases": SUPERVISED["phases"]}
+
+
+def train_all(_rank: int, folder: str, cases: dict[str, Case]) -> None:
+    for name, (passes, changes, _) in cases.items():
+        runs.run(Path(folder) / name, passes, **changes, strategy="fsdp")
+
+
+@pytest.mark.parametrize(("cases", "ranks"), [(PLAIN, 2), (SUPERVISED, 2), (ON_THREE, 3)], ids=["passes", "supervise", "three ranks"])
+def test_ranks_compute_what_one_process_computes(tmp_path: Path, cases: dict[str, Case], ranks: int) -> None:
+    """Every tensor of the checkpoint: weights, optimizer state and averages, through phase changes; no gradient is missing."""
+    run_ranks(train_all, str(tmp_path / "many"), cases, ranks=ranks)
+    for name, (passes, changes, within) in cases.items():
+        runs.run(tmp_path / "one" / name, passes, **changes)
+        one, many = (runs.saved(tmp_path / kind / name) for kind in ("one", "many"))
+        for part in ("model", "optimizer", "ema"):
+            assert runs.distance(one[part], many[part]) <= within, (name, part)
+
+
+def test_a_run_goes_on_with_other_ranks_and_strategies(tmp_path: Path) -> None:
+    """One epoch each: ddp on 2 ranks, fsdp on 3, fsdp on 2, one process."""
+    common = {"scheduler": "constant", "eval_every": 1, "ema": 0.9}
+    folder = tmp_path / "changing"
+    for epochs, (strategy, ranks) in enumerate([("ddp", 2), ("fsdp", 3), ("fsdp", 2)], 1):
+        run_ranks(resume_with, str(folder), strategy, epochs, ranks=ranks)
+    runs.run(folder, [Supervise(modules=2)], **common, epochs=4, resume=True)
+    runs.run(tmp_path / "one", [Supervise(modules=2)], **common, epochs=4)
+    one, changing = runs.saved(tmp_path / "one"), runs.saved(folder)
+    for part in ("model", "optimizer", "ema"):
+        assert runs.distance(one[part], changing[part]) <= EXACT
+    plan = runs.plan([Supervise(modules=2)])
+    export_run(folder, tmp_path / "model.pt", which="last", plan=plan)
+    runs.Net().load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+
+
+def resume_with(_rank: int, folder: str, strategy: str, epochs: int) -> None:
+    changes = {"scheduler": "constant", "eval_every": 1, "ema": 0.9, "strategy": strategy, "epochs": epochs}
+    runs.run(Path(folder), [Supervise(modules=2)], **changes, resume=epochs > 1)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "float16": {"amp": "float16"},
+    "compile": {"compile": True},
+    "adafactor": {"optimizer": {"name": "adafactor", "lr": 0.01}},
+    "fsdp.precision": {"fsdp": {"precision": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_settings_that_do_not_go_with_sharded_parameters_are_refused(what: str) -> None:
+    settings = runs.settings(strategy="fsdp", **REFUSED[what])
+    with pytest.raises(RunError, match=what):
+        Sharded.of(settings).check(runs.plan([Supervise(modules=2)]))
+
+
+def look_inside(rank: int, folder: str) -> None:
+    """Trains with a look at what each rank holds after the first step."""
+    seen: dict[str, Any] = {}
+    step = Phase.step
+
+    def watched(phase: Phase, *arguments: Any) -> Any:
+        found = step(phase, *arguments)
+        parameters = phase._parameters()
+        seen["kinds"] = {name: is_sharded(p) for name, p in parameters.items()}
+        seen["alike"] = [p.detach().clone() for p in parameters.values() if not is_sharded(p)]
+        seen["missing"] = [name for name, p in parameters.items() if p.requires_grad and p.grad is None]
+        return found
+
+    Phase.step = watched  # type: ignore[method-assign]
+    runs.run(Path(folder), [Share(every=2, scalars="parameter"), Supervise(modules=2)], strategy="fsdp", epochs=1)
+    assert all(kind == (".share." not in name) for name, kind in seen["kinds"].items())
+    assert seen["alike"]
+    assert not seen["missing"]
+    together = torch.stack(seen["alike"])
+    everywhere = [torch.empty_like(together) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(everywhere, together)
+    assert all(torch.equal(other, together) for other in everywhere)
+
+
+def test_every_parameter_is_in_parts_but_scalars_which_are_equal_on_all_ranks(tmp_path: Path) -> None:
+    run_ranks(look_inside, str(tmp_path / "run"))
+
+
+def half_precision(_rank: int, folder: str) -> None:
+    runs.run(Path(folder) / "policy", strategy="fsdp", epochs=1, fsdp={"precision": "bfloat16"})
+    runs.run(Path(folder) / "autocast", [Supervise(modules=2)], strategy="fsdp", epochs=1, amp="bfloat16")
+
+
+def test_half_precision_keeps_whole_weights_in_their_dtype(tmp_path: Path) -> None:
+    run_ranks(half_precision, str(tmp_path))
+    for name in ("policy", "autocast"):
+        model = runs.saved(tmp_path / name)["model"]
+        assert model["fc.weight"].dtype == torch.float64
