@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
@@ -106,6 +108,23 @@ def _backend(device: str) -> str:
 
 
 def _parallel(name: str, plan: Plan, train: TrainSpec, ranks: int, backend: str) -> Parallel:
-    if name != "ddp":
-        raise RunError(f"{name} is not available", where="--strategy", fix="Use auto, single or ddp")
+    if name == "fsdp":
+        return sharded(plan, train, ranks, backend)
     return Parallel.replicated(ranks, accumulate=train.accumulate, unused=plan.report.unused, backend=backend)
+
+
+def sharded(plan: Plan, train: TrainSpec, ranks: int, backend: str) -> Parallel:
+    """FSDP: the strategy itself shards the copy that takes the step, on the CPU. Raises RunError for settings that it refuses."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from graphopt.train.fsdp import Sharded
+    from graphopt.train.ranks import Ranks
+
+    strategy = Sharded.of(train.model_copy(update={"device": "cpu"})).with_ranks(Ranks(0, ranks))
+
+    def wrap(module: nn.Module) -> nn.Module:
+        with unset_fake_temporarily():  # a mesh reads its own tensor
+            strategy._mesh = init_device_mesh("cpu", (ranks,))
+        return strategy.wrap(module, plan)
+
+    return Parallel(ranks, wrap, strategy.without_reduction, train.accumulate, 1, strategy.after_backward, backend)

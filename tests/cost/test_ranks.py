@@ -64,7 +64,7 @@ def figures(cost):
     return {f.name: getattr(cost, f.name) for f in dataclasses.fields(cost) if f.name not in apart} | {"parts": parts}
 
 
-CASES = [(kind, frozen, accumulate) for kind in ("ddp", "fsdp") for frozen, accumulate in ((False, 1), (True, 1), (False, 2), (False, 4))]
+CASES = [(kind, frozen, accumulate) for kind in ("ddp", "fsdp") for frozen, accumulate in ((False, 1), (True, 1), (False, 4))]
 
 
 def check(rank, forecasts):
@@ -75,8 +75,8 @@ def check(rank, forecasts):
             assert figures(found) == expected, (kind, frozen, accumulate)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_equals_a_step_of_real_ranks(ranks):
+def test_equals_a_step_of_real_ranks():
+    ranks = 3  # which divides no size
     forecasts = {}
     for kind, frozen, accumulate in CASES:
         way = Parallel.replicated(ranks, accumulate=accumulate) if kind == "ddp" else parallel(kind, ranks, accumulate)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 
 import graphopt
+from graphopt.cost import measure
 from graphopt.errors import RunError
+from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
-from graphopt.planning.ranks import forecast_ranks
+from graphopt.passes.share import Share
+from graphopt.passes.supervise import Supervise
+from graphopt.planning.ranks import forecast_ranks, sharded
 from graphopt.spec import TrainSpec
 from tests.support.backbones import Small
+from tests.support.ranks import run_ranks
 
 TRAIN = TrainSpec(epochs=4, batch=12, device="cpu")
 
@@ -50,3 +55,34 @@ def test_one_process_has_no_messages(plan):
 def test_what_ranks_cannot_do_is_refused(plan, ranks, strategy, says):
     with pytest.raises(RunError, match=says):
         forecast_ranks(plan, TRAIN, ranks=ranks, strategy=strategy)
+
+
+PASSES = {
+    "none": [],
+    "freeze": [Freeze(select=["stem", "blocks.0"])],
+    "share": [Share(every=2)],
+    "supervise": [Supervise(modules=2)],
+    "checkpoint": [Checkpoint(segments=2)],
+}
+SHARDED = TRAIN.model_copy(update={"strategy": "fsdp", "accumulate": 2})
+
+
+def figures(step):
+    sizes = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "saved_activation_bytes", "peak_bytes", "collectives")
+    return {name: getattr(step, name) for name in sizes}
+
+
+def plan_of(name):
+    return graphopt.compile(Small(drop=0.0), PASSES[name], input=(3, 8, 8), verify="off", costs=False)
+
+
+def check(rank, forecasts):
+    for name, expected in forecasts.items():
+        plan = plan_of(name)
+        options = {**SHARDED.forecast_options(), "targets": plan.needs.targets, "parallel": sharded(plan, SHARDED, 2, "gloo")}
+        found = measure(plan.module, (3, 8, 8), SHARDED.micro_batch(2), **options)
+        assert rank or figures(found) == expected, name  # rank 0 has the largest parts
+
+
+def test_fsdp_equals_real_ranks_for_every_pass():
+    run_ranks(check, {name: figures(forecast_ranks(plan_of(name), SHARDED, ranks=2).phases[0].step) for name in PASSES})
