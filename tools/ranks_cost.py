@@ -69,7 +69,9 @@ def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dic
             real = Replicated.of(train).with_ranks(Ranks(rank, ranks))
             way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan, plan.report.unused), real.without_reduction)
         options = {**train.forecast_options(), "targets": plan.needs.targets, "parallel": way}
-        found = figures(measure(plan.module, plan.graph.input, train.micro_batch(ranks), **options))
+        # A thread of gloo may hold a message a moment longer than it is needed.
+        costs = [measure(plan.module, plan.graph.input, train.micro_batch(ranks), **options) for _ in range(3)]
+        found = figures(min(costs, key=lambda cost: cost.peak_bytes))
         if rank == 0:
             messages = "; ".join(f"{calls} {kind}, {size:,} B" for kind, calls, size in found["messages"])
             same = "equal" if found["messages"] == expected["messages"] else f"forecast {expected['messages']}"
@@ -81,7 +83,10 @@ def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dic
 
 def main() -> None:
     head = "| backbone | pass | strategy | ranks | peak, forecast | peak, measured | messages, measured | messages, forecast |\n"
-    TABLE.write_text("`PYTHONPATH=. python tools/ranks_cost.py`: bytes of one step on rank 0, batch 12 over all ranks, gloo\n\n" + head)
+    TABLE.write_text(
+        "`PYTHONPATH=. python tools/ranks_cost.py`: bytes of one step on rank 0, batch 12 over all ranks, gloo; least of three steps\n\n"
+        + head
+    )
     with TABLE.open("a") as file:
         file.write("|---|---|---|---|---|---|---|---|\n")
     for ranks in (2, 3):
