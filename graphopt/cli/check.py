@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, check_choice
+from graphopt.cli.ranks import parse_link, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
     from graphopt.compiler.plan import Plan
+    from graphopt.compiler.triggers import Decision
     from graphopt.cost import Rates
+    from graphopt.planning.ranks import RanksCost
     from graphopt.planning.run_cost import DropPoint, RunCost
     from graphopt.spec import Spec
 
@@ -20,6 +23,9 @@ def check(
     spec: SpecArgument,
     time: Annotated[bool, typer.Option("--time", help="Forecast how long the run takes, from a few seconds of steps timed here.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="Where the steps are timed: cpu (default), cuda. Implies --time.")] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Also forecast what each of so many processes needs.")] = None,
+    strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, or auto (default: the spec's).")] = "",
+    link: Annotated[str | None, typer.Option("--link", help='Rate between ranks, for seconds: "10 GB/s", "100 Gbit/s".')] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
@@ -36,6 +42,8 @@ def check(
         graphopt check learn_and_drop/vgg11 --time
 
         graphopt check learn_and_drop/vgg11 --json
+
+        graphopt check quickstart --ranks 8 --strategy ddp --link "10 GB/s"
     """
     from graphopt.compiler.plan import compile_phase
     from graphopt.driver import check_folders, prepare
@@ -43,7 +51,12 @@ def check(
     from graphopt.spec import load
     from graphopt.train.preflight import problems
 
+    rate = parse_link(link)
+    if strategy:
+        check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp"))
     loaded = load(spec, trust=trust, overrides=set_)
+    if ranks:
+        loaded.train.micro_batch(ranks)  # refuses a batch that does not divide before any work
     rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
@@ -54,15 +67,19 @@ def check(
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
     samples, work = _forecast(loaded, plan, Path(spec), rates)
+    parallel = _forecast_ranks(loaded, plan, Path(spec), ranks, strategy) if ranks else None
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
+        run |= {"ranks": parallel.to_dict(rate)} if parallel else {}
         head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
         show_json({**head, "passes": rows, "opaque": opaque, **run})
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
         _show_run(work, any((error.where or "").startswith("data") for error in refused))
+        if parallel:
+            show_ranks(parallel, rate)
     for error in refused[:-1]:
         show_error(str(error))
     if refused:
@@ -83,16 +100,29 @@ def _rates(device: str, amp: str | None) -> "Rates":
 
 def _forecast(spec: "Spec", plan: "Plan", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
-    from graphopt.diff.render.run import read_run
     from graphopt.errors import CostError, RunError
     from graphopt.planning.run_cost import counts, forecast_run
 
-    decisions = read_run(path).decisions if (path / "summary.json").is_file() else None
+    decisions = _decisions(path)
     try:
         samples, evaluated = counts(spec.data)
         return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
     except (RunError, CostError):
         return None, None
+
+
+def _forecast_ranks(spec: "Spec", plan: "Plan", path: Path, ranks: int, strategy: str) -> "RanksCost":
+    from graphopt.planning.ranks import forecast_ranks
+
+    chosen: Any = strategy or None
+    return forecast_ranks(plan, spec.train, ranks=ranks, strategy=chosen, decisions=_decisions(path))
+
+
+def _decisions(path: Path) -> "tuple[Decision, ...] | None":
+    """Those of the finished run in this folder; None if it is none."""
+    from graphopt.diff.render.run import read_run
+
+    return tuple(read_run(path).decisions) if (path / "summary.json").is_file() else None
 
 
 def _point(point: "DropPoint", samples: int | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
+from graphopt.cost.ranks import Collective
 from graphopt.ir.paths import lineage
 from graphopt.units import show_count, show_size
 
@@ -81,6 +82,7 @@ class Cost:
         all_reduced_bytes: what data-parallel training sums over ranks in every step: one gradient per trainable parameter.
         kernels, moved_bytes: operator calls that compute (views do not), and the bytes of all tensors that they read and write, the
             optimizer's included: what a step's time depends on besides FLOPs (see `graphopt.cost.rates`).
+        collectives: what a rank of several exchanges with the others in a step; none alone.
         rows: the step by module path, the finest attribution.
         blocks: the step by the blocks asked for, in their order, then `""` for everything else.
     """
@@ -107,6 +109,7 @@ class Cost:
     all_reduced_bytes: int
     kernels: int
     moved_bytes: int
+    collectives: tuple[Collective, ...] = ()
     rows: tuple[BlockCost, ...] = field(default=(), repr=False)
     blocks: tuple[BlockCost, ...] = field(default=(), repr=False)
 
@@ -134,7 +137,7 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; with `blocks` if blocks were asked for, without `rows`."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks", "collectives")}
         return plain | ({"blocks": [block.to_dict() for block in self.blocks]} if self.blocks else {})
 
 

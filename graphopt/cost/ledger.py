@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ aten = torch.ops.aten
 
 
 #: What a storage is for. Storages of no other kind count as activations: temporary results and gradients of activations too; SCRATCH are
-#: temporary results of the optimizer's step.
-Kind = IntEnum("Kind", "ACTIVATION PARAMETER BUFFER INPUT OPTIMIZER GRADIENT SCRATCH", start=0)
+#: temporary results of the optimizer's step; GATHERED are whole parameters, gathered from the shards of all ranks, and messages.
+Kind = IntEnum("Kind", "ACTIVATION PARAMETER BUFFER INPUT OPTIMIZER GRADIENT SCRATCH GATHERED", start=0)
 
 
 class _StorageRef(weakref.ref[torch.UntypedStorage]):
@@ -52,6 +52,8 @@ class Ledger(TorchDispatchMode):
         phases: (name of a phase, number of events before it).
         saved: (stored tensor, storage, path that saved it).
         kernels, moved: kernel calls, and the bytes of all that they read and write: what a step's time depends on besides FLOPs.
+        messages: the collectives that were called: (name of the phase, operator, bytes of the whole message).
+        copies_scattered: whether a reduce-scatter works on a copy of its message, as gloo's does inside the operator.
     """
 
     def __init__(self, attribution: Attribution) -> None:
@@ -65,12 +67,14 @@ class Ledger(TorchDispatchMode):
         self.phases: list[tuple[str, int]] = []
         self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
         self.kernels = self.moved = 0
+        self.messages: list[tuple[str, str, int]] = []
+        self.copies_scattered = False
         self._references: dict[int, _StorageRef] = {}
         self._open = True
 
     def index(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage; an unknown storage gets one."""
-        return self._register(tensor.untyped_storage())[0]
+        """The number of a tensor's storage, of a sharded one that of this rank's shard; an unknown storage gets one."""
+        return self._register(getattr(tensor, "_local_tensor", tensor).untyped_storage())[0]
 
     def _register(self, storage: torch.UntypedStorage) -> tuple[int, bool]:
         """A storage's number, and whether it is new."""
@@ -81,11 +85,38 @@ class Ledger(TorchDispatchMode):
         reference = _StorageRef(storage, self._freed)
         reference.address, reference.index = address, len(self.sizes)
         self._references[address] = reference
-        self.sizes.append(storage.nbytes())
-        self.kinds.append(self.default)
-        self.weights.append(False)
+        self._append(storage.nbytes(), self.default)
         self.events.append(reference.index)
         return reference.index, True
+
+    def _append(self, size: int, kind: int) -> None:
+        self.sizes.append(size)
+        self.kinds.append(kind)
+        self.weights.append(False)
+
+    def __enter__(self) -> Self:
+        self._resize = torch.UntypedStorage.resize_
+        watched: Any = lambda storage, size: self._resized(storage, size)  # noqa: E731
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]  # sharded parameters are freed by it
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # torch's own again
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
+
+    def _resized(self, storage: torch.UntypedStorage, size: int) -> Any:
+        """Resizes a storage, which then counts as another one of the same kind."""
+        result = self._resize(storage, size)
+        known = self._references.get(storage._cdata)
+        if known is None and size and self._open:
+            self._register(storage)
+        elif known is not None and self._open:
+            self.events += [~known.index, len(self.sizes)]
+            self._append(size, self.kinds[known.index])
+            self.weights[-1] = self.weights[known.index]
+            known.index = len(self.sizes) - 1
+        return result
 
     def _freed(self, reference: _StorageRef) -> None:
         if self._open and self._references.pop(reference.address, None) is not None:
@@ -110,6 +141,8 @@ class Ledger(TorchDispatchMode):
         self._references.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if any(kind.__name__ == "DTensor" for kind in types):  # importing the class loads much, for its name alone
+            return NotImplemented  # the operator comes again, with the shards
         kwargs = kwargs or {}
         out = _as_real(func.overloadpacket, args, func(*args, **kwargs))
         if func.namespace == "prim":  # a fake tensor asked for its device
@@ -119,6 +152,7 @@ class Ledger(TorchDispatchMode):
             self.kernels += 1
             self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         registered = [self._register(t.untyped_storage()) for t in outputs]
+        self._gathered(func, args, kwargs, outputs)
         read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
         weights = [known is not None and self.weights[known.index] for known in read]
         buffers = [known is not None and self.kinds[known.index] == Kind.BUFFER for known in read]
@@ -129,6 +163,27 @@ class Ledger(TorchDispatchMode):
         if flops is not None:
             self.attribution.add(flops.plain, flops.weight, reads_weight=any(weights))
         return out
+
+    def _gathered(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
+        """Records a collective, and which tensors hold whole parameters or messages."""
+        if func.namespace == "fsdp":
+            if func.overloadpacket.__name__ == "chunk_cat":
+                self.set_kind(tensors_in(args[0]), Kind.GRADIENT)
+            gathered = tensors_in(kwargs.get("out", [])) or outputs
+        elif func.namespace == "c10d":
+            values = [tensors_in(value) for value in args]
+            # The larger of input and output is the whole message: the other one may be a rank's share.
+            whole = max(values, key=lambda tensors: sum(t.nbytes for t in tensors))
+            name, size = func.overloadpacket.__name__, sum(t.nbytes for t in whole)
+            if self.phases:
+                self.messages.append((self.phases[-1][0], name, size))
+            if self.copies_scattered and "scatter" in name:
+                self.events += [len(self.sizes), ~len(self.sizes)]
+                self._append(size, Kind.GATHERED)
+            gathered = whole
+        else:
+            return
+        self.set_kind(gathered, Kind.GATHERED)
 
     def pack(self, tensor: Tensor) -> _Saved:
         """`saved_tensors_hooks`' pack: records who saves what, and holds the tensor as autograd would have."""

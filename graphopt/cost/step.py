@@ -15,7 +15,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
 from graphopt.cost.attribution import Attribution, instrument
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
@@ -54,6 +55,7 @@ class StepOptions(TypedDict, total=False):
         amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
+        parallel: how the step runs on several ranks; the figures are then those of one rank, and memory that of all micro-batches.
     """
 
     targets: bool
@@ -61,6 +63,7 @@ class StepOptions(TypedDict, total=False):
     optimizer_options: Mapping[str, Any] | None
     amp: str | None
     loss: str | Loss
+    parallel: Parallel | None
 
 
 def forecast(
@@ -80,17 +83,19 @@ def forecast(
     Raises:
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, parallel = FakeTensorMode(allow_non_fake_inputs=True), options.get("parallel")
     with _explained():
         copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
-    with mode, ExitStack() as stack:
+    with fake_ranks(parallel.ranks) if parallel else nullcontext(), mode, ExitStack() as stack:
         # torch logs the traceback of a shape that does not fit; the error that we raise says it.
         log = logging.getLogger("torch._subclasses.fake_tensor")
         stack.callback(log.setLevel, log.level)
         log.setLevel(logging.CRITICAL)
-        return _train_once(copied, input, batch, per_block, attribution, options)
+        ledger = Ledger(attribution)
+        ledger.copies_scattered = parallel is not None and parallel.backend == "gloo"
+        return _train_once(copied, input, batch, per_block, ledger, options)
 
 
 def measure(
@@ -116,7 +121,7 @@ def measure(
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
-    return _train_once(copied, input, batch, per_block, attribution, options)
+    return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -128,37 +133,38 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _train_once(
-    module: nn.Module, input: tuple[int, ...], batch: int, per_block: Sequence[str | Named], attribution: Attribution, options: StepOptions
+    module: nn.Module, input: tuple[int, ...], batch: int, per_block: Sequence[str | Named], ledger: Ledger, options: StepOptions
 ) -> Cost:
     """One step of `module`, a private copy."""
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
     autocast, criterion = _autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
-    ledger = Ledger(attribution)
+    parallel = options.get("parallel") or Parallel(1, lambda module: module, warm_up=0)
     module.train()
     with ExitStack() as stack:
         if gc.isenabled():
             # The collector frees at moments of its own; what is live must depend on the step alone.
             gc.disable()
             stack.callback(gc.enable)
-        x = torch.randn(batch, *input, device="cpu")
-        target = torch.zeros(batch, dtype=torch.long, device="cpu")
+        batches = [(torch.randn(batch, *input, device="cpu"), torch.zeros(batch, dtype=torch.long, device="cpu"))]
+        batches += [(torch.randn_like(x), torch.zeros_like(y)) for x, y in batches * (parallel.accumulate - 1)]
+        wrapped = parallel.wrap(module)
+        step = _Step(ledger, module, wrapped, criterion, autocast, parallel, options.get("targets", False))
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = _optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
+        step.warm_up(batches, optimizer)
+        ledger.set_kind(getattr(wrapped, "buckets", ()), Kind.GRADIENT)
         ledger.set_kind(module.parameters(), Kind.PARAMETER)
         ledger.set_kind(module.buffers(), Kind.BUFFER)
-        ledger.set_kind((x, target), Kind.INPUT)
+        ledger.set_kind(tensors_in(batches), Kind.INPUT)
         if optimizer is not None:
             ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
         stack.enter_context(_known_gradients(ledger))
         stack.enter_context(ledger)
-        # The output lives until the step's end, as it does in a training loop.
-        output, loss = _forward(ledger, module, x, target, criterion, autocast, targets=options.get("targets", False))
-        saved = ledger.saved_now()
-        gradient_bytes = _backward(ledger, module, x, loss, optimizer) if loss.requires_grad else 0
-        del output
+        saved, gradient_bytes = step.run(batches, optimizer)
         ledger.close()
     cost = _cost(module, ledger, saved, gradient_bytes, batch)
+    cost = replace(cost, collectives=collectives(ledger.messages, parallel.accumulate))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
@@ -193,32 +199,75 @@ def _criterion(loss: str | Loss) -> Loss:
     return criterion
 
 
-def _forward(
-    ledger: Ledger, module: nn.Module, x: Tensor, target: Tensor, criterion: Loss, autocast: AbstractContextManager[Any], *, targets: bool
-) -> tuple[Any, Tensor]:
-    ledger.start_phase("forward")
-    with _explained(x), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack), autocast:
-        output, local = module(x, target) if targets else (module(x), None)
-        total = criterion(output, target)
-        return output, total if local is None else total + local
+@dataclass
+class _Step:
+    """A step of `module`, which is called as `wrapped`, on one or more micro-batches."""
 
+    ledger: Ledger
+    module: nn.Module
+    wrapped: nn.Module
+    criterion: Loss
+    autocast: AbstractContextManager[Any]
+    parallel: Parallel
+    targets: bool
 
-def _backward(ledger: Ledger, module: nn.Module, x: Tensor, loss: Tensor, optimizer: torch.optim.Optimizer | None) -> int:
-    """Backward and optimizer step; the bytes of all `.grad`."""
-    ledger.start_phase("backward")
-    with _explained(x):
-        torch.autograd.backward(loss)
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    ledger.set_kind(gradients, Kind.GRADIENT)
-    gradient_bytes = sum(ledger.sizes[number] for number in {ledger.index(g) for g in gradients})
-    del gradients
-    if optimizer is not None:
-        ledger.start_phase("optimizer")
-        ledger.default = Kind.SCRATCH
-        _step(optimizer)
-        ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
-        optimizer.zero_grad(set_to_none=True)
-    return gradient_bytes
+    def warm_up(self, batches: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
+        """Steps that do not count. Gradients that stay allocated between steps are gradients from the start."""
+        for _ in range(self.parallel.warm_up):
+            _, loss = self._forward(*batches[0])
+            self._differentiate(batches[0][0], loss)
+            self.parallel.after_backward()
+            if optimizer is not None:
+                _step(optimizer)
+        if self.parallel.warm_up:
+            self.ledger.set_kind(self._gradients(), Kind.GRADIENT)
+            self.module.zero_grad(set_to_none=True)
+
+    def run(self, batches: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
+        """The step that counts: what each path had saved at the end of the last forward, and the bytes of all `.grad`."""
+        several = len(batches) > 1
+        runs = batches if len(batches) <= 3 else (*batches[:2], batches[-1])
+        gradient_bytes = 0
+        for number, (x, target) in enumerate(runs):
+            part = " between" if 0 < number < len(runs) - 1 else ""
+            context = nullcontext() if number + 1 == len(runs) else self.parallel.without_reduction(self.wrapped)
+            with context:
+                self.ledger.start_phase(f"forward{part}")
+                with torch.autograd.graph.saved_tensors_hooks(self.ledger.pack, self.ledger.unpack):
+                    # The output lives until the next forward, or the step's end, as it does in a training loop.
+                    output, loss = self._forward(x, target)
+                saved = self.ledger.saved_now()
+                if loss.requires_grad:
+                    self.ledger.start_phase(f"backward{part}")
+                    self._differentiate(x, loss / len(batches) if several else loss)
+                    if number + 1 == len(runs):
+                        self.parallel.after_backward()
+                    gradients = self._gradients()
+                    self.ledger.set_kind(gradients, Kind.GRADIENT)
+                    gradient_bytes = sum(self.ledger.sizes[index] for index in {self.ledger.index(g) for g in gradients})
+                    del gradients
+        if optimizer is not None and loss.requires_grad:
+            self.ledger.start_phase("optimizer")
+            self.ledger.default = Kind.SCRATCH
+            _step(optimizer)
+            self.ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+            optimizer.zero_grad(set_to_none=True)
+        del output
+        return saved, gradient_bytes
+
+    def _forward(self, x: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+        with _explained(x), self.autocast:
+            output, local = self.wrapped(x, target) if self.targets else (self.wrapped(x), None)
+            total = self.criterion(output, target)
+            return output, total if local is None else total + local
+
+    @staticmethod
+    def _differentiate(x: Tensor, loss: Tensor) -> None:
+        with _explained(x):
+            torch.autograd.backward(loss)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
 def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:

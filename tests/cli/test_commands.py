@@ -86,6 +86,17 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert "time, a forecast" not in out
 
 
+def test_check_forecasts_each_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    out = output(capsys, "check", "s.toml", "--ranks", "2", "--link", "10 Gbit/s", "--set", "train.device=cpu")
+    assert "each of 2 ranks (ddp): 10 images at once" in out
+    assert "as gloo sends them" in out
+    assert "all-reduce" in out
+    assert main(["check", "s.toml", "--ranks", "3"]) == 2
+    assert "Use 18 or 21" in capsys.readouterr().err
+    assert main(["check", "s.toml", "--ranks", "2", "--link", "fast"]) == 2
+    assert "--link: not a rate: 'fast'" in capsys.readouterr().err
+
+
 def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.cost.rates.STEPS", 1)
     assert "  time, a forecast: " in output(capsys, "check", "s.toml", "--time")

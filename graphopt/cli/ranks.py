@@ -1,0 +1,63 @@
+"""What `graphopt check --ranks` shows: a rank's memory, and what it sends."""
+
+from typing import TYPE_CHECKING
+
+from graphopt.cli.screen import grid, show
+from graphopt.errors import RunError
+
+if TYPE_CHECKING:
+    from graphopt.planning.ranks import RanksCost
+
+#: columns of the table of memory, and the kinds of storage that each adds up
+_PARTS = {
+    "parameters": ("parameter",),
+    "gradients": ("gradient",),
+    "optimizer": ("optimizer", "scratch"),
+    "gathered": ("gathered",),
+    "activations": ("activation",),
+    "batch, buffers": ("input", "buffer"),
+}
+
+
+def parse_link(text: str | None) -> int | None:
+    """Bytes per second of `"10 GB/s"` or `"100 Gbit/s"`."""
+    from graphopt.units import parse_size
+
+    if text is None:
+        return None
+    rate, bits = text.strip().removesuffix("/s").rstrip(), False
+    if rate.endswith("bit"):
+        rate, bits = rate.removesuffix("it").rstrip(), True
+    try:
+        size = parse_size(rate) // (8 if bits else 1)
+    except ValueError:
+        size = 0
+    if not size or not text.strip().endswith("/s"):
+        raise RunError(f"not a rate: {text!r}", where="--link", fix='Write it as "10 GB/s" or "100 Gbit/s"')
+    return size
+
+
+def show_ranks(cost: "RanksCost", link: int | None) -> None:
+    """Prints the memory of one rank and the messages of one step, per phase."""
+    from graphopt.units import show_size
+
+    several = f", {cost.accumulate} times a step" if cost.accumulate > 1 else ""
+    show(f"each of {cost.ranks} ranks ({cost.strategy}): {cost.micro_batch} images at once{several}")
+    memory = grid("from epoch", *_PARTS, "peak", "one process", right=tuple(range(1, len(_PARTS) + 3)))
+    for phase in cost.phases:
+        parts = phase.step.peak_parts
+        sizes = [sum(parts[kind] for kind in kinds) for kinds in _PARTS.values()]
+        memory.add_row(str(phase.epoch), *map(show_size, (*sizes, phase.step.peak_bytes, phase.alone.peak_bytes)))
+    show("live at the peak of a step, on the rank with the largest parts")
+    show(memory)
+    if cost.strategy == "single":
+        return
+    titles = ("from epoch", "message", "number", "whole", "sent by a rank", *(("seconds",) if link else ()))
+    table = grid(*titles, right=(2, 3, 4, 5)[: len(titles) - 2])
+    for phase in cost.phases:
+        for message in phase.step.collectives:
+            sent = message.sent(cost.ranks, cost.backend)
+            seconds = (f"{sent / link:.3g}",) if link else ()
+            table.add_row(str(phase.epoch), message.name, f"{message.calls:,}", show_size(message.bytes), show_size(sent), *seconds)
+    show(f"messages of a step, as {cost.backend} sends them; a rank receives what it sends" + (", without overlap" if link else ""))
+    show(table)

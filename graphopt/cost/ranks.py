@@ -1,0 +1,160 @@
+"""What a training step costs one of several ranks: how the forecast stands for the others, and what ranks send each other.
+
+A forecast runs in one process. The other ranks are a process group that sends nothing; rank 0, whose shards are the largest, takes the
+step on fake tensors, wrapped as in training, so that gathers, shards and messages are those of a real step. DistributedDataParallel alone
+needs real tensors: `Replica` does on fake ones what its reducer does.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import _DEFAULT_FIRST_BUCKET_BYTES, _compute_bucket_assignment_by_size  # type: ignore[attr-defined]  # DDP's
+
+from graphopt.errors import CostError
+
+#: sizes in bytes of DDP's buckets: of the first, whose gradients come first, and of all others (`bucket_cap_mb`)
+BUCKET_LIMITS = (_DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20)
+#: names of torch's operators
+_COLLECTIVES = {
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_": "reduce-scatter",
+    "alltoall_base_": "all-to-all",
+    "alltoall_": "all-to-all",
+    "broadcast_": "broadcast",
+}
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a step runs on several ranks.
+
+    Attributes:
+        ranks: their number.
+        wrap: the module that a step calls, from the plain one; called before the optimizer is made.
+        without_reduction: the context for all micro-batches of a step but the last.
+        accumulate: micro-batches per step. At most three are run, the first, one in the middle and the last: those between are alike.
+        warm_up: steps before the one that counts: DDP assigns its buckets in the second, FSDP allocates in the first.
+        after_backward: sums gradients that no backward has summed.
+        backend: "gloo" (CPU) or "nccl" (CUDA), which a forecast stands for.
+    """
+
+    ranks: int
+    wrap: Callable[[nn.Module], nn.Module]
+    without_reduction: Callable[[nn.Module], AbstractContextManager[Any]] = lambda _: nullcontext()
+    accumulate: int = 1
+    warm_up: int = 2
+    after_backward: Callable[[], None] = lambda: None
+    backend: str = "gloo"
+
+    @classmethod
+    def replicated(cls, ranks: int, *, accumulate: int = 1, unused: Collection[str] = (), backend: str = "gloo") -> "Parallel":
+        """DistributedDataParallel, for a forecast; `unused` are trainable parameters that no forward reads."""
+        return cls(ranks, lambda module: Replica(module, ranks, unused), _no_sync, accumulate, warm_up=0, backend=backend)
+
+
+def _no_sync(module: nn.Module) -> AbstractContextManager[Any]:
+    assert isinstance(module, Replica)
+    return module.no_sync()
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message of a step: how many, and the bytes of all that they reduce, gather or scatter (whole, not a rank's share)."""
+
+    name: str
+    calls: int
+    bytes: int
+
+    def sent(self, ranks: int, backend: str) -> int:
+        """Bytes that one rank sends, and receives as many, by the ring algorithm. gloo's reduce-scatter sends what an all-reduce sends."""
+        twice = self.name == "all-reduce" or (self.name == "reduce-scatter" and backend == "gloo")
+        return self.bytes * (ranks - 1) * (1 + twice) // ranks
+
+
+def collectives(messages: Iterable[tuple[str, str, int]], accumulate: int = 1) -> tuple[Collective, ...]:
+    """The messages of a step (phase, operator, bytes), added up by collective; those of micro-batches in the middle count for each."""
+    calls: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for phase, operator, size in messages:
+        name, times = _COLLECTIVES.get(operator, operator), accumulate - 2 if phase.endswith("between") else 1
+        calls[name] += times
+        sizes[name] += times * size
+    return tuple(Collective(name, calls[name], sizes[name]) for name in calls)
+
+
+@contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """Inside, this process is rank 0 of `count`, and the others do not exist: nothing is sent.
+
+    Raises CostError in a process that is one of several already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if distributed.is_initialized():
+        raise CostError("a process of several cannot forecast other ranks", fix="Forecast in a process of its own: graphopt check --ranks")
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+class Replica(nn.Module):
+    """DistributedDataParallel(gradient_as_bucket_view=True) on fake tensors: every gradient moves to its place in a bucket.
+
+    Attributes:
+        buckets: one tensor each; they stay allocated between steps.
+    """
+
+    def __init__(self, module: nn.Module, ranks: int, unused: Collection[str] = ()) -> None:
+        super().__init__()
+        self.module, self.share, self.reduces = module, 1 / ranks, True
+        # Gradients come in about the reverse order of parameters.
+        trained = [p for name, p in module.named_parameters() if p.requires_grad and name not in unused]
+        parameters: list[Tensor] = [*reversed(trained)]
+        assigned, _ = _compute_bucket_assignment_by_size(parameters, list(BUCKET_LIMITS)) if parameters else ([], [])
+        self.buckets = [self._bucket([parameters[index] for index in indices]) for indices in assigned]
+
+    def _bucket(self, parameters: Sequence[Tensor]) -> Tensor:
+        bucket = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
+        waiting: set[int] = set()
+        offset = 0
+        for parameter in parameters:
+            view = bucket.as_strided(parameter.shape, parameter.stride(), offset)
+            offset += parameter.numel()
+            parameter.register_post_accumulate_grad_hook(self._mover(view, bucket, waiting, len(parameters)))
+        return bucket
+
+    def _mover(self, view: Tensor, bucket: Tensor, ready: set[int], count: int) -> Callable[[Tensor], None]:
+        def move(parameter: Tensor) -> None:
+            if not self.reduces or parameter.grad is None:
+                return
+            torch.mul(parameter.grad, self.share, out=view)
+            parameter.grad = view
+            ready.add(id(parameter))
+            if len(ready) == count:
+                ready.clear()
+                distributed.all_reduce(bucket)
+
+        return move
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, gradients add up and stay on this rank."""
+        self.reduces = False
+        try:
+            yield
+        finally:
+            self.reduces = True
