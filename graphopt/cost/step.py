@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
@@ -33,6 +32,7 @@ from graphopt.cost.attribution import Attribution, instrument
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.errors import CostError, NeedsValuesError, first_line
+from graphopt.ir.fakes import FakeMode
 from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -80,7 +80,7 @@ def forecast(
     Raises:
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     with _explained():
         copied = fake_copy(module, mode)
     attribution = Attribution()
