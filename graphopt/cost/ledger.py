@@ -144,9 +144,9 @@ class Ledger(TorchDispatchMode):
         if any(kind.__name__ == "DTensor" for kind in types):  # importing the class loads much, for its name alone
             return NotImplemented  # the operator comes again, with the shards
         kwargs = kwargs or {}
-        out = _as_real(func.overloadpacket, args, func(*args, **kwargs))
         if func.namespace == "prim":  # a fake tensor asked for its device
-            return out
+            return args[0].fake_device if func is torch.ops.prim.device.default else func(*args, **kwargs)
+        out = _as_real(func.overloadpacket, args, func(*args, **kwargs))
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
         if self._open and not func.is_view:
             self.kernels += 1

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.errors import NeedsValuesError, PassError, first_line
+from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
@@ -70,7 +71,7 @@ def _pieces_of(graph: Graph) -> list[Piece]:
 
 def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
     """The pieces between the candidates, in order; one more than there are candidates."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     module = fake_copy(graph.module, mode)
     module.train()
     for parameter in module.parameters():

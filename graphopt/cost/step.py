@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
@@ -34,6 +33,7 @@ from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
+from graphopt.ir.fakes import FakeMode
 from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -83,7 +83,9 @@ def forecast(
     Raises:
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
-    mode, parallel = FakeTensorMode(allow_non_fake_inputs=True), options.get("parallel")
+    parallel = options.get("parallel")
+    # Remembered results would leave out what collectives do.
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if parallel else FakeMode()
     with _explained():
         copied = fake_copy(module, mode)
     attribution = Attribution()

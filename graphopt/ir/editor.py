@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from graphopt.ir.fakes import as_fake
 from graphopt.ir.graph import Graph, Origin
 from graphopt.ir.nodes import attribute, storages, writes_in_place
 from graphopt.ir.paths import owner
 from graphopt.ir.section import Author, Section
-from graphopt.ir.shapes import as_fake
 
 Nodes = tuple[Node, ...]
 Wrap = Callable[[fx.GraphModule], nn.Module]

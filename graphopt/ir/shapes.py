@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import TraceError, first_line
+from graphopt.ir.fakes import FakeMode, as_fake
 from graphopt.runtime.body import bodies
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
@@ -42,7 +37,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
 
     Raises TraceError if the graph cannot take this input; names the node and its module path.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     # Of the module only what its graph calls and reads: a copy of the graph itself would be compiled.
     root = nn.Module()
     root.__dict__.update({name: module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
@@ -162,13 +157,3 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [tensor for item in value for tensor in tensors_in(item)]
-
-
-def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake CPU tensor of the same shape, strides, dtype and kind; parameters on the meta device count as on the CPU."""
-    # What the mode makes of an empty tensor, without the way through its dispatcher.
-    with unset_fake_temporarily():
-        fake = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), torch.device("cpu"))
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake

@@ -101,7 +101,7 @@ class Ranks(Rank):
 
     def new_group(self) -> Any:
         """A further gloo group of all ranks, for a thread that communicates by itself; all ranks have to call it."""
-        return distributed.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+        return distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout * SLOW))
 
     @property
     def first(self) -> bool:

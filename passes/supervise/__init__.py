@@ -29,7 +29,6 @@ import pydantic
 import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, SelectError, Status
@@ -39,6 +38,7 @@ from graphopt.compiler.verify import Property
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.partition import BATCH, Table, by_memory, peaks, pieces_of
+from graphopt.ir.fakes import FakeMode
 from graphopt.ir.flow import cut_points
 from graphopt.ir.nodes import parameters_of
 from graphopt.ir.partition import CutCandidate, by_stage, cut_candidates, evenly, explicit, named_region
@@ -306,7 +306,7 @@ class _Peaks:
 
 def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[int, ...]) -> int:
     """Bytes that an auxiliary part adds at its highest, forward and backward, for `BATCH` samples."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     ledger = Ledger(Attribution())
     part = fake_copy(auxiliary, mode).train()
     with mode:

@@ -114,11 +114,18 @@ def test_search_finds_blocks_and_operations(browse: Any, small: Path) -> None:
     assert page.locator(".found").text_content() == "nothing found"
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_strip_of_a_phase_stays_in_its_card_and_the_shown_one_in_the_window(browse: Any, width: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven phases of many blocks: more than a window is wide."""
+    path = tmp_path_factory.mktemp("page") / "long.html"
     passes = [Ice(select=f"blocks.{n}", when=AtEpoch(epoch=n)) for n in range(1, 7)]
-    (tmp_path / "long.html").write_text(to_html(phase_diffs(plan(*passes, model=Small(blocks=60)), epochs=8)))
-    page = browse(tmp_path / "long.html", width=width)
+    path.write_text(to_html(phase_diffs(plan(*passes, model=Small(blocks=60), costs=False), epochs=8)))
+    return path
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_strip_of_a_phase_stays_in_its_card_and_the_shown_one_in_the_window(browse: Any, width: int, long: Path) -> None:
+    page = browse(long, width=width)
     boxes = "[...document.querySelectorAll('.phases button')].map(b => [b, ...b.querySelectorAll('i')].map(e => e.getBoundingClientRect()))"
     for card, *bars in page.evaluate(f"{boxes}.map(l => l.map(r => [r.left, r.right]))"):
         assert len(bars) == 62

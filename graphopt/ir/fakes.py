@@ -1,0 +1,137 @@
+"""Fake CPU tensors, quickly: what an operator gave for tensors of the same shapes is not worked out again.
+
+torch's own cache of results looks at every attribute that a tensor of any kind can have. Here a tensor is strided, real and on the CPU, so
+shape, strides, offset and dtype tell what an operator makes of it; all others go torch's way.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager, unset_fake_temporarily
+
+_CPU = torch.device("cpu")
+_DEVICE = torch.ops.prim.device.default
+#: what an operator returns: new tensors or a view of its first argument, that argument itself, or anything else
+_NEW, _FIRST, _OTHER = "new", "first", "other"
+_kinds: dict[Any, str] = {}
+#: from an operator and its described arguments to its described result, `_OTHER` where that cannot be described
+_results: dict[Any, Any] = {}
+MOST_RESULTS = 50_000
+
+
+class _Undescribed(Exception):
+    """A value that its description does not tell whole."""
+
+
+class FakeMode(FakeTensorMode):
+    """A `FakeTensorMode` that takes real tensors beside fakes, and remembers the results of operators."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        kind = _kinds.get(func) or _kinds.setdefault(func, _kind_of(func))
+        key = self._key(func, args, kwargs) if kind is not _OTHER else None
+        known = _results.get(key, _OTHER) if key is not None else _OTHER
+        if known is not _OTHER:
+            return args[0] if known is _FIRST else self._made(known, args)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if key is not None and key not in _results and len(_results) < MOST_RESULTS:
+            same = out is args[0] and self._key(func, args, kwargs) == key if kind is _FIRST else None
+            _results[key] = _described_result(out, args, kwargs) if same is None else _FIRST if same else _OTHER
+        return out
+
+    def _key(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the result depends on; None if that cannot be told."""
+        try:
+            key = (func, torch.get_default_dtype(), self._described(args), self._described(tuple(kwargs.items())))
+            hash(key)
+        except (_Undescribed, TypeError, RuntimeError):  # no strides, no hash
+            return None
+        return key
+
+    def _described(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if type(value) is not FakeTensor or value.fake_mode is not self or value.constant is not None or value.dtype.is_complex:
+                raise _Undescribed
+            return (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
+        # Equal numbers of different types give results of different types.
+        return (type(value), tuple(map(self._described, value)) if isinstance(value, (list, tuple)) else value)
+
+    def _made(self, known: Any, args: Any) -> Any:
+        kind, *parts = known
+        if kind is Tensor:
+            shape, strides, dtype, offset = parts
+            return new_fake(self, shape, strides, dtype) if offset is None else self._view(args[0], shape, strides, dtype, offset)
+        return None if kind is None else kind(self._made(part, args) for part in parts)
+
+    def _view(self, base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int) -> FakeTensor:
+        view = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        with in_kernel_invocation_manager(self):
+            view.set_(base.untyped_storage(), offset, shape, strides)
+        return FakeTensor(self, view, _CPU)
+
+
+def new_fake(mode: FakeTensorMode, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+    """A new fake CPU tensor: what `mode` makes of an empty one, without the way through its dispatcher."""
+    return FakeTensor(mode, torch.empty_strided(shape, strides, dtype=dtype, device="meta"), _CPU)
+
+
+def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake CPU tensor of the same shape, strides, dtype and kind; parameters on the meta device count as on the CPU."""
+    with unset_fake_temporarily():
+        fake = new_fake(mode, tensor.shape, tensor.stride(), tensor.dtype)
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _kind_of(func: Any) -> str:
+    if func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
+        return _OTHER
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments]
+    if not any(written):
+        return _NEW
+    return _FIRST if written[0] and not any(written[1:]) and len(func._schema.returns) == 1 else _OTHER
+
+
+def _described_result(out: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Of new tensors, or of a view of the first argument."""
+    base = args[0] if args and isinstance(args[0], Tensor) else None
+    taken = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+    try:
+        return _described_tensors(out, base, taken)
+    except _Undescribed:
+        return _OTHER
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _described_tensors(value: Any, base: Tensor | None, taken: set[int]) -> Any:
+    """`taken` are storages that a new tensor is not in."""
+    if value is None:
+        return (None,)
+    if type(value) in (list, tuple):
+        return (type(value), *(_described_tensors(item, base, taken) for item in value))
+    if type(value) is not FakeTensor or value.constant is not None or value.fake_device != _CPU or value.layout != torch.strided:
+        raise _Undescribed
+    storage, dtype = value.untyped_storage(), value.dtype
+    description = (Tensor, tuple(value.shape), value.stride(), dtype)
+    if dtype.is_complex or value is base:
+        raise _Undescribed
+    if base is not None and storage._cdata == base.untyped_storage()._cdata and dtype == base.dtype:
+        return (*description, value.storage_offset())
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    if storage._cdata in taken or value.storage_offset() or storage.nbytes() != reach * value.element_size():
+        raise _Undescribed
+    taken.add(storage._cdata)
+    return (*description, None)
