@@ -17,7 +17,6 @@ import torch
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Data
-from graphopt.data.randomness import random_states, restore_random_states
 from graphopt.errors import RunError
 from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, unlock_folder, write_atomically
 from graphopt.plan_file import check_digest, check_version
@@ -26,11 +25,12 @@ from graphopt.train.evaluation import Meter
 from graphopt.train.feature_cache.store import remove_features
 from graphopt.train.hashing import content_digest
 from graphopt.train.phase import Phase, RunContext
+from graphopt.train.ranks import Ranks
 from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 MANIFEST_VERSION = 1
-FORMAT_VERSION = 2  # of checkpoints
+FORMAT_VERSION = 3  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
@@ -157,15 +157,22 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 class Checkpointer:
     """Saves the state of a run, and restores it. `spec` is its text, empty for a plan compiled by hand."""
 
-    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data) -> None:
-        self.folder, self.spec, self.keep = folder, spec, train.keep
+    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
+        self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
         self.source: Path | None = None  # the checkpoint that the run continues from
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
         self.settings = {"train": train.model_dump(mode="json"), "data": sources}
 
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
-        """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far."""
-        plan, progress = state.phase.plan, state.progress
+        """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far.
+
+        All ranks have to call it; rank 0 writes.
+        """
+        plan, progress, ranks = state.phase.plan, state.progress, self.ranks
+        meters = {"meter": state.meter.over(ranks).state_dict(), "window": state.window.over(ranks).state_dict()}
+        buffers = state.phase.buffers_by_rank()
+        if not ranks.first:
+            return
         content = {
             "graphopt": FORMAT_VERSION,
             "spec": self.spec,
@@ -177,9 +184,8 @@ class Checkpointer:
             "steps_per_epoch": state.phase.steps,
             "phases": state.phases,
             "history": state.history.state_dict(),
-            "meter": state.meter.state_dict(),
-            "window": state.window.state_dict(),
-            "random": random_states(),
+            **meters,
+            "buffers": buffers,
             "metrics_offset": metrics_offset,
         }
         self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
@@ -187,8 +193,12 @@ class Checkpointer:
     def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
         """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged.
 
+        Rank 0 reads it for all ranks.
         Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
         """
+        return self.ranks.broadcast(self._load(digest) if self.ranks.first else None)
+
+    def _load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
         paths = self.folder.checkpoints()
         if not paths:
             return None, None
@@ -219,6 +229,8 @@ class Checkpointer:
 
     def begin(self, digest: str) -> None:
         """Makes the folder the run's; a damaged last checkpoint is replaced by the one that the run continues from."""
+        if not self.ranks.first:
+            return
         self.folder.begin(digest, self.spec)
         if self.source not in (None, self.folder.last):
             link_atomically(self.source, self.folder.last)
@@ -232,9 +244,11 @@ class Checkpointer:
         if progress.step and saved["steps_per_epoch"] != phase.steps:
             what = f"an epoch had {saved['steps_per_epoch']} steps and has {phase.steps} now, with {progress.step} of them done"
             raise RunError(what, where=str(self.folder.path), fix="The data has changed: restore it, or start a new run")
-        meter, window = (Meter.from_state_dict(saved[name], context.strategy.device) for name in ("meter", "window"))
+        phase.load_buffers(saved["buffers"])
+        # What all ranks had counted together, rank 0 goes on with.
+        counted = saved if self.ranks.first else {"meter": Meter().state_dict(), "window": Meter().state_dict()}
+        meter, window = (Meter.from_state_dict(counted[name], context.strategy.device) for name in ("meter", "window"))
         state = RunState(phase, progress, History.from_state_dict(saved["history"]), list(saved["phases"]), meter, window)
-        restore_random_states(saved["random"])
         return state
 
 

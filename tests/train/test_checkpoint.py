@@ -86,7 +86,7 @@ def test_last_best_and_the_latest_epochs_stay(tmp_path: Path) -> None:
     for keep, expected in ((1, {"last.pt"}), (2, two), (4, two | {"epoch-0004.pt", "epoch-0005.pt"})):
         folder = begun(tmp_path / str(keep))
         for epoch in range(1, 6):
-            folder.save({"graphopt": 2, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
+            folder.save({"graphopt": FORMAT_VERSION, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
         assert {path.name for path in folder.path.glob("*.pt")} == expected
         assert load_checkpoint(folder.last)["epoch"] == 5
         if keep > 1:

@@ -145,7 +145,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path, accumulate: int
     # Without norms and dropout in the way, the mean of the parts' gradients is the whole's.
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 10)).double().float()
-    for name, batch, parts in (("whole", 12 * accumulate, 1), ("parts", 12, accumulate)):
+    for name, batch, parts in (("whole", 12 * accumulate, 1), ("parts", 12 * accumulate, accumulate)):
         plan = graphopt.compile(net, [], input=small.SHAPE, verify="off", costs=False)
         train(plan, tmp_path / name, settings=small.settings(epochs=1, batch=batch, accumulate=parts), data=small.DATA)
     whole, parts_ = small.weights(tmp_path / "whole"), small.weights(tmp_path / "parts")
@@ -220,7 +220,7 @@ def test_the_wrong_number_of_classes_is_told_before_any_step(tmp_path: Path) -> 
 
 def test_a_batch_larger_than_the_data_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="one training step takes 200 images, the training set has 96"):
-        train(small.plan(), tmp_path, settings=small.settings(batch=100, accumulate=2), data=small.DATA)
+        train(small.plan(), tmp_path, settings=small.settings(batch=200, accumulate=2), data=small.DATA)
     assert not list(tmp_path.iterdir())
 
 
