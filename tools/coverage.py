@@ -183,7 +183,9 @@ def rows(chosen: Sequence[Candidate], options: argparse.Namespace) -> Iterator[R
             if results not in ready and not late:
                 continue
             try:
-                row = results.recv() if results in ready else Row(candidate.name).put("traced", "limit", f"took over {options.seconds:.0f} s")
+                row = (
+                    results.recv() if results in ready else Row(candidate.name).put("traced", "limit", f"took over {options.seconds:.0f} s")
+                )
             except EOFError:
                 process.join()
                 row = Row(candidate.name).put("traced", "died", f"its process ended with {process.exitcode}")
@@ -207,6 +209,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    installed()  # loaded once, here: all children share them
     os.environ["HF_HUB_OFFLINE"] = "1"
     everything = list(candidates(options.rows.parent))
     options.rows.parent.mkdir(parents=True, exist_ok=True)

@@ -137,10 +137,9 @@ def _scalar(module: nn.Module, input: tuple[int, ...], dtype: torch.dtype, targe
 
 
 def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    scale = a.abs().max().clamp_min(max(floor, 1e-30))
-    difference = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
+    if a.shape != b.shape or not a.numel():
+        return 0.0 if a.shape == b.shape else float("inf")
+    difference = ((a - b).abs().max() / a.abs().max().clamp_min(max(floor, 1e-30))).item()
     return difference if difference == difference else float("inf")
 
 

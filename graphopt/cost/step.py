@@ -33,7 +33,7 @@ from graphopt.cost.attribution import Attribution, instrument
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.errors import CostError, NeedsValuesError, first_line
-from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
+from graphopt.ir.shapes import copy_with, fake_copy, tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: a function of the module's output and the labels (N,)
@@ -85,7 +85,7 @@ def forecast(
         copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
-    with mode, ExitStack() as stack:
+    with uncached(module), mode, ExitStack() as stack:
         # torch logs the traceback of a shape that does not fit; the error that we raise says it.
         log = logging.getLogger("torch._subclasses.fake_tensor")
         stack.callback(log.setLevel, log.level)
@@ -116,7 +116,8 @@ def measure(
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
-    return _train_once(copied, input, batch, per_block, attribution, options)
+    with uncached(module):
+        return _train_once(copied, input, batch, per_block, attribution, options)
 
 
 def _own(tensor: Tensor) -> Tensor:

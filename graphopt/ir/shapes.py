@@ -1,9 +1,14 @@
 """Shapes of every node, found by running the graph on fake tensors."""
 
 import copy
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -36,7 +41,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
 
     Raises TraceError if the graph cannot take this input; names the node and its module path.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with uncached(module), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = fake_copy(module, mode)
         fake.eval()
         floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
@@ -141,6 +146,39 @@ def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, torch.Tensor):
                 yield item
+
+
+@contextmanager
+def uncached(module: nn.Module) -> Iterator[None]:
+    """Inside, no function of the model's Python files knows what it cached before; afterwards, none what it cached inside.
+
+    So no tensor without values reaches a real run, and a step costs the same whatever ran before it.
+    """
+    files = {type(part).__module__ for part in module.modules()}
+    own = [vars(sys.modules[file]) for file in files if file in sys.modules and file.partition(".")[0] not in ("torch", "graphopt")]
+
+    def clear() -> None:
+        for names in own:
+            for cached in _caches_in(names.values()):
+                cached.cache_clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+def _caches_in(values: Iterable[Any]) -> Iterator[Any]:
+    """Functions under `functools.lru_cache` or `cache`, also where another decorator wraps them, or a class of the file holds them."""
+    for value in values:
+        if isinstance(value, functools._lru_cache_wrapper):
+            yield value
+        elif isinstance(value, FunctionType):
+            held = inspect.getclosurevars(value).nonlocals.values() if value.__closure__ else ()
+            yield from (inner for inner in held if isinstance(inner, functools._lru_cache_wrapper))
+        elif isinstance(value, type) and issubclass(value, nn.Module):
+            yield from _caches_in(inner for inner in vars(value).values() if not isinstance(inner, type))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
