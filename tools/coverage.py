@@ -5,8 +5,8 @@
 
 A pass is applied to about half of a backbone, alone, and fully verified; then one training step of the plan is forecast and measured, and
 the export is loaded into the backbone's own class and compared. A refusal is an answer, and its reason is listed. Every row is made in a
-forked process and added to a file; with `--resume`, rows of that file that are good are taken over. Exit code 1 on a raw traceback, a failed
-verification, an unequal figure, an unequal export, a row that ran into a limit or that was left out.
+forked process and added to a file; with `--resume`, rows of that file that are good are taken over. Exit code 1 on a raw traceback, a
+failed verification, an unequal figure, an unequal export, a row that ran into a limit or that was left out.
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ def rows(chosen: Sequence[Candidate], options: argparse.Namespace) -> Iterator[R
             if results not in ready and not late:
                 continue
             try:
-                row = (
-                    results.recv() if results in ready else Row(candidate.name).put("traced", "limit", f"took over {options.seconds:.0f} s")
-                )
+                row = results.recv() if results in ready else Row(candidate.name).put("traced", "limit", f"over {options.seconds:.0f} s")
             except EOFError:
                 process.join()
                 row = Row(candidate.name).put("traced", "died", f"its process ended with {process.exitcode}")

@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(folder: Path | None = None) -> Iterator[Candidate]:
-    """All backbones, the small and odd ones first. The names of timm's smallest models are stored in `folder`: to find them takes minutes."""
+    """All backbones, the small and odd ones first. Names of timm's smallest models are stored in `folder`: finding them takes minutes."""
     for name, (build, shape) in ODDITIES.items():
         yield Candidate(f"own/{name}", build, shape)
     yield from hugging_face()
@@ -65,6 +65,7 @@ def fitting(candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]]:
     if candidate.input is not None:
         return module, candidate.input
     declared = getattr(module, "default_cfg", {}).get("input_size", (3, 224, 224))
+    errors: list[Exception] = []
     for shape in (*((3, size, size) for size in SIZES), declared):
         for argument in (None, "img_size", "image_size"):
             try:
@@ -74,10 +75,10 @@ def fitting(candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]]:
                 return made, shape
             except Exception as error:
                 # A constructor that does not know the argument says nothing about the image.
-                last = error if argument is None else last
+                errors += [error] if argument is None else []
             else:
                 return made, shape
-    raise last
+    raise errors[-1]
 
 
 def _outside() -> Iterator[Candidate]:

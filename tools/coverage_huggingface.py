@@ -18,10 +18,12 @@ TRANSFORMER = {
     "patch_size": 8,
 }
 WITHOUT_INTERMEDIATE = {k: v for k, v in TRANSFORMER.items() if k != "intermediate_size"}
-SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+PATCHES = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2]}
+SWIN = {**PATCHES, "patch_size": 2, "num_heads": [2, 2], "window_size": 4}
 STAGES = {"depths": [2, 2], "hidden_sizes": [16, 32]}
 PYRAMID = {"num_encoder_blocks": 2, "depths": [2, 2], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3],
            "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}  # fmt: skip
+LEVIT = {"image_size": 64, "hidden_sizes": [16, 32, 48], "depths": [1, 1, 1]}
 MOBILEVIT = {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32]}
 
 #: options of a config, and the side of an image, per class of models
@@ -37,10 +39,7 @@ CLASSIFIERS: dict[str, tuple[dict[str, Any], int]] = {
     "Hiera": ({"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}, 64),
     "Swin": (SWIN, 32),
     "Swinv2": (SWIN, 32),
-    "FocalNet": (
-        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "focal_levels": [2, 2], "focal_windows": [3, 3]},
-        32,
-    ),
+    "FocalNet": ({**PATCHES, "focal_levels": [2, 2], "focal_windows": [3, 3]}, 32),
     "ConvNext": ({**STAGES, "num_stages": 2}, 32),
     "ConvNextV2": ({**STAGES, "num_stages": 2}, 32),
     "ResNet": ({"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2], "layer_type": "basic"}, 32),
@@ -49,19 +48,13 @@ CLASSIFIERS: dict[str, tuple[dict[str, Any], int]] = {
     "Pvt": ({**PYRAMID, "image_size": 32, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]}, 32),
     "PvtV2": ({**PYRAMID, "image_size": 32}, 32),
     "Segformer": ({**PYRAMID, "decoder_hidden_size": 16}, 32),
-    "PoolFormer": (
-        {"depths": [2, 2], "hidden_sizes": [16, 32], "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1]},
-        32,
-    ),  # fmt: skip
+    "PoolFormer": ({**STAGES, "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1]}, 32),
     "MobileViT": ({**MOBILEVIT, "num_attention_heads": 2}, 64),
     "MobileViTV2": ({"image_size": 64, "width_multiplier": 0.25, "n_attn_blocks": [1, 1, 1], "base_attn_unit_dims": [16, 24, 32]}, 64),
     "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64}, 64),
     "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64}, 64),
     "EfficientNet": ({"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}, 64),
-    "Levit": (
-        {"image_size": 64, "hidden_sizes": [16, 32, 48], "depths": [1, 1, 1], "num_attention_heads": [1, 2, 3], "key_dim": [8, 8, 8]},
-        64,
-    ),  # fmt: skip
+    "Levit": ({**LEVIT, "num_attention_heads": [1, 2, 3], "key_dim": [8, 8, 8]}, 64),
     "Cvt": ({"embed_dim": [16, 32, 64], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
     "SwiftFormer": ({"image_size": 64, "depths": [1, 1, 2, 1], "embed_dims": [16, 24, 32, 48]}, 64),
     "TextNet": ({"image_size": [64, 64]}, 64),
@@ -94,28 +87,21 @@ def hugging_face() -> Iterator[Made]:
     """Tiny models, wrapped so that they return class scores, and some as they are."""
     if importlib.util.find_spec("transformers") is None:
         return
-    for name, (options, side) in CLASSIFIERS.items():
-        yield Made(
-            f"huggingface/{name}", partial(_build, f"{name}ForImageClassification", f"{name}Config", options, "logits"), (3, side, side)
-        )
     square = (3, 32, 32)
+    for name, (options, side) in CLASSIFIERS.items():
+        make = partial(_build, f"{name}ForImageClassification", f"{name}Config", options, "logits")
+        yield Made(f"huggingface/{name}", make, (3, side, side))
     for name in ("CLIP", "Siglip"):
-        yield Made(
-            f"huggingface/{name}Vision",
-            partial(_build, f"{name}VisionModel", f"{name}VisionConfig", TRANSFORMER, "pooler_output", 32),
-            square,
-        )
+        make = partial(_build, f"{name}VisionModel", f"{name}VisionConfig", TRANSFORMER, "pooler_output", 32)
+        yield Made(f"huggingface/{name}Vision", make, square)
     for name, options, side in (("Segformer", {**PYRAMID, "decoder_hidden_size": 16}, 32), ("MobileViT", MOBILEVIT, 64)):
         make = partial(_build, f"{name}ForSemanticSegmentation", f"{name}Config", options, None)
         yield Made(f"huggingface/{name}_segmentation", make, (3, side, side))
     for name, options in (("DINOv3ViT", TRANSFORMER), ("DINOv3ConvNext", STAGES), ("VitDet", WITHOUT_INTERMEDIATE)):
         yield Made(f"huggingface/{name}_backbone", partial(_build, f"{name}Backbone", f"{name}Config", options, None), square)
-    yield Made(
-        "huggingface/ViT_checkpointing",
-        partial(_build, "ViTForImageClassification", "ViTConfig", TRANSFORMER, "logits", None, True),
-        square,
-    )
-    yield Made("huggingface/ViT_as_it_is", partial(_build, "ViTForImageClassification", "ViTConfig", TRANSFORMER, None), square)
+    vit = partial(_build, "ViTForImageClassification", "ViTConfig", TRANSFORMER)
+    yield Made("huggingface/ViT_checkpointing", partial(vit, "logits", checkpointing=True), square)
+    yield Made("huggingface/ViT_as_it_is", partial(vit, None), square)
 
 
 def _build(
