@@ -126,7 +126,7 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
 def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A deep copy of `module` with `replace(tensor)` for each tensor in it; tensors that were shared are shared again.
 
-    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list or tuple).
+    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list, tuple or dictionary).
     """
     # deepcopy asks the memo before it copies.
     memo: dict[int, Any] = {}
@@ -143,7 +143,8 @@ def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
     for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-        for item in value if isinstance(value, (list, tuple)) else (value,):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for item in items:
             if isinstance(item, torch.Tensor):
                 yield item
 

@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ from graphopt.cost import CostError, forecast, measure
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Ledger
 from graphopt.cost.step import BLOCK
+from graphopt.ir.shapes import fake_copy
 
 MIB = 2**20
 # Small inputs: the storages' arithmetic does not depend on the size, the test's time does.
@@ -171,6 +173,21 @@ def test_what_a_model_caches_on_fake_tensors_reaches_no_real_run():
     assert module(torch.rand(2, 8)).isfinite().all()
     # Full or empty, a cache changes no figure.
     assert plain(forecast(module, (8,), 2)) == plain(expected) == live(measure(module, (8,), 2))
+
+
+def test_tensors_that_a_module_keeps_in_a_dictionary_are_copied_like_others():
+    class Keeping(WithCache):
+        def __init__(self):
+            super().__init__()
+            self.kept = {"cpu": self.fc.weight.detach() * 2}
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.kept["cpu"].T
+
+    module = Keeping()
+    with FakeTensorMode() as mode:
+        assert isinstance(fake_copy(module, mode).kept["cpu"], FakeTensor)
+    assert plain(forecast(module, (8,), 2)) == live(measure(module, (8,), 2))
 
 
 class Attention(nn.Module):
