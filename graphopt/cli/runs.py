@@ -85,6 +85,7 @@ def report(
 ) -> None:
     """Write one HTML page about a run: curves, phases and decisions, memory and step time, and the diff.
 
+    Of a run with `train.ledger = true`, says of each epoch whether it took each sample exactly once; the exit status is 1 if one did not.
     The page needs no network and no other files. Examples:
 
         graphopt report runs/quickstart
@@ -99,6 +100,10 @@ def report(
     options.check_target(target, "report.html")
     write_atomically(target, to_report(found, options.seeded_plan(load(run, trust=trust), trust=trust, costs=costs)))
     show(f"written: {target}")
+    for epoch in found.ledger:
+        show(str(epoch))
+    if not all(epoch.right for epoch in found.ledger):
+        raise typer.Exit(1)
 
 
 def export(

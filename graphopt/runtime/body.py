@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from graphopt.runtime.randomness import structure_draw
+from graphopt.runtime.randomness import shared_draw
 
 Key = TypeVar("Key")
 
@@ -134,7 +134,7 @@ class StochasticBranch(nn.Module):
         # A forecast runs on fake tensors: it counts the step in which every branch runs, which is also the one that needs most memory.
         if not self.training or any(isinstance(t, FakeTensor) for t in inputs):
             return self.body(*inputs)
-        if structure_draw(self.key) >= self.probability:
+        if shared_draw(self.key) >= self.probability:
             return self.body(*inputs) / (1 - self.probability)
         # Besides the branch's input come parameters that the root reads for the body.
         tensors = [t for t in inputs if isinstance(t, Tensor)]

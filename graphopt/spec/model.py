@@ -184,6 +184,7 @@ class TrainSpec(_Table):
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
+    ledger: bool = Field(default=False, description="record every step's samples; `graphopt report` then checks each epoch")
 
     def micro_batch(self, ranks: int = 1) -> int:
         """Samples that one process takes through the network at once. Raises RunError if the batch does not divide; says which do."""

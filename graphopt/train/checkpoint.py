@@ -34,7 +34,7 @@ FORMAT_VERSION = 3  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
-    | {"checkpoint_steps", "keep", "eval_every", "log_every"},
+    | {"checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }
 
@@ -49,6 +49,7 @@ class RunFolder:
         self.path = path
         self.last, self.previous, self.best = (path / f"{name}.pt" for name in ("last", "previous", "best"))
         self.metrics, self.summary, self.features = path / "metrics.jsonl", path / "summary.json", path / "features"
+        self.ledger = path / "ledger.bin"
         self.manifest: dict[str, Any] | None = None
         self._made: list[Path] = []  # folders that did not exist before, the innermost first
         self._lock: int | None = None
@@ -102,7 +103,13 @@ class RunFolder:
     def abandon(self) -> None:
         """Removes what `begin` and a run without a step have written; nothing where there is a checkpoint."""
         if self._begun and not self.checkpoints():
-            for path in (self.metrics, self.path / "spec.toml", self.path / MANIFEST, *self.path.glob("tensorboard/events.out.tfevents.*")):
+            for path in (
+                self.metrics,
+                self.ledger,
+                self.path / "spec.toml",
+                self.path / MANIFEST,
+                *self.path.glob("tensorboard/events.out.tfevents.*"),
+            ):
                 path.unlink(missing_ok=True)
             remove_if_empty(self.path / "tensorboard")
             remove_features(self.features)

@@ -15,7 +15,7 @@ from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.plan_file import load_strictly
-from graphopt.runtime.randomness import set_structure_seed
+from graphopt.runtime.randomness import set_seeds
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
@@ -113,11 +113,12 @@ class Phase:
     def step(self, batches: Sequence[Batch], done: int) -> tuple[Tensor, Tensor, int]:
         """One optimizer step after `done` ones, over batches on the device: the mean loss, how many predictions were right, and samples."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.strategy.seed_step(self.spec.seed, done)
+        reseed(self.spec.seed, 3, done)  # of Python and NumPy, which a user's network may draw from
         total = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
         for number, batch in enumerate(batches):
-            set_structure_seed(mixed_seed(self.spec.seed, 4, done, number))
+            seed = self.spec.seed, done, number
+            set_seeds(mixed_seed(*seed, 4), mixed_seed(*seed, 5, self.strategy.ranks.number))
             last = number + 1 == len(batches)
             with nullcontext() if last else self.strategy.without_reduction(self._wrapped):
                 with self.strategy.autocast():
@@ -133,7 +134,7 @@ class Phase:
             dispatch_clip_grad(parameters, self.spec.clip, mode=self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        set_structure_seed(None)
+        set_seeds(None, None)
         if self.ema is not None:
             self.ema.update(self.plan.module, step=done + 1)
         if self._first_step:

@@ -6,7 +6,7 @@ decides and the others get its answer.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -163,29 +163,37 @@ ALONE = Ranks()
 
 
 class Agreement:
-    """A number per step that all ranks agree on, the largest that any rank gave; known one step later, so that no step waits for it."""
+    """A number per step that all ranks agree on, the largest that any rank gave; known one step later, so that no step waits for it.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._pending: tuple[Any, Tensor] | None = None
+    More numbers may travel with it, as many on each rank; `receive` gets them of all ranks, (ranks, numbers) int64, step by step.
+    """
 
-    def __call__(self, value: int) -> int:
-        """Gives this step's number, and returns the largest of the step before; alone, the number itself."""
+    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None]) -> None:
+        self._ranks, self._receive = ranks, receive
+        self._pending: tuple[Any, list[Tensor]] | None = None
+        self._known = 0
+
+    def __call__(self, value: int, *more: int) -> int:
+        """Gives this step's numbers, and returns the largest value of the step before; alone, the value itself."""
+        row = torch.tensor([value, *more])
         if self._ranks.count == 1:
+            self._receive(row[None, 1:])
             return value
-        known = self._finish()
-        tensor = torch.tensor(value)
-        work = distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._ranks._group, async_op=True)
-        self._pending = work, tensor
+        self.finish()
+        rows = [torch.empty_like(row) for _ in range(self._ranks.count)]
+        self._pending = distributed.all_gather(rows, row, group=self._ranks._group, async_op=True), rows
+        known, self._known = self._known, 0
         return known
 
-    def _finish(self) -> int:
-        if self._pending is None:
-            return 0
-        work, tensor = self._pending
-        work.wait()
-        self._pending = None
-        return int(tensor)
+    def finish(self) -> None:
+        """Waits for the last step's numbers, which a checkpoint after it needs; its value is returned by the next call."""
+        if self._pending is not None:
+            work, rows = self._pending
+            self._pending = None
+            work.wait()
+            found = torch.stack(rows)
+            self._known = max(self._known, int(found[:, 0].max()))
+            self._receive(found[:, 1:])
 
 
 def restarted() -> bool:

@@ -33,6 +33,7 @@ from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.hashing import content_digest
+from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
 from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
@@ -116,10 +117,15 @@ class Starting:
                 checkpointer.begin(self.digest)
                 board = folder.path / "tensorboard" if tensorboard else None
                 offset, path = saved["metrics_offset"] if saved is not None else 0, folder.metrics if strategy.ranks.first else None
-                with closing(MetricsLog(path, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
+                done = state.progress.total
+                record = folder.ledger if settings.ledger and strategy.ranks.first else None
+                with (
+                    closing(MetricsLog(path, offset=offset, tensorboard=board, step=done)) as metrics,
+                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done)) as ledger,
+                ):
                     log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
                     log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
-                    return Run(context, state, log, checkpointer, signals).run()
+                    return Run(context, state, log, checkpointer, signals, ledger).run()
         except Exception:
             if state is not None and not state.progress.total:
                 folder.abandon()
@@ -185,14 +191,18 @@ class StopSignals:
 class Run:
     """The training loop of one process."""
 
-    def __init__(self, context: RunContext, state: RunState, log: RunLog, checkpointer: Checkpointer, signals: StopSignals) -> None:
+    def __init__(
+        self, context: RunContext, state: RunState, log: RunLog, checkpointer: Checkpointer, signals: StopSignals, ledger: LedgerFile
+    ) -> None:
         self.context, self.spec, self.strategy = context, context.spec, context.strategy
         self.state, self.progress, self.log, self.checkpointer, self.signals = state, state.progress, log, checkpointer, signals
         self.folder = checkpointer.folder
         self._losses: list[Tensor] = []
         self._started = time.perf_counter()
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
-        self._agreed = Agreement(self.strategy.ranks)
+        self.ledger = ledger
+        self._taken: list[int] = []  # samples of the step, on this rank; collected only for the ledger
+        self._agreed = Agreement(self.strategy.ranks, self._record)
 
     def run(self) -> Summary:
         self.strategy.begin_memory(self.state.phase.plan.module)
@@ -237,7 +247,8 @@ class Run:
             if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
-            self._stop_if_requested(self._agreed(self.signals.signum or 0))
+            self._stop_if_requested(self._agreed(self.signals.signum or 0, progress.total, progress.epoch, *self._taken))
+            self._taken.clear()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
         self._check_losses()
@@ -245,8 +256,15 @@ class Run:
     def _batches(self) -> Iterator[Batch]:
         epoch, start, mixer = self.progress.epoch, self.progress.step * self.spec.accumulate, self.context.mixer
         for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
+            if self.spec.ledger:
+                self._taken += batch.sample.tolist()
             batch = self.strategy.move(batch)
             yield mixer(batch, epoch, number) if mixer is not None else batch
+
+    def _record(self, taken: Tensor) -> None:
+        """Enters a step in the ledger: per rank, its number, its epoch and the samples."""
+        step, epoch = taken[0, :2].tolist()
+        self.ledger.add(step, epoch, taken[:, 2:])
 
     def _close_epoch(self) -> None:
         state, progress, plan = self.state, self.progress, self.state.phase.plan
@@ -330,6 +348,8 @@ class Run:
         self._check_losses()
         self._check_finite()
         self._update_clock()
+        self._agreed.finish()
+        self.ledger.sync()
         self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 
     def _update_clock(self) -> None:

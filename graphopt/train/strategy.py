@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from graphopt.data.loader import Batch
-from graphopt.data.randomness import mixed_seed, reseed
 from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
 from graphopt.spec import TrainSpec
@@ -90,12 +89,6 @@ class Strategy:
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Inside, gradients of a wrapped module stay on their rank: for all micro-batches of a step but the last."""
         return nullcontext()
-
-    def seed_step(self, seed: int, step: int) -> None:
-        """Seeds what a step draws, so that it depends on nothing but the run's seed, the step and the rank."""
-        reseed(seed, 3, step, self.ranks.number)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(mixed_seed(seed, 3, step, self.ranks.number))
 
     def callable(self, module: nn.Module) -> Callable[..., Any]:
         """What a training step calls: the module, or its compiled form without the guards of the phase before."""

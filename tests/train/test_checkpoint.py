@@ -10,7 +10,7 @@ import torch
 
 from graphopt import RunError
 from graphopt.train import train
-from graphopt.train.checkpoint import RunFolder, load_checkpoint
+from graphopt.train.checkpoint import FORMAT_VERSION, RunFolder, load_checkpoint
 from tests.train import small
 
 FULL = """
@@ -64,7 +64,7 @@ def begun(path: Path, digest: str = "digest", *, resume: bool = False) -> RunFol
 
 def test_a_run_is_continued_only_when_asked_and_only_by_its_spec(tmp_path: Path) -> None:
     folder = begun(tmp_path / "out")
-    folder.save({"graphopt": 2})
+    folder.save({"graphopt": FORMAT_VERSION})
     folder.release()
     with pytest.raises(RunError, match="--resume"):
         RunFolder.claim(tmp_path / "out", "digest", resume=False)
@@ -124,11 +124,11 @@ def test_another_format(tmp_path: Path) -> None:
 
 def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
     torch.save({"graphopt": 7}, tmp_path / "last.pt")
-    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 2"):
+    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 3"):
         load_checkpoint(tmp_path / "last.pt")
 
 
 def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:
     train(small.plan(), tmp_path, settings=small.settings(epochs=1, ema=0.9), data=small.DATA)
     state = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert {"spec", "digest", "decisions", "phase", "progress", "history", "random"} <= state.keys()
+    assert {"spec", "digest", "decisions", "phase", "progress", "history", "buffers"} <= state.keys()

@@ -24,7 +24,7 @@ from tests.train import small
 from tests.train.passes import Hold
 
 SETTINGS: dict[str, Any] = {"epochs": 3, "checkpoint_steps": 4, "ema": 0.9, "optimizer": {"name": "adamw", "lr": 0.01}}
-PARTS = ("phase", "history", "random", "decisions", "phases")
+PARTS = ("phase", "history", "buffers", "decisions", "phases")
 
 
 def go(folder: Path, **more: Any) -> Summary:
@@ -345,5 +345,5 @@ def test_best_is_a_folder(tmp_path: Path) -> None:
     folder = RunFolder.claim(tmp_path / "run", "digest", resume=False)
     (tmp_path / "run" / "best.pt").mkdir()
     with pytest.raises(RunError, match=r"run/best\.pt: could not be written: is a directory"):
-        folder.save({"graphopt": 2}, best=True)
+        folder.save({"graphopt": 3}, best=True)
     folder.release()

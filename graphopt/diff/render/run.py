@@ -13,7 +13,8 @@ from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
-from graphopt.errors import RunError
+from graphopt.errors import RunError, listed
+from graphopt.train.ledger import EpochCheck, check_ledger
 from graphopt.units import show_count, show_size, show_time
 
 #: points in one curve at most: more than a screen has columns
@@ -26,13 +27,14 @@ _FIX = "Name the folder that `graphopt train` wrote"
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the records of its metrics.jsonl by kind, in order, and its summary.json, which is None while the run goes on."""
+    """One run: the records of its metrics.jsonl by kind, in order, its ledger, and its summary.json, which is None while it goes on."""
 
     path: Path
     epochs: tuple[Mapping[str, Any], ...]
     steps: tuple[Mapping[str, Any], ...]
     phases: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any] | None
+    ledger: tuple[EpochCheck, ...] = ()  # what each epoch took, where the run has recorded it
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -50,7 +52,7 @@ def read_run(path: Path) -> Run:
     """Reads the folder of a run.
 
     Raises:
-        RunError: the folder does not exist, is not a run, or its metrics cannot be read.
+        RunError: the folder does not exist, is not a run, or its metrics or its ledger cannot be read.
     """
     if not path.exists():
         raise RunError("no such folder", where=str(path), fix=_FIX)
@@ -64,7 +66,9 @@ def read_run(path: Path) -> Run:
         finished = json.loads(summary) if summary else None
     except ValueError as error:
         raise RunError("not JSON", where=str(path / "summary.json"), fix="Remove it, or resume the run") from error
-    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished)
+    book, steps = path / "ledger.bin", finished.get("steps") if finished else None
+    ledger = check_ledger(book, steps) if book.exists() else ()
+    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished, ledger)
 
 
 def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -109,6 +113,7 @@ def to_report(run: Run, plan: Plan) -> str:
         "TILES": "".join(_tile(*tile) for tile in _tiles(run, forecast)),
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
+        "LEDGER": "".join(f"<li>{escaped(str(epoch))}</li>" for epoch in run.ledger) or "<li>not recorded (train.ledger = true does)</li>",
         "DIFF": html.escape(to_html(phases)),
         "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
@@ -195,6 +200,13 @@ def _tiles(run: Run, forecast: Sequence[tuple[int, int]]) -> Iterable[tuple[str,
     if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
         expected = max((size for _, size in forecast), default=0)
         yield "peak memory", show_size(peak), f"forecast {show_size(expected)}" if expected else str(done.get("device", ""))
+    if run.ledger:
+        wrong = [str(epoch.epoch) for epoch in run.ledger if not epoch.right]
+        yield (
+            "samples",
+            f"wrong in {len(wrong)} epochs" if wrong else "exactly once",
+            f"epoch {listed(wrong)}" if wrong else "in each epoch",
+        )
     if run.phases:
         first, now = run.phases[0].get("trainable_parameters"), run.phases[-1].get("trainable_parameters")
         if _number(first) and _number(now):
