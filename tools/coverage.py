@@ -157,7 +157,7 @@ def _child(candidate: Candidate, options: argparse.Namespace, results: Connectio
     if options.memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + int(options.memory * 2**30), -1))
-    if parameters_of(candidate.build) > options.parameters:
+    if options.parameters < float("inf") and parameters_of(candidate.build) > options.parameters:
         row = Row(candidate.name).put("traced", "left out", f"more than {options.parameters / 1e6:.0f} M parameters")
     else:
         row = cover(candidate)

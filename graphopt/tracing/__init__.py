@@ -164,6 +164,8 @@ def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx
                     fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
                 ) from error
             raise _Untraceable(tracer.failed or "", f"cannot be traced: {first_line(error)}") from error
+        if tracer.drew is not None:
+            raise _Untraceable(tracer.drew, "draws from Python's random generator, of which a graph would repeat one draw")
         return graph, constants_of(backbone, graph, own), segments
 
 
