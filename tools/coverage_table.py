@@ -19,7 +19,8 @@ ok: compiled, fully verified, and the forecast of a step equals the measured one
 refused, the reason is below. `as it is`: the backbone without a pass. freeze: the first half; behind: one part in the
 middle, behind trainable ones; mix, surrogate: share every second block; drop: half as a prefix; bypass: all branches for
 good; supervise: two modules; memory: cuts by memory; checkpoint: two segments. export: the largest relative difference
-of all exports of the row. opaque: modules kept whole, the first one's reason is below.
+of all exports of the row. opaque: modules kept whole, the first one's reason is below. Rows of an earlier run stay where
+`--resume` found nothing wrong with them.
 """
 
 
