@@ -55,8 +55,8 @@ sweep: .venv/.installed
 	$(BIN)/python tools/cost_sweep.py --out tools/tables/cost_sweep.md
 
 # Backbones of many kinds, libraries' and user-written ones: what traces, what each pass makes of it, forecasts and exports.
-coverage: .venv/.installed
-	$(BIN)/python tools/coverage.py --out tools/tables/coverage.md
+coverage: .venv/.installed-test
+	$(BIN)/python tools/coverage.py --resume --out tools/tables/coverage.md
 
 # Specs changed at random, and passes drawn at random: no traceback, no hang. A failing case is reduced and kept as a test.
 fuzz: .venv/.installed

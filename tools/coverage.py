@@ -1,33 +1,35 @@
 """What traces and what each pass makes of it, on backbones of many kinds: libraries' classifiers, dense models, user-written oddities.
 
-    python tools/coverage.py --out tools/tables/coverage.md
-    python tools/coverage.py --only own/ --limit 8
+    python tools/coverage.py --jobs 2 --out tools/tables/coverage.md
+    python tools/coverage.py --resume --only 'own/*' --out tools/tables/coverage.md
 
 A pass is applied to about half of a backbone, alone, and fully verified; then one training step of the plan is forecast and measured, and
-the export is loaded into the backbone's own class and compared. A refusal is an answer, and its reason is listed. Exit code 1 on a raw
-traceback, a failed verification, an unequal figure or an unequal export.
+the export is loaded into the backbone's own class and compared. A refusal is an answer, and its reason is listed. Every row is made in a
+forked process and added to a file; with `--resume`, rows of that file that are good are taken over. Exit code 1 on a raw traceback, a
+failed verification, an unequal figure, an unequal export, a row that ran into a limit or that was left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import fnmatch
 import itertools
+import multiprocessing
+import os
+import resource
 import sys
 import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from cost_sweep import EXPLAINED, compared, fitting_input, options_on_half
-from coverage_backbones import Candidate, candidates, left_out, parameters_of
-from machine import heading
+from cost_sweep import EXPLAINED, compared, options_on_half
+from coverage_backbones import Candidate, candidates, fitting, parameters_of
+from coverage_table import CELLS, Row, Table
 from on_graph import plan_on
 from torch import nn
 
@@ -39,9 +41,6 @@ from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
 from graphopt.ir.shapes import tensors_in
 
-CELLS = ("freeze", "behind", "mix", "surrogate", "drop", "bypass", "supervise", "memory", "checkpoint")
-#: what makes the run fail
-BAD = ("traceback", "not verified", "no forecast", "unequal", "export unequal")
 #: relative difference of an export's output that counts as rounding
 ROUNDING = 1e-5
 
@@ -63,52 +62,40 @@ def options_of(cell: str, graph: Graph) -> tuple[str, dict[str, Any]]:
     return made[cell] if cell in made else (cell, options_on_half(cell, graph))
 
 
-@dataclass
-class Row:
-    """What came of one backbone: a word per column, and for each word that needs it the reason."""
-
-    name: str
-    input: str = ""
-    words: dict[str, str] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    exports: list[float] = field(default_factory=list)
-
-    def put(self, column: str, word: str, reason: str = "") -> None:
-        self.words[column] = word
-        if reason:
-            self.reasons[column] = reason
-
-    def text(self) -> str:
-        worst = max(self.exports, default=None)
-        exported = "" if worst is None else "equal" if worst == 0 else f"{worst:.0e}"
-        columns = ("traced", "blocks", "opaque", "cuts", "as it is", *CELLS)
-        return "| " + " | ".join([self.name, self.input, *(self.words.get(c, "") for c in columns), exported]) + " |"
-
-
 def cover(candidate: Candidate, cells: Sequence[str] = CELLS) -> Row:
     """One row. Nothing escapes: what goes wrong becomes a word."""
     row = Row(candidate.name)
     torch.manual_seed(0)
     try:
-        module = candidate.build()
-        shape = candidate.input or fitting_input(module)
+        module, shape = fitting(candidate)
         row.input = "x".join(map(str, shape))
         graph = trace(module, shape)
-    except GraphoptError as error:
-        row.put("traced", "no", first_line(error))
-        return row
     except Exception as error:
-        traceback.print_exc()
-        row.put("traced", "traceback", f"{type(error).__name__}: {first_line(error)}")
+        _refused(row, "traced", error)
         return row
     row.put("traced", "yes")
     row.put("blocks", str(len(find_blocks(graph))))
     row.put("opaque", str(len(graph.opaque)))
     row.put("cuts", str(len(cut_points(graph))))
+    for opaque in graph.opaque[:1]:
+        row.reasons["opaque"] = f"{opaque.path}: {opaque.reason}"[:220].replace("|", "/")
     judge(row, "as it is", module, graph, targets=False)
     for cell in cells:
         _apply(row, cell, module, graph)
     return row
+
+
+def _refused(row: Row, column: str, error: Exception) -> None:
+    """Puts what an error means for a column."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        row.put(column, "limit", "out of the memory that a row may take")
+    elif isinstance(error, VerifyError):
+        row.put(column, "not verified", first_line(error))
+    elif isinstance(error, GraphoptError):
+        row.put(column, "no", first_line(error))
+    else:
+        traceback.print_exception(error)
+        row.put(column, "traceback", f"{type(error).__name__}: {first_line(error)}")
 
 
 def _apply(row: Row, cell: str, module: nn.Module, graph: Graph) -> None:
@@ -119,18 +106,10 @@ def _apply(row: Row, cell: str, module: nn.Module, graph: Graph) -> None:
             row.put(cell, "nothing", "accepted, but no region is changed")
             return
         judge(row, cell, plan.module, graph, targets=plan.needs.targets)
-    except VerifyError as error:
-        row.put(cell, "not verified", first_line(error))
-        return
-    except GraphoptError as error:
-        row.put(cell, "no", first_line(error))
-        return
+        if cell != "surrogate":  # whose export is refused by design
+            _export(row, cell, plan, graph)
     except Exception as error:
-        traceback.print_exc()
-        row.put(cell, "traceback", f"{type(error).__name__}: {first_line(error)}")
-        return
-    if cell != "surrogate":  # whose export is refused by design
-        _export(row, cell, plan, graph)
+        _refused(row, cell, error)
 
 
 def judge(row: Row, column: str, module: nn.Module, graph: Graph, *, targets: bool) -> None:
@@ -141,6 +120,8 @@ def judge(row: Row, column: str, module: nn.Module, graph: Graph, *, targets: bo
         row.put(column, "ok, no forecast", first_line(error))
         return
     except CostError as error:
+        if "can't allocate memory" in str(error):
+            raise
         row.put(column, "no forecast", first_line(error))
         return
     if verdict == "equal":
@@ -152,9 +133,10 @@ def judge(row: Row, column: str, module: nn.Module, graph: Graph, *, targets: bo
 
 
 def _export(row: Row, cell: str, plan: Any, graph: Graph) -> None:
+    """Puts whether the export computes what the plan does; the plan's own norms move no more."""
     x = torch.rand(2, *graph.input, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        outputs = [tensors_in(copy.deepcopy(m).eval()(x)) for m in (plan.module, plan.export())]
+        outputs = [[t.clone() for t in tensors_in(m.eval()(x))] for m in (plan.module, plan.export())]
     pairs = list(itertools.zip_longest(*outputs))
     if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
         row.put(cell, "export unequal", "other outputs")
@@ -169,84 +151,78 @@ def first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:220].replace("|", "/") if str(error) else ""
 
 
-class Table:
-    """The rows so far."""
+# -- rows in processes of their own -------------------------------------------------------------------------------------------
+def _child(candidate: Candidate, options: argparse.Namespace, results: Connection) -> None:
+    start = time.process_time()
+    if options.memory:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(options.memory * 2**30), -1))
+    if options.parameters < float("inf") and parameters_of(candidate.build) > options.parameters:
+        row = Row(candidate.name).put("traced", "left out", f"more than {options.parameters / 1e6:.0f} M parameters")
+    else:
+        row = cover(candidate)
+    row.seconds = time.process_time() - start
+    results.send(row)
 
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.skipped: list[str] = []
 
-    @property
-    def counts(self) -> Counter[str]:
-        return Counter(word for row in self.rows for column, word in row.words.items() if column in (*CELLS, "as it is"))
-
-    @property
-    def good(self) -> bool:
-        return not any(word in BAD for row in self.rows for word in row.words.values())
-
-    def totals(self) -> str:
-        traced = Counter(row.words["traced"] for row in self.rows)
-        cells = ", ".join(f"{n} {word}" for word, n in self.counts.most_common())
-        exports = [e for row in self.rows for e in row.exports]
-        equal = sum(e == 0 for e in exports)
-        return (
-            f"{len(self.rows)} backbones: {traced['yes']} traced, {traced['no']} refused with a reason, {traced['traceback']} tracebacks. "
-            f"Cells: {cells or 'none'}. Exports: {equal} of {len(exports)} bit-equal, the largest relative difference is "
-            f"{max(exports, default=0):.0e}."
-        )
-
-    def text(self) -> str:
-        head = ["backbone", "input", "traced", "blocks", "opaque", "cut points", "as it is", *CELLS, "export"]
-        notes: dict[str, list[str]] = {}
-        for row in self.rows:
-            for column, reason in row.reasons.items():
-                notes.setdefault(f"{row.words[column]}: {reason}", []).append(f"{row.name} {column}")
-        missing = [f"not installed: {', '.join(left_out())}"] if left_out() else []
-        over = [f"{len(self.skipped)} over the limit on parameters, rows or minutes: {', '.join(self.skipped)}"] if self.skipped else []
-        return "\n".join(
-            [
-                heading("Backbones: what traces, what each pass makes of it, forecasts and exports", __doc__),
-                "ok: compiled, fully verified, and the forecast of a step equals the measured one (saved and peak bytes, FLOPs). no:",
-                "refused, the reason is below. `as it is`: the backbone without a pass. freeze: the first half; behind: one part in the",
-                "middle, behind trainable ones; mix, surrogate: share every second block; drop: half as a prefix; bypass: all branches for",
-                "good; supervise: two modules; memory: cuts by memory; checkpoint: two segments. export: the largest relative difference",
-                "of all exports of the row.\n",
-                f"{self.totals()}\n",
-                f"Left out: {'; '.join([*missing, *over]) or 'nothing'}.\n",
-                "| " + " | ".join(head) + " |",
-                "|" + " --- |" * len(head),
-                *(row.text() for row in self.rows),
-                "",
-                *(f"- {why} ({len(names)}: {', '.join(names)})" for why, names in sorted(notes.items())),
-                "",
-            ]
-        )
+def rows(chosen: Sequence[Candidate], options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of these backbones as they come, from `--jobs` forked processes at a time."""
+    context, waiting = multiprocessing.get_context("fork"), list(reversed(chosen))
+    running: dict[Any, tuple[Candidate, Any, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            results, end = context.Pipe(duplex=False)
+            candidate = waiting.pop()
+            process = context.Process(target=_child, args=(candidate, options, end))
+            process.start()
+            end.close()
+            running[results] = (candidate, process, time.monotonic())
+        ready = wait(list(running), timeout=1)
+        for results, (candidate, process, start) in list(running.items()):
+            late = time.monotonic() - start > options.seconds
+            if results not in ready and not late:
+                continue
+            try:
+                row = results.recv() if results in ready else Row(candidate.name).put("traced", "limit", f"over {options.seconds:.0f} s")
+            except EOFError:
+                process.join()
+                row = Row(candidate.name).put("traced", "died", f"its process ended with {process.exitcode}")
+            process.kill()
+            process.join()
+            del running[results]
+            yield row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names that match this pattern, or contain it")
     parser.add_argument("--limit", type=int, default=None, help="at most so many backbones")
-    parser.add_argument("--parameters", type=float, default=350e6, help="leave out larger ones")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no more backbones after so many")
-    parser.add_argument("--out", type=Path, help="write the table there, after every backbone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--parameters", type=float, default=float("inf"), help="leave out larger ones")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop a row after so many")
+    parser.add_argument("--memory", type=float, help="GiB that a row may take")
+    parser.add_argument("--rows", type=Path, default=Path("build/coverage.jsonl"), help="the file of rows")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file, and make those that are missing or not good")
+    parser.add_argument("--out", type=Path, help="write the table there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    table = Table()
-    chosen = (c for c in candidates() if fnmatch.fnmatch(c.name, options.only) or options.only in c.name)
-    end = time.perf_counter() + 60 * options.minutes
-    for candidate in chosen:
-        start = time.perf_counter()
-        if len(table.rows) == options.limit or start > end or parameters_of(candidate.build) > options.parameters:
-            table.skipped.append(candidate.name)
-            continue
-        table.rows.append(cover(candidate))
-        print(f"{table.rows[-1].text()} {time.perf_counter() - start:.0f} s", flush=True)
+    installed()  # loaded once, here: all children share them
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    everything = list(candidates(options.rows.parent))
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        options.rows.unlink(missing_ok=True)
+    table = Table([c.name for c in everything], options.rows)
+    chosen = [c for c in everything if fnmatch.fnmatch(c.name, options.only) or options.only in c.name]
+    missing = [c for c in chosen if c.name not in table.rows or not table.rows[c.name].good]
+    for row in rows(missing[: options.limit], options):
+        table.add(row)
+        print(f"{row.text()} {row.seconds:.0f} s", *(f"\n    {k} {row.words[k]}: {v}" for k, v in row.bad.items()), flush=True)
         if options.out:
-            options.out.write_text(table.text())
+            options.out.write_text(table.text(__doc__))
     if options.out:
-        options.out.write_text(table.text())
+        options.out.write_text(table.text(__doc__))
     print(table.totals())
     return 0 if table.good else 1
 

@@ -3,57 +3,91 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
 import torchvision
-from cost_sweep import timm_families, torchvision_models
+from cost_sweep import SIZES
+from coverage_huggingface import hugging_face
 from oddities import ODDITIES
-from torch import Tensor, nn
+from torch import nn
+
+from graphopt.cost import forecast
+from graphopt.errors import NeedsValuesError
 
 
 class Candidate(NamedTuple):
     """A backbone: its name, what builds it, and the shape of one sample (None: the smallest image that it trains on)."""
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     input: tuple[int, ...] | None = None
 
 
-class OneOutput(nn.Module):
-    """A model as a backbone: one part of what it returns, and a linear head where that is a sequence of tokens or a map."""
-
-    def __init__(self, model: nn.Module, part: str, width: int | None = None) -> None:
-        super().__init__()
-        self.model, self.part = model, part
-        self.head = None if width is None else nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.model(x)[self.part] if self.part else self.model(x)
-        return output if self.head is None else self.head(output)
-
-
-def candidates() -> Iterator[Candidate]:
-    """All backbones, the small and odd ones first."""
+def candidates(folder: Path | None = None) -> Iterator[Candidate]:
+    """All backbones, the small and odd ones first. Names of timm's smallest models are stored in `folder`: finding them takes minutes."""
     for name, (build, shape) in ODDITIES.items():
         yield Candidate(f"own/{name}", build, shape)
-    yield from _hugging_face()
+    yield from hugging_face()
     yield from _features()
     yield from _outside()
     # In turn, so that a run that ends early has some of both.
-    for pair in zip_longest(timm_families(), torchvision_models()):
-        yield from (Candidate(*made) for made in pair if made is not None)
+    pairs = zip_longest(smallest_of_timm(folder), torchvision.models.list_models(module=torchvision.models))
+    for ours, theirs in pairs:
+        if ours is not None:
+            yield Candidate(f"timm/{ours}", partial(timm.create_model, ours))
+        if theirs is not None:
+            yield Candidate(f"torchvision/{theirs}", partial(torchvision.models.get_model, theirs, weights=None))
+
+
+def smallest_of_timm(folder: Path | None) -> list[str]:
+    """The model with the fewest parameters of each of timm's families (its files)."""
+    file = None if folder is None else folder / f"timm-{timm.__version__}.json"
+    if file is not None and file.exists():
+        return list(json.loads(file.read_text()))
+    families = [names for module in timm.list_modules() if (names := timm.list_models(module=module))]
+    found = [min(names, key=lambda name: parameters_of(partial(timm.create_model, name))) for names in families]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return found
+
+
+def fitting(candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]]:
+    """The backbone, and the smallest square image it trains on. One that is made for one size is made for a smaller one where it can be."""
+    module = candidate.build()
+    if candidate.input is not None:
+        return module, candidate.input
+    declared = getattr(module, "default_cfg", {}).get("input_size", (3, 224, 224))
+    errors: list[Exception] = []
+    for shape in (*((3, size, size) for size in SIZES), declared):
+        for argument in (None, "img_size", "image_size"):
+            try:
+                made = module if argument is None else candidate.build(**{argument: shape[-1]})
+                forecast(made, shape, 2, optimizer=None)
+            except NeedsValuesError:
+                return made, shape
+            except Exception as error:
+                # A constructor that does not know the argument says nothing about the image.
+                errors += [error] if argument is None else []
+            else:
+                return made, shape
+    raise errors[-1]
 
 
 def _outside() -> Iterator[Candidate]:
     models = torchvision.models
     off = {"weights": None, "weights_backbone": None, "num_classes": 5}
-    for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
+    for name in models.list_models(module=models.segmentation):
         yield Candidate(f"segmentation/{name}", partial(models.get_model, name, **off), (3, 64, 64))
+    for name in ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn"):
+        yield Candidate(f"detection/{name}", partial(models.get_model, name, **off), (3, 64, 64))
     fpn = models.detection.backbone_utils.resnet_fpn_backbone
     yield Candidate("detection/resnet18_fpn", partial(fpn, backbone_name="resnet18", weights=None, trainable_layers=5), (3, 64, 64))
     mobile = models.detection.backbone_utils.mobilenet_backbone
@@ -84,54 +118,12 @@ def _checkpointing(name: str, **arguments: Any) -> nn.Module:
     return model
 
 
-def _hugging_face() -> Iterator[Candidate]:
-    if importlib.util.find_spec("transformers") is None:
-        return
-    import transformers as hf
-
-    small = {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    maps = {"depths": [2, 2], "hidden_sizes": [16, 32], "num_stages": 2}
-    classes = {"num_labels": 5}
-
-    def classifier(name: str, **options: Any) -> Candidate:
-        make = getattr(hf, f"{name}ForImageClassification")
-        config = getattr(hf, f"{name}Config")
-        return Candidate(f"huggingface/{name}", lambda: OneOutput(make(config(**options, **classes)), "logits"), (3, 32, 32))
-
-    yield classifier("ViT", **small)
-    yield classifier("DeiT", **small)
-    yield classifier("Dinov2", **{k: v for k, v in small.items() if k != "intermediate_size"}, mlp_ratio=2)
-    yield classifier("Swin", image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4)
-    yield classifier("ConvNext", **maps)
-    yield classifier("ResNet", embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic")
-    yield classifier("RegNet", embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], groups_width=16)
-    yield classifier("PvtV2", image_size=32, num_encoder_blocks=2, depths=[2, 2], sr_ratios=[2, 1], hidden_sizes=[16, 32],
-                     patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2])  # fmt: skip
-    vision = hf.CLIPVisionConfig(**small)
-    yield Candidate("huggingface/CLIPVision", lambda: OneOutput(hf.CLIPVisionModel(vision), "pooler_output", 32), (3, 32, 32))
-    yield Candidate("huggingface/ViT_checkpointing", lambda: _hf_checkpointing(hf, {**small, **classes}), (3, 32, 32))
-    yield Candidate("huggingface/ViT_as_it_is", lambda: hf.ViTForImageClassification(hf.ViTConfig(**small, **classes)), (3, 32, 32))
-
-
-def _hf_checkpointing(hf: Any, options: dict[str, Any]) -> nn.Module:
-    model = hf.ViTForImageClassification(hf.ViTConfig(**options))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return OneOutput(model, "logits")
-
-
-def left_out() -> list[str]:
+def not_installed() -> list[str]:
     """Libraries whose backbones are missing because they are not installed."""
     return [name for name in ("transformers", "einops") if importlib.util.find_spec(name) is None]
 
 
-def parameters_of(build: Callable[[], nn.Module]) -> int:
+def parameters_of(build: Callable[..., nn.Module]) -> int:
     """How many there are, without memory for them where the constructor allows that."""
     try:
         with torch.device("meta"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +29,10 @@ def device() -> str:
     return f"CPU: {processor()}, {os.cpu_count()} cores"
 
 
-def heading(title: str, about: str | None) -> str:
-    """Markdown: title, the tool's own description, the command, date, device and versions."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+def heading(title: str, about: str | None, libraries: Sequence[str] = ()) -> str:
+    """Markdown: title, the tool's own description, the command, date, device and versions (of `libraries`, too, where installed)."""
+    found = [name for name in libraries if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm", *found))
     command = shlex.join(["python", *sys.argv])
     first = (about or "").strip().split("\n\n")[0].replace("\n", " ")
     return f"# {title}\n\n{first}\n\n`{command}` on {datetime.date.today()}, {device()}; Python {platform.python_version()}, {versions}.\n"

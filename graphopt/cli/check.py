@@ -11,7 +11,7 @@ from graphopt.cli.screen import grid, show, show_error, show_json
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
-    from graphopt.compiler.plan import Plan
+    from graphopt.compiler.plan import Phase, Plan
     from graphopt.compiler.triggers import Decision
     from graphopt.cost import Rates
     from graphopt.planning.ranks import RanksCost
@@ -61,12 +61,12 @@ def check(
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
     plan = compile_phase(source, verify="fast", costs=False)
-    plan.check_phases(loaded.train.epochs)
+    phases = plan.phases(loaded.train.epochs, verify="fast")
     refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
-    samples, work = _forecast(loaded, plan, Path(spec), rates)
+    samples, work = _forecast(loaded, phases, Path(spec), rates)
     parallel = _forecast_ranks(loaded, plan, Path(spec), ranks, strategy) if ranks else None
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
@@ -98,15 +98,17 @@ def _rates(device: str, amp: str | None) -> "Rates":
         ) from error
 
 
-def _forecast(spec: "Spec", plan: "Plan", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
+def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
     from graphopt.errors import CostError, RunError
     from graphopt.planning.run_cost import counts, forecast_run
 
     decisions = _decisions(path)
+    # A finished run has phases of its own; of any other, those that were compiled already are forecast.
+    given: dict[str, Any] = {"decisions": decisions} if decisions is not None else {"phases": phases}
     try:
         samples, evaluated = counts(spec.data)
-        return samples, forecast_run(plan, spec.train, samples=samples, evaluated=evaluated, decisions=decisions, rates=rates)
+        return samples, forecast_run(phases[0].plan, spec.train, samples=samples, evaluated=evaluated, rates=rates, **given)
     except (RunError, CostError):
         return None, None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -113,13 +114,17 @@ class Plan(Source):
             decisions += _due(foreseeable, decisions, epoch, None, epochs)
         return decisions[len(self.decisions) :]
 
-    def phases(self, epochs: int, decisions: Sequence[Decision] | None = None) -> tuple[Phase, ...]:
-        """The phases of a run of `epochs` that starts with this plan, unverified; `decisions` of a finished run are replayed."""
+    def phases(self, epochs: int, decisions: Sequence[Decision] | None = None, *, verify: Verify = "off") -> tuple[Phase, ...]:
+        """The phases of a run of `epochs` that starts with this plan; `decisions` of a finished run are replayed.
+
+        Raises PassError or VerifyError, with the epoch, the pass and its place in the spec, for a phase that cannot be compiled.
+        """
         later = [d for d in (self.foreseen(epochs) if decisions is None else decisions) if d.epoch < epochs]
         plan, found = self, []
         for start, end in itertools.pairwise(sorted({0, epochs, *(d.epoch for d in later)})):
             due = tuple(d for d in later if d.epoch == start)
-            plan = plan.advance_to((*plan.decisions, *due), verify="off") if due else plan
+            with _from_epoch(start):
+                plan = plan.advance_to((*plan.decisions, *due), verify=verify) if due else plan
             found.append(Phase(start, end, due, plan))
         return tuple(found)
 
@@ -131,10 +136,8 @@ class Plan(Source):
         later = self.foreseen(epochs)
         for epoch in sorted({d.epoch for d in later}):
             decisions = (*self.decisions, *(d for d in later if d.epoch <= epoch))
-            try:
+            with _from_epoch(epoch):
                 compile_phase(self, decisions, verify="fast", costs=False)
-            except GraphoptError as error:
-                raise type(error)(f"from epoch {epoch} on, {error.what}", where=error.where, fix=error.fix) from error
 
     def phase_at(self, epoch: int, epochs: int, *, verify: Verify = "fast", costs: bool = False) -> Plan:
         """The plan that `epoch` of a run of `epochs` trains with, as far as that can be foreseen. Compiles that phase only."""
@@ -256,6 +259,15 @@ class Plan(Source):
         if self.needs.features is None:
             raise PassError("no pass has cut a prefix off in this phase", fix="Use the drop pass, or take plan.module")
         return self.needs.features.node
+
+
+@contextmanager
+def _from_epoch(epoch: int) -> Iterator[None]:
+    """An error that is raised inside says from which epoch on."""
+    try:
+        yield
+    except GraphoptError as error:
+        raise type(error)(f"from epoch {epoch} on, {error.what}", where=error.where, fix=error.fix) from error
 
 
 def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int, history: Any, epochs: int | None) -> tuple[Decision, ...]:

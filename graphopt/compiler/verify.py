@@ -6,7 +6,9 @@ compute the same function, so that only the backward pass is compared.
 """
 
 import copy
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -121,8 +123,7 @@ def _sample(input: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _scalar(module: nn.Module, input: tuple[int, ...], dtype: torch.dtype, targets: bool = False) -> Tensor:
     """A loss that depends on every output: a fixed random weighting of them, plus local losses."""
     x = _sample(input, dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
+    with _seeded():
         if targets:
             shape = first_tensor(module.eval()(x)).shape
             module.train()
@@ -136,11 +137,23 @@ def _scalar(module: nn.Module, input: tuple[int, ...], dtype: torch.dtype, targe
     return loss
 
 
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random numbers each time, from Python's generator too; both go on as they were afterwards."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        random.seed(2)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
 def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    scale = a.abs().max().clamp_min(max(floor, 1e-30))
-    difference = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
+    if a.shape != b.shape or not a.numel():
+        return 0.0 if a.shape == b.shape else float("inf")
+    difference = ((a - b).abs().max() / a.abs().max().clamp_min(max(floor, 1e-30))).item()
     return difference if difference == difference else float("inf")
 
 
@@ -152,8 +165,7 @@ def _outputs(before: nn.Module, after: nn.Module, input: tuple[int, ...], dtype:
     results = []
     for module in (before, after):
         module = _copy(module, dtype).train(training)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(2)
+        with _seeded(), torch.no_grad():
             results.append(tensors_in(module(_sample(input, dtype))))
     if len(results[0]) != len(results[1]):
         name = "training output" if training else "eval output"

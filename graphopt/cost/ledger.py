@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -228,14 +229,21 @@ class Ledger(TorchDispatchMode):
         return next((name for name, start in reversed(self.phases) if event >= start), self.phases[0][0])
 
 
+_DIFFERENT = (aten.native_layer_norm_backward, aten.native_batch_norm, aten.native_group_norm, aten.native_group_norm_backward)
+
+
 def _as_real(packet: Any, args: tuple[Any, ...], out: Any) -> Any:
     """An operator's result with the layout and types that its real kernel gives it, where torch's fake kernel differs.
 
     Layout matters for memory: a non-contiguous result is copied by the next operator. Each case was found by `tools/cost_sweep.py`, which
     compares strides and types of every operator's result on fake and on real CPU tensors, and has no effect once torch is fixed.
     """
-    if packet not in (aten.native_layer_norm_backward, aten.native_batch_norm) or not isinstance(out[0], FakeTensor):
+    if packet not in _DIFFERENT or not isinstance(out[0], FakeTensor):
         return out
+    if packet in (aten.native_group_norm, aten.native_group_norm_backward):
+        # The kernel keeps the layout of its input; the fake one gives a contiguous result.
+        layout = suggest_memory_format(args[packet == aten.native_group_norm_backward])
+        return (out[0].contiguous(memory_format=layout), *out[1:])
     if packet == aten.native_layer_norm_backward:
         # The kernel works on a contiguous copy of its input, and its gradient has that layout; the fake one keeps the input's strides.
         return (out[0].contiguous(), *out[1:])

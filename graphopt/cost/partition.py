@@ -23,10 +23,10 @@ from graphopt.cost.ledger import Kind, Ledger
 from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
-from graphopt.ir.nodes import activations
+from graphopt.ir.nodes import activations, writes_in_place
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.regions import Region
-from graphopt.ir.shapes import fake_copy, tensors_in
+from graphopt.ir.shapes import fake_copy, tensors_in, uncached
 
 #: samples that the pieces are measured with; bytes are for so many samples
 BATCH = 8
@@ -77,7 +77,7 @@ def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
-    with mode:
+    with uncached(graph.module), mode:
         x = torch.empty(BATCH, *graph.input)
         ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
         ledger.set_kind((x,), Kind.INPUT)
@@ -129,7 +129,9 @@ class _PieceByPiece(fx.Interpreter):
         if n.op == "output":
             return self._close(fx.node.map_arg(n.args[0], self.env.__getitem__))
         value = super().run_node(n)
-        if n.name not in self.active and isinstance(value, Tensor) and value.requires_grad and n.op != "get_attr":
+        # What does not depend on the image is a leaf, so that each piece that reads it can run backward; one written into cannot be.
+        computed = n.name not in self.active and n.op != "get_attr" and isinstance(value, Tensor) and value.requires_grad
+        if computed and not any(writes_in_place(self.module, user) for user in n.users):
             value = value.detach().requires_grad_()
         if n.name in self.ends:
             self.pending = n

@@ -34,7 +34,7 @@ from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.fakes import FakeMode
-from graphopt.ir.shapes import copy_with, fake_copy, tensors_in
+from graphopt.ir.shapes import copy_with, fake_copy, tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: a function of the module's output and the labels (N,)
@@ -90,7 +90,7 @@ def forecast(
         copied = fake_copy(module, mode)
     attribution = Attribution()
     instrument(copied, attribution)
-    with fake_ranks(parallel.ranks) if parallel else nullcontext(), mode, ExitStack() as stack:
+    with fake_ranks(parallel.ranks) if parallel else nullcontext(), uncached(module), mode, ExitStack() as stack:
         # torch logs the traceback of a shape that does not fit; the error that we raise says it.
         log = logging.getLogger("torch._subclasses.fake_tensor")
         stack.callback(log.setLevel, log.level)
@@ -123,7 +123,8 @@ def measure(
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
-    return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
+    with uncached(module):
+        return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
 
 
 def _own(tensor: Tensor) -> Tensor:

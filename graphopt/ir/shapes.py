@@ -1,9 +1,14 @@
 """Shapes of every node, found by running the graph on fake tensors."""
 
 import copy
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,7 +47,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
     root = nn.Module()
     root.__dict__.update({name: module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
     fake = fake_copy(root, mode).eval()
-    with mode:
+    with uncached(module), mode:
         floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
         x = torch.empty(batch, *input, dtype=None if floating is None else floating.dtype)
         at: list[fx.Node] = []
@@ -124,7 +129,7 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
 def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A deep copy of `module` with `replace(tensor)` for each tensor in it; tensors that were shared are shared again.
 
-    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list or tuple).
+    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list, tuple or dictionary).
     """
     # deepcopy asks the memo before it copies.
     memo: dict[int, Any] = {}
@@ -141,9 +146,43 @@ def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
     for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-        for item in value if isinstance(value, (list, tuple)) else (value,):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for item in items:
             if isinstance(item, torch.Tensor):
                 yield item
+
+
+@contextmanager
+def uncached(module: nn.Module) -> Iterator[None]:
+    """Inside, no function of the model's Python files knows what it cached before; afterwards, none what it cached inside.
+
+    So no tensor without values reaches a real run, and a step costs the same whatever ran before it.
+    """
+    files = {type(part).__module__ for part in module.modules()}
+    own = [vars(sys.modules[file]) for file in files if file in sys.modules and file.partition(".")[0] not in ("torch", "graphopt")]
+
+    def clear() -> None:
+        for names in own:
+            for cached in _caches_in(names.values()):
+                cached.cache_clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+def _caches_in(values: Iterable[Any]) -> Iterator[Any]:
+    """Functions under `functools.lru_cache` or `cache`, also where another decorator wraps them, or a class of the file holds them."""
+    for value in values:
+        if isinstance(value, functools._lru_cache_wrapper):
+            yield value
+        elif isinstance(value, FunctionType):
+            held = inspect.getclosurevars(value).nonlocals.values() if value.__closure__ else ()
+            yield from (inner for inner in held if isinstance(inner, functools._lru_cache_wrapper))
+        elif isinstance(value, type) and issubclass(value, nn.Module):
+            yield from _caches_in(inner for inner in vars(value).values() if not isinstance(inner, type))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

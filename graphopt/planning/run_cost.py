@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.compiler.emit import emit
-from graphopt.compiler.plan import Plan
+from graphopt.compiler.plan import Phase, Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.cost import Cost, Rates, forecast
 from graphopt.data.datasets import open_split
@@ -139,13 +139,21 @@ def counts(data: DataSpec) -> tuple[int, int]:
 
 
 def forecast_run(
-    plan: Plan, train: TrainSpec, *, samples: int, evaluated: int, decisions: Sequence[Decision] | None = None, rates: Rates | None = None
+    plan: Plan,
+    train: TrainSpec,
+    *,
+    samples: int,
+    evaluated: int,
+    decisions: Sequence[Decision] | None = None,
+    phases: Sequence[Phase] | None = None,
+    rates: Rates | None = None,
 ) -> RunCost:
     """The cost of a run that starts with `plan`, in its first phase.
 
     Args:
         samples, evaluated: images per epoch and per evaluation (see `counts`).
-        decisions: of a finished run; default: those that can be foreseen. rates: the machine's, for seconds.
+        decisions: of a finished run; default: those that can be foreseen. phases: where they are compiled already.
+        rates: the machine's, for seconds.
 
     Raises:
         RunError: the training set has less than one batch.
@@ -158,9 +166,9 @@ def forecast_run(
     backbone = emit(plan.base)
     whole = forecast(backbone, plan.base.input, batch, **options)
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
-    phases: list[PhaseCost] = []
+    found: list[PhaseCost] = []
     earlier: Plan | None = None
-    for start, end, due, current in plan.phases(train.epochs, decisions):
+    for start, end, due, current in phases or plan.phases(train.epochs, decisions):
         step, filling, cached = _phase_cost(current, earlier, batch, samples, options)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
@@ -169,15 +177,15 @@ def forecast_run(
         if filling is not None:
             cost, batches = filling
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
-        phases.append(phase)
+        found.append(phase)
         earlier = current if cached else None
     # The last evaluation batch of an epoch counts as the part that it is.
     evaluation = _forward_cost(backbone, plan.base.input, batch, train.amp)
     batches = math.ceil(train.epochs / train.eval_every) * evaluated / batch
     evaluating = int(batches * evaluation.forward_flops), _seconds(rates, evaluation, batches)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
-    totals = _totals([before], *evaluating), _totals(phases, *evaluating)
-    return RunCost(samples, evaluated, train.epochs, *totals, tuple(phases), complete)
+    totals = _totals([before], *evaluating), _totals(found, *evaluating)
+    return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
 
 
 def _seconds(rates: Rates | None, cost: Cost, times: float) -> float | None:

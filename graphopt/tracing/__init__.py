@@ -17,7 +17,7 @@ from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
 from graphopt.ir.section import BACKBONE, Section
-from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes
+from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes, uncached
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same, without_gradient
@@ -49,7 +49,8 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     try:
         while True:
             try:
-                graph = _trace_once(backbone, tuple(input), meta, opaque)
+                with uncached(backbone):
+                    graph = _trace_once(backbone, tuple(input), meta, opaque)
                 if compare and not any(p.is_meta for p in backbone.parameters()):
                     _check_memory(graph)
                     differing = compare_modes(backbone, graph)
@@ -163,6 +164,8 @@ def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx
                     fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
                 ) from error
             raise _Untraceable(tracer.failed or "", f"cannot be traced: {first_line(error)}") from error
+        if tracer.drew is not None:
+            raise _Untraceable(tracer.drew, "draws from Python's random generator, of which a graph would repeat one draw")
         return graph, constants_of(backbone, graph, own), segments
 
 

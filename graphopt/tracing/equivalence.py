@@ -1,5 +1,6 @@
 """Compares a graph with its backbone: both run on the same random input, in both modes, under one seed."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -68,11 +69,14 @@ def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
     """Runs a block under a seed of its own and puts buffers (running statistics) and generators back afterwards."""
     holders = [(m._buffers, dict(m._buffers)) for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     values = [(b, b.detach().clone()) for b in module.buffers()]
+    state = random.getstate()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
+        random.seed(seed)
         try:
             yield
         finally:
+            random.setstate(state)
             for buffers, former in holders:
                 buffers.update(former)  # a forward may have put other tensors there
             for buffer, value in values:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
@@ -125,6 +126,8 @@ class Tracer(fx.Tracer):
         self._without_gradient: set[Node] = set()
         #: path of the innermost module whose forward raised, after a failed trace.
         self.failed: str | None = None
+        #: path of the innermost module whose forward drew from Python's generator
+        self.drew: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or isinstance(m, self._registered):
@@ -136,8 +139,12 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
+        before = random.getstate()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if self.drew is None and random.getstate() != before:
+                self.drew = self.path_of_module(m)
+            return result
         except Exception:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
@@ -160,8 +167,11 @@ class Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self.failed = None
+        self.failed = self.drew = None
+        before = random.getstate()
         graph = super().trace(root, concrete_args)
+        if random.getstate() != before and self.drew is None:
+            self.drew = ""
         self._detach_what_has_no_gradient(graph)
         for node in reversed(list(graph.nodes)):
             # Sizes that nothing needed, questions about types that were answered, and tensors that were read for those.
@@ -249,6 +259,7 @@ class Tracer(fx.Tracer):
         if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
             return _UNKNOWN
         self._evaluating = True
+        state = random.getstate()
         try:
             with torch.device("meta"), torch.no_grad():
                 return self._run(node, *fx.node.map_aggregate((node.args, node.kwargs), fake))
@@ -256,6 +267,7 @@ class Tracer(fx.Tracer):
             return _UNKNOWN
         finally:
             self._evaluating = False
+            random.setstate(state)
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":

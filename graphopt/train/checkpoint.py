@@ -7,7 +7,7 @@ is ever pickled: structure comes from replaying (spec, decisions), and every fil
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -222,13 +222,8 @@ class Checkpointer:
             progress = Progress(**saved["progress"])
             message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
         check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
-        changed = [
-            f"{table}.{key} was {old.get(key)!r} and is {new.get(key)!r}"
-            for table, free in FREE.items()
-            for old, new in [(saved["settings"][table], self.settings[table])]
-            for key in sorted({*old, *new} - free)
-            if old.get(key) != new.get(key)
-        ]
+        tables = ((table, saved["settings"][table], self.settings[table], free) for table, free in FREE.items())
+        changed = [change for table, old, new, free in tables for change in _changes(table, old, new, free)]
         if changed:
             what = f"a run can only be resumed with the settings that it began with: {'; '.join(changed[:3])}"
             fix = "Restore them (the folder's spec.toml has them), or start a new run"
@@ -259,6 +254,16 @@ class Checkpointer:
         meter, window = (Meter.from_state_dict(counted[name], context.strategy.device) for name in ("meter", "window"))
         state = RunState(phase, progress, History.from_state_dict(saved["history"]), list(saved["phases"]), meter, window)
         return state
+
+
+def _changes(table: str, old: Mapping[str, Any], new: Mapping[str, Any], free: Container[str] = ()) -> Iterator[str]:
+    """The settings that differ, key by key, those in tables inside of a table too."""
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _changes(f"{table}.{key}", was, now) if key not in free else ()
+        elif was != now and key not in free:
+            yield f"{table}.{key} was {was!r} and is {now!r}"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

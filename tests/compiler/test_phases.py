@@ -99,3 +99,5 @@ def test_every_phase_that_can_be_foreseen_is_compiled_before_the_run() -> None:
     plan.check_phases(2)  # the run ends before the phase that cannot be compiled
     with pytest.raises(PassError, match=r"pass 2, drop.*from epoch 2 on, "):
         plan.check_phases(3)
+    with pytest.raises(PassError, match=r"pass 2, drop.*from epoch 2 on, "):
+        plan.phases(3, verify="fast")

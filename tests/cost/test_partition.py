@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import graphopt
 from graphopt.cost.partition import Piece, best, best_recomputed, peaks, pieces_of
 from graphopt.errors import PassError
 from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.supervise import Supervise
 from tests.support.backbones import Small
 
 
@@ -59,6 +62,20 @@ def test_best_recomputed_finds_what_trying_all_finds(seed: int) -> None:
 def test_pieces_are_measured_once_per_graph() -> None:
     graph = graphopt.trace(Small(), (3, 8, 8))
     assert pieces_of(graph) is pieces_of(graph)
+
+
+def test_what_does_not_depend_on_the_image_may_be_computed_in_place() -> None:
+    class Biased(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grid = nn.Sequential(nn.Linear(2, 8), nn.ReLU(inplace=True), nn.Linear(8, 8))
+            self.register_buffer("places", torch.rand(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.grid(self.places).mean()
+
+    plan = graphopt.compile(Biased(), Supervise(modules=2, balance="memory"), input=(3, 8, 8), costs=False)
+    assert plan.needs.targets
 
 
 def test_more_segments_than_blocks_that_end_at_cuts_are_refused() -> None:

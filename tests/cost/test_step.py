@@ -1,6 +1,7 @@
 """The forecast of a whole training step: exact against a real one, and right in the figures that can be worked out by hand."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import timm
 import torch
 import torchvision
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +17,7 @@ from graphopt.cost import CostError, forecast, measure
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Ledger
 from graphopt.cost.step import BLOCK
+from graphopt.ir.shapes import fake_copy
 
 MIB = 2**20
 # Small inputs: the storages' arithmetic does not depend on the size, the test's time does.
@@ -139,6 +142,52 @@ def test_transposed_convolutions():
     module = nn.Sequential(nn.ConvTranspose2d(3, 5, 2, stride=2), nn.Flatten())
     cost = forecast(module, (3, 4, 4), 2)
     assert cost.forward_flops == cost.weight_gradient_flops == 2 * 2 * 16 * 3 * 5 * 4
+
+
+def test_a_group_norm_keeps_the_layout_of_its_input():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+    module = Net(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 144, 5))
+    assert plain(forecast(module, (3, 16, 16), 2)) == live(measure(module, (3, 16, 16), 2))
+
+
+@functools.lru_cache
+def positions(count):
+    return torch.arange(count) / count
+
+
+class WithCache(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(x + positions(8))
+
+
+def test_what_a_model_caches_on_fake_tensors_reaches_no_real_run():
+    module = WithCache()
+    expected = forecast(module, (8,), 2)
+    assert module(torch.rand(2, 8)).isfinite().all()
+    # Full or empty, a cache changes no figure.
+    assert plain(forecast(module, (8,), 2)) == plain(expected) == live(measure(module, (8,), 2))
+
+
+def test_tensors_that_a_module_keeps_in_a_dictionary_are_copied_like_others():
+    class Keeping(WithCache):
+        def __init__(self):
+            super().__init__()
+            self.kept = {"cpu": self.fc.weight.detach() * 2}
+
+        def forward(self, x):
+            return super().forward(x) + x @ self.kept["cpu"].T
+
+    module = Keeping()
+    with FakeTensorMode() as mode:
+        assert isinstance(fake_copy(module, mode).kept["cpu"], FakeTensor)
+    assert plain(forecast(module, (8,), 2)) == live(measure(module, (8,), 2))
 
 
 class Attention(nn.Module):

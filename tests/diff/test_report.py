@@ -73,6 +73,13 @@ def test_curves_lie_over_epochs(tmp_path: Path) -> None:
     assert found["accuracy"]["series"][1]["y"] == [None, 0.0, None, 10.0, None, 20.0]
 
 
+def test_a_run_too_short_for_records_of_steps_shows_the_means_of_its_epochs(tmp_path: Path) -> None:
+    lines = [record for record in records() if record["kind"] != "step"]
+    found = charts(read_run(write_run(tmp_path / "run", lines)))["time"]
+    assert found["x"] == [1.0, 2.0, 3.0]
+    assert found["series"] == [{"name": "step", "y": [250.0] * 3, "points": True}], "1 s for 4 steps"
+
+
 def test_memory_is_shown_with_its_forecast_in_one_unit(tmp_path: Path) -> None:
     found = charts(read_run(write_run(tmp_path / "run", records())), [(0, 2**28), (1, 2**27)])["memory"]
     measured, forecast = ({x: y for x, y in zip(found["x"], s["y"], strict=True) if y is not None} for s in found["series"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import random
 import sys
 import types
 from collections.abc import Callable
@@ -134,6 +135,11 @@ class ByValue(nn.Module):
         return self.conv(x) if x.mean().item() > 0.5 else x + self.conv(x)
 
 
+class Drawing(ByValue):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if random.random() < 0.5 else x
+
+
 class AnyValue(ByValue):
     def forward(self, x: Tensor) -> Tensor:
         if (x > 100).any():
@@ -166,6 +172,7 @@ class Averages(Counts):
     [
         (ByValue, "control flow"),
         (AnyValue, "control flow"),
+        (Drawing, "draws from Python's random generator"),
         (Counts, "assigns to its own buffers"),
         (Averages, "assigns to its own buffers"),
     ],

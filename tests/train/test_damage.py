@@ -255,8 +255,10 @@ def test_a_refused_resume_changes_nothing(run: Path) -> None:
     (run / ".last.pt.ab12_x9z").write_text("x")
     before = files(run)
     for changes in ({"optimizer": {"name": "adamw", "lr": 0.5}}, {"batch": 48}):
-        with pytest.raises(RunError, match="can only be resumed with the settings"):
+        with pytest.raises(RunError, match="can only be resumed with the settings") as refused:
             go(run, resume=True, **changes)
+        assert ("train.optimizer.lr was 0.01 and is 0.5" in str(refused.value)) == ("optimizer" in changes)
+        assert "{" not in str(refused.value), "only what differs, no whole tables"
         assert files(run) == before
     with pytest.raises(RunError, match="another spec"):
         train(small.plan([Hold()]), run, settings=small.settings(**SETTINGS), data=small.DATA, resume=True)

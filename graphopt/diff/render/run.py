@@ -148,11 +148,14 @@ def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]
     until = max([len(run.epochs), *(start + 1 for start, _ in forecast)])
     ends_of = [*(start - 1e-4 for start, _ in forecast[1:]), until]
     expected = [(x, peak / MIB) for (start, peak), end in zip(forecast, ends_of, strict=False) for x in (start, end)]
+    lengths = {int(r["epoch"]): end - start for r, start, end in zip(run.epochs, ends, ends[1:], strict=False)}
+    # A run too short for a record of its steps has the means of its epochs.
+    means = [(x, seconds / max(1, lengths[int(x) - 1])) for x, seconds in epochs("seconds", 1000)]
     training, accuracy = steps("loss") or epochs("train_loss"), steps("accuracy", 100) or epochs("train_accuracy", 100)
     return {
         "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
         "accuracy": _chart({"training": accuracy, "evaluation": epochs("accuracy", 100), "averaged weights": epochs("ema_accuracy", 100)}),
-        "time": _chart({"step": steps("step_seconds", 1000)}, zero=True),
+        "time": _chart({"step": steps("step_seconds", 1000) or means}, zero=True),
         "memory": _chart({"measured": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB), "forecast": expected}, zero=True),
     }
 
