@@ -132,7 +132,9 @@ class Plan(Source):
         for epoch in sorted({d.epoch for d in later}):
             decisions = (*self.decisions, *(d for d in later if d.epoch <= epoch))
             try:
-                compile_phase(self, decisions, verify="fast", costs=False)
+                phase = compile_phase(self, decisions, verify="fast", costs=False)
+                if phase.needs.features is not None:
+                    phase.suffix  # noqa: B018 (on cached features, this is what trains)
             except GraphoptError as error:
                 raise type(error)(f"from epoch {epoch} on, {error.what}", where=error.where, fix=error.fix) from error
 

@@ -4,7 +4,6 @@ A checkpoint holds state dicts, the spec, its digest, the decisions so far, and 
 is ever pickled: structure comes from replaying (spec, decisions), and every file loads with `weights_only=True`.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,17 +18,17 @@ from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Data
 from graphopt.data.randomness import random_states, restore_random_states
 from graphopt.errors import RunError
-from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, unlock_folder, write_atomically
+from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, sealed, unlock_folder, unsealed, write_atomically
+from graphopt.hashing import content_digest, hash_parts
 from graphopt.plan_file import check_digest, check_version
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
 from graphopt.train.feature_cache.store import remove_features
-from graphopt.train.hashing import content_digest
 from graphopt.train.phase import Phase, RunContext
 from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 FORMAT_VERSION = 2  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
@@ -80,6 +79,8 @@ class RunFolder:
         names = [entry.name for entry in self.path.iterdir() if not _LEFTOVER.fullmatch(entry.name)]
         self.manifest = read_manifest(self.path) if names else None
         saved = bool(self.checkpoints())
+        if self.manifest is None and MANIFEST in names and not saved:
+            raise RunError("is damaged, and there is no checkpoint", where=str(self.path / MANIFEST), fix="Choose a new folder")
         if self.manifest is None and names and not (saved and (resume or MANIFEST in names)):
             raise RunError("the output folder holds files that are not a run of graphopt", where=where, fix="Choose a new folder")
         if saved and not resume:
@@ -96,8 +97,10 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
         if self.manifest is None or self.manifest["digest"] != digest:
             remove_features(self.features)  # of an attempt with another spec
-            write_atomically(self.path / MANIFEST, json.dumps({"graphopt": MANIFEST_VERSION, "digest": digest}) + "\n")
         write_atomically(self.path / "spec.toml", spec)
+        manifest = {"graphopt": MANIFEST_VERSION, "digest": digest, "spec": hash_parts(spec.encode())}
+        if manifest != self.manifest:
+            write_atomically(self.path / MANIFEST, sealed(manifest) + "\n")
 
     def abandon(self) -> None:
         """Removes what `begin` and a run without a step have written; nothing where there is a checkpoint."""
@@ -146,12 +149,12 @@ _LEFTOVER = re.compile(r"\.(run\.json|spec\.toml|summary\.json|(last|previous|be
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The content of a folder's `run.json`, or None where the folder is not a run."""
+    """The content of a folder's `run.json`, or None where the folder is not a run or the file is damaged."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = unsealed((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "graphopt" in manifest and "digest" in manifest else None
+    return manifest if "graphopt" in manifest and "digest" in manifest else None
 
 
 class Checkpointer:
@@ -185,7 +188,7 @@ class Checkpointer:
         self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
 
     def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
-        """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged.
+        """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged or the spec has changed.
 
         Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
         """
@@ -203,19 +206,26 @@ class Checkpointer:
             progress = Progress(**saved["progress"])
             message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
         check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
-        changed = [
-            f"{table}.{key} was {old.get(key)!r} and is {new.get(key)!r}"
-            for table, free in FREE.items()
-            for old, new in [(saved["settings"][table], self.settings[table])]
-            for key in sorted({*old, *new} - free)
-            if old.get(key) != new.get(key)
-        ]
+        changed, allowed = self._changed(saved)
         if changed:
             what = f"a run can only be resumed with the settings that it began with: {'; '.join(changed[:3])}"
             fix = "Restore them (the folder's spec.toml has them), or start a new run"
             raise RunError(what, where=str(self.folder.path), fix=fix)
         self.source = path
-        return saved, message
+        return saved, "; ".join([*([message] if message else []), *allowed]) or None
+
+    def _changed(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """What of the settings is not as it was in a checkpoint, in words: what steps depend on, and the rest of the spec."""
+        found: tuple[list[str], list[str]] = [], []
+        for table, free in FREE.items():
+            old, new = saved["settings"][table], self.settings[table]
+            for key in sorted({*old, *new}):
+                if old.get(key) != new.get(key):
+                    found[key in free].append(f"{table}.{key} was {old.get(key)!r} and is {new.get(key)!r}")
+        if not any(found) and saved["spec"] != self.spec:
+            lines = set(saved["spec"].splitlines()) ^ set(self.spec.splitlines())
+            found[1].append(f"the spec was changed in {', '.join(sorted({line.partition('=')[0].strip() for line in lines}))}")
+        return found
 
     def begin(self, digest: str) -> None:
         """Makes the folder the run's; a damaged last checkpoint is replaced by the one that the run continues from."""

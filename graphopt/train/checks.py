@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import RunError, listed
-from graphopt.train.hashing import raw_bytes
+from graphopt.hashing import raw_bytes
 from graphopt.train.optimizer import named_parameters
 
 

@@ -4,7 +4,6 @@ Epochs of steps, evaluation, decisions between epochs, and checkpoints from whic
 the run stops after the step, with a checkpoint.
 """
 
-import json
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from graphopt.data.loader import Batch, Data
 from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError, listed
-from graphopt.files import write_atomically
+from graphopt.files import sealed, write_atomically
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
@@ -154,7 +153,7 @@ class Run:
             self.state.phase.close()
         self.context.features.close()
         summary = Summary.of(self.state, self.strategy.describe(), str(self.folder.path))
-        write_atomically(self.folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
+        write_atomically(self.folder.summary, sealed(asdict(summary), indent=2) + "\n")
         return summary
 
     def _decide(self) -> None:

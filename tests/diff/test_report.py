@@ -10,6 +10,8 @@ import pytest
 
 from graphopt.cli import main
 from graphopt.diff.render.run import charts, is_run, read_run
+from graphopt.files import sealed
+from graphopt.hashing import hash_parts
 from tests.diff.browser import opened
 
 SPEC = """\
@@ -48,7 +50,7 @@ def records(epochs: int = 3, steps: int = 4) -> list[dict[str, Any]]:
 
 def write_run(folder: Path, lines: list[Any], *, finished: bool = True) -> Path:
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"graphopt": 1, "digest": "d"}))
+    (folder / "run.json").write_text(sealed({"graphopt": 2, "digest": "d", "spec": hash_parts(SPEC.encode())}))
     (folder / "spec.toml").write_text(SPEC)
     (folder / "metrics.jsonl").write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
     if finished:

@@ -19,10 +19,10 @@ from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
+from graphopt.hashing import hash_parts, raw_bytes
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, EntryLayout, Fill, MemoryFill, remove_features
-from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
 
@@ -152,7 +152,8 @@ class FeatureCache:
             return self._fill(plan, cuts, options, MemoryFill(layout), trial)
         folder = options.get("folder")
         directory = CacheDirectory(Path(folder).expanduser() if folder else self.folder, self.digest)
-        entry = directory.open(layout)
+        # A lock is of a process that fills the entry, or was killed at it: `filling` waits, and removes what it has left.
+        entry = directory.open(layout) if not directory.file(layout, "lock").exists() else None
         if entry is None:
             with directory.filling(layout) as found:
                 entry = found if isinstance(found, CacheEntry) else self._fill(plan, cuts, options, found, trial)
