@@ -65,7 +65,7 @@ def prepare(
     if isinstance(spec, Spec):
         model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
         instances = [PassInstance(value, i, spec.location_of(i), spec.lines.get(("pass", i))) for i, value in enumerate(spec.passes)]
-        batch, options = batch or spec.train.batch, spec.train.forecast_options()
+        batch, options = batch or spec.train.micro_batch(), spec.train.forecast_options()
         about: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "spec": spec}
     else:
         passes = (spec,) if isinstance(spec, Pass) else tuple(spec)

@@ -25,6 +25,8 @@ class GraphoptError(Exception):
 
     #: exit status of the command line: 2 if the user can correct it, 1 if graphopt or the machine has failed
     exit_code = 2
+    #: whether another process of the run reports it, so that this one prints nothing
+    silent = False
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix

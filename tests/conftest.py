@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,13 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("graphopt", deadline=None, max_examples=40)
 settings.load_profile("graphopt")
+
+
+def pytest_collection_finish() -> None:
+    """Takes the objects of the imported libraries, a million, out of what the collector looks through."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             sys.stderr.write(printable(traceback.format_exc()))
         if isinstance(error, GraphoptError):
-            show_error(str(error))
+            if not error.silent:
+                show_error(str(error))
             return error.exit_code
         if isinstance(error, OSError):
             show_error(f"{error.filename}: {reason(error)}" if error.filename else reason(error))

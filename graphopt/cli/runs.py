@@ -1,5 +1,6 @@
 """The commands that write and read runs: `graphopt train`, `report` (a run as one HTML page) and `export` (its ordinary model)."""
 
+import os
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ def train(
     set_: options.SetOption = [],  # noqa: B006
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Train in so many processes of this machine.")] = 1,
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -30,17 +32,31 @@ def train(
         graphopt train spec.toml -o runs/first --set train.epochs=3
 
         graphopt train spec.toml -o runs/first --resume
+
+        graphopt train spec.toml --ranks 2
+
+    On several machines, or for restarts after a failure: torchrun ... -m graphopt train SPEC.
     """
     from dataclasses import asdict
 
     from graphopt.driver import located_backbone
     from graphopt.spec import load
     from graphopt.train import train as run
+    from graphopt.train.ranks import restarted
 
     loaded = load(spec, trust=trust, overrides=set_)
-    folder, screen = out or _folder(spec, resume), None if quiet or as_json else console()
+    folder, screen = out or _folder(spec, resume or restarted()), None if quiet or as_json else console()
+    if ranks > 1:
+        from graphopt.train.launch import launch
+
+        flags = {"--resume": resume, "--tensorboard": tensorboard, "--quiet": quiet, "--trust": trust, "--json": as_json}
+        settings = [argument for value in set_ for argument in ("--set", value)]
+        chosen = [flag for flag, given in flags.items() if given]
+        raise typer.Exit(launch(ranks, ["train", spec, "--out", str(folder), *settings, *chosen]))
     with located_backbone(loaded):
         summary = run(loaded, folder, resume=resume, trust=trust, tensorboard=tensorboard, console=screen)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         show_json(asdict(summary))
     elif not quiet:
@@ -69,6 +85,7 @@ def report(
 ) -> None:
     """Write one HTML page about a run: curves, phases and decisions, memory and step time, and the diff.
 
+    Of a run with `train.ledger = true`, says of each epoch whether it took each sample exactly once; the exit status is 1 if one did not.
     The page needs no network and no other files. Examples:
 
         graphopt report runs/quickstart
@@ -83,6 +100,10 @@ def report(
     options.check_target(target, "report.html")
     write_atomically(target, to_report(found, options.seeded_plan(load(run, trust=trust), trust=trust, costs=costs)))
     show(f"written: {target}")
+    for epoch in found.ledger:
+        show(str(epoch))
+    if not all(epoch.right for epoch in found.ledger):
+        raise typer.Exit(1)
 
 
 def export(

@@ -221,12 +221,20 @@ def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Itera
 
 
 class ImageFeed:
-    """Training batches of images, shuffled, in whole steps of `accumulate` batches; without `shuffle`, every sample once in order."""
+    """This rank's batches of images: shuffled, in whole steps, for training; without `shuffle`, every sample once in order.
+
+    A training step takes `step` consecutive samples of the epoch's order: on all ranks together, in `accumulate` batches on each. Which
+    samples a step takes depends on neither number. Without `shuffle`, all ranks have as many batches; one without samples left repeats
+    sample 0, and `real` says so.
+
+    Args:
+        step: samples per optimizer step; ranks times `accumulate` divides it.
+    """
 
     def __init__(
         self,
         samples: Samples,
-        batch: int,
+        step: int,
         *,
         seed: int = 0,
         accumulate: int = 1,
@@ -235,10 +243,11 @@ class ImageFeed:
         pin: bool = False,
         rank: Rank = SINGLE,
     ) -> None:
-        self.samples, self.batch, self.seed, self.shuffle = samples, batch, seed, shuffle
+        self.samples, self.step, self.seed, self.shuffle = samples, step, seed, shuffle
+        self.batch = step // (accumulate * rank.count)
         self.workers, self.pin, self.rank = workers, pin, rank
-        count, step = len(samples), batch * accumulate * rank.count
-        self._batches = count // step * accumulate if shuffle else -(-count // (batch * rank.count))
+        count = len(samples)
+        self._batches = count // step * accumulate if shuffle else -(-count // (self.batch * rank.count))
         if shuffle and not self._batches:
             raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
         self._next = 0, 0  # an epoch, and the first batch in it
@@ -254,7 +263,12 @@ class ImageFeed:
         order = epoch_order(len(self.samples), self.seed, epoch) if self.shuffle else list(range(len(self.samples)))
         mine = order[self.rank.number :: self.rank.count]
         for number in range(start, self._batches):
-            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch]]
+            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch] or order[:1]]
+
+    def real(self, number: int) -> int:
+        """How many samples of this rank's batch count."""
+        mine = -(-(len(self.samples) - self.rank.number) // self.rank.count)
+        return max(0, min(self.batch, mine - number * self.batch))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._next = epoch, start

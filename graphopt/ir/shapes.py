@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
@@ -36,9 +42,12 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
 
     Raises TraceError if the graph cannot take this input; names the node and its module path.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = fake_copy(module, mode)
-        fake.eval()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Of the module only what its graph calls and reads: a copy of the graph itself would be compiled.
+    root = nn.Module()
+    root.__dict__.update({name: module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
+    fake = fake_copy(root, mode).eval()
+    with mode:
         floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
         x = torch.empty(batch, *input, dtype=None if floating is None else floating.dtype)
         at: list[fx.Node] = []
@@ -53,13 +62,12 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
                     value = super().run_node(n)
                 except (DataDependentOutputException, DynamicOutputShapeException):
                     value = _shape_by_running(module, n, *self.fetch_args_kwargs_from_env(n), mode)
-                original[n.name].meta["val"] = value
+                n.meta["val"] = value
                 return value
 
-        original = {n.name: n for n in module.graph.nodes}
         try:
             with torch.no_grad():
-                Shapes(fake, garbage_collect_values=True).run(x)
+                Shapes(fake, graph=module.graph).run(x)
         except Exception as error:
             node = at[0] if at else None
             origin = node.meta.get("origin") if node is not None else None
@@ -158,8 +166,9 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     """A fake CPU tensor of the same shape, strides, dtype and kind; parameters on the meta device count as on the CPU."""
-    with mode, torch.no_grad():
-        fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    # What the mode makes of an empty tensor, without the way through its dispatcher.
+    with unset_fake_temporarily():
+        fake = FakeTensor(mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"), torch.device("cpu"))
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake

@@ -179,7 +179,7 @@ class Search:
     def __init__(self, spec: Spec, *, trust: bool = False) -> None:
         self.spec, self.trust = spec, trust
         self.plan = compile_phase(prepare(None, spec, compare=False, trust=trust), verify="off", costs=False)
-        self.backbone = self._phase_cost(self._plan(()), spec.train.batch)
+        self.backbone = self._phase_cost(self._plan(()), spec.train.micro_batch())
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
         matched = match_all(self.plan.base, [PassInstance(value, index) for index, value in enumerate(passes)])
@@ -213,7 +213,7 @@ class Search:
         shown = tuple(replace(c, fits=c.cost is not None and budget.holds(c.cost, self.backbone)) for c in self.front)
         fitting = sorted((c for c in shown if c.fits and c.verified), key=lambda c: c.price)
         chosen = fitting[0] if fitting else None
-        batch = self.spec.train.batch
+        batch = self.spec.train.micro_batch()
         if chosen is None:
             return Fit(budget, batch, self.backbone, shown, None, None)
         return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch), _snippet(self.plan.passes, chosen.added))
@@ -234,7 +234,7 @@ class Search:
     def _costed(self, trial: Trial) -> Trial:
         try:
             phases = self._plan(in_order(self.plan.passes, trial.added)).phases(self.spec.train.epochs)
-            cost = self.cost(phases, self.spec.train.batch)
+            cost = self.cost(phases, self.spec.train.micro_batch())
         except GraphoptError as error:
             return replace(trial, refused=str(error))
         except Exception as error:  # of one pass: reported, and no reason to give up on the others
@@ -256,7 +256,7 @@ class Search:
     def _with(self, added: Sequence[Pass], batch: int) -> Spec:
         table = self.spec.resolved(defaults=False)
         table["pass"] = [value.table() for value in in_order(self.plan.passes, added)]
-        table["train"] = {**table.get("train", {}), "batch": batch}
+        table["train"] = {**table.get("train", {}), "batch": batch * self.spec.train.accumulate}
         return from_table(table, trust=self.trust)
 
 

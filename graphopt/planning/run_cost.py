@@ -151,10 +151,10 @@ def forecast_run(
         RunError: the training set has less than one batch.
         CostError: a step cannot be forecast.
     """
-    batch, options = train.batch, train.forecast_options()
-    steps = samples // (batch * train.accumulate) * train.accumulate
+    batch, options = train.micro_batch(), train.forecast_options()
+    steps = samples // train.batch * train.accumulate
     if not steps:
-        raise RunError(f"one training step takes {batch * train.accumulate} images, the training set has {samples}", where="train.batch")
+        raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
     backbone = emit(plan.base)
     whole = forecast(backbone, plan.base.input, batch, **options)
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)

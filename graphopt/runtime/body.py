@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from graphopt.runtime.randomness import shared_draw
+
 Key = TypeVar("Key")
 
 
@@ -119,19 +121,20 @@ class StochasticBranch(nn.Module):
 
     Args:
         shape: of one sample of the branch's input and output.
+        key: names the branch among those of the network; each has draws of its own.
     """
 
-    def __init__(self, body: fx.GraphModule, probability: float, shape: tuple[int, ...]) -> None:
+    def __init__(self, body: fx.GraphModule, probability: float, shape: tuple[int, ...], key: str) -> None:
         super().__init__()
         self.body = Body(body)
-        self.probability, self.shape = probability, shape
+        self.probability, self.shape, self.key = probability, shape, key
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The branch's output, or zeros."""
         # A forecast runs on fake tensors: it counts the step in which every branch runs, which is also the one that needs most memory.
         if not self.training or any(isinstance(t, FakeTensor) for t in inputs):
             return self.body(*inputs)
-        if torch.rand(()).item() >= self.probability:
+        if shared_draw(self.key) >= self.probability:
             return self.body(*inputs) / (1 - self.probability)
         # Besides the branch's input come parameters that the root reads for the body.
         tensors = [t for t in inputs if isinstance(t, Tensor)]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny
 
 from graphopt.compiler.pass_base import Pass
+from graphopt.errors import RunError
 from graphopt.ir.shapes import check_input
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
@@ -162,12 +163,14 @@ class TrainSpec(_Table):
     """`[train]`: the training run."""
 
     epochs: Positive = Field(default=10, description="passes over the training images")
-    batch: Batch = Field(default=128, description="samples per optimizer step and process, before accumulation; costs are given for it")
+    batch: Batch = Field(default=128, description="samples per optimizer step, over all processes and micro-batches")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of initial weights, order, and augmentation")
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
     label_smoothing: FractionBelow1 = Field(default=0.0, description="share of the target that all classes get")
-    accumulate: Positive = Field(default=1, description="batches per optimizer step")
+    accumulate: Positive = Field(
+        default=1, description="micro-batches per optimizer step, each of batch / (processes x accumulate) samples"
+    )
     clip: Above0 | None = Field(default=None, description="gradient clipping; see clip_mode")
     clip_mode: Literal["norm", "value", "agc"] = Field(default="norm", description="by total norm, by value, or adaptive (agc)")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
@@ -175,12 +178,23 @@ class TrainSpec(_Table):
     channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     compile: bool = Field(default=False, description="torch.compile, once per phase")
     device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="auto: ddp under torchrun")
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(default="auto", description="of several processes; auto: ddp")
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
+    ledger: bool = Field(default=False, description="record every step's samples; `graphopt report` then checks each epoch")
+
+    def micro_batch(self, ranks: int = 1) -> int:
+        """Samples that one process takes through the network at once. Raises RunError if the batch does not divide; says which do."""
+        parts = ranks * self.accumulate
+        if self.batch % parts:
+            near = sorted({max(1, self.batch // parts) * parts, (self.batch // parts + 1) * parts})
+            processes = f"{ranks} processes" if ranks > 1 else "1 process"
+            what = f"a batch of {self.batch} does not divide into {processes} with {self.accumulate} micro-batches each"
+            raise RunError(what, where="train.batch", fix=f"Use {' or '.join(map(str, near))}")
+        return self.batch // parts
 
     def forecast_options(self) -> dict[str, Any]:
         """Options of `graphopt.cost.forecast`, for a training step of this run."""

@@ -16,7 +16,6 @@ import torch
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Data
-from graphopt.data.randomness import random_states, restore_random_states
 from graphopt.errors import RunError
 from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, sealed, unlock_folder, unsealed, write_atomically
 from graphopt.hashing import content_digest, hash_parts
@@ -25,15 +24,16 @@ from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
 from graphopt.train.feature_cache.store import remove_features
 from graphopt.train.phase import Phase, RunContext
+from graphopt.train.ranks import Ranks
 from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 MANIFEST_VERSION = 2
-FORMAT_VERSION = 2  # of checkpoints
+FORMAT_VERSION = 3  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "compile", "channels_last", "deterministic"}
-    | {"checkpoint_steps", "keep", "eval_every", "log_every"},
+    | {"checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }
 
@@ -48,6 +48,7 @@ class RunFolder:
         self.path = path
         self.last, self.previous, self.best = (path / f"{name}.pt" for name in ("last", "previous", "best"))
         self.metrics, self.summary, self.features = path / "metrics.jsonl", path / "summary.json", path / "features"
+        self.ledger = path / "ledger.bin"
         self.manifest: dict[str, Any] | None = None
         self._made: list[Path] = []  # folders that did not exist before, the innermost first
         self._lock: int | None = None
@@ -97,15 +98,21 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
         if self.manifest is None or self.manifest["digest"] != digest:
             remove_features(self.features)  # of an attempt with another spec
-        write_atomically(self.path / "spec.toml", spec)
         manifest = {"graphopt": MANIFEST_VERSION, "digest": digest, "spec": hash_parts(spec.encode())}
-        if manifest != self.manifest:
+        if manifest != self.manifest:  # before anything else: by this file a folder is a run
             write_atomically(self.path / MANIFEST, sealed(manifest) + "\n")
+        write_atomically(self.path / "spec.toml", spec)
 
     def abandon(self) -> None:
         """Removes what `begin` and a run without a step have written; nothing where there is a checkpoint."""
         if self._begun and not self.checkpoints():
-            for path in (self.metrics, self.path / "spec.toml", self.path / MANIFEST, *self.path.glob("tensorboard/events.out.tfevents.*")):
+            for path in (
+                self.metrics,
+                self.ledger,
+                self.path / "spec.toml",
+                self.path / MANIFEST,
+                *self.path.glob("tensorboard/events.out.tfevents.*"),
+            ):
                 path.unlink(missing_ok=True)
             remove_if_empty(self.path / "tensorboard")
             remove_features(self.features)
@@ -160,15 +167,22 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 class Checkpointer:
     """Saves the state of a run, and restores it. `spec` is its text, empty for a plan compiled by hand."""
 
-    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data) -> None:
-        self.folder, self.spec, self.keep = folder, spec, train.keep
+    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
+        self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
         self.source: Path | None = None  # the checkpoint that the run continues from
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
         self.settings = {"train": train.model_dump(mode="json"), "data": sources}
 
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
-        """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far."""
-        plan, progress = state.phase.plan, state.progress
+        """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far.
+
+        All ranks have to call it; rank 0 writes.
+        """
+        plan, progress, ranks = state.phase.plan, state.progress, self.ranks
+        meters = {"meter": state.meter.over(ranks).state_dict(), "window": state.window.over(ranks).state_dict()}
+        buffers = state.phase.buffers_by_rank()
+        if not ranks.first:
+            return
         content = {
             "graphopt": FORMAT_VERSION,
             "spec": self.spec,
@@ -180,9 +194,8 @@ class Checkpointer:
             "steps_per_epoch": state.phase.steps,
             "phases": state.phases,
             "history": state.history.state_dict(),
-            "meter": state.meter.state_dict(),
-            "window": state.window.state_dict(),
-            "random": random_states(),
+            **meters,
+            "buffers": buffers,
             "metrics_offset": metrics_offset,
         }
         self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
@@ -190,8 +203,12 @@ class Checkpointer:
     def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
         """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged or the spec has changed.
 
+        Rank 0 reads it for all ranks.
         Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
         """
+        return self.ranks.broadcast(self._load(digest) if self.ranks.first else None)
+
+    def _load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
         paths = self.folder.checkpoints()
         if not paths:
             return None, None
@@ -229,6 +246,8 @@ class Checkpointer:
 
     def begin(self, digest: str) -> None:
         """Makes the folder the run's; a damaged last checkpoint is replaced by the one that the run continues from."""
+        if not self.ranks.first:
+            return
         self.folder.begin(digest, self.spec)
         if self.source not in (None, self.folder.last):
             link_atomically(self.source, self.folder.last)
@@ -242,9 +261,11 @@ class Checkpointer:
         if progress.step and saved["steps_per_epoch"] != phase.steps:
             what = f"an epoch had {saved['steps_per_epoch']} steps and has {phase.steps} now, with {progress.step} of them done"
             raise RunError(what, where=str(self.folder.path), fix="The data has changed: restore it, or start a new run")
-        meter, window = (Meter.from_state_dict(saved[name], context.strategy.device) for name in ("meter", "window"))
+        phase.load_buffers(saved["buffers"])
+        # What all ranks had counted together, rank 0 goes on with.
+        counted = saved if self.ranks.first else {"meter": Meter().state_dict(), "window": Meter().state_dict()}
+        meter, window = (Meter.from_state_dict(counted[name], context.strategy.device) for name in ("meter", "window"))
         state = RunState(phase, progress, History.from_state_dict(saved["history"]), list(saved["phases"]), meter, window)
-        restore_random_states(saved["random"])
         return state
 
 

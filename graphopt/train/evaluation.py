@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from graphopt.data.loader import ImageFeed
 from graphopt.errors import RunError
+from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Strategy
 
 
 @dataclass
 class Meter:
-    """Sums of loss and correct predictions over samples, on the device, so that no step waits for them. NaN without samples."""
+    """Sums of loss and correct predictions over samples, on the device, so that no step waits for them. NaN without samples.
+
+    A meter has the samples of its own rank until `over` makes one of all ranks' samples.
+    """
 
     samples: int = 0
     sums: Tensor | None = None
@@ -25,6 +29,13 @@ class Meter:
         sums = torch.stack([loss.detach().double() * samples, correct.detach().double()])
         self.sums = sums if self.sums is None else self.sums + sums
         self.samples += samples
+
+    def over(self, ranks: Ranks) -> "Meter":
+        """The meter of all ranks' samples; all ranks have to call it."""
+        if ranks.count == 1:
+            return self
+        samples, *sums = ranks.sum([self.samples, *(self.sums.tolist() if self.sums is not None else (0.0, 0.0))])
+        return Meter(int(samples), torch.tensor(sums, dtype=torch.float64) if samples else None)
 
     @property
     def loss(self) -> float:
@@ -44,19 +55,20 @@ class Meter:
 
 
 def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: int, *, after_batch: Callable[[], None]) -> Meter:
-    """Cross-entropy and accuracy over every sample of `feed`. `after_batch` may raise an exception to stop."""
+    """Cross-entropy and accuracy over every sample of `feed`, on all ranks. `after_batch` may raise an exception to stop."""
     module.eval()
     meter = Meter()
     with torch.no_grad():
-        for batch in map(strategy.move, feed.batches(0)):
+        for number, batch in enumerate(map(strategy.move, feed.batches(0))):
             with strategy.autocast():
                 output = module(batch.input)
                 output = output[0] if isinstance(output, tuple | list) else output
                 check_output(output, batch.target, classes)
                 loss = F.cross_entropy(output, batch.target)
-            meter.add(loss, count_correct(output, batch.target), len(batch.target))
+            if feed.real(number):
+                meter.add(loss, count_correct(output, batch.target), len(batch.target))
             after_batch()
-    return meter
+    return meter.over(strategy.ranks)
 
 
 def check_output(output: Any, target: Tensor, classes: int) -> None:

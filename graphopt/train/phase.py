@@ -1,6 +1,7 @@
 """One phase: what is built again at every decision, and the training step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
-from graphopt.data.randomness import preserved, reseed
+from graphopt.data.randomness import mixed_seed, preserved, reseed
+from graphopt.hashing import content_digest
 from graphopt.plan_file import load_strictly
+from graphopt.runtime.randomness import set_seeds
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
@@ -57,6 +60,7 @@ class Phase:
         self.feed: Feed = context.images
         self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
         self._trained: nn.Module = plan.module
+        self._wrapped: nn.Module = self._trained  # as a step calls it on several ranks
         self._call: Callable[..., Any] | None = None
         # timm's backbones may exclude parameters from weight decay, too.
         no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
@@ -77,6 +81,7 @@ class Phase:
         self._infinite = set(not_finite(dict(plan.module.named_buffers())))
         self.gradients_checked = False
         self._overflows = 0
+        self._first_step = strategy.ranks.count > 1  # since this process has begun the phase
 
     def next(self, decisions: Sequence[Decision], epoch: int) -> "Phase":
         """The phase after `decisions`, with weights, optimizer state and averages carried over by name."""
@@ -91,8 +96,14 @@ class Phase:
         if self._call is not None:
             return False
         self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
-        self._call = self.strategy.callable(self._trained)
+        self._wrapped = self.strategy.wrap(self._trained, self._unused())
+        self._call = self.strategy.callable(self._wrapped)
         return True
+
+    def _unused(self) -> list[str]:
+        """Trainable parameters of the trained part that no forward reads, by their names there."""
+        unused = {id(p) for name, p in optimizers.named_parameters(self.plan.module).items() if name in self.plan.report.unused}
+        return [name for name, p in self._trained.named_parameters(remove_duplicate=False) if id(p) in unused]
 
     def train_mode(self) -> None:
         """Puts the whole network into training mode, and the part that is trained on cached features."""
@@ -102,12 +113,17 @@ class Phase:
     def step(self, batches: Sequence[Batch], done: int) -> tuple[Tensor, Tensor, int]:
         """One optimizer step after `done` ones, over batches on the device: the mean loss, how many predictions were right, and samples."""
         self.optimizer.zero_grad(set_to_none=True)
+        reseed(self.spec.seed, 3, done)  # of Python and NumPy, which a user's network may draw from
         total = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
-        for batch in batches:
-            with self.strategy.autocast():
-                loss, output = self._loss(batch)
-            self.scaler.scale(loss / len(batches)).backward()
+        for number, batch in enumerate(batches):
+            seed = self.spec.seed, done, number
+            set_seeds(mixed_seed(*seed, 4), mixed_seed(*seed, 5, self.strategy.ranks.number))
+            last = number + 1 == len(batches)
+            with nullcontext() if last else self.strategy.without_reduction(self._wrapped):
+                with self.strategy.autocast():
+                    loss, output = self._loss(batch)
+                self.scaler.scale(loss / len(batches)).backward()
             total = total + loss.detach() / len(batches)
             correct = correct + count_correct(output, batch.target)
             samples += len(batch.target)
@@ -118,8 +134,12 @@ class Phase:
             dispatch_clip_grad(parameters, self.spec.clip, mode=self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        set_seeds(None, None)
         if self.ema is not None:
             self.ema.update(self.plan.module, step=done + 1)
+        if self._first_step:
+            self.strategy.ranks.require_equal(content_digest(optimizers.named_parameters(self.plan.module)), "weights after a step")
+            self._first_step = False
         return total, correct, samples
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -155,6 +175,27 @@ class Phase:
         found = [f"{what}{name}" for what, tensors in named.items() for name in not_finite(tensors) if name not in self._infinite]
         return found + [f"optimizer state of {name}" for name, of in state["optimizer"]["state"].items() if not_finite(of)]
 
+    def average_buffers(self) -> None:
+        """Gives all ranks the mean of what they have measured apart: running statistics of norms, and of a user's own buffers."""
+        ranks, buffers = self.strategy.ranks, self._buffers()
+        for name, mean in _means(ranks.differing(buffers)).items():
+            buffers[name].copy_(mean)
+
+    def buffers_by_rank(self) -> list[dict[str, Tensor]]:
+        """Per rank, the buffers in which ranks differ between two averages; for a checkpoint, from which each rank goes on with its own."""
+        return self.strategy.ranks.differing(self._buffers())
+
+    def load_buffers(self, by_rank: Sequence[Mapping[str, Tensor]]) -> None:
+        """The inverse of `buffers_by_rank()`; another number of ranks gets the mean."""
+        ranks, buffers = self.strategy.ranks, self._buffers()
+        own = by_rank[ranks.number] if len(by_rank) == ranks.count else _means(by_rank)
+        for name, value in own.items():
+            buffers[name].copy_(value)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        modules = {"model": self.plan.module} | ({"ema": self.ema.module} if self.ema is not None else {})
+        return {f"{kind}.{name}": buffer for kind, module in modules.items() for name, buffer in module.named_buffers()}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores of a phase; everything by name."""
         return {
@@ -178,3 +219,8 @@ class Phase:
         self.frozen, self.gradients_checked = dict(state["frozen"]), not state["first"]
         self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)
+
+
+def _means(by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The means of tensors that each rank has, computed in float64."""
+    return {name: torch.stack([of[name].double() for of in by_rank]).mean(0).to(value.dtype) for name, value in by_rank[0].items()}

@@ -15,7 +15,7 @@ from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
 from graphopt.train.feature_cache.cache import FeatureCache
-from graphopt.train.strategy import Strategy
+from graphopt.train.strategy import Strategy, choose
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class Inputs:
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
 
     @classmethod
-    def open(cls, settings: TrainSpec, data: DataSpec | Data, shape: tuple[int, ...]) -> Self:
-        """Raises RunError for a device that is not there, data that is missing or does not fit, or a batch larger than the data."""
-        strategy = Strategy.of(settings)
+    def open(cls, settings: TrainSpec, data: DataSpec | Data, shape: tuple[int, ...], strategy: Strategy) -> Self:
+        """Raises RunError for data that is missing or does not fit, or a batch that is larger or does not divide."""
+        settings.micro_batch(strategy.ranks.count)
         opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
         if not len(opened.evaluation):
             raise RunError("there are no evaluation images", where="data")
         loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
-        images = ImageFeed(opened.train, settings.batch, seed=settings.seed, accumulate=settings.accumulate, **loading)
+        loading |= {"rank": strategy.ranks, "accumulate": settings.accumulate}
+        images = ImageFeed(opened.train, settings.batch, seed=settings.seed, **loading)
         evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
         smoothing = settings.label_smoothing
         mixer = Mixer.of(data.augment, opened.classes, smoothing, settings.seed) if isinstance(data, DataSpec) else None
@@ -78,7 +79,7 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
     """Everything for which `train` would refuse a run of this plan before its first step."""
     steps = 1
     try:
-        inputs = Inputs.open(settings, data, plan.base.input)
+        inputs = Inputs.open(settings, data, plan.base.input, choose(settings))
         steps = len(inputs.images) // settings.accumulate
         check_outputs(plan, inputs.data.classes)
         inputs.features(Path(), "", {}).check(plan)

@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -26,14 +28,18 @@ from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError, listed
 from graphopt.files import sealed, write_atomically
+from graphopt.hashing import content_digest
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
+from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
 from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
+from graphopt.train.ranks import Agreement, restarted
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
+from graphopt.train.strategy import choose
 
 
 def train(
@@ -62,45 +68,94 @@ def train(
     plan, spec = (None, what) if isinstance(what, Spec) else (what, what.spec)
     settings = settings or (spec.train if spec is not None else TrainSpec())
     data = data or (spec.data if spec is not None else DataSpec())
-    # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
-    shape = plan.base.input if plan is not None else spec.backbone.input
-    inputs = Inputs.open(settings, data, shape)
-    strategy, images, evaluation, mixer = inputs.strategy, inputs.images, inputs.evaluation, inputs.mixer
-    digest, text = (plan.digest if plan is not None else spec.digest), (dumps(spec) if spec is not None else "")
-    folder, state = RunFolder.claim(out, digest, resume=resume), None
+    strategy = choose(settings)
+    ranks = strategy.ranks
     try:
-        with strategy.kernels(), StopSignals() as signals, closing(images), closing(evaluation):
-            checkpointer = Checkpointer(folder, text, settings, data)
-            saved, message = checkpointer.load(digest)
-            if plan is None:
-                reseed(settings.seed)  # Python's and NumPy's generators
-                torch.manual_seed(settings.seed)
-                model = build_backbone(spec.backbone, trust=trust, weights=saved is None)
-                plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=trust)
-                check_folders(plan, trust=trust)
-            plan.check_phases(settings.epochs)
-            check_outputs(plan, inputs.data.classes)
-            check_optimizer(plan, settings, len(images) // settings.accumulate)
-            identity = dict[str, Any](data={}, seed=settings.seed)  # everything that determines the inputs of training
-            if isinstance(data, DataSpec):
-                identity["data"] = data.model_dump(mode="json", exclude={"workers"})
-            features = inputs.features(folder.features, digest, identity)
-            context = RunContext(settings, strategy, images, evaluation, inputs.data.classes, mixer, features)
-            state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
-            features.check(plan)
-            checkpointer.begin(digest)
-            board = folder.path / "tensorboard" if tensorboard else None
-            offset = saved["metrics_offset"] if saved is not None else 0
-            with closing(MetricsLog(folder.metrics, offset=offset, tensorboard=board, step=state.progress.total)) as metrics:
-                log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
-                return Run(context, state, log, checkpointer, signals).run()
-    except Exception:
-        if state is not None and not state.progress.total:
-            folder.abandon()
-        raise
+        # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
+        inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
+        digest = what.digest
+        ranks.require_equal(f"{digest} {settings.model_dump_json()} {torch.__version__} {version('graphopt')}", "the spec or a version")
+        if ranks.first:
+            folder = RunFolder.claim(out, digest, resume=resume or restarted())
+        else:
+            folder, console = RunFolder(Path(out)), None
+        starting = Starting(spec, plan, digest, settings, data, inputs, folder, trust)
+        return starting.run(console, tensorboard=tensorboard)
+    except Exception as error:
+        raise ranks.reported(error) from error.__cause__
     finally:
-        folder.release()
+        ranks.leave()
+
+
+@dataclass
+class Starting:
+    """What a run is made of, from its settings to the first step."""
+
+    spec: Spec | None
+    plan: Plan | None
+    digest: str
+    settings: TrainSpec
+    data: DataSpec | Data
+    inputs: Inputs
+    folder: RunFolder  # claimed, on rank 0
+    trust: bool
+
+    def run(self, console: Console | None, *, tensorboard: bool) -> Summary:
+        """Compiles, restores a checkpoint if there is one, and trains. A run that fails before its first step leaves nothing behind."""
+        state, inputs, settings, folder = None, self.inputs, self.settings, self.folder
+        strategy = inputs.strategy
+        try:
+            with strategy.kernels(), StopSignals() as signals, closing(inputs.images), closing(inputs.evaluation):
+                text = dumps(self.spec) if self.spec is not None else ""
+                checkpointer = Checkpointer(folder, text, settings, self.data, strategy.ranks)
+                saved, message = checkpointer.load(self.digest)
+                plan = self._compiled(weights=saved is None)
+                context = self._context(plan)
+                state = checkpointer.restore(saved, plan, context) if saved is not None else RunState.initial(plan, context)
+                context.features.check(plan)
+                checkpointer.begin(self.digest)
+                board = folder.path / "tensorboard" if tensorboard else None
+                offset, path = saved["metrics_offset"] if saved is not None else 0, folder.metrics if strategy.ranks.first else None
+                done = state.progress.total
+                record = folder.ledger if settings.ledger and strategy.ranks.first else None
+                with (
+                    closing(MetricsLog(path, offset=offset, tensorboard=board, step=done)) as metrics,
+                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done)) as ledger,
+                ):
+                    log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
+                    log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
+                    return Run(context, state, log, checkpointer, signals, ledger).run()
+        except Exception:
+            if state is not None and not state.progress.total:
+                folder.abandon()
+            raise
+        finally:
+            folder.release()
+
+    def _compiled(self, *, weights: bool) -> Plan:
+        """The plan, checked against the data and the settings; with `weights`, the spec's own are loaded into the backbone."""
+        plan, spec, settings = self.plan, self.spec, self.settings
+        if plan is None:
+            assert spec is not None
+            reseed(settings.seed)  # Python's and NumPy's generators
+            torch.manual_seed(settings.seed)
+            model = build_backbone(spec.backbone, trust=self.trust, weights=weights)
+            plan = compile(model, spec, verify=spec.verify or "fast", costs=False, trust=self.trust)
+            check_folders(plan, trust=self.trust)
+        plan.check_phases(settings.epochs)
+        check_outputs(plan, self.inputs.data.classes)
+        check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
+        self.inputs.strategy.ranks.require_equal(content_digest(plan.module.state_dict()), "the initial weights")
+        return plan
+
+    def _context(self, plan: Plan) -> RunContext:
+        identity = dict[str, Any](data={}, seed=self.settings.seed)  # everything that determines the inputs of training
+        if isinstance(self.data, DataSpec):
+            identity["data"] = self.data.model_dump(mode="json", exclude={"workers"})
+        inputs = self.inputs
+        features = inputs.features(self.folder.features, plan.digest, identity)
+        feeds = inputs.images, inputs.evaluation
+        return RunContext(self.settings, inputs.strategy, *feeds, inputs.data.classes, inputs.mixer, features)
 
 
 class Stopped(RunError):
@@ -135,13 +190,18 @@ class StopSignals:
 class Run:
     """The training loop of one process."""
 
-    def __init__(self, context: RunContext, state: RunState, log: RunLog, checkpointer: Checkpointer, signals: StopSignals) -> None:
+    def __init__(
+        self, context: RunContext, state: RunState, log: RunLog, checkpointer: Checkpointer, signals: StopSignals, ledger: LedgerFile
+    ) -> None:
         self.context, self.spec, self.strategy = context, context.spec, context.strategy
         self.state, self.progress, self.log, self.checkpointer, self.signals = state, state.progress, log, checkpointer, signals
         self.folder = checkpointer.folder
         self._losses: list[Tensor] = []
         self._started = time.perf_counter()
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
+        self.ledger = ledger
+        self._taken: list[int] = []  # samples of the step, on this rank; collected only for the ledger
+        self._agreed = Agreement(self.strategy.ranks, self._record)
 
     def run(self) -> Summary:
         self.strategy.begin_memory(self.state.phase.plan.module)
@@ -153,7 +213,8 @@ class Run:
             self.state.phase.close()
         self.context.features.close()
         summary = Summary.of(self.state, self.strategy.describe(), str(self.folder.path))
-        write_atomically(self.folder.summary, sealed(asdict(summary), indent=2) + "\n")
+        if self.strategy.ranks.first:
+            write_atomically(self.folder.summary, sealed(asdict(summary), indent=2) + "\n")
         return summary
 
     def _decide(self) -> None:
@@ -185,7 +246,8 @@ class Run:
             if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
-            self._stop_if_requested()
+            self._stop_if_requested(self._agreed(self.signals.signum or 0, progress.total, progress.epoch, *self._taken))
+            self._taken.clear()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
         self._check_losses()
@@ -193,19 +255,28 @@ class Run:
     def _batches(self) -> Iterator[Batch]:
         epoch, start, mixer = self.progress.epoch, self.progress.step * self.spec.accumulate, self.context.mixer
         for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
+            if self.spec.ledger:
+                self._taken += batch.sample.tolist()
             batch = self.strategy.move(batch)
             yield mixer(batch, epoch, number) if mixer is not None else batch
+
+    def _record(self, taken: Tensor) -> None:
+        """Enters a step in the ledger: per rank, its number, its epoch and the samples."""
+        step, epoch = taken[0, :2].tolist()
+        self.ledger.add(step, epoch, taken[:, 2:])
 
     def _close_epoch(self) -> None:
         state, progress, plan = self.state, self.progress, self.state.phase.plan
         epoch = progress.epoch
-        figures: dict[str, float] = {"train_loss": state.meter.loss, "train_accuracy": state.meter.accuracy}
+        state.phase.average_buffers()
+        meter = state.meter.over(self.strategy.ranks)
+        figures: dict[str, float] = {"train_loss": meter.loss, "train_accuracy": meter.accuracy}
         if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs:
             figures |= self._evaluate()
         # Triggers get only what a resumed run measures the same: no times.
         change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module)).change
         self._update_clock()
-        self.log.epoch(figures, change, progress.seconds - progress.epoch_began)
+        self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began)
         state.meter = Meter()
         accuracy, averaged = (figures.get(name, -1.0) for name in ("accuracy", "ema_accuracy"))
         progress.epoch, progress.step, progress.epoch_began = epoch + 1, 0, progress.seconds
@@ -236,12 +307,12 @@ class Run:
 
     def _after_evaluating(self) -> None:
         self.log.screen.step()
-        self._stop_if_requested()
+        self._stop_alone()
 
     def _after_filling(self, done: int, rows: int) -> None:
         """Part of a feature cache is filled; a run that stops here continues with the rest when it is resumed."""
         self.log.screen.start("features", self.progress.epoch, rows, done)
-        self._stop_if_requested()
+        self._stop_alone()
 
     def _check_losses(self) -> None:
         """Checks that all losses since the last check are finite; they stay on the device until then, so that no step waits for its own."""
@@ -259,10 +330,14 @@ class Run:
             what = f"not finite after step {self.progress.total} (epoch {self.progress.epoch}): {listed(names)}"
             raise RunError(what, where=str(self.folder.path), fix=self._lower())
 
-    def _stop_if_requested(self) -> None:
-        """Raises Stopped, after writing a checkpoint, if a signal has requested it."""
-        signum = self.signals.signum
-        if signum is not None:
+    def _stop_alone(self) -> None:
+        """Between steps; several ranks stop after a step, on which they agree."""
+        if self.strategy.ranks.count == 1:
+            self._stop_if_requested(self.signals.signum or 0)
+
+    def _stop_if_requested(self, signum: int) -> None:
+        """Raises Stopped, after writing a checkpoint, if a signal (0 is none) has requested it."""
+        if signum:
             self._save()
             done = f"epoch {self.progress.epoch}, step {self.progress.step} of {self.state.phase.steps}"
             fix = "Continue with the same command and --resume"
@@ -272,6 +347,8 @@ class Run:
         self._check_losses()
         self._check_finite()
         self._update_clock()
+        self._agreed.finish()
+        self.ledger.sync()
         self.checkpointer.save(self.state, metrics_offset=self.log.metrics.tell(), best=best)
 
     def _update_clock(self) -> None:

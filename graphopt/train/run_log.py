@@ -21,9 +21,15 @@ from graphopt.units import show_size
 
 
 class MetricsLog:
-    """metrics.jsonl, truncated to `offset` (so that steps trained twice are logged once), and on request the same in TensorBoard."""
+    """metrics.jsonl, truncated to `offset` (so that steps trained twice are logged once), and on request the same in TensorBoard.
 
-    def __init__(self, path: Path, *, offset: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
+    Without a path (on ranks other than 0) it writes nothing.
+    """
+
+    def __init__(self, path: Path | None, *, offset: int = 0, tensorboard: Path | None = None, step: int = 0) -> None:
+        self._path, self._board = path, None
+        if path is None:
+            return
         try:
             self._file = path.open("ab+")
             self._file.seek(0)
@@ -33,7 +39,6 @@ class MetricsLog:
             self._file.seek(0, os.SEEK_END)
         except OSError as error:
             raise RunError(f"cannot be written: {reason(error)}", where=str(path)) from error
-        self._path, self._board = path, None
         if tensorboard is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -43,6 +48,8 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; numbers of an epoch or a step also go to TensorBoard under its `kind`."""
+        if self._path is None:
+            return
         try:
             self._file.write(sealed(record).encode() + b"\n")
             self._file.flush()
@@ -56,12 +63,15 @@ class MetricsLog:
 
     def tell(self) -> int:
         """Bytes written so far, all of them on disk."""
+        if self._path is None:
+            return 0
         with suppress(OSError):  # a checkpoint must not fail because of its log
             os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        if self._path is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -132,20 +142,24 @@ class RunLog:
         self._lap = time.perf_counter(), self.state.progress.total
 
     def window(self, rate: float, steps: int) -> str:
-        """The figures of the last `steps` steps; returns a short text for the progress bar."""
+        """The figures of the last `steps` steps, of all ranks; returns a short text for the progress bar."""
         self._strategy.synchronize()
-        (start, first), window = self._lap, self.state.window
+        (start, first), window = self._lap, self.state.window.over(self._strategy.ranks)
         seconds = (time.perf_counter() - start) / max(1, self.state.progress.total - first)
-        speed, peak = window.samples / steps / seconds if seconds else 0.0, self._strategy.peak_memory()
+        speed, peak = window.samples / steps / seconds if seconds else 0.0, self._peak()
         figures = {"loss": window.loss, "accuracy": window.accuracy, "lr": rate, "step_seconds": seconds, "samples_per_second": speed}
         self.write("step", phase=len(self.state.phases) - 1, **figures, peak_bytes=peak)
         self.state.window = Meter()
         self.start_window()
         return f"loss {window.loss:.4f}"
 
-    def epoch(self, figures: Mapping[str, float], change: Mapping[str, float], seconds: float) -> None:
-        """The figures of an epoch, how much the weights of scored regions changed in it, and how long it took."""
-        speed, peak = self.state.meter.samples / max(seconds, 1e-9), self._strategy.peak_memory()
+    def _peak(self) -> int:
+        """The peak memory of the rank that needs most."""
+        return int(self._strategy.ranks.largest(self._strategy.peak_memory()))
+
+    def epoch(self, figures: Mapping[str, float], change: Mapping[str, float], samples: int, seconds: float) -> None:
+        """The figures of an epoch, how much the weights of scored regions changed in it, its samples, and how long it took."""
+        speed, peak = samples / max(seconds, 1e-9), self._peak()
         more: dict[str, Any] = {
             "seconds": seconds,
             "samples_per_second": speed,

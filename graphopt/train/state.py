@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.randomness import mixed_seed, reseed
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import named_parameters, parameter_counts
 from graphopt.train.phase import Phase, RunContext, advance
@@ -108,9 +107,6 @@ class RunState:
         history, spec = History(), context.spec
         due = plan.due(0, history, spec.epochs)
         state = cls(Phase(advance(plan, due, spec.seed, 0) if due else plan, context), history=history)
-        # From here on the model draws from a stream that compiling and verifying have not touched.
-        reseed(spec.seed, 3)
-        torch.manual_seed(mixed_seed(spec.seed, 3))  # the same, and on every device
         state.watch()
         return state
 

@@ -123,7 +123,7 @@ def skip_at_random(edit: Editor, block: str, residual: Residual, probability: fl
         PassError: sections of an earlier pass divide the branch.
     """
     shape = tuple(residual.shortcut.meta["val"].shape[1:])
-    wrap = partial(StochasticBranch, probability=probability, shape=shape)
+    wrap = partial(StochasticBranch, probability=probability, shape=shape, key=residual.sum.name)
     if len(edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")) != 1:
         what = "an earlier pass divides the block's branch, so it cannot be skipped as a whole"
         raise PassError(what, where=block, fix="Let drop come before that pass, or select other blocks")

@@ -30,6 +30,7 @@ from graphopt.ir.flow import ancestors, descendants
 from graphopt.ir.nodes import activations, trainable
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.runtime.body import Body
+from graphopt.runtime.randomness import begin_stream
 
 #: key of a node's meta: the name of the boundary that it is
 BOUNDARY = "boundary"
@@ -48,6 +49,7 @@ class LocalModule(nn.Module):
         body: the section's graph; takes activations, then tensors that the root reads for it.
         auxiliary: head and decoder; registered at the root, not here.
         start, end: names of the boundaries that the module starts and ends at, as `meta[BOUNDARY]` of nodes has them.
+        number: among the network's modules, from 0; in a training loop that seeds forwards, each draws from its own random stream.
         trains: whether anything in the body trains. If not (it was frozen), the body runs without recording and has no loss.
 
     If the auxiliary part rebuilds the image, the call is `(target, image, *inputs)`.
@@ -56,9 +58,9 @@ class LocalModule(nn.Module):
         input: which of the body's inputs is the module's. output: which of its outputs is the module's; None where it has only one.
     """
 
-    def __init__(self, body: fx.GraphModule, auxiliary: Auxiliary, start: str, end: str, *, trains: bool = True) -> None:
+    def __init__(self, body: fx.GraphModule, auxiliary: Auxiliary, start: str, end: str, number: int, *, trains: bool = True) -> None:
         super().__init__()
-        self.body, self.auxiliary, self.trains = Body(body), Body(auxiliary), trains
+        self.body, self.auxiliary, self.number, self.trains = Body(body), Body(auxiliary), number, trains
         inputs = body.graph.find_nodes(op="placeholder")
         self.input = next((i for i, n in enumerate(inputs) if n.meta.get(BOUNDARY) == start), None)
         (result,) = body.graph.output_node().args
@@ -77,12 +79,16 @@ class LocalModule(nn.Module):
             inputs = tuple(rest)
         if not self.training:
             return self.body(*inputs), None
-        if not self.trains or not torch.is_grad_enabled():
+        begin_stream(self.number)
+        try:
+            if self.trains and torch.is_grad_enabled():
+                return self._train(target, image, inputs)
             with torch.no_grad():
                 output = self.body(*inputs)
             # float32, as a loss is, and on the output's device.
             return output, torch.zeros((), device=self._main(output).device)
-        return self._train(target, image, inputs)
+        finally:
+            begin_stream(self.number + 1)  # of the next module, or of the last, which is no local one
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
     def _train(self, target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
@@ -223,7 +229,7 @@ class Span:
         trains = any(trainable(self.graph, n) for n in ancestors(self.nodes(), lambda n: n not in active))
         # The auxiliary part of a frozen module is frozen too: it would train for nothing.
         self.auxiliary.requires_grad_(trains)
-        return LocalModule(body, self.auxiliary, str(start.target) if start else INPUT, str(end.target), trains=trains)
+        return LocalModule(body, self.auxiliary, str(start.target) if start else INPUT, str(end.target), self.index, trains=trains)
 
     def _ends(self) -> tuple[Node | None, Node]:
         return self._boundary(self.index - 1) if self.index else None, self._boundary(self.index)

@@ -122,16 +122,16 @@ def test_every_sample_is_evaluated_once_in_order() -> None:
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
     data = opened(train_limit=70)
-    parts = [everything(feed(data, batch=8, rank=Rank(rank, 2)).batches(0)).sample for rank in (0, 1)]
+    parts = [everything(feed(data, batch=16, rank=Rank(rank, 2)).batches(0)).sample for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1]) == 32
     assert not set(parts[0].tolist()) & set(parts[1].tolist())
 
 
 def test_batches_fill_whole_steps() -> None:
     data = opened(train_limit=70)
-    assert len(feed(data, batch=8, accumulate=3)) == 6
+    assert len(feed(data, batch=24, accumulate=3)) == 6
     with pytest.raises(RunError, match="one training step takes 100 images, the training set has 70"):
-        feed(data, batch=50, accumulate=2)
+        feed(data, batch=100, accumulate=2)
 
 
 def test_limits_keep_the_classes_in_proportion() -> None:

@@ -28,7 +28,7 @@ def plan(passes: Sequence[Pass] = (), *, seed: int = 0, drop: float = 0.3) -> Pl
 
 
 def settings(**changes: Any) -> TrainSpec:
-    table = {"epochs": 3, "batch": 16, "optimizer": {"name": "sgd", "lr": 0.05}, "log_every": 2, "device": "cpu", **changes}
+    table = {"epochs": 3, "batch": 16, "optimizer": {"name": "sgd", "lr": 0.05}, "log_every": 2, "device": "cpu", "ledger": True, **changes}
     return TrainSpec.model_validate(table)
 
 

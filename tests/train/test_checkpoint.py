@@ -10,7 +10,7 @@ import torch
 
 from graphopt import RunError
 from graphopt.train import train
-from graphopt.train.checkpoint import RunFolder, load_checkpoint
+from graphopt.train.checkpoint import FORMAT_VERSION, RunFolder, load_checkpoint
 from tests.train import small
 
 FULL = """
@@ -64,7 +64,7 @@ def begun(path: Path, digest: str = "digest", *, resume: bool = False) -> RunFol
 
 def test_a_run_is_continued_only_when_asked_and_only_by_its_spec(tmp_path: Path) -> None:
     folder = begun(tmp_path / "out")
-    folder.save({"graphopt": 2})
+    folder.save({"graphopt": FORMAT_VERSION})
     folder.release()
     with pytest.raises(RunError, match="--resume"):
         RunFolder.claim(tmp_path / "out", "digest", resume=False)
@@ -86,7 +86,7 @@ def test_last_best_and_the_latest_epochs_stay(tmp_path: Path) -> None:
     for keep, expected in ((1, {"last.pt"}), (2, two), (4, two | {"epoch-0004.pt", "epoch-0005.pt"})):
         folder = begun(tmp_path / str(keep))
         for epoch in range(1, 6):
-            folder.save({"graphopt": 2, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
+            folder.save({"graphopt": FORMAT_VERSION, "epoch": epoch}, best=epoch == 3, keep=keep, epoch=epoch)
         assert {path.name for path in folder.path.glob("*.pt")} == expected
         assert load_checkpoint(folder.last)["epoch"] == 5
         if keep > 1:
@@ -124,11 +124,11 @@ def test_another_format(tmp_path: Path) -> None:
 
 def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
     torch.save({"graphopt": 7}, tmp_path / "last.pt")
-    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 2"):
+    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 3"):
         load_checkpoint(tmp_path / "last.pt")
 
 
 def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:
     train(small.plan(), tmp_path, settings=small.settings(epochs=1, ema=0.9), data=small.DATA)
     state = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert {"spec", "digest", "decisions", "phase", "progress", "history", "random"} <= state.keys()
+    assert {"spec", "digest", "decisions", "phase", "progress", "history", "buffers"} <= state.keys()

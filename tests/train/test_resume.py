@@ -63,7 +63,7 @@ def test_going_on_ends_where_the_uninterrupted_run_does(tmp_path: Path, whole: P
     assert not go(tmp_path, after)
     assert go(tmp_path, NEVER, seed=7)
     one, other = (torch.load(p / "last.pt", weights_only=True) for p in (tmp_path, whole))
-    for part in ("phase", "history", "random", "decisions"):
+    for part in ("phase", "history", "buffers", "decisions"):
         assert equal(one[part], other[part]), part
     told = [[(r["step"], r["loss"], r["accuracy"]) for r in small.records(p, "step")] for p in (tmp_path, whole)]
     assert told[0] == told[1]

@@ -12,10 +12,11 @@ from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
-from graphopt.errors import RunError
+from graphopt.errors import RunError, listed
 from graphopt.files import unsealed
 from graphopt.hashing import hash_parts
 from graphopt.train.checkpoint import MANIFEST, read_manifest
+from graphopt.train.ledger import EpochCheck, check_ledger
 from graphopt.units import show_count, show_size, show_time
 
 #: points in one curve at most: more than a screen has columns
@@ -28,13 +29,14 @@ _FIX = "Name the folder that `graphopt train` wrote"
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the records of its metrics.jsonl by kind, in order, and its summary.json, which is None while the run goes on."""
+    """One run: the records of its metrics.jsonl by kind, in order, its ledger, and its summary.json, which is None while it goes on."""
 
     path: Path
     epochs: tuple[Mapping[str, Any], ...]
     steps: tuple[Mapping[str, Any], ...]
     phases: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any] | None
+    ledger: tuple[EpochCheck, ...] = ()  # what each epoch took, where the run has recorded it
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -52,7 +54,7 @@ def read_run(path: Path) -> Run:
     """Reads the folder of a run.
 
     Raises:
-        RunError: the folder does not exist, is not a run, or its metrics cannot be read.
+        RunError: the folder does not exist, is not a run, or its metrics or its ledger cannot be read.
     """
     if not path.exists():
         raise RunError("no such folder", where=str(path), fix=_FIX)
@@ -75,7 +77,9 @@ def read_run(path: Path) -> Run:
     if finished is not None and finished.get("epochs", 0) > 1 + max((record.get("epoch", 0) for record in records["epoch"]), default=-1):
         what = f"is cut short: the run has finished {finished['epochs']} epochs"
         raise RunError(what, where=str(path / "metrics.jsonl"), fix="Restore it, or remove summary.json to see what there is")
-    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished)
+    book, steps = path / "ledger.bin", finished.get("steps") if finished else None
+    ledger = check_ledger(book, steps) if book.exists() else ()
+    return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished, ledger)
 
 
 def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
@@ -121,6 +125,7 @@ def to_report(run: Run, plan: Plan) -> str:
         "TILES": "".join(_tile(*tile) for tile in _tiles(run, forecast)),
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
+        "LEDGER": "".join(f"<li>{escaped(str(epoch))}</li>" for epoch in run.ledger) or "<li>not recorded (train.ledger = true does)</li>",
         "DIFF": html.escape(to_html(phases)),
         "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),
@@ -204,6 +209,13 @@ def _tiles(run: Run, forecast: Sequence[tuple[int, int]]) -> Iterable[tuple[str,
     if _number(peak := done.get("peak_bytes", last.get("peak_bytes"))) and peak:
         expected = max((size for _, size in forecast), default=0)
         yield "peak memory", show_size(peak), f"forecast {show_size(expected)}" if expected else str(done.get("device", ""))
+    if run.ledger:
+        wrong = [str(epoch.epoch) for epoch in run.ledger if not epoch.right]
+        yield (
+            "samples",
+            f"wrong in {len(wrong)} epochs" if wrong else "exactly once",
+            f"epoch {listed(wrong)}" if wrong else "in each epoch",
+        )
     if run.phases:
         first, now = run.phases[0].get("trainable_parameters"), run.phases[-1].get("trainable_parameters")
         if _number(first) and _number(now):

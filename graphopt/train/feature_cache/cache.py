@@ -91,6 +91,8 @@ class FeatureCache:
         resumed = record.get("cut") == cut.node.name
         route = [*record.get("route", []), *([] if resumed else [cut.node.name])]
         declined = "it was decided so before" if resumed and not record["kept"] else None
+        if self.strategy.ranks.count > 1:
+            declined = "several ranks train together"
         why = declined or self._try_to_hold(plan, route, trial=not resumed)
         if why is not None or self._held is None:
             self._held = None
