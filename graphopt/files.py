@@ -172,15 +172,11 @@ def sealed(record: Mapping[str, Any], *, indent: int | None = None) -> str:
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """What `sealed` was given. Raises ValueError for what is no JSON object, and for one that is not what was written.
-
-    An object without a checksum is not of `sealed`, and is taken as it is.
-    """
+    """What `sealed` was given. Raises ValueError for what is no JSON object, and for one that is not what was written."""
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError("no JSON object")
-    expected = record.pop(_SEAL, None)
-    if expected is not None and expected != zlib.crc32(json.dumps(record).encode()):
+    if record.pop(_SEAL, None) != zlib.crc32(json.dumps(record).encode()):
         raise ValueError("its content is not what was written")
     return record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,11 @@ def write_run(folder: Path, lines: list[Any], *, finished: bool = True) -> Path:
     folder.mkdir()
     (folder / "run.json").write_text(sealed({"graphopt": 2, "digest": "d", "spec": hash_parts(SPEC.encode())}))
     (folder / "spec.toml").write_text(SPEC)
-    (folder / "metrics.jsonl").write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
+    (folder / "metrics.jsonl").write_text("".join(f"{x if isinstance(x, str) else sealed(x)}\n" for x in lines))
     if finished:
         summary = {"accuracy": 0.2, "loss": 0.9, "best_accuracy": 0.25, "best_epoch": 1}
         summary |= {"seconds": 200.0, "peak_bytes": 2**30, "device": "cpu"}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(sealed(summary))
     return folder
 
 
