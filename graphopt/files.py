@@ -1,12 +1,14 @@
 """Files and folders that appear whole or not at all, and locks on them."""
 
+import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from graphopt.errors import RunError, first_line
 
@@ -138,14 +140,45 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Holds the lock file `path` while open; waits until no other process holds it."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    descriptor = _locked(path)
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        # While it is locked: who waits for it sees that it is gone, and nobody else locks another file of that name meanwhile.
+        with suppress(OSError):
+            path.unlink()
         os.close(descriptor)
-        path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        if fcntl is None:
+            return descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # whoever held it has removed it
+
+
+#: last key of a JSON object that `sealed` has written
+_SEAL = "crc32"
+
+
+def sealed(record: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """A JSON object with a checksum of the others as its last key."""
+    return json.dumps({**record, _SEAL: zlib.crc32(json.dumps(record).encode())}, indent=indent)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed` was given. Raises ValueError for what is no JSON object, and for one that is not what was written."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    if record.pop(_SEAL, None) != zlib.crc32(json.dumps(record).encode()):
+        raise ValueError("its content is not what was written")
+    return record
 
 
 def reason(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """A plan in one file: for models that the backbone's architecture cannot express, and for continuing elsewhere.
 
-The file is safetensors: the emitted module's state dict, with the spec and the decisions in its metadata. Nothing is pickled; loading
-replays the passes and then loads the weights by name, strictly. What the backbone can express is better exported (`plan.export()`).
+The file is safetensors: the emitted module's state dict, with the spec, the decisions and a checksum in its metadata. Nothing is pickled;
+loading replays the passes and then loads the weights by name, strictly. What the backbone can express is better exported
+(`plan.export()`).
 """
 
 import json
@@ -11,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.driver import build_backbone, compile
-from graphopt.errors import RunError
+from graphopt.errors import RunError, WeightsError
 from graphopt.files import write_atomically
+from graphopt.models.weights import read_safetensors, to_safetensors
 from graphopt.spec import dumps, loads
 
 #: metadata key that only plan files have; its value is the version of the format
 FORMAT_KEY = "graphopt-plan"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 #: names of files that torch.load reads
 TORCH = (".pt", ".pth")
@@ -76,9 +77,9 @@ def is_plan_file(path: str | os.PathLike[str]) -> bool:
 def read_plan_file(path: Path, *, trust: bool = False, plan: Plan | None = None) -> Plan:
     """The plan in a file that `save` wrote, with its weights; takes and raises what `restore` does, and RunError for a damaged file."""
     try:
-        with safe_open(os.fspath(path), "pt") as file:
-            about = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        about, state = read_safetensors(path)
+    except WeightsError as error:
+        raise RunError(error.what, where=error.where, fix=error.fix) from error
     except FileNotFoundError as error:
         raise RunError("there is no such file", where=str(path)) from error
     except (SafetensorError, OSError) as error:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from graphopt import RunError
-from graphopt.files import exclusive, link_atomically, lock_folder, write_atomically, write_folder
+from graphopt import RunError, files
+from graphopt.files import exclusive, link_atomically, lock_folder, sealed, unsealed, write_atomically, write_folder
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -86,3 +87,50 @@ def test_a_lock_file_is_gone_afterwards(tmp_path: Path) -> None:
     with exclusive(tmp_path / "lock"):
         assert (tmp_path / "lock").exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_for_a_lock_file_holds_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, inside, leave, third = (threading.Event() for _ in range(4))
+    flock = files.fcntl.flock
+
+    def announced(descriptor: int, kind: int) -> None:
+        if threading.current_thread() is second:
+            waiting.set()
+        flock(descriptor, kind)
+
+    def hold() -> None:
+        with exclusive(tmp_path / "lock"):
+            inside.set()
+            leave.wait(10)
+
+    def enter() -> None:
+        with exclusive(tmp_path / "lock"):
+            third.set()
+
+    monkeypatch.setattr(files.fcntl, "flock", announced)
+    second, last = threading.Thread(target=hold), threading.Thread(target=enter)
+    with exclusive(tmp_path / "lock"):
+        second.start()
+        assert waiting.wait(10)
+    assert inside.wait(10)
+    last.start()
+    assert not third.wait(0.1), "two hold one lock"
+    leave.set()
+    second.join()
+    last.join()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_no_flipped_bit_of_a_sealed_object_is_taken_for_good(indent: int | None) -> None:
+    record = {"kind": "step", "loss": 0.1, "why": "\u00e9", "more": [1, None]}
+    text = sealed(record, indent=indent).encode()
+    assert unsealed(text.decode()) == record
+    for bit in range(8 * len(text)):
+        damaged = bytearray(text)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            found = unsealed(damaged.decode())
+        except ValueError:
+            continue
+        assert found == record

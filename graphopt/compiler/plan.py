@@ -125,6 +125,8 @@ class Plan(Source):
             due = tuple(d for d in later if d.epoch == start)
             with _from_epoch(start):
                 plan = plan.advance_to((*plan.decisions, *due), verify=verify) if due else plan
+                if verify != "off":
+                    plan._check_suffix()
             found.append(Phase(start, end, due, plan))
         return tuple(found)
 
@@ -137,7 +139,8 @@ class Plan(Source):
         for epoch in sorted({d.epoch for d in later}):
             decisions = (*self.decisions, *(d for d in later if d.epoch <= epoch))
             with _from_epoch(epoch):
-                compile_phase(self, decisions, verify="fast", costs=False)
+                phase = compile_phase(self, decisions, verify="fast", costs=False)
+                phase._check_suffix()
 
     def phase_at(self, epoch: int, epochs: int, *, verify: Verify = "fast", costs: bool = False) -> Plan:
         """The plan that `epoch` of a run of `epochs` trains with, as far as that can be foreseen. Compiles that phase only."""
@@ -254,6 +257,11 @@ class Plan(Source):
         It is not put into eval mode here: its root holds the other leaves too, which would change along with it.
         """
         return emit(self.graph, stop=self._feature_cut())
+
+    def _check_suffix(self) -> None:
+        """Raises PassError if the part that trains on cached features cannot be made."""
+        if self.needs.features is not None:
+            _ = self.suffix
 
     def _feature_cut(self) -> Node:
         if self.needs.features is None:

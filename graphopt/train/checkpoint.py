@@ -4,10 +4,9 @@ A checkpoint holds state dicts, the spec, its digest, the decisions so far, and 
 is ever pickled: structure comes from replaying (spec, decisions), and every file loads with `weights_only=True`.
 """
 
-import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -18,18 +17,18 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Data
 from graphopt.errors import RunError
-from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, unlock_folder, write_atomically
+from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, sealed, unlock_folder, unsealed, write_atomically
+from graphopt.hashing import content_digest, hash_parts
 from graphopt.plan_file import check_digest, check_version
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
 from graphopt.train.feature_cache.store import remove_features
-from graphopt.train.hashing import content_digest
 from graphopt.train.phase import Phase, RunContext
 from graphopt.train.ranks import Ranks
 from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 FORMAT_VERSION = 3  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
@@ -81,6 +80,8 @@ class RunFolder:
         names = [entry.name for entry in self.path.iterdir() if not _LEFTOVER.fullmatch(entry.name)]
         self.manifest = read_manifest(self.path) if names else None
         saved = bool(self.checkpoints())
+        if self.manifest is None and MANIFEST in names and not saved:
+            raise RunError("is damaged, and there is no checkpoint", where=str(self.path / MANIFEST), fix="Choose a new folder")
         if self.manifest is None and names and not (saved and (resume or MANIFEST in names)):
             raise RunError("the output folder holds files that are not a run of graphopt", where=where, fix="Choose a new folder")
         if saved and not resume:
@@ -97,7 +98,9 @@ class RunFolder:
                 entry.unlink(missing_ok=True)
         if self.manifest is None or self.manifest["digest"] != digest:
             remove_features(self.features)  # of an attempt with another spec
-            write_atomically(self.path / MANIFEST, json.dumps({"graphopt": MANIFEST_VERSION, "digest": digest}) + "\n")
+        manifest = {"graphopt": MANIFEST_VERSION, "digest": digest, "spec": hash_parts(spec.encode())}
+        if manifest != self.manifest:  # before anything else: by this file a folder is a run
+            write_atomically(self.path / MANIFEST, sealed(manifest) + "\n")
         write_atomically(self.path / "spec.toml", spec)
 
     def abandon(self) -> None:
@@ -153,12 +156,12 @@ _LEFTOVER = re.compile(r"\.(run\.json|spec\.toml|summary\.json|(last|previous|be
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The content of a folder's `run.json`, or None where the folder is not a run."""
+    """The content of a folder's `run.json`, or None where the folder is not a run or the file is damaged."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = unsealed((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "graphopt" in manifest and "digest" in manifest else None
+    return manifest if "graphopt" in manifest and "digest" in manifest else None
 
 
 class Checkpointer:
@@ -200,7 +203,7 @@ class Checkpointer:
         self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
 
     def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
-        """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged.
+        """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged or the spec has changed.
 
         Rank 0 reads it for all ranks.
         Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
@@ -222,14 +225,24 @@ class Checkpointer:
             progress = Progress(**saved["progress"])
             message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
         check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
-        tables = ((table, saved["settings"][table], self.settings[table], free) for table, free in FREE.items())
-        changed = [change for table, old, new, free in tables for change in _changes(table, old, new, free)]
+        changed, allowed = self._changed(saved)
         if changed:
             what = f"a run can only be resumed with the settings that it began with: {'; '.join(changed[:3])}"
             fix = "Restore them (the folder's spec.toml has them), or start a new run"
             raise RunError(what, where=str(self.folder.path), fix=fix)
         self.source = path
-        return saved, message
+        return saved, "; ".join([*([message] if message else []), *allowed]) or None
+
+    def _changed(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """What of the settings is not as it was in a checkpoint, in words: what steps depend on, and the rest of the spec."""
+        found: tuple[list[str], list[str]] = [], []
+        for table, free in FREE.items():
+            for key, change in _changes(table, saved["settings"][table], self.settings[table]):
+                found[key in free].append(change)
+        if not any(found) and saved["spec"] != self.spec:
+            lines = set(saved["spec"].splitlines()) ^ set(self.spec.splitlines())
+            found[1].append(f"the spec was changed in {', '.join(sorted({line.partition('=')[0].strip() for line in lines}))}")
+        return found
 
     def begin(self, digest: str) -> None:
         """Makes the folder the run's; a damaged last checkpoint is replaced by the one that the run continues from."""
@@ -256,14 +269,14 @@ class Checkpointer:
         return state
 
 
-def _changes(table: str, old: Mapping[str, Any], new: Mapping[str, Any], free: Container[str] = ()) -> Iterator[str]:
-    """The settings that differ, key by key, those in tables inside of a table too."""
+def _changes(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The settings that differ, key by key, those in tables inside of a table too: the key in `table`, and the change in words."""
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from _changes(f"{table}.{key}", was, now) if key not in free else ()
-        elif was != now and key not in free:
-            yield f"{table}.{key} was {was!r} and is {now!r}"
+            yield from ((key, text) for _, text in _changes(f"{table}.{key}", was, now))
+        elif was != now:
+            yield key, f"{table}.{key} was {was!r} and is {now!r}"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import RunError, listed
+from graphopt.hashing import raw_bytes
 from graphopt.runtime.shards import local, whole
-from graphopt.train.hashing import raw_bytes
 from graphopt.train.optimizer import named_parameters
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.errors import PassError, RunError
+from graphopt.models.weights import to_safetensors
 from graphopt.plan_file import TORCH, packed, read_plan_file, restore, write_model
 from graphopt.train.checkpoint import load_checkpoint
 
@@ -26,9 +26,10 @@ def export_run(
 
     The file is safetensors, or for a name in .pt or .pth what `torch.load` reads (weights only, without metadata).
 
-    Its metadata has the spec's `name` and `digest`, the `epoch` (finished ones) and which `weights` they are. Where a pass replaced
-    something that the backbone's architecture cannot express, the file holds the emitted module's weights with the spec instead:
-    `graphopt.load(path)` gives the model back. Raises RunError for no run or checkpoint, no averaged weights, or no room.
+    Its metadata has the spec's `name` and `digest`, the `epoch` (finished ones), which `weights` they are, and a `checksum` of all, which
+    graphopt checks wherever it reads the file. Where a pass replaced something that the backbone's architecture cannot express, the file
+    holds the emitted module's weights with the spec instead: `graphopt.load(path)` gives the model back. Raises RunError for no run or
+    checkpoint, no averaged weights, or no room.
 
     Args:
         run: the run's folder, or one of its checkpoints.
@@ -45,7 +46,7 @@ def export_run(
             torch.save(tensors, buffer := BytesIO())
             content = buffer.getvalue()
         else:
-            content = save(tensors, metadata)
+            content = to_safetensors(tensors, metadata)
     except PassError as error:
         content = packed(plan, {**metadata, "why": str(error)})
     return write_model(Path(path), content)

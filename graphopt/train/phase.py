@@ -14,6 +14,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
+from graphopt.hashing import content_digest
 from graphopt.plan_file import load_strictly
 from graphopt.runtime.randomness import set_seeds
 from graphopt.runtime.shards import is_sharded, local, whole_state
@@ -23,7 +24,6 @@ from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
 from graphopt.train.evaluation import check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
-from graphopt.train.hashing import content_digest
 from graphopt.train.strategy import Strategy
 
 #: weight of an auxiliary classifier's loss where a backbone returns several outputs in training (GoogLeNet, Inception)

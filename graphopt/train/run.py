@@ -4,7 +4,6 @@ Epochs of steps, evaluation, decisions between epochs, and checkpoints from whic
 the run stops after the step, with a checkpoint.
 """
 
-import json
 import math
 import os
 import signal
@@ -28,11 +27,11 @@ from graphopt.data.loader import Batch, Data
 from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError, listed
-from graphopt.files import write_atomically
+from graphopt.files import sealed, write_atomically
+from graphopt.hashing import content_digest
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
-from graphopt.train.hashing import content_digest
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
@@ -216,7 +215,7 @@ class Run:
         self.context.features.close()
         summary = Summary.of(self.state, self.strategy.describe(), str(self.folder.path))
         if self.strategy.ranks.first:
-            write_atomically(self.folder.summary, json.dumps(asdict(summary), indent=2) + "\n")
+            write_atomically(self.folder.summary, sealed(asdict(summary), indent=2) + "\n")
         return summary
 
     def _decide(self) -> None:

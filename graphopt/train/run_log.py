@@ -1,6 +1,5 @@
 """The records of a run: metrics.jsonl, TensorBoard and the console. Nothing else in the runner prints."""
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from graphopt.compiler.triggers import Decision
 from graphopt.errors import RunError
-from graphopt.files import reason
+from graphopt.files import reason, sealed
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import parameter_counts
 from graphopt.train.state import RunState
@@ -52,7 +51,7 @@ class MetricsLog:
         if self._path is None:
             return
         try:
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(sealed(record).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             fix = "Make room, then continue with --resume"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import pytest
 
 from graphopt.cli import main
 from graphopt.diff.render.run import charts, is_run, read_run
+from graphopt.files import sealed
+from graphopt.hashing import hash_parts
 from tests.diff.browser import opened
 
 SPEC = """\
@@ -48,13 +49,13 @@ def records(epochs: int = 3, steps: int = 4) -> list[dict[str, Any]]:
 
 def write_run(folder: Path, lines: list[Any], *, finished: bool = True) -> Path:
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"graphopt": 1, "digest": "d"}))
+    (folder / "run.json").write_text(sealed({"graphopt": 2, "digest": "d", "spec": hash_parts(SPEC.encode())}))
     (folder / "spec.toml").write_text(SPEC)
-    (folder / "metrics.jsonl").write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
+    (folder / "metrics.jsonl").write_text("".join(f"{x if isinstance(x, str) else sealed(x)}\n" for x in lines))
     if finished:
         summary = {"accuracy": 0.2, "loss": 0.9, "best_accuracy": 0.25, "best_epoch": 1}
         summary |= {"seconds": 200.0, "peak_bytes": 2**30, "device": "cpu"}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(sealed(summary))
     return folder
 
 

@@ -15,7 +15,7 @@ from graphopt.driver import build_backbone as build
 from graphopt.errors import BackboneError, WeightsError
 from graphopt.models.catalog import names
 from graphopt.models.cifar_resnet import DEPTHS, CifarResNet
-from graphopt.models.weights import load_weights
+from graphopt.models.weights import load_weights, to_safetensors
 from graphopt.spec import BackboneSpec, resolve
 
 
@@ -207,6 +207,20 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     assert "2 of another shape (fc.weight (7, 64), the backbone's is (10, 64)" in message
     assert "w.safetensors" in message
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_a_flipped_bit_of_a_weight_is_refused(name: str, tmp_path: Path) -> None:
+    state, path = other().state_dict(), tmp_path / name
+    if name == "w.pt":
+        torch.save(state, path)
+    else:
+        path.write_bytes(to_safetensors(state, {"format": "pt"}))
+    content = bytearray(path.read_bytes())
+    content[content.find(state["fc.weight"].numpy().tobytes()) + 5] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{name}: is damaged"):
+        load_weights(CifarResNet(8), path)
 
 
 class Evil:

@@ -1,7 +1,6 @@
 """A run's folder read, and shown as one HTML page: its curves, its phases and decisions, and the diff."""
 
 import html
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.errors import RunError, listed
+from graphopt.files import unsealed
+from graphopt.hashing import hash_parts
+from graphopt.train.checkpoint import MANIFEST, read_manifest
 from graphopt.train.ledger import EpochCheck, check_ledger
 from graphopt.units import show_count, show_size, show_time
 
@@ -60,12 +62,21 @@ def read_run(path: Path) -> Run:
         raise RunError("a file, not the folder of a run", where=str(path), fix=_FIX)
     if not (path / "run.json").is_file() or not (path / "spec.toml").is_file():
         raise RunError("no run of graphopt: it has no run.json and spec.toml", where=str(path), fix=_FIX)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise RunError("is damaged", where=str(path / MANIFEST), fix="Resume the run, which writes it anew")
+    if hash_parts((path / "spec.toml").read_bytes()) != manifest.get("spec", ...):
+        what = "is not what the run was trained with: it was changed since"
+        raise RunError(what, where=str(path / "spec.toml"), fix="Restore it: every checkpoint of the run holds it")
     records = _records(path / "metrics.jsonl")
     summary = _text(path / "summary.json")
     try:
-        finished = json.loads(summary) if summary else None
+        finished = unsealed(summary) if summary else None
     except ValueError as error:
-        raise RunError("not JSON", where=str(path / "summary.json"), fix="Remove it, or resume the run") from error
+        raise RunError(f"is damaged: {error}", where=str(path / "summary.json"), fix="Remove it, or resume the run") from error
+    if finished is not None and finished.get("epochs", 0) > 1 + max((record.get("epoch", 0) for record in records["epoch"]), default=-1):
+        what = f"is cut short: the run has finished {finished['epochs']} epochs"
+        raise RunError(what, where=str(path / "metrics.jsonl"), fix="Restore it, or remove summary.json to see what there is")
     book, steps = path / "ledger.bin", finished.get("steps") if finished else None
     ledger = check_ledger(book, steps) if book.exists() else ()
     return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished, ledger)
@@ -74,13 +85,14 @@ def read_run(path: Path) -> Run:
 def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
     """The records of a metrics file by kind; a last line that was cut off in writing is passed over."""
     records: dict[str, list[Mapping[str, Any]]] = {"epoch": [], "step": [], "phase": []}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    lines = _text(path).splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = unsealed(line)
             kind = record["kind"]
-        except (ValueError, TypeError, KeyError) as error:
-            if line.endswith("}"):
-                raise RunError("not a line of metrics", where=f"{path}:{number}", fix="Remove the line") from error
+        except (ValueError, KeyError) as error:
+            if number < len(lines) or line.endswith("}"):
+                raise RunError("not a line of metrics, or damaged", where=f"{path}:{number}", fix="Remove the line") from error
             continue
         if kind in records:
             records[kind].append(record)

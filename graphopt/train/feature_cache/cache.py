@@ -23,6 +23,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
+from graphopt.hashing import hash_parts, raw_bytes
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.train.feature_cache.exchange import Exchange, owned
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
@@ -36,7 +37,6 @@ from graphopt.train.feature_cache.store import (
     available_memory,
     remove_features,
 )
-from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
 
@@ -218,7 +218,8 @@ class FeatureCache:
 
     def _on_disk(self, directory: CacheDirectory, layout: EntryLayout, stack: ExitStack) -> Fill:
         """What this rank has of its entry, or is to fill; if a rank has to fill, all entries are locked until `stack` closes."""
-        found: Any = self._attempt(lambda: directory.open(layout))
+        # A lock is of a process that fills the entry, or was killed at it: `filling` waits, and removes what it has left.
+        found: Any = self._attempt(lambda: directory.open(layout) if not directory.file(layout, "lock").exists() else None)
         if self.ranks.largest(found is None):
             # Rank 0 comes first: two runs that share a folder must not each hold a lock that the other waits for.
             for first in (True, False):

@@ -14,13 +14,13 @@ from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, ImageFeed, epoch_order
 from graphopt.errors import RunError
+from graphopt.hashing import hash_parts, raw_bytes
 from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
 from graphopt.train.feature_cache.exchange import Exchange
 from graphopt.train.feature_cache.store import CacheEntry, EntryLayout
-from graphopt.train.hashing import hash_parts, raw_bytes
 from graphopt.train.strategy import Strategy
 
 #: batches that are read ahead of the step

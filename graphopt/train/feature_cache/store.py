@@ -5,7 +5,6 @@ is written last and makes the entry exist. Until then the rows are in `<key>.par
 on disk; an interrupted fill continues from there. Any number of processes may read an entry; one at a time fills it.
 """
 
-import json
 import os
 import re
 import weakref
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import RunError
-from graphopt.files import exclusive, reason, remove_if_empty, write_atomically
-from graphopt.train.hashing import raw_bytes
+from graphopt.files import exclusive, reason, remove_if_empty, sealed, unsealed, write_atomically
+from graphopt.hashing import raw_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "features.json"
@@ -121,14 +120,16 @@ class CacheDirectory:
         except OSError as error:
             raise RunError(f"cannot hold features: {reason(error)}", where=str(path)) from error
         if MANIFEST in names:
-            owner = str(_read(path / MANIFEST).get("digest"))
+            owner = str(_read(path / MANIFEST).get("digest", ""))
+            if not owner:
+                raise RunError("is damaged", where=str(path / MANIFEST), fix="Remove the folder: the features are computed again")
             if owner != digest:
                 what = f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})"
                 raise RunError(what, where=str(path), fix="Name another folder, or remove this one")
         elif any(not name.startswith(f".{MANIFEST}.") for name in names):
             raise RunError("the folder holds files that are no features of graphopt", where=str(path), fix="Name a new folder")
         else:
-            write_atomically(path / MANIFEST, json.dumps({"graphopt": FORMAT_VERSION, "digest": digest}))
+            write_atomically(path / MANIFEST, sealed({"graphopt": FORMAT_VERSION, "digest": digest}))
 
     def file(self, layout: EntryLayout, kind: str) -> Path:
         return self.path / f"{layout.key}.{kind}"
@@ -136,6 +137,8 @@ class CacheDirectory:
     def open(self, layout: EntryLayout) -> CacheEntry | None:
         """The entry, if it is complete and every checksum holds; a damaged one is removed."""
         header = _read(self.file(layout, "json"))
+        if not header and self.file(layout, "json").exists():
+            self.remove(layout)
         if not header:
             return None
         rows, targets = self.file(layout, "rows"), self.file(layout, "targets")
@@ -161,6 +164,8 @@ class CacheDirectory:
                 left.unlink(missing_ok=True)
             entry = self.open(layout)
             if entry is not None:
+                for kind in ("part", "progress"):
+                    self.file(layout, kind).unlink(missing_ok=True)
                 yield entry
                 return
             fill = FileFill(self, layout)
@@ -267,7 +272,7 @@ class FileFill(Fill):
         return CacheEntry(self.layout, RowFile(rows, self.layout), self.targets)
 
     def _write_table(self, kind: str, **more: Any) -> None:
-        write_atomically(self.directory.file(self.layout, kind), json.dumps({**self.layout.table(), "sums": self.sums, **more}))
+        write_atomically(self.directory.file(self.layout, kind), sealed({**self.layout.table(), "sums": self.sums, **more}))
 
     def discard(self) -> None:
         self.directory.remove(self.layout)
@@ -330,9 +335,8 @@ def available_memory() -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+    """A JSON object; empty where there is none, or it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        return unsealed(path.read_text())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
