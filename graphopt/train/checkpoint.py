@@ -124,6 +124,10 @@ class RunFolder:
         unlock_folder(self._lock)
         self._lock = None
 
+    def epoch_path(self, epoch: int) -> Path:
+        """The checkpoint at the end of an epoch, counted from 1."""
+        return self.path / f"epoch-{epoch:04d}.pt"
+
     def checkpoints(self) -> list[Path]:
         """The checkpoints that there are, the last one first."""
         known = (self.last, self.previous, self.best, *sorted(self.path.glob("epoch-*.pt"), reverse=True))
@@ -142,7 +146,7 @@ class RunFolder:
             if best and keep > 1:
                 link_atomically(new, self.best)
             if epoch is not None and keep > 2:
-                link_atomically(new, self.path / f"epoch-{epoch:04d}.pt")
+                link_atomically(new, self.epoch_path(epoch))
                 for old in sorted(self.path.glob("epoch-*.pt"))[: 2 - keep]:
                     old.unlink(missing_ok=True)
             if keep > 1 and self.last.exists():
@@ -170,6 +174,7 @@ class Checkpointer:
     def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
         self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
         self.source: Path | None = None  # the checkpoint that the run continues from
+        self._epoch: int | None = None  # the epoch at whose end that was written, counted from 1
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
         settings = train.model_dump(mode="json")
         self.settings = {"train": {**settings, "fsdp.precision": settings["fsdp"]["precision"]}, "data": sources}
@@ -231,6 +236,7 @@ class Checkpointer:
             fix = "Restore them (the folder's spec.toml has them), or start a new run"
             raise RunError(what, where=str(self.folder.path), fix=fix)
         self.source = path
+        self._epoch = saved["progress"]["epoch"] if not saved["progress"]["step"] else None
         return saved, "; ".join([*([message] if message else []), *allowed]) or None
 
     def _changed(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -249,7 +255,10 @@ class Checkpointer:
         if not self.ranks.first:
             return
         self.folder.begin(digest, self.spec)
-        if self.source not in (None, self.folder.last):
+        if self.source is not None and self.source != self.folder.last:
+            # A process that was killed in its first save may have left this one under some of its names only.
+            if self.keep > 2 and self._epoch is not None and not self.folder.epoch_path(self._epoch).exists():
+                link_atomically(self.source, self.folder.epoch_path(self._epoch))
             link_atomically(self.source, self.folder.last)
 
     def restore(self, saved: Mapping[str, Any], plan: Plan, context: RunContext) -> RunState:

@@ -111,7 +111,7 @@ def _feeds(rank: int, folder: str, views: int) -> None:
     """The batches of features are those that the prefix makes of the batches of images; then decisions that one rank makes alone."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    ranks = Ranks.join("cpu")
+    ranks = Ranks.join(60).connected("cpu")
     plan = _plan(when="start", upto="blocks.0", views=views, dtype="bfloat16")
     plan = plan.advance_to(plan.due(0, None, 1)) if not plan.decisions and plan.needs.features is None else plan
     images = ImageFeed(open_data(DATA, (3, 8, 8), 0).train, 12, rank=ranks)
