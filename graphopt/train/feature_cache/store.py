@@ -119,17 +119,27 @@ class CacheDirectory:
             names = [entry.name for entry in path.iterdir()]
         except OSError as error:
             raise RunError(f"cannot hold features: {reason(error)}", where=str(path)) from error
-        if MANIFEST in names:
-            owner = str(_read(path / MANIFEST).get("digest", ""))
-            if not owner:
-                raise RunError("is damaged", where=str(path / MANIFEST), fix="Remove the folder: the features are computed again")
-            if owner != digest:
-                what = f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})"
-                raise RunError(what, where=str(path), fix="Name another folder, or remove this one")
-        elif any(not name.startswith(f".{MANIFEST}.") for name in names):
+        made = [name for name in names if name.startswith(f".{MANIFEST}.")]
+        if MANIFEST not in names and len(made) < len(names):
             raise RunError("the folder holds files that are no features of graphopt", where=str(path), fix="Name a new folder")
-        else:
-            write_atomically(path / MANIFEST, sealed({"graphopt": FORMAT_VERSION, "digest": digest}))
+        if MANIFEST not in names or made:  # new, or a process was killed while it made it
+            self._begin(digest)
+        owner = str(_read(path / MANIFEST).get("digest", ""))
+        if not owner:
+            raise RunError("is damaged", where=str(path / MANIFEST), fix="Remove the folder: the features are computed again")
+        if owner != digest:
+            what = f"these are features of another run (digest {owner[:12]}, yours is {digest[:12]})"
+            raise RunError(what, where=str(path), fix="Name another folder, or remove this one")
+
+    def _begin(self, digest: str) -> None:
+        """Makes the folder this spec's if it is nobody's, and removes what a process that was killed at that has left."""
+        lock = self.path / f".{MANIFEST}.lock"
+        with exclusive(lock):
+            for left in self.path.glob(f".{MANIFEST}.*"):
+                if left != lock:
+                    left.unlink(missing_ok=True)
+            if not (self.path / MANIFEST).exists():
+                write_atomically(self.path / MANIFEST, sealed({"graphopt": FORMAT_VERSION, "digest": digest}))
 
     def file(self, layout: EntryLayout, kind: str) -> Path:
         return self.path / f"{layout.key}.{kind}"
