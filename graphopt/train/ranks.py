@@ -65,7 +65,8 @@ class Ranks(Rank):
         if count == 1:
             return cls()
         number = distributed.get_rank() if exists else int(os.environ["RANK"])
-        part = f"graphopt/{next(_joins)}"
+        # Processes that are started again may find the store of those before them.
+        part = f"graphopt/{_attempt()}/{next(_joins)}"
         if exists:
             store = _distributed.PrefixStore(part, distributed.distributed_c10d._get_default_store())
         else:
@@ -278,4 +279,9 @@ class Agreement:
 
 def restarted() -> bool:
     """Whether torchrun has started this process again after a failure; the run then continues from its last checkpoint."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _attempt() > 0
+
+
+def _attempt() -> int:
+    """How often torchrun has started this process again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

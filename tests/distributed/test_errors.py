@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from graphopt import GraphoptError
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
 from graphopt.train import train
+from graphopt.train.ranks import Ranks
 from tests.distributed import cases
 from tests.support.ranks import run_ranks
 from tests.train import small
@@ -153,3 +155,17 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     assert "rank 2 of 3 did not join within 1 s" in message
     assert codes == [2, 2]
     assert not (tmp_path / "late").exists()
+
+
+def _join(rank: int, port: int, attempt: int) -> None:
+    """Meets the other rank at a store that outlives both, and dies without a farewell."""
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    os.environ.update({**agent, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    ranks = Ranks.join(20).connected("cpu")
+    os._exit(9 if ranks.gather(rank) == [0, 1] else 1)
+
+
+def test_ranks_that_are_started_again_do_not_meet_those_before_them() -> None:
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt in range(2):
+        run_ranks(_join, store.port, attempt, ranks=2, ends=9, group=False)
