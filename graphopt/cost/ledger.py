@@ -97,7 +97,10 @@ class Ledger(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         self._resize = torch.UntypedStorage.resize_
-        watched: Any = lambda storage, size: self._resized(storage, size)  # noqa: E731
+
+        def watched(storage: Any, size: int) -> Any:
+            return self._resized(storage, size)
+
         torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]  # sharded parameters are freed by it
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
