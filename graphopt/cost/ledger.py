@@ -101,7 +101,7 @@ class Ledger(TorchDispatchMode):
         def watched(storage: Any, size: int) -> Any:
             return self._resized(storage, size)
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]  # sharded parameters are freed by it
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]  # sharded parameters are freed by it
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
