@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+
+from tests.support.ranks import run_process
 
 ROOT = Path(__file__).parents[1]
 SEED = 1
@@ -36,12 +37,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_was_not(tmp_path: Path) -> 
     if not system_calls.available():
         pytest.skip("needs Linux on x86-64")
     # A process that has computed gradients cannot be forked; this one comes from one that has not.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["graphopt.train", "graphopt.passes.drop", "torch._dynamo"])
-    process = context.Process(target=_sample, args=(tmp_path / "found",))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
+    assert run_process(_sample, tmp_path / "found", timeout=300) == 0
     count, *wrong = (tmp_path / "found").read_text().splitlines()
     assert int(count) >= 6
     assert wrong == []

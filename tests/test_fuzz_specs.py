@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.support.ranks import run_process
 
 ROOT = Path(__file__).parents[1]
 CASES = sorted((ROOT / "tests" / "fuzz_cases" / "specs").glob("*.toml"))
@@ -49,23 +50,23 @@ def test_a_case_is_the_same_on_any_machine(fuzz: ModuleType) -> None:
     assert len({fuzz.case(1, number) for number in range(20)}) > 15
 
 
-FAULTS = """
-import fuzz_specs as fuzz
-
-def read(text):
+def _read(text: str) -> tuple[str, None]:
     if text == "die":
-        fuzz.os._exit(3)
+        os._exit(3)
     while text == "spin":
         pass
     return "refused", None
 
-fuzz.READ_SECONDS, fuzz.read, fuzz.check = 1, read, lambda text: "refused"
-print(*(what.partition(":")[0] for _, what, _ in fuzz.run(["a", "die", "b", "spin", "c"], checked=False)))
-"""
+
+def _faults(out: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import fuzz_specs as fuzz
+
+    fuzz.READ_SECONDS, fuzz.read, fuzz.check = 1, _read, lambda text: "refused"
+    out.write_text(" ".join(what.partition(":")[0] for _, what, _ in fuzz.run(["a", "die", "b", "spin", "c"], checked=False)))
 
 
-def test_a_fault_of_one_case_does_not_reach_the_next() -> None:
+def test_a_fault_of_one_case_does_not_reach_the_next(tmp_path: Path) -> None:
     """A process that dies, and one that never ends, are reported as such. Forked from a fresh process, as the tool's are."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["refused", "fault", "refused", "hang", "refused"]
+    assert run_process(_faults, tmp_path / "found") == 0
+    assert (tmp_path / "found").read_text().split() == ["refused", "fault", "refused", "hang", "refused"]

@@ -20,19 +20,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _all(rank: int, folder: Path) -> None:
-    for name in cases.CASES:
+def _all(_rank: int, folder: Path, names: list[str]) -> None:
+    for name in names:
         try:
             cases.run(name, folder)
         except Exception as error:
             raise RuntimeError(name) from error
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_train_what_one_process_trains(tmp_path: Path, alone: Path, ranks: int) -> None:
-    run_ranks(_all, tmp_path, ranks=ranks)
+#: of three ranks, what depends on their number: sums over ranks, decisions, running statistics, samples that do not divide
+ON_THREE = ["supervise 4", "averages, clipped", "freeze, thaw, drop", "frozen by score", "synchronized norms, sections"]
+
+
+@pytest.mark.parametrize(("ranks", "names"), [(2, list(cases.CASES)), (3, ON_THREE)], ids=["two", "three"])
+def test_ranks_train_what_one_process_trains(tmp_path: Path, alone: Path, ranks: int, names: list[str]) -> None:
+    run_ranks(_all, tmp_path, names, ranks=ranks)
     wrong = {}
-    for name, case in cases.CASES.items():
+    for name in names:
+        case = cases.CASES[name]
         one, other = cases.content(alone / name), cases.content(tmp_path / name)
         assert one["decisions"] == other["decisions"], name
         found = max(cases.distance(one["phase"][part], other["phase"][part], part) for part in ("model", "ema", "optimizer"))

@@ -87,30 +87,33 @@ class _Unreadable:
         raise OSError("truncated file")
 
 
-def _unreadable(data: Data) -> None:
+def _unreadable(data: Data, _: Path) -> None:
     data.train.images = _Unreadable()
 
 
-def _not_a_number(data: Data) -> None:
+def _not_a_number(data: Data, _: Path) -> None:
     data.train.transform = _Failing(data.train.transform, 20, lambda: torch.full(small.SHAPE, float("nan"), dtype=torch.float64))
 
 
-def _hanging(data: Data) -> None:
-    data.train.transform = _Failing(data.train.transform, 20, _hang)
+def _hanging(data: Data, folder: Path) -> None:
+    data.train.transform = _Failing(data.train.transform, 20, lambda: _hang(folder / "hang-0.json"))
 
 
-def _hang() -> None:
-    time.sleep(8)  # until all others have ended
+def _hang(told: Path) -> None:
+    """Does nothing until the other rank has said so."""
+    deadline = time.monotonic() + 60
+    while not told.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     os._exit(3)
 
 
-def _full_disk(_: Data) -> None:
+def _full_disk(*_: Any) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
 #: what goes wrong on one rank only: which, how, the message
-FAILURES: dict[str, tuple[int, Callable[[Data], None], str]] = {
+FAILURES: dict[str, tuple[int, Callable[[Data, Path], None], str]] = {
     "unreadable": (1, _unreadable, "rank 1: image"),
     "nan": (1, _not_a_number, "the loss became nan at step"),
     "disk": (0, _full_disk, "rank 0: .*last.pt"),
@@ -122,7 +125,7 @@ def _failing(rank: int, folder: Path, name: str) -> None:
     which, spoil, _ = FAILURES[name]
     data = cases.data(training=48)
     if rank == which:
-        spoil(data)
+        spoil(data, folder)
     settings = small.settings(batch=12, timeout=1, log_every=1)
     try:
         train(cases.plan(), folder / name, settings=settings, data=data)

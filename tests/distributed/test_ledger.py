@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from graphopt.spec import from_table
 from graphopt.train import Stopped, train
 from graphopt.train.ledger import LedgerFile, check_ledger
 from graphopt.train.run import Run
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_process, run_ranks
 from tests.train import small
 
 #: 96 samples in steps of 18: six are left over
@@ -74,10 +73,7 @@ def test_each_epoch_takes_each_sample_once_and_names_the_remainder(single):
 
 def test_through_a_kill_a_stop_and_other_numbers_of_processes(tmp_path, single):
     folder = tmp_path / "run"
-    process = get_context("forkserver").Process(target=_killed, args=(str(folder), 4))
-    process.start()
-    process.join(100)
-    assert process.exitcode == -signal.SIGKILL
+    assert run_process(_killed, str(folder), 4) == -signal.SIGKILL
     run_ranks(_train, str(folder), 8, ranks=2)
     run_ranks(_train, str(folder), ranks=3)
     found, expected = (check_ledger(path / "ledger.bin", 15) for path in (folder, single))

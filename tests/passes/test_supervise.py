@@ -58,11 +58,12 @@ WAYS: list[dict[str, Any]] = [
 
 @pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_trains_every_way(name: str) -> None:
+def test_every_backbone_trains_in_several_ways(name: str) -> None:
+    """The first way on all; of the others, each on several backbones."""
     make, input = BACKBONES[name]
     torch.manual_seed(0)
-    model = make()
-    for way in WAYS:
+    model, start = make(), list(BACKBONES).index(name)
+    for way in (WAYS[0], *(WAYS[1 + (start + k) % (len(WAYS) - 1)] for k in (0, 2))):
         plan = compiled(model, Supervise(**way), input, verify="fast")
         found = step(plan, input)
         assert [n for n, g in found.items() if g is None] == [], way

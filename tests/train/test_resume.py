@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from hypothesis import Phase, given, settings, strategies
 from graphopt import Pass, RunError
 from graphopt.spec import AugmentSpec, dumps, from_table, load
 from graphopt.train import Stopped, train
+from tests.support.ranks import loaded, run_process
 from tests.train import small
 from tests.train.passes import Extra, Hold
 
@@ -110,13 +109,8 @@ def test_resuming_where_nothing_is_starts(tmp_path: Path) -> None:
     assert train(small.plan(), tmp_path / "new", settings=small.settings(epochs=1), data=small.DATA, resume=True).epochs == 1
 
 
-KILLED = """
-import sys, torch
-torch.set_num_threads(1)
-from graphopt.spec import load
-from graphopt.train import train
-train(load(sys.argv[1], trust=True), sys.argv[2], resume=True, trust=True)
-"""
+def train_on(file: Path, run: Path) -> None:
+    train(load(file, trust=True), run, resume=True, trust=True)
 
 
 @pytest.mark.slow
@@ -138,15 +132,17 @@ def test_killed_at_random_steps_it_ends_where_the_uninterrupted_run_does(tmp_pat
     run, draw = tmp_path / "killed", random.Random(0)
     deaths = 0
     for kill_at in sorted(draw.sample(range(2, 46), 3)):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(file), str(run)], cwd=here.parents[1])
-        while process.poll() is None and _steps(run) < kill_at:
+        process = loaded().Process(target=train_on, args=(file, run))
+        process.start()
+        while process.is_alive() and _steps(run) < kill_at:
             time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             deaths += 1
-        assert process.wait() in (0, -signal.SIGKILL)
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
     assert deaths
-    assert subprocess.run([sys.executable, "-c", KILLED, str(file), str(run)], cwd=here.parents[1], check=False).returncode == 0
+    assert run_process(train_on, file, run) == 0
     assert small.same(small.weights(run), small.weights(tmp_path / "whole"))
     told = [[(r["step"], r["loss"]) for r in small.records(p, "step")] for p in (run, tmp_path / "whole")]
     assert told[0] == told[1]
