@@ -113,8 +113,11 @@ class _Stop:
         monkeypatch.setattr(Phase, "step", stepped)
 
 
-@pytest.mark.parametrize("cache", ["ram", "disk"])
-@pytest.mark.parametrize("step", [3, 7, 10, 17, 23], ids=["before", "in the first", "at an epoch's end", "in the second", "at the end"])
+@pytest.mark.parametrize(
+    ("cache", "step"),
+    [("disk", 3), ("ram", 7), ("disk", 10), ("disk", 17), ("ram", 17), ("ram", 23)],
+    ids=["before", "in the first, in memory", "at an epoch's end", "in the second", "in the second, in memory", "at the end"],
+)
 def test_resumed_at_any_point_the_weights_are_the_same(tmp_path, whole_of, monkeypatch, cache, step):
     whole = whole_of(cache=cache, dtype="float16")
     with monkeypatch.context() as patch:
