@@ -232,7 +232,10 @@ class Ledger(TorchDispatchMode):
         return next((name for name, start in reversed(self.phases) if event >= start), self.phases[0][0])
 
 
-_DIFFERENT = (aten.native_layer_norm_backward, aten.native_batch_norm, aten.native_group_norm, aten.native_group_norm_backward)
+_DIFFERENT = (
+    *(aten.native_layer_norm_backward, aten.native_batch_norm, aten.native_batch_norm_backward),
+    *(aten.native_group_norm, aten.native_group_norm_backward),
+)
 
 
 def _as_real(packet: Any, args: tuple[Any, ...], out: Any) -> Any:
@@ -247,6 +250,9 @@ def _as_real(packet: Any, args: tuple[Any, ...], out: Any) -> Any:
         # The kernel keeps the layout of its input; the fake one gives a contiguous result.
         layout = suggest_memory_format(args[packet == aten.native_group_norm_backward])
         return (out[0].contiguous(memory_format=layout), *out[1:])
+    if packet == aten.native_batch_norm_backward:
+        # The fake kernel makes a gradient of the input even where `output_mask`, the last argument, leaves it out.
+        return (out[0] if args[-1][0] else None, *out[1:])
     if packet == aten.native_layer_norm_backward:
         # The kernel works on a contiguous copy of its input, and its gradient has that layout; the fake one keeps the input's strides.
         return (out[0].contiguous(), *out[1:])

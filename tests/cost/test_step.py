@@ -57,6 +57,12 @@ def test_equals_a_real_step(name, size):
     assert plain(forecast(module, (3, size, size), 2, optimizer="adamw")) == live(expected)
 
 
+@pytest.mark.parametrize("norm", [lambda: torch.nn.BatchNorm2d(3), lambda: torch.nn.GroupNorm(1, 3), lambda: torch.nn.LayerNorm(48)])
+def test_a_norm_of_what_has_no_gradient_makes_none(norm):
+    module = torch.nn.Sequential(norm(), torch.nn.Flatten(), torch.nn.Linear(3 * 48 * 48, 2))
+    assert plain(forecast(module, (3, 48, 48), 64)) == live(measure(module, (3, 48, 48), 64))
+
+
 @pytest.mark.parametrize("amp", ["bfloat16"])
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/test_vit"])
 def test_equals_a_real_step_under_autocast(name, amp):
