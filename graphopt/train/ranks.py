@@ -95,6 +95,15 @@ class Ranks(Rank):
         """A further gloo group of all ranks, for a thread that communicates by itself; all ranks have to call it."""
         return distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout * SLOW))
 
+    def apart(self) -> Self:
+        """The same ranks with a group of their own, for a thread that communicates by itself; all ranks have to call it."""
+        return replace(self, _group=self.new_group(), _owner=False) if self.count > 1 else self
+
+    @property
+    def group(self) -> Any:
+        """The gloo group that they communicate in; None alone."""
+        return self._group
+
     @property
     def first(self) -> bool:
         """Whether this is rank 0, which alone prints, and writes the run's folder."""
