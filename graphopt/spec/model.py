@@ -199,7 +199,7 @@ class TrainSpec(_Table):
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
-    checkpoint: Literal["whole", "sharded"] = Field(
+    checkpoint_format: Literal["whole", "sharded"] = Field(
         default="whole", description="one file, or what fsdp shards in a file of each rank, in a folder that all ranks share"
     )
     checkpoint_async: bool = Field(default=False, description="write checkpoints while training goes on; takes a copy of the state")

@@ -39,7 +39,7 @@ FORMAT_VERSION = 4  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "fsdp", "timeout", "compile", "channels_last", "deterministic"}
-    | {"checkpoint", "checkpoint_async", "checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
+    | {"checkpoint_format", "checkpoint_async", "checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }
 
@@ -185,9 +185,9 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
         self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
-        self.sharded = train.checkpoint == "sharded" and ranks.count > 1
+        self.sharded = train.checkpoint_format == "sharded" and ranks.count > 1
         self._writing = ranks.apart() if self.sharded else ranks
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if train.checkpoint_async else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving") if train.checkpoint_async else None
         self._pending: Future[None] | None = None
         self.source: Path | None = None  # the checkpoint that the run continues from
         self._epoch: int | None = None  # the epoch at whose end that was written, counted from 1
@@ -198,8 +198,8 @@ class Checkpointer:
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
         """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far.
 
-        All ranks have to call it; rank 0 writes, of sharded tensors every rank its part if `train.checkpoint` says so. An asynchronous
-        save waits for the one before, and raises what went wrong with that.
+        All ranks have to call it; rank 0 writes, and with `train.checkpoint_format = "sharded"` every rank its part of sharded tensors.
+        An asynchronous save waits for the one before, and raises what went wrong with that.
         """
         self.finish()
         plan, progress, ranks = state.phase.plan, state.progress, self.ranks

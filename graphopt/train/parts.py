@@ -25,7 +25,7 @@ from graphopt.train.ranks import NOTICE, Ranks
 FOLDER = "parts"
 _NAME = re.compile(r"step-\d{8}(-\d+)?")
 _ROOM = "Make room; the checkpoint before it is whole"
-_SHARED = 'Let all ranks share the folder, or use checkpoint = "whole"'
+_SHARED = 'Let all ranks share the folder, or use checkpoint_format = "whole"'
 
 
 def _library() -> Any:

@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_other_ranks_and_strategies(tmp_path: Path) -> None:
 
 
 def resume_with(_rank: int, folder: str, strategy: str, epochs: int) -> None:
-    changes = {"scheduler": "constant", "eval_every": 1, "ema": 0.9, "strategy": strategy, "epochs": epochs, "checkpoint": "sharded"}
+    changes = {"scheduler": "constant", "eval_every": 1, "ema": 0.9, "strategy": strategy, "epochs": epochs, "checkpoint_format": "sharded"}
     runs.run(Path(folder), [Supervise(modules=2)], **changes, resume=epochs > 1)
 
 
