@@ -43,6 +43,16 @@ class GraphoptError(Exception):
         return self
 
 
+def silenced(error: Exception, exit_code: int | None = None) -> GraphoptError:
+    """An error that another process reports: it ends this one without a word, with `exit_code` or the error's own status (default 1).
+
+    An error of graphopt's stays the same object; any other becomes a RunError.
+    """
+    quiet = error if isinstance(error, GraphoptError) else RunError(str(error))
+    quiet.silent, quiet.exit_code = True, exit_code if exit_code is not None else getattr(error, "exit_code", 1)
+    return quiet
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, cut after its first line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -197,6 +197,12 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def sync_file(path: Path) -> None:
+    """Brings a file's content to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Brings a folder's entries to the disk, where the system can do that."""
     if os.name == "posix":

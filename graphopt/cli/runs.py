@@ -11,7 +11,7 @@ import typer
 
 from graphopt.cli import options
 from graphopt.cli.screen import console, show, show_json
-from graphopt.errors import GraphoptError, RunError
+from graphopt.errors import GraphoptError, RunError, silenced
 from graphopt.files import write_atomically
 
 
@@ -77,7 +77,8 @@ def _said_once() -> Iterator[None]:
     try:
         yield
     except GraphoptError as error:
-        error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            silenced(error)
         raise
 
 

@@ -23,6 +23,15 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor().cpu() if is_sharded(tensor) else tensor
 
 
+def copied(value: Any) -> Any:
+    """Nested dicts, lists and tuples with copies of all tensors, on the CPU; of a sharded tensor each rank copies its part."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: copied(item) for name, item in value.items()}
+    return type(value)(copied(item) for item in value) if type(value) in (list, tuple) else value
+
+
 def whole_state(value: Any, *, keep: bool = True) -> Any:
     """Nested state dicts with every sharded tensor whole. All ranks have to call it; without `keep` one only takes part, and gets None."""
     if isinstance(value, Mapping):

@@ -199,6 +199,10 @@ class TrainSpec(_Table):
     deterministic: bool = Field(default=True, description="bit-identical reruns on CPU; on CUDA deterministic kernels where they exist")
     checkpoint_steps: Positive | None = Field(default=None, description="also write a checkpoint every so many steps; always one per epoch")
     keep: Positive = Field(default=2, description="checkpoints retained: last, best, latest epochs; from 2 on the one before the last, too")
+    checkpoint_format: Literal["whole", "sharded"] = Field(
+        default="whole", description="one file, or what fsdp shards in a file of each rank, in a folder that all ranks share"
+    )
+    checkpoint_async: bool = Field(default=False, description="write checkpoints while training goes on; takes a copy of the state")
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last epoch always")
     log_every: Positive = Field(default=10, description="steps between metrics lines")
     ledger: bool = Field(default=False, description="record every step's samples; `graphopt report` then checks each epoch")

@@ -7,11 +7,13 @@ is ever pickled: structure comes from replaying (spec, decisions), and every fil
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
@@ -20,20 +22,24 @@ from graphopt.errors import RunError
 from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, sealed, unlock_folder, unsealed, write_atomically
 from graphopt.hashing import content_digest, hash_parts
 from graphopt.plan_file import check_digest, check_version
+from graphopt.runtime.shards import copied
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
 from graphopt.train.feature_cache.store import remove_features
+from graphopt.train.parts import read as read_parts
+from graphopt.train.parts import remove_unused, split
+from graphopt.train.parts import write as write_parts
 from graphopt.train.phase import Phase, RunContext
 from graphopt.train.ranks import Ranks
 from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 MANIFEST_VERSION = 2
-FORMAT_VERSION = 3  # of checkpoints
+FORMAT_VERSION = 4  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "fsdp", "timeout", "compile", "channels_last", "deterministic"}
-    | {"checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
+    | {"checkpoint_format", "checkpoint_async", "checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }
 
@@ -96,6 +102,7 @@ class RunFolder:
         for entry in self.path.iterdir():
             if _LEFTOVER.fullmatch(entry.name):
                 entry.unlink(missing_ok=True)
+        remove_unused(self.path, self.checkpoints())
         if self.manifest is None or self.manifest["digest"] != digest:
             remove_features(self.features)  # of an attempt with another spec
         manifest = {"graphopt": MANIFEST_VERSION, "digest": digest, "spec": hash_parts(spec.encode())}
@@ -115,6 +122,7 @@ class RunFolder:
             ):
                 path.unlink(missing_ok=True)
             remove_if_empty(self.path / "tensorboard")
+            remove_unused(self.path, [])
             remove_features(self.features)
 
     def release(self) -> None:
@@ -153,6 +161,7 @@ class RunFolder:
                 link_atomically(self.last, self.previous)
 
         write_atomically(self.last, lambda file: torch.save(content, file), links=links)
+        remove_unused(self.path, self.checkpoints())
 
 
 #: temporary files of a process that was killed while it wrote
@@ -169,10 +178,17 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 class Checkpointer:
-    """Saves the state of a run, and restores it. `spec` is its text, empty for a plan compiled by hand."""
+    """Saves the state of a run, and restores it. `spec` is its text, empty for a plan compiled by hand.
+
+    With `train.checkpoint_async`, a thread writes a copy of the state, one checkpoint after the other.
+    """
 
     def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
         self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
+        self.sharded = train.checkpoint_format == "sharded" and ranks.count > 1
+        self._writing = ranks.apart() if self.sharded else ranks
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving") if train.checkpoint_async else None
+        self._pending: Future[None] | None = None
         self.source: Path | None = None  # the checkpoint that the run continues from
         self._epoch: int | None = None  # the epoch at whose end that was written, counted from 1
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
@@ -182,14 +198,17 @@ class Checkpointer:
     def save(self, state: RunState, *, metrics_offset: int, best: bool) -> None:
         """Writes a checkpoint; `metrics_offset` is the length of metrics.jsonl, `best` says whether it is the best so far.
 
-        All ranks have to call it; rank 0 writes.
+        All ranks have to call it; rank 0 writes, and with `train.checkpoint_format = "sharded"` every rank its part of sharded tensors.
+        An asynchronous save waits for the one before, and raises what went wrong with that.
         """
+        self.finish()
         plan, progress, ranks = state.phase.plan, state.progress, self.ranks
         meters = {"meter": state.meter.over(ranks).state_dict(), "window": state.window.over(ranks).state_dict()}
         buffers = state.phase.buffers_by_rank()
-        phase = state.phase.state_dict(keep=ranks.first)
-        if not ranks.first:
-            return
+        if self.sharded:
+            phase, sharded = split(state.phase.own_state())
+        else:
+            phase, sharded = state.phase.state_dict(keep=ranks.first), {}
         content = {
             "graphopt": FORMAT_VERSION,
             "spec": self.spec,
@@ -205,7 +224,34 @@ class Checkpointer:
             "buffers": buffers,
             "metrics_offset": metrics_offset,
         }
-        self.folder.save(content, best=best, keep=self.keep, epoch=progress.epoch if not progress.step else None)
+        tensors = {("phase", *keys): tensor for keys, tensor in sharded.items()}
+        options = {"best": best, "keep": self.keep, "epoch": progress.epoch if not progress.step else None}
+        if self._thread is None:
+            self._write(content, tensors, options)
+        else:
+            content, tensors = copied(content) if ranks.first else content, copied(tensors)
+            self._pending = self._thread.submit(self._write, content, tensors, options)
+
+    def _write(self, content: dict[str, Any], tensors: Mapping[tuple[str, ...], Tensor], options: Mapping[str, Any]) -> None:
+        parts = write_parts(self.folder.path, content["progress"]["total"], tensors, self._writing)
+        if self.ranks.first:
+            self.folder.save({**content, "parts": parts}, **options)
+
+    def raise_failure(self) -> None:
+        """Raises what went wrong with an asynchronous save, as soon as that is known."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for an asynchronous save, and raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for an asynchronous save, so that the folder is the run's until it is over; what else has gone wrong is said already."""
+        if self._thread is not None:
+            self._thread.shutdown()
 
     def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
         """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged or the spec has changed.
@@ -305,6 +351,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check_version(state["graphopt"], FORMAT_VERSION, str(path))
     if state.pop("checksum", None) != content_digest(state):
         raise RunError("is damaged: its content is not what was written", where=str(path), fix=fix)
+    if (parts := state.pop("parts", None)) is not None:
+        read_parts(state, path.parent, parts, fix)
     return state
 
 

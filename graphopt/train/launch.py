@@ -8,14 +8,14 @@ from dataclasses import fields
 from typing import Any
 from uuid import uuid4
 
-from graphopt.errors import RunError
+from graphopt.errors import GraphoptError, RunError, silenced
 
 #: seconds that ranks have after a stop signal to finish their step and write a checkpoint
 STOP_TIMEOUT = 300
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> None:
-    """Runs `graphopt ARGUMENTS` in `ranks` processes. Raises Ended, with the exit status of the first that failed.
+    """Runs `graphopt ARGUMENTS` in `ranks` processes. Raises a silent RunError with the exit status of the first that failed.
 
     The ranks print their own errors. Ctrl-C and SIGTERM reach all of them: they stop after a step, with a checkpoint, and the status is
     130 or 143. A rank that is killed ends the run (RunError names it); `torchrun --max-restarts` would start all ranks again.
@@ -43,21 +43,16 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "graphopt", *arguments)
     except SignalException as stopped:
-        raise Ended(128 + int(stopped.sigval)) from None
+        raise _ended(128 + int(stopped.sigval)) from None
     except ChildFailedError as failed:
         # The launcher itself terminates the others.
         killed = {rank: -f.exitcode for rank, f in failed.failures.items() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM}
         if killed:
             which = " and ".join(f"rank {rank} was ended by signal {number}" for rank, number in killed.items())
             raise RunError(which, fix="The run continues from the last checkpoint with --resume") from None
-        raise Ended(failed.get_first_failure()[1].exitcode) from None
+        raise _ended(failed.get_first_failure()[1].exitcode) from None
 
 
-class Ended(RunError):
+def _ended(exit_code: int) -> GraphoptError:
     """The ranks have said why; this process only ends with their status."""
-
-    silent = True
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"the ranks ended with status {exit_code}")
-        self.exit_code = exit_code
+    return silenced(RunError(f"the ranks ended with status {exit_code}"), exit_code)

@@ -213,7 +213,7 @@ class Phase:
 
     def not_finite(self) -> list[str]:
         """What is no longer finite of the weights, the averaged weights and the optimizer's state."""
-        state = self._state()
+        state = self.own_state()
         named = {"": state["model"], "averaged ": state["ema"] or {}}
         found = [f"{what}{name}" for what, tensors in named.items() for name in not_finite(tensors) if name not in self._infinite]
         found += [f"optimizer state of {name}" for name, of in state["optimizer"]["state"].items() if not_finite(of)]
@@ -245,10 +245,11 @@ class Phase:
 
         All ranks have to call it.
         """
-        state: dict[str, Any] = whole_state(self._state(), keep=keep)
+        state: dict[str, Any] = whole_state(self.own_state(), keep=keep)
         return state
 
-    def _state(self) -> dict[str, Any]:
+    def own_state(self) -> dict[str, Any]:
+        """As `state_dict()`, with sharded tensors as this rank holds them; nothing is copied, and no rank waits for another."""
         return {
             "model": self.plan.module.state_dict(),
             "optimizer": optimizers.optimizer_state(self.optimizer, self.plan.module),

@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from graphopt.data.loader import Rank
-from graphopt.errors import GraphoptError, RunError, first_line, listed
+from graphopt.errors import GraphoptError, RunError, first_line, listed, silenced
 
 _distributed: Any = distributed  # torch does not declare all of its names
 
@@ -28,15 +28,6 @@ SLOW = 6
 #: seconds in which ranks notice that a collective has failed
 NOTICE = 5.0
 _joins = numbers()  # the same on all ranks: each run of a process has its own part of the store
-
-
-class SilentError(RunError):
-    """An error that another rank reports. It only ends this process, with the exit status of `error`."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.silent = True
-        self.exit_code = getattr(error, "exit_code", 1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +94,15 @@ class Ranks(Rank):
     def new_group(self) -> Any:
         """A further gloo group of all ranks, for a thread that communicates by itself; all ranks have to call it."""
         return distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout * SLOW))
+
+    def apart(self) -> Self:
+        """The same ranks with a group of their own, for a thread that communicates by itself; all ranks have to call it."""
+        return replace(self, _group=self.new_group(), _owner=False) if self.count > 1 else self
+
+    @property
+    def group(self) -> Any:
+        """The gloo group that they communicate in; None alone."""
+        return self._group
 
     @property
     def first(self) -> bool:
@@ -178,10 +178,7 @@ class Ranks(Rank):
         if broken and not late and not watched:
             time.sleep(NOTICE / 10)  # the rank that knows more reports it
         if (broken and not late and watched) or not self._claims_report():
-            if not isinstance(error, GraphoptError):
-                return SilentError(error)
-            error.silent = True
-            return error
+            return silenced(error)
         if broken:
             error = self._missing() if late else self._disconnected(error)
         return error.with_location(f"rank {self.number}") if isinstance(error, GraphoptError) else error
@@ -236,7 +233,7 @@ def _rendezvous(part: str, number: int, count: int, timeout: float) -> Any:
         missing = [str(rank) for rank in range(count) if not store.check([f"joined/{rank}"])]
         what = f"rank {listed(missing)} of {count} did not join within {timeout:.0f} s"
         late = RunError(what, where=f"rank {number}", fix="Look for its own error, or raise train.timeout")
-        raise late if store.add("reported", 1) == 1 else SilentError(late) from error
+        raise late if store.add("reported", 1) == 1 else silenced(late) from error
     return store
 
 

@@ -105,9 +105,14 @@ class Starting:
         state, inputs, settings, folder = None, self.inputs, self.settings, self.folder
         strategy = inputs.strategy
         try:
-            with strategy.kernels(), StopSignals() as signals, closing(inputs.images), closing(inputs.evaluation):
-                text = dumps(self.spec) if self.spec is not None else ""
-                checkpointer = Checkpointer(folder, text, settings, self.data, strategy.ranks)
+            text = dumps(self.spec) if self.spec is not None else ""
+            with (
+                strategy.kernels(),
+                StopSignals() as signals,
+                closing(inputs.images),
+                closing(inputs.evaluation),
+                closing(Checkpointer(folder, text, settings, self.data, strategy.ranks)) as checkpointer,
+            ):
                 saved, message = checkpointer.load(self.digest)
                 plan = self._compiled(weights=saved is None)
                 context = self._context(plan)
@@ -212,6 +217,7 @@ class Run:
                 self._train_epoch()
                 self._close_epoch()
             self.state.phase.close()
+        self.checkpointer.finish()
         self.context.features.close()
         summary = Summary.of(self.state, self.strategy.describe(), str(self.folder.path))
         if self.strategy.ranks.first:
@@ -249,6 +255,7 @@ class Run:
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
             self._stop_if_requested(self._agreed(self.signals.signum or 0, progress.total, progress.epoch, *self._taken))
             self._taken.clear()
+            self.checkpointer.raise_failure()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
         self._check_losses()
@@ -338,6 +345,7 @@ class Run:
         """Raises Stopped, after writing a checkpoint, if a signal (0 is none) has requested it."""
         if signum:
             self._save()
+            self.checkpointer.finish()
             done = f"epoch {self.progress.epoch}, step {self.progress.step} of {self.state.phase.steps}"
             fix = "Continue with the same command and --resume"
             raise Stopped(f"stopped at {done}; a checkpoint is written", signum=signum, where=str(self.folder.path), fix=fix)

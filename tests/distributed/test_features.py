@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from time import perf_counter
 
 import pytest
 import torch
+from torch import Tensor
 
 import graphopt
 from graphopt import RunError
@@ -21,10 +23,10 @@ from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import cache as cache_module
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
-from graphopt.train.feature_cache.store import MemoryFill
+from graphopt.train.feature_cache.store import CacheDirectory, MemoryFill
 from graphopt.train.ledger import check_ledger
 from graphopt.train.phase import Phase
-from graphopt.train.ranks import Ranks
+from graphopt.train.ranks import ALONE, Ranks
 from graphopt.train.run import Run
 from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
@@ -160,6 +162,56 @@ def _feeds(rank: int, folder: str, views: int) -> None:
     finally:
         MemoryFill.read, cache_module.perf_counter = read, perf_counter
     assert "computing them 0 us" in cache.last_decision["why"], "on every rank"
+
+
+def _prepared(folder: Path, ranks: Ranks = ALONE) -> tuple[dict, list[Tensor]]:
+    """How a cache of two views came about in a folder that all share, and the batches of two epochs."""
+    torch.set_num_threads(1)
+    plan = _plan(when="start", upto="blocks.0", views=2, cache="disk", folder=str(folder), force=False)
+    plan = plan.advance_to(plan.due(0, None, 1))
+    images = ImageFeed(open_data(DATA, (3, 8, 8), 0).train, 12, rank=ranks)
+    cache = FeatureCache(images, Strategy(torch.device("cpu"), ranks=ranks), folder=folder, digest=plan.digest, identity={})
+    feed, _, record = cache.prepare(plan, {"cut": plan.needs.features.node.name, "kept": True, "route": [plan.needs.features.node.name]})
+    assert record["kept"]
+    return cache.last_decision, [tensor for epoch in range(2) for batch in feed.batches(epoch) for tensor in (batch.input, batch.target)]
+
+
+def _deal(rank: int, folder: str) -> None:
+    """Deals what one process has left, which rank 1 does not see in the second folder, and has to compute."""
+    ranks, compute, parts = Ranks.join(60).connected("cpu"), Prefix.compute, CacheDirectory.parts
+    for name in ("seen", "not by all"):
+        images = ImageFeed(open_data(DATA, (3, 8, 8), 0).train, 12, rank=ranks)
+        expected = [t for epoch in range(2) for batch in images.batches(epoch) for t in (batch.input, batch.target)]
+        hidden, calls = name != "seen" and rank == 1, []
+        Prefix.compute = lambda prefix, inputs, calls=calls: calls.append(1) or compute(prefix, inputs)
+        CacheDirectory.parts = (lambda *_: []) if hidden else parts
+        decision, found = _prepared(Path(folder, name), ranks)
+        Prefix.compute, CacheDirectory.parts = compute, parts
+        assert bool(calls) == hidden
+        assert decision["filled_from"] == ("images" if hidden else "parts")
+        assert [t.shape[0] for t in found] == [t.shape[0] for t in expected]
+        assert all(torch.equal(a, b) for a, b in zip(found[1::2], expected[1::2], strict=True)), "targets"
+        torch.save(found, f"{folder}/{name}-{rank}.pt")
+
+
+def test_another_number_of_ranks_deals_cached_features_again(tmp_path):
+    """From one process to three, and back, bit for bit, without computing; a part that is damaged is computed again."""
+    for name in ("seen", "not by all"):
+        decision, alone = _prepared(tmp_path / name)
+        assert decision["filled_from"] == "images"
+    run_ranks(_deal, str(tmp_path), ranks=3)
+    dealt, computed = ([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(3)] for name in ("seen", "not by all"))
+    assert all(torch.allclose(a, b, atol=1e-5) for one, other in zip(dealt, computed, strict=True) for a, b in zip(one, other, strict=True))
+    files = sorted(path.name for path in (tmp_path / "seen").glob("*.rows"))
+    assert len(files) == 3, "of three ranks, and no longer of one process"
+    shutil.copytree(tmp_path / "seen", tmp_path / "copy")
+    decision, again = _prepared(tmp_path / "seen")
+    assert decision["filled_from"] == "parts"
+    assert all(torch.equal(a, b) for a, b in zip(again, alone, strict=True))
+    shutil.rmtree(tmp_path / "seen")
+    (tmp_path / "copy").rename(tmp_path / "seen")
+    os.truncate(tmp_path / "seen" / files[1], 100)
+    assert _prepared(tmp_path / "seen")[0]["filled_from"] == "images"
 
 
 def _damaged(rank: int, folder: str) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -25,7 +26,7 @@ from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.hashing import hash_parts, raw_bytes
 from graphopt.runtime.dtypes import DTYPES
-from graphopt.train.feature_cache.exchange import Exchange, owned
+from graphopt.train.feature_cache.exchange import Deal, Exchange, owned
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import (
     CacheDirectory,
@@ -175,15 +176,16 @@ class FeatureCache:
         views, dtype, count, batch = _views(options), options["dtype"], len(self.samples), self.images.batch
         self._fingerprint = self._fingerprint or self._attempt(self.samples.fingerprint)
         identity = json.dumps([self.identity, self._fingerprint], sort_keys=True, default=str)
-        key = hash_parts(identity.encode(), *self._probe(views))
-        own, rank = len(owned(self.ranks, count)), (self.ranks.number, self.ranks.count) if self.ranks.count > 1 else ()
+        whole = hash_parts(identity.encode(), *self._probe(views))
+        own, part = len(owned(self.ranks, count)), (self.ranks.number, self.ranks.count)
         cuts: list[Cut] = []
         for name in route:
             node = nodes[name]
-            key = key_of(
-                plan.graph, cuts[-1].node if cuts else None, node, key, (dtype, views, self.strategy.precision, count, batch, *rank)
-            )
-            cuts.append(Cut(node, EntryLayout(key, own * views, tuple(node.meta["val"].shape[1:]), DTYPES[dtype], batch)))
+            start = cuts[-1].node if cuts else None
+            whole = key_of(plan.graph, start, node, whole, (dtype, views, self.strategy.precision, count))
+            # Kernels may round differently for another batch size: a rank's own features are those that it computed in its own batches.
+            key = hash_parts(whole.encode(), f"{batch} {part}".encode())
+            cuts.append(Cut(node, EntryLayout(key, own * views, tuple(node.meta["val"].shape[1:]), DTYPES[dtype], batch, whole, part)))
         return cuts
 
     def _probe(self, views: int) -> list[bytes]:
@@ -197,17 +199,18 @@ class FeatureCache:
         if self._held is not None and self._held.layout.key == layout.key:
             return self._held
         with ExitStack() as stack:
-            directory = None
+            directory, parts = None, list[CacheEntry]()
             if options["cache"] == "ram":
                 fill: Fill = self._attempt(lambda: self._in_memory(layout))
             else:
                 folder = options.get("folder")
                 directory = CacheDirectory(Path(folder).expanduser() if folder else self.folder, self.digest)
                 fill = self._on_disk(directory, layout, stack)
-            entry = self._fill(plan, cuts, options, fill, trial)
+                parts = self._attempt(partial(directory.parts, layout)) if self.ranks.largest(fill.done < layout.chunks) else []
+            entry = self._fill(plan, cuts, options, fill, parts, trial)
         if directory is not None:
-            for earlier in cuts[:-1]:
-                directory.remove(earlier.layout)
+            for earlier in (*(cut.layout for cut in cuts[:-1]), *(part.layout for part in parts)):
+                directory.remove(earlier)
         return entry
 
     def _in_memory(self, layout: EntryLayout) -> MemoryFill:
@@ -229,29 +232,30 @@ class FeatureCache:
                     self._attempt(lambda: None)
         return Whole(found) if isinstance(found, CacheEntry) else found
 
-    def _fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, trial: bool) -> CacheEntry:
-        """Computes what is missing of an entry; a trial declines if reading a few chunks is slower than computing them.
+    def _fill(
+        self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], fill: Fill, parts: Sequence[CacheEntry], trial: bool
+    ) -> CacheEntry:
+        """Copies what is missing of an entry from `parts`, those of another number of ranks, or computes it where there are none.
 
-        All ranks have as many rounds, one chunk each; one that has no chunk left waits for the others.
+        All ranks have as many rounds, one chunk each; one that has no chunk left waits for the others. A trial declines if reading a few
+        chunks is slower than computing them.
         """
         layout, done = fill.layout, fill.done
         rounds = int(self.ranks.largest(layout.chunks - done))
         if not rounds:
             return self._attempt(fill.finish)
-        source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if len(cuts) > 1 else None
+        computing = self.ranks.largest(not parts and done < layout.chunks)  # ranks without a common file system may differ
+        source = self._load_or_fill(plan, cuts[:-1], options, trial=False) if computing and len(cuts) > 1 else None
         prefix = Prefix(plan, cuts, self.strategy)
-        last = self._trial_chunks(fill) if trial and not options.get("force") else 0
+        last = self._trial_chunks(fill) if trial and computing and not options.get("force") else 0
         began = start = perf_counter()
 
         def compute(number: int, chunk: tuple[Tensor, Tensor] | None) -> None:
             if chunk is not None:
-                features = prefix.compute(chunk[0])
-                if number == 0:
-                    prefix.check(chunk[0], features)
-                fill.write(number, prefix.convert(features), chunk[1])
+                fill.write(number, chunk[0] if parts else prefix.stored(chunk[0], first=number == 0), chunk[1])
 
         try:
-            with closing(self._chunks(source, fill)) as chunks:
+            with closing(self._chunks(source, fill, parts)) as chunks:
                 for number in range(done, done + rounds):
                     self._attempt(lambda: compute(number, next(chunks, None)))  # noqa: B023 (called at once)
                     if number == 0:
@@ -266,7 +270,8 @@ class FeatureCache:
         except BaseException:
             fill.flush()
             raise
-        self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "images" if source is None else "features"}
+        filled_from = "images" if source is None else "features"
+        self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "parts" if parts else filled_from}
         return entry
 
     def _trial_chunks(self, fill: Fill) -> int:
@@ -274,12 +279,18 @@ class FeatureCache:
         fewest = int(-self.ranks.largest(-fill.layout.chunks))
         return 0 if self.ranks.largest(fill.done) else max(0, min(TRIAL, fewest - (1 if self.ranks.count == 1 else 2)))
 
-    def _chunks(self, source: CacheEntry | None, fill: Fill) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next."""
-        if source is not None:
-            return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
+    def _chunks(self, source: CacheEntry | None, fill: Fill, parts: Sequence[CacheEntry]) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next.
+
+        From `parts`, the features themselves.
+        """
         own = owned(self.ranks, len(self.samples))
         keys = ([(row // len(own), own[row % len(own)]) for row in range(*span)] for span in fill.missing)
+        if parts:
+            deal = Deal(parts, fill.layout.rows // len(own))
+            return (deal.rows(chunk) for chunk in keys)
+        if source is not None:
+            return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
         return ((batch.input, batch.target) for batch in load(self.samples, keys, self.images.workers))
 
     def _check_faster(self, fill: Fill, last: int, computing: float) -> None:

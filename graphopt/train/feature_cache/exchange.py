@@ -1,4 +1,7 @@
-"""Cached features on several ranks: each rank owns those of every so-many-th sample, and hands them to the rank whose batch they are in."""
+"""Cached features on several ranks: each rank owns those of every so-many-th sample, and hands them to the rank whose batch they are in.
+
+What one number of ranks has left on disk, another number deals again.
+"""
 
 from collections.abc import Sequence
 
@@ -6,12 +9,31 @@ import torch
 from torch import Tensor, distributed
 
 from graphopt.data.loader import Rank
+from graphopt.train.feature_cache.store import CacheEntry
 from graphopt.train.ranks import Ranks
 
 
 def owned(rank: Rank, samples: int) -> range:
     """The samples whose features a rank owns: r, r + count, ... Alone, all of them."""
     return range(rank.number, samples, rank.count)
+
+
+class Deal:
+    """Rows of the entries that another number of ranks has filled, by view and sample."""
+
+    def __init__(self, parts: Sequence[CacheEntry], views: int) -> None:
+        self._parts, self._owned = parts, [part.layout.rows // views for part in parts]
+
+    def rows(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Features and targets of (view, sample), in this order."""
+        count, layout = len(self._parts), self._parts[0].layout
+        view, sample = torch.tensor(keys).unbind(1)
+        features, targets = torch.empty(len(keys), *layout.shape, dtype=layout.dtype), torch.empty(len(keys), dtype=torch.int64)
+        for number, part in enumerate(self._parts):
+            where = (sample % count == number).nonzero().view(-1)
+            rows = sample[where] // count + view[where] * self._owned[number]
+            features[where], targets[where] = part.features.index_select(0, rows), part.targets[rows]
+        return features, targets
 
 
 class Exchange:

@@ -48,7 +48,7 @@ def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: S
     """The key of the features at `stop`, which depend on those at `start` (or images) with the key `parent`, nodes, tensors and options."""
     inside = computing(start, stop)
     ordered = [n for n in graph.nodes if n in inside]
-    text = [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in ordered]
+    text = [f"{n.op} {_name(n.target)} {n.args} {n.kwargs}" for n in ordered]
     leaves: list[str] = []
     tensors: dict[str, Tensor] = {}
     for node in ordered:
@@ -62,6 +62,12 @@ def key_of(graph: Graph, start: Node | None, stop: Node, parent: str, options: S
             tensors[path] = value
     values = (bytes(raw_bytes(tensors[name].cpu())) for name in sorted(tensors))
     return hash_parts("\n".join([parent, *map(str, options), *text, *leaves]).encode(), *values)
+
+
+def _name(target: object) -> str:
+    """A node's target, the same in every process: a function's text form has its address."""
+    name = getattr(target, "__qualname__", None)
+    return f"{getattr(target, '__module__', None)}.{name}" if name else str(target)
 
 
 class Prefix:
@@ -80,6 +86,13 @@ class Prefix:
         batch = self._strategy.move(Batch(torch.empty(0), inputs, torch.empty(0)))
         with torch.no_grad(), self._strategy.autocast():
             return self._module(batch.input.float())
+
+    def stored(self, inputs: Tensor, *, first: bool) -> Tensor:
+        """Features of `inputs` as they are stored; the first ones are checked."""
+        features = self.compute(inputs)
+        if first:
+            self.check(inputs, features)
+        return self.convert(features)
 
     def check(self, inputs: Tensor, features: Tensor) -> None:
         """Raises RunError unless features depend on nothing but their own sample."""

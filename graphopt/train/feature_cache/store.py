@@ -10,11 +10,11 @@ import re
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch import Tensor
 from graphopt.errors import RunError
 from graphopt.files import exclusive, reason, remove_if_empty, sealed, unsealed, write_atomically
 from graphopt.hashing import raw_bytes
+from graphopt.runtime.dtypes import DTYPES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "features.json"
 #: bytes between two records of a fill's progress: the most that an interruption loses
 STRIDE = 256 << 20
@@ -31,13 +32,25 @@ STRIDE = 256 << 20
 
 @dataclass(frozen=True)
 class EntryLayout:
-    """What an entry holds: `rows` features of one shape and dtype."""
+    """What an entry holds: `rows` features of one shape and dtype.
+
+    Of several ranks each has an entry of its own, `part` (its number, their number) of the features that `whole` identifies.
+    """
 
     key: str  # identifies the prefix and its inputs
     rows: int
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunk: int  # rows per checksum, and per write
+    whole: str = ""
+    part: tuple[int, int] = (0, 1)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Self:
+        """The inverse of `table`. Raises KeyError or TypeError for what is not one."""
+        values = {field.name: table[field.name] for field in fields(cls)}
+        values |= {"shape": tuple(table["shape"]), "part": tuple(table["part"]), "dtype": DTYPES[table["dtype"].removeprefix("torch.")]}
+        return cls(**values)
 
     @property
     def row_bytes(self) -> int:
@@ -56,7 +69,8 @@ class EntryLayout:
         return number * self.chunk, min((number + 1) * self.chunk, self.rows)
 
     def table(self) -> dict[str, Any]:
-        return {"graphopt": FORMAT_VERSION, **asdict(self), "shape": list(self.shape), "dtype": str(self.dtype)}
+        plain = {"shape": list(self.shape), "dtype": str(self.dtype), "part": list(self.part)}
+        return {"graphopt": FORMAT_VERSION, **asdict(self), **plain}
 
     def describes(self, table: dict[str, Any]) -> bool:
         return self.table().items() <= table.items()
@@ -160,6 +174,21 @@ class CacheDirectory:
                 return entry
         self.remove(layout)
         return None
+
+    def parts(self, layout: EntryLayout) -> list[CacheEntry]:
+        """The same features as another number of ranks has them, in the order of these ranks; empty where one is missing or damaged."""
+        known: dict[int, dict[int, EntryLayout]] = {}
+        for path in self.path.glob("*.json"):
+            table = _read(path)
+            if table.get("whole") == layout.whole and table.get("part") != list(layout.part):
+                found = EntryLayout.from_table(table)
+                known.setdefault(found.part[1], {})[found.part[0]] = found
+        for count, layouts in sorted(known.items()):
+            if count != layout.part[1] and len(layouts) == count:
+                entries = [entry for number in range(count) if (entry := self.open(layouts[number])) is not None]
+                if len(entries) == count:
+                    return entries
+        return []
 
     def remove(self, layout: EntryLayout) -> None:
         """Removes an entry, first the file that makes it exist."""
