@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.errors import NeedsValuesError, PassError, first_line
+from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, writes_in_place
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.regions import Region
-from graphopt.ir.shapes import fake_copy, tensors_in, uncached
+from graphopt.ir.shapes import tensors_in, uncached
 
 #: samples that the pieces are measured with; bytes are for so many samples
 BATCH = 8

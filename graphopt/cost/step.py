@@ -34,8 +34,9 @@ from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
+from graphopt.ir.copying import copy_with, fake_copy
 from graphopt.ir.fakes import FakeMode
-from graphopt.ir.shapes import copy_with, fake_copy, tensors_in, uncached
+from graphopt.ir.shapes import tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: a function of the module's output and the labels (N,)

@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import FunctionType
@@ -18,8 +18,8 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import TraceError, first_line
-from graphopt.ir.fakes import FakeMode, as_fake
-from graphopt.runtime.body import bodies
+from graphopt.ir.copying import fake_copy
+from graphopt.ir.fakes import FakeMode
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
@@ -114,42 +114,6 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
         args, kwargs = pytree.tree_map(real, (args, kwargs))
         out = leaf(*args, **kwargs)
     return pytree.tree_map(lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, out)
-
-
-def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
-    """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
-    copied = copy_with(module, lambda tensor: as_fake(tensor, mode))
-    for part in (p for root in (copied, *(body for _, body in bodies(copied))) for p in root.modules()):
-        # A norm that averages all batches divides by the value of its counter, which a fake does not have. Any factor costs the same.
-        if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None:
-            part.momentum = 0.1
-    return copied
-
-
-def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A deep copy of `module` with `replace(tensor)` for each tensor in it; tensors that were shared are shared again.
-
-    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list, tuple or dictionary).
-    """
-    # deepcopy asks the memo before it copies.
-    memo: dict[int, Any] = {}
-    for root in (module, *(body for _, body in bodies(module))):
-        for part in root.modules():
-            if isinstance(part, fx.GraphModule):
-                # It can hold fake tensors of another mode.
-                memo[id(part.meta)] = {}
-            for tensor in _tensors_of(part):
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = replace(tensor)
-    return copy.deepcopy(module, memo)
-
-
-def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for item in items:
-            if isinstance(item, torch.Tensor):
-                yield item
 
 
 @contextmanager

@@ -38,11 +38,11 @@ from graphopt.compiler.verify import Property
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.partition import BATCH, Table, by_memory, peaks, pieces_of
+from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.flow import cut_points
 from graphopt.ir.nodes import parameters_of
 from graphopt.ir.partition import CutCandidate, by_stage, cut_candidates, evenly, explicit, named_region
-from graphopt.ir.shapes import fake_copy
 from graphopt.passes.supervise import decoders
 from graphopt.passes.supervise.auxiliary import Auxiliary, Boundary, Difference, HeadKind, Weights, build_head
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
