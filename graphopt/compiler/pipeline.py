@@ -13,7 +13,7 @@ from graphopt.compiler.emit import emit
 from graphopt.compiler.measure import Measure
 from graphopt.compiler.pass_base import ActiveMatch, Effects, Match, PassInstance, Severity
 from graphopt.compiler.report import PassReport
-from graphopt.compiler.runs import Runs, smaller_input
+from graphopt.compiler.runs import Runs
 from graphopt.compiler.triggers import Decision, active_regions
 from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
 from graphopt.cost.figures import Cost
@@ -22,6 +22,7 @@ from graphopt.ir.editor import Editor, Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.section import Author
+from graphopt.ir.shapes import smaller_input
 
 Verify = Literal["full", "fast", "off"]
 
@@ -88,7 +89,7 @@ def rewrite(
     edits: list[Edits | None] = []
     reports: list[PassReport] = []
     module = emit(graph)
-    runs = Runs(module, graph.input, smaller_input(graph))
+    runs = Runs(module, graph.input, smaller_input(graph.nodes, graph.input))
     first = cost = no_costs = None
     try:
         first = cost = measure(module, graph, ()) if measure else None

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.ir.copying import copy_with, real_copy
-from graphopt.ir.graph import Graph
 from graphopt.ir.shapes import tensors_in
 
 Shape = tuple[int, ...]
 
 #: samples in a numerical check
 BATCH = 2
-#: an input of fewer positions is small already: what a run takes on it is the time of its calls
-FEW_POSITIONS = 64 * 64
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,6 @@ class Runs:
     def known(self, shape: Shape, dtype: torch.dtype, *, training: bool) -> Computed:
         """The same, of any run: one with gradients gives the outputs, too."""
         return self._found.get((shape, dtype, training, True)) or self.computed(shape, dtype, training=training)
-
-
-def smaller_input(graph: Graph) -> Shape | None:
-    """A sample so small that the smallest plane of activations of more than one position is two positions wide or high.
-
-    None where that is not smaller, the sample is no image, or it has few positions anyway. Not every backbone takes it (position
-    embeddings have one size): running it tells.
-    """
-    if len(graph.input) != 3 or graph.input[1] * graph.input[2] <= FEW_POSITIONS:
-        return None
-    values = (n.meta.get("val") for n in graph.nodes)
-    widths = [size for v in values if isinstance(v, Tensor) and v.dim() == 4 for size in v.shape[2:] if size > 1]
-    smallest = min(widths, default=2)
-    channels, *sizes = graph.input
-    shape = (channels, *(-(-2 * size // smallest) for size in sizes))
-    return shape if smallest > 2 else None
 
 
 def _run(module: nn.Module, shape: Shape, dtype: torch.dtype, *, training: bool, gradients: bool) -> Computed:

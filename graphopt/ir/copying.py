@@ -44,12 +44,18 @@ def real_copy(module: nn.Module, dtype: torch.dtype) -> Any:
 
     So a forward and a backward leave `module` as it was, gradients included, but the copy is of use only as long as its values are.
     """
+    memo: dict[int, Any] = {}
 
     def replaced(tensor: Tensor) -> Tensor:
-        values = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+        if tensor.is_meta:  # of a leaf that is called with other weights than its own
+            return tensor
+        kind = dtype if tensor.is_floating_point() else dtype.to_complex() if tensor.is_complex() else tensor.dtype
+        values = tensor.detach().to("cpu", kind)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(values, tensor.requires_grad)
-        return values.clone() if values.data_ptr() == tensor.data_ptr() else values
+        # Buffers that are views of the same memory stay that.
+        own = values if values.data_ptr() != tensor.data_ptr() else copy.deepcopy(values, memo)
+        return own.requires_grad_(tensor.requires_grad)
 
     return copy_with(module, replaced)
 
@@ -99,7 +105,8 @@ class _Copier:
         """An object that is what `state` says."""
         self._states.append(state)
         copied = self.memo[id(value)] = object.__new__(type(value))
-        own = {k: self.value(v) for k, v in state.items()}
+        # Most of a module are numbers and empty dictionaries of hooks.
+        own = {k: v if type(v) in _FIXED else self.value(v) if v or type(v) is not OrderedDict else OrderedDict() for k, v in state.items()}
         if isinstance(value, fx.GraphModule) or not hasattr(value, "__setstate__"):
             vars(copied).update(own)
         else:

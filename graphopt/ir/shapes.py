@@ -24,7 +24,8 @@ from graphopt.ir.fakes import FakeMode
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
 
-
+#: an image of fewer positions is small: what a run takes on it is the time of its calls
+FEW_POSITIONS = 64 * 64
 #: the most numbers that one sample may hold: 256 MiB in float32
 MOST_NUMBERS = 2**26
 
@@ -76,6 +77,21 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             what = f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line(cause)}"
             fix = "Give the input shape that the backbone was built for ([backbone] input, and its image size argument)"
             raise TraceError(what, where=where, fix=fix) from error
+
+
+def smaller_input(nodes: Iterable[fx.Node], input: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A sample so small that the smallest plane of activations of more than one position is two positions wide or high.
+
+    None where that is not smaller, the sample is no image, or it has few positions anyway. Not every backbone takes it (position
+    embeddings have one size): running it tells. `nodes` have their shapes.
+    """
+    if len(input) != 3 or input[1] * input[2] <= FEW_POSITIONS:
+        return None
+    values = (n.meta.get("val") for n in nodes)
+    widths = [size for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 for size in v.shape[2:] if size > 1]
+    smallest = min(widths, default=2)
+    channels, *sizes = input
+    return (channels, *(-(-2 * size // smallest) for size in sizes)) if smallest > 2 else None
 
 
 def forward_bytes(module: fx.GraphModule) -> int:
