@@ -87,9 +87,9 @@ class _Copier:
         if (known := self.memo.get(id(value))) is not None:
             return known
         if kind in (dict, OrderedDict):
-            copied = self.memo[id(value)] = kind()
-            copied.update((self.value(k), self.value(v)) for k, v in value.items())
-            return copied
+            items = self.memo[id(value)] = kind()
+            items.update((self.value(k), self.value(v)) for k, v in value.items())
+            return items
         if kind in (list, tuple) or (kind is set and all(type(item) in _FIXED for item in value)):
             copied = kind(map(self.value, value))
         elif isinstance(value, Tensor) and self.replace is not None:
@@ -133,7 +133,7 @@ def _state_of(value: Any) -> dict[str, Any] | None:
         return {k: v for k, v in vars(value).items() if k != "_graph"} | {"meta": {}}
     if not isinstance(value, (nn.Module, Body)) or hasattr(kind, "__deepcopy__"):
         return None
-    if (kind.__reduce_ex__, kind.__reduce__) != (object.__reduce_ex__, object.__reduce__):
+    if any(getattr(kind, name) is not getattr(object, name) for name in ("__reduce_ex__", "__reduce__")):
         return None
     state = value.__getstate__()
     return state if isinstance(state, dict) else None
