@@ -106,7 +106,7 @@ class _Copier:
         self._states.append(state)
         copied = self.memo[id(value)] = object.__new__(type(value))
         # Most of a module are numbers and empty dictionaries of hooks.
-        own = {k: v if type(v) in _FIXED else self.value(v) if v or type(v) is not OrderedDict else OrderedDict() for k, v in state.items()}
+        own = {k: v if type(v) in _FIXED else self.value(v) if type(v) is not OrderedDict or v else OrderedDict() for k, v in state.items()}
         if isinstance(value, fx.GraphModule) or not hasattr(value, "__setstate__"):
             vars(copied).update(own)
         else:
