@@ -28,16 +28,16 @@ def passes(
 
         graphopt passes freeze
     """
-    from graphopt.compiler.registry import passes as registered
+    from graphopt.compiler import registry
 
-    known = registered()
+    known = registry.names()
     if name is not None and name not in known:
-        raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(sorted(known))}")
-    chosen = {name: known[name]} if name else dict(sorted(known.items()))
+        raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(known)}")
+    chosen = {key: registry.load(key) for key in ([name] if name else known)}
     if as_json:
         show_json({key: {"summary": _summary(cls), **cls.model_json_schema()} for key, cls in chosen.items()})
     elif name:
-        _manual(known[name])
+        _manual(chosen[name])
     else:
         table = grid("pass", "what it does", "preserves")
         for key, cls in chosen.items():

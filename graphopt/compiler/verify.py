@@ -11,18 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphopt.compiler.pass_base import Property
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Graph
 from graphopt.ir.shapes import tensors_in
-
-#: the properties that a pass can declare and the compiler can check
-Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
-ALL_PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
 
 #: the largest relative difference in float64 that counts as rounding
 TOLERANCE = 1e-9

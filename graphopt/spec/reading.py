@@ -14,8 +14,8 @@ from typing import Any, cast
 import tomli
 from pydantic import ValidationError
 
+from graphopt.compiler import registry
 from graphopt.compiler.pass_base import Pass
-from graphopt.compiler.registry import passes
 from graphopt.errors import BackboneError, GraphoptError, SpecError, did_you_mean
 from graphopt.models.catalog import SOURCES, default_input
 from graphopt.spec.messages import Locate, joined, spec_errors
@@ -150,9 +150,9 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
     """The pass class that a `[[pass]]` table names with `use`, and its other keys."""
     if not isinstance(item, Mapping):
         raise SpecError("expected a [[pass]] table", where=where(path))
-    use, installed_passes = item.get("use"), passes()
+    use, installed_passes = item.get("use"), registry.names()
     options = {key: value for key, value in item.items() if key != "use"}
-    known = f"There are {', '.join(sorted(installed_passes))}"
+    known = f"There are {', '.join(installed_passes)}"
     if not isinstance(use, str):
         raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=known)
     if ":" in use and not use.rpartition(":")[0].endswith(".py"):
@@ -163,7 +163,7 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
         return _pass_from_file(use, folder, trust, where((*path, "use"))), options
     if use not in installed_passes:
         raise SpecError(f"unknown pass {use!r}", where=where((*path, "use")), fix=did_you_mean(use, installed_passes) or known)
-    return installed_passes[use], options
+    return registry.load(use), options
 
 
 def _pass_from_file(use: str, folder: Path, trust: bool, where: str) -> type[Pass]:

@@ -16,8 +16,9 @@ from graphopt.errors import TraceError, first_line
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
+from graphopt.ir.sample import check_input
 from graphopt.ir.section import BACKBONE, Section
-from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes, uncached
+from graphopt.ir.shapes import forward_bytes, propagate_shapes, uncached
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same, without_gradient

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt.compiler.pass_base import Pass
 from graphopt.compiler.registry import passes
-from graphopt.ir.select import Selector
+from graphopt.ir.selector import Selector
 from graphopt.spec import dumps, from_table, installed, load, loads, schema
 from graphopt.spec.writing import kind_of, option_texts, toml_value
 
