@@ -45,25 +45,29 @@ def inspect(
 
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
-    from graphopt.driver import build_backbone, trace_backbone
     from graphopt.models.catalog import SOURCES
     from graphopt.spec import installed, load, resolve
-    from graphopt.tracing import trace
 
     shape = None if input is None else _parse_shape(input)
-    passes: Sequence[Pass] = ()
     source = what.partition("/")[0]
+    loaded = None
     if not os.path.exists(what) and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
         backbone = resolve(what, input=shape)
+    else:
+        loaded = load(what, trust=trust, overrides=set_)
+        backbone = loaded.backbone
+
+    from graphopt.driver import build_backbone, trace_backbone
+    from graphopt.tracing import trace
+
+    if loaded is None:
         model = build_backbone(backbone, trust=trust)
         graph = trace(model, backbone.input)
     else:
-        loaded = load(what, trust=trust, overrides=set_)
-        backbone, passes = loaded.backbone, loaded.passes
         model, graph = trace_backbone(loaded, input=shape, trust=trust)
     table = _table(f"{backbone.source}/{backbone.name}", graph)
     if units:
-        table["units"] = _units(model, passes, graph.input)
+        table["units"] = _units(model, loaded.passes if loaded else (), graph.input)
     if as_json:
         show_json(table)
     else:

@@ -54,6 +54,12 @@ def check_target(path: Path, name: str) -> None:
         raise RunError("its folder does not exist", where=str(path), fix="Make the folder first")
 
 
+def check_run(path: Path) -> None:
+    """Refuses a run, or a checkpoint of one, that is not there."""
+    if not path.exists():
+        raise RunError("no such file or folder", where=str(path), fix="Name the folder that `graphopt train` wrote")
+
+
 def check_epoch(spec: "Spec", epoch: int | None) -> None:
     """Refuses an --epoch that the run does not have."""
     if epoch is not None and epoch >= spec.train.epochs:

@@ -81,8 +81,8 @@ def _digits_table() -> Any:
     """(1797, 65) int64: 64 pixels in 0..16, then the class. Read without scikit-learn's code, which takes a second to import."""
     package = find_spec("sklearn")
     assert package is not None  # a dependency
-    (folder,) = package.submodule_search_locations or ()
-    with gzip.open(Path(folder, "datasets", "data", "digits.csv.gz")) as file:
+    assert package.origin is not None
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz") as file:
         return np.array(file.read().replace(b"\n", b",").strip(b",").split(b","), dtype=np.int64).reshape(-1, 65)
 
 

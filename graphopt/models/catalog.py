@@ -28,7 +28,7 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
     if source == "cifar":
         return (_size(arguments.get("in_chans"), 3), 32, 32)
     if source == "timm":
-        channels, height, width = index("timm").inputs.get(name) or _registered(name)
+        channels, height, width = index("timm").inputs.get(name) or _registered_input(name)
         size = arguments.get("img_size")
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
         return (_size(arguments.get("in_chans"), channels), _size(sides[0], height), _size(sides[1], width))
@@ -40,12 +40,8 @@ def _size(given: Any, default: int) -> int:
     return given if type(given) is int and given > 0 else default
 
 
-def _registered(name: str) -> Sequence[int] | None:
-    """The input of a model that this process has added to timm; None if it has not."""
-    timm = sys.modules.get("timm")
-    if timm is None or not timm.is_model(name):
-        return None
-    config = timm.models.get_pretrained_cfg(name)
+def _registered_input(name: str) -> Sequence[int]:
+    config = sys.modules["timm"].models.get_pretrained_cfg(name)
     return config.input_size if config else (3, 224, 224)
 
 
@@ -62,7 +58,8 @@ def check_name(source: str, name: str) -> None:
 
 def _known(source: str, name: str) -> bool:
     if source == "timm":
-        return name in index("timm").inputs or _registered(name) is not None
+        # A model that this process has added to timm is in no index.
+        return name in index("timm").inputs or ("timm" in sys.modules and sys.modules["timm"].is_model(name))
     if source == "cifar":
         return name in CIFAR_VGGS or re.fullmatch(r"resnet\d+", name) is not None
     return source == "python" or name in names(source)
