@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, TrustOption
+from graphopt.cli.options import JsonOption, SetOption, TrustOption, complete_backbone
 from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphopt.ir.regions import Region
 
 
+_WHAT = "source/name (timm/resnet50, torchvision/..., cifar/...), or a SPEC."
 #: parameters outside of units, by what becomes of them
 _KINDS = {
     "root": "gathered for the whole step",
@@ -28,7 +29,7 @@ _KINDS = {
 
 
 def inspect(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="source/name (timm/resnet50, torchvision/..., cifar/...), or a SPEC.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=_WHAT, autocompletion=complete_backbone)],
     input: Annotated[str | None, typer.Option("--input", metavar="C,H,W", help="One sample's shape; default: the model's.")] = None,
     set_: SetOption = [],  # noqa: B006
     units: Annotated[bool, typer.Option("--units", help="Also what fsdp gathers together: of a SPEC's first phase.")] = False,

@@ -32,7 +32,7 @@ def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple
         size = arguments.get("img_size")
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
         return (_size(arguments.get("in_chans"), channels), _size(sides[0], height), _size(sides[1], width))
-    return tuple(index("torchvision").inputs[name]) if source == "torchvision" else None
+    return tuple(index("torchvision").inputs.get(name, (3, 224, 224))) if source == "torchvision" else None
 
 
 def _size(given: Any, default: int) -> int:
@@ -57,9 +57,13 @@ def check_name(source: str, name: str) -> None:
 
 
 def _known(source: str, name: str) -> bool:
-    if source == "timm":
-        # A model that this process has added to timm is in no index.
-        return name in index("timm").inputs or ("timm" in sys.modules and sys.modules["timm"].is_model(name))
     if source == "cifar":
         return name in CIFAR_VGGS or re.fullmatch(r"resnet\d+", name) is not None
-    return source == "python" or name in names(source)
+    return source == "python" or name in index(source).inputs or _registered(source, name)
+
+
+def _registered(library: str, name: str) -> bool:
+    """Whether this process has added a model of that name to a library; no index has it."""
+    if library == "timm" and library in sys.modules:
+        return bool(sys.modules[library].is_model(name))
+    return library in sys.modules and name in sys.modules[library].models.list_models()

@@ -204,18 +204,21 @@ def _named(cls: type[Pass], name: str) -> type[Pass]:
 
 
 def _complete(data: dict[str, Any], folder: Path) -> None:
-    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none."""
+    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none.
+
+    Raises BackboneError if the source of the backbone has none of that name.
+    """
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
         if isinstance(value, str) and os.path.exists(folder / value):
             data[table] = {**data[table], key: str((folder / value).resolve())}
     backbone = data.get("backbone")
-    if isinstance(backbone, Mapping) and backbone.get("input") is None:
+    if isinstance(backbone, Mapping):
         source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))
         shape: tuple[int, ...] | None = (1,)  # any: where source or name is wrong, a missing input is no second mistake
         if source in SOURCES and isinstance(name, str):
             shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
-        if shape:
+        if shape and backbone.get("input") is None:
             data["backbone"] = {**backbone, "input": shape}
 
 
