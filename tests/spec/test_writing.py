@@ -43,7 +43,7 @@ freezes = _table({"use": st.just("freeze"), "select": selectors}, {"when": trigg
 specs = _table(
     {
         "backbone": _table(
-            {"source": st.sampled_from(["cifar", "python", "timm"]), "name": words.filter(bool)},
+            {"source": st.just("python"), "name": words.filter(bool)},
             {"arguments": arguments, "weights": words},
         ).flatmap(lambda table: st.lists(st.integers(1, 64), min_size=1, max_size=4).map(lambda shape: {**table, "input": shape}))
     },
