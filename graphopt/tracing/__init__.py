@@ -247,11 +247,13 @@ def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Mo
 
 def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
     """The layers into which timm groups the parameters of this model (`group_matcher`), in order; empty if it does not."""
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        return ()
     from timm.models import group_parameters
 
-    matcher: Any = getattr(backbone, "group_matcher", None)
     try:
         groups = group_parameters(backbone, matcher(coarse=False))
-    except Exception:  # there is no matcher, or it does not fit its own model: blocks are found by structure instead
+    except Exception:  # it does not fit its own model: blocks are found by structure instead
         return ()
     return tuple(tuple(names) for _, names in sorted(groups.items()))

@@ -1,4 +1,7 @@
-"""What needs no network starts without torch: help, lists, the schema, completion, and a mistake in a spec."""
+"""What needs no network starts without torch: help, lists, the schema, completion, and a mistake in a spec.
+
+One process goes through all of it, and then through what needs torch, which loads other libraries only where they are used.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,12 @@ for typed in completions:
     print("completion of", *typed, flush=True)
     status = main([])
     print(json.dumps([typed, status, [name for name in heavy if name in sys.modules]]), file=sys.stderr)
+del os.environ["_GRAPHOPT_COMPLETE"]
+main(["inspect", "cifar/resnet8", "--input", "3,8,8"])
+print("a trace", *(name for name in heavy if name in sys.modules), sep=",", file=sys.stderr)
+from graphopt.data.datasets import open_split
+open_split("digits", None, "train")
+print("digits", *(name for name in heavy if name in sys.modules), sep=",", file=sys.stderr)
 """
 
 
@@ -73,3 +82,5 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path: Path, monkeypatch
         assert text in done.stderr
     for text in ("torchvision/swin_t", "timm/resnet50_gn", "cifar/", "freeze", "quickstart"):
         assert text in done.stdout[done.stdout.index("completion of") :].splitlines()
+    assert "a trace,torch" in said, "a backbone that is graphopt's own needs no other library"
+    assert "digits,torch,timm,torchvision" in said
