@@ -111,7 +111,7 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_modules=(math,), autowrap_functions=_library_functions())
         self.proxy_buffer_attributes = True
         self.input, self.opaque = input, frozenset(opaque)
-        self._registered = (*_library_leaves(), torch.jit.ScriptModule)
+        self._registered: tuple[type[nn.Module], ...] = (*_library_leaves(), torch.jit.ScriptModule)
         self._meta = meta
         #: while a node is evaluated, nothing is recorded
         self._evaluating = False
