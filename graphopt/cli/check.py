@@ -45,11 +45,7 @@ def check(
 
         graphopt check quickstart --ranks 8 --strategy ddp --link "10 GB/s"
     """
-    from graphopt.compiler.plan import compile_phase
-    from graphopt.driver import check_folders, prepare
-    from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
-    from graphopt.train.preflight import problems
 
     rate = parse_link(link)
     if strategy:
@@ -57,6 +53,12 @@ def check(
     loaded = load(spec, trust=trust, overrides=set_)
     if ranks:
         loaded.train.micro_batch(ranks)  # refuses a batch that does not divide before any work
+
+    from graphopt.compiler.plan import compile_phase
+    from graphopt.driver import check_folders, prepare
+    from graphopt.planning.run_cost import drop_points
+    from graphopt.train.preflight import problems
+
     rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)

@@ -59,7 +59,6 @@ def diff(
 
         graphopt diff runs/quickstart --phase 0 --phase 1
     """
-    from graphopt.diff.render.data import main_diff
     from graphopt.spec import load
 
     asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
@@ -68,9 +67,12 @@ def diff(
         if path != STDOUT:
             options.check_target(path, f"diff.{suffix}")
 
+    loaded = {argument: load(argument, trust=trust, overrides=set_) for argument in (spec, other) if argument is not None}
+
+    from graphopt.diff.render.data import main_diff
+
     def phases_of(argument: str) -> "tuple[PhaseDiff, ...]":
-        loaded = load(argument, trust=trust, overrides=set_)
-        return _phases(loaded, options.expanded(argument), epoch, batch=batch, costs=costs, trust=trust)
+        return _phases(loaded[argument], options.expanded(argument), epoch, batch=batch, costs=costs, trust=trust)
 
     shown = _shown(phases_of, spec, other, phase, epoch)
     written: list[Path] = []

@@ -6,20 +6,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import pydantic
 from pydantic import ConfigDict
-from torch import Tensor
-from torch.fx import Node
 
 from graphopt.compiler.triggers import Start, Trigger
-from graphopt.compiler.verify import Property
-from graphopt.ir.editor import Editor
-from graphopt.ir.graph import Graph
-from graphopt.ir.regions import Region, region_of
 
-StateMap = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import Node
+
+    from graphopt.ir.editor import Editor
+    from graphopt.ir.graph import Graph
+    from graphopt.ir.regions import Region
+
+#: the properties that a pass can declare and the compiler can check
+Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
+ALL_PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
+
+StateMap: TypeAlias = "Callable[[dict[str, Tensor]], dict[str, Tensor]]"
 Decided = TypeVar("Decided")
 
 
@@ -107,6 +113,8 @@ class ActiveMatch(Generic[Decided]):
     @cached_property
     def regions(self) -> tuple[Region, ...]:
         """The regions that are due, found again by their paths; those of which earlier passes left nothing are missing."""
+        from graphopt.ir.regions import region_of
+
         found = (region_of(self.graph, self.paths[name]) for name in self.names)
         return tuple(region for region in found if region.nodes)
 

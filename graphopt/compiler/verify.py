@@ -13,20 +13,16 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from graphopt.compiler.pass_base import Property
 from graphopt.compiler.runs import BATCH, Runs, Shape, sample, scalar, seeded
 from graphopt.errors import VerifyError
 from graphopt.ir.copying import real_copy
 from graphopt.ir.graph import Graph
 from graphopt.ir.shapes import tensors_in
-
-#: the properties that a pass can declare and the compiler can check
-Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
-ALL_PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
 
 #: the largest relative difference in float64 that counts as rounding
 TOLERANCE = 1e-9

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import RunError
-from graphopt.ir.shapes import check_input
+from graphopt.ir.sample import check_input
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]

@@ -18,37 +18,32 @@ regions that the graph cannot be cut after, more modules than there are cuts for
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
-import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor, fx, nn
-from torch.fx import Node
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, SelectError, Status
-from graphopt.compiler.pass_base import Candidate
+from graphopt import ActiveMatch, Effects, Match, Pass, PassError, RuntimeNeeds, SelectError, Status
+from graphopt.compiler.pass_base import Candidate, Property
 from graphopt.compiler.triggers import Start
-from graphopt.compiler.verify import Property
-from graphopt.cost.attribution import Attribution
-from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.partition import BATCH, Table, by_memory, peaks, pieces_of
-from graphopt.ir.copying import fake_copy
-from graphopt.ir.fakes import FakeMode
-from graphopt.ir.flow import cut_points
-from graphopt.ir.nodes import parameters_of
-from graphopt.ir.partition import CutCandidate, by_stage, cut_candidates, evenly, explicit, named_region
-from graphopt.passes.supervise import decoders
-from graphopt.passes.supervise.auxiliary import Auxiliary, Boundary, Difference, HeadKind, Weights, build_head
-from graphopt.passes.supervise.layout import ActivationLayout, layout_of
-from graphopt.passes.supervise.local import BOUNDARY, INPUT, LocalModule, Span, compile_modules, is_number, nodes_between
+from graphopt.passes.supervise.options import Difference, HeadKind, Structure
 
-__all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.fx import Node
+
+    from graphopt import Editor, Graph
+    from graphopt.cost.partition import Table
+    from graphopt.ir.partition import CutCandidate
+    from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
+    from graphopt.passes.supervise.layout import ActivationLayout
 
 #: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
 #: seeds (tools/tables/supervise_accuracy.md)
@@ -115,7 +110,7 @@ class Supervise(Pass):
     balance: Literal["blocks", "memory", "stage"] = "blocks"
     cuts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     decoder: Literal["features", "image", "none"] = "features"
-    structure: decoders.Structure = "linear"
+    structure: Structure = "linear"
     fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
     head: HeadKind = "pool"
@@ -139,6 +134,10 @@ class Supervise(Pass):
 
     def match(self, graph: Graph) -> Match[tuple[Cut, ...]]:
         """Chooses the cuts; the regions are the auxiliary modules (all but the last)."""
+        from graphopt.ir.nodes import parameters_of
+        from graphopt.ir.regions import Region
+        from graphopt.passes.supervise.local import nodes_between
+
         self._classes(graph)
         regions, cuts, start = [], [], graph.placeholder
         for number, candidate in enumerate(self.choose_cuts(graph), start=1):
@@ -164,6 +163,9 @@ class Supervise(Pass):
 
     def choose_cuts(self, graph: Graph) -> tuple[CutCandidate, ...]:
         """Where it cuts a graph that nothing has changed. A PassError says where it can be cut, if not as the options want it."""
+        from graphopt.cost.partition import by_memory
+        from graphopt.ir.partition import by_stage, cut_candidates, evenly, explicit
+
         candidates = cut_candidates(graph)
         if self.cuts is not None:
             return explicit(graph, candidates, self.cuts)
@@ -180,6 +182,8 @@ class Supervise(Pass):
         return graph.cached(_Peaks(alike))
 
     def _incompatibility(self, source: ActivationLayout, goal: ActivationLayout) -> str | None:
+        from graphopt.passes.supervise import decoders
+
         if self.head == "conv" and source.grid is None:
             return f"a convolutional head needs a map, and the graph shows no grid for {source}"
         if self.decoder == "none":
@@ -188,9 +192,13 @@ class Supervise(Pass):
 
     def _layouts(self, graph: Graph, start: Node, end: Node) -> tuple[ActivationLayout, ActivationLayout]:
         """Of a module's output, and of what its decoder rebuilds."""
+        from graphopt.passes.supervise.layout import layout_of
+
         return layout_of(graph, end), layout_of(graph, graph.placeholder if self.decoder == "image" else start)
 
     def _classes(self, graph: Graph) -> int:
+        from torch import Tensor, fx
+
         if self.classes is not None:
             return self.classes
         value: Any = fx.node.map_arg(graph.output.args[0], lambda n: n.meta.get("val"))
@@ -202,6 +210,9 @@ class Supervise(Pass):
         return value.shape[1]
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
+        from graphopt.passes.supervise.auxiliary import Boundary
+        from graphopt.passes.supervise.local import BOUNDARY, INPUT, Span, is_number
+
         graph, effects = edit.graph, Effects(needs=RuntimeNeeds(targets=True), to_original_state=_without_auxiliary)
         if (other := next((s.author for s in graph.sections if s.target), None)) is not None:
             what, fix = (
@@ -238,6 +249,10 @@ class Supervise(Pass):
 
     def _initialized(self, graph: Graph, index: int, count: int, source: ActivationLayout, goal: ActivationLayout) -> Auxiliary:
         """A module's auxiliary part with initial weights, on the device and in the dtype of the backbone."""
+        import torch
+
+        from graphopt.passes.supervise.auxiliary import Weights
+
         # A single auxiliary module takes the first's weights, as InfoPro's code does.
         ends = (self.weights.reconstruct, self.weights.classify)
         reconstruct, classify = (first + (last - first) * index / max(1, count - 1) for first, last in ends)
@@ -253,6 +268,8 @@ class Supervise(Pass):
 
     def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
         """The head and the decoder of a module whose output has the layout `source`."""
+        from graphopt.passes.supervise.auxiliary import Auxiliary, build_head
+
         classes = self._classes(graph)
         # The decoder first: a seed's initial weights depend on the order.
         decoder = self._decoder(source, goal) if weights.reconstruct > 0 and self.decoder != "none" else None
@@ -263,6 +280,8 @@ class Supervise(Pass):
         return Auxiliary(head, decoder, weights, classes, difference, temperature if self.head == "contrast" else None)
 
     def _decoder(self, source: ActivationLayout, goal: ActivationLayout) -> nn.Module:
+        from graphopt.passes.supervise import decoders
+
         if self.decoder == "features":
             return decoders.build(self.structure, source, goal, self.fraction or FRACTION)
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -274,6 +293,8 @@ class Supervise(Pass):
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
         """A few numbers of modules, balanced by memory, with the other options of the spec's own pass."""
+        from graphopt.ir.flow import cut_points
+
         chosen = ("use", "modules", "balance", "cuts")
         others = {key: value for key, value in current.table().items() if key not in chosen} if current else {}
         for count in (2, 3, 4, 6, 8):
@@ -288,6 +309,13 @@ class _Peaks:
     value: Supervise
 
     def __call__(self, graph: Graph) -> Table:
+        import torch
+
+        from graphopt.cost.partition import BATCH, peaks, pieces_of
+        from graphopt.ir.partition import cut_candidates
+        from graphopt.passes.supervise.auxiliary import Weights
+        from graphopt.passes.supervise.layout import layout_of
+
         nodes = [graph.placeholder, *(c.node for c in cut_candidates(graph))]
         layouts = [layout_of(graph, n) for n in nodes]
         shapes = {layout: tuple(n.meta["val"].shape[1:]) for n, layout in zip(nodes, layouts, strict=True)}
@@ -306,6 +334,14 @@ class _Peaks:
 
 def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[int, ...]) -> int:
     """Bytes that an auxiliary part adds at its highest, forward and backward, for `BATCH` samples."""
+    import torch
+
+    from graphopt.cost.attribution import Attribution
+    from graphopt.cost.ledger import Kind, Ledger
+    from graphopt.cost.partition import BATCH
+    from graphopt.ir.copying import fake_copy
+    from graphopt.ir.fakes import FakeMode
+
     mode = FakeMode()
     ledger = Ledger(Attribution())
     part = fake_copy(auxiliary, mode).train()
@@ -323,6 +359,10 @@ def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[i
 
 def _resolve(graph: Graph, cut: Cut) -> Node:
     """The node of a cut in a graph that earlier passes may have changed."""
+    from torch import Tensor
+
+    from graphopt.ir.partition import named_region
+
     named = [n for n in graph.nodes if n.name == cut.node and isinstance(n.meta.get("val"), Tensor)]
     with suppress(SelectError):
         ends = named or named_region(graph, cut.label).exits
