@@ -56,7 +56,7 @@ def train_of(strategy: str) -> TrainSpec:
 
 
 def figures(cost: Cost) -> dict[str, Any]:
-    return {"peak": cost.peak_bytes, "messages": [(m.name, m.calls, m.bytes) for m in cost.collectives]}
+    return {"peak": cost.peak_bytes, "messages": [(m.name, m.calls, m.bytes, m.sizes) for m in cost.collectives]}
 
 
 def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dict[str, Any]]) -> None:
@@ -73,7 +73,10 @@ def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dic
         costs = [measure(plan.module, plan.graph.input, train.micro_batch(ranks), **options) for _ in range(3)]
         found = figures(min(costs, key=lambda cost: cost.peak_bytes))
         if rank == 0:
-            messages = "; ".join(f"{calls} {kind}, {size:,} B" for kind, calls, size in found["messages"])
+            messages = "; ".join(
+                f"{calls} {kind}, {size:,} B" + (f" ({' + '.join(f'{s:,}' for s in sizes)})" if kind == "all-reduce" else "")
+                for kind, calls, size, sizes in found["messages"]
+            )
             same = "equal" if found["messages"] == expected["messages"] else f"forecast {expected['messages']}"
             peaks = f"{expected['peak']:,} | {found['peak']:,}"
             rows.append(f"| {backbone} | {name} | {strategy} | {ranks} | {peaks} | {messages} | {same} |\n")
