@@ -108,21 +108,13 @@ class RanksCost:
         return {**{name: getattr(self, name) for name in names}, "phases": [self._phase(phase, link) for phase in self.phases]}
 
     def _phase(self, phase: RankPhase, link: int | None) -> dict[str, Any]:
-        sizes = (
-            "parameter_bytes",
-            "gradient_bytes",
-            "optimizer_bytes",
-            "buffer_bytes",
-            "input_bytes",
-            "saved_activation_bytes",
-            "peak_phase",
-        )
+        sizes = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "buffer_bytes", "input_bytes", "saved_activation_bytes")
         sent = phase.sent(self.ranks, self.backend)
         messages = [
             {"name": m.name, "calls": m.calls, "bytes": m.bytes, "sizes": list(m.sizes), "sent_bytes": m.sent(self.ranks, self.backend)}
             for m in phase.messages
         ]
-        peaks = {name: getattr(phase.step, name) for name in sizes}
+        peaks = {name: getattr(phase.step, name) for name in (*sizes, "peak_phase")}
         seconds = {"link_seconds": sent / link} if link else {}
         of = {name: getattr(phase, name) for name in ("epoch", "epochs", "peak_bytes", "peak_bytes_alone", "peak_parts", "feature_bytes")}
         return {**of, **peaks, "collectives": messages, "sent_bytes": sent, "received_bytes": sent, **seconds}
@@ -157,9 +149,8 @@ def forecast_ranks(
         kept = Kept(_averages(current, train, "single", 1), trained.left_out)
         phase = RankPhase(start, end - start, alone, alone, kept, kept, trained.feature_bytes(samples, 1))
         if name != "single":
-            step = forecast(
-                trained.module, trained.input, batch, **options, parallel=_parallel(name, current, trained, train, ranks, backend)
-            )
+            options["parallel"] = _parallel(name, current, trained, train, ranks, backend)
+            step = forecast(trained.module, trained.input, batch, **options)
             kept = replace(kept, averages=_averages(current, train, name, ranks))
             exchanged = trained.exchanged(batch, train.accumulate)
             phase = replace(phase, step=step, kept=kept, feature_bytes=trained.feature_bytes(samples, ranks), exchanged=exchanged)
