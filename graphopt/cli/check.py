@@ -116,10 +116,16 @@ def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rat
 
 
 def _forecast_ranks(spec: "Spec", plan: "Plan", path: Path, ranks: int, strategy: str) -> "RanksCost":
+    from graphopt.errors import RunError
     from graphopt.planning.ranks import forecast_ranks
+    from graphopt.planning.run_cost import counts
 
     chosen: Any = strategy or None
-    return forecast_ranks(plan, spec.train, ranks=ranks, strategy=chosen, decisions=_decisions(path))
+    try:
+        samples: int | None = counts(spec.data)[0]
+    except RunError:  # the files are not here
+        samples = None
+    return forecast_ranks(plan, spec.train, ranks=ranks, strategy=chosen, decisions=_decisions(path), samples=samples)
 
 
 def _decisions(path: Path) -> "tuple[Decision, ...] | None":

@@ -16,6 +16,7 @@ _PARTS = {
     "gathered": ("gathered",),
     "activations": ("activation",),
     "batch, buffers": ("input", "buffer"),
+    "averages, prefix": ("averages", "prefix"),
 }
 
 
@@ -45,17 +46,19 @@ def show_ranks(cost: "RanksCost", link: int | None) -> None:
     show(f"each of {cost.ranks} ranks ({cost.strategy}): {cost.micro_batch} images at once{several}")
     memory = grid("from epoch", *_PARTS, "peak", "one process", right=tuple(range(1, len(_PARTS) + 3)))
     for phase in cost.phases:
-        parts = phase.step.peak_parts
-        sizes = [sum(parts[kind] for kind in kinds) for kinds in _PARTS.values()]
-        memory.add_row(str(phase.epoch), *map(show_size, (*sizes, phase.step.peak_bytes, phase.alone.peak_bytes)))
+        sizes = [sum(phase.peak_parts[kind] for kind in kinds) for kinds in _PARTS.values()]
+        memory.add_row(str(phase.epoch), *map(show_size, (*sizes, phase.peak_bytes, phase.peak_bytes_alone)))
     show("live at the peak of a step, on the rank with the largest parts")
     show(memory)
+    for phase in cost.phases:
+        if phase.feature_bytes:
+            show(f"from epoch {phase.epoch} on, {show_size(phase.feature_bytes)} of cached features, in RAM or on disk")
     if cost.strategy == "single":
         return
     titles = ("from epoch", "message", "number", "whole", "sent by a rank", *(("seconds",) if link else ()))
     table = grid(*titles, right=(2, 3, 4, 5)[: len(titles) - 2])
     for phase in cost.phases:
-        for message in phase.step.collectives:
+        for message in phase.messages:
             sent = message.sent(cost.ranks, cost.backend)
             seconds = (f"{sent / link:.3g}",) if link else ()
             table.add_row(str(phase.epoch), message.name, f"{message.calls:,}", show_size(message.bytes), show_size(sent), *seconds)
