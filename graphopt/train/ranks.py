@@ -157,14 +157,19 @@ class Ranks(Rank):
                 del mine[name]
         return self.gather(mine)
 
-    def require_equal(self, value: str, what: str) -> None:
-        """Raises RunError on every rank unless all ranks have the same text, a digest say; names the ranks that differ from rank 0."""
+    def require_equal(self, values: Mapping[str, str]) -> None:
+        """Raises RunError on every rank unless all ranks have the same texts (digests, say), by what they are; says which ranks differ.
+
+        Where a rank does not have one of rank 0's, only the others are compared.
+        """
         if self.count == 1:
             return
-        values = self.gather(value)
-        other = [str(rank) for rank, found in enumerate(values) if found != values[0]]
-        if other:
-            raise RunError(f"{what}: rank {listed(other)} differs from rank 0", where=f"{self.count} ranks")
+        known = self.gather(dict(values))
+        other = {name: [rank for rank, of in enumerate(known) if of.get(name, text) != text] for name, text in known[0].items()}
+        if different := [name for name, ranks in other.items() if ranks]:
+            which = sorted({rank for ranks in other.values() for rank in ranks})
+            what = f"{listed(different)}: rank {listed(map(str, which))} differs from rank 0"
+            raise RunError(what, where=f"{self.count} ranks", fix="Give all ranks the same files and versions")
 
     def reported(self, error: Exception) -> Exception:
         """The error to raise for one that has ended a run here: with this rank's number, or silent if another rank reports it."""
@@ -249,7 +254,7 @@ class Agreement:
     More numbers may travel with it, as many on each rank; `receive` gets them of all ranks, (ranks, numbers) int64, step by step.
     """
 
-    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None]) -> None:
+    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None] = lambda _: None) -> None:
         self._ranks, self._receive = ranks, receive
         self._pending: tuple[Any, list[Tensor]] | None = None
         self._known = 0
