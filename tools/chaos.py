@@ -152,7 +152,7 @@ def disturb(folder: Path, killer: Killer, *, forked: bool) -> Iterator[tuple[int
     """Kills ranks in one run after another; yields of each how many were killed, and what is not as in the undisturbed one."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for all processes
     get_context("forkserver").set_forkserver_preload(["chaos_forked"])
-    launch(folder / "whole", Killer(0, killer.draw), forked=True)
+    launch(folder / "whole", Killer(0, killer.draw), forked=forked)
     expected = small_run.result(folder / "whole" / "run")
     while killer.left:
         before = len(killer.kills)

@@ -51,6 +51,8 @@ def train(
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1 and "WORLD_SIZE" in os.environ:
             raise RunError("torchrun has started the processes already", where="--ranks", fix="Leave --ranks out")
+        if not out and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise RunError("processes on several machines have to be told the run's folder", where="--out", fix="Name one that all see")
     folder, screen = out or _folder(spec, resume or restarted()), None if quiet or as_json else console()
     if ranks > 1:
         from graphopt.train.launch import launch

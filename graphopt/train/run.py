@@ -35,7 +35,7 @@ from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
 from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, code, versions
-from graphopt.train.ranks import Agreement, restarted
+from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
 from graphopt.train.strategies import choose
@@ -75,7 +75,7 @@ def train(
         digest = what.digest
         ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions()})
         if ranks.first:
-            folder = RunFolder.claim(out, digest, resume=resume or restarted())
+            folder = RunFolder.claim(out, digest, resume=resume or ranks.again)
         else:
             folder, console = RunFolder(Path(out)), None
         starting = Starting(spec, plan, digest, settings, data, inputs, folder, trust)

@@ -57,14 +57,15 @@ def _stopped_soon(rank: int, folder: Path) -> None:
         data = _data(stop=6 * (number - 1) + 1 if rank == 1 else 0)  # in this step of the sitting
         with pytest.raises(Stopped):
             train(_plan(**HARD), folder, settings=_settings(), data=data, resume=True)
-        done = cases.content(folder)["progress"]["total"]
-        assert done - total <= number + 1
-        total = done
+        if rank == 0:  # which has written the checkpoint
+            done = cases.content(folder)["progress"]["total"]
+            assert done - total <= number + 1
+            total = done
     data = _data(evaluating=7 if rank == 1 else 0)  # in the second of five batches
     with pytest.raises(Stopped):
         train(_plan(**HARD), folder, settings=_settings(), data=data, resume=True)
     assert -data.evaluation.transform.left + (7 if rank == 1 else 0) <= 3 * 6
-    assert cases.content(folder)["progress"]["epoch"] == 1
+    assert rank or cases.content(folder)["progress"]["epoch"] == 1
     train(_plan(**HARD), folder, settings=_settings(), data=_data(), resume=True)
 
 
