@@ -213,14 +213,15 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
 
 
 def _join(rank: int, port: int, attempt: int) -> None:
-    """Meets the other rank at a store that outlives both, and dies without a farewell."""
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    """Meets the other ranks at a store that outlives all, and dies without a farewell. Not all agents have counted the failure."""
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt * rank)}
     os.environ.update({**agent, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     ranks = Ranks.join(20).connected("cpu")
-    os._exit(9 if ranks.gather(rank) == [0, 1] else 1)
+    known = ranks.gather((rank, ranks.again))
+    os._exit(9 if known == [(number, not number and attempt > 0) for number in range(ranks.count)] else 1)
 
 
 def test_ranks_that_are_started_again_do_not_meet_those_before_them() -> None:
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for attempt in range(2):
-        run_ranks(_join, store.port, attempt, ranks=2, ends=9, group=False)
+    for attempt, ranks in enumerate((3, 2, 1)):
+        run_ranks(_join, store.port, attempt, ranks=ranks, ends=9, group=False)
