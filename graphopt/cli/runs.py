@@ -48,6 +48,8 @@ def train(
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1 and "WORLD_SIZE" in os.environ:
             raise RunError("torchrun has started the processes already", where="--ranks", fix="Leave --ranks out")
+        if not out and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise RunError("processes on several machines have to be told the run's folder", where="--out", fix="Name one that all see")
 
     from graphopt.driver import located_backbone
     from graphopt.train import train as run

@@ -1,7 +1,9 @@
 """What can be found wrong with a run before it begins: `train` stops at the first of it, `graphopt check` reports all."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
 from graphopt.errors import GraphoptError, RunError
+from graphopt.hashing import hash_parts
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
@@ -74,6 +77,18 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
     except Exception as error:
         what = f"{settings.optimizer.name} cannot step with these arguments: {error}"
         raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes a step, by name."""
+    return {"torch's version": torch.__version__} | {f"{name}'s version": version(name) for name in ("timm", "graphopt")}
+
+
+def code(backbone: nn.Module) -> dict[str, str]:
+    """Digests of the source files that compute a step, by the names of their modules: the backbone's, and what is loaded of graphopt."""
+    names = {type(module).__module__ for module in backbone.modules()} | {name for name in sys.modules if name.startswith("graphopt.")}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in sorted(names)}
+    return {f"the code of {name}": hash_parts(Path(file).read_bytes()) for name, file in files.items() if file and Path(file).is_file()}
 
 
 def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
