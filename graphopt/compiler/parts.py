@@ -11,7 +11,7 @@ A part runs one or more consecutive modules. Its root has the leaves and tensors
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.fx import Node
@@ -131,25 +131,24 @@ class _Splitter:
         target = graph.placeholder("target", default_value=None)
         if self.target is not None:
             copies[self.target] = target
-        for node in self.nodes:
-            if node in inside:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+        for node in inside:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
         if index + 1 < len(self.runs):
             self._check_crossing(outgoing, index)
             graph.output(tuple(copies[n] for n in outgoing))
         graph.lint()
         root = _root(self.module, graph)
         own = tuple(i for i, n in enumerate(outgoing) if n in self.losses and self.part[n] == index)
-        names = (tuple(n.name for n in values) for values in (incoming, outgoing))
-        return Part(TrainingModule(root, graph, type(self.module).__name__), *names, own, self._stream(index))
+        enters, leaves = (tuple(n.name for n in values) for values in (incoming, outgoing))
+        return Part(TrainingModule(root, graph, type(self.module).__name__), enters, leaves, own, self._stream(index))
 
-    def _inside(self, index: int) -> set[Node]:
-        """The nodes of a part, with what they read that depends on no input: two parts may each compute that."""
+    def _inside(self, index: int) -> list[Node]:
+        """The nodes of a part in order, with what they read that depends on no input: two parts may each compute that."""
         inside = {n for n in self.nodes if self.part.get(n) == index}
         for node in reversed(self.nodes):
             if node.op != "placeholder" and node not in self.part and any(u in inside for u in node.users):
                 inside.add(node)
-        return inside
+        return [n for n in self.nodes if n in inside]
 
     def _crossing(self, index: int) -> list[Node]:
         """What is computed before a part, and read in it or after it; before the first, the inputs."""
@@ -232,7 +231,8 @@ def _written(module: TrainingModule, node: Node) -> Iterator[Node]:
     body = getattr(module.get_submodule(str(node.target)), "body", None) if node.op == "call_module" else None
     if isinstance(body, Body):
         # A body's inputs have the names of the nodes that they come from.
-        names = {n.name for n in body.module.graph.find_nodes(op="placeholder") if n.meta.get("written")}
+        graph: Any = body.module.graph
+        names = {n.name for n in graph.find_nodes(op="placeholder") if n.meta.get("written")}
         yield from (n for n in inputs if n.name in names)
 
 

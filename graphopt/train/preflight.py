@@ -32,12 +32,12 @@ class Inputs:
     @classmethod
     def open(cls, settings: TrainSpec, data: DataSpec | Data, shape: tuple[int, ...], strategy: Strategy) -> Self:
         """Raises RunError for data that is missing or does not fit, or a batch that is larger or does not divide."""
-        settings.micro_batch(strategy.ranks.count)
+        settings.micro_batch(strategy.peers.count)
         opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
         if not len(opened.evaluation):
             raise RunError("there are no evaluation images", where="data")
         loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
-        loading |= {"rank": strategy.ranks, "accumulate": settings.accumulate}
+        loading |= {"rank": strategy.peers, "accumulate": settings.accumulate}
         images = ImageFeed(opened.train, settings.batch, seed=settings.seed, **loading)
         evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
         smoothing = settings.label_smoothing

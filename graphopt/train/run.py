@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -207,7 +206,8 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
         self.ledger = ledger
         self._taken: list[int] = []  # samples of the step, on this rank; collected only for the ledger
-        self._agreed = Agreement(self.strategy.ranks, self._record)
+        self._agreed = Agreement(self.strategy.peers, self._record)
+        self.strategy.signal = lambda: self.signals.signum or 0
 
     def run(self) -> Summary:
         self.strategy.begin_memory(self.state.phase.plan.module)
@@ -245,15 +245,17 @@ class Run:
         self.log.start_window()
         while progress.step < phase.steps:
             rate = phase.schedule.set_step(progress.total)
-            loss, correct, samples = phase.step(list(islice(batches, spec.accumulate)), progress.total)
+            loss, correct, samples = phase.step(batches, progress.total)
             progress.step, progress.total = progress.step + 1, progress.total + 1
             self._losses.append(loss)
-            self.state.meter.add(loss, correct, samples)
-            self.state.window.add(loss, correct, samples)
+            if samples:
+                self.state.meter.add(loss, correct, samples)
+                self.state.window.add(loss, correct, samples)
             if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
-            self._stop_if_requested(self._agreed(self.signals.signum or 0, progress.total, progress.epoch, *self._taken))
+            stop = self.strategy.requested(self.signals.signum or 0)
+            self._stop_if_requested(self._agreed(stop, progress.total, progress.epoch, *self._taken))
             self._taken.clear()
             self.checkpointer.raise_failure()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
@@ -261,10 +263,15 @@ class Run:
         self._check_losses()
 
     def _batches(self) -> Iterator[Batch]:
-        epoch, start, mixer = self.progress.epoch, self.progress.step * self.spec.accumulate, self.context.mixer
-        for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
+        count = (self.state.phase.steps - self.progress.step) * self.spec.accumulate
+        for batch in self.strategy.batches(self._prepared(), count, training=True):
             if self.spec.ledger:
                 self._taken += batch.sample.tolist()
+            yield batch
+
+    def _prepared(self) -> Iterator[Batch]:
+        epoch, start, mixer = self.progress.epoch, self.progress.step * self.spec.accumulate, self.context.mixer
+        for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
             batch = self.strategy.move(batch)
             yield mixer(batch, epoch, number) if mixer is not None else batch
 
@@ -283,6 +290,7 @@ class Run:
         if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs:
             figures |= self._evaluate()
         # Triggers get only what a resumed run measures the same: no times.
+        state.phase.share_scored()
         change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module)).change
         self._update_clock()
         self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began)

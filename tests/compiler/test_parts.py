@@ -140,14 +140,18 @@ def test_parts_hold_each_tensor_once_under_its_own_name(name: str) -> None:
 
 def test_a_suffix_is_divided_as_the_whole_network_is() -> None:
     """Behind the cut of a dropped prefix, modules keep their numbers; a part of earlier ones hands the features on."""
-    plan = compiled(Small, 8, (Drop(upto="blocks.1"), Supervise(cuts=["blocks.0", "blocks.1", "blocks.2"])))
+    plan = compiled(Small, 8, (Drop(upto="blocks.1"), Supervise(cuts=["blocks.0", "blocks.1", "blocks.2"], decoder="none")))
     assert isolated_modules(plan.module) == 4
     parts = split(plan.suffix, runs_of((1, 1, 1, 1)))
     assert [sum(p.requires_grad for p in part.module.parameters()) > 0 for part in parts] == [False, False, True, True]
     features, y = plan.prefix(torch.rand(4, 3, 8, 8)).detach(), torch.arange(4)
     assert parts[0].module(features, None) == (features,)
-    for one, other in zip(plan.suffix(features, y), through(parts, features, y)[0], strict=True):
+    set_seeds(1, 2)
+    whole = plan.suffix(features, y)
+    set_seeds(1, 2)
+    for one, other in zip(whole, through(parts, features, y)[0], strict=True):
         assert torch.equal(one, other)
+    set_seeds(None, None)
 
 
 class Tied(Small):
@@ -176,7 +180,7 @@ REFUSED = {
     "one tensor twice": (
         Small,
         (Supervise(cuts=["blocks.1"]), Share(select="blocks.2")),
-        r"blocks\.1\.conv1\.weight changes in training, and is in module 1 and module 2",
+        r"blocks\.1\.conv\d\.weight changes in training, and is in module 1 and module 2",
     ),
     "a buffer": (Counting, (Supervise(cuts=["blocks.1"]),), "scale changes in training, and is in module 1 and module 2"),
 }
