@@ -71,6 +71,14 @@ def singly(module: TrainingModule) -> tuple[Part, ...]:
     return split(module, [range(number, number + 1) for number in range(isolated_modules(module))])
 
 
+def parameters_by_module(module: TrainingModule) -> tuple[frozenset[str], ...]:
+    """Names of each gradient-isolated module's parameters; a tied one has the alphabetically first of its names."""
+    first: dict[int, str] = {}
+    for name, parameter in sorted(module.named_parameters(remove_duplicate=False)):
+        first.setdefault(id(parameter), name)
+    return tuple(frozenset(first[id(p)] for p in part.module.parameters()) for part in singly(module))
+
+
 def _sections(module: TrainingModule) -> list[Node]:
     """The calls of sections with a backward of their own, in execution order."""
     calls = module.graph.find_nodes(op="call_module", sort=True)

@@ -18,14 +18,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from graphopt.compiler.parts import Part, isolated_modules, split
+from graphopt.compiler.parts import Part, isolated_modules, singly, split
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.randomness import begin_stream
-from graphopt.spec import TrainSpec
+from graphopt.spec import OptimizerSpec, TrainSpec
 from graphopt.train.assignment import assign, seconds_of
 from graphopt.train.link import Inlet, Message, Outlet
+from graphopt.train.optimizer import build_optimizer
 from graphopt.train.owned import Owned
 from graphopt.train.ranks import ALONE, SLOW, Ranks
 from graphopt.train.strategy import Strategy
@@ -53,6 +54,13 @@ class Modular(Strategy):
     @classmethod
     def of(cls, spec: TrainSpec) -> Self:
         """Raises RunError for settings that couple modules."""
+        where = "train.strategy"
+        if spec.amp == "float16":
+            what = 'strategy = "modules" does not train in float16: one loss scale would make each module wait for all gradients'
+            raise RunError(what, where=where, fix='Use amp = "bfloat16", or strategy = "ddp"')
+        if spec.clip is not None and spec.clip_mode == "norm":
+            what = 'strategy = "modules" does not clip by the norm of all gradients: each module would wait for those of the others'
+            raise RunError(what, where=where, fix='Use clip_mode = "module" (each by its own norm), "agc" or "value"')
         strategy = super().of(spec)
         strategy.spec = spec
         return strategy
@@ -214,12 +222,39 @@ def _merged(states: Sequence[dict[str, Any]], whole: Mapping[str, Any]) -> dict[
     return merged
 
 
-def check_modules(plan: Plan, ranks: int) -> None:
-    """Raises RunError if a plan has no gradient-isolated modules, or fewer than there are ranks."""
+def check_modules(plan: Plan, settings: TrainSpec, ranks: int) -> None:
+    """Raises RunError or PassError if a plan has no gradient-isolated modules, fewer than ranks, or some that depend on each other."""
     count = isolated_modules(plan.module)
+    if count < max(2, ranks):  # perhaps later
+        count = max(isolated_modules(phase.plan.module) for phase in plan.phases(settings.epochs))
     if count == 1:
         what = 'strategy = "modules" needs gradient-isolated modules, and this plan has none'
         raise RunError(what, where="train.strategy", fix='Add a supervise pass, or use strategy = "ddp"')
     if count < ranks:
         what = f"the plan has {count} gradient-isolated modules for {ranks} processes"
         raise RunError(what, where="train.strategy", fix=f"Start {count} processes, or let supervise make more modules")
+    singly(plan.module)
+    if couples_parameters(settings.optimizer):
+        what = f"a step of {settings.optimizer.name} on a parameter depends on other parameters, also those of other modules"
+        raise RunError(what, where="train.optimizer", fix='Use an optimizer without a common norm (adamw, sgd, ...), or strategy = "ddp"')
+
+
+def couples_parameters(spec: OptimizerSpec) -> bool:
+    """Whether an optimizer steps otherwise with parameters apart than together: tried on six small ones."""
+
+    def stepped(halves: int) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(3, *shape, generator=draw)) for shape in ((4,), (), (2, 2), (), (4,), (5,))]
+        size = len(parameters) // halves
+        groups = [nn.ParameterList(parameters[first : first + size]) for first in range(0, len(parameters), size)]
+        optimizers = [build_optimizer(group, spec) for group in groups]
+        for step in range(1, 7):
+            for parameter in parameters:
+                parameter.grad = step * torch.randn(parameter.shape, generator=draw)
+            for optimizer in optimizers:
+                optimizer.step()
+        return [p.detach() for p in parameters]
+
+    # Some compile their step, which takes longer than all else here.
+    with torch.compiler.set_stance("force_eager"):
+        return not all(map(torch.equal, stepped(1), stepped(2)))

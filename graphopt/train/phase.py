@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import Tensor, nn
 
+from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
@@ -77,6 +78,7 @@ class Phase:
         self._trained: nn.Module = plan.module
         self._wrapped: nn.Module = self._trained  # as a step calls it on several ranks
         self._call: Callable[..., Any] | None = None
+        self._modules: tuple[frozenset[str], ...] = ()  # names of each module's parameters, where each is clipped by its own norm
         self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
         self._optimize(state["optimizer"] if state is not None else None)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
@@ -176,7 +178,7 @@ class Phase:
         self.scaler.unscale_(self.optimizer)
         self._check_gradients_once()
         if self.spec.clip is not None:
-            self.strategy.clip([p for p in self._parameters().values() if p.grad is not None], self.spec.clip, self.spec.clip_mode)
+            self._clip(self.spec.clip, self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         set_seeds(None, None)
@@ -187,6 +189,13 @@ class Phase:
             self.strategy.expect(slow=False)
             self._first_step = False
         return total, correct, samples
+
+    def _clip(self, limit: float, mode: str) -> None:
+        if mode == "module":
+            mode, self._modules = "norm", self._modules or parameters_by_module(self.plan.module)
+        parameters = {name: p for name, p in self._parameters().items() if p.grad is not None}
+        for names in self._modules or (parameters,):
+            self.strategy.clip([p for name, p in parameters.items() if name in names], limit, mode)
 
     def check_ranks(self, what: str) -> None:
         """Raises RunError unless all ranks have the same weights, bit for bit; of sharded ones each has its own part."""

@@ -15,6 +15,7 @@ from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
 from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.modules import check_modules
 from graphopt.train.strategies import choose
 from graphopt.train.strategy import Strategy
 
@@ -76,6 +77,12 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
         raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
 
 
+def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
+    """Raises GraphoptError unless so many processes can train the plan by the strategy that the settings name."""
+    if settings.strategy == "modules":
+        check_modules(plan, settings, ranks)
+
+
 def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
     """Everything for which `train` would refuse a run of this plan before its first step."""
     steps = 1
@@ -88,5 +95,6 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
         yield error
     try:
         check_optimizer(plan, settings, steps)
+        check_strategy(plan, settings)
     except GraphoptError as error:
         yield error

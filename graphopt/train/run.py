@@ -34,7 +34,7 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy
 from graphopt.train.ranks import Agreement, restarted
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
@@ -149,6 +149,7 @@ class Starting:
         plan.check_phases(settings.epochs)
         check_outputs(plan, self.inputs.data.classes)
         check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
+        check_strategy(plan, settings, self.inputs.strategy.ranks.count)
         self.inputs.strategy.check(plan)
         self.inputs.strategy.ranks.require_equal(content_digest(plan.module.state_dict()), "the initial weights")
         return plan

@@ -17,7 +17,6 @@ import graphopt
 from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
 from graphopt.models import cifar_resnet
-from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec
@@ -58,6 +57,22 @@ CASES = {
     "ema, micro-batches, agc": Case(Small, settings={"ema": 0.9, "accumulate": 2, "clip": 0.01, "clip_mode": "agc", "epochs": 2}),
     "bfloat16, channels last": Case(Small, settings={"amp": "bfloat16", "channels_last": True}),
     "vit with dropout": Case(_vit, (Supervise(modules=3),), {"optimizer": ADAMW, "epochs": 2}, side=16),
+    "clipped by module": Case(Small, settings={"clip": 0.1, "clip_mode": "module"}),
+    "freeze, thaw": Case(
+        Small,
+        (
+            Supervise(cuts=CUTS),
+            Freeze(select=["stem", "blocks.0"], when={"epoch": 1}),
+            Freeze(select="blocks.1", when={"epoch": 1, "until": 2}),
+        ),
+        {"epochs": 3, "ema": 0.9, "optimizer": ADAMW},
+    ),
+    "frozen by score": Case(
+        Small,
+        (Supervise(cuts=CUTS), Freeze(select=["stem", "blocks.0", "blocks.1"], when={"score": "change", "below": 10.0})),
+        {"epochs": 3},
+    ),
+    "supervise, then not": Case(Small, (Supervise(cuts=CUTS, when={"epoch": 0, "until": 1}),), {"epochs": 2}),
     "swin": Case(_swin, (Supervise(balance="stage"),), {"optimizer": ADAMW}, side=28),
 }
 
