@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +16,14 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt import Pass, Plan
+from graphopt import Pass, Plan, RunError
 from graphopt.data.loader import Data, open_data
 from graphopt.models import cifar_resnet
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec
-from graphopt.train import train
+from graphopt.train import Stopped, modules, train
+from graphopt.train.phase import Phase
 from tests.distributed import cases
 from tests.support.backbones import Small
 from tests.support.ranks import run_ranks
@@ -86,16 +89,15 @@ def _data(case: Case) -> Data:
     return open_data(DataSpec(name="digits", train_limit=72, eval_limit=25), (3, case.side, case.side), seed=0)
 
 
-def _run(name: str, folder: Path, strategy: str = "auto", **more: Any) -> None:
-    case = CASES[name]
-    settings = {"epochs": 1, "batch": 12, "strategy": strategy, "log_every": 2, **case.settings, **more}
-    train(_plan(case), folder / name, settings=small.settings(**settings), data=_data(case))
+def _run_case(case: Case, folder: Path, strategy: str, *, resume: bool = False) -> None:
+    settings = {"epochs": 1, "batch": 12, "strategy": strategy, "log_every": 2, **case.settings}
+    train(_plan(case, seed=int(resume)), folder, settings=small.settings(**settings), data=_data(case), resume=resume)
 
 
 def _all(_rank: int, folder: Path) -> None:
     for name in CASES:
         try:
-            _run(name, folder, "modules")
+            _run_case(CASES[name], folder / name, "modules")
         except Exception as error:
             raise RuntimeError(name) from error
 
@@ -105,7 +107,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, trained by one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name in CASES:
-        _run(name, folder)
+        _run_case(CASES[name], folder / name, "auto")
     return folder
 
 
@@ -140,3 +142,61 @@ def same(one: Any, other: Any, path: str) -> bool:
         return True
     assert one == other, path
     return True
+
+
+STOPPED = Case(Small, settings={"epochs": 2, "ema": 0.9, "checkpoint_steps": 2, "log_every": 1, "optimizer": ADAMW})
+CASES_OF_STOPS = ("by the first stage", "by the last stage", "by an error")
+
+
+class Failed(Exception):
+    """What one rank's step raises."""
+
+
+def _disturbed(rank: int, folder: Path, how: str) -> None:
+    """Trains until a rank gets a stop signal, or fails, before its third step."""
+    torch.set_num_threads(1)
+    step, modules.LOOK = Phase.step, 0.0
+    disturbing = {"by the first stage": 2, "by the last stage": 0, "by an error": 1}[how]
+
+    def disturbed(phase: Phase, batches: Any, done: int) -> Any:
+        if rank == disturbing and done == 2:
+            if how == "by an error":
+                raise Failed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(phase, batches, done)
+
+    Phase.step = disturbed  # type: ignore[method-assign]
+    try:
+        with pytest.raises((Stopped, Failed, RuntimeError, RunError)) as ended:
+            _run_case(STOPPED, folder / how, "modules")
+    finally:
+        Phase.step = step  # type: ignore[method-assign]
+    if how != "by an error":
+        assert isinstance(ended.value, Stopped)
+        assert ended.value.exit_code == 143
+    (folder / f"{how} {rank}").write_text(f"{type(ended.value).__name__} {getattr(ended.value, 'silent', False)}")
+
+
+def _three(rank: int, folder: Path) -> None:
+    for how in CASES_OF_STOPS:
+        _disturbed(rank, folder, how)
+
+
+def _resumed(_rank: int, folder: Path, hows: tuple[str, ...]) -> None:
+    for how in hows:
+        _run_case(STOPPED, folder / how, "modules", resume=True)
+
+
+def test_a_chain_that_stops_or_fails_goes_on_with_any_number_of_ranks(tmp_path: Path) -> None:
+    """Three ranks begin; two ranks, or one process, finish what an undisturbed process does."""
+    run_ranks(_three, tmp_path, ranks=3)
+    for how in CASES_OF_STOPS:
+        done = cases.content(tmp_path / how)["progress"]["total"]
+        assert 0 < done < 12, how
+        told = [(tmp_path / f"{how} {rank}").read_text() for rank in range(3)]
+        assert sum("True" not in text for text in told) == 1, "one rank tells it"
+    run_ranks(_resumed, tmp_path, CASES_OF_STOPS[1:], ranks=2)
+    _run_case(STOPPED, tmp_path / CASES_OF_STOPS[0], "auto", resume=True)
+    _run_case(STOPPED, tmp_path / "undisturbed", "auto")
+    for how in CASES_OF_STOPS:
+        same_run(tmp_path / how, tmp_path / "undisturbed")
