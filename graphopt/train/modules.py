@@ -182,6 +182,15 @@ class Modular(Strategy):
             self.ranks.ask_to_stop(signum)
         return self._message.stop
 
+    def stopping(self) -> int:
+        return self._signum()
+
+    def announce(self, value: Any) -> None:
+        self.ranks.broadcast(value, self.ranks.count - 1)
+
+    def announced(self) -> Any:
+        return self.ranks.broadcast(None, self.ranks.count - 1)
+
     def gathered(self, state: Mapping[str, Any], module: nn.Module, *, keep: bool, everywhere: bool) -> dict[str, Any] | None:
         found = self.ranks.gather(_on_cpu(state)) if everywhere else self.ranks.collect(_on_cpu(state))
         return _merged(found, module.state_dict()) if found is not None else None

@@ -324,10 +324,10 @@ class Run:
         self.log.screen.step()
         self._stop_alone()
 
-    def _after_filling(self, done: int, rows: int) -> None:
+    def _after_filling(self, done: int, rows: int, signum: int) -> None:
         """Part of a feature cache is filled; a run that stops here continues with the rest when it is resumed."""
         self.log.screen.start("features", self.progress.epoch, rows, done)
-        self._stop_if_requested(int(self.strategy.ranks.largest(self.signals.signum or 0)))
+        self._stop_if_requested(signum)
 
     def _check_losses(self) -> None:
         """Checks that all losses since the last check are finite; they stay on the device until then, so that no step waits for its own."""

@@ -148,6 +148,17 @@ class Strategy:
         """The signal by which the run ends after this step, or 0; `signum` is one that this rank has got."""
         return signum
 
+    def stopping(self) -> int:
+        """The largest stop signal that any rank has got, or 0; between steps, for ranks that cache features."""
+        return int(self.peers.largest(self.signal()))
+
+    def announce(self, value: Any) -> None:
+        """Tells the ranks that read no data what the one that does has decided; they call `announced`."""
+
+    def announced(self) -> Any:
+        """What the rank that reads the data announces."""
+        raise NotImplementedError
+
     def gathered(self, state: Mapping[str, Any], module: nn.Module, *, keep: bool, everywhere: bool) -> dict[str, Any] | None:
         """A phase's state, whole: where `keep` says so, on rank 0 at least, and `everywhere` on all ranks. All have to call it."""
         return whole_state(state, keep=keep)

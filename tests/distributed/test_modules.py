@@ -19,6 +19,7 @@ import graphopt
 from graphopt import Pass, Plan, RunError
 from graphopt.data.loader import Data, open_data
 from graphopt.models import cifar_resnet
+from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec
@@ -74,6 +75,11 @@ CASES = {
         Small,
         (Supervise(cuts=CUTS), Freeze(select=["stem", "blocks.0", "blocks.1"], when={"score": "change", "below": 10.0})),
         {"epochs": 3},
+    ),
+    "cached features": Case(
+        Small,
+        (Drop(upto="blocks.1", when={"epoch": 1}, force=True), Supervise(cuts=CUTS)),
+        {"epochs": 3, "ema": 0.9},
     ),
     "supervise, then not": Case(Small, (Supervise(cuts=CUTS, when={"epoch": 0, "until": 1}),), {"epochs": 2}),
     "swin": Case(_swin, (Supervise(balance="stage"),), {"optimizer": ADAMW}, side=28),
