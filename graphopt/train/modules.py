@@ -61,6 +61,9 @@ class Modular(Strategy):
         if spec.clip is not None and spec.clip_mode == "norm":
             what = 'strategy = "modules" does not clip by the norm of all gradients: each module would wait for those of the others'
             raise RunError(what, where=where, fix='Use clip_mode = "module" (each by its own norm), "agc" or "value"')
+        if spec.checkpoint_format == "sharded":
+            what = 'strategy = "modules" has no tensor of which each rank holds a part; rank 0 writes all of a checkpoint'
+            raise RunError(what, where="train.checkpoint_format", fix='Use checkpoint_format = "whole"')
         strategy = super().of(spec)
         strategy.spec = spec
         return strategy
