@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -52,13 +52,13 @@ class Outlet:
         group: a gloo group with both processes. peer: the other one's rank. patience: how long a message may take, now.
 
     Attributes:
-        waited: seconds spent waiting for the receiver. sent: bytes.
+        waited: seconds spent waiting for the receiver. bytes: how many were sent.
     """
 
     def __init__(self, group: Any, peer: int, patience: Callable[[], timedelta]) -> None:
         self._group, self._peer, self._patience = group, peer, patience
         self._under_way: deque[list[tuple[Any, Tensor]]] = deque()
-        self.waited, self.sent = 0.0, 0
+        self.waited, self.bytes = 0.0, 0
 
     def send(self, message: Message) -> None:
         """Sends a message; its tensors must not be written to afterwards."""
@@ -67,10 +67,10 @@ class Outlet:
             self._finish()
         self.waited += time.perf_counter() - began
         large: list[Tensor] = []
-        values = [_packed(value, large) for value in message.values]
+        values = [pack(value, large) for value in message.values]
         head = _bytes_of(pickle.dumps((values, message.stop, message.last)))
         tensors = [torch.tensor([len(head)]), head, *large]
-        self.sent += sum(t.nbytes for t in tensors)
+        self.bytes += sum(t.nbytes for t in tensors)
         self._under_way.append([(distributed.isend(t, self._peer, group=self._group), t) for t in tensors])
 
     def flush(self) -> None:
@@ -90,12 +90,12 @@ class Inlet:
     """The receiving end of a link; arguments as for `Outlet`.
 
     Attributes:
-        waited: seconds spent waiting for the sender.
+        waited: seconds spent waiting for the sender. bytes: how many were received.
     """
 
     def __init__(self, group: Any, peer: int, patience: Callable[[], timedelta], device: torch.device) -> None:
         self._group, self._peer, self._patience, self._device = group, peer, patience, device
-        self.waited = 0.0
+        self.waited, self.bytes = 0.0, 0
 
     def messages(self) -> Iterator[Message]:
         """The messages up to the one that is the last of its epoch; a thread receives the next ones meanwhile."""
@@ -125,25 +125,17 @@ class Inlet:
         length = self._take(torch.empty(1, dtype=torch.int64))
         head = self._take(torch.empty(int(length), dtype=torch.uint8))
         values, stop, last = pickle.loads(head.numpy().tobytes())
-        return Message(tuple(map(self._unpacked, values)), stop, last)
+        values = (unpack(value, self._take) for value in values)
+        return Message(tuple(v.to(self._device) if isinstance(v, Tensor) else v for v in values), stop, last)
 
     def _take(self, into: Tensor) -> Tensor:
         work: Any = distributed.irecv(into, self._peer, group=self._group)
         work.wait(self._patience())
+        self.bytes += into.nbytes
         return into
 
-    def _unpacked(self, value: Any) -> Any:
-        if not isinstance(value, _Layout):
-            return value
-        elements = torch.empty(torch.Size(value.shape).numel(), dtype=value.dtype)
-        if value.content is not None:
-            elements.view(torch.uint8).copy_(_bytes_of(value.content))
-        else:
-            self._take(elements.view(torch.uint8))
-        return elements.as_strided(value.shape, value.stride).to(self._device)
 
-
-def _packed(value: Any, large: list[Tensor]) -> Any:
+def pack(value: Any, large: list[Tensor]) -> Any:
     """A plain value itself, of a tensor the layout; the elements of a large one are added to `large`, as bytes."""
     if not isinstance(value, Tensor):
         return value
@@ -155,6 +147,19 @@ def _packed(value: Any, large: list[Tensor]) -> Any:
     if not small:
         large.append(content)
     return _Layout(tensor.dtype, tuple(tensor.shape), tensor.stride(), content.numpy().tobytes() if small else None)
+
+
+def unpack(value: Any, fill: Callable[[Tensor], object]) -> Any:
+    """The inverse of `pack`: `fill` writes the elements of a large tensor, as bytes, into what it is given."""
+    if not isinstance(value, _Layout):
+        return value
+    elements = torch.empty(torch.Size(value.shape).numel(), dtype=value.dtype)
+    content = elements.view(torch.uint8)
+    if value.content is None:
+        fill(content)
+    else:
+        content.copy_(_bytes_of(value.content))
+    return elements.as_strided(value.shape, value.stride)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -169,8 +174,3 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _bytes_of(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-
-
-def size_of(values: Sequence[Any]) -> int:
-    """Bytes of the tensors among these values, which a message with them takes but for its head."""
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))

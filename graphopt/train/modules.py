@@ -50,6 +50,7 @@ class Modular(Strategy):
     _training: bool = field(default=False, init=False, repr=False)
     _message: Message = field(default=Message(()), init=False, repr=False)  # the last one received, or sent by the first stage
     _looked: float = field(default=0.0, init=False, repr=False)
+    _began: float = field(default=0.0, init=False, repr=False)  # this epoch's training
 
     @classmethod
     def of(cls, spec: TrainSpec) -> Self:
@@ -125,6 +126,11 @@ class Modular(Strategy):
     def batches(self, source: Iterator[Batch], count: int, *, training: bool) -> Iterator[Batch]:
         """The first stage takes batches from `source`; the others get what the stage before has computed from them."""
         self._left, self._training = count, training
+        if training:
+            self._began = time.perf_counter()
+            for end in (self._inlet, self._outlet):
+                if end is not None:
+                    end.waited, end.bytes = 0.0, 0
         self._message = Message(())
         if self._inlet is None:
             yield from source
@@ -184,6 +190,14 @@ class Modular(Strategy):
         if signum and not self.feeds:
             self.ranks.ask_to_stop(signum)
         return self._message.stop
+
+    def times(self) -> list[dict[str, Any]]:
+        """Numbers of the first module and of the one after the last; seconds of work, and of waiting for either neighbour; bytes sent."""
+        receiving, sending = (end.waited if end is not None else 0.0 for end in (self._inlet, self._outlet))
+        work = time.perf_counter() - self._began - receiving - sending
+        run, sent = self.runs[self.stage], self._outlet.bytes if self._outlet is not None else 0
+        own = {"modules": [run.start, run.stop], "work_seconds": work, "receive_seconds": receiving, "send_seconds": sending, "bytes": sent}
+        return self.ranks.gather(own)
 
     def stopping(self) -> int:
         return self._signum()

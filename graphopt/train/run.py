@@ -283,7 +283,7 @@ class Run:
 
     def _close_epoch(self) -> None:
         state, progress, plan = self.state, self.progress, self.state.phase.plan
-        epoch = progress.epoch
+        epoch, chain = progress.epoch, self.strategy.times()
         state.phase.check_ranks(f"the weights after epoch {epoch}")
         state.phase.average_buffers()
         meter = state.meter.over(self.strategy.ranks)
@@ -294,7 +294,7 @@ class Run:
         state.phase.share_scored()
         change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module)).change
         self._update_clock()
-        self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began)
+        self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began, chain)
         state.meter = Meter()
         accuracy, averaged = (figures.get(name, -1.0) for name in ("accuracy", "ema_accuracy"))
         progress.epoch, progress.step, progress.epoch_began = epoch + 1, 0, progress.seconds

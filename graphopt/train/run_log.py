@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,25 @@ class RunLog:
         """The peak memory of the rank that needs most."""
         return int(ranks.largest(self._strategy.peak_memory()))
 
-    def epoch(self, figures: Mapping[str, float], change: Mapping[str, float], samples: int, seconds: float) -> None:
-        """The figures of an epoch, how much the weights of scored regions changed in it, its samples, and how long it took."""
+    def epoch(
+        self,
+        figures: Mapping[str, float],
+        change: Mapping[str, float],
+        samples: int,
+        seconds: float,
+        chain: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """The figures of an epoch, how much the weights of scored regions changed in it, its samples, and how long it took.
+
+        `chain` has what each rank of a chain did.
+        """
         speed, peak = samples / max(seconds, 1e-9), self._peak(self._strategy.ranks)
         more: dict[str, Any] = {
             "seconds": seconds,
             "samples_per_second": speed,
             "peak_bytes": peak,
             **({"change": change} if change else {}),
+            **({"chain": chain} if chain else {}),
         }
         record = self.write("epoch", phase=len(self.state.phases) - 1, **figures, **more)
         parts = [f"loss {figures['train_loss']:.4f}"]

@@ -148,6 +148,10 @@ class Strategy:
         """The signal by which the run ends after this step, or 0; `signum` is one that this rank has got."""
         return signum
 
+    def times(self) -> list[dict[str, Any]]:
+        """Per rank of a chain, what it has done in the training of this epoch; for the log. All ranks have to call it."""
+        return []
+
     def stopping(self) -> int:
         """The largest stop signal that any rank has got, or 0; between steps, for ranks that cache features."""
         return int(self.peers.largest(self.signal()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
 from graphopt.spec import OptimizerSpec
 from graphopt.train.assignment import assign, seconds_of
-from graphopt.train.link import _is_dense, _packed
+from graphopt.train.link import SMALL, pack, unpack
 from graphopt.train.modules import Modular, check_modules, couples_parameters
 from tests.train import small
 
@@ -84,28 +85,26 @@ def test_what_rests_costs_less() -> None:
 
 
 @pytest.mark.parametrize(
-    "value",
+    ("value", "dense"),
     [
-        torch.randn(64, 8, 5, 5).to(memory_format=torch.channels_last),
-        torch.randn(40, 50).t(),
-        torch.randn(3, 1, 5)[:, :, ::2],
-        torch.randn(4000).to(torch.bfloat16),
-        torch.tensor(True),
-        torch.zeros(0, 3),
-        torch.ones(1).expand(5000),
+        (torch.randn(64, 8, 5, 5).to(memory_format=torch.channels_last), True),
+        (torch.randn(40, 50).t(), True),
+        (torch.randn(30, 1, 100)[:, :, ::2], False),
+        (torch.randn(4000).to(torch.bfloat16), True),
+        (torch.tensor(True), True),
+        (torch.zeros(0, 3), True),
+        (torch.ones(1).expand(5000), False),
     ],
     ids=["channels last", "transposed", "with gaps", "bfloat16", "scalar", "empty", "repeated"],
 )
-def test_a_tensor_travels_as_its_bytes(value: torch.Tensor) -> None:
+def test_a_tensor_travels_as_its_bytes(value: torch.Tensor, dense: bool) -> None:
     large: list[torch.Tensor] = []
-    layout = _packed(value, large)
-    content = large[0] if large else torch.tensor(list(layout.content), dtype=torch.uint8)
-    elements = torch.empty(value.numel(), dtype=value.dtype)
-    elements.view(torch.uint8).copy_(content)
-    found = elements.as_strided(layout.shape, layout.stride)
+    found = unpack(pickle.loads(pickle.dumps(pack(value, large))), lambda content: content.copy_(large[0]))
+    assert found.dtype == value.dtype
     assert torch.equal(found, value)
-    assert not _is_dense(value) or found.stride() == value.stride()
+    assert dense is (found.stride() == value.stride())
+    assert bool(large) is (value.untyped_storage().nbytes() > SMALL or not dense)
 
 
 def test_plain_values_travel_as_they_are() -> None:
-    assert [_packed(value, []) for value in (None, 7, 2.5)] == [None, 7, 2.5]
+    assert [unpack(pack(value, []), torch.Tensor.zero_) for value in (None, 7, 2.5)] == [None, 7, 2.5]
