@@ -35,6 +35,10 @@ def _resident(kind: Literal["RSS", "HWM"]) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def _no_signal() -> int:
+    return 0
+
+
 @dataclass
 class Strategy:
     """One process on one device, alone. What several processes do otherwise, subclasses say."""
@@ -45,7 +49,7 @@ class Strategy:
     compiled: bool = False  # compile training steps with `torch.compile`, once per phase
     deterministic: bool = True  # use deterministic kernels where torch has them
     ranks: Ranks = ALONE
-    signal: Callable[[], int] = field(default=lambda: 0, init=False, repr=False)  # the number of a stop signal that has come, or 0
+    signal: Callable[[], int] = field(default_factory=lambda: _no_signal, init=False, repr=False)  # the number of a stop signal that has come, or 0
     before: int = field(default=0, init=False)  # bytes of this process that are not the run's
 
     @classmethod
