@@ -49,7 +49,7 @@ class Strategy:
     compiled: bool = False  # compile training steps with `torch.compile`, once per phase
     deterministic: bool = True  # use deterministic kernels where torch has them
     ranks: Ranks = ALONE
-    signal: Callable[[], int] = field(default_factory=lambda: _no_signal, init=False, repr=False)  # the number of a stop signal that has come, or 0
+    signal: Callable[[], int] = field(default_factory=lambda: _no_signal, init=False, repr=False)  # a stop signal that has come, or 0
     before: int = field(default=0, init=False)  # bytes of this process that are not the run's
 
     @classmethod
