@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     """What one forward takes."""
 
     sample: Tensor  # (N,) int64, numbers of the samples
-    input: Tensor  # (N, ...) float32
+    input: Any  # (N, ...) float32; what arrives from another process, for one that continues its computation
     target: Tensor  # (N,) int64 classes, or (N, classes) float32 after mixup
 
 

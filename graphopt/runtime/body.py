@@ -57,9 +57,11 @@ class LocalBackward(nn.Module):
 
     Attributes:
         trains: whether it has a backward. gathered: calls a function with parameters gathered, where ranks hold parts of them.
+        number: of its random stream, among the network's sections of this kind, from 0; what follows it has the next one.
     """
 
     trains: bool
+    number: int
     gathered: Callable[..., Any] | None = None
 
     def parts(self) -> tuple[nn.Module, ...]:

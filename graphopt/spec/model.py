@@ -182,14 +182,18 @@ class TrainSpec(_Table):
         default=1, description="micro-batches per optimizer step, each of batch / (processes x accumulate) samples"
     )
     clip: Above0 | None = Field(default=None, description="gradient clipping; see clip_mode")
-    clip_mode: Literal["norm", "value", "agc"] = Field(default="norm", description="by total norm, by value, or adaptive (agc)")
+    clip_mode: Literal["norm", "module", "value", "agc"] = Field(
+        default="norm", description="by total norm, by the norm of each gradient-isolated module, by value, or adaptive (agc)"
+    )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
     amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="autocast dtype; default: float32")
     channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     compile: bool = Field(default=False, description="torch.compile, once per phase")
     device: str = Field(default="auto", description="auto: CUDA where there is one; cpu, cuda, cuda:1")
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
-        default="auto", description="of several processes; auto: ddp; fsdp shards parameters, gradients and optimizer state"
+    strategy: Literal["auto", "single", "ddp", "fsdp", "modules"] = Field(
+        default="auto",
+        description="of several processes; auto: ddp; fsdp shards parameters, gradients and optimizer state; modules: each process trains "
+        "some of the modules that supervise makes",
     )
     fsdp: FsdpSpec = Field(default=FsdpSpec(), description='options of strategy = "fsdp"; all off by default')
     sync_norm: bool = Field(default=False, description="batch norms use the statistics of all processes' samples")

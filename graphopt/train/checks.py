@@ -13,9 +13,8 @@ from graphopt.runtime.shards import local, whole
 from graphopt.train.optimizer import named_parameters
 
 
-def check_gradients(module: nn.Module, unused: Collection[str] = ()) -> None:
+def check_gradients(parameters: Mapping[str, nn.Parameter], unused: Collection[str] = ()) -> None:
     """Raises RunError unless, after a backward pass, frozen parameters have no gradient and others (but for unused ones) a finite one."""
-    parameters = named_parameters(module)
     trained = {name: p.grad for name, p in parameters.items() if p.requires_grad}
     missing = [name for name, gradient in trained.items() if gradient is None and name not in unused]
     broken = [name for name, gradient in trained.items() if gradient is not None and not torch.isfinite(local(gradient)).all()]

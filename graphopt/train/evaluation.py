@@ -1,6 +1,6 @@
 """Loss and accuracy: of training steps, and of the full network as it is exported."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphopt.data.loader import ImageFeed
+from graphopt.data.loader import Batch, ImageFeed
 from graphopt.errors import RunError
 from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Strategy
@@ -59,9 +59,11 @@ def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: in
     module.eval()
     meter = Meter()
     with torch.no_grad():
-        for number, batch in enumerate(map(strategy.move, feed.batches(0))):
+        for number, batch in enumerate(strategy.batches(_moved(feed, strategy), len(feed), training=False)):
             with strategy.autocast():
-                output = module(batch.input)
+                output = strategy.infer(module, batch)
+                if output is None:
+                    continue
                 output = output[0] if isinstance(output, tuple | list) else output
                 check_output(output, batch.target, classes)
                 loss = F.cross_entropy(output, batch.target)
@@ -69,6 +71,10 @@ def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: in
                 meter.add(loss, count_correct(output, batch.target), len(batch.target))
             after_batch()
     return meter.over(strategy.ranks)
+
+
+def _moved(feed: ImageFeed, strategy: Strategy) -> Iterator[Batch]:
+    yield from map(strategy.move, feed.batches(0))
 
 
 def check_output(output: Any, target: Tensor, classes: int) -> None:

@@ -40,14 +40,22 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 
 
 def build_optimizer(
-    module: nn.Module, spec: OptimizerSpec, *, no_decay: Collection[str] = (), rates: Mapping[str, float] | None = None
+    module: nn.Module,
+    spec: OptimizerSpec,
+    *,
+    no_decay: Collection[str] = (),
+    rates: Mapping[str, float] | None = None,
+    owned: Collection[str] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer of timm over the trainable parameters, in named groups; what has one dimension and `no_decay` are not decayed.
 
-    `rates` are from `layer_rates`. Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
+    `rates` are from `layer_rates`. Of several processes, one that trains the parameters `owned` alone may have none.
+
+    Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
     """
     groups: dict[str, dict[str, Any]] = {}
-    for path, parameter in trainable(module).items():
+    parameters = {path: p for path, p in trainable(module).items() if owned is None or path in owned}
+    for path, parameter in parameters.items():
         decays = parameter.ndim > 1 and not path.endswith(".bias") and path not in no_decay
         label = "decay" if decays else "no_decay"
         scale = {}
@@ -56,6 +64,8 @@ def build_optimizer(
             label = f"{label}, lr x {scale['lr_scale']:.4g}"
         group = {"params": [], "name": label, "weight_decay": spec.weight_decay if decays else 0.0, **scale}
         groups.setdefault(label, group)["params"].append(parameter)
+    if owned is not None and not groups:
+        groups["decay"] = {"params": [], "name": "decay"}
     if not groups:
         raise RunError("nothing is left to train: every parameter is frozen", fix="Select fewer regions to freeze")
     ordered = [groups[label] for label in sorted(groups)]
@@ -66,7 +76,7 @@ def build_optimizer(
         if spec.name.casefold() not in known:
             raise RunError(f"timm has no optimizer {spec.name!r}", where="train.optimizer", fix=did_you_mean(spec.name, known)) from error
         raise RunError(f"{spec.name} could not be built: {error}", where="train.optimizer") from error
-    check_groups(optimizer, module)
+    check_groups(optimizer, module, owned)
     return optimizer
 
 
@@ -93,13 +103,13 @@ def _rate_of(path: str, rates: Mapping[str, float]) -> float:
     return 1.0
 
 
-def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Raises RunError unless the optimizer holds exactly the trainable parameters, each once."""
+def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module, owned: Collection[str] | None = None) -> None:
+    """Raises RunError unless the optimizer holds exactly the trainable parameters, or those of them that are `owned`, each once."""
     counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     wrong = []
     for name, parameter in named_parameters(module).items():
         count = counts.pop(id(parameter), 0)
-        if count != int(parameter.requires_grad):
+        if count != int(parameter.requires_grad and (owned is None or name in owned)):
             kind = "trainable" if parameter.requires_grad else "frozen"
             wrong.append(f"{name} ({kind}) is in {count} optimizer groups")
     if counts:
@@ -111,7 +121,7 @@ def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
     """`{"state": {parameter name: its state}, "groups": {group name: its settings}}`, plain values and tensors (no copies)."""
     packed, names = optimizer.state_dict(), _names(optimizer, module)
-    groups = {g["name"]: {k: v for k, v in g.items() if k not in ("params", "name")} for g in packed["param_groups"]}
+    groups = {g["name"]: {k: v for k, v in g.items() if k not in ("params", "name")} for g in packed["param_groups"] if g["params"]}
     return {"state": {names[index]: state for index, state in packed["state"].items()}, "groups": groups}
 
 

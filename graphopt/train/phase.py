@@ -1,6 +1,6 @@
 """One phase: what is built again at every decision, and the training step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import Tensor, nn
 
+from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
-from graphopt.plan_file import load_strictly
 from graphopt.runtime.randomness import set_seeds
-from graphopt.runtime.shards import is_sharded, local, whole_state
+from graphopt.runtime.shards import is_sharded, local
 from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
@@ -69,25 +69,27 @@ class Phase:
         """`state` is the earlier phase's `state_dict()`."""
         self.plan, self.context = plan, context
         self.spec, self.strategy = spec, strategy = context.spec, context.strategy
-        if spec.sync_norm:
+        if spec.sync_norm and strategy.peers == strategy.ranks:  # a rank of a chain has whole batches
             synchronize(plan.module, strategy.device)
-        strategy.to_device(plan.module)
+        self.owned = strategy.own(plan)
+        strategy.to_device(self.owned.module)
         self.feed: Feed = context.images
         self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
         self._trained: nn.Module = plan.module
         self._wrapped: nn.Module = self._trained  # as a step calls it on several ranks
         self._call: Callable[..., Any] | None = None
+        self._modules: tuple[frozenset[str], ...] = ()  # names of each module's parameters, where each is clipped by its own norm
         self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
         self._optimize(state["optimizer"] if state is not None else None)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
-        self.ema = AveragedWeights(plan.module, decay=spec.ema, use_warmup=True) if spec.ema is not None else None
+        self.ema = AveragedWeights(self.owned.module, decay=spec.ema, use_warmup=True) if spec.ema is not None else None
         if self.ema is not None and state is not None and state["ema"] is not None:
-            own = self.ema.module.state_dict()
-            carried = {k: v for k, v in state["ema"].items() if k in own and v.shape == own[k].shape}
-            self.ema.module.load_state_dict(carried, strict=False)
+            own, earlier_ema = self.owned.state_dict(self.ema.module), state["ema"]
+            carried = {k: earlier_ema[k] if k in earlier_ema and earlier_ema[k].shape == v.shape else v for k, v in own.items()}
+            self.owned.load(carried, self.ema.module)
         self.frozen = fingerprints(plan.module)
         # Buffers may hold infinity on purpose, masks for example.
-        self._infinite = set(not_finite(dict(plan.module.named_buffers())))
+        self._infinite = set(not_finite(dict(self.owned.module.named_buffers())))
         self.gradients_checked = False
         self._overflows = 0
         self._first_step = strategy.ranks.count > 1  # since this process has begun the phase
@@ -95,7 +97,7 @@ class Phase:
     def next(self, decisions: Sequence[Decision], epoch: int) -> "Phase":
         """The phase after `decisions`, with weights, optimizer state and averages carried over by name."""
         self.close()
-        state = self.state_dict()
+        state = self.state_dict(everywhere=True)
         return Phase(advance(self.plan, decisions, self.spec.seed, epoch, state["model"]), self.context, earlier=self, state=state)
 
     def _optimize(self, state: Mapping[str, Any] | None) -> None:
@@ -104,7 +106,8 @@ class Phase:
         # timm's backbones may exclude parameters from weight decay, too.
         no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
         rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
-        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates)
+        owned = None if self.owned.module is plan.module else self._parameters()
+        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates, owned=owned)
         if state is not None:
             optimizers.load_optimizer_state(self.optimizer, plan.module, state)
         self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps)
@@ -116,7 +119,7 @@ class Phase:
         """Does what needs the phase's weights: caches the features it trains on, and compiles. False where that is done already."""
         if self._call is not None:
             return False
-        self.strategy.ranks.expect(slow=True)
+        self.strategy.expect(slow=True)
         self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
         before, state = self._parameters(), optimizers.optimizer_state(self.optimizer, self.plan.module)
         self._wrapped = self.strategy.wrap(self._trained, self.plan, self._unused())
@@ -129,7 +132,8 @@ class Phase:
         return True
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return optimizers.named_parameters(self.plan.module)
+        """Those that this rank trains, by their names in the plan's module."""
+        return self.owned.parameters()
 
     def _unused(self) -> list[str]:
         """Trainable parameters of the trained part that no forward reads, by their names there."""
@@ -145,52 +149,66 @@ class Phase:
         """Puts the whole network into training mode, and the part that is trained on cached features."""
         self.plan.module.train()
         self._trained.train()
+        self._wrapped.train()
 
-    def step(self, batches: Sequence[Batch], done: int) -> tuple[Tensor, Tensor, int]:
-        """One optimizer step after `done` ones, over batches on the device: the mean loss, how many predictions were right, and samples."""
+    def step(self, batches: Iterator[Batch], done: int) -> tuple[Tensor, Tensor, int]:
+        """One optimizer step after `done` ones, over the next `accumulate` batches on the device.
+
+        Returns the mean loss, how many predictions were right, and samples: none where another rank computes the output.
+        """
+        count = self.spec.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         reseed(self.spec.seed, 3, done)  # of Python and NumPy, which a user's network may draw from
         total = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
-        for number, batch in enumerate(batches):
+        for number, batch in zip(range(count), batches, strict=False):
             seed = self.spec.seed, done, number
-            set_seeds(mixed_seed(*seed, 4), mixed_seed(*seed, 5, self.strategy.ranks.number))
-            last = number + 1 == len(batches)
+            set_seeds(mixed_seed(*seed, 4), mixed_seed(*seed, 5, self.strategy.peers.number))
+            last = number + 1 == count
             with nullcontext() if last else self.strategy.without_reduction(self._wrapped):
                 with self.strategy.autocast():
                     loss, output = self._loss(batch)
-                self.scaler.scale(loss / len(batches)).backward()
-            total = total + loss.detach() / len(batches)
-            correct = correct + count_correct(output, batch.target)
-            samples += len(batch.target)
+                if loss.requires_grad:
+                    self.scaler.scale(loss / count).backward()
+            total = total + loss.detach() / count
+            if output is not None:
+                correct = correct + count_correct(output, batch.target)
+                samples += len(batch.target)
         self.strategy.after_backward()
         self.scaler.unscale_(self.optimizer)
         self._check_gradients_once()
         if self.spec.clip is not None:
-            self.strategy.clip([p for p in self._parameters().values() if p.grad is not None], self.spec.clip, self.spec.clip_mode)
+            self._clip(self.spec.clip, self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         set_seeds(None, None)
         if self.ema is not None:
-            self.ema.update(self.plan.module, step=done + 1)
+            self.ema.update(self.owned.module, step=done + 1)
         if self._first_step:
             self.check_ranks("the weights after the first step of a phase")
-            self.strategy.ranks.expect(slow=False)
+            self.strategy.expect(slow=False)
             self._first_step = False
         return total, correct, samples
 
+    def _clip(self, limit: float, mode: str) -> None:
+        if mode == "module":
+            mode, self._modules = "norm", self._modules or parameters_by_module(self.plan.module)
+        parameters = {name: p for name, p in self._parameters().items() if p.grad is not None}
+        for names in self._modules or (parameters,):
+            self.strategy.clip([p for name, p in parameters.items() if name in names], limit, mode)
+
     def check_ranks(self, what: str) -> None:
         """Raises RunError unless all ranks have the same weights, bit for bit; of sharded ones each has its own part."""
-        if self.strategy.ranks.count > 1:
+        if self.strategy.peers.count > 1:
             whole = {name: p for name, p in self._parameters().items() if not is_sharded(p)}
-            self.strategy.ranks.require_equal({what: content_digest(whole)})
+            self.strategy.peers.require_equal({what: content_digest(whole)})
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         assert self._call is not None, "begin() comes before the first step"
-        if self.plan.needs.targets:
-            outputs, local = self._call(batch.input, batch.target)
-        else:
-            outputs, local = self._call(batch.input), None
+        outputs, local = self.strategy.forward(self._call, batch, targets=self.plan.needs.targets)
+        if outputs is None:
+            assert local is not None
+            return local, None
         output, *auxiliary = outputs if isinstance(outputs, tuple | list) else [outputs]
         check_output(output, batch.target, self.context.classes)
         # Mixup has smoothed soft targets already.
@@ -204,11 +222,11 @@ class Phase:
     def _check_gradients_once(self) -> None:
         if self.gradients_checked:
             return
-        finite = all(local(p.grad).isfinite().all() for p in self.plan.module.parameters() if p.grad is not None)
+        finite = all(local(p.grad).isfinite().all() for p in self._parameters().values() if p.grad is not None)
         if self.scaler.is_enabled() and self._overflows < MAX_OVERFLOWS and not finite:
             self._overflows += 1  # the scaler will skip this step and lower its scale
             return
-        check_gradients(self.plan.module, self.plan.report.unused)
+        check_gradients(self._parameters(), self.plan.report.unused)
         self.gradients_checked = True
 
     def not_finite(self) -> list[str]:
@@ -219,42 +237,48 @@ class Phase:
         found += [f"optimizer state of {name}" for name, of in state["optimizer"]["state"].items() if not_finite(of)]
         return list(dict.fromkeys(name for names in self.strategy.ranks.gather(found) for name in names))
 
+    def share_scored(self) -> None:
+        """Gives all ranks the weights that triggers measure, in the plan's module."""
+        names = sorted({name for region in self.plan.scored.values() for name in region})
+        if names:
+            self.strategy.share(self.owned, names)
+
     def average_buffers(self) -> None:
         """Gives all ranks the mean of what they have measured apart: running statistics of norms, and of a user's own buffers."""
-        ranks, buffers = self.strategy.ranks, self._buffers()
+        ranks, buffers = self.strategy.peers, self._buffers()
         for name, mean in _means(ranks.differing(buffers)).items():
             buffers[name].copy_(mean)
 
     def buffers_by_rank(self) -> list[dict[str, Tensor]]:
         """Per rank, the buffers in which ranks differ between two averages; for a checkpoint, from which each rank goes on with its own."""
-        return self.strategy.ranks.differing(self._buffers())
+        return self.strategy.peers.differing(self._buffers())
 
     def load_buffers(self, by_rank: Sequence[Mapping[str, Tensor]]) -> None:
         """The inverse of `buffers_by_rank()`; another number of ranks gets the mean."""
-        ranks, buffers = self.strategy.ranks, self._buffers()
+        ranks, buffers = self.strategy.peers, self._buffers()
         own = by_rank[ranks.number] if len(by_rank) == ranks.count else _means(by_rank)
         for name, value in own.items():
-            buffers[name].copy_(value)
+            if name in buffers:
+                buffers[name].copy_(value)
 
     def _buffers(self) -> dict[str, Tensor]:
-        modules = {"model": self.plan.module} | ({"ema": self.ema.module} if self.ema is not None else {})
+        modules = {"model": self.owned.module} | ({"ema": self.ema.module} if self.ema is not None else {})
         return {f"{kind}.{name}": buffer for kind, module in modules.items() for name, buffer in module.named_buffers()}
 
-    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, keep: bool = True, everywhere: bool = False) -> Any:
         """What a checkpoint stores of a phase; everything by name, every tensor whole. Without `keep`, only takes part in gathering it.
 
-        All ranks have to call it.
+        All ranks have to call it; those that do not get all of it, which `everywhere` asks for, get None.
         """
-        state: dict[str, Any] = whole_state(self.own_state(), keep=keep)
-        return state
+        return self.strategy.gathered(self.own_state(), self.plan.module, keep=keep, everywhere=everywhere)
 
     def own_state(self) -> dict[str, Any]:
         """As `state_dict()`, with sharded tensors as this rank holds them; nothing is copied, and no rank waits for another."""
         return {
-            "model": self.plan.module.state_dict(),
+            "model": self.owned.state_dict(),
             "optimizer": optimizers.optimizer_state(self.optimizer, self.plan.module),
             "scaler": self.scaler.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "ema": self.owned.state_dict(self.ema.module) if self.ema is not None else None,
             "frozen": self.frozen,
             "first": not self.gradients_checked,
             "features": self.features,
@@ -262,12 +286,12 @@ class Phase:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict()`. Raises RunError if the network that (spec, decisions) gives is not the one that was saved."""
-        load_strictly(self.plan.module, state["model"])
+        self.owned.load(state["model"])
         optimizers.load_optimizer_state(self.optimizer, self.plan.module, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            load_strictly(self.ema.module, state["ema"] or state["model"])
+            self.owned.load(state["ema"] or state["model"], self.ema.module)
         self.frozen, self.gradients_checked = dict(state["frozen"]), not state["first"]
         self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)

@@ -18,6 +18,7 @@ from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
 from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.modules import check_modules
 from graphopt.train.strategies import choose
 from graphopt.train.strategy import Strategy
 
@@ -35,12 +36,12 @@ class Inputs:
     @classmethod
     def open(cls, settings: TrainSpec, data: DataSpec | Data, shape: tuple[int, ...], strategy: Strategy) -> Self:
         """Raises RunError for data that is missing or does not fit, or a batch that is larger or does not divide."""
-        settings.micro_batch(strategy.ranks.count)
+        settings.micro_batch(strategy.peers.count)
         opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
         if not len(opened.evaluation):
             raise RunError("there are no evaluation images", where="data")
         loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
-        loading |= {"rank": strategy.ranks, "accumulate": settings.accumulate}
+        loading |= {"rank": strategy.peers, "accumulate": settings.accumulate}
         images = ImageFeed(opened.train, settings.batch, seed=settings.seed, **loading)
         evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
         smoothing = settings.label_smoothing
@@ -91,6 +92,12 @@ def code(backbone: nn.Module) -> dict[str, str]:
     return {f"the code of {name}": hash_parts(Path(file).read_bytes()) for name, file in files.items() if file and Path(file).is_file()}
 
 
+def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
+    """Raises GraphoptError unless so many processes can train the plan by the strategy that the settings name."""
+    if settings.strategy == "modules":
+        check_modules(plan, settings, ranks)
+
+
 def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
     """Everything for which `train` would refuse a run of this plan before its first step."""
     steps = 1
@@ -103,5 +110,6 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
         yield error
     try:
         check_optimizer(plan, settings, steps)
+        check_strategy(plan, settings)
     except GraphoptError as error:
         yield error

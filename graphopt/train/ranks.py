@@ -115,12 +115,20 @@ class Ranks(Rank):
         if self._owner and distributed.is_initialized():
             distributed.destroy_process_group()
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; any object that can be pickled, tensors on the CPU."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of one rank, on every rank; any object that can be pickled, tensors on the CPU."""
         values = [value]
         if self.count > 1:
-            distributed.broadcast_object_list(values, src=0, group=self._group)
+            distributed.broadcast_object_list(values, src=source, group=self._group)
         return values[0]
+
+    def collect(self, value: Any) -> list[Any] | None:
+        """The values of all ranks, in order, on rank 0; None on the others."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.first else None
+        distributed.gather_object(value, values, dst=0, group=self._group)
+        return values
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order, on every rank."""
@@ -188,6 +196,14 @@ class Ranks(Rank):
         if broken:
             error = self._missing() if late else self._disconnected(error)
         return error.with_location(f"rank {self.number}") if isinstance(error, GraphoptError) else error
+
+    def ask_to_stop(self, signum: int) -> None:
+        """Tells all ranks that this one has got a stop signal, without a message to any of them."""
+        self._store.set("stop", str(signum))
+
+    def asked_to_stop(self) -> int:
+        """The signal that a rank has told of, or 0."""
+        return int(self._store.get("stop")) if self._store.check(["stop"]) else 0
 
     def _tell(self, what: str) -> None:
         with suppress(RuntimeError):  # the store's own process may have ended

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -34,7 +33,7 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, code, versions
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, code, versions
 from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
@@ -149,6 +148,7 @@ class Starting:
         plan.check_phases(settings.epochs)
         check_outputs(plan, self.inputs.data.classes)
         check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
+        check_strategy(plan, settings, self.inputs.strategy.ranks.count)
         self.inputs.strategy.check(plan)
         self.inputs.strategy.ranks.require_equal(code(plan.backbone) | {"the initial weights": content_digest(plan.module.state_dict())})
         return plan
@@ -206,7 +206,8 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
         self.ledger = ledger
         self._taken: list[int] = []  # samples of the step, on this rank; collected only for the ledger
-        self._agreed = Agreement(self.strategy.ranks, self._record)
+        self._agreed = Agreement(self.strategy.peers, self._record)
+        self.strategy.signal = lambda: self.signals.signum or 0
 
     def run(self) -> Summary:
         self.strategy.begin_memory(self.state.phase.plan.module)
@@ -244,15 +245,17 @@ class Run:
         self.log.start_window()
         while progress.step < phase.steps:
             rate = phase.schedule.set_step(progress.total)
-            loss, correct, samples = phase.step(list(islice(batches, spec.accumulate)), progress.total)
+            loss, correct, samples = phase.step(batches, progress.total)
             progress.step, progress.total = progress.step + 1, progress.total + 1
             self._losses.append(loss)
-            self.state.meter.add(loss, correct, samples)
-            self.state.window.add(loss, correct, samples)
+            if samples:
+                self.state.meter.add(loss, correct, samples)
+                self.state.window.add(loss, correct, samples)
             if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
-            self._stop_if_requested(self._agreed(self.signals.signum or 0, progress.total, progress.epoch, *self._taken))
+            stop = self.strategy.requested(self.signals.signum or 0)
+            self._stop_if_requested(self._agreed(stop, progress.total, progress.epoch, *self._taken))
             self._taken.clear()
             self.checkpointer.raise_failure()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
@@ -260,10 +263,15 @@ class Run:
         self._check_losses()
 
     def _batches(self) -> Iterator[Batch]:
-        epoch, start, mixer = self.progress.epoch, self.progress.step * self.spec.accumulate, self.context.mixer
-        for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
+        count = (self.state.phase.steps - self.progress.step) * self.spec.accumulate
+        for batch in self.strategy.batches(self._prepared(), count, training=True):
             if self.spec.ledger:
                 self._taken += batch.sample.tolist()
+            yield batch
+
+    def _prepared(self) -> Iterator[Batch]:
+        epoch, start, mixer = self.progress.epoch, self.progress.step * self.spec.accumulate, self.context.mixer
+        for number, batch in enumerate(self.state.phase.feed.batches(epoch, start), start):
             batch = self.strategy.move(batch)
             yield mixer(batch, epoch, number) if mixer is not None else batch
 
@@ -274,7 +282,7 @@ class Run:
 
     def _close_epoch(self) -> None:
         state, progress, plan = self.state, self.progress, self.state.phase.plan
-        epoch = progress.epoch
+        epoch, chain = progress.epoch, self.strategy.times()
         state.phase.check_ranks(f"the weights after epoch {epoch}")
         state.phase.average_buffers()
         meter = state.meter.over(self.strategy.ranks)
@@ -282,9 +290,10 @@ class Run:
         if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs:
             figures |= self._evaluate()
         # Triggers get only what a resumed run measures the same: no times.
+        state.phase.share_scored()
         change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module)).change
         self._update_clock()
-        self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began)
+        self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began, chain)
         state.meter = Meter()
         accuracy, averaged = (figures.get(name, -1.0) for name in ("accuracy", "ema_accuracy"))
         progress.epoch, progress.step, progress.epoch_began = epoch + 1, 0, progress.seconds
@@ -296,11 +305,11 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         figures: dict[str, float] = {}
-        agreed = Agreement(self.strategy.ranks)  # on a stop, batch by batch
+        agreed = Agreement(self.strategy.peers)  # on a stop, batch by batch
 
         def after_batch() -> None:
             self.log.screen.step()
-            self._stop_if_requested(agreed(self.signals.signum or 0))
+            self._stop_if_requested(agreed(self.strategy.requested(self.signals.signum or 0)))
 
         for prefix, module in self.state.phase.evaluated().items():
             self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
@@ -317,10 +326,10 @@ class Run:
         advice = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16"
         return f"{advice}; the last checkpoint is from before" if self.folder.last.exists() else advice
 
-    def _after_filling(self, done: int, rows: int) -> None:
+    def _after_filling(self, done: int, rows: int, signum: int) -> None:
         """Part of a feature cache is filled; a run that stops here continues with the rest when it is resumed."""
         self.log.screen.start("features", self.progress.epoch, rows, done)
-        self._stop_if_requested(int(self.strategy.ranks.largest(self.signals.signum or 0)))
+        self._stop_if_requested(signum)
 
     def _check_losses(self) -> None:
         """Checks that all losses since the last check are finite; they stay on the device until then, so that no step waits for its own."""

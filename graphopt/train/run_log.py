@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from graphopt.errors import RunError
 from graphopt.files import reason, sealed
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import parameter_counts
+from graphopt.train.ranks import Ranks
 from graphopt.train.state import RunState
 from graphopt.train.strategy import Strategy
 from graphopt.units import show_size
@@ -144,27 +145,38 @@ class RunLog:
     def window(self, rate: float, steps: int) -> str:
         """The figures of the last `steps` steps, of all ranks; returns a short text for the progress bar."""
         self._strategy.synchronize()
-        (start, first), window = self._lap, self.state.window.over(self._strategy.ranks)
+        (start, first), window = self._lap, self.state.window.over(self._strategy.peers)
         seconds = (time.perf_counter() - start) / max(1, self.state.progress.total - first)
-        speed, peak = window.samples / steps / seconds if seconds else 0.0, self._peak()
+        speed, peak = window.samples / steps / seconds if seconds else 0.0, self._peak(self._strategy.peers)
         figures = {"loss": window.loss, "accuracy": window.accuracy, "lr": rate, "step_seconds": seconds, "samples_per_second": speed}
         self.write("step", phase=len(self.state.phases) - 1, **figures, peak_bytes=peak)
         self.state.window = Meter()
         self.start_window()
         return f"loss {window.loss:.4f}"
 
-    def _peak(self) -> int:
+    def _peak(self, ranks: Ranks) -> int:
         """The peak memory of the rank that needs most."""
-        return int(self._strategy.ranks.largest(self._strategy.peak_memory()))
+        return int(ranks.largest(self._strategy.peak_memory()))
 
-    def epoch(self, figures: Mapping[str, float], change: Mapping[str, float], samples: int, seconds: float) -> None:
-        """The figures of an epoch, how much the weights of scored regions changed in it, its samples, and how long it took."""
-        speed, peak = samples / max(seconds, 1e-9), self._peak()
+    def epoch(
+        self,
+        figures: Mapping[str, float],
+        change: Mapping[str, float],
+        samples: int,
+        seconds: float,
+        chain: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """The figures of an epoch, how much the weights of scored regions changed in it, its samples, and how long it took.
+
+        `chain` has what each rank of a chain did.
+        """
+        speed, peak = samples / max(seconds, 1e-9), self._peak(self._strategy.ranks)
         more: dict[str, Any] = {
             "seconds": seconds,
             "samples_per_second": speed,
             "peak_bytes": peak,
             **({"change": change} if change else {}),
+            **({"chain": chain} if chain else {}),
         }
         record = self.write("epoch", phase=len(self.state.phases) - 1, **figures, **more)
         parts = [f"loss {figures['train_loss']:.4f}"]

@@ -1,7 +1,10 @@
 """Which strategy a run has, by its spec and the processes that were started."""
 
+from typing import cast
+
 from graphopt.errors import RunError
 from graphopt.spec import TrainSpec
+from graphopt.train.modules import Modular
 from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Replicated, Strategy
 
@@ -13,17 +16,18 @@ def choose(spec: TrainSpec) -> Strategy:
     """
     ranks = Ranks.join(spec.timeout)
     try:
-        alone, sharded = Strategy.of(spec), None
+        alone, several = Strategy.of(spec), cast(Strategy, Replicated.of(spec))
+        if spec.strategy == "modules":
+            several = Modular.of(spec)
         if spec.strategy == "fsdp":  # what it refuses, one process refuses too, so that `check` finds it
             from graphopt.train.fsdp import Sharded  # its part of torch takes a while to load
 
-            sharded = Sharded.of(spec)
+            several = Sharded.of(spec)
         if ranks.count == 1:  # an elastic run may shrink to one process
             return alone
         if spec.strategy == "single":
             fix = 'Start one process, or use strategy = "auto"'
             raise RunError(f'strategy = "single" is one process, {ranks.count} were started', where="train.strategy", fix=fix)
-        strategy = sharded or Replicated.of(spec)
-        return strategy.with_ranks(ranks.connected(strategy.device.type))
+        return several.with_ranks(ranks.connected(several.device.type))
     except Exception as error:
         raise ranks.reported(error) from error.__cause__

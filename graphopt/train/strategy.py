@@ -11,14 +11,16 @@ from typing import Any, Literal, Self
 
 import torch
 from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]  # re-exported without saying so
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
+from graphopt.runtime.shards import whole_state
 from graphopt.spec import TrainSpec
+from graphopt.train.owned import Owned
 from graphopt.train.ranks import ALONE, Ranks
 
 _deterministic: Any = torch.utils.deterministic
@@ -33,6 +35,10 @@ def _resident(kind: Literal["RSS", "HWM"]) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def _no_signal() -> int:
+    return 0
+
+
 @dataclass
 class Strategy:
     """One process on one device, alone. What several processes do otherwise, subclasses say."""
@@ -43,6 +49,7 @@ class Strategy:
     compiled: bool = False  # compile training steps with `torch.compile`, once per phase
     deterministic: bool = True  # use deterministic kernels where torch has them
     ranks: Ranks = ALONE
+    signal: Callable[[], int] = field(default_factory=lambda: _no_signal, init=False, repr=False)  # a stop signal that has come, or 0
     before: int = field(default=0, init=False)  # bytes of this process that are not the run's
 
     @classmethod
@@ -87,6 +94,24 @@ class Strategy:
     def check(self, plan: Plan) -> None:
         """Raises RunError for a plan that this strategy cannot train."""
 
+    @property
+    def peers(self) -> Ranks:
+        """The ranks that train the same parameters, on other samples: they take each step together, and may communicate in it."""
+        return self.ranks
+
+    @property
+    def feeds(self) -> bool:
+        """Whether this rank reads training data, or features that it has cached."""
+        return True
+
+    def expect(self, *, slow: bool) -> None:
+        """Sets how long this rank waits for others."""
+        self.ranks.expect(slow=slow)
+
+    def own(self, plan: Plan) -> Owned:
+        """What this rank trains of a phase. All ranks have to call it."""
+        return Owned.of(plan.module, plan.module)
+
     def wrap(self, module: nn.Module, plan: Plan, unused: Sequence[str] = ()) -> nn.Module:
         """The module that a training step calls in the place of `module`; `unused` are trainable parameters that it never reads.
 
@@ -104,6 +129,50 @@ class Strategy:
     def to_shards(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
         """Optimizer state by name, from whole tensors, for these parameters."""
         return state
+
+    def batches(self, source: Iterator[Batch], count: int, *, training: bool) -> Iterator[Batch]:
+        """The next `count` batches of an epoch, or of an evaluation; `source` is for a rank that `feeds`."""
+        return source
+
+    def forward(self, call: Callable[..., Any], batch: Batch, *, targets: bool) -> tuple[Any, Tensor | None]:
+        """The network's output in training and the local losses; None for an output that another rank computes.
+
+        With `targets`, `call` takes them too, and returns both.
+        """
+        if not targets:
+            return call(batch.input), None
+        output, local = call(batch.input, batch.target)
+        return output, local
+
+    def infer(self, module: nn.Module, batch: Batch) -> Any:
+        """The network's output in eval mode; None where another rank computes it."""
+        return module(batch.input)
+
+    def requested(self, signum: int) -> int:
+        """The signal by which the run ends after this step, or 0; `signum` is one that this rank has got."""
+        return signum
+
+    def times(self) -> list[dict[str, Any]]:
+        """Per rank of a chain, what it has done in the training of this epoch; for the log. All ranks have to call it."""
+        return []
+
+    def stopping(self) -> int:
+        """The largest stop signal that any rank has got, or 0; between steps, for ranks that cache features."""
+        return int(self.peers.largest(self.signal()))
+
+    def announce(self, value: Any) -> None:
+        """Tells the ranks that read no data what the one that does has decided; they call `announced`."""
+
+    def announced(self) -> Any:
+        """What the rank that reads the data announces."""
+        raise NotImplementedError
+
+    def gathered(self, state: Mapping[str, Any], module: nn.Module, *, keep: bool, everywhere: bool) -> dict[str, Any] | None:
+        """A phase's state, whole: where `keep` says so, on rank 0 at least, and `everywhere` on all ranks. All have to call it."""
+        return whole_state(state, keep=keep)
+
+    def share(self, owned: Owned, names: Sequence[str]) -> None:
+        """Gives every rank the values of these parameters of the plan's module."""
 
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Inside, gradients of a wrapped module stay on their rank: for all micro-batches of a step but the last."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from graphopt import RunError
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints
+from graphopt.train.optimizer import named_parameters
 from tests.support.backbones import Small
 
 
@@ -18,11 +19,11 @@ def trained() -> Small:
 
 def test_gradients_where_they_must_be_and_nowhere_else() -> None:
     net = trained()
-    check_gradients(net)
+    check_gradients(named_parameters(net))
     net.fc.weight.grad = None
     with pytest.raises(RunError, match=r"first step of the phase: .*without a gradient: fc\.weight"):
-        check_gradients(net)
-    check_gradients(net, unused={"fc.weight"})
+        check_gradients(named_parameters(net))
+    check_gradients(named_parameters(net), unused={"fc.weight"})
 
 
 def test_gradients_that_are_not_finite() -> None:
@@ -30,14 +31,14 @@ def test_gradients_that_are_not_finite() -> None:
     assert net.stem.bias.grad is not None
     net.stem.bias.grad[0] = torch.nan
     with pytest.raises(RunError, match=r"not finite: stem\.bias"):
-        check_gradients(net)
+        check_gradients(named_parameters(net))
 
 
 def test_a_gradient_on_a_frozen_parameter() -> None:
     net = trained()
     net.blocks[0].conv1.weight.grad = torch.zeros_like(net.blocks[0].conv1.weight)
     with pytest.raises(RunError, match=r"frozen but with a gradient: blocks\.0\.conv1\.weight"):
-        check_gradients(net)
+        check_gradients(named_parameters(net))
 
 
 @pytest.mark.parametrize("name", ["blocks.0.conv1.weight", "blocks.0.bn1.running_var", "blocks.0.bn2.num_batches_tracked"])

@@ -68,15 +68,16 @@ class FeatureCache:
     """Caches the features of one run, one entry at a time: in `folder`, in RAM, or in a folder that the pass names.
 
     `identity` is the data and its transform, `mixed` whether mixup or CutMix changes batches. `on_progress` is called with (rows done,
-    rows) and may raise an exception to stop, `on_message` with a line for the console; `last_decision` is a record for the run's log.
+    rows, number of a stop signal or 0) and may raise an exception to stop, `on_message` with a line for the console; `last_decision` is
+    a record for the run's log.
     """
 
     def __init__(
         self, images: ImageFeed, strategy: Strategy, *, folder: Path, digest: str, identity: Mapping[str, Any], mixed: bool = False
     ) -> None:
-        self.images, self.samples, self.strategy, self.ranks = images, images.samples, strategy, strategy.ranks
+        self.images, self.samples, self.strategy, self.ranks = images, images.samples, strategy, strategy.peers
         self.folder, self.digest, self.identity, self.mixed = folder, digest, dict(identity), mixed
-        self.on_progress: Callable[[int, int], None] = lambda done, rows: None  # noqa: ARG005 (names say what it gets)
+        self.on_progress: Callable[[int, int, int], None] = lambda done, rows, signum: None  # noqa: ARG005 (names say what it gets)
         self.on_message: Callable[[str], None] = lambda text: None  # noqa: ARG005
         self.last_decision: dict[str, Any] = {}
         self._held: CacheEntry | None = None
@@ -117,11 +118,27 @@ class FeatureCache:
         `record` is of the phase before, or, when a run is resumed, of this very phase (then its choice stands). Where features cannot or
         should not be cached, the whole module runs on images, its prefix under no_grad; that costs time and nothing else.
         """
-        cut = plan.needs.features
         self.last_decision = {}
-        if cut is None:
+        if plan.needs.features is None:
             self._held = None
             return self.images, plan.module, {}
+        if not self.strategy.feeds:
+            return self._followed(plan)
+        found = self._prepared(plan, record)
+        self.strategy.announce((found[-1], self.last_decision))
+        return found
+
+    def _followed(self, plan: Plan) -> tuple[Feed, nn.Module, dict[str, Any]]:
+        """The same on a rank that reads no data: another one caches, and says what it does."""
+        while len(found := self.strategy.announced()) > 2:
+            self.strategy.requested(self.strategy.signal())
+            self.on_progress(*found)
+        record, self.last_decision = found
+        return self.images, OnFeatures(plan.suffix) if record["kept"] else plan.module, record
+
+    def _prepared(self, plan: Plan, record: Mapping[str, Any]) -> tuple[Feed, nn.Module, dict[str, Any]]:
+        cut = plan.needs.features
+        assert cut is not None
         self.last_decision["cut"] = cut.region
         resumed = record.get("cut") == cut.node.name
         route = [*record.get("route", []), *([] if resumed else [cut.node.name])]
@@ -215,7 +232,7 @@ class FeatureCache:
 
     def _in_memory(self, layout: EntryLayout) -> MemoryFill:
         """Raises OSError if the entries of all ranks on this machine do not fit."""
-        if layout.bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > available_memory():
+        if layout.bytes * (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.ranks.count > 1 else 1) > available_memory():
             raise OSError(0, "not enough memory")
         return MemoryFill(layout)
 
@@ -262,7 +279,9 @@ class FeatureCache:
                         start = perf_counter()  # the first chunk was computed three times, and warmed the kernels up
                     elif number == last:
                         self._check_faster(fill, last, perf_counter() - start)
-                    self.on_progress(min(layout.span(number)[1], layout.rows), layout.rows)
+                    progress = min(layout.span(number)[1], layout.rows), layout.rows, self.strategy.stopping()
+                    self.strategy.announce(progress)
+                    self.on_progress(*progress)
             entry = self._attempt(fill.finish)
         except Declined:
             fill.discard()

@@ -1,0 +1,110 @@
+"""What a chain of ranks refuses before it starts, how modules are assigned, and what travels over a link."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from graphopt import GraphoptError, Pass
+from graphopt.passes.freeze import Freeze
+from graphopt.passes.share import Share
+from graphopt.passes.supervise import Supervise
+from graphopt.spec import OptimizerSpec
+from graphopt.train.assignment import assign, seconds_of
+from graphopt.train.link import SMALL, pack, unpack
+from graphopt.train.modules import Modular, check_modules, couples_parameters
+from tests.train import small
+
+HALVES = (Supervise(cuts=["blocks.1"]),)
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "float16": ({"amp": "float16"}, 'does not train in float16.* Use amp = "bfloat16"'),
+    "checkpoints in parts": ({"checkpoint_format": "sharded"}, 'rank 0 writes all of a checkpoint.* Use checkpoint_format = "whole"'),
+    "a common norm": ({"clip": 1.0}, 'does not clip by the norm of all gradients.* Use clip_mode = "module"'),
+}
+PLANS: dict[str, tuple[tuple[Pass, ...], dict[str, Any], str]] = {
+    "no modules": ((), {}, "needs gradient-isolated modules, and this plan has none. Add a supervise pass"),
+    "too many ranks": (HALVES, {}, "2 gradient-isolated modules for 3 processes. Start 2 processes"),
+    "a shared weight": (
+        (Supervise(cuts=["blocks.0", "blocks.1"]), Share(select="blocks.2")),
+        {},
+        r"blocks\.1\.conv\d\.weight changes in training, and is in module 2 and module 3",
+    ),
+    "an optimizer": ((Supervise(modules=3),), {"optimizer": {"name": "lamb"}}, "a step of lamb on a parameter depends on other parameters"),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_that_couple_modules_are_refused(what: str) -> None:
+    changes, message = SETTINGS[what]
+    with pytest.raises(GraphoptError, match=message):
+        Modular.of(small.settings(strategy="modules", **changes))
+
+
+@pytest.mark.parametrize("what", PLANS)
+def test_plans_that_do_not_divide_are_refused(what: str) -> None:
+    passes, changes, message = PLANS[what]
+    with pytest.raises(GraphoptError, match=message):
+        check_modules(small.plan(passes), small.settings(strategy="modules", **changes), ranks=3)
+
+
+def test_modules_of_any_phase_count() -> None:
+    """A spec that begins to supervise later has ranks with nothing to train until then."""
+    check_modules(small.plan((Supervise(modules=2, when={"epoch": 1}),)), small.settings(), ranks=2)
+
+
+@pytest.mark.parametrize(("name", "couples"), [("sgd", False), ("adamw", False), ("lars", False), ("lamb", True)])
+def test_optimizers_are_tried(name: str, couples: bool) -> None:
+    assert couples_parameters(OptimizerSpec(name=name)) is couples
+
+
+@pytest.mark.parametrize("seconds", [(1, 1, 1, 1), (5, 1, 1, 1), (1, 2, 3, 4), (0, 0, 3, 1), (2, 7, 1, 8)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_slowest_rank_is_as_fast_as_it_can_be(seconds: tuple[int, ...], ranks: int) -> None:
+    runs = assign(seconds, ranks)
+    assert [n for run in runs for n in run] == [0, 1, 2, 3]
+    cuts = ((0, *inner, 4) for inner in itertools.combinations(range(1, 4), ranks - 1))
+    least = min(max(sum(seconds[a:b]) for a, b in itertools.pairwise(ends)) for ends in cuts)
+    assert max(sum(seconds[run.start : run.stop]) for run in runs) == least
+
+
+def test_spare_ranks_come_first_and_have_no_module() -> None:
+    assert assign((1.0, 2.0), 4) == (range(0), range(0), range(1), range(1, 2))
+
+
+def test_what_rests_costs_less() -> None:
+    """A frozen module has a forward only, so that its rank has room for another."""
+    passes, frozen = (Supervise(cuts=["blocks.0", "blocks.1", "blocks.2"]),), (Freeze(select=["stem", "blocks.0"]),)
+    training, resting = (seconds_of(small.plan(p), small.settings()) for p in (passes, passes + frozen))
+    assert 0 < resting[0] < training[0] / 2
+    assert resting[1:] == training[1:]
+
+
+@pytest.mark.parametrize(
+    ("value", "dense"),
+    [
+        (torch.randn(64, 8, 5, 5).to(memory_format=torch.channels_last), True),
+        (torch.randn(40, 50).t(), True),
+        (torch.randn(30, 1, 100)[:, :, ::2], False),
+        (torch.randn(4000).to(torch.bfloat16), True),
+        (torch.tensor(True), True),
+        (torch.zeros(0, 3), True),
+        (torch.ones(1).expand(5000), False),
+    ],
+    ids=["channels last", "transposed", "with gaps", "bfloat16", "scalar", "empty", "repeated"],
+)
+def test_a_tensor_travels_as_its_bytes(value: torch.Tensor, dense: bool) -> None:
+    large: list[torch.Tensor] = []
+    found = unpack(pickle.loads(pickle.dumps(pack(value, large))), lambda content: content.copy_(large[0]))
+    assert found.dtype == value.dtype
+    assert torch.equal(found, value)
+    assert dense is (found.stride() == value.stride())
+    assert bool(large) is (value.untyped_storage().nbytes() > SMALL or not dense)
+
+
+def test_plain_values_travel_as_they_are() -> None:
+    assert [unpack(pack(value, []), torch.Tensor.zero_) for value in (None, 7, 2.5)] == [None, 7, 2.5]
