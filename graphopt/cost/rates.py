@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphopt.cost.figures import Cost
+from graphopt.cost.figures import Cost, Work
 from graphopt.cost.step import forecast
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -41,8 +41,8 @@ class Rates:
     error: float
     device: str
 
-    def seconds(self, cost: Cost) -> float:
-        """Of one step of that cost."""
+    def seconds(self, cost: Cost | Work) -> float:
+        """Of one step of that cost, or of a part of one."""
         return self.flop * cost.flops + self.byte * cost.moved_bytes + self.kernel * cost.kernels
 
 

@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
 from graphopt.cost.attribution import Attribution, instrument
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_step
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.fakes import FakeMode
@@ -40,7 +41,6 @@ from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: a function of the module's output and the labels (N,)
 Loss = Callable[[Any, Tensor], Tensor]
-Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
 #: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
 BLOCK = 512
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
@@ -142,7 +142,7 @@ def _train_once(
     """One step of `module`, a private copy."""
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
-    autocast, criterion = _autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
+    amp, criterion = autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
     parallel = options.get("parallel") or Parallel(1, lambda module: module, warm_up=0)
     module.train()
     with ExitStack() as stack:
@@ -153,16 +153,16 @@ def _train_once(
         batches = [(torch.randn(batch, *input, device="cpu"), torch.zeros(batch, dtype=torch.long, device="cpu"))]
         batches += [(torch.randn_like(x), torch.zeros_like(y)) for x, y in batches * (parallel.accumulate - 1)]
         wrapped = parallel.wrap(module)
-        step = _Step(ledger, module, wrapped, criterion, autocast, parallel, options.get("targets", False))
+        step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False))
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = _optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
+        optimizer = make_optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
         step.warm_up(batches, optimizer)
         ledger.set_kind(getattr(wrapped, "buckets", ()), Kind.GRADIENT)
         ledger.set_kind(module.parameters(), Kind.PARAMETER)
         ledger.set_kind(module.buffers(), Kind.BUFFER)
         ledger.set_kind(tensors_in(batches), Kind.INPUT)
         if optimizer is not None:
-            ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+            ledger.set_kind(state_of(optimizer), Kind.OPTIMIZER)
         stack.enter_context(_known_gradients(ledger))
         stack.enter_context(ledger)
         saved, gradient_bytes = step.run(batches, optimizer)
@@ -172,7 +172,8 @@ def _train_once(
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
-def _autocast(amp: str | None) -> AbstractContextManager[Any]:
+def autocast(amp: str | None) -> AbstractContextManager[Any]:
+    """The context of a step on the CPU with this dtype of autocast. Raises CostError for a dtype that there is not."""
     if amp is not None and amp not in AUTOCAST_DTYPES:
         raise CostError(f"amp is one of {', '.join(map(repr, AUTOCAST_DTYPES))} or None, found {amp!r}")
     return torch.autocast("cpu", dtype=AUTOCAST_DTYPES[amp]) if amp else nullcontext()
@@ -222,7 +223,7 @@ class _Step:
             self._differentiate(batches[0][0], loss)
             self.parallel.after_backward()
             if optimizer is not None:
-                _step(optimizer)
+                take_step(optimizer)
         if self.parallel.warm_up:
             self.ledger.set_kind(self._gradients(), Kind.GRADIENT)
             self.module.zero_grad(set_to_none=True)
@@ -253,8 +254,8 @@ class _Step:
         if optimizer is not None and loss.requires_grad:
             self.ledger.start_phase("optimizer")
             self.ledger.default = Kind.SCRATCH
-            _step(optimizer)
-            self.ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+            take_step(optimizer)
+            self.ledger.set_kind(state_of(optimizer), Kind.OPTIMIZER)
             optimizer.zero_grad(set_to_none=True)
         del output
         return saved, gradient_bytes
@@ -272,38 +273,6 @@ class _Step:
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
-
-
-def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer as it is between two steps, with its state; it takes one step with gradients of zero to get that."""
-    if optimizer is None or not trained:
-        return None
-    if isinstance(optimizer, str):
-        from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # re-exported without saying so
-
-        try:
-            made = create_optimizer_v2(trained, opt=optimizer, lr=1e-3, **{"momentum": 0.9, **(options or {})})
-        except Exception as error:
-            raise CostError(f"optimizer {optimizer!r} cannot be made: {error}", fix="timm.optim.list_optimizers() lists them") from error
-    else:
-        made = optimizer(trained)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    _step(made)
-    made.zero_grad(set_to_none=True)
-    return made
-
-
-def _step(optimizer: torch.optim.Optimizer) -> None:
-    try:
-        optimizer.step()
-    except Exception as error:
-        what = f"the optimizer {type(optimizer).__name__} cannot step without values: {error}"
-        raise CostError(what, fix="Forecast with another, or with None") from error
-
-
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return tensors_in(list(optimizer.state.values()))
 
 
 def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int) -> Cost:
