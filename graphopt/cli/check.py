@@ -87,15 +87,13 @@ def check(
 
 
 def _rates(device: str, amp: str | None) -> "Rates":
-    from graphopt.cost import measure_rates
-    from graphopt.errors import RunError, first_line
+    from graphopt.cost.rates import rates_of
+    from graphopt.errors import RunError
 
     try:
-        return measure_rates(device, amp=amp)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(
-            f"no steps can be timed there: {first_line(error)}", where="--device", fix="Use cpu, or cuda if there is a GPU"
-        ) from error
+        return rates_of(device, amp)
+    except RunError as error:
+        raise error.with_location("--device") from error.__cause__
 
 
 def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":

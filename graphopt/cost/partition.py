@@ -262,15 +262,21 @@ def assign(seconds: Sequence[float], ranks: int) -> tuple[range, ...]:
     if ranks > modules:
         what, fix = f"{ranks} ranks for {modules} modules", f"Start {modules} or fewer, or divide the backbone into more modules"
         raise RunError(f"{what}: some would have nothing to do", where="train.strategy", fix=fix)
-    ends = best(in_seconds(seconds, seconds), ranks)[1]
+    ends = best(sums(seconds), ranks)[1]
     return tuple(range(a + 1, b + 1) for a, b in pairwise([-1, *ends, modules - 1]))
 
 
-def in_seconds(first: Sequence[float], later: Sequence[float]) -> Table:
-    """The time of every part, from the seconds of each piece where it is a part's first, and where it comes later."""
-    table = np.array(later, dtype=float)[None, :].repeat(len(later), axis=0)
-    np.fill_diagonal(table, first)
-    return np.where(np.tri(len(later), k=-1), math.inf, np.cumsum(np.triu(table), axis=1))
+def sums(later: Sequence[float], first: Sequence[float] | None = None, trains: Sequence[bool] = ()) -> Table:
+    """What the pieces of every part add up to, from the figure of each.
+
+    Up to the first piece of a part that `trains`, no gradient of an input is computed: these count with their figure in `first`.
+    """
+    n = len(later)
+    table = np.full((n, n), math.inf)
+    for i in range(n):
+        turn = next((k + 1 for k in range(i, n) if trains[k]), n) if first else i
+        table[i, i:] = np.cumsum([*(first or ())[i:turn], *later[turn:]])
+    return table
 
 
 def best_recomputed(pieces: Sequence[Piece], parts: int) -> tuple[float, tuple[int, ...]]:
@@ -300,10 +306,10 @@ def _programme(table: Table, parts: int, join: Callable[[float, float, int], flo
     return lowest[-1] if math.isfinite(lowest[-1][0]) else (math.inf, ())
 
 
-def by_memory(candidates: Sequence[CutCandidate], table: Table, parts: int | None) -> tuple[CutCandidate, ...]:
-    """The cuts with the lowest predicted peak; without a number, as many as bring it within 10 % of the best of up to 16 parts.
+def by_largest(candidates: Sequence[CutCandidate], table: Table, parts: int | None) -> tuple[CutCandidate, ...]:
+    """The cuts with the smallest largest part; without a number, as many as bring it within 10 % of the best of up to 16 parts.
 
-    `table` is the `peaks` of the pieces between the candidates.
+    `table` has the bytes or seconds of the parts between the candidates.
     """
     require_parts(candidates, parts or 2)
     if parts is None:

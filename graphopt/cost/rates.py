@@ -6,19 +6,21 @@ plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Lo
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.cost.figures import Cost, Work
+from graphopt.cost.optimizer import Optimizer, Update, update_of
 from graphopt.cost.step import forecast
+from graphopt.errors import RunError, first_line
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: timed steps, of which the fastest counts (other processes may share the machine), after one step of warm-up
@@ -44,6 +46,39 @@ class Rates:
     def seconds(self, cost: Cost | Work) -> float:
         """Of one step of that cost, or of a part of one."""
         return self.flop * cost.flops + self.byte * cost.moved_bytes + self.kernel * cost.kernels
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """A training step and the machine that takes it: what choices by time depend on besides the graph.
+
+    Attributes:
+        batch: samples that go through the network at once. rates: of the machine.
+        optimizer, optimizer_options, amp: as in `StepOptions`.
+    """
+
+    batch: int
+    rates: Rates
+    optimizer: Optimizer = "sgd"
+    optimizer_options: Mapping[str, Any] | None = None
+    amp: str | None = None
+
+    def update(self, parameters: Iterable[Tensor]) -> Update:
+        """What the update of these parameters costs."""
+        return update_of(parameters, self.optimizer, self.optimizer_options)
+
+
+@cache
+def rates_of(device: str, amp: str | None = None) -> Rates:
+    """What `measure_rates` finds, measured once in a process: everything here that goes by time goes by the same rates.
+
+    Raises RunError if the device is not there.
+    """
+    try:
+        return measure_rates(device, amp=amp)
+    except (RuntimeError, AssertionError) as error:
+        what, fix = f"no steps can be timed on {device}: {first_line(error)}", "Use cpu, or cuda if there is a GPU"
+        raise RunError(what, fix=fix) from error
 
 
 def measure_rates(device: str = "cpu", *, amp: str | None = None) -> Rates:

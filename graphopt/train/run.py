@@ -34,7 +34,7 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, settled
 from graphopt.train.ranks import Agreement, restarted
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
@@ -74,6 +74,9 @@ def train(
         inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
         ranks.require_equal(f"{digest} {settings.model_dump_json()} {torch.__version__} {version('graphopt')}", "the spec or a version")
+        if plan is None:
+            spec = settled(spec, settings, Path(out), ranks, trust=trust)
+            digest = spec.digest
         if ranks.first:
             folder = RunFolder.claim(out, digest, resume=resume or restarted())
         else:

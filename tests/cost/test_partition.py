@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.cost.figures import Work
-from graphopt.cost.partition import Piece, assign, best, best_recomputed, in_seconds, peaks, pieces_of
+from graphopt.cost.partition import Piece, assign, best, best_recomputed, peaks, pieces_of, sums
 from graphopt.errors import PassError, RunError
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.supervise import Supervise
@@ -83,8 +83,10 @@ def test_more_ranks_than_modules_are_refused() -> None:
         assign([1.0, 1.0], 3)
 
 
-def test_the_first_piece_of_a_part_has_a_time_of_its_own() -> None:
-    assert in_seconds([1.0, 2.0, 3.0], [10.0, 20.0, 30.0]).tolist() == [[1, 21, 51], [math.inf, 2, 32], [math.inf, math.inf, 3]]
+def test_what_comes_before_the_first_gradient_of_a_part_counts_apart() -> None:
+    inf = math.inf
+    table = sums([10.0, 20.0, 30.0], [1.0, 2.0, 3.0], [True, False, True])
+    assert table.tolist() == [[1, 21, 51], [inf, 2, 5], [inf, inf, 3]]
 
 
 def test_pieces_are_measured_once_per_graph() -> None:
