@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from graphopt.compiler.measure import measure_with
@@ -96,8 +95,7 @@ def settle(spec: Spec, *, trust: bool = False) -> Spec:
 
 def _settled(spec: Spec, graph: Graph) -> Spec:
     train = spec.train
-    device = train.device if train.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    found = _settled_instances(_instances(spec), graph, train.micro_batch(), device, **train.forecast_options())
+    found = _settled_instances(_instances(spec), graph, train.micro_batch(), train.device, **train.forecast_options())
     return spec if spec.settled else spec.with_passes(tuple(instance.value for instance in found))
 
 

@@ -23,7 +23,7 @@ from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.step import autocast
-from graphopt.errors import NeedsValuesError, PassError, RunError, first_line
+from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, writes_in_place
@@ -256,14 +256,12 @@ def best(table: Table, parts: int) -> tuple[float, tuple[int, ...]]:
 def assign(seconds: Sequence[float], ranks: int) -> tuple[range, ...]:
     """The modules of each rank, in runs: of all ways, the one with the fastest slowest rank; of those, the most even.
 
-    `seconds` are those of each module's step. Raises RunError if there are more ranks than modules.
+    `seconds` are those of each module's step. With more ranks than modules, the first ones have none.
     """
     modules = len(seconds)
-    if ranks > modules:
-        what, fix = f"{ranks} ranks for {modules} modules", f"Start {modules} or fewer, or divide the backbone into more modules"
-        raise RunError(f"{what}: some would have nothing to do", where="train.strategy", fix=fix)
-    ends = best(sums(seconds), ranks)[1]
-    return tuple(range(a + 1, b + 1) for a, b in pairwise([-1, *ends, modules - 1]))
+    idle = max(0, ranks - modules)
+    ends = best(sums(seconds), ranks - idle)[1]
+    return (range(0),) * idle + tuple(range(a + 1, b + 1) for a, b in pairwise([-1, *ends, modules - 1]))
 
 
 def sums(later: Sequence[float], first: Sequence[float] | None = None, trains: Sequence[bool] = ()) -> Table:

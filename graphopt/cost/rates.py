@@ -2,7 +2,8 @@
 
 A step is modelled as `flops / F + moved_bytes / B + kernels * t`: arithmetic, memory traffic and calls, one after the other. F, B and t
 are fitted to real steps of six small networks (least squares of the relative error, none negative). The result is for comparing
-plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included.
+plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included, nor what other processes take
+of the machine.
 """
 
 import time
@@ -23,7 +24,7 @@ from graphopt.cost.step import forecast
 from graphopt.errors import RunError, first_line
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
-#: timed steps, of which the fastest counts (other processes may share the machine), after one step of warm-up
+#: timed steps, of which the fastest counts, after one step of warm-up
 STEPS = 3
 
 
@@ -68,12 +69,17 @@ class TimedStep:
         return update_of(parameters, self.optimizer, self.optimizer_options)
 
 
-@cache
 def rates_of(device: str, amp: str | None = None) -> Rates:
     """What `measure_rates` finds, measured once in a process: everything here that goes by time goes by the same rates.
 
-    Raises RunError if the device is not there.
+    `device` may be "auto", as in a spec. Raises RunError if it is not there.
     """
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return _rates_of(name, amp)
+
+
+@cache
+def _rates_of(device: str, amp: str | None) -> Rates:
     try:
         return measure_rates(device, amp=amp)
     except (RuntimeError, AssertionError) as error:
@@ -138,6 +144,8 @@ def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, am
 
 
 def _now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds; on a CPU those that it has worked for this thread, so that other processes do not count."""
+    if torch.device(device).type != "cuda":
+        return time.thread_time()
+    torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.cost.figures import Work
 from graphopt.cost.partition import Piece, assign, best, best_recomputed, peaks, pieces_of, sums
-from graphopt.errors import PassError, RunError
+from graphopt.errors import PassError
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.supervise import Supervise
 from tests.support.backbones import Small
@@ -70,6 +70,7 @@ ASSIGNED = {
     "of equal slowest, the most even": ([5.0, 1.0, 1.0, 2.0], 3, [[0], [1, 2], [3]]),
     "frozen and dropped modules free their ranks": ([0.0, 0.0, 1.0, 1.0], 2, [[0, 1, 2], [3]]),
     "nothing to do": ([0.0, 0.0], 2, [[0], [1]]),
+    "more ranks than modules": ([1.0, 2.0], 4, [[], [], [0], [1]]),
 }
 
 
@@ -78,9 +79,13 @@ def test_runs_of_modules_make_the_slowest_rank_as_fast_as_can_be(seconds: list[f
     assert [list(run) for run in assign(seconds, ranks)] == runs
 
 
-def test_more_ranks_than_modules_are_refused() -> None:
-    with pytest.raises(RunError, match="3 ranks for 2 modules"):
-        assign([1.0, 1.0], 3)
+@pytest.mark.parametrize("seconds", [(1, 1, 1, 1), (5, 1, 1, 1), (1, 2, 3, 4), (0, 0, 3, 1), (2, 7, 1, 8)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_no_other_runs_have_a_faster_slowest_rank(seconds: tuple[int, ...], ranks: int) -> None:
+    runs = assign(seconds, ranks)
+    assert [n for run in runs for n in run] == [0, 1, 2, 3]
+    least = min(max(sum(seconds[a + 1 : b + 1]) for a, b in edges) for _, edges in ways(4, ranks))
+    assert max(sum(seconds[run.start : run.stop]) for run in runs) == least
 
 
 def test_what_comes_before_the_first_gradient_of_a_part_counts_apart() -> None:
