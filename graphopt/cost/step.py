@@ -57,6 +57,7 @@ class StepOptions(TypedDict, total=False):
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
         parallel: how the step runs on several ranks; the figures are then those of one rank, and memory that of all micro-batches.
+        inputs: what the module takes, as one tuple, in the place of a batch of samples: plain values, and tensors like these.
     """
 
     targets: bool
@@ -65,6 +66,7 @@ class StepOptions(TypedDict, total=False):
     amp: str | None
     loss: str | Loss
     parallel: Parallel | None
+    inputs: Sequence[Any] | None
 
 
 def forecast(
@@ -150,8 +152,8 @@ def _train_once(
             # The collector frees at moments of its own; what is live must depend on the step alone.
             gc.disable()
             stack.callback(gc.enable)
-        batches = [(torch.randn(batch, *input, device="cpu"), torch.zeros(batch, dtype=torch.long, device="cpu"))]
-        batches += [(torch.randn_like(x), torch.zeros_like(y)) for x, y in batches * (parallel.accumulate - 1)]
+        given = options.get("inputs")
+        batches = [(_inputs(batch, input, given), torch.zeros(batch, dtype=torch.long, device="cpu")) for _ in range(parallel.accumulate)]
         wrapped = parallel.wrap(module)
         step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False))
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -170,6 +172,14 @@ def _train_once(
     cost = _cost(module, ledger, saved, gradient_bytes, batch)
     cost = replace(cost, collectives=collectives(ledger.messages, parallel.accumulate))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
+
+
+def _inputs(batch: int, input: tuple[int, ...], given: Sequence[Any] | None) -> Any:
+    """Random samples; or a tuple of zeros with the layouts of the tensors in `given`, plain values as they are."""
+    if given is None:
+        return torch.randn(batch, *input, device="cpu")
+    made = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").zero_() if isinstance(v, Tensor) else v for v in given)
+    return tuple(made)
 
 
 def autocast(amp: str | None) -> AbstractContextManager[Any]:
@@ -216,7 +226,7 @@ class _Step:
     parallel: Parallel
     targets: bool
 
-    def warm_up(self, batches: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
+    def warm_up(self, batches: Sequence[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
         """Steps that do not count. Gradients that stay allocated between steps are gradients from the start."""
         for _ in range(self.parallel.warm_up):
             _, loss = self._forward(*batches[0])
@@ -228,7 +238,7 @@ class _Step:
             self.ledger.set_kind(self._gradients(), Kind.GRADIENT)
             self.module.zero_grad(set_to_none=True)
 
-    def run(self, batches: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
+    def run(self, batches: Sequence[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
         """The step that counts: what each path had saved at the end of the last forward, and the bytes of all `.grad`."""
         several = len(batches) > 1
         runs = batches if len(batches) <= 3 else (*batches[:2], batches[-1])
@@ -260,14 +270,14 @@ class _Step:
         del output
         return saved, gradient_bytes
 
-    def _forward(self, x: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+    def _forward(self, x: Any, target: Tensor) -> tuple[Any, Tensor]:
         with _explained(x), self.autocast:
             output, local = self.wrapped(x, target) if self.targets else (self.wrapped(x), None)
             total = self.criterion(output, target)
             return output, total if local is None else total + local
 
     @staticmethod
-    def _differentiate(x: Tensor, loss: Tensor) -> None:
+    def _differentiate(x: Any, loss: Tensor) -> None:
         with _explained(x):
             torch.autograd.backward(loss)
 
@@ -336,7 +346,7 @@ def _known_gradients(ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(x: Tensor | None = None) -> Iterator[None]:
+def _explained(x: Any = None) -> Iterator[None]:
     """What a step on the batch `x` raises, or copying the module for one."""
     try:
         yield
@@ -350,6 +360,7 @@ def _explained(x: Tensor | None = None) -> Iterator[None]:
     except Exception as error:
         what, fix = "the module cannot be copied", "copy.deepcopy(module) must work"
         if x is not None:
-            what = f"the module does not take a batch of shape {tuple(x.shape)}"
+            shapes = " and ".join(str(tuple(t.shape)) for t in tensors_in(x))
+            what = f"the module does not take a batch of shape {shapes}"
             fix = "Check the input's shape, and that the module trains on it"
         raise CostError(f"{what}: {type(error).__name__}: {error}", fix=fix) from error
