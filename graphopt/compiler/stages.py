@@ -21,10 +21,14 @@ from graphopt.ir.shapes import fake_copy, tensors_in, uncached
 class Stage:
     """A part of a plan's module, and what it takes and gives in training: plain values, and tensors on the meta device.
 
-    `outgoing` is empty for the last stage, whose result is the network's.
+    Attributes:
+        modules: the numbers of the modules in it, from 0. first: whether it takes the samples.
+        outgoing: empty for the last stage, whose result is the network's.
     """
 
     part: Part
+    modules: range
+    first: bool
     incoming: tuple[Any, ...]
     outgoing: tuple[Any, ...]
 
@@ -65,20 +69,20 @@ def trained(plan: Plan) -> tuple[TrainingModule, tuple[int, ...]]:
     return module, tuple(cut.node.meta["val"].shape[1:])
 
 
-def stages(plan: Plan, runs: Sequence[range], batch: int, *, amp: str | None = None) -> tuple[Stage, ...]:
+def stages(plan: Plan, runs: Sequence[range], batch: int, amp: str | None = None) -> tuple[Stage, ...]:
     """The stages that train `runs` of a plan's modules with batches of so many samples. Raises PassError as `split` does."""
     module, shape = trained(plan)
     mode = FakeMode()
     with mode:
         values: tuple[Any, ...] = (torch.empty(batch, *shape),)
         target = torch.zeros(batch, dtype=torch.long)
-    found = []
-    for part in split(module, runs):
+    found: list[Stage] = []
+    for part, run in zip(split(module, runs), runs, strict=True):
         copied = fake_copy(part.module, mode).train()
         with uncached(part.module), mode, autocast(amp):
             result = copied(*values, target)
         given = () if part.last else tuple(result)
-        found.append(Stage(part, tuple(map(_described, values)), tuple(map(_described, given))))
+        found.append(Stage(part, run, not found, tuple(map(_described, values)), tuple(map(_described, given))))
         values = tuple(v.detach() if isinstance(v, Tensor) else v for v in given)
     return tuple(found)
 
