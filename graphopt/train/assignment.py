@@ -1,5 +1,6 @@
 """Which gradient-isolated modules each rank of a chain trains: what each takes of a step, forecast by the rates of this machine."""
 
+from graphopt.compiler.parts import isolated_modules
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.stages import Stage, every_module, stages
 from graphopt.cost import Cost, Rates
@@ -10,7 +11,13 @@ from graphopt.cost.rates import rates_of
 from graphopt.errors import CostError
 from graphopt.spec import TrainSpec
 
-__all__ = ["assign", "seconds_of", "seconds_of_stage", "step_of"]
+__all__ = ["assign", "runs_of", "seconds_of", "seconds_of_stage", "step_of"]
+
+
+def runs_of(plan: Plan, train: TrainSpec, ranks: int) -> tuple[range, ...]:
+    """The modules of each of so many ranks, in the order of the chain. Ranks take them from one of them, as they do the seconds."""
+    count = isolated_modules(plan.module)
+    return assign(seconds_of(plan, train) if count > ranks else [1.0] * count, ranks)
 
 
 def seconds_of(plan: Plan, train: TrainSpec, rates: Rates | None = None) -> list[float]:
