@@ -35,7 +35,7 @@ def phase_diffs(
         ranks: show which of so many ranks of a chain trains each local module. Raises RunError where there are fewer modules.
     """
     if ranks:
-        check_modules(plan, ranks)
+        check_modules(plan, _training(plan), ranks)
     before = backbone_view(plan)
     phases = plan.phases(epochs or _epochs(plan, decisions or ()), decisions)
     found = []

