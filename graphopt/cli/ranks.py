@@ -6,6 +6,7 @@ from graphopt.cli.screen import grid, show
 from graphopt.errors import RunError
 
 if TYPE_CHECKING:
+    from graphopt.planning.modules import ChainCost
     from graphopt.planning.ranks import RanksCost
 
 #: columns of the table of memory, and the kinds of storage that each adds up
@@ -36,6 +37,35 @@ def parse_link(text: str | None) -> int | None:
     if not size or not text.strip().endswith("/s"):
         raise RunError(f"not a rate: {text!r}", where="--link", fix='Write it as "10 GB/s" or "100 Gbit/s"')
     return size
+
+
+def show_chain(cost: "ChainCost", link: int | None, steps: int) -> None:
+    """Prints what each rank of a chain takes, holds and sends in a step, per phase; `steps` are those of an epoch."""
+    from graphopt.units import show_size
+
+    several = f", {cost.accumulate} times a step" if cost.accumulate > 1 else ""
+    count = len(cost.phases[0].ranks)
+    show(f"{count} ranks in a chain (modules): {cost.micro_batch} images at once{several}; one step, forecast by rates measured here")
+    table = grid("from epoch", "rank", "modules", "seconds", "holds", "link", "messages", "sends", right=(3, 4, 5, 6, 7))
+    for phase in cost.phases:
+        for rank in phase.ranks:
+            sizes = map(show_size, (rank.held_bytes, rank.link_bytes))
+            row = (str(phase.epoch), str(rank.rank), _run(rank.modules), f"{rank.seconds:.3g}", *sizes)
+            table.add_row(*row, str(rank.messages), show_size(rank.sent_bytes))
+        table.add_row(str(phase.epoch), "one process", "all", f"{phase.alone.seconds:.3g}", show_size(phase.alone.held_bytes), "", "", "")
+    show(table)
+    for phase in cost.phases:
+        seconds, alone = phase.step_seconds(link), phase.alone.seconds
+        if seconds:
+            speed = f"{cost.batch / seconds:.3g} images/s, {alone / seconds:.2f} times one process's {cost.batch / alone:.3g}"
+            share = f" ({phase.fill_seconds / (steps * seconds):.1%} of an epoch of {steps:,} steps)" if steps else ""
+            show(f"from epoch {phase.epoch}: {speed}; filling the chain, once an epoch, takes {phase.fill_seconds:.3g} s{share}")
+
+
+def _run(modules: range) -> str:
+    """`1`, `2-3`, or `none`."""
+    first, last = modules.start + 1, modules.stop
+    return "none" if not modules else str(last) if first == last else f"{first}-{last}"
 
 
 def show_ranks(cost: "RanksCost", link: int | None) -> None:

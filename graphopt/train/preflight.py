@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
+from graphopt.driver import settle
 from graphopt.errors import GraphoptError, RunError
 from graphopt.hashing import hash_parts
-from graphopt.spec import DataSpec, TrainSpec
+from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.modules import check_modules
+from graphopt.train.ranks import Ranks
 from graphopt.train.strategies import choose
 from graphopt.train.strategy import Strategy
 
@@ -113,3 +116,16 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
         check_strategy(plan, settings)
     except GraphoptError as error:
         yield error
+
+
+def settled(spec: Spec, settings: TrainSpec, folder: Path, ranks: Ranks, *, trust: bool) -> Spec:
+    """The spec, settled: as the run in `folder` began with it, else by what rank 0 measures for these settings; the same on all ranks."""
+    if spec.settled:
+        return spec
+    found = spec.model_copy(update={"train": settings})
+    if ranks.first:
+        with suppress(GraphoptError):  # nothing has begun there
+            begun = load(folder / "spec.toml", trust=trust)
+            found = begun if begun.settles(spec) else found
+        found = settle(found, trust=trust)
+    return spec.with_passes(loads(ranks.broadcast(dumps(found)), trust=trust).passes)

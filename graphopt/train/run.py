@@ -33,7 +33,7 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, code, versions
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, code, settled, versions
 from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
@@ -73,6 +73,9 @@ def train(
         inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
         ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions()})
+        if plan is None:
+            spec = settled(spec, settings, Path(out), ranks, trust=trust)
+            digest = spec.digest
         if ranks.first:
             folder = RunFolder.claim(out, digest, resume=resume or ranks.again)
         else:

@@ -20,8 +20,6 @@ glibc, training lets the process hold up to 64 MiB of freed memory, so that a mo
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from graphopt import ActiveMatch, Effects, Match, Pass, PassError, RuntimeNeeds,
 from graphopt.compiler.pass_base import Candidate, Property
 from graphopt.compiler.triggers import Start
 from graphopt.passes.supervise.options import Difference, HeadKind, Structure
+from graphopt.units import Size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,8 +40,10 @@ if TYPE_CHECKING:
 
     from graphopt import Editor, Graph
     from graphopt.cost.partition import Table
+    from graphopt.cost.rates import TimedStep
     from graphopt.ir.partition import CutCandidate
     from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
+    from graphopt.passes.supervise.balance import Build
     from graphopt.passes.supervise.layout import ActivationLayout
 
 #: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
@@ -82,7 +83,9 @@ class Supervise(Pass):
         modules: number of modules (K), the last one included.
         balance: how the cuts are chosen: "blocks" (as many blocks in each module), "memory" (the lowest predicted peak of a step, heads
             and decoders included; without `modules`, as many as bring it within 10 % of the lowest), "stage" (where the resolution
-            changes; without `modules`, at every stage).
+            changes; without `modules`, at every stage), "time" (the slowest module's step as fast as can be, by rates measured on the
+            machine, for the batch, optimizer and amp of [train]; measured once: the cuts are then written beside it, and stay).
+        limit: of balance = "time": the most that a process with one module may hold in a step ("2 GiB"), forecast.
         cuts: instead: regions to cut after, `["layers.0", "layers.1"]`, or the names of cuts that a report or an error lists.
         decoder: "features" (rebuilds the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
         structure: of the features decoder: "linear" (default; each position predicts the patch of the input at its place; for wide
@@ -107,7 +110,8 @@ class Supervise(Pass):
     position: ClassVar[Literal["first", "anywhere", "last"]] = "first"
 
     modules: Annotated[int, Field(ge=2, strict=True)] | None = None
-    balance: Literal["blocks", "memory", "stage"] = "blocks"
+    balance: Literal["blocks", "memory", "stage", "time"] = "blocks"
+    limit: Size | None = None
     cuts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     decoder: Literal["features", "image", "none"] = "features"
     structure: Structure = "linear"
@@ -122,7 +126,14 @@ class Supervise(Pass):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
+        if self.limit is not None and self.balance != "time":
+            raise ValueError('limit bounds the modules of balance = "time"')
+        if self.balance == "time":
+            if self.modules is None:
+                raise ValueError('balance = "time" needs modules = K')
+            if self.cuts is not None and len(self.cuts) != self.modules - 1:
+                raise ValueError(f"modules = {self.modules} has {self.modules - 1} cuts; leave out cuts to have them chosen again")
+        elif self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
             raise ValueError("cuts gives the cuts; leave out modules and balance")
         if self.cuts is None and self.modules is None and self.balance == "blocks":
             raise ValueError('give modules = K, or cuts = [...], or balance = "memory" or "stage"')
@@ -155,31 +166,64 @@ class Supervise(Pass):
                 fix = 'Use structure = "linear"' if self.structure == "conv" else "Cut elsewhere, or leave it out"
                 match.refuse(region.name, problem, fix)
             match.note(region.name, f"{len(region.parameters)} parameter tensors; its output is {source}")
+        if self.balance == "time":
+            match.note("cuts", "they were chosen by seconds measured on a machine; cuts = [...] in the spec or in Python keeps them")
         channels = graph.input[0]
         for option, values in (("mean", self.mean), ("std", self.std)):
             if self.decoder == "image" and values is not None and len(values) != channels:
                 match.refuse(option, f"the image has {channels} channels, {option} has {len(values)} values")
         return match
 
+    @property
+    def settled(self) -> bool:
+        """Whether the cuts follow from the graph alone; not those by time, until they are written down."""
+        return self.balance != "time" or self.cuts is not None
+
+    def settle(self, graph: Graph, step: TimedStep) -> Self:
+        """With the cuts by time written down."""
+        from graphopt.cost.partition import by_largest
+        from graphopt.ir.partition import cut_candidates, require_parts
+        from graphopt.passes.supervise.balance import predicted_seconds
+
+        if self.settled:
+            return self
+        assert self.modules is not None
+        candidates = cut_candidates(graph)
+        require_parts(candidates, self.modules)
+        image = self.decoder == "image"
+        table = predicted_seconds(graph, self._build(graph), step, image=image, limit=self.limit, modules=self.modules)
+        return self.model_copy(update={"cuts": tuple(c.label for c in by_largest(candidates, table, self.modules))})
+
     def choose_cuts(self, graph: Graph) -> tuple[CutCandidate, ...]:
         """Where it cuts a graph that nothing has changed. A PassError says where it can be cut, if not as the options want it."""
-        from graphopt.cost.partition import by_memory
+        from graphopt.cost.partition import by_largest
         from graphopt.ir.partition import by_stage, cut_candidates, evenly, explicit
 
+        if not self.settled:
+            raise PassError('balance = "time" depends on the machine', fix="Settle the pass (graphopt.compile does), or give cuts")
         candidates = cut_candidates(graph)
         if self.cuts is not None:
             return explicit(graph, candidates, self.cuts)
         if self.balance == "stage":
             return by_stage(graph, candidates, self.modules)
         if self.balance == "memory":
-            return by_memory(candidates, self.peaks(graph), self.modules)
+            return by_largest(candidates, self.peaks(graph), self.modules)
         assert self.modules is not None
         return evenly(graph, candidates, self.modules)
 
     def peaks(self, graph: Graph) -> Table:
         """The predicted peak of each module between two cut candidates; measured once for all numbers of modules."""
-        alike = self.model_copy(update={"modules": None, "balance": "memory", "cuts": None, "when": Start()})
+        alike = self.model_copy(update={"modules": None, "balance": "memory", "limit": None, "cuts": None, "when": Start()})
         return graph.cached(_Peaks(alike))
+
+    def _build(self, graph: Graph) -> Build:
+        from graphopt.passes.supervise.auxiliary import Weights
+
+        def build(output: ActivationLayout, goal: ActivationLayout) -> Auxiliary | None:
+            fits = self._incompatibility(output, goal) is None
+            return self.auxiliary(graph, output, goal, Weights(1.0, 1.0)) if fits else None
+
+        return build
 
     def _incompatibility(self, source: ActivationLayout, goal: ActivationLayout) -> str | None:
         from graphopt.passes.supervise import decoders
@@ -295,7 +339,7 @@ class Supervise(Pass):
         """A few numbers of modules, balanced by memory, with the other options of the spec's own pass."""
         from graphopt.ir.flow import cut_points
 
-        chosen = ("use", "modules", "balance", "cuts")
+        chosen = ("use", "modules", "balance", "limit", "cuts")
         others = {key: value for key, value in current.table().items() if key not in chosen} if current else {}
         for count in (2, 3, 4, 6, 8):
             if count <= len(cut_points(graph)):
@@ -309,52 +353,9 @@ class _Peaks:
     value: Supervise
 
     def __call__(self, graph: Graph) -> Table:
-        import torch
+        from graphopt.passes.supervise.balance import predicted_peaks
 
-        from graphopt.cost.partition import BATCH, peaks, pieces_of
-        from graphopt.ir.partition import cut_candidates
-        from graphopt.passes.supervise.auxiliary import Weights
-        from graphopt.passes.supervise.layout import layout_of
-
-        nodes = [graph.placeholder, *(c.node for c in cut_candidates(graph))]
-        layouts = [layout_of(graph, n) for n in nodes]
-        shapes = {layout: tuple(n.meta["val"].shape[1:]) for n, layout in zip(nodes, layouts, strict=True)}
-
-        @functools.cache
-        def highest(output: ActivationLayout, entry: ActivationLayout) -> float:
-            goal = layouts[0] if self.value.decoder == "image" else entry
-            if self.value._incompatibility(output, goal) is not None:
-                return math.inf
-            with torch.device("meta"):
-                auxiliary = self.value.auxiliary(graph, output, goal, Weights(1.0, 1.0))
-            return _auxiliary_peak(auxiliary, shapes[output], shapes[goal])
-
-        return peaks(pieces_of(graph), 4 * BATCH * math.prod(graph.input), lambda first, last: highest(layouts[last + 1], layouts[first]))
-
-
-def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[int, ...]) -> int:
-    """Bytes that an auxiliary part adds at its highest, forward and backward, for `BATCH` samples."""
-    import torch
-
-    from graphopt.cost.attribution import Attribution
-    from graphopt.cost.ledger import Kind, Ledger
-    from graphopt.cost.partition import BATCH
-    from graphopt.ir.copying import fake_copy
-    from graphopt.ir.fakes import FakeMode
-
-    mode = FakeMode()
-    ledger = Ledger(Attribution())
-    part = fake_copy(auxiliary, mode).train()
-    with mode:
-        h, x = torch.empty(BATCH, *output, requires_grad=True), torch.empty(BATCH, *goal)
-        target = torch.zeros(BATCH, dtype=torch.long)
-        ledger.set_kind((*part.parameters(), *part.buffers(), h, x, target), Kind.PARAMETER)
-        with ledger:
-            gradients = torch.autograd.grad(part(h, x, target), [h, *part.parameters()], allow_unused=True)
-            ledger.set_kind([g for g in gradients[1:] if g is not None], Kind.GRADIENT)
-            del gradients
-        ledger.close()
-    return ledger.peak((Kind.ACTIVATION,))[0]
+        return predicted_peaks(graph, self.value._build(graph), image=self.value.decoder == "image")
 
 
 def _resolve(graph: Graph, cut: Cut) -> Node:
