@@ -13,7 +13,7 @@ RANKS = 2
 SPEC = (
     small_run.SPEC.replace("batch = 5", "batch = 4")
     .replace("train_limit = 20", "train_limit = 14")
-    .replace("epochs = 4", "epochs = 6\nledger = true")
+    .replace("epochs = 4", "epochs = 6")
     .replace("checkpoint_steps = 3", "checkpoint_steps = 1")
     .replace('cuts = ["two"]', 'cuts = ["two"]\nwhen = { epoch = 0, until = 4 }')
 )

@@ -21,6 +21,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.data.arrow import open_arrow
+from graphopt.data.idx import open_idx
 from graphopt.data.shards import open_shards
 from graphopt.errors import RunError, did_you_mean
 
@@ -96,6 +97,15 @@ def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
     return open_split
 
 
+def _idx(family: Any) -> Callable[[Path, str], Split]:
+    def open_split(root: Path, split: str) -> Split:
+        prefix = "train" if split == "train" else "t10k"
+        images = open_idx(root / family.__name__ / "raw", prefix, len(family.classes))
+        return Split(images, images.targets.tolist(), family.classes)
+
+    return open_split
+
+
 _SYNONYMS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
 
 
@@ -165,9 +175,9 @@ SOURCES = {
     "cifar100": Source(_torchvision(datasets.CIFAR100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": Source(_torchvision(datasets.STL10), _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "svhn": Source(_torchvision(datasets.SVHN), _SVHN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), ("train", "test", "extra")),
-    "mnist": Source(_torchvision(datasets.MNIST), _MNIST.format("MNIST"), (0.1307,), (0.3081,)),
-    "fashion_mnist": Source(_torchvision(datasets.FashionMNIST), _MNIST.format("FashionMNIST"), (0.2860,), (0.3530,)),
-    "kmnist": Source(_torchvision(datasets.KMNIST), _MNIST.format("KMNIST"), (0.1918,), (0.3483,)),
+    "mnist": Source(_idx(datasets.MNIST), _MNIST.format("MNIST"), (0.1307,), (0.3081,)),
+    "fashion_mnist": Source(_idx(datasets.FashionMNIST), _MNIST.format("FashionMNIST"), (0.2860,), (0.3530,)),
+    "kmnist": Source(_idx(datasets.KMNIST), _MNIST.format("KMNIST"), (0.1918,), (0.3483,)),
     "imagenette": Source(_folder, f"imagenette2/ (or -320, -160) with {_CLASSES}", splits=_HELD_OUT),
     "imagenet": Source(_folder, _CLASSES, splits=_HELD_OUT),
     "folder": Source(_folder, _CLASSES, splits=()),
