@@ -225,6 +225,26 @@ def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Itera
         _end(iterator)
 
 
+@dataclass
+class _Order:
+    """The keys of this rank's batches in an epoch, for the loader; apart from the feed, which so is in no cycle of references."""
+
+    count: int
+    seed: int
+    shuffle: bool
+    batch: int
+    batches: int
+    rank: Rank
+    next: tuple[int, int] = (0, 0)  # an epoch, and the first batch in it
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, start = self.next
+        order = epoch_order(self.count, self.seed, epoch) if self.shuffle else list(range(self.count))
+        mine = order[self.rank.number :: self.rank.count]
+        for number in range(start, self.batches):
+            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch] or order[:1]]
+
+
 class ImageFeed:
     """This rank's batches of images: shuffled, in whole steps, for training; without `shuffle`, every sample once in order.
 
@@ -248,27 +268,19 @@ class ImageFeed:
         pin: bool = False,
         rank: Rank = SINGLE,
     ) -> None:
-        self.samples, self.step, self.seed, self.shuffle = samples, step, seed, shuffle
+        self.samples, self.step, self.seed = samples, step, seed
         self.batch = step // (accumulate * rank.count)
         self.workers, self.pin, self.rank = workers, pin, rank
         count = len(samples)
         self._batches = count // step * accumulate if shuffle else -(-count // (self.batch * rank.count))
         if shuffle and not self._batches:
             raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
-        self._next = 0, 0  # an epoch, and the first batch in it
+        self._order = _Order(count, seed, shuffle, self.batch, self._batches, rank)
         self._iterator: Any = None
-        self._loader = _loader(samples, self, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
+        self._loader = _loader(samples, self._order, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
 
     def __len__(self) -> int:
         return self._batches
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        """The keys of each batch of an epoch, for the loader."""
-        epoch, start = self._next
-        order = epoch_order(len(self.samples), self.seed, epoch) if self.shuffle else list(range(len(self.samples)))
-        mine = order[self.rank.number :: self.rank.count]
-        for number in range(start, self._batches):
-            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch] or order[:1]]
 
     def real(self, number: int) -> int:
         """How many samples of this rank's batch count."""
@@ -276,7 +288,7 @@ class ImageFeed:
         return max(0, min(self.batch, mine - number * self.batch))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._next = epoch, start
+        self._order.next = epoch, start
         self._iterator = _begin(self._loader)
         return _checked(self._iterator)
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,17 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
     parts = [everything(feed(data, batch=16, rank=Rank(rank, 2)).batches(0)).sample for rank in (0, 1)]
     assert len(parts[0]) == len(parts[1]) == 32
     assert not set(parts[0].tolist()) & set(parts[1].tolist())
+
+
+def test_a_feed_that_nobody_holds_ends_its_processes_at_once() -> None:
+    """Those that wait for the collector find their queues gone, and end after seconds only."""
+    gc.disable()
+    left = feed(opened(train_limit=40), workers=1)
+    list(left.batches(0))
+    workers = left._iterator._workers
+    del left
+    gc.enable()
+    assert [worker.exitcode for worker in workers] == [0]
 
 
 def test_batches_fill_whole_steps() -> None:
@@ -257,8 +270,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, workers: int, con
     broken = sorted((tmp_path / "train").glob("*/*"))[3]
     broken.write_bytes(broken.read_bytes()[:60] if content is None else content)
     data = opened(name="folder", root=str(tmp_path))
-    with pytest.raises(RunError, match="the image cannot be read") as caught:
-        list(feed(data, batch=4, workers=workers).batches(0))
+    with closing(feed(data, batch=4, workers=workers)) as images, pytest.raises(RunError, match="the image cannot be read") as caught:
+        list(images.batches(0))
     assert str(caught.value).startswith(f"{broken}: ")
     assert "Traceback" not in str(caught.value)
 
@@ -326,8 +339,8 @@ def test_a_decompression_bomb_is_named(tmp_path: Path, workers: int) -> None:
     packed = b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + packed)
     data = opened(name="folder", root=str(tmp_path))
-    with pytest.raises(RunError, match="decompression bomb") as caught:
-        list(feed(data, batch=4, workers=workers).batches(0))
+    with closing(feed(data, batch=4, workers=workers)) as images, pytest.raises(RunError, match="decompression bomb") as caught:
+        list(images.batches(0))
     assert caught.value.where == str(bomb)
 
 
