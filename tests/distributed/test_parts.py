@@ -32,7 +32,7 @@ COMMON: dict[str, Any] = {
 RUNS: dict[str, dict[str, Any]] = {
     "parts": {"strategy": "fsdp", "checkpoint_format": "sharded"},
     "parts, async": {"strategy": "fsdp", "checkpoint_format": "sharded", "checkpoint_async": True},
-    "replicated": {"strategy": "ddp", "checkpoint_format": "sharded", "checkpoint_async": True},
+    "replicated": {"strategy": "ddp", "checkpoint_format": "sharded", "checkpoint_async": True},  # there are no parts
 }
 
 
