@@ -185,7 +185,8 @@ class Checkpointer:
 
     def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
         self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
-        self.sharded = train.checkpoint_format == "sharded" and ranks.count > 1
+        # Of all strategies, only fsdp has tensors in parts; the others' ranks give rank 0 what it does not hold itself.
+        self.sharded = train.checkpoint_format == "sharded" and train.strategy == "fsdp" and ranks.count > 1
         self._writing = ranks.apart() if self.sharded else ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving") if train.checkpoint_async else None
         self._pending: Future[None] | None = None

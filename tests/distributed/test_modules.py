@@ -73,7 +73,7 @@ CASES = {
             Freeze(select=["stem", "blocks.0"], when={"epoch": 1}),
             Freeze(select="blocks.1", when={"epoch": 1, "until": 2}),
         ),
-        {"epochs": 3, "ema": 0.9, "optimizer": ADAMW},
+        {"epochs": 3, "ema": 0.9, "optimizer": ADAMW, "checkpoint_async": True},
     ),
     "frozen by score, then not supervised": Case(
         Small,
