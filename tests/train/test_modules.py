@@ -49,12 +49,12 @@ def test_settings_that_couple_modules_are_refused(what: str) -> None:
 def test_plans_that_do_not_divide_are_refused(what: str) -> None:
     passes, changes, message = PLANS[what]
     with pytest.raises(GraphoptError, match=message):
-        check_modules(small.plan(passes), small.settings(strategy="modules", **changes), ranks=3)
+        check_modules(small.plan(passes), small.settings(strategy="modules", **changes), processes=3)
 
 
 def test_modules_of_any_phase_count() -> None:
     """A spec that begins to supervise later has ranks with nothing to train until then."""
-    check_modules(small.plan((Supervise(modules=2, when={"epoch": 1}),)), small.settings(), ranks=2)
+    check_modules(small.plan((Supervise(modules=2, when={"epoch": 1}),)), small.settings(), processes=2)
 
 
 @pytest.mark.parametrize(("name", "couples"), [("sgd", False), ("adamw", False), ("lars", False), ("lamb", True)])
