@@ -81,12 +81,13 @@ class Modular(Strategy):
     def with_ranks(self, ranks: Ranks) -> Self:
         """The same strategy in a chain; all ranks have to call it."""
         strategy = super().with_ranks(ranks)
-        # A thread receives on one group while the step sends on the other.
-        replicas, groups = self.spec.replicas, [ranks.new_group() for _ in range(min(2, ranks.count))]
+        replicas = self.spec.replicas
         if ranks.count % replicas or ranks.count == replicas:
             what = f"{ranks.count} processes are no chains of two or more, {replicas} of them side by side"
             fix = f'Start {max(2, -(-ranks.count // replicas)) * replicas} processes, or use strategy = "ddp"'
             raise RunError(what, where="train.replicas", fix=fix)
+        # A thread receives on one group while the step sends on the other.
+        groups = [ranks.new_group() for _ in range(2)]
         if not strategy.feeds:
             strategy._inlet = Inlet(groups[strategy.stage % 2], ranks.number + replicas, strategy._patience, strategy.device)
         if strategy.stage + 1 < strategy.stages:
