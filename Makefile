@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep coverage fuzz clean
+.PHONY: demo test quick lint pictures sweep coverage fuzz chaos clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -63,6 +63,10 @@ fuzz: .venv/.installed
 	$(BIN)/python tools/fuzz_specs.py --out tools/tables/fuzz_specs.md
 	$(BIN)/python tools/fuzz_passes.py --out tools/tables/fuzz.md
 	$(BIN)/python tools/fuzz_files.py --out tools/tables/fuzz_files.md
+
+# Fifty times a rank of a run is killed, and torchrun starts all ranks again: every run ends as if nothing had happened.
+chaos: .venv/.installed
+	$(BIN)/python tools/chaos.py --out tools/tables/chaos.md
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from graphopt.ir.graph import Graph
     from graphopt.ir.regions import Region
     from graphopt.ir.section import Section
-    from graphopt.ir.select import Filter, Selector, select
+    from graphopt.ir.select import select
+    from graphopt.ir.selector import Filter, Selector
     from graphopt.plan_file import save
     from graphopt.tracing import trace
     from graphopt.train.export import load
@@ -37,8 +38,9 @@ _MODULE_OF = {
     "Report": "compiler.report",
     "Editor": "ir.editor",
     "Graph": "ir.graph",
-    **{"Region": "ir.regions", "Section": "ir.section"} | dict.fromkeys(("Filter", "Selector", "select"), "ir.select"),
+    **{"Region": "ir.regions", "Section": "ir.section"} | dict.fromkeys(("Filter", "Selector"), "ir.selector"),
     "compile": "driver",
+    "select": "ir.select",
     "load": "train.export",
     "save": "plan_file",
     "trace": "tracing",

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import nn
 
 from graphopt.compiler.measure import measure_with
 from graphopt.compiler.pass_base import Pass, PassInstance
-from graphopt.compiler.pipeline import Verify, match_all
+from graphopt.compiler.pipeline import Verify, located, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
+from graphopt.cost.rates import TimedStep, rates_of
 from graphopt.errors import BackboneError, PassError, SpecError, TraceError, WeightsError
 from graphopt.ir.graph import Graph
 from graphopt.models.build import build
@@ -64,7 +66,8 @@ def prepare(
     spec = load(spec, trust=trust) if isinstance(spec, (str, Path)) else spec
     if isinstance(spec, Spec):
         model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
-        instances = [PassInstance(value, i, spec.location_of(i), spec.lines.get(("pass", i))) for i, value in enumerate(spec.passes)]
+        spec = _settled(spec, graph)
+        instances = _instances(spec)
         batch, options = batch or spec.train.micro_batch(), spec.train.forecast_options()
         about: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "spec": spec}
     else:
@@ -72,11 +75,44 @@ def prepare(
         if model is None or input is None:
             raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
         graph = trace(model, tuple(input), compare=compare)
-        instances = [PassInstance(value, index) for index, value in enumerate(passes)]
         batch, options = batch or DEFAULT_BATCH, {}
-        about = {"name": type(model).__name__, "digest": digest_of(passes, model, tuple(input))}
+        instances = _settled_instances([PassInstance(value, index) for index, value in enumerate(passes)], graph, batch)
+        about = {"name": type(model).__name__, "digest": digest_of([i.value for i in instances], model, tuple(input))}
     matched = match_all(graph, instances)
     return Source(backbone=model, base=graph, matched=matched, batch=batch, measure=measure_with(batch, **options), **about)
+
+
+def settle(spec: Spec, *, trust: bool = False) -> Spec:
+    """The spec with everything in its passes that depends on the machine decided and written down; raises as `prepare`.
+
+    Whoever compiles the result, wherever and whenever, gets the same plan.
+    """
+    if spec.settled:
+        return spec
+    model = build_backbone(spec.backbone, trust=trust, weights=False)
+    return _settled(spec, trace_backbone(spec, model=model, compare=False, trust=trust)[1])
+
+
+def _settled(spec: Spec, graph: Graph) -> Spec:
+    train = spec.train
+    found = _settled_instances(_instances(spec), graph, train.micro_batch(), train.device, **train.forecast_options())
+    return spec if spec.settled else spec.with_passes(tuple(instance.value for instance in found))
+
+
+def _instances(spec: Spec) -> list[PassInstance]:
+    return [PassInstance(value, i, spec.location_of(i), spec.lines.get(("pass", i))) for i, value in enumerate(spec.passes)]
+
+
+def _settled_instances(instances: list[PassInstance], graph: Graph, batch: int, device: str = "cpu", **options: Any) -> list[PassInstance]:
+    """The same passes, settled for steps of `batch` samples on `device`, which is timed only if one of them needs that."""
+    found = []
+    for instance in instances:
+        value = instance.value
+        with located(instance):
+            if not value.settled:
+                value = value.settle(graph, TimedStep(batch, rates_of(device, options.get("amp")), **options))
+        found.append(replace(instance, value=value))
+    return found
 
 
 def check_folders(source: Source, *, trust: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -189,6 +190,12 @@ def reason(error: BaseException) -> str:
             return cause.strerror.lower()
         cause = cause.__cause__ or cause.__context__
     return first_line(error)
+
+
+def cache_folder(name: str) -> Path:
+    """Where the platform wants what can be made anew; it may not exist. Raises RuntimeError for a user without a home folder."""
+    usual = {"darwin": "~/Library/Caches", "win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local"}.get(sys.platform, "~/.cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "graphopt" / name
 
 
 def remove_if_empty(folder: Path) -> None:

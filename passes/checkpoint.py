@@ -13,22 +13,21 @@ forward and stay put when it runs again (`torch.utils.checkpoint` alone moves th
     segments = 4    # or: select = ["layer1", "layer2"], each region a segment of its own
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from torch.fx import Node
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, Selector, Status, select
-from graphopt.compiler.pass_base import Candidate
-from graphopt.compiler.verify import ALL_PROPERTIES, Property
-from graphopt.cost.partition import recomputed_by_memory
-from graphopt.ir.blocks import find_blocks
-from graphopt.ir.flow import slice_around
-from graphopt.ir.nodes import activations, can_leave_its_input, storages, writes_in_place
-from graphopt.runtime.body import Checkpointed, NoGrad
+from graphopt import ActiveMatch, Effects, Match, Pass, PassError, Selector, Status
+from graphopt.compiler.pass_base import ALL_PROPERTIES, Candidate, Property
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from graphopt import Editor, Graph, Region
 
 
 class Checkpoint(Pass):
@@ -62,6 +61,11 @@ class Checkpoint(Pass):
         return self
 
     def match(self, graph: Graph) -> Match[tuple[str, ...]]:
+        from graphopt.cost.partition import recomputed_by_memory
+        from graphopt.ir.blocks import find_blocks
+        from graphopt.ir.nodes import activations
+        from graphopt.ir.select import select
+
         match: Match[tuple[str, ...]] = Match(find_blocks(graph) if self.select is None else select(self.select, graph))
         if self.segments is not None and self.segments > len(match.regions):
             why = f"segments = {self.segments}, but there are {len(match.regions)} blocks to divide"
@@ -74,6 +78,10 @@ class Checkpoint(Pass):
         return match
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[str, ...] | None]) -> Effects:
+        from graphopt.ir.flow import slice_around
+        from graphopt.ir.nodes import activations
+        from graphopt.runtime.body import Checkpointed, NoGrad
+
         effects, count, active = Effects(), 0, activations(edit.graph)
         for regions in self._segments(match.regions, match.decision):
             nodes = regions[0].nodes if self.segments is None else slice_around(edit.graph, (n for r in regions for n in r.nodes))
@@ -107,6 +115,8 @@ class Checkpoint(Pass):
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:  # it has no other options to take over
         """A few numbers of segments, the square root of the number of blocks among them."""
+        from graphopt.ir.blocks import find_blocks
+
         blocks = len(find_blocks(graph))
         counts = sorted({k for k in (2, 4, round(blocks**0.5), blocks // 2, blocks) if 2 <= k <= blocks})
         return (Candidate(f"checkpoint, {k} segments", cls(segments=k)) for k in counts)
@@ -117,10 +127,12 @@ def _repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
 
     Returns None where that would be seen, or where what follows overwrites an input.
     """
+    from graphopt.ir.nodes import can_leave_its_input, storages, writes_in_place
+
     graph, inside, order = edit.graph, set(nodes), dict(edit.graph.order)
     memory = {n: storages(n) for n in order}
     inputs = {i for n in nodes for i in n.all_input_nodes if i not in inside and i.op != "get_attr"}
-    held = set[StorageWeakRef]().union(*(memory[i] for i in inputs))
+    held = set[Any]().union(*(memory[i] for i in inputs))
     first = min(order[n] for n in nodes)
     writers: list[Node] = []
     for node in graph.nodes[first:]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -30,6 +31,8 @@ LAYERS = (
 )
 #: packages on one line where the first may not import the second
 APART = {("tracing", "models"), ("passes", "plan_file"), ("runtime", "files"), ("units", "files")}
+#: what takes long to import
+HEAVY = {"torch", "timm", "torchvision", "sklearn", "scipy", "networkx", "safetensors"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -41,6 +44,55 @@ def modules(root: Path) -> dict[str, Path]:
             parts = file.relative_to(root / folder).with_suffix("").parts
             found[".".join((prefix, *parts)).removesuffix(".__init__")] = file
     return found
+
+
+def on_top(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when a module is imported."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not isinstance(node, ast.FunctionDef) and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            pending += ast.iter_child_nodes(node)
+
+
+def ways_to_torch(root: Path, starts: Iterable[str]) -> list[str]:
+    """How importing one of `starts` imports something heavy: `graphopt.spec -> graphopt.spec.model -> torch`."""
+    known, found = modules(root), []
+    offers = _offers(known["graphopt"])
+    pending = [(name,) for name in starts]
+    seen: set[str] = set()
+    while pending:
+        way = pending.pop()
+        for node in on_top(ast.parse(known[way[-1]].read_text())):
+            for target in targets(node, known, offers):
+                if target.split(".")[0] in HEAVY:
+                    found.append(" -> ".join((*way, target)))
+                elif target in known and target not in seen:
+                    seen.add(target)
+                    pending.append((*way, target))
+    return found
+
+
+def targets(node: ast.Import | ast.ImportFrom, known: Mapping[str, Path], offers: Mapping[str, str]) -> Iterator[str]:
+    """The modules that an import loads, with the packages around them; `from graphopt import Pass` loads where `Pass` stands."""
+    if isinstance(node, ast.Import):
+        named = [alias.name for alias in node.names]
+    elif node.module == "graphopt":
+        named = [offers.get(alias.name, f"graphopt.{alias.name}") for alias in node.names]
+    else:
+        named = [str(node.module), *(name for alias in node.names if (name := f"{node.module}.{alias.name}") in known)]
+    for name in named:
+        parts = name.split(".")
+        yield from (".".join(parts[:end]) for end in range(2, len(parts)))
+        yield name
+
+
+def _offers(front: Path) -> dict[str, str]:
+    """The names of the front page, and the module of each."""
+    (checked,) = (node for node in ast.parse(front.read_text()).body if isinstance(node, ast.If))
+    return {alias.name: str(node.module) for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
 def imported(name: str, file: Path, known: Mapping[str, Path]) -> set[str]:
@@ -79,6 +131,13 @@ def test_imports_run_one_way() -> None:
     assert violations(ROOT) == []
 
 
+def test_the_command_line_and_specs_load_no_torch() -> None:
+    known = modules(ROOT)
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["graphopt.passes"].values()
+    starts = [name for name in known if name.split(".")[1:2] in (["cli"], ["spec"])]
+    assert ways_to_torch(ROOT, [*starts, *(entry.partition(":")[0] for entry in entries)]) == []
+
+
 def test_the_compiler_knows_no_pass_by_name() -> None:
     """Passes are found by entry point: no file outside of passes/ has the name of one in its code."""
     names = {file.stem for file in (ROOT / "passes").iterdir() if not file.stem.startswith("_")}
@@ -104,3 +163,14 @@ def test_violations_are_found(tmp_path: Path, files: dict[str, str], message: st
         (tmp_path / "graphopt" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "graphopt" / name).write_text(text)
     assert any(re.search(message, line) for line in violations(tmp_path))
+
+
+def test_a_way_to_torch_is_found(tmp_path: Path) -> None:
+    for name, text in {
+        "__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from graphopt.ir.b import B",
+        "cli/a.py": "from graphopt import B\ndef f():\n    import timm",
+        "ir/b.py": "try:\n    from torch import nn\nexcept ImportError:\n    pass",
+    }.items():
+        (tmp_path / "graphopt" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "graphopt" / name).write_text(text)
+    assert ways_to_torch(tmp_path, ["graphopt.cli.a"]) == ["graphopt.cli.a -> graphopt.ir.b -> torch"]

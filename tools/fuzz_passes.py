@@ -30,11 +30,10 @@ from machine import heading
 from torch import Tensor, nn
 
 from graphopt.compiler.measure import measure_with
-from graphopt.compiler.pass_base import PassInstance, Severity, Status
+from graphopt.compiler.pass_base import ALL_PROPERTIES, PassInstance, Severity, Status
 from graphopt.compiler.pipeline import match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
-from graphopt.compiler.verify import ALL_PROPERTIES
 from graphopt.errors import CostError, GraphoptError, VerifyError
 from graphopt.ir.paths import is_below
 from graphopt.ir.shapes import tensors_in

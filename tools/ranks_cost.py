@@ -17,17 +17,18 @@ from graphopt.cost import Cost, measure
 from graphopt.cost.ranks import Parallel
 from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.planning.ranks import forecast_ranks, sharded
+from graphopt.planning.ranks import forecast_ranks, sharded, trained_part
 from graphopt.spec import TrainSpec
 from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Replicated
 from tests.support.ranks import run_ranks
 
 TABLE = Path(__file__).parent / "tables" / "ranks_cost.md"
-PASSES = ("none", "freeze", "share", "supervise", "checkpoint")
+PASSES = ("none", "freeze", "share", "supervise", "checkpoint", "drop")
 BACKBONES = {"resnet20": "layer1.0", "vit": "blocks.0"}
 
 
@@ -39,6 +40,7 @@ def passes_of(backbone: str) -> dict[str, list[Any]]:
         "share": [Share(every=2)],
         "supervise": [Supervise(modules=2)],
         "checkpoint": [Checkpoint(segments=3)],
+        "drop": [Drop(upto=BACKBONES[backbone], when="start", force=True)],
     }
 
 
@@ -48,7 +50,7 @@ def plan_of(backbone: str, name: str) -> Plan:
         module: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10)
     else:
         module = CifarResNet(20)
-    return graphopt.compile(module, passes_of(backbone)[name], input=(3, 32, 32), verify="off", costs=False)
+    return graphopt.compile(module, passes_of(backbone)[name], input=(3, 32, 32), verify="off", costs=False).phases(1)[0].plan
 
 
 def train_of(strategy: str) -> TrainSpec:
@@ -56,24 +58,28 @@ def train_of(strategy: str) -> TrainSpec:
 
 
 def figures(cost: Cost) -> dict[str, Any]:
-    return {"peak": cost.peak_bytes, "messages": [(m.name, m.calls, m.bytes) for m in cost.collectives]}
+    return {"peak": cost.peak_bytes, "messages": [(m.name, m.calls, m.bytes, m.sizes) for m in cost.collectives]}
 
 
 def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dict[str, Any]]) -> None:
     ranks, train, rows = distributed.get_world_size(), train_of(strategy), []
     for name, expected in forecasts.items():
         plan = plan_of(backbone, name)
+        trained = trained_part(plan, None)
         if strategy == "fsdp":
             way = sharded(plan, train, ranks, "gloo")
         else:
             real = Replicated.of(train).with_ranks(Ranks(rank, ranks))
-            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan, plan.report.unused), real.without_reduction)
+            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan), real.without_reduction)
         options = {**train.forecast_options(), "targets": plan.needs.targets, "parallel": way}
         # A thread of gloo may hold a message a moment longer than it is needed.
-        costs = [measure(plan.module, plan.graph.input, train.micro_batch(ranks), **options) for _ in range(3)]
+        costs = [measure(trained.module, trained.input, train.micro_batch(ranks), **options) for _ in range(3)]
         found = figures(min(costs, key=lambda cost: cost.peak_bytes))
         if rank == 0:
-            messages = "; ".join(f"{calls} {kind}, {size:,} B" for kind, calls, size in found["messages"])
+            messages = "; ".join(
+                f"{calls} {kind}, {size:,} B" + (f" ({' + '.join(f'{s:,}' for s in sizes)})" if kind == "all-reduce" else "")
+                for kind, calls, size, sizes in found["messages"]
+            )
             same = "equal" if found["messages"] == expected["messages"] else f"forecast {expected['messages']}"
             peaks = f"{expected['peak']:,} | {found['peak']:,}"
             rows.append(f"| {backbone} | {name} | {strategy} | {ranks} | {peaks} | {messages} | {same} |\n")

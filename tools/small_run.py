@@ -45,6 +45,7 @@ train_limit = 20
 eval_limit = 10
 [train]
 epochs = 4
+ledger = true
 batch = 5
 seed = 3
 device = "cpu"

@@ -50,12 +50,6 @@ def apply(
 
         graphopt apply spec.toml --json --set backbone.arguments.num_classes=100
     """
-    from graphopt.cli.report import show_report
-    from graphopt.diff import diff
-    from graphopt.diff.phases import phase_diffs
-    from graphopt.diff.render.page import to_html
-    from graphopt.diff.render.picture import to_svg
-    from graphopt.ir.printing import graph_text
     from graphopt.spec import dumps, load
 
     if out is not None:
@@ -63,6 +57,15 @@ def apply(
     if verify is not None:
         check_choice("--verify", verify, ("full", "fast", "off"))
     loaded = load(spec, trust=trust, overrides=set_)
+    check_epoch(loaded, epoch)
+
+    from graphopt.cli.report import show_report
+    from graphopt.diff import diff
+    from graphopt.diff.phases import phase_diffs
+    from graphopt.diff.render.page import to_html
+    from graphopt.diff.render.picture import to_svg
+    from graphopt.ir.printing import graph_text
+
     plan = _plan_at(loaded, epoch, trust=trust, verify=verify or loaded.verify or "full", batch=batch)
     report = plan.report.to_dict()
     if out is not None:
@@ -98,6 +101,5 @@ def _plan_at(spec: "Spec", epoch: int | None, *, trust: bool, verify: Any, batch
     """The plan of a spec in the phase that `epoch` trains in (None: the first). Triggers that wait for measurements do not fire."""
     if epoch is None:
         return seeded_plan(spec, trust=trust, verify=verify, batch=batch)
-    check_epoch(spec, epoch)
     plan = seeded_plan(spec, trust=trust, batch=batch, costs=False)
     return plan.phase_at(epoch, spec.train.epochs, verify=verify, costs=True)

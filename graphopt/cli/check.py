@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, check_choice
-from graphopt.cli.ranks import parse_link, show_ranks
+from graphopt.cli.ranks import parse_link, show_chain, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphopt.compiler.plan import Phase, Plan
     from graphopt.compiler.triggers import Decision
     from graphopt.cost import Rates
+    from graphopt.planning.modules import ChainCost
     from graphopt.planning.ranks import RanksCost
     from graphopt.planning.run_cost import DropPoint, RunCost
     from graphopt.spec import Spec
@@ -24,7 +25,7 @@ def check(
     time: Annotated[bool, typer.Option("--time", help="Forecast how long the run takes, from a few seconds of steps timed here.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="Where the steps are timed: cpu (default), cuda. Implies --time.")] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Also forecast what each of so many processes needs.")] = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, or auto (default: the spec's).")] = "",
+    strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, modules, auto (default: the spec's).")] = "",
     link: Annotated[str | None, typer.Option("--link", help='Rate between ranks, for seconds: "10 GB/s", "100 Gbit/s".')] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
@@ -45,18 +46,21 @@ def check(
 
         graphopt check quickstart --ranks 8 --strategy ddp --link "10 GB/s"
     """
-    from graphopt.compiler.plan import compile_phase
-    from graphopt.driver import check_folders, prepare
-    from graphopt.planning.run_cost import drop_points
     from graphopt.spec import load
-    from graphopt.train.preflight import problems
 
     rate = parse_link(link)
     if strategy:
-        check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp"))
+        check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp", "modules"))
     loaded = load(spec, trust=trust, overrides=set_)
-    if ranks:
+    strategy = strategy or loaded.train.strategy
+    if ranks and strategy != "modules":
         loaded.train.micro_batch(ranks)  # refuses a batch that does not divide before any work
+
+    from graphopt.compiler.plan import compile_phase
+    from graphopt.driver import check_folders, prepare
+    from graphopt.planning.run_cost import drop_points
+    from graphopt.train.preflight import problems
+
     rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
@@ -67,7 +71,11 @@ def check(
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
     samples, work = _forecast(loaded, phases, Path(spec), rates)
-    parallel = _forecast_ranks(loaded, plan, Path(spec), ranks, strategy) if ranks else None
+    parallel: ChainCost | RanksCost | None = None
+    if ranks and strategy == "modules":
+        parallel = _forecast_chain(loaded, plan, Path(spec), ranks, rates)
+    elif ranks:
+        parallel = _forecast_ranks(loaded, plan, Path(spec), ranks, strategy)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
@@ -78,8 +86,7 @@ def check(
         _show_passes(loaded, rows)
         _show_points(samples, points)
         _show_run(work, any((error.where or "").startswith("data") for error in refused))
-        if parallel:
-            show_ranks(parallel, rate)
+        _show_parallel(parallel, rate, (samples or 0) // loaded.train.batch)
     for error in refused[:-1]:
         show_error(str(error))
     if refused:
@@ -87,15 +94,13 @@ def check(
 
 
 def _rates(device: str, amp: str | None) -> "Rates":
-    from graphopt.cost import measure_rates
-    from graphopt.errors import RunError, first_line
+    from graphopt.cost.rates import rates_of
+    from graphopt.errors import RunError
 
     try:
-        return measure_rates(device, amp=amp)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(
-            f"no steps can be timed there: {first_line(error)}", where="--device", fix="Use cpu, or cuda if there is a GPU"
-        ) from error
+        return rates_of(device, amp)
+    except RunError as error:
+        raise error.with_location("--device") from error.__cause__
 
 
 def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
@@ -114,10 +119,33 @@ def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rat
 
 
 def _forecast_ranks(spec: "Spec", plan: "Plan", path: Path, ranks: int, strategy: str) -> "RanksCost":
+    from graphopt.errors import RunError
     from graphopt.planning.ranks import forecast_ranks
+    from graphopt.planning.run_cost import counts
 
-    chosen: Any = strategy or None
-    return forecast_ranks(plan, spec.train, ranks=ranks, strategy=chosen, decisions=_decisions(path))
+    chosen: Any = strategy
+    try:
+        samples: int | None = counts(spec.data)[0]
+    except RunError:  # the files are not here
+        samples = None
+    return forecast_ranks(plan, spec.train, ranks=ranks, strategy=chosen, decisions=_decisions(path), samples=samples)
+
+
+def _forecast_chain(spec: "Spec", plan: "Plan", path: Path, ranks: int, rates: "Rates | None") -> "ChainCost":
+    from graphopt.cost.rates import rates_of
+    from graphopt.planning.modules import forecast_chain
+
+    rates = rates or rates_of(spec.train.device, spec.train.amp)
+    return forecast_chain(plan, spec.train, ranks=ranks, rates=rates, decisions=_decisions(path))
+
+
+def _show_parallel(cost: "ChainCost | RanksCost | None", rate: int | None, steps: int) -> None:
+    from graphopt.planning.ranks import RanksCost
+
+    if isinstance(cost, RanksCost):
+        show_ranks(cost, rate)
+    elif cost is not None:
+        show_chain(cost, rate, steps)
 
 
 def _decisions(path: Path) -> "tuple[Decision, ...] | None":

@@ -24,6 +24,9 @@ STDOUT = Path("-")
 _PHASE = "A phase, from 0: with one SPEC twice to compare two; with two, of both."
 
 
+_RANKS = 'Colour local modules by the rank that trains each, of so many (strategy = "modules").'
+
+
 def _file(flag: str, what: str) -> Any:
     return typer.Option(flag, metavar="FILE", parser=options.expanded, help=f"Write {what}.", rich_help_panel="Pictures")
 
@@ -39,6 +42,7 @@ def diff(
     mermaid: Annotated[Path | None, _file("--mermaid", "a Mermaid flowchart; - prints")] = None,
     dot: Annotated[Path | None, _file("--dot", "Graphviz DOT; - prints")] = None,
     explorer: Annotated[Path | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help=_RANKS)] = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="One line for every block, equal neighbours too.")] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="The operations of the blocks that changed.")] = False,
     batch: options.BatchOption = None,
@@ -59,7 +63,6 @@ def diff(
 
         graphopt diff runs/quickstart --phase 0 --phase 1
     """
-    from graphopt.diff.render.data import main_diff
     from graphopt.spec import load
 
     asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
@@ -68,9 +71,12 @@ def diff(
         if path != STDOUT:
             options.check_target(path, f"diff.{suffix}")
 
+    loaded = {argument: load(argument, trust=trust, overrides=set_) for argument in (spec, other) if argument is not None}
+
+    from graphopt.diff.render.data import main_diff
+
     def phases_of(argument: str) -> "tuple[PhaseDiff, ...]":
-        loaded = load(argument, trust=trust, overrides=set_)
-        return _phases(loaded, options.expanded(argument), epoch, batch=batch, costs=costs, trust=trust)
+        return _phases(loaded[argument], options.expanded(argument), epoch, ranks, batch=batch, costs=costs, trust=trust)
 
     shown = _shown(phases_of, spec, other, phase, epoch)
     written: list[Path] = []
@@ -137,7 +143,9 @@ def _shown(
     return _one(phases, phase, epoch, spec) if phase or epoch is not None else phases
 
 
-def _phases(spec: "Spec", path: Path, epoch: int | None, *, batch: int | None, costs: bool, trust: bool) -> "tuple[PhaseDiff, ...]":
+def _phases(
+    spec: "Spec", path: Path, epoch: int | None, ranks: int | None, *, batch: int | None, costs: bool, trust: bool
+) -> "tuple[PhaseDiff, ...]":
     """The phases of a spec, or those that a run has gone through."""
     from graphopt.diff.phases import phase_diffs
     from graphopt.diff.render.run import is_run, read_run
@@ -145,7 +153,7 @@ def _phases(spec: "Spec", path: Path, epoch: int | None, *, batch: int | None, c
     options.check_epoch(spec, epoch)
     decisions = read_run(path).decisions if is_run(path) else None
     plan = options.seeded_plan(spec, trust=trust, batch=batch, costs=costs)
-    return phase_diffs(plan, decisions)
+    return phase_diffs(plan, decisions, ranks=ranks)
 
 
 def _one(phases: "tuple[PhaseDiff, ...]", phase: list[int], epoch: int | None, name: str) -> "Diff":

@@ -39,19 +39,23 @@ def fit(
 
         graphopt fit spec.toml --flops 0.5 --suggest
     """
-    from graphopt.planning.budget import Budget, Search
     from graphopt.spec import dumps, load
     from graphopt.units import parse_size
 
     try:
-        budget = Budget(None if memory is None else parse_size(memory), flops, allowance)
+        size = None if memory is None else parse_size(memory)
     except ValueError as error:
         raise RunError(str(error), where="--memory") from error
     if out is not None and out.exists():
         raise RunError("the file exists", where=str(out), fix="Choose another name, or remove it")
+    loaded = load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])])
+
+    from graphopt.planning.budget import Budget, Search
+
+    budget = Budget(size, flops, allowance)
     if not suggest:
         budget.check_for_batch()
-    search = Search(load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])]), trust=trust)
+    search = Search(loaded, trust=trust)
     found = search.suggest(budget) if suggest else search.largest_batch(budget)
     if out is not None and found.spec is not None:
         write_atomically(out, dumps(found.spec, defaults=False))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, TrustOption
+from graphopt.cli.options import JsonOption, SetOption, TrustOption, complete_backbone
 from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphopt.ir.regions import Region
 
 
+_WHAT = "source/name (timm/resnet50, torchvision/..., cifar/...), or a SPEC."
 #: parameters outside of units, by what becomes of them
 _KINDS = {
     "root": "gathered for the whole step",
@@ -28,7 +29,7 @@ _KINDS = {
 
 
 def inspect(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="source/name (timm/resnet50, torchvision/..., cifar/...), or a SPEC.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=_WHAT, autocompletion=complete_backbone)],
     input: Annotated[str | None, typer.Option("--input", metavar="C,H,W", help="One sample's shape; default: the model's.")] = None,
     set_: SetOption = [],  # noqa: B006
     units: Annotated[bool, typer.Option("--units", help="Also what fsdp gathers together: of a SPEC's first phase.")] = False,
@@ -45,25 +46,29 @@ def inspect(
 
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
-    from graphopt.driver import build_backbone, trace_backbone
     from graphopt.models.catalog import SOURCES
     from graphopt.spec import installed, load, resolve
-    from graphopt.tracing import trace
 
     shape = None if input is None else _parse_shape(input)
-    passes: Sequence[Pass] = ()
     source = what.partition("/")[0]
+    loaded = None
     if not os.path.exists(what) and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
         backbone = resolve(what, input=shape)
+    else:
+        loaded = load(what, trust=trust, overrides=set_)
+        backbone = loaded.backbone
+
+    from graphopt.driver import build_backbone, trace_backbone
+    from graphopt.tracing import trace
+
+    if loaded is None:
         model = build_backbone(backbone, trust=trust)
         graph = trace(model, backbone.input)
     else:
-        loaded = load(what, trust=trust, overrides=set_)
-        backbone, passes = loaded.backbone, loaded.passes
         model, graph = trace_backbone(loaded, input=shape, trust=trust)
     table = _table(f"{backbone.source}/{backbone.name}", graph)
     if units:
-        table["units"] = _units(model, passes, graph.input)
+        table["units"] = _units(model, loaded.passes if loaded else (), graph.input)
     if as_json:
         show_json(table)
     else:

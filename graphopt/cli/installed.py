@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, out_option
+from graphopt.cli.options import JsonOption, complete_pass, complete_spec, out_option
 from graphopt.cli.screen import grid, show, show_json, show_text
 from graphopt.errors import PassError, SpecError, did_you_mean
 from graphopt.files import write_atomically
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def passes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, to print its manual.")] = None, as_json: JsonOption = False
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One pass, to print its manual.", autocompletion=complete_pass)
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the installed passes, or print the manual of one: what it does, its options and defaults, what it preserves.
 
@@ -28,16 +31,16 @@ def passes(
 
         graphopt passes freeze
     """
-    from graphopt.compiler.registry import passes as registered
+    from graphopt.compiler import registry
 
-    known = registered()
+    known = registry.names()
     if name is not None and name not in known:
-        raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(sorted(known))}")
-    chosen = {name: known[name]} if name else dict(sorted(known.items()))
+        raise PassError(f"no pass is called {name!r}", fix=did_you_mean(name, known) or f"There are {', '.join(known)}")
+    chosen = {key: registry.load(key) for key in ([name] if name else known)}
     if as_json:
         show_json({key: {"summary": _summary(cls), **cls.model_json_schema()} for key, cls in chosen.items()})
     elif name:
-        _manual(known[name])
+        _manual(chosen[name])
     else:
         table = grid("pass", "what it does", "preserves")
         for key, cls in chosen.items():
@@ -77,7 +80,8 @@ def _manual(cls: "type[Pass]") -> None:
 
 
 def specs(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.")] = None, as_json: JsonOption = False
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.", autocompletion=complete_spec)] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the installed specs, or print one as a start for your own.
 

@@ -24,13 +24,33 @@ def out_option(help: str, metavar: str = "FILE") -> Any:
     return typer.Option("--out", "-o", metavar=metavar, parser=expanded, help=help)
 
 
-def _names(incomplete: str) -> list[str]:
+def complete_spec(incomplete: str) -> list[str]:
+    """Names of installed specs that begin so, for the shell."""
     from graphopt.spec import installed
 
     return [name for name in installed() if name.startswith(incomplete)]
 
 
-SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A TOML file, or an installed spec's name.", autocompletion=_names)]
+def complete_pass(incomplete: str) -> list[str]:
+    """Names of installed passes that begin so, for the shell."""
+    from graphopt.compiler.registry import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+def complete_backbone(incomplete: str) -> list[str]:
+    """Backbones (`timm/resnet50`) and installed specs that begin so, for the shell; before the slash, the sources."""
+    from graphopt.models.catalog import SOURCES, names
+
+    source, slash, name = incomplete.partition("/")
+    if slash and source in SOURCES:
+        return [f"{source}/{other}" for other in names(source) if other.startswith(name)]
+    return [f"{other}/" for other in SOURCES if other.startswith(incomplete)] + complete_spec(incomplete)
+
+
+SpecArgument = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A TOML file, or an installed spec's name.", autocompletion=complete_spec)
+]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the spec: train.epochs=1, pass.0.when.epoch=3.")
 ]
@@ -52,6 +72,12 @@ def check_target(path: Path, name: str) -> None:
         raise RunError("is a folder", where=str(path), fix=f"Name a file in it: {path / name}")
     if not path.parent.is_dir():
         raise RunError("its folder does not exist", where=str(path), fix="Make the folder first")
+
+
+def check_run(path: Path) -> None:
+    """Refuses a run, or a checkpoint of one, that is not there."""
+    if not path.exists():
+        raise RunError("no such file or folder", where=str(path), fix="Name the folder that `graphopt train` wrote")
 
 
 def check_epoch(spec: "Spec", epoch: int | None) -> None:

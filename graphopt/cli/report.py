@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graphopt.cli.screen import grid, show
-from graphopt.diff.render.words import common_figures
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 def show_report(plan: "Plan") -> None:
     """Prints figures before and after, then for each pass its regions, what it saved, what was verified, and its diagnostics."""
+    from graphopt.diff.render.words import common_figures
+
     report = plan.report
     show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
     if report.before is not None and report.after is not None:
@@ -59,6 +60,8 @@ def _show_pass(number: int, item: "PassReport") -> None:
 
 def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
     """The figures that a pass changed: before, after, and the fraction it saved."""
+    from graphopt.diff.render.words import common_figures
+
     changed = [row for row in common_figures(before, after) if row[1] != row[2]]
     if not changed:
         return "  changes no figure of a training step"

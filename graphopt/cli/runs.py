@@ -42,15 +42,19 @@ def train(
     """
     from dataclasses import asdict
 
-    from graphopt.driver import located_backbone
     from graphopt.spec import load
-    from graphopt.train import train as run
-    from graphopt.train.ranks import restarted
 
     with _said_once():
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1 and "WORLD_SIZE" in os.environ:
             raise RunError("torchrun has started the processes already", where="--ranks", fix="Leave --ranks out")
+        if not out and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise RunError("processes on several machines have to be told the run's folder", where="--out", fix="Name one that all see")
+
+    from graphopt.driver import located_backbone
+    from graphopt.train import train as run
+    from graphopt.train.ranks import restarted
+
     folder, screen = out or _folder(spec, resume or restarted()), None if quiet or as_json else console()
     if ranks > 1:
         from graphopt.train.launch import launch
@@ -109,6 +113,8 @@ def report(
 
         graphopt report runs/quickstart -o quickstart.html
     """
+    options.check_run(run)
+
     from graphopt.diff.render.run import read_run, to_report
     from graphopt.spec import load
 
@@ -136,12 +142,14 @@ def export(
 
         graphopt export runs/quickstart -o model.safetensors
     """
+    options.check_choice("--which", which, ("best", "last"))
+    options.check_choice("--weights", weights, ("auto", "model", "ema"))
+    options.check_run(run)
+
     from graphopt.plan_file import is_plan_file
     from graphopt.train.export import export_run
     from graphopt.units import show_size
 
-    options.check_choice("--which", which, ("best", "last"))
-    options.check_choice("--weights", weights, ("auto", "model", "ema"))
     chosen: dict[str, Any] = {"which": which, "weights": weights}
     written = export_run(run, out, **chosen, trust=trust)
     show(f"written: {written} ({show_size(written.stat().st_size)})")

@@ -5,12 +5,12 @@ as a `Section` and becomes a nested module only here, after all passes. The para
 leaf modules with the root and is not registered, and tensors that the graph reads itself are read by the root and passed in.
 """
 
-import itertools
 import operator
 from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphopt.errors import PassError
 from graphopt.ir.flow import reentry
@@ -95,30 +95,30 @@ class _Outliner:
     def outline(self, section: Section, members: Members) -> None:
         current = dict.fromkeys(n for m in members for n in self._standing_for(m))
         inside = {m for m in current if m.op not in ("get_attr", "placeholder", "output")}
-        if (outside := reentry(self.graph.nodes, inside)) is not None:
+        ordered = sorted(inside)
+        # Only what lies between its first and its last node can be in the way: an outlining takes the time of its own nodes.
+        around = _from_to(ordered[0], ordered[-1])
+        if (outside := reentry(around, inside)) is not None:
             what = f"section {section.name!r} is not convex: node {outside} lies outside it, between two of its nodes"
             raise PassError(what, where=str(section.author), fix="End it at a cut point (graphopt inspect shows them)")
-        known = set(self.graph.nodes)
-        order = {n: i for i, n in enumerate(self.graph.nodes)}
-        ordered = sorted(inside, key=order.__getitem__)
         leaving = [m for m in ordered if any(u not in inside for u in m.users)]
         # Activations first, then tensors that the root reads for the body.
-        inputs = sorted({i for m in ordered for i in m.all_input_nodes if i not in inside}, key=lambda n: (n.op == "get_attr", order[n]))
+        inputs = sorted({i for m in ordered for i in m.all_input_nodes if i not in inside}, key=lambda n: (n.op == "get_attr", n))
         self._register(section, ordered, inputs, leaving)
         call = self._call(section, inputs, ordered[-1], leaving)
         self._written[call] = self._written_by(ordered, inputs)
-        self._read_instead(section, call, leaving, inside)
+        taken_apart = self._read_instead(section, call, leaving, inside)
         for node in reversed(ordered):
             self.graph.erase_node(node)
-        _restore_order(self.graph)
-        self._parts[call] = (call, *(n for n in self.graph.nodes if n not in known and n is not call))
-        self._caller |= dict.fromkeys(members, call)
-        self._caller |= {node: call for node, caller in self._caller.items() if caller in inside}
+        _restore_order([*(n for n in around if n not in inside), call, *taken_apart])
+        self._parts[call] = (call, *taken_apart)
+        self._caller |= dict.fromkeys((*members, *(n for n in ordered if n in self._parts)), call)
 
     def _standing_for(self, member: Node) -> Members:
         """What a node of the flat graph is now: itself, or the call of an inner section with what takes its outputs apart."""
-        node = self._caller.get(member, member)
-        return self._parts.get(node, (node,))
+        while member in self._caller:
+            member = self._caller[member]
+        return self._parts.get(member, (member,))
 
     def _register(self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node]) -> None:
         body = fx.Graph()
@@ -162,8 +162,8 @@ class _Outliner:
             self._target.meta = {"origin": Origin("", 0), "pass": section.author.index}
         return self._target
 
-    def _read_instead(self, section: Section, call: Node, leaving: Sequence[Node], inside: set[Node]) -> None:
-        """Readers of what leaves a section read the outputs of its call."""
+    def _read_instead(self, section: Section, call: Node, leaving: Sequence[Node], inside: set[Node]) -> Members:
+        """Readers of what leaves a section read the outputs of its call. Gives the nodes that take its output apart, in order."""
         result = last = call
         if section.target:
             result = self._item(call, 0, call)
@@ -177,6 +177,7 @@ class _Outliner:
             else:
                 value.meta |= {k: v for k, v in node.meta.items() if k not in value.meta}
             node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
+        return _from_to(call, last)[1:]
 
     def _item(self, value: Node, number: int, after: Node) -> Node:
         with self.graph.inserting_after(after):
@@ -196,39 +197,59 @@ class _Outliner:
         output.args = (final,)
 
 
-def _restore_order(graph: fx.Graph) -> None:
-    """Restores a topological order with as few moves as possible, so that random operations keep their order."""
-    placed: set[Node] = set()
+def _from_to(first: Node, last: Node) -> Members:
+    """The nodes from one to another, in the order of their graph."""
+    found = [first]
+    while found[-1] is not last:
+        found.append(found[-1].next)
+    return tuple(found)
+
+
+def _restore_order(nodes: Sequence[Node]) -> None:
+    """Restores a topological order of neighbouring nodes with as few moves as possible, so that random operations keep their order."""
+    pending = dict.fromkeys(nodes)
     order: list[Node] = []
-    for node in list(graph.nodes):
-        stack = [node]
+    for node in nodes:
+        stack = [node] if node in pending else []
         while stack:
-            missing = [i for i in stack[-1].all_input_nodes if i not in placed]
+            missing = [i for i in stack[-1].all_input_nodes if i in pending]
             if missing:
                 stack += reversed(missing)
                 continue
             top = stack.pop()
-            if top not in placed:
-                placed.add(top)
+            if top in pending:
+                del pending[top]
                 order.append(top)
-    if order != list(graph.nodes):
-        for before, after in itertools.pairwise(order):
-            before.append(after)
+    if order != list(nodes):
+        before = nodes[0].prev
+        for node in order:
+            before.append(node)
+            before = node
 
 
 def _check_nesting(sections: Iterable[tuple[Section, Members]]) -> None:
+    """Sections are disjoint or nested, and one with a local loss is in none without. Larger ones come first, so that owners are known."""
     computing = [(section, {n for n in members if n.op != "get_attr"}) for section, members in sections]
-    for (one, mine), (other, theirs) in itertools.combinations(computing, 2):
-        if not mine & theirs:
-            continue
-        where = f"{one.author} and {other.author}"
-        if not (mine <= theirs or theirs <= mine):
+    computing.sort(key=lambda item: -len(item[1]))
+    #: the smallest section so far that a node is in, and the one that a section is in
+    owner: dict[Node, int] = {}
+    outside: list[int | None] = []
+    for number, (inner, mine) in enumerate(computing):
+        owners = {owner.get(n) for n in mine}
+        if len(owners) > 1:
+            other = computing[max(o for o in owners if o is not None)][0]
             fix = "Let one hold the other whole: move a cut, or select other regions"
-            raise PassError(f"the sections {one.name!r} and {other.name!r} overlap", where=where, fix=fix)
-        outer, inner = (one, other) if mine > theirs else (other, one)
-        if inner.target and not outer.target and mine != theirs:
-            what = f"section {outer.name!r} holds section {inner.name!r}, which has a local loss: that loss could not leave it"
-            raise PassError(what, where=where, fix="Declare sections with Editor.outline, which divides them, or select other regions")
+            raise PassError(f"the sections {other.name!r} and {inner.name!r} overlap", where=f"{other.author} and {inner.author}", fix=fix)
+        outside.append(next(iter(owners)))
+        at = outside[-1]
+        while at is not None:
+            outer, theirs = computing[at]
+            if inner.target and not outer.target and len(mine) != len(theirs):
+                what = f"section {outer.name!r} holds section {inner.name!r}, which has a local loss: that loss could not leave it"
+                fix = "Declare sections with Editor.outline, which divides them, or select other regions"
+                raise PassError(what, where=f"{outer.author} and {inner.author}", fix=fix)
+            at = outside[at]
+        owner |= dict.fromkeys(mine, number)
 
 
 def _drop_dead(graph: fx.Graph, module: fx.GraphModule, writing: set[Node], *, keep_input: bool) -> None:
@@ -236,17 +257,21 @@ def _drop_dead(graph: fx.Graph, module: fx.GraphModule, writing: set[Node], *, k
 
     What is in `writing` is used, too, where it writes into a buffer, which keeps its value after the step.
     """
-    order = {n: i for i, n in enumerate(graph.nodes)}
     registered = {memory for n in graph.nodes if n.op == "get_attr" for memory in storages(n)}
+    #: memory that a later node reads
+    read: set[StorageWeakRef] = set()
     for node in reversed(list(graph.nodes)):
-        if node.op == "output" or node.users or (node.op == "placeholder" and (keep_input or node.name == "features")):
-            continue
-        # Without its input, a graph has no use for assertions on the input's size.
-        if keep_input and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
-            continue
-        lives_on = node in writing and not registered.isdisjoint(storages(node))
-        if writes_in_place(module, node):
-            memory = storages(node)
-            if lives_on or any(order[u] > order[node] for n in graph.nodes if n is not node and memory & storages(n) for u in n.users):
-                continue
-        graph.erase_node(node)
+        if _is_dead(module, node, registered if node in writing else set(), read, keep_input=keep_input):
+            graph.erase_node(node)
+        else:
+            read.update(memory for i in node.all_input_nodes for memory in storages(i))
+
+
+def _is_dead(module: fx.GraphModule, node: Node, kept: set[StorageWeakRef], read: set[StorageWeakRef], *, keep_input: bool) -> bool:
+    """Whether nothing needs a node: neither its value nor what it writes into memory that is `kept`, or `read` later."""
+    if node.op == "output" or node.users or (node.op == "placeholder" and (keep_input or node.name == "features")):
+        return False
+    # Without its input, a graph has no use for assertions on the input's size.
+    if keep_input and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
+        return False
+    return not writes_in_place(module, node) or (kept.isdisjoint(storages(node)) and read.isdisjoint(storages(node)))

@@ -6,20 +6,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
 import pydantic
 from pydantic import ConfigDict
-from torch import Tensor
-from torch.fx import Node
 
 from graphopt.compiler.triggers import Start, Trigger
-from graphopt.compiler.verify import Property
-from graphopt.ir.editor import Editor
-from graphopt.ir.graph import Graph
-from graphopt.ir.regions import Region, region_of
 
-StateMap = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import Node
+
+    from graphopt.cost.rates import TimedStep
+    from graphopt.ir.editor import Editor
+    from graphopt.ir.graph import Graph
+    from graphopt.ir.regions import Region
+
+#: the properties that a pass can declare and the compiler can check
+Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
+ALL_PROPERTIES: frozenset[Property] = frozenset(get_args(Property))
+
+StateMap: TypeAlias = "Callable[[dict[str, Tensor]], dict[str, Tensor]]"
 Decided = TypeVar("Decided")
 
 
@@ -107,6 +114,8 @@ class ActiveMatch(Generic[Decided]):
     @cached_property
     def regions(self) -> tuple[Region, ...]:
         """The regions that are due, found again by their paths; those of which earlier passes left nothing are missing."""
+        from graphopt.ir.regions import region_of
+
         found = (region_of(self.graph, self.paths[name]) for name in self.names)
         return tuple(region for region in found if region.nodes)
 
@@ -238,6 +247,23 @@ class Pass(pydantic.BaseModel):
     def preserved_properties(self) -> frozenset[Property]:
         """What this value of the pass preserves: `preserves`, unless its options change that."""
         return self.preserves
+
+    @property
+    def settled(self) -> bool:
+        """Whether what it decides follows from the graph alone; if not, `settle` comes before `match`."""
+        return True
+
+    def settle(self, graph: Graph, step: TimedStep) -> Self:
+        """The same pass with what depends on the machine decided and written into its options; itself by default.
+
+        `graph` is untouched; the pass must not change it. Raises as `match`.
+        """
+        return self
+
+    def settles(self, other: Pass) -> bool:
+        """Whether it is `other`, settled."""
+        mine, theirs = (value.model_dump(mode="json", exclude_none=True) for value in (self, other))
+        return self.settled and self.name == other.name and all(mine.get(key) == value for key, value in theirs.items())
 
     def match(self, graph: Graph) -> Match[Any]:
         """Decides what it will do. Runs once per plan, on the untouched graph, which it must not change.

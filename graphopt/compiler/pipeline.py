@@ -3,26 +3,26 @@
 Between two passes the compiler looks at what a pass did: structure, declared properties, costs. That is one function for all passes.
 """
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
-
 from graphopt.compiler.emit import emit
 from graphopt.compiler.measure import Measure
 from graphopt.compiler.pass_base import ActiveMatch, Effects, Match, PassInstance, Severity
 from graphopt.compiler.report import PassReport
+from graphopt.compiler.runs import Runs
 from graphopt.compiler.triggers import Decision, active_regions
 from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
 from graphopt.cost.figures import Cost
 from graphopt.errors import GraphoptError, NeedsValuesError, PassError
 from graphopt.ir.editor import Editor, Edits
 from graphopt.ir.graph import Graph
+from graphopt.ir.module import TrainingModule
 from graphopt.ir.section import Author
+from graphopt.ir.shapes import smaller_input
 
 Verify = Literal["full", "fast", "off"]
 
@@ -41,12 +41,14 @@ class Matched:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after its passes, what each did (by its number; None for one that has not fired), and costs of a step, where measured.
+    """A graph after its passes, and the module that is emitted for it.
 
-    `no_costs` says why they were not measured although they were asked for.
+    With what each pass did (by its number; None for one that has not fired), and costs of a step, where measured. `no_costs` says why they
+    were not measured although they were asked for.
     """
 
     graph: Graph
+    module: TrainingModule
     effects: tuple[Effects | None, ...]
     edits: tuple[Edits | None, ...]
     reports: tuple[PassReport, ...]
@@ -86,7 +88,8 @@ def rewrite(
     effects: list[Effects | None] = []
     edits: list[Edits | None] = []
     reports: list[PassReport] = []
-    module: nn.Module = emit(graph)
+    module = emit(graph)
+    runs = Runs(module, graph.input, smaller_input(graph.nodes, graph.input))
     first = cost = no_costs = None
     try:
         first = cost = measure(module, graph, ()) if measure else None
@@ -102,31 +105,36 @@ def rewrite(
         with located(item.instance):
             value, match = item.instance.value, item.match
             properties = value.preserved_properties()
-            # A copy, because a rewrite can replace modules that the network shares with the graph.
-            reference = copy.deepcopy(module) if verify == "full" and properties else None
             keys = tuple(module.state_dict())
+            before = runs if verify == "full" and properties else None
+            if before is not None:
+                before.hold()
             editor = Editor(graph, Author(item.instance.index, value.name))
             paths = {r.name: r.paths for r in match.regions if r.name in active}
             result = value.rewrite(editor, ActiveMatch(graph, active, match.decision, paths, match.names))
             graph.refresh()
             module = emit(graph)
+            runs = Runs(module, graph.input, runs.smaller)
             checked: list[Checked] = []
             if verify != "off":
                 checked += check_structure(graph, module)
                 checked += [check_keys(keys, module)] if "state-dict keys" in properties else []
-            if reference is not None:
-                checked += [check_property(name, reference, module, graph.input) for name in sorted(properties)]
+            if before is not None:
+                # Gradients first: their runs give the outputs, too.
+                checked += [check_property(name, before, runs) for name in sorted(properties, reverse=True)]
         effects.append(result)
         edits.append(editor.edits)
         cost_before, cost = cost, measure(module, graph, tuple(e for e in effects if e)) if measure else None
         diagnostics, verified = tuple(dict.fromkeys((*match.diagnostics, *result.diagnostics))), tuple(checked)
         reports.append(PassReport(item.instance, True, result.regions, diagnostics, verified, cost_before, cost, dict(result.figures)))
     if verify == "full":
-        _check_gradients(graph, matched, effects, reports)
-    return Rewritten(graph, tuple(effects), tuple(edits), tuple(reports), first, cost, no_costs)
+        _check_gradients(runs, graph, matched, effects, reports)
+    return Rewritten(graph, module, tuple(effects), tuple(edits), tuple(reports), first, cost, no_costs)
 
 
-def _check_gradients(graph: Graph, matched: Sequence[Matched], effects: list[Effects | None], reports: list[PassReport]) -> None:
+def _check_gradients(
+    runs: Runs, graph: Graph, matched: Sequence[Matched], effects: list[Effects | None], reports: list[PassReport]
+) -> None:
     """After the last pass: every trainable parameter gets a gradient. That goes into the last pass's report."""
     applied = [i for i, effect in enumerate(effects) if effect is not None]
     if not applied:
@@ -134,7 +142,7 @@ def _check_gradients(graph: Graph, matched: Sequence[Matched], effects: list[Eff
     with located(matched[applied[-1]].instance):
         targets = any(e.needs.targets for e in effects if e)
         # The whole module is checked: with features cached, the runner trains only what is behind the cut, and checks that itself.
-        checked = check_gradients_arrive(emit(graph), graph.input, targets, graph.unused)
+        checked = check_gradients_arrive(runs, targets, graph.unused)
     last = reports[applied[-1]]
     reports[applied[-1]] = replace(last, verified=(*last.verified, checked))
 

@@ -296,5 +296,5 @@ def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verif
     costs_around = (made.before, made.after)
     report = Report(source.name, source.digest, source.batch, *costs_around, made.reports, base.opaque, base.unused, made.no_costs)
     shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
-    own: dict[str, Any] = {"graph": made.graph, "effects": made.effects, "edits": made.edits, "module": emit(made.graph)}
+    own: dict[str, Any] = {"graph": made.graph, "effects": made.effects, "edits": made.edits, "module": made.module}
     return Plan(**shared, decisions=decisions, **own, report=report)

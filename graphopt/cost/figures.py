@@ -19,6 +19,21 @@ class Named(Protocol):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the time of a part of a step depends on: FLOPs, bytes read and written, kernel calls (see `Cost`)."""
+
+    flops: int = 0
+    moved_bytes: int = 0
+    kernels: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def __sub__(self, other: Self) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True)
 class BlockCost:
     """One block's share of a training step. Rows of one `Cost` are disjoint and add up to its totals.
 

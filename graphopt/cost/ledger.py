@@ -5,7 +5,8 @@ ones. Storages are identified by address: views cost nothing, and a weak referen
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Self
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.cost.attribution import Attribution
+from graphopt.cost.figures import Work
 from graphopt.cost.flops import operator_flops
 from graphopt.ir.shapes import tensors_in
 
@@ -138,6 +140,20 @@ class Ledger(TorchDispatchMode):
     def start_phase(self, name: str) -> None:
         """A phase of the step starts here."""
         self.phases.append((name, len(self.events)))
+
+    @property
+    def work(self) -> Work:
+        """All work so far."""
+        return Work(sum(map(sum, self.attribution.totals.values())), self.moved, self.kernels)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside, kernels are no work of the step; what they allocate counts."""
+        before = self.moved, self.kernels
+        try:
+            yield
+        finally:
+            self.moved, self.kernels = before
 
     def close(self) -> None:
         """Records no more."""

@@ -1,15 +1,16 @@
-"""Cuts by memory: which parts of a chain give the lowest predicted peak of a training step.
+"""Cuts by memory or time: which parts of a chain give the lowest predicted peak of a training step, or the fastest slowest part.
 
 The cut candidates of a graph make it a chain of pieces. One run of the graph on fake tensors, forward and backward piece by piece, gives
-for each piece what it saves for its backward and how much memory its own intermediate results take. The peak of a part made of any run of
-pieces follows by addition, and a dynamic programme over the chain minimises the peak of a step over all sets of cuts, so the answer is
-exact for the prediction. There are two ways to run a step in parts: each part's backward right after its forward (local supervision), or
-each part run again in the backward pass (checkpointing).
+for each piece what it saves for its backward, how much memory its own intermediate results take, and the work that its time depends on.
+The peak and the seconds of a part made of any run of pieces follow by addition, and a dynamic programme over the chain minimises the
+largest over all sets of cuts, so the answer is exact for the prediction. There are two ways to run a step in parts: each part's backward
+right after its forward (local supervision), or each part run again in the backward pass (checkpointing).
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,17 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from graphopt.cost.attribution import Attribution
+from graphopt.cost.figures import Work
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.step import autocast
 from graphopt.errors import NeedsValuesError, PassError, first_line
+from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, writes_in_place
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.regions import Region
-from graphopt.ir.shapes import fake_copy, tensors_in, uncached
+from graphopt.ir.shapes import tensors_in, uncached
 
 #: samples that the pieces are measured with; bytes are for so many samples
 BATCH = 8
@@ -34,14 +38,14 @@ BATCH = 8
 GOOD_ENOUGH = 1.10
 MOST_PARTS = 16
 
-#: bytes; `table[i, j]` is the peak of a part made of the pieces from i to j
+#: bytes or seconds; `table[i, j]` is the peak, or the time, of a part made of the pieces from i to j
 Table = NDArray[np.float64]
 Storage = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one piece of the chain costs, in bytes for `BATCH` samples.
+    """What one piece of the chain costs: bytes, and work.
 
     Attributes:
         saved: held between its forward and its backward, its input and output excluded.
@@ -49,6 +53,7 @@ class Piece:
         backward: the highest that its backward reaches, its input and output excluded.
         saved_ends: storages among its input and output that its backward needs, as number -> bytes.
         input, output: the storage's number and bytes; the same one where the piece only gives a view of its input.
+        work: of its forward and backward.
     """
 
     saved: int
@@ -58,6 +63,7 @@ class Piece:
     input: Storage
     output: Storage
     has_parameters: bool
+    work: Work
 
 
 def pieces_of(graph: Graph) -> list[Piece]:
@@ -69,8 +75,14 @@ def _pieces_of(graph: Graph) -> list[Piece]:
     return measure(graph, cut_candidates(graph))
 
 
-def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
-    """The pieces between the candidates, in order; one more than there are candidates."""
+def measure(
+    graph: Graph, candidates: Sequence[CutCandidate], *, batch: int = BATCH, amp: str | None = None, isolated: bool = False
+) -> list[Piece]:
+    """The pieces between the candidates, in order; one more than there are candidates.
+
+    Args:
+        batch: samples. amp: dtype of autocast. isolated: no piece computes a gradient of its input, as the first one of a module.
+    """
     mode = FakeMode()
     module = fake_copy(graph.module, mode)
     module.train()
@@ -78,12 +90,12 @@ def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
     with uncached(graph.module), mode:
-        x = torch.empty(BATCH, *graph.input)
+        x = torch.empty(batch, *graph.input)
         ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
         ledger.set_kind((x,), Kind.INPUT)
-        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in activations(graph)})
+        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in activations(graph)}, isolated=isolated)
         try:
-            with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
+            with ledger, autocast(amp), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
                 run.start(x)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NeedsValuesError(
@@ -96,7 +108,7 @@ def measure(graph: Graph, candidates: Sequence[CutCandidate]) -> list[Piece]:
 
 @dataclass(frozen=True)
 class _Record:
-    """Where a piece's forward and backward begin and end among the ledger's events, and numbers of storages."""
+    """Where a piece's forward and backward begin and end among the ledger's events, numbers of storages, and its work."""
 
     begin: int
     turn: int
@@ -104,28 +116,29 @@ class _Record:
     input: int
     outputs: list[int]
     saved: set[int]
+    work: Work
 
 
 class _PieceByPiece(fx.Interpreter):
     """Runs the graph; at each cut it runs the piece's backward and goes on from a detached activation."""
 
-    def __init__(self, module: fx.GraphModule, ledger: Ledger, ends: set[str], active: set[str]) -> None:
+    def __init__(self, module: fx.GraphModule, ledger: Ledger, ends: set[str], active: set[str], *, isolated: bool) -> None:
         super().__init__(module)
-        self.ledger, self.ends, self.active = ledger, ends, active
+        self.ledger, self.ends, self.active, self.isolated = ledger, ends, active, isolated
         self.records: list[_Record] = []
         self.pending: fx.Node | None = None
 
     def start(self, x: Tensor) -> None:
-        self.entry, self.begin = x, len(self.ledger.events)
+        self.entry, self.begin, self.done = x, len(self.ledger.events), self.ledger.work
         self.run(x)
 
     def run_node(self, n: fx.Node) -> Any:
         if self.pending is not None:
             node, self.pending = self.pending, None
             self._close(self.env[node])
-            self.entry = self.env[node] = self.env[node].detach().requires_grad_()
+            self.entry = self.env[node] = self.env[node].detach().requires_grad_(not self.isolated)
             # Only now is everything of the piece before gone, its input too.
-            self.begin = len(self.ledger.events)
+            self.begin, self.done = len(self.ledger.events), self.ledger.work
         if n.op == "output":
             return self._close(fx.node.map_arg(n.args[0], self.env.__getitem__))
         value = super().run_node(n)
@@ -146,12 +159,16 @@ class _PieceByPiece(fx.Interpreter):
         ledger.saved.clear()
         trained = [t for t in outputs if t.requires_grad]
         if trained:
-            _Seed.apply(*trained).backward()
+            with ledger.uncounted():
+                seed = _Seed.apply(ledger, *trained)
+                unit = torch.ones_like(seed)
+            torch.autograd.backward(seed, unit)
+        work = ledger.work - self.done
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 ledger.set_kind((parameter.grad,), Kind.GRADIENT)
                 parameter.grad = None
-        self.records.append(_Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved))
+        self.records.append(_Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved, work))
 
     def pieces(self, have_parameters: Iterable[bool]) -> list[Piece]:
         live = np.concatenate([[0], self.ledger.live((Kind.ACTIVATION, Kind.INPUT))])
@@ -170,6 +187,7 @@ class _PieceByPiece(fx.Interpreter):
                     input=(record.input, sizes[record.input]),
                     output=(record.outputs[0], sizes[record.outputs[0]]),
                     has_parameters=has_parameters,
+                    work=record.work,
                 )
             )
         return found
@@ -179,13 +197,14 @@ class _Seed(torch.autograd.Function):
     """Sends a gradient of each input's shape into it, which nothing but autograd holds, as in a longer chain."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.kinds = [(i.shape, i.stride(), i.dtype) for i in inputs]
+    def forward(ctx: Any, ledger: Ledger, *inputs: Tensor) -> Tensor:
+        ctx.ledger, ctx.kinds = ledger, [(i.shape, i.stride(), i.dtype) for i in inputs]
         return inputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        return tuple(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in ctx.kinds)
+        with ctx.ledger.uncounted():
+            return (None, *(torch.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in ctx.kinds))
 
 
 def peaks(pieces: Sequence[Piece], always: int, auxiliary: Callable[[int, int], float] | None = None) -> Table:
@@ -223,15 +242,40 @@ def _if_new(storage: Storage, held: dict[int, int], own: int) -> int:
 
 
 def best(table: Table, parts: int) -> tuple[float, tuple[int, ...]]:
-    """The lowest peak of a step in which each part goes forward and backward before the next one starts, infinite where there is no way.
+    """The smallest that the largest part of a division can be, infinite where there is no way.
 
-    With it comes the last piece of each part but the last: of all ways with that peak, the most even.
+    Of bytes, that is the peak of a step in which each part goes forward and backward before the next one starts; of seconds, the time of
+    the slowest. With it comes the last piece of each part but the last: of all ways with that largest part, the most even.
     """
     lowest, ends = _programme(table, parts, lambda before, own, _: max(before, own))
     if math.isinf(lowest):
         return lowest, ends
-    even = np.where(table <= lowest, (table / lowest) ** 2, math.inf)
+    even = np.where(table <= lowest, table**2, math.inf)
     return lowest, _programme(even, parts, lambda before, own, _: before + own)[1]
+
+
+def assign(seconds: Sequence[float], ranks: int) -> tuple[range, ...]:
+    """The modules of each rank, in runs: of all ways, the one with the fastest slowest rank; of those, the most even.
+
+    `seconds` are those of each module's step. With more ranks than modules, the first ones have none.
+    """
+    modules = len(seconds)
+    idle = max(0, ranks - modules)
+    ends = best(sums(seconds), ranks - idle)[1]
+    return (range(0),) * idle + tuple(range(a + 1, b + 1) for a, b in pairwise([-1, *ends, modules - 1]))
+
+
+def sums(later: Sequence[float], first: Sequence[float] | None = None, trains: Sequence[bool] = ()) -> Table:
+    """What the pieces of every part add up to, from the figure of each.
+
+    Up to the first piece of a part that `trains`, no gradient of an input is computed: these count with their figure in `first`.
+    """
+    n = len(later)
+    table = np.full((n, n), math.inf)
+    for i in range(n):
+        turn = next((k + 1 for k in range(i, n) if trains[k]), n) if first else i
+        table[i, i:] = np.cumsum([*(first or ())[i:turn], *later[turn:]])
+    return table
 
 
 def best_recomputed(pieces: Sequence[Piece], parts: int) -> tuple[float, tuple[int, ...]]:
@@ -261,10 +305,10 @@ def _programme(table: Table, parts: int, join: Callable[[float, float, int], flo
     return lowest[-1] if math.isfinite(lowest[-1][0]) else (math.inf, ())
 
 
-def by_memory(candidates: Sequence[CutCandidate], table: Table, parts: int | None) -> tuple[CutCandidate, ...]:
-    """The cuts with the lowest predicted peak; without a number, as many as bring it within 10 % of the best of up to 16 parts.
+def by_largest(candidates: Sequence[CutCandidate], table: Table, parts: int | None) -> tuple[CutCandidate, ...]:
+    """The cuts with the smallest largest part; without a number, as many as bring it within 10 % of the best of up to 16 parts.
 
-    `table` is the `peaks` of the pieces between the candidates.
+    `table` has the bytes or seconds of the parts between the candidates.
     """
     require_parts(candidates, parts or 2)
     if parts is None:

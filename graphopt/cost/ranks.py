@@ -6,7 +6,7 @@ needs real tensors: `Replica` does on fake ones what its reducer does.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ class Parallel:
     @classmethod
     def replicated(cls, ranks: int, *, accumulate: int = 1, unused: Collection[str] = (), backend: str = "gloo") -> "Parallel":
         """DistributedDataParallel, for a forecast; `unused` are trainable parameters that no forward reads."""
-        return cls(ranks, lambda module: Replica(module, ranks, unused), _no_sync, accumulate, warm_up=0, backend=backend)
+        return cls(ranks, lambda module: Replica(module, ranks, unused), _no_sync, accumulate, warm_up=1, backend=backend)
 
 
 def _no_sync(module: nn.Module) -> AbstractContextManager[Any]:
@@ -68,11 +68,16 @@ def _no_sync(module: nn.Module) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of message of a step: how many, and the bytes of all that they reduce, gather or scatter (whole, not a rank's share)."""
+    """One kind of message of a step: how many, and the bytes of all that they reduce, gather or scatter (whole, not a rank's share).
+
+    Attributes:
+        sizes: bytes of each, DDP's buckets for example, in their order; those of micro-batches in the middle once.
+    """
 
     name: str
     calls: int
     bytes: int
+    sizes: tuple[int, ...] = ()
 
     def sent(self, ranks: int, backend: str) -> int:
         """Bytes that one rank sends, and receives as many, by the ring algorithm. gloo's reduce-scatter sends what an all-reduce sends."""
@@ -83,12 +88,14 @@ class Collective:
 def collectives(messages: Iterable[tuple[str, str, int]], accumulate: int = 1) -> tuple[Collective, ...]:
     """The messages of a step (phase, operator, bytes), added up by collective; those of micro-batches in the middle count for each."""
     calls: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    sizes: dict[str, list[int]] = {}
     for phase, operator, size in messages:
         name, times = _COLLECTIVES.get(operator, operator), accumulate - 2 if phase.endswith("between") else 1
         calls[name] += times
-        sizes[name] += times * size
-    return tuple(Collective(name, calls[name], sizes[name]) for name in calls)
+        totals[name] += times * size
+        sizes.setdefault(name, []).append(size)
+    return tuple(Collective(name, calls[name], totals[name], tuple(sizes[name])) for name in calls)
 
 
 @contextmanager
@@ -111,6 +118,8 @@ def fake_ranks(count: int) -> Iterator[None]:
 class Replica(nn.Module):
     """DistributedDataParallel(gradient_as_bucket_view=True) on fake tensors: every gradient moves to its place in a bucket.
 
+    As DDP does, it fills buckets in the order in which gradients come; the first backward pass only records that.
+
     Attributes:
         buckets: one tensor each; they stay allocated between steps.
     """
@@ -118,34 +127,39 @@ class Replica(nn.Module):
     def __init__(self, module: nn.Module, ranks: int, unused: Collection[str] = ()) -> None:
         super().__init__()
         self.module, self.share, self.reduces = module, 1 / ranks, True
-        # Gradients come in about the reverse order of parameters.
+        self.buckets: list[Tensor] = []
+        self._come: list[Tensor] = []
+        self._places: dict[Tensor, tuple[Tensor, Tensor, set[Tensor]]] = {}  # view of a bucket, the bucket, and what it still waits for
         trained = [p for name, p in module.named_parameters() if p.requires_grad and name not in unused]
-        parameters: list[Tensor] = [*reversed(trained)]
-        assigned, _ = _compute_bucket_assignment_by_size(parameters, list(BUCKET_LIMITS)) if parameters else ([], [])
-        self.buckets = [self._bucket([parameters[index] for index in indices]) for indices in assigned]
+        self._count = len(trained)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._receive)
 
-    def _bucket(self, parameters: Sequence[Tensor]) -> Tensor:
-        bucket = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
-        waiting: set[int] = set()
-        offset = 0
-        for parameter in parameters:
-            view = bucket.as_strided(parameter.shape, parameter.stride(), offset)
-            offset += parameter.numel()
-            parameter.register_post_accumulate_grad_hook(self._mover(view, bucket, waiting, len(parameters)))
-        return bucket
-
-    def _mover(self, view: Tensor, bucket: Tensor, ready: set[int], count: int) -> Callable[[Tensor], None]:
-        def move(parameter: Tensor) -> None:
-            if not self.reduces or parameter.grad is None:
-                return
+    def _receive(self, parameter: Tensor) -> None:
+        """Takes a gradient that is ready."""
+        if not self.buckets:
+            self._come.append(parameter)
+            if len(self._come) == self._count:
+                self._assign(self._come)
+        elif self.reduces and parameter.grad is not None:
+            view, bucket, waiting = self._places[parameter]
             torch.mul(parameter.grad, self.share, out=view)
             parameter.grad = view
-            ready.add(id(parameter))
-            if len(ready) == count:
-                ready.clear()
+            waiting.discard(parameter)
+            if not waiting:
+                waiting.update(p for p, (_, other, _) in self._places.items() if other is bucket)
                 distributed.all_reduce(bucket)
 
-        return move
+    def _assign(self, parameters: list[Tensor]) -> None:
+        assigned, _ = _compute_bucket_assignment_by_size(parameters, list(BUCKET_LIMITS))
+        for indices in assigned:
+            members = [parameters[index] for index in indices]
+            bucket = torch.empty(sum(p.numel() for p in members), dtype=members[0].dtype)
+            offset, waiting = 0, set(members)
+            for parameter in members:
+                self._places[parameter] = bucket.as_strided(parameter.shape, parameter.stride(), offset), bucket, waiting
+                offset += parameter.numel()
+            self.buckets.append(bucket)
 
     def forward(self, *args: Any) -> Any:
         return self.module(*args)

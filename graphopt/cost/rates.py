@@ -2,26 +2,29 @@
 
 A step is modelled as `flops / F + moved_bytes / B + kernels * t`: arithmetic, memory traffic and calls, one after the other. F, B and t
 are fitted to real steps of six small networks (least squares of the relative error, none negative). The result is for comparing
-plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included.
+plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included, nor what other processes take
+of the machine.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from graphopt.cost.figures import Cost
+from graphopt.cost.figures import Cost, Work
+from graphopt.cost.optimizer import Optimizer, Update, update_of
 from graphopt.cost.step import forecast
+from graphopt.errors import RunError, first_line
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
-#: timed steps, of which the fastest counts (other processes may share the machine), after one step of warm-up
+#: timed steps, of which the fastest counts, after one step of warm-up
 STEPS = 3
 
 
@@ -41,9 +44,47 @@ class Rates:
     error: float
     device: str
 
-    def seconds(self, cost: Cost) -> float:
-        """Of one step of that cost."""
+    def seconds(self, cost: Cost | Work) -> float:
+        """Of one step of that cost, or of a part of one."""
         return self.flop * cost.flops + self.byte * cost.moved_bytes + self.kernel * cost.kernels
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """A training step and the machine that takes it: what choices by time depend on besides the graph.
+
+    Attributes:
+        batch: samples that go through the network at once. rates: of the machine.
+        optimizer, optimizer_options, amp: as in `StepOptions`.
+    """
+
+    batch: int
+    rates: Rates
+    optimizer: Optimizer = "sgd"
+    optimizer_options: Mapping[str, Any] | None = None
+    amp: str | None = None
+
+    def update(self, parameters: Iterable[Tensor]) -> Update:
+        """What the update of these parameters costs."""
+        return update_of(parameters, self.optimizer, self.optimizer_options)
+
+
+def rates_of(device: str, amp: str | None = None) -> Rates:
+    """What `measure_rates` finds, measured once in a process: everything here that goes by time goes by the same rates.
+
+    `device` may be "auto", as in a spec. Raises RunError if it is not there.
+    """
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return _rates_of(name, amp)
+
+
+@cache
+def _rates_of(device: str, amp: str | None) -> Rates:
+    try:
+        return measure_rates(device, amp=amp)
+    except (RuntimeError, AssertionError) as error:
+        what, fix = f"no steps can be timed on {device}: {first_line(error)}", "Use cpu, or cuda if there is a GPU"
+        raise RunError(what, fix=fix) from error
 
 
 def measure_rates(device: str = "cpu", *, amp: str | None = None) -> Rates:
@@ -103,6 +144,8 @@ def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, am
 
 
 def _now(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds; on a CPU those that it has worked for this thread, so that other processes do not count."""
+    if torch.device(device).type != "cuda":
+        return time.thread_time()
+    torch.cuda.synchronize(device)
     return time.perf_counter()

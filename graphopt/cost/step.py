@@ -32,15 +32,16 @@ from torch._subclasses.fake_tensor import (
 from graphopt.cost.attribution import Attribution, instrument
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_step
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
+from graphopt.ir.copying import copy_with, fake_copy
 from graphopt.ir.fakes import FakeMode
-from graphopt.ir.shapes import copy_with, fake_copy, tensors_in, uncached
+from graphopt.ir.shapes import tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: a function of the module's output and the labels (N,)
 Loss = Callable[[Any, Tensor], Tensor]
-Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None
 #: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
 BLOCK = 512
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
@@ -57,6 +58,7 @@ class StepOptions(TypedDict, total=False):
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
         parallel: how the step runs on several ranks; the figures are then those of one rank, and memory that of all micro-batches.
+        inputs: what the module takes, as one tuple, in the place of a batch of samples: plain values, and tensors like these.
     """
 
     targets: bool
@@ -65,6 +67,7 @@ class StepOptions(TypedDict, total=False):
     amp: str | None
     loss: str | Loss
     parallel: Parallel | None
+    inputs: Sequence[Any] | None
 
 
 def forecast(
@@ -142,7 +145,7 @@ def _train_once(
     """One step of `module`, a private copy."""
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
-    autocast, criterion = _autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
+    amp, criterion = autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
     parallel = options.get("parallel") or Parallel(1, lambda module: module, warm_up=0)
     module.train()
     with ExitStack() as stack:
@@ -150,19 +153,19 @@ def _train_once(
             # The collector frees at moments of its own; what is live must depend on the step alone.
             gc.disable()
             stack.callback(gc.enable)
-        batches = [(torch.randn(batch, *input, device="cpu"), torch.zeros(batch, dtype=torch.long, device="cpu"))]
-        batches += [(torch.randn_like(x), torch.zeros_like(y)) for x, y in batches * (parallel.accumulate - 1)]
+        given = options.get("inputs")
+        batches = [(_inputs(batch, input, given), torch.zeros(batch, dtype=torch.long, device="cpu")) for _ in range(parallel.accumulate)]
         wrapped = parallel.wrap(module)
-        step = _Step(ledger, module, wrapped, criterion, autocast, parallel, options.get("targets", False))
+        step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False))
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = _optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
+        optimizer = make_optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
         step.warm_up(batches, optimizer)
         ledger.set_kind(getattr(wrapped, "buckets", ()), Kind.GRADIENT)
         ledger.set_kind(module.parameters(), Kind.PARAMETER)
         ledger.set_kind(module.buffers(), Kind.BUFFER)
         ledger.set_kind(tensors_in(batches), Kind.INPUT)
         if optimizer is not None:
-            ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+            ledger.set_kind(state_of(optimizer), Kind.OPTIMIZER)
         stack.enter_context(_known_gradients(ledger))
         stack.enter_context(ledger)
         saved, gradient_bytes = step.run(batches, optimizer)
@@ -172,7 +175,16 @@ def _train_once(
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
-def _autocast(amp: str | None) -> AbstractContextManager[Any]:
+def _inputs(batch: int, input: tuple[int, ...], given: Sequence[Any] | None) -> Any:
+    """Random samples; or a tuple of zeros with the layouts of the tensors in `given`, plain values as they are."""
+    if given is None:
+        return torch.randn(batch, *input, device="cpu")
+    made = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").zero_() if isinstance(v, Tensor) else v for v in given)
+    return tuple(made)
+
+
+def autocast(amp: str | None) -> AbstractContextManager[Any]:
+    """The context of a step on the CPU with this dtype of autocast. Raises CostError for a dtype that there is not."""
     if amp is not None and amp not in AUTOCAST_DTYPES:
         raise CostError(f"amp is one of {', '.join(map(repr, AUTOCAST_DTYPES))} or None, found {amp!r}")
     return torch.autocast("cpu", dtype=AUTOCAST_DTYPES[amp]) if amp else nullcontext()
@@ -215,19 +227,19 @@ class _Step:
     parallel: Parallel
     targets: bool
 
-    def warm_up(self, batches: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
+    def warm_up(self, batches: Sequence[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
         """Steps that do not count. Gradients that stay allocated between steps are gradients from the start."""
         for _ in range(self.parallel.warm_up):
             _, loss = self._forward(*batches[0])
             self._differentiate(batches[0][0], loss)
             self.parallel.after_backward()
             if optimizer is not None:
-                _step(optimizer)
+                take_step(optimizer)
         if self.parallel.warm_up:
             self.ledger.set_kind(self._gradients(), Kind.GRADIENT)
             self.module.zero_grad(set_to_none=True)
 
-    def run(self, batches: Sequence[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
+    def run(self, batches: Sequence[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
         """The step that counts: what each path had saved at the end of the last forward, and the bytes of all `.grad`."""
         several = len(batches) > 1
         runs = batches if len(batches) <= 3 else (*batches[:2], batches[-1])
@@ -253,57 +265,25 @@ class _Step:
         if optimizer is not None and loss.requires_grad:
             self.ledger.start_phase("optimizer")
             self.ledger.default = Kind.SCRATCH
-            _step(optimizer)
-            self.ledger.set_kind(_state(optimizer), Kind.OPTIMIZER)
+            take_step(optimizer)
+            self.ledger.set_kind(state_of(optimizer), Kind.OPTIMIZER)
             optimizer.zero_grad(set_to_none=True)
         del output
         return saved, gradient_bytes
 
-    def _forward(self, x: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+    def _forward(self, x: Any, target: Tensor) -> tuple[Any, Tensor]:
         with _explained(x), self.autocast:
             output, local = self.wrapped(x, target) if self.targets else (self.wrapped(x), None)
             total = self.criterion(output, target)
             return output, total if local is None else total + local
 
     @staticmethod
-    def _differentiate(x: Tensor, loss: Tensor) -> None:
+    def _differentiate(x: Any, loss: Tensor) -> None:
         with _explained(x):
             torch.autograd.backward(loss)
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
-
-
-def _optimizer(optimizer: Optimizer, options: Mapping[str, Any] | None, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer as it is between two steps, with its state; it takes one step with gradients of zero to get that."""
-    if optimizer is None or not trained:
-        return None
-    if isinstance(optimizer, str):
-        from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # re-exported without saying so
-
-        try:
-            made = create_optimizer_v2(trained, opt=optimizer, lr=1e-3, **{"momentum": 0.9, **(options or {})})
-        except Exception as error:
-            raise CostError(f"optimizer {optimizer!r} cannot be made: {error}", fix="timm.optim.list_optimizers() lists them") from error
-    else:
-        made = optimizer(trained)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    _step(made)
-    made.zero_grad(set_to_none=True)
-    return made
-
-
-def _step(optimizer: torch.optim.Optimizer) -> None:
-    try:
-        optimizer.step()
-    except Exception as error:
-        what = f"the optimizer {type(optimizer).__name__} cannot step without values: {error}"
-        raise CostError(what, fix="Forecast with another, or with None") from error
-
-
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return tensors_in(list(optimizer.state.values()))
 
 
 def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int) -> Cost:
@@ -367,7 +347,7 @@ def _known_gradients(ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(x: Tensor | None = None) -> Iterator[None]:
+def _explained(x: Any = None) -> Iterator[None]:
     """What a step on the batch `x` raises, or copying the module for one."""
     try:
         yield
@@ -381,6 +361,7 @@ def _explained(x: Tensor | None = None) -> Iterator[None]:
     except Exception as error:
         what, fix = "the module cannot be copied", "copy.deepcopy(module) must work"
         if x is not None:
-            what = f"the module does not take a batch of shape {tuple(x.shape)}"
+            shapes = " and ".join(str(tuple(t.shape)) for t in tensors_in(x))
+            what = f"the module does not take a batch of shape {shapes}"
             fix = "Check the input's shape, and that the module trains on it"
         raise CostError(f"{what}: {type(error).__name__}: {error}", fix=fix) from error

@@ -3,12 +3,14 @@
 Nothing is ever downloaded. A missing file is one error that says where it was expected and what belongs there.
 """
 
+import gzip
 import hashlib
 import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.data.arrow import open_arrow
+from graphopt.data.idx import open_idx
 from graphopt.data.shards import open_shards
 from graphopt.errors import RunError, did_you_mean
 
@@ -63,17 +66,25 @@ _DIGITS = tuple("0123456789")
 
 def _digits(_: Path, split: str) -> Split:
     """1,797 handwritten digits, 8x8 grey (scikit-learn's copy of UCI's optdigits test set). Every fifth of a class is held out."""
-    from sklearn.datasets import load_digits  # a second to import, and only this data set needs it
-
-    bunch = load_digits()
-    pixels = np.clip(np.rint(bunch.images * (255 / 16)), 0, 255).astype(np.uint8)
+    table = _digits_table()
+    images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
+    pixels = np.clip(np.rint(images * (255 / 16)), 0, 255).astype(np.uint8)
     rank = np.empty(len(pixels), dtype=np.int64)  # how many of its class come before a sample
     for label in range(10):
-        members = bunch.target == label
+        members = labels == label
         rank[members] = np.arange(members.sum())
     chosen = (rank % 5 != 4) == (split == "train")
-    targets = bunch.target[chosen].tolist()
+    targets = labels[chosen].tolist()
     return Split([(Image.fromarray(image), target) for image, target in zip(pixels[chosen], targets, strict=True)], targets, _DIGITS)
+
+
+def _digits_table() -> Any:
+    """(1797, 65) int64: 64 pixels in 0..16, then the class. Read without scikit-learn's code, which takes a second to import."""
+    package = find_spec("sklearn")
+    assert package is not None  # a dependency
+    assert package.origin is not None
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz") as file:
+        return np.array(file.read().replace(b"\n", b",").strip(b",").split(b","), dtype=np.int64).reshape(-1, 65)
 
 
 def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
@@ -82,6 +93,15 @@ def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
         images = factory(str(root), download=False, **({"split": split} if by_split else {"train": split == "train"}))
         targets = images.targets if hasattr(images, "targets") else images.labels
         return Split(images, [int(target) for target in targets], getattr(images, "classes", _DIGITS))
+
+    return open_split
+
+
+def _idx(family: Any) -> Callable[[Path, str], Split]:
+    def open_split(root: Path, split: str) -> Split:
+        prefix = "train" if split == "train" else "t10k"
+        images = open_idx(root / family.__name__ / "raw", prefix, len(family.classes))
+        return Split(images, images.targets.tolist(), family.classes)
 
     return open_split
 
@@ -155,9 +175,9 @@ SOURCES = {
     "cifar100": Source(_torchvision(datasets.CIFAR100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": Source(_torchvision(datasets.STL10), _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "svhn": Source(_torchvision(datasets.SVHN), _SVHN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), ("train", "test", "extra")),
-    "mnist": Source(_torchvision(datasets.MNIST), _MNIST.format("MNIST"), (0.1307,), (0.3081,)),
-    "fashion_mnist": Source(_torchvision(datasets.FashionMNIST), _MNIST.format("FashionMNIST"), (0.2860,), (0.3530,)),
-    "kmnist": Source(_torchvision(datasets.KMNIST), _MNIST.format("KMNIST"), (0.1918,), (0.3483,)),
+    "mnist": Source(_idx(datasets.MNIST), _MNIST.format("MNIST"), (0.1307,), (0.3081,)),
+    "fashion_mnist": Source(_idx(datasets.FashionMNIST), _MNIST.format("FashionMNIST"), (0.2860,), (0.3530,)),
+    "kmnist": Source(_idx(datasets.KMNIST), _MNIST.format("KMNIST"), (0.1918,), (0.3483,)),
     "imagenette": Source(_folder, f"imagenette2/ (or -320, -160) with {_CLASSES}", splits=_HELD_OUT),
     "imagenet": Source(_folder, _CLASSES, splits=_HELD_OUT),
     "folder": Source(_folder, _CLASSES, splits=()),

@@ -91,6 +91,7 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         number = self.chosen[index]
         try:
             image, target = self.images[number]
+            image.load()  # a file in memory may be decoded only now
         except Exception as error:  # Pillow raises anything, by format
             return Unreadable(self._name(number), first_line(error))
         if not self.deterministic:

@@ -8,7 +8,6 @@ and kept in the user's cache folder.
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.errors import RunError, first_line, listed
-from graphopt.files import write_atomically
+from graphopt.files import cache_folder, write_atomically
 
 #: changes with what an index holds
 FORMAT_VERSION = 1
@@ -100,7 +99,7 @@ def _check_numbers(shards: Iterable[Path]) -> None:
 def _index(shard: Path) -> list[Sample]:
     """What a shard holds; from the cache if it has not changed since it was indexed."""
     key = hashlib.sha256(json.dumps([FORMAT_VERSION, *_stamp(shard)]).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "graphopt" / "shards" / f"{key}.json"
+    cache = cache_folder("shards") / f"{key}.json"
     with suppress(OSError, ValueError, TypeError):
         return [(str(member), int(offset), int(size), int(label)) for member, offset, size, label in json.loads(cache.read_bytes())]
     samples = _scan(shard)

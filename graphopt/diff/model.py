@@ -157,11 +157,12 @@ class PassInfo:
 
 @dataclass(frozen=True)
 class SectionBox:
-    """Rows that run as one unit; `local`: with a loss and a backward pass of its own."""
+    """Rows that run as one unit; `local`: with a loss and a backward pass of its own. `rank`: of a chain, the one that trains it."""
 
     name: str
     rows: tuple[str, ...]
     local: bool
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

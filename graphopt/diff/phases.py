@@ -7,6 +7,9 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.diff.align import Diff, align
 from graphopt.diff.view import backbone_view, plan_view
+from graphopt.spec import TrainSpec
+from graphopt.train.assignment import runs_of
+from graphopt.train.modules import check_modules
 
 #: with more phases than this, costs are worked out for the first and the last only (a step is forecast for each)
 COSTED = 12
@@ -21,13 +24,18 @@ class PhaseDiff:
     diff: Diff
 
 
-def phase_diffs(plan: Plan, decisions: Sequence[Decision] | None = None, *, epochs: int | None = None) -> tuple[PhaseDiff, ...]:
+def phase_diffs(
+    plan: Plan, decisions: Sequence[Decision] | None = None, *, epochs: int | None = None, ranks: int | None = None
+) -> tuple[PhaseDiff, ...]:
     """One diff per phase, the first at epoch 0; a plan whose passes all act from the start has one.
 
     Args:
         plan: in its first phase, compiled with costs where costs are to be shown.
         decisions: of a run; None takes those that need no measurement. epochs: length of the run, where the spec does not say.
+        ranks: show which of so many ranks of a chain trains each local module. Raises RunError where there are fewer modules.
     """
+    if ranks:
+        check_modules(plan, _training(plan), ranks)
     before = backbone_view(plan)
     phases = plan.phases(epochs or _epochs(plan, decisions or ()), decisions)
     found = []
@@ -36,8 +44,13 @@ def phase_diffs(plan: Plan, decisions: Sequence[Decision] | None = None, *, epoc
         if plan.report.before and later is not plan and (len(phases) <= COSTED + 1 or number == len(phases) - 1):
             later = plan.advance_to(later.decisions, verify="off", costs=True)
         label = "; ".join(_label(plan, d) for d in phase.decisions) or "start"
-        found.append(PhaseDiff(phase.start, label, align(before, plan_view(later, epoch=phase.start))))
+        runs = runs_of(later, _training(plan), ranks) if ranks else ()
+        found.append(PhaseDiff(phase.start, label, align(before, plan_view(later, epoch=phase.start, runs=runs))))
     return tuple(found)
+
+
+def _training(plan: Plan) -> TrainSpec:
+    return plan.spec.train if plan.spec is not None else TrainSpec()
 
 
 def _epochs(plan: Plan, decisions: Sequence[Decision]) -> int:

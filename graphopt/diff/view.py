@@ -1,5 +1,6 @@
 """A backbone as it is, or a plan in one of its phases, as rows: put together from what passes declared and the editor recorded."""
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
@@ -25,17 +26,19 @@ def backbone_view(plan: Plan, title: str | None = None) -> ModelView:
     return _ViewBuilder(plan, plan.base, plan.report.before).build(title or _backbone_name(plan), None)
 
 
-def plan_view(plan: Plan, title: str | None = None, epoch: int | None = None) -> ModelView:
-    """A plan in its phase."""
+def plan_view(plan: Plan, title: str | None = None, epoch: int | None = None, runs: Sequence[range] = ()) -> ModelView:
+    """A plan in its phase; `runs` are the local modules of each rank of a chain, if it trains on one."""
     file = _spec_file(plan)
     # The spec of a run is called by the run's folder.
     name = title or plan.name or (file.parent.name if file.name == "spec.toml" else file.stem) or _backbone_name(plan)
-    return _ViewBuilder(plan, plan.graph, plan.report.after).build(name, epoch)
+    return _ViewBuilder(plan, plan.graph, plan.report.after, runs).build(name, epoch)
 
 
 class _ViewBuilder:
-    def __init__(self, plan: Plan, graph: Graph, cost: Cost | None) -> None:
+    def __init__(self, plan: Plan, graph: Graph, cost: Cost | None, runs: Sequence[range] = ()) -> None:
         self.plan, self.base, self.graph, self.cost = plan, plan.base, graph, cost
+        #: of each local module, the rank; a chain begins at the highest
+        self.ranks = dict(enumerate(len(runs) - 1 - place for place, run in enumerate(runs) for _ in run))
         self.rewritten = graph is not plan.base
         self.records = Records(plan, graph)
 
@@ -58,19 +61,21 @@ class _ViewBuilder:
         boxes: list[SectionBox] = []
         section_of: dict[str, str] = {}
         active = activations(self.graph)
+        local = itertools.count()
         for section in self.graph.sections:
+            rank = self.ranks.get(next(local)) if section.target else None
             inside = Counter(row.name for n in section.nodes if n in active and (row := self.records.of(n)))
             rows = [r for r in self.records.rows if inside[r.name] and 2 * inside[r.name] >= sum(n in active for n in r.nodes)]
             names = tuple(r.name for r in rows)
             if names:
-                boxes.append(SectionBox(section.name, names, section.target))
+                boxes.append(SectionBox(section.name, names, section.target, rank))
             if rows and section.target:
                 section_of |= dict.fromkeys(names, section.name)
                 rows[-1].statuses.add(Status.ISOLATED)
                 rows[-1].passes.add(section.author.index)
         if section_of:
             others = tuple(r.name for r in self.records.rows if r.name not in section_of and r.nodes)
-            boxes.append(SectionBox(LAST_MODULE, others, True))
+            boxes.append(SectionBox(LAST_MODULE, others, True, self.ranks.get(next(local))))
             section_of |= dict.fromkeys(others, LAST_MODULE)
         section_of |= {r.name: section_of[r.attached_to] for r in self.records.rows if r.attached_to in section_of}
         return tuple(boxes), section_of

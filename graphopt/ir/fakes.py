@@ -86,7 +86,11 @@ def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake CPU tensor of the same shape, strides, dtype and kind; parameters on the meta device count as on the CPU."""
     with unset_fake_temporarily():
         fake = new_fake(mode, tensor.shape, tensor.stride(), tensor.dtype)
-    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        if isinstance(tensor, nn.Parameter):
+            # What nn.Parameter makes of it, without a detour through the dispatcher.
+            fake.requires_grad_(tensor.requires_grad)
+            fake._is_param = True
+    return fake
 
 
 def _kind_of(func: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 from torch import fx
 from torch.fx import Node
 
+from graphopt.ir.copying import copy_with
+from graphopt.ir.module import TrainingModule
 from graphopt.ir.paths import lineage
 from graphopt.ir.section import Section
 from graphopt.ir.shapes import propagate_shapes
@@ -108,10 +109,13 @@ class Graph:
 
     def clone(self) -> Graph:
         """A deep copy, weights and sections included."""
-        module = copy.deepcopy(self.module)
+        copies: dict[Node, Node] = {}
+        nodes = fx.Graph()
+        for node in self.nodes:
+            copies[node] = nodes.node_copy(node, lambda n: copies[n])
+        module = TrainingModule(copy_with(self.module), nodes, self.module._get_name())
         other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.aliases, self.untouched)
-        by_name = {node.name: node for node in module.graph.nodes}
-        other.sections = [replace(s, nodes=tuple(by_name[n.name] for n in s.nodes)) for s in self.sections]
+        other.sections = [replace(s, nodes=tuple(copies[n] for n in s.nodes)) for s in self.sections]
         return other
 
     def refresh(self) -> None:

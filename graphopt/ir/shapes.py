@@ -3,9 +3,8 @@
 import copy
 import functools
 import inspect
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import FunctionType
@@ -18,23 +17,14 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import TraceError, first_line
-from graphopt.ir.fakes import FakeMode, as_fake
-from graphopt.runtime.body import bodies
+from graphopt.ir.copying import fake_copy
+from graphopt.ir.fakes import FakeMode
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
 
-
-#: the most numbers that one sample may hold: 256 MiB in float32
-MOST_NUMBERS = 2**26
-
-
-def check_input(input: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one sample; raises ValueError if it is beyond memory."""
-    if min(input, default=0) < 1 or math.prod(input) > MOST_NUMBERS:
-        shown = ", ".join(str(size) if abs(size) < 10**9 else "..." for size in input[:8])
-        raise ValueError(f"one sample of shape ({shown}) must hold between 1 and {MOST_NUMBERS:,} numbers")
-    return input
+#: an image of fewer positions is small: what a run takes on it is the time of its calls
+FEW_POSITIONS = 64 * 64
 
 
 def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
@@ -78,6 +68,21 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             raise TraceError(what, where=where, fix=fix) from error
 
 
+def smaller_input(nodes: Iterable[fx.Node], input: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A sample so small that the smallest plane of activations of more than one position is two positions wide or high.
+
+    None where that is not smaller, the sample is no image, or it has few positions anyway. Not every backbone takes it (position
+    embeddings have one size): running it tells. `nodes` have their shapes.
+    """
+    if len(input) != 3 or input[1] * input[2] <= FEW_POSITIONS:
+        return None
+    values = (n.meta.get("val") for n in nodes)
+    widths = [size for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 for size in v.shape[2:] if size > 1]
+    smallest = min(widths, default=2)
+    channels, *sizes = input
+    return (channels, *(-(-2 * size // smallest) for size in sizes)) if smallest > 2 else None
+
+
 def forward_bytes(module: fx.GraphModule) -> int:
     """The most memory that the values of a graph with shapes take at once in a forward pass without gradients."""
     last = {i: node for node in module.graph.nodes for i in node.all_input_nodes}
@@ -114,42 +119,6 @@ def _shape_by_running(module: fx.GraphModule, node: fx.Node, args: Any, kwargs: 
         args, kwargs = pytree.tree_map(real, (args, kwargs))
         out = leaf(*args, **kwargs)
     return pytree.tree_map(lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, out)
-
-
-def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
-    """A deep copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
-    copied = copy_with(module, lambda tensor: as_fake(tensor, mode))
-    for part in (p for root in (copied, *(body for _, body in bodies(copied))) for p in root.modules()):
-        # A norm that averages all batches divides by the value of its counter, which a fake does not have. Any factor costs the same.
-        if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None:
-            part.momentum = 0.1
-    return copied
-
-
-def copy_with(module: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A deep copy of `module` with `replace(tensor)` for each tensor in it; tensors that were shared are shared again.
-
-    That covers bodies of sections, and tensors that are plain attributes of a module (alone, or in a list, tuple or dictionary).
-    """
-    # deepcopy asks the memo before it copies.
-    memo: dict[int, Any] = {}
-    for root in (module, *(body for _, body in bodies(module))):
-        for part in root.modules():
-            if isinstance(part, fx.GraphModule):
-                # It can hold fake tensors of another mode.
-                memo[id(part.meta)] = {}
-            for tensor in _tensors_of(part):
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = replace(tensor)
-    return copy.deepcopy(module, memo)
-
-
-def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for item in items:
-            if isinstance(item, torch.Tensor):
-                yield item
 
 
 @contextmanager

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.errors import BackboneError
+from graphopt.models.catalog import CIFAR_DEPTHS, names
 
-#: published depths; any depth 6n+2 works
-DEPTHS = (20, 32, 44, 56, 110)
 WIDTHS = (16, 32, 64)
 
 
@@ -50,7 +49,7 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise BackboneError(f"a CIFAR ResNet's depth is 6n+2, not {depth}", fix=f"Use one of {DEPTHS}")
+            raise BackboneError(f"a CIFAR ResNet's depth is 6n+2, not {depth}", fix=f"Use one of {CIFAR_DEPTHS}")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
@@ -115,11 +114,6 @@ class CifarVGG(nn.Module):
         return self.fc(self.features(x).mean((2, 3)))
 
 
-def names() -> list[str]:
-    """Names of the published depths and of the VGGs; `constructor` takes any other `resnet<6n+2>` too."""
-    return [*(f"resnet{depth}" for depth in DEPTHS), *LAYERS]
-
-
 def constructor(name: str) -> Callable[..., nn.Module]:
     """What makes a CIFAR ResNet (`"resnet110"`) or VGG (`"vgg11"`) from its arguments.
 
@@ -130,7 +124,7 @@ def constructor(name: str) -> Callable[..., nn.Module]:
         return partial(CifarVGG, name)
     found = re.fullmatch(r"resnet(\d+)", name)
     if found is None:
-        raise BackboneError(f"no CIFAR backbone is called {name!r}", fix=f"There are {', '.join(names())}")
+        raise BackboneError(f"no CIFAR backbone is called {name!r}", fix="There are " + ", ".join(names("cifar")))
     return partial(CifarResNet, int(found[1]))
 
 

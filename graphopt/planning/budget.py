@@ -13,11 +13,10 @@ from itertools import combinations
 from typing import Any
 
 from graphopt.compiler.measure import measure_with
-from graphopt.compiler.pass_base import Pass, PassInstance
+from graphopt.compiler.pass_base import ALL_PROPERTIES, Pass, PassInstance
 from graphopt.compiler.pipeline import Verify, match_all
 from graphopt.compiler.plan import Phase, Plan, compile_phase
 from graphopt.compiler.registry import passes as installed
-from graphopt.compiler.verify import ALL_PROPERTIES
 from graphopt.cost import Cost, CostError
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError

@@ -180,7 +180,8 @@ def forecast_run(
         found.append(phase)
         earlier = current if cached else None
     # The last evaluation batch of an epoch counts as the part that it is.
-    evaluation = _forward_cost(backbone, plan.base.input, batch, train.amp)
+    # The forward of a training step has the same FLOPs; its seconds are others.
+    evaluation = _forward_cost(backbone, plan.base.input, batch, train.amp) if rates else whole
     batches = math.ceil(train.epochs / train.eval_every) * evaluated / batch
     evaluating = int(batches * evaluation.forward_flops), _seconds(rates, evaluation, batches)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, distributed, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graphopt.errors import RunError
 from graphopt.runtime.body import bodies
 from graphopt.runtime.by_mode import ByMode
+from graphopt.runtime.loaded import loaded
 
 
 class _Sum(torch.autograd.Function):
@@ -85,7 +85,6 @@ class SyncNormAct(SyncNorm):
 
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct)
 
 
 def synchronize(module: nn.Module, device: torch.device) -> int:
@@ -93,8 +92,9 @@ def synchronize(module: nn.Module, device: torch.device) -> int:
 
     Raises RunError, before anything changes, for one that cannot: a function call, or a class with a forward of its own.
     """
-    classes = (SyncNorm, SyncNormAct) if device.type == "cpu" else (nn.SyncBatchNorm, SyncBatchNormAct)
-    forms = dict.fromkeys(_PLAIN, classes[0]) | dict.fromkeys(_WITH_ACTIVATION, classes[1])
+    forms: dict[type[nn.Module], type[nn.Module]] = dict.fromkeys(_PLAIN, SyncNorm if device.type == "cpu" else nn.SyncBatchNorm)
+    for norm in _with_activation():
+        forms[norm] = SyncNormAct if device.type == "cpu" else _with_activation()[-1]
     named = {id(m): name for name, m in module.named_modules()}
     found = list({id(m): m for m in _everything(module)}.values())
     for part in found:
@@ -106,6 +106,11 @@ def synchronize(module: nn.Module, device: torch.device) -> int:
         part.__class__ = forms[type(part)]
         part.__dict__["process_group"] = None  # all ranks
     return len(chosen)
+
+
+def _with_activation() -> tuple[type[nn.Module], ...]:
+    """Timm's norms with an activation, the synchronized one last; empty where nobody has imported timm."""
+    return loaded("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
 
 
 def _everything(module: nn.Module) -> Iterator[nn.Module]:
@@ -121,7 +126,7 @@ def _unknown(part: nn.Module) -> str | None:
         return "calls batch_norm as a function, which cannot be synchronized"
     if isinstance(part, fx.GraphModule) and any(n.target is F.batch_norm and _by_batch(n) for n in part.graph.nodes):
         return "calls batch_norm as a function, which cannot be synchronized"
-    known = type(part) in (*_PLAIN, *_WITH_ACTIVATION, SyncNorm, SyncNormAct)
+    known = type(part) in (*_PLAIN, *_with_activation(), SyncNorm, SyncNormAct)
     # Frozen forms of norms are batch norms, too; none of their parameters trains.
     if isinstance(part, _BatchNorm) and not known and any(p.requires_grad for p in part.parameters(recurse=False)):
         return f"is a {type(part).__name__}, which cannot be synchronized"

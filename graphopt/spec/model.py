@@ -3,14 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny
 
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import RunError
-from graphopt.ir.shapes import check_input
+from graphopt.ir.sample import check_input
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
@@ -284,6 +284,19 @@ class Spec(_Table):
         passes = [{"use": item.name, **item.model_dump(**options)} for item in self.passes]
         ordered: dict[str, Any] = {key: table.pop(key) for key in ("name", "verify") if key in table}
         return {**ordered, "backbone": table.pop("backbone"), "pass": passes, **table}
+
+    @property
+    def settled(self) -> bool:
+        """Whether what its passes decide follows from the spec and the backbone alone, not from the machine (`graphopt.driver.settle`)."""
+        return all(item.settled for item in self.passes)
+
+    def settles(self, other: "Spec") -> bool:
+        """Whether its passes are those of `other`, settled."""
+        return len(self.passes) == len(other.passes) and all(map(Pass.settles, self.passes, other.passes))
+
+    def with_passes(self, passes: Sequence[Pass]) -> "Spec":
+        """The same spec with other values of its passes."""
+        return self.model_copy(update={"passes": tuple(passes)})
 
     @property
     def digest(self) -> str:

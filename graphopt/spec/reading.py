@@ -14,8 +14,8 @@ from typing import Any, cast
 import tomli
 from pydantic import ValidationError
 
+from graphopt.compiler import registry
 from graphopt.compiler.pass_base import Pass
-from graphopt.compiler.registry import passes
 from graphopt.errors import BackboneError, GraphoptError, SpecError, did_you_mean
 from graphopt.models.catalog import SOURCES, default_input
 from graphopt.spec.messages import Locate, joined, spec_errors
@@ -150,9 +150,9 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
     """The pass class that a `[[pass]]` table names with `use`, and its other keys."""
     if not isinstance(item, Mapping):
         raise SpecError("expected a [[pass]] table", where=where(path))
-    use, installed_passes = item.get("use"), passes()
+    use, installed_passes = item.get("use"), registry.names()
     options = {key: value for key, value in item.items() if key != "use"}
-    known = f"There are {', '.join(sorted(installed_passes))}"
+    known = f"There are {', '.join(installed_passes)}"
     if not isinstance(use, str):
         raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=known)
     if ":" in use and not use.rpartition(":")[0].endswith(".py"):
@@ -163,7 +163,7 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
         return _pass_from_file(use, folder, trust, where((*path, "use"))), options
     if use not in installed_passes:
         raise SpecError(f"unknown pass {use!r}", where=where((*path, "use")), fix=did_you_mean(use, installed_passes) or known)
-    return installed_passes[use], options
+    return registry.load(use), options
 
 
 def _pass_from_file(use: str, folder: Path, trust: bool, where: str) -> type[Pass]:
@@ -204,18 +204,21 @@ def _named(cls: type[Pass], name: str) -> type[Pass]:
 
 
 def _complete(data: dict[str, Any], folder: Path) -> None:
-    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none."""
+    """Gives files that are found from the spec's folder their full path, and the backbone its own input shape where the spec has none.
+
+    Raises BackboneError if the source of the backbone has none of that name.
+    """
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
         if isinstance(value, str) and os.path.exists(folder / value):
             data[table] = {**data[table], key: str((folder / value).resolve())}
     backbone = data.get("backbone")
-    if isinstance(backbone, Mapping) and backbone.get("input") is None:
+    if isinstance(backbone, Mapping):
         source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))
         shape: tuple[int, ...] | None = (1,)  # any: where source or name is wrong, a missing input is no second mistake
         if source in SOURCES and isinstance(name, str):
             shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
-        if shape:
+        if shape and backbone.get("input") is None:
             data["backbone"] = {**backbone, "input": shape}
 
 

@@ -16,8 +16,9 @@ from graphopt.errors import TraceError, first_line
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
+from graphopt.ir.sample import check_input
 from graphopt.ir.section import BACKBONE, Section
-from graphopt.ir.shapes import check_input, forward_bytes, propagate_shapes, uncached
+from graphopt.ir.shapes import forward_bytes, propagate_shapes, uncached
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same, without_gradient
@@ -246,11 +247,13 @@ def _root_for(backbone: nn.Module, graph: fx.Graph, switches: Mapping[str, nn.Mo
 
 def _author_groups(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
     """The layers into which timm groups the parameters of this model (`group_matcher`), in order; empty if it does not."""
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        return ()
     from timm.models import group_parameters
 
-    matcher: Any = getattr(backbone, "group_matcher", None)
     try:
         groups = group_parameters(backbone, matcher(coarse=False))
-    except Exception:  # there is no matcher, or it does not fit its own model: blocks are found by structure instead
+    except Exception:  # it does not fit its own model: blocks are found by structure instead
         return ()
     return tuple(tuple(names) for _, names in sorted(groups.items()))

@@ -11,21 +11,17 @@ import copy
 import inspect
 import math
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
-from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.fx import Node
-from torchvision.ops import StochasticDepth, misc
 
 from graphopt.errors import TraceError
+from graphopt.runtime.loaded import loaded
 
-#: torchvision's own leaves: modules whose forward branches on data or on the mode.
-_TORCHVISION_LEAVES = (StochasticDepth, misc.FrozenBatchNorm2d)
 #: containers of torch.nn that only call their children, so that blocks can be found inside
 _TRACED_CONTAINERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
 #: layers whose output has the shape and dtype of their input: nothing needs to run to know it
@@ -112,11 +108,10 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
-        functions = tuple(f for f in get_notrace_functions() if callable(f))
-        super().__init__(autowrap_modules=(math,), autowrap_functions=(*functions, *_einops_functions()))
+        super().__init__(autowrap_modules=(math,), autowrap_functions=_library_functions())
         self.proxy_buffer_attributes = True
         self.input, self.opaque = input, frozenset(opaque)
-        self._registered = (*get_notrace_modules(), *_TORCHVISION_LEAVES, torch.jit.ScriptModule)
+        self._registered: tuple[type[nn.Module], ...] = (*_library_leaves(), torch.jit.ScriptModule)
         self._meta = meta
         #: while a node is evaluated, nothing is recorded
         self._evaluating = False
@@ -306,11 +301,16 @@ def _depends_on_batch(value: Any) -> bool:
     return type(value) is int and value != 0 and value % _BATCH == 0
 
 
-def _einops_functions() -> tuple[Callable[..., Any], ...]:
-    """Those of einops, which look into their argument's type: they become calls. Empty where nobody has imported it."""
-    einops = sys.modules.get("einops")
-    names = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack")
-    return tuple(f for name in names if callable(f := getattr(einops, name, None)))
+def _library_functions() -> tuple[Callable[..., Any], ...]:
+    """Functions that become calls: those that timm registers, and those of einops, which look into their argument's type."""
+    registered = (name for get in loaded("timm.layers._fx", "get_notrace_functions") for name in get() if callable(name))
+    return (*registered, *loaded("einops", "rearrange", "reduce", "repeat", "einsum", "pack", "unpack"))
+
+
+def _library_leaves() -> tuple[type[nn.Module], ...]:
+    """Modules whose forward branches on data or on the mode, as timm registers them, and torchvision's."""
+    registered = (leaf for get in loaded("timm.layers._fx", "get_notrace_modules") for leaf in get())
+    return (*registered, *loaded("torchvision.ops", "StochasticDepth", "FrozenBatchNorm2d"))
 
 
 def required_arguments(module: nn.Module) -> int:

@@ -1,58 +1,50 @@
-"""Which gradient-isolated modules each rank of a chain trains."""
+"""Which gradient-isolated modules each rank of a chain trains: what each takes of a step, forecast by the rates of this machine."""
 
-from collections.abc import Sequence
-from functools import cache
-
-from graphopt.compiler.emit import emit
-from graphopt.compiler.parts import singly
+from graphopt.compiler.parts import isolated_modules
 from graphopt.compiler.plan import Plan
-from graphopt.cost import forecast
+from graphopt.compiler.stages import Stage, every_module, stages
+from graphopt.cost import Cost, Rates
+from graphopt.cost.optimizer import update_of
+from graphopt.cost.partition import assign
+from graphopt.cost.ranks import Parallel
+from graphopt.cost.rates import rates_of
 from graphopt.errors import CostError
-from graphopt.ir.paths import lineage
 from graphopt.spec import TrainSpec
 
+__all__ = ["assign", "runs_of", "seconds_of", "seconds_of_stage", "step_of"]
 
-def assign(seconds: Sequence[float], ranks: int) -> tuple[range, ...]:
-    """Runs of consecutive modules, one per rank in order, such that the slowest rank is as fast as possible.
 
-    With more ranks than modules, the first runs are empty.
+def runs_of(plan: Plan, train: TrainSpec, ranks: int) -> tuple[range, ...]:
+    """The modules of each of so many ranks, in the order of the chain. Ranks take them from one of them, as they do the seconds."""
+    count = isolated_modules(plan.module)
+    return assign(seconds_of(plan, train) if count > ranks else [1.0] * count, ranks)
+
+
+def seconds_of(plan: Plan, train: TrainSpec, rates: Rates | None = None) -> list[float]:
+    """The seconds that a step of each module of a phase takes; without a forecast, all take as long.
+
+    No two measurements of `rates` are equal: where several ranks have to agree, one of them calls this. What lies before cached features
+    takes no time.
     """
-    count, empty = len(seconds), max(0, ranks - len(seconds))
-
-    @cache
-    def best(start: int, runs: int) -> tuple[float, tuple[int, ...]]:
-        """The slowest of so many runs from a module on, and where each ends."""
-        if runs == 1:
-            return sum(seconds[start:]), (count,)
-        choices = []
-        for end in range(start + 1, count - runs + 2):
-            slowest, ends = best(end, runs - 1)
-            choices.append((max(sum(seconds[start:end]), slowest), (end, *ends)))
-        return min(choices)
-
-    ends = best(0, ranks - empty)[1]
-    starts = (0, *ends[:-1])
-    return (range(0),) * empty + tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
-
-
-def seconds_of(plan: Plan, spec: TrainSpec) -> list[float]:
-    """The share of a training step that each module of a phase takes, by FLOPs; without a forecast, all take as long.
-
-    What lies before cached features takes no time.
-    """
-    cut, shape = plan.needs.features, plan.base.input
-    module = emit(plan.graph, start=cut.node).train() if cut is not None else plan.module
-    shape = tuple(cut.node.meta["val"].shape[1:]) if cut is not None else shape
-    parts = singly(plan.module)
+    runs = every_module(plan)
     try:
-        cost = forecast(module, shape, spec.micro_batch(), targets=plan.needs.targets, **spec.forecast_options())
+        rates, found = rates or rates_of(train.device, train.amp), stages(plan, runs, train.micro_batch(), train.amp)
+        return [seconds_of_stage(stage, step_of(stage, train), train, rates) for stage in found]
     except CostError:
-        return [1.0] * len(parts)
-    owner: dict[str, int] = {}
-    for number, part in enumerate(parts):
-        owner |= {path: number for path, _ in part.module.named_modules() if path}
-    found = [0.0] * len(parts)
-    for row in cost.rows:
-        known = [owner[path] for path in lineage(row.path) if path in owner]
-        found[known[-1] if known else -1] += row.forward_flops + row.backward_flops
-    return found
+        return [1.0] * len(runs)
+
+
+def step_of(stage: Stage, train: TrainSpec) -> Cost:
+    """The cost of a stage's step of `train`; of many micro-batches, three are run, as `Parallel.accumulate` says."""
+    options = train.forecast_options()
+    if train.accumulate > 1:
+        options["parallel"] = Parallel(1, lambda module: module, accumulate=train.accumulate, warm_up=0)
+    return stage.forecast(train.micro_batch(), **options)
+
+
+def seconds_of_stage(stage: Stage, step: Cost, train: TrainSpec, rates: Rates) -> float:
+    """The seconds of a stage's step, from `step_of`, all its micro-batches and the update included."""
+    trains = [p for p in stage.part.module.parameters() if p.requires_grad]
+    options = train.forecast_options()
+    update = rates.seconds(update_of(trains, options["optimizer"], options["optimizer_options"]).work) if trains else 0.0
+    return (rates.seconds(step) - update) * train.accumulate / min(train.accumulate, 3) + update

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -149,20 +150,25 @@ def read(state: dict[str, Any], run: Path, record: Mapping[str, Any], fix: str) 
 
 
 def folder_of(checkpoint: Path) -> str | None:
-    """The name of the folder that has a checkpoint's parts; None where it has none, or is damaged."""
+    """The name of the folder that has a checkpoint's parts; None where it has none, or is damaged. Raises OSError if it cannot be read."""
     try:
         # Mapped into memory, so that of a file with all tensors only the structure is read.
         record = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["parts"]
         return str(record["folder"]) if record is not None else None
-    except Exception:  # unpickling a damaged file may raise anything
+    except Exception as error:  # unpickling a damaged file may raise anything
+        if isinstance(error, (OSError, MemoryError)) or "unable to mmap" in str(error):
+            raise OSError(f"{checkpoint}: {error}") from error
         return None
 
 
 def remove_unused(run: Path, checkpoints: Collection[Path]) -> None:
-    """Removes the parts that none of the run's checkpoints has; tidying up is no reason to fail."""
+    """Removes the parts that none of the run's checkpoints has; tidying up is no reason to fail.
+
+    While a checkpoint cannot be read, nothing is removed: its parts may be whole.
+    """
     root = run / FOLDER
-    if root.is_dir():
-        used = {folder_of(path) for path in checkpoints}
+    with suppress(OSError):
+        used = {folder_of(path) for path in checkpoints} if root.is_dir() else set()
         for folder in list(root.iterdir()):
             if _NAME.fullmatch(folder.name) and folder.name not in used:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -201,7 +201,7 @@ class Phase:
         """Raises RunError unless all ranks have the same weights, bit for bit; of sharded ones each has its own part."""
         if self.strategy.peers.count > 1:
             whole = {name: p for name, p in self._parameters().items() if not is_sharded(p)}
-            self.strategy.peers.require_equal(content_digest(whole), what)
+            self.strategy.peers.require_equal({what: content_digest(whole)})
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         assert self._call is not None, "begin() comes before the first step"

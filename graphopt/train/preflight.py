@@ -1,7 +1,10 @@
 """What can be found wrong with a run before it begins: `train` stops at the first of it, `graphopt check` reports all."""
 
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,12 +13,15 @@ from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
+from graphopt.driver import settle
 from graphopt.errors import GraphoptError, RunError
-from graphopt.spec import DataSpec, TrainSpec
+from graphopt.hashing import hash_parts
+from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.modules import check_modules
+from graphopt.train.ranks import Ranks
 from graphopt.train.strategies import choose
 from graphopt.train.strategy import Strategy
 
@@ -77,6 +83,18 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
         raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
 
 
+def versions() -> dict[str, str]:
+    """The versions of what computes a step, by name."""
+    return {"torch's version": torch.__version__} | {f"{name}'s version": version(name) for name in ("timm", "graphopt")}
+
+
+def code(backbone: nn.Module) -> dict[str, str]:
+    """Digests of the source files that compute a step, by the names of their modules: the backbone's, and what is loaded of graphopt."""
+    names = {type(module).__module__ for module in backbone.modules()} | {name for name in sys.modules if name.startswith("graphopt.")}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in sorted(names)}
+    return {f"the code of {name}": hash_parts(Path(file).read_bytes()) for name, file in files.items() if file and Path(file).is_file()}
+
+
 def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
     """Raises GraphoptError unless so many processes can train the plan by the strategy that the settings name."""
     if settings.strategy == "modules":
@@ -98,3 +116,16 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
         check_strategy(plan, settings)
     except GraphoptError as error:
         yield error
+
+
+def settled(spec: Spec, settings: TrainSpec, folder: Path, ranks: Ranks, *, trust: bool) -> Spec:
+    """The spec, settled: as the run in `folder` began with it, else by what rank 0 measures for these settings; the same on all ranks."""
+    if spec.settled:
+        return spec
+    found = spec.model_copy(update={"train": settings})
+    if ranks.first:
+        with suppress(GraphoptError):  # nothing has begun there
+            begun = load(folder / "spec.toml", trust=trust)
+            found = begun if begun.settles(spec) else found
+        found = settle(found, trust=trust)
+    return spec.with_passes(loads(ranks.broadcast(dumps(found)), trust=trust).passes)

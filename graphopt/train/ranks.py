@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.rendezvous import rendezvous
 
 from graphopt.data.loader import Rank
 from graphopt.errors import GraphoptError, RunError, first_line, listed, silenced
+from graphopt.train.meeting import elastic, meet
 
 _distributed: Any = distributed  # torch does not declare all of its names
 
@@ -36,11 +36,13 @@ class Ranks(Rank):
 
     Attributes:
         local: the number among the processes of this machine, which is also the number of its GPU.
+        again: whether ranks were there before and have ended, so that the run continues from its last checkpoint; rank 0 knows it.
         members: of some of a run's ranks, their numbers in the run; empty where these are all.
     """
 
     local: int = 0
     timeout: float = field(default=300.0, compare=False)  # seconds
+    again: bool = field(default=False, compare=False)
     _store: Any = field(default=None, repr=False, compare=False)
     _group: Any = field(default=None, repr=False, compare=False)  # gloo, for values on the CPU; never used by gradients
     _owner: bool = field(default=False, repr=False, compare=False)  # whether this object has started torch.distributed
@@ -53,18 +55,17 @@ class Ranks(Rank):
         They can say who reports an error; for all else comes `connected`. Raises RunError, which names the ranks that are missing, if not
         all have come within `timeout` seconds.
         """
-        exists = distributed.is_available() and distributed.is_initialized()
+        exists, again = distributed.is_available() and distributed.is_initialized(), restarted()
         count = distributed.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", "1"))
-        if count == 1:
-            return cls()
+        if count == 1 and (exists or not elastic()):
+            return cls(again=again)
         number = distributed.get_rank() if exists else int(os.environ["RANK"])
-        # Processes that are started again may find the store of those before them.
-        part = f"graphopt/{_attempt()}/{next(_joins)}"
+        part = f"graphopt/{next(_joins)}"
         if exists:
             store = _distributed.PrefixStore(part, distributed.distributed_c10d._get_default_store())
         else:
-            store = _rendezvous(part, number, count, timeout)
-        return cls(number, count, int(os.environ.get("LOCAL_RANK", number)), timeout, store)
+            store, again = meet(part, number, count, timeout)
+        return cls(number, count, int(os.environ.get("LOCAL_RANK", number)), timeout, again, store)
 
     def connected(self, device: str) -> Self:
         """The same ranks with the groups that they communicate in; `device` is "cpu" (gloo) or "cuda" (NCCL)."""
@@ -178,14 +179,19 @@ class Ranks(Rank):
                 del mine[name]
         return self.gather(mine)
 
-    def require_equal(self, value: str, what: str) -> None:
-        """Raises RunError on every rank unless all ranks have the same text, a digest say; names the ranks that differ from rank 0."""
+    def require_equal(self, values: Mapping[str, str]) -> None:
+        """Raises RunError on every rank unless all ranks have the same texts (digests, say), by what they are; says which ranks differ.
+
+        Where a rank does not have one of rank 0's, only the others are compared.
+        """
         if self.count == 1:
             return
-        values = self.gather(value)
-        other = [str(rank) for rank, found in enumerate(values) if found != values[0]]
-        if other:
-            raise RunError(f"{what}: rank {listed(other)} differs from rank 0", where=f"{self.count} ranks")
+        known = self.gather(dict(values))
+        other = {name: [rank for rank, of in enumerate(known) if of.get(name, text) != text] for name, text in known[0].items()}
+        if different := [name for name, ranks in other.items() if ranks]:
+            which = sorted({rank for ranks in other.values() for rank in ranks})
+            what = f"{listed(different)}: rank {listed(map(str, which))} differs from rank 0"
+            raise RunError(what, where=f"{self.count} ranks", fix="Give all ranks the same files and versions")
 
     def reported(self, error: Exception) -> Exception:
         """The error to raise for one that has ended a run here: with this rank's number, or silent if another rank reports it."""
@@ -240,32 +246,6 @@ class Ranks(Rank):
 _CONTINUE = "the run continues from the last checkpoint with --resume"
 
 
-def _rendezvous(part: str, number: int, count: int, timeout: float) -> Any:
-    """The store of the processes that the environment names, when all have come."""
-    wait = timedelta(seconds=timeout)
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store, _, _ = next(rendezvous("env://", timeout=wait))
-        else:  # torch's own would wait for all processes, and not say which are missing
-            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = _distributed.TCPStore(*where, is_master=number == 0, wait_for_workers=False, timeout=wait)
-    except (RuntimeError, ValueError, KeyError) as error:
-        what = f"rank {number} of {count} does not reach the others: {first_line(error)[:200]}"
-        raise RunError(what, fix="Check that rank 0 runs, and MASTER_ADDR and MASTER_PORT; or raise train.timeout") from error
-    store = _distributed.PrefixStore(part, store)
-    store.set(f"joined/{number}", "1")
-    try:
-        store.wait([f"joined/{other}" for other in range(count)], wait)
-    except RuntimeError as error:
-        if not number:
-            time.sleep(NOTICE / 10)  # the store is in rank 0's process: the others look into it too
-        missing = [str(rank) for rank in range(count) if not store.check([f"joined/{rank}"])]
-        what = f"rank {listed(missing)} of {count} did not join within {timeout:.0f} s"
-        late = RunError(what, where=f"rank {number}", fix="Look for its own error, or raise train.timeout")
-        raise late if store.add("reported", 1) == 1 else silenced(late) from error
-    return store
-
-
 ALONE = Ranks()
 
 
@@ -275,7 +255,7 @@ class Agreement:
     More numbers may travel with it, as many on each rank; `receive` gets them of all ranks, (ranks, numbers) int64, step by step.
     """
 
-    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None]) -> None:
+    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None] = lambda _: None) -> None:
         self._ranks, self._receive = ranks, receive
         self._pending: tuple[Any, list[Tensor]] | None = None
         self._known = 0
@@ -304,10 +284,5 @@ class Agreement:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure; the run then continues from its last checkpoint."""
-    return _attempt() > 0
-
-
-def _attempt() -> int:
-    """How often torchrun has started this process again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """Whether torchrun has started this process again after a failure; `Ranks.again` knows about all processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

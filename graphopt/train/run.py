@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -34,8 +33,8 @@ from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy
-from graphopt.train.ranks import Agreement, restarted
+from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, code, settled, versions
+from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
 from graphopt.train.strategies import choose
@@ -73,9 +72,12 @@ def train(
         # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
         inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
-        ranks.require_equal(f"{digest} {settings.model_dump_json()} {torch.__version__} {version('graphopt')}", "the spec or a version")
+        ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions()})
+        if plan is None:
+            spec = settled(spec, settings, Path(out), ranks, trust=trust)
+            digest = spec.digest
         if ranks.first:
-            folder = RunFolder.claim(out, digest, resume=resume or restarted())
+            folder = RunFolder.claim(out, digest, resume=resume or ranks.again)
         else:
             folder, console = RunFolder(Path(out)), None
         starting = Starting(spec, plan, digest, settings, data, inputs, folder, trust)
@@ -151,7 +153,7 @@ class Starting:
         check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
         check_strategy(plan, settings, self.inputs.strategy.ranks.count)
         self.inputs.strategy.check(plan)
-        self.inputs.strategy.ranks.require_equal(content_digest(plan.module.state_dict()), "the initial weights")
+        self.inputs.strategy.ranks.require_equal(code(plan.backbone) | {"the initial weights": content_digest(plan.module.state_dict())})
         return plan
 
     def _context(self, plan: Plan) -> RunContext:
@@ -307,9 +309,16 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         figures: dict[str, float] = {}
+        agreed = Agreement(self.strategy.peers)  # on a stop, batch by batch
+
+        def after_batch() -> None:
+            self.log.screen.step()
+            self._stop_if_requested(agreed(self.strategy.requested(self.signals.signum or 0)))
+
         for prefix, module in self.state.phase.evaluated().items():
             self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
-            meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=self._after_evaluating)
+            meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=after_batch)
+            agreed.finish()
             figures |= {f"{prefix}loss": meter.loss, f"{prefix}accuracy": meter.accuracy}
             if not math.isfinite(meter.loss):
                 self._check_finite()  # the usual cause
@@ -320,10 +329,6 @@ class Run:
     def _lower(self) -> str:
         advice = "Lower train.optimizer.lr, set train.clip, or use bfloat16 for float16"
         return f"{advice}; the last checkpoint is from before" if self.folder.last.exists() else advice
-
-    def _after_evaluating(self) -> None:
-        self.log.screen.step()
-        self._stop_alone()
 
     def _after_filling(self, done: int, rows: int, signum: int) -> None:
         """Part of a feature cache is filled; a run that stops here continues with the rest when it is resumed."""
@@ -345,11 +350,6 @@ class Run:
         if names:
             what = f"not finite after step {self.progress.total} (epoch {self.progress.epoch}): {listed(names)}"
             raise RunError(what, where=str(self.folder.path), fix=self._lower())
-
-    def _stop_alone(self) -> None:
-        """Between steps; several ranks stop after a step, on which they agree."""
-        if self.strategy.ranks.count == 1:
-            self._stop_if_requested(self.signals.signum or 0)
 
     def _stop_if_requested(self, signum: int) -> None:
         """Raises Stopped, after writing a checkpoint, if a signal (0 is none) has requested it."""

@@ -31,23 +31,22 @@ Refuses: a prefix that is not closed, that leaves nothing to train, or that shar
 which no block can be bypassed; overlap with freeze, share or another drop.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
-import torch
 from pydantic import Field, StrictBool
-from torch.fx import Node
 
-from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, RuntimeNeeds, Selector, Status, select
-from graphopt.compiler.pass_base import FeatureCut
+from graphopt import ActiveMatch, Effects, Filter, Match, Pass, PassError, RuntimeNeeds, Selector, Status
+from graphopt.compiler.pass_base import FeatureCut, Property
 from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
-from graphopt.compiler.verify import Property
-from graphopt.ir.flow import ancestors
-from graphopt.ir.nodes import parameters_read
-from graphopt.ir.patterns import residuals
-from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
-from graphopt.passes.drop.prefix import block_cuts, bytes_per_sample, check_cut, drop_prefix, named_cut, parts_between
 from graphopt.units import Size, show_size
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from graphopt import Editor, Graph
 
 _CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "folder", "force")
 #: options that are valid in one mode only
@@ -117,6 +116,8 @@ class Drop(Pass):
 
     def _match_prefix(self, graph: Graph) -> Match[dict[str, str]]:
         """Decides the node at which the prefix ends, for each part that a trigger can drop."""
+        from graphopt.passes.drop.prefix import bytes_per_sample, parts_between
+
         cuts = self._cuts(graph)
         regions = parts_between(graph, cuts)
         match = Match(regions, {r.name: cuts[r.name].name for r in regions}, self._cache_options())
@@ -138,6 +139,8 @@ class Drop(Pass):
 
     def _cuts(self, graph: Graph) -> dict[str, Node]:
         """Where this pass can cut, by name."""
+        from graphopt.passes.drop.prefix import block_cuts, named_cut
+
         if isinstance(self.when, Steps):
             return {step.upto: named_cut(graph, step.upto) for step in self.when.steps}
         last = None if self.upto is None else {self.upto: named_cut(graph, self.upto)}
@@ -153,6 +156,8 @@ class Drop(Pass):
         return cuts
 
     def _drop_prefix(self, edit: Editor, match: ActiveMatch[dict[str, str]]) -> Effects:
+        from graphopt.passes.drop.prefix import bytes_per_sample, check_cut, drop_prefix
+
         nodes = {n.name: n for n in edit.graph.nodes}
         cuts = [check_cut(edit.graph, nodes.get(match.decision[name]), name) for name in match.names]
         last = match.names[-1]
@@ -167,6 +172,10 @@ class Drop(Pass):
 
     def _match_bypass(self, graph: Graph) -> Match[dict[str, float]]:
         """Decides which blocks are bypassed, and the probability of each where that is at random."""
+        from graphopt.ir.patterns import residuals
+        from graphopt.ir.select import select
+        from graphopt.passes.drop.bypass import find_each, removal
+
         selected = select(Filter(blocks=True) if self.select is None else self.select, graph)
         match: Match[dict[str, float]] = Match(selected, {})
         found = find_each(residuals if self.probability else removal, match.regions, graph, match)
@@ -180,6 +189,13 @@ class Drop(Pass):
         return match
 
     def _bypass(self, edit: Editor, match: ActiveMatch[dict[str, float]]) -> Effects:
+        import torch
+
+        from graphopt.ir.flow import ancestors
+        from graphopt.ir.nodes import parameters_read
+        from graphopt.ir.patterns import residuals
+        from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
+
         effects = Effects()
         if self.probability is not None:
             for name, sums in find_each(residuals, match.regions, edit.graph, effects).items():

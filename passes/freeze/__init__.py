@@ -21,16 +21,18 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
     when = { epoch = 10 }
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import StrictBool
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Selector, Status, select
-from graphopt.compiler.pass_base import Candidate
-from graphopt.compiler.verify import Property
-from graphopt.ir.blocks import disjoint_parts
-from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, freeze_scope, use_lean_operators
+from graphopt import ActiveMatch, Effects, Match, Pass, PassError, Selector, Status
+from graphopt.compiler.pass_base import Candidate, Property
+
+if TYPE_CHECKING:
+    from graphopt import Editor, Graph
 
 
 class Freeze(Pass):
@@ -54,6 +56,9 @@ class Freeze(Pass):
     lean: StrictBool = True
 
     def match(self, graph: Graph) -> Match[None]:
+        from graphopt.ir.select import select
+        from graphopt.passes.freeze.edits import freeze_scope
+
         match: Match[None] = Match(select(self.select, graph))
         scope = freeze_scope(graph, match.regions)
         if not scope.parameters:
@@ -72,6 +77,8 @@ class Freeze(Pass):
         return match
 
     def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
+        from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, freeze_scope, use_lean_operators
+
         scope = freeze_scope(edit.graph, match.regions)
         if scope.tied or not scope.parameters:
             raise PassError("the selection cannot be frozen alone", where=next(iter(match.names), None))
@@ -93,6 +100,8 @@ class Freeze(Pass):
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
+        from graphopt.ir.blocks import disjoint_parts
+
         names = [r.name for r in disjoint_parts(graph) if r.parameters]
         for share in (0.25, 0.5, 0.75):
             prefix = tuple(names[: max(1, round(share * len(names)))])

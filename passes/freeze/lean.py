@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm_act import BatchNormAct2d
-from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from graphopt.passes.freeze import activations, operators
 from graphopt.runtime.by_mode import AlwaysEval
+from graphopt.runtime.loaded import loaded
 
 Method = Callable[..., Tensor]
 
@@ -33,6 +31,8 @@ def _conv(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _conv_same(self: Any, x: Tensor) -> Tensor:
+    from timm.layers.padding import pad_same
+
     x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
     return operators.conv(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
@@ -69,7 +69,6 @@ def _eval_instance_norm(self: Any, input: Tensor) -> Tensor:
 
 #: original class -> its forward in the lean form; for a convolution, its `_conv_forward`
 _LEAN: dict[type[nn.Module], Method] = {
-    Conv2dSame: _conv_same,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
     nn.Linear: lambda self, input: operators.linear(input, self.weight, self.bias),
@@ -86,10 +85,12 @@ _LEAN: dict[type[nn.Module], Method] = {
 }
 #: the same in eval semantics: by the running statistics in both modes, and they stay as they are
 _EVAL: dict[type[nn.Module], Method] = {
-    BatchNormAct2d: _eval_batch_norm_act,
     **dict.fromkeys((nn.SyncBatchNorm, _BatchNorm), _eval_batch_norm),
     _InstanceNorm: _eval_instance_norm,
 }
+#: the same for classes of timm, by module and name: a network that has one has imported it
+_TIMM_LEAN = {("timm.layers.conv2d_same", "Conv2dSame"): _conv_same}
+_TIMM_EVAL = {("timm.layers.norm_act", "BatchNormAct2d"): _eval_batch_norm_act}
 #: what these replace, where it is not `forward`
 _REPLACED = {_conv: "_conv_forward", _eval_instance_norm: "_apply_instance_norm"}
 
@@ -131,12 +132,12 @@ def frozen_form(module: nn.Module, *, lean: bool, inside: bool = False) -> nn.Mo
     if isinstance(module, _Frozen) and (module.lean or not lean):
         return None
     if isinstance(getattr(module, "running_mean", None), Tensor):
-        method = _method_for(module, _EVAL)
+        method = _method_for(module, _TIMM_EVAL, _EVAL)
         # The act of a BatchNormAct2d follows at once on a fresh tensor: in place or not is all the same.
         return _become(module, method, lean, _changed_children(module, lean, inside=method is not _eval_batch_norm_act))
     if _moves_its_buffers(module):
         return _become(module, None, lean, _changed_children(module, lean))
-    method = _method_for(module, _LEAN) if lean else None
+    method = _method_for(module, _TIMM_LEAN, _LEAN) if lean else None
     if method is not None and not (inside and getattr(module, "inplace", False)):
         return _become(module, method, lean, {})
     children = _changed_children(module, lean)
@@ -161,9 +162,10 @@ def _changed_children(module: nn.Module, lean: bool, inside: bool = True) -> dic
     return {name: form for name, form in forms.items() if form is not None}
 
 
-def _method_for(module: nn.Module, table: Mapping[type[nn.Module], Method]) -> Method | None:
+def _method_for(module: nn.Module, of_timm: Mapping[tuple[str, str], Method], table: Mapping[type[nn.Module], Method]) -> Method | None:
     cls = original_class(module)
-    for original, method in table.items():
+    known = [(original, method) for (file, name), method in of_timm.items() for original in loaded(file, name)]
+    for original, method in (*known, *table.items()):
         if issubclass(cls, original):
             # A subclass with a forward of its own computes something else.
             names = ("forward", _REPLACED.get(method, "forward"))

@@ -19,20 +19,24 @@ alone, with the reason in the report (`neighbours.py` has the rule, with its exc
     every = 4
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
 import pydantic
 from pydantic import Field, StrictBool, StrictFloat
-from torch import Tensor
 
-from graphopt import ActiveMatch, Editor, Effects, Filter, Graph, Match, Pass, PassError, SelectError, Selector, Status, select
-from graphopt.ir.paths import owner
-from graphopt.ir.regions import region_of
-from graphopt.passes.share.mix import Mixture, compute_mixtures, fit_mixtures, replace_weights
-from graphopt.passes.share.neighbours import Boundary, Decision, Mode, SharedBlock, match_neighbours
-from graphopt.passes.share.surrogate import NotShareable, Part, is_norm, put_surrogate
+from graphopt import ActiveMatch, Effects, Filter, Match, Pass, PassError, SelectError, Selector, Status
+from graphopt.passes.share.options import Boundary, Mode, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphopt import Editor, Graph
+    from graphopt.passes.share.mix import Mixture
+    from graphopt.passes.share.neighbours import Decision, SharedBlock
 
 
 class Share(Pass):
@@ -76,6 +80,10 @@ class Share(Pass):
         return data
 
     def match(self, graph: Graph) -> Match[Decision]:
+        from graphopt.ir.select import select
+        from graphopt.passes.share.neighbours import match_neighbours
+        from graphopt.passes.share.surrogate import is_norm
+
         regions = select(Filter(blocks=True) if self.select is None else self.select, graph)
         selected = regions[self.every - 1 :: self.every] if self.every else regions
         if not selected:
@@ -102,6 +110,11 @@ class Share(Pass):
         return match
 
     def rewrite(self, edit: Editor, match: ActiveMatch[Decision]) -> Effects:
+        from graphopt.ir.paths import owner
+        from graphopt.ir.regions import region_of
+        from graphopt.passes.share.mix import compute_mixtures, fit_mixtures, replace_weights
+        from graphopt.passes.share.surrogate import NotShareable, put_surrogate
+
         module, effects, per_tensor = edit.graph.module, Effects(), self.scalars == "parameter"
         keys, before = set(module.state_dict()), sum(p.numel() for p in module.parameters())
         mixtures: list[Mixture] = []

@@ -17,15 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal
 
 from graphopt import Graph, Match, Region
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.patterns import attention_path, shape_of
-from graphopt.passes.share.surrogate import NotShareable, Part, check_mixable, inside, is_norm, part_of, surrogate_of
-
-Boundary = Literal["skip", "nearest", "one-sided"]
-Mode = Literal["mix", "surrogate"]
+from graphopt.passes.share.options import Boundary, Mode, Part
+from graphopt.passes.share.surrogate import NotShareable, check_mixable, inside, is_norm, part_of, surrogate_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import operator
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import nn
@@ -32,8 +31,8 @@ from graphopt import Editor, Graph, Region
 from graphopt.ir.nodes import leaf, parameters_of
 from graphopt.ir.paths import is_below, owner
 from graphopt.ir.patterns import Residual, attention_path, shape_of, weighted_sums
+from graphopt.passes.share.options import Part
 
-Part = Literal["attention", "mlp", "all"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: a partial convolution works on one channel in so many
 PARTIAL = 4

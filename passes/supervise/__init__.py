@@ -18,37 +18,33 @@ regions that the graph cannot be cut after, more modules than there are cuts for
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
-import functools
-import math
+from __future__ import annotations
+
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
-import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor, fx, nn
-from torch.fx import Node
 
-from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, PassError, Region, RuntimeNeeds, SelectError, Status
-from graphopt.compiler.pass_base import Candidate
+from graphopt import ActiveMatch, Effects, Match, Pass, PassError, RuntimeNeeds, SelectError, Status
+from graphopt.compiler.pass_base import Candidate, Property
 from graphopt.compiler.triggers import Start
-from graphopt.compiler.verify import Property
-from graphopt.cost.attribution import Attribution
-from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.partition import BATCH, Table, by_memory, peaks, pieces_of
-from graphopt.ir.fakes import FakeMode
-from graphopt.ir.flow import cut_points
-from graphopt.ir.nodes import parameters_of
-from graphopt.ir.partition import CutCandidate, by_stage, cut_candidates, evenly, explicit, named_region
-from graphopt.ir.shapes import fake_copy
-from graphopt.passes.supervise import decoders
-from graphopt.passes.supervise.auxiliary import Auxiliary, Boundary, Difference, HeadKind, Weights, build_head
-from graphopt.passes.supervise.layout import ActivationLayout, layout_of
-from graphopt.passes.supervise.local import BOUNDARY, INPUT, LocalModule, Span, compile_modules, is_number, nodes_between
+from graphopt.passes.supervise.options import Difference, HeadKind, Structure
+from graphopt.units import Size
 
-__all__ = ["LocalModule", "Supervise", "Weighting", "compile_modules"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.fx import Node
+
+    from graphopt import Editor, Graph
+    from graphopt.cost.partition import Table
+    from graphopt.cost.rates import TimedStep
+    from graphopt.ir.partition import CutCandidate
+    from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
+    from graphopt.passes.supervise.balance import Build
+    from graphopt.passes.supervise.layout import ActivationLayout
 
 #: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
 #: seeds (tools/tables/supervise_accuracy.md)
@@ -87,7 +83,9 @@ class Supervise(Pass):
         modules: number of modules (K), the last one included.
         balance: how the cuts are chosen: "blocks" (as many blocks in each module), "memory" (the lowest predicted peak of a step, heads
             and decoders included; without `modules`, as many as bring it within 10 % of the lowest), "stage" (where the resolution
-            changes; without `modules`, at every stage).
+            changes; without `modules`, at every stage), "time" (the slowest module's step as fast as can be, by rates measured on the
+            machine, for the batch, optimizer and amp of [train]; measured once: the cuts are then written beside it, and stay).
+        limit: of balance = "time": the most that a process with one module may hold in a step ("2 GiB"), forecast.
         cuts: instead: regions to cut after, `["layers.0", "layers.1"]`, or the names of cuts that a report or an error lists.
         decoder: "features" (rebuilds the module's own input), "image" (the network's input, InfoPro), "none" (greedy).
         structure: of the features decoder: "linear" (default; each position predicts the patch of the input at its place; for wide
@@ -112,10 +110,11 @@ class Supervise(Pass):
     position: ClassVar[Literal["first", "anywhere", "last"]] = "first"
 
     modules: Annotated[int, Field(ge=2, strict=True)] | None = None
-    balance: Literal["blocks", "memory", "stage"] = "blocks"
+    balance: Literal["blocks", "memory", "stage", "time"] = "blocks"
+    limit: Size | None = None
     cuts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     decoder: Literal["features", "image", "none"] = "features"
-    structure: decoders.Structure = "linear"
+    structure: Structure = "linear"
     fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
     head: HeadKind = "pool"
@@ -127,7 +126,14 @@ class Supervise(Pass):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
+        if self.limit is not None and self.balance != "time":
+            raise ValueError('limit bounds the modules of balance = "time"')
+        if self.balance == "time":
+            if self.modules is None:
+                raise ValueError('balance = "time" needs modules = K')
+            if self.cuts is not None and len(self.cuts) != self.modules - 1:
+                raise ValueError(f"modules = {self.modules} has {self.modules - 1} cuts; leave out cuts to have them chosen again")
+        elif self.cuts is not None and (self.modules is not None or self.balance != "blocks"):
             raise ValueError("cuts gives the cuts; leave out modules and balance")
         if self.cuts is None and self.modules is None and self.balance == "blocks":
             raise ValueError('give modules = K, or cuts = [...], or balance = "memory" or "stage"')
@@ -139,6 +145,10 @@ class Supervise(Pass):
 
     def match(self, graph: Graph) -> Match[tuple[Cut, ...]]:
         """Chooses the cuts; the regions are the auxiliary modules (all but the last)."""
+        from graphopt.ir.nodes import parameters_of
+        from graphopt.ir.regions import Region
+        from graphopt.passes.supervise.local import nodes_between
+
         self._classes(graph)
         regions, cuts, start = [], [], graph.placeholder
         for number, candidate in enumerate(self.choose_cuts(graph), start=1):
@@ -156,30 +166,68 @@ class Supervise(Pass):
                 fix = 'Use structure = "linear"' if self.structure == "conv" else "Cut elsewhere, or leave it out"
                 match.refuse(region.name, problem, fix)
             match.note(region.name, f"{len(region.parameters)} parameter tensors; its output is {source}")
+        if self.balance == "time":
+            match.note("cuts", "they were chosen by seconds measured on a machine; cuts = [...] in the spec or in Python keeps them")
         channels = graph.input[0]
         for option, values in (("mean", self.mean), ("std", self.std)):
             if self.decoder == "image" and values is not None and len(values) != channels:
                 match.refuse(option, f"the image has {channels} channels, {option} has {len(values)} values")
         return match
 
+    @property
+    def settled(self) -> bool:
+        """Whether the cuts follow from the graph alone; not those by time, until they are written down."""
+        return self.balance != "time" or self.cuts is not None
+
+    def settle(self, graph: Graph, step: TimedStep) -> Self:
+        """With the cuts by time written down."""
+        from graphopt.cost.partition import by_largest
+        from graphopt.ir.partition import cut_candidates, require_parts
+        from graphopt.passes.supervise.balance import predicted_seconds
+
+        if self.settled:
+            return self
+        assert self.modules is not None
+        candidates = cut_candidates(graph)
+        require_parts(candidates, self.modules)
+        image = self.decoder == "image"
+        table = predicted_seconds(graph, self._build(graph), step, image=image, limit=self.limit, modules=self.modules)
+        return self.model_copy(update={"cuts": tuple(c.label for c in by_largest(candidates, table, self.modules))})
+
     def choose_cuts(self, graph: Graph) -> tuple[CutCandidate, ...]:
         """Where it cuts a graph that nothing has changed. A PassError says where it can be cut, if not as the options want it."""
+        from graphopt.cost.partition import by_largest
+        from graphopt.ir.partition import by_stage, cut_candidates, evenly, explicit
+
+        if not self.settled:
+            raise PassError('balance = "time" depends on the machine', fix="Settle the pass (graphopt.compile does), or give cuts")
         candidates = cut_candidates(graph)
         if self.cuts is not None:
             return explicit(graph, candidates, self.cuts)
         if self.balance == "stage":
             return by_stage(graph, candidates, self.modules)
         if self.balance == "memory":
-            return by_memory(candidates, self.peaks(graph), self.modules)
+            return by_largest(candidates, self.peaks(graph), self.modules)
         assert self.modules is not None
         return evenly(graph, candidates, self.modules)
 
     def peaks(self, graph: Graph) -> Table:
         """The predicted peak of each module between two cut candidates; measured once for all numbers of modules."""
-        alike = self.model_copy(update={"modules": None, "balance": "memory", "cuts": None, "when": Start()})
+        alike = self.model_copy(update={"modules": None, "balance": "memory", "limit": None, "cuts": None, "when": Start()})
         return graph.cached(_Peaks(alike))
 
+    def _build(self, graph: Graph) -> Build:
+        from graphopt.passes.supervise.auxiliary import Weights
+
+        def build(output: ActivationLayout, goal: ActivationLayout) -> Auxiliary | None:
+            fits = self._incompatibility(output, goal) is None
+            return self.auxiliary(graph, output, goal, Weights(1.0, 1.0)) if fits else None
+
+        return build
+
     def _incompatibility(self, source: ActivationLayout, goal: ActivationLayout) -> str | None:
+        from graphopt.passes.supervise import decoders
+
         if self.head == "conv" and source.grid is None:
             return f"a convolutional head needs a map, and the graph shows no grid for {source}"
         if self.decoder == "none":
@@ -188,9 +236,13 @@ class Supervise(Pass):
 
     def _layouts(self, graph: Graph, start: Node, end: Node) -> tuple[ActivationLayout, ActivationLayout]:
         """Of a module's output, and of what its decoder rebuilds."""
+        from graphopt.passes.supervise.layout import layout_of
+
         return layout_of(graph, end), layout_of(graph, graph.placeholder if self.decoder == "image" else start)
 
     def _classes(self, graph: Graph) -> int:
+        from torch import Tensor, fx
+
         if self.classes is not None:
             return self.classes
         value: Any = fx.node.map_arg(graph.output.args[0], lambda n: n.meta.get("val"))
@@ -202,6 +254,9 @@ class Supervise(Pass):
         return value.shape[1]
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
+        from graphopt.passes.supervise.auxiliary import Boundary
+        from graphopt.passes.supervise.local import BOUNDARY, INPUT, Span, is_number
+
         graph, effects = edit.graph, Effects(needs=RuntimeNeeds(targets=True), to_original_state=_without_auxiliary)
         if (other := next((s.author for s in graph.sections if s.target), None)) is not None:
             what, fix = (
@@ -238,6 +293,10 @@ class Supervise(Pass):
 
     def _initialized(self, graph: Graph, index: int, count: int, source: ActivationLayout, goal: ActivationLayout) -> Auxiliary:
         """A module's auxiliary part with initial weights, on the device and in the dtype of the backbone."""
+        import torch
+
+        from graphopt.passes.supervise.auxiliary import Weights
+
         # A single auxiliary module takes the first's weights, as InfoPro's code does.
         ends = (self.weights.reconstruct, self.weights.classify)
         reconstruct, classify = (first + (last - first) * index / max(1, count - 1) for first, last in ends)
@@ -253,6 +312,8 @@ class Supervise(Pass):
 
     def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
         """The head and the decoder of a module whose output has the layout `source`."""
+        from graphopt.passes.supervise.auxiliary import Auxiliary, build_head
+
         classes = self._classes(graph)
         # The decoder first: a seed's initial weights depend on the order.
         decoder = self._decoder(source, goal) if weights.reconstruct > 0 and self.decoder != "none" else None
@@ -263,6 +324,8 @@ class Supervise(Pass):
         return Auxiliary(head, decoder, weights, classes, difference, temperature if self.head == "contrast" else None)
 
     def _decoder(self, source: ActivationLayout, goal: ActivationLayout) -> nn.Module:
+        from graphopt.passes.supervise import decoders
+
         if self.decoder == "features":
             return decoders.build(self.structure, source, goal, self.fraction or FRACTION)
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -274,7 +337,9 @@ class Supervise(Pass):
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
         """A few numbers of modules, balanced by memory, with the other options of the spec's own pass."""
-        chosen = ("use", "modules", "balance", "cuts")
+        from graphopt.ir.flow import cut_points
+
+        chosen = ("use", "modules", "balance", "limit", "cuts")
         others = {key: value for key, value in current.table().items() if key not in chosen} if current else {}
         for count in (2, 3, 4, 6, 8):
             if count <= len(cut_points(graph)):
@@ -288,41 +353,17 @@ class _Peaks:
     value: Supervise
 
     def __call__(self, graph: Graph) -> Table:
-        nodes = [graph.placeholder, *(c.node for c in cut_candidates(graph))]
-        layouts = [layout_of(graph, n) for n in nodes]
-        shapes = {layout: tuple(n.meta["val"].shape[1:]) for n, layout in zip(nodes, layouts, strict=True)}
+        from graphopt.passes.supervise.balance import predicted_peaks
 
-        @functools.cache
-        def highest(output: ActivationLayout, entry: ActivationLayout) -> float:
-            goal = layouts[0] if self.value.decoder == "image" else entry
-            if self.value._incompatibility(output, goal) is not None:
-                return math.inf
-            with torch.device("meta"):
-                auxiliary = self.value.auxiliary(graph, output, goal, Weights(1.0, 1.0))
-            return _auxiliary_peak(auxiliary, shapes[output], shapes[goal])
-
-        return peaks(pieces_of(graph), 4 * BATCH * math.prod(graph.input), lambda first, last: highest(layouts[last + 1], layouts[first]))
-
-
-def _auxiliary_peak(auxiliary: Auxiliary, output: tuple[int, ...], goal: tuple[int, ...]) -> int:
-    """Bytes that an auxiliary part adds at its highest, forward and backward, for `BATCH` samples."""
-    mode = FakeMode()
-    ledger = Ledger(Attribution())
-    part = fake_copy(auxiliary, mode).train()
-    with mode:
-        h, x = torch.empty(BATCH, *output, requires_grad=True), torch.empty(BATCH, *goal)
-        target = torch.zeros(BATCH, dtype=torch.long)
-        ledger.set_kind((*part.parameters(), *part.buffers(), h, x, target), Kind.PARAMETER)
-        with ledger:
-            gradients = torch.autograd.grad(part(h, x, target), [h, *part.parameters()], allow_unused=True)
-            ledger.set_kind([g for g in gradients[1:] if g is not None], Kind.GRADIENT)
-            del gradients
-        ledger.close()
-    return ledger.peak((Kind.ACTIVATION,))[0]
+        return predicted_peaks(graph, self.value._build(graph), image=self.value.decoder == "image")
 
 
 def _resolve(graph: Graph, cut: Cut) -> Node:
     """The node of a cut in a graph that earlier passes may have changed."""
+    from torch import Tensor
+
+    from graphopt.ir.partition import named_region
+
     named = [n for n in graph.nodes if n.name == cut.node and isinstance(n.meta.get("val"), Tensor)]
     with suppress(SelectError):
         ends = named or named_region(graph, cut.label).exits

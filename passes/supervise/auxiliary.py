@@ -6,7 +6,7 @@ convolution with norm and ReLU, global pooling, two linear layers with a ReLU be
 and every step, and must not cost what the module saves.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from graphopt.errors import RunError
 from graphopt.passes.supervise.decoders import ImageDecoder
 from graphopt.passes.supervise.layout import ActivationLayout
-
-Difference = Literal["l1", "l2", "bce"]
+from graphopt.passes.supervise.options import Difference, HeadKind
 
 #: first scale of the local loss under float16; GradScaler's 2**16 overflows in the pooled head, whose features are normalised
 FLOAT16_SCALE = 2.0**12
@@ -24,7 +23,6 @@ FLOAT16_SCALE = 2.0**12
 HIDDEN = 128
 #: most positions per side that the convolution gives; it takes every k-th row and column of a larger map. InfoPro's largest.
 LARGEST_SIDE = 16
-HeadKind = Literal["pool", "norm-pool", "conv", "contrast"]
 
 
 class Weights(NamedTuple):

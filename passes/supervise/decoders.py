@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.passes.supervise.layout import ActivationLayout
-
-Structure = Literal["pointwise", "linear", "conv", "transformer"]
+from graphopt.passes.supervise.options import Structure
 
 #: channels between the image decoder's two convolutions, InfoPro's
 IMAGE_HIDDEN = 12

@@ -17,7 +17,7 @@ from graphopt.cost import CostError, forecast, measure
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Ledger
 from graphopt.cost.step import BLOCK
-from graphopt.ir.shapes import fake_copy
+from graphopt.ir.copying import fake_copy
 
 MIB = 2**20
 # Small inputs: the storages' arithmetic does not depend on the size, the test's time does.

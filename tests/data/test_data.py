@@ -217,6 +217,29 @@ def test_damaged_files_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.Mon
         opened((3, 32, 32), name="cifar10", root=str(tmp_path))
 
 
+#: of an idx file: which, what happens to it, and the message
+DAMAGED_IDX: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "dimensions": ("train-images-idx3", lambda b: b[:3] + b"\x13" + b[4:], "is damaged"),
+    "type": ("train-labels-idx1", lambda b: b[:2] + b"\x28" + b[3:], "is damaged"),
+    "count": ("t10k-images-idx3", lambda b: b[:4] + b"\x80" + b[5:], "is damaged"),
+    "size": ("train-images-idx3", lambda b: b[:-1], "is damaged"),
+    "header": ("train-labels-idx1", lambda b: b[:5], "is damaged"),
+    "fewer": ("train-labels-idx1", lambda b: b[:7] + b"\x13" + b[8:-1], "has 19 labels, train-images-idx3-ubyte has 20 images"),
+    "label": ("t10k-labels-idx1", lambda b: b[:-1] + b"\x89", "has label 137, there are 10 classes"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_IDX)
+def test_a_damaged_idx_file_is_named(tmp_path: Path, what: str) -> None:
+    formats.idx(tmp_path, "MNIST")
+    name, damage, message = DAMAGED_IDX[what]
+    file = tmp_path / "MNIST" / "raw" / f"{name}-ubyte"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RunError, match=message) as caught:
+        opened((3, 32, 32), name="mnist", root=str(tmp_path))
+    assert str(file) in str(caught.value)
+
+
 @pytest.mark.parametrize("inside", ["", "imagenette2-320"])
 @pytest.mark.parametrize("splits", [("train", "val"), ("train", "validation"), ("training", "test")])
 def test_folders_of_images(tmp_path: Path, inside: str, splits: tuple[str, str]) -> None:

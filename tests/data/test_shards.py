@@ -195,3 +195,19 @@ def test_what_is_wrong_with_arrow_folders(tmp_path, arrow, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RunError, match=r"pip install graphopt\[arrow\]"):
         open_data(_spec("arrow", arrow), (3, 8, 8), 0)
+
+
+def test_an_image_in_a_shard_that_is_damaged_is_named(tmp_path):
+    """Its member is whole: it is decoded only when it is used."""
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
+            for number, image in enumerate(images()[:2]):
+                file = io.BytesIO()
+                image.save(file, "jpeg")
+                for name, content in ((f"{number}.jpg", file.getvalue()[: 400 if number else None]), (f"{number}.cls", b"0")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(RunError, match="the image cannot be read") as caught:
+        open_data(_spec("webdataset", tmp_path), (3, 8, 8), 0).train[0, 1]
+    assert str(caught.value).startswith(f"{tmp_path / 'train-0.tar'}, 1.jpg: ")

@@ -15,9 +15,11 @@ from torch import nn
 from graphopt.cli import main
 from graphopt.diff import diff
 from graphopt.diff.align import group_name
+from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render import picture as pictures
 from graphopt.diff.render.picture import to_svg
 from graphopt.errors import RunError
+from graphopt.passes.supervise import Supervise
 from tests.diff.passes import Blend, Ice, Part, Say, Skip
 from tests.diff.plans import plan
 from tests.support.backbones import Residual
@@ -51,6 +53,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def picture() -> str:
     strange = Say(select="fc", status="frozen", detail={"why": EVIL})
     return to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
+
+
+def test_local_modules_have_the_colour_and_the_number_of_their_rank() -> None:
+    made = plan(Supervise(modules=2))
+    boxes = [e.get("class") for e in ElementTree.fromstring(to_svg(phase_diffs(made, ranks=2))).iter("{http://www.w3.org/2000/svg}g")]
+    assert [c for c in boxes if c and c.startswith("box")] == ["box local rank1", "box local rank0"]
+    text = to_svg(phase_diffs(made, ranks=2))
+    assert "local module 1 · rank 1: stem" in text
+    assert "last module · rank 0: " in text
+    assert "rank" not in to_svg(phase_diffs(made)).split("</style>")[1]
+    with pytest.raises(RunError, match="2 gradient-isolated modules for 3 processes"):
+        phase_diffs(made, ranks=3)
 
 
 def test_svg_is_well_formed_and_holds_every_block_as_text() -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import distributed
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 
-from graphopt import GraphoptError
+import graphopt
+from graphopt import GraphoptError, Plan
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
-from graphopt.train import train
+from graphopt.train import preflight, train
 from graphopt.train.ranks import Ranks
 from tests.distributed import cases
 from tests.support.ranks import run_ranks
@@ -31,20 +36,68 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
     "accumulate": (lambda _: {"accumulate": 5}, "a batch of 12 does not divide into 2 processes with 5 micro-batches each. Use 10 or 20"),
     "single": (lambda _: {"strategy": "single"}, 'strategy = "single" is one process, 2 were started'),
     "device": (lambda _: {"device": "cuda:99"}, "torch finds no device cuda:99"),
-    "settings": (lambda rank: {"seed": rank}, "the spec or a version: rank 1 differs from rank 0"),
+    "settings": (lambda rank: {"seed": rank}, "its settings: rank 1 differs from rank 0"),
     "optimizer": (lambda _: {"optimizer": {"name": "sgdd"}}, "sgdd"),
+}
+
+
+class _FunctionNorm(nn.BatchNorm2d):
+    """A norm with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class _CallsNorm(nn.Module):
+    """A norm without a module."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, None, None, self.weight, self.bias, True)
+
+
+def _other_code(rank: int, folder: Path) -> Plan:
+    """A network with the same weights on both ranks, and another forward."""
+    source = folder / f"code-{rank}" / "a_network.py"
+    source.parent.mkdir()
+    head = "from tests.support.backbones import Small\nclass Net(Small):\n    def forward(self, x):\n        return super().forward(x)"
+    source.write_text(f"{head} * {rank + 1}\n")
+    sys.path.insert(0, str(source.parent))
+    torch.manual_seed(0)
+    net = importlib.import_module("a_network").Net(norm=cases.GROUPS).double()
+    return graphopt.compile(net, [], input=small.SHAPE, verify="off", costs=False)
+
+
+#: networks (of one rank, where they differ) that are refused, settings, and the message
+PLANS: dict[str, tuple[Callable[[int, Path], Plan], dict[str, Any], str]] = {
+    "spec": (lambda rank, _: cases.plan((Freeze(select=f"blocks.{rank}"),)), {}, "the spec: rank 1 differs from rank 0"),
+    "code": (_other_code, {}, "the code of a_network: rank 1 differs from rank 0"),
+    "weights": (lambda rank, _: cases.plan(seed=rank), {}, "the initial weights: rank 1 differs from rank 0"),
+    "own norm": (lambda *_: cases.plan(norm=_FunctionNorm), {"sync_norm": True}, "is a _FunctionNorm, which cannot be synchronized"),
+    "called norm": (
+        lambda *_: cases.plan(norm=_CallsNorm),
+        {"sync_norm": True},
+        "calls batch_norm as a function, which cannot be synchronized",
+    ),
 }
 
 
 def _refused(rank: int, folder: Path) -> None:
     for name, (settings, _) in REFUSED.items():
-        with pytest.raises(GraphoptError) as refused:
-            train(cases.plan(), folder / name, settings=small.settings(**{"batch": 12, **settings(rank)}), data=cases.data())
-        _tell(folder, name, rank, refused.value)
-    plan = cases.plan((Freeze(select=f"blocks.{rank}"),))
+        _refuse(rank, folder, name, cases.plan(), settings(rank))
+    for name, (make, settings, _) in PLANS.items():
+        _refuse(rank, folder, name, make(rank, folder), settings)
+    with mock.patch.object(preflight, "version", lambda name: f"1.{rank}" if name == "timm" else "1"):
+        _refuse(rank, folder, "version", cases.plan(), {})
+
+
+def _refuse(rank: int, folder: Path, name: str, plan: Plan, changes: dict[str, Any]) -> None:
     with pytest.raises(GraphoptError) as refused:
-        train(plan, folder / "spec", settings=small.settings(batch=12), data=cases.data())
-    _tell(folder, "spec", rank, refused.value)
+        train(plan, folder / name, settings=small.settings(**{"batch": 12, **changes}), data=cases.data())
+    _tell(folder, name, rank, refused.value)
 
 
 def _tell(folder: Path, name: str, rank: int, error: GraphoptError) -> None:
@@ -60,13 +113,15 @@ def _told(folder: Path, name: str, ranks: Sequence[int] = (0, 1)) -> tuple[str, 
 
 def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
     run_ranks(_refused, tmp_path)
-    for name, expected in {name: message for name, (_, message) in REFUSED.items()}.items():
+    expected = {name: message for name, (*_, message) in (REFUSED | PLANS).items()} | {
+        "version": "timm's version: rank 1 differs from rank 0"
+    }
+    for name, part in expected.items():
         message, codes = _told(tmp_path, name)
-        assert expected in message
+        assert part in message
         assert message.startswith("rank "), message
         assert codes == [2, 2]
         assert not (tmp_path / name).exists()
-    assert "rank 1 differs from rank 0" in _told(tmp_path, "spec")[0]
 
 
 class _Failing:
@@ -161,14 +216,15 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
 
 
 def _join(rank: int, port: int, attempt: int) -> None:
-    """Meets the other rank at a store that outlives both, and dies without a farewell."""
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    """Meets the other ranks at a store that outlives all, and dies without a farewell. Not all agents have counted the failure."""
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt * rank)}
     os.environ.update({**agent, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     ranks = Ranks.join(20).connected("cpu")
-    os._exit(9 if ranks.gather(rank) == [0, 1] else 1)
+    known = ranks.gather((rank, ranks.again))
+    os._exit(9 if known == [(number, not number and attempt > 0) for number in range(ranks.count)] else 1)
 
 
 def test_ranks_that_are_started_again_do_not_meet_those_before_them() -> None:
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for attempt in range(2):
-        run_ranks(_join, store.port, attempt, ranks=2, ends=9, group=False)
+    for attempt, ranks in enumerate((3, 2, 1)):
+        run_ranks(_join, store.port, attempt, ranks=ranks, ends=9, group=False)

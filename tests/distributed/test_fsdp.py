@@ -71,13 +71,14 @@ def test_ranks_compute_what_one_process_computes(tmp_path: Path, cases: dict[str
 
 
 def test_a_run_goes_on_with_other_ranks_and_strategies(tmp_path: Path) -> None:
-    """One epoch each: ddp on 2 ranks, fsdp on 3 and on 2, each with checkpoints in parts, one process."""
+    """One epoch each, from checkpoints in parts where parameters are: fsdp on 2 ranks and on 3, ddp on 2, one process, fsdp on 2."""
     common = {"scheduler": "constant", "eval_every": 1, "ema": 0.9}
     folder = tmp_path / "changing"
-    for epochs, (strategy, ranks) in enumerate([("ddp", 2), ("fsdp", 3), ("fsdp", 2)], 1):
+    for epochs, (strategy, ranks) in enumerate([("fsdp", 2), ("fsdp", 3), ("ddp", 2)], 1):
         run_ranks(resume_with, str(folder), strategy, epochs, ranks=ranks)
     runs.run(folder, [Supervise(modules=2)], **common, epochs=4, resume=True)
-    runs.run(tmp_path / "one", [Supervise(modules=2)], **common, epochs=4)
+    run_ranks(resume_with, str(folder), "fsdp", 5)
+    runs.run(tmp_path / "one", [Supervise(modules=2)], **common, epochs=5)
     one, changing = runs.saved(tmp_path / "one"), runs.saved(folder)
     for part in ("model", "optimizer", "ema"):
         assert runs.distance(one[part], changing[part]) <= EXACT

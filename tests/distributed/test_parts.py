@@ -12,10 +12,11 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter  # type: ignore[attr-defined]  # re-exported without saying so
 
 from graphopt import GraphoptError, RunError
+from graphopt.hashing import content_digest
 from graphopt.passes.freeze import Freeze
 from graphopt.train import export_run
 from graphopt.train.checkpoint import load_checkpoint
-from graphopt.train.parts import FOLDER, folder_of
+from graphopt.train.parts import FOLDER, folder_of, remove_unused
 from tests.distributed import runs
 from tests.support.ranks import run_ranks
 
@@ -30,7 +31,6 @@ COMMON: dict[str, Any] = {
     "scheduler": "constant",
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "whole": {"strategy": "fsdp"},
     "parts": {"strategy": "fsdp", "checkpoint_format": "sharded"},
     "parts, async": {"strategy": "fsdp", "checkpoint_format": "sharded", "checkpoint_async": True},
     "replicated": {"strategy": "ddp", "checkpoint_format": "sharded", "checkpoint_async": True},
@@ -71,8 +71,9 @@ class _full_disk_on:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run on two ranks, with each kind of checkpoint."""
+    """The same run by one process, and by two ranks with each kind of checkpoint."""
     folder = tmp_path_factory.mktemp("written")
+    runs.run(folder / "whole", PASSES, **COMMON)
     run_ranks(_write, str(folder))
     return folder
 
@@ -90,12 +91,12 @@ def parts_of(checkpoint: Path) -> list[Path]:
 
 def test_parts_hold_what_a_whole_file_holds(written: Path) -> None:
     whole = load_checkpoint(written / "whole" / "last.pt")
-    for name in RUNS:
-        found = load_checkpoint(written / name / "last.pt")
-        assert found.keys() == whole.keys()
-        within = runs.EXACT if name == "replicated" else 0.0
-        for part in ("phase", "history", "buffers", "decisions"):
-            assert runs.distance(found[part], whole[part]) <= within, (name, part)
+    found = {name: load_checkpoint(written / name / "last.pt") for name in RUNS}
+    for name, content in found.items():
+        assert content.keys() == whole.keys()
+        for part in ("model", "optimizer", "ema"):
+            assert runs.distance(content["phase"][part], whole["phase"][part]) <= runs.EXACT, (name, part)
+    assert content_digest(found["parts"]["phase"]) == content_digest(found["parts, async"]["phase"])
 
 
 def test_each_rank_writes_its_part_and_none_is_left_over(written: Path) -> None:
@@ -146,8 +147,25 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(run: Path, written: 
     assert "previous.pt" in str(raised.value)
     (run / FOLDER / "step-00000099").mkdir()  # of a save that was interrupted
     runs.run(run, PASSES, **COMMON, resume=True)
-    assert runs.distance(runs.saved(run), load_checkpoint(written / "whole" / "last.pt")["phase"]) <= runs.EXACT
+    for part in ("model", "optimizer", "ema"):
+        assert runs.distance(runs.saved(run)[part], runs.saved(written / "whole")[part]) <= runs.EXACT
     assert set(os.listdir(run / FOLDER)) <= {folder_of(path) for path in run.glob("*.pt")}, "only those that are still kept"
+
+
+def test_parts_stay_while_a_checkpoint_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(os.listdir(run / FOLDER))
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(torch, "load", refused)
+    remove_unused(run, list(run.glob("*.pt")))
+    assert set(os.listdir(run / FOLDER)) == before
+    monkeypatch.undo()
+    for path in run.glob("*.pt"):
+        path.write_bytes(b"damaged")
+    remove_unused(run, list(run.glob("*.pt")))
+    assert not (run / FOLDER).exists()
 
 
 def test_a_backbone_is_exported_from_parts(run: Path, tmp_path: Path) -> None:

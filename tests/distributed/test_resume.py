@@ -31,10 +31,11 @@ def _settings(**changes: Any) -> TrainSpec:
     return small.settings(**{"epochs": 2, "batch": 12, "ema": 0.9, "optimizer": cases.ADAMW, "log_every": 1, **changes})
 
 
-def _data(stop: int = 0) -> Data:
-    data = cases.data(training=48)
-    if stop:
-        data.train.transform = small.Counting(data.train.transform, stop)
+def _data(stop: int = 0, *, evaluating: int = 0) -> Data:
+    """With `stop`, this process gets a signal when it reads that training image; with `evaluating`, at that image of an evaluation."""
+    data = cases.data(training=48, evaluation=60)
+    for samples, after in ((data.train, stop), (data.evaluation, evaluating)):
+        samples.transform = small.Counting(samples.transform, after)
     return data
 
 
@@ -46,6 +47,26 @@ def _stopped_on_one_rank(rank: int, folder: Path) -> None:
         assert stopped.value.exit_code == 143, stopped.value
         (folder / f"{name}-{rank}").write_text(str(stopped.value.silent))
     train(_plan(seed=7, **HARD), folder / "bits", settings=_settings(), data=_data(), resume=True)
+    _stopped_soon(rank, folder / "soon")
+
+
+def _stopped_soon(rank: int, folder: Path) -> None:
+    """How long a stop takes, which one rank alone is asked for: a step of training, a batch of evaluation; then to the end."""
+    total = 0
+    for number in (2, 1, 2):
+        data = _data(stop=6 * (number - 1) + 1 if rank == 1 else 0)  # in this step of the sitting
+        with pytest.raises(Stopped):
+            train(_plan(**HARD), folder, settings=_settings(), data=data, resume=True)
+        if rank == 0:  # which has written the checkpoint
+            done = cases.content(folder)["progress"]["total"]
+            assert done - total <= number + 1
+            total = done
+    data = _data(evaluating=7 if rank == 1 else 0)  # in the second of five batches
+    with pytest.raises(Stopped):
+        train(_plan(**HARD), folder, settings=_settings(), data=data, resume=True)
+    assert -data.evaluation.transform.left + (7 if rank == 1 else 0) <= 3 * 6
+    assert rank or cases.content(folder)["progress"]["epoch"] == 1
+    train(_plan(**HARD), folder, settings=_settings(), data=_data(), resume=True)
 
 
 def _go_on(_rank: int, folder: Path) -> None:
@@ -57,6 +78,7 @@ def test_ranks_go_on_after_a_stop(tmp_path: Path) -> None:
     whole, bits = (cases.content(tmp_path / name) for name in ("whole", "bits"))
     for part in ("phase", "history", "buffers", "decisions"):
         assert cases.distance(whole[part], bits[part])[0] == 0, part
+        assert cases.distance(whole[part], cases.content(tmp_path / "soon")[part])[0] == 0, part
     assert [(r["step"], r["loss"]) for r in small.records(tmp_path / "bits", "step")] == [
         (r["step"], r["loss"]) for r in small.records(tmp_path / "whole", "step")
     ]

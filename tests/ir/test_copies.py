@@ -8,7 +8,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from graphopt.ir.shapes import fake_copy, tensors_in
+from graphopt.ir.copying import fake_copy
+from graphopt.ir.shapes import tensors_in
 from graphopt.runtime.body import NoGrad, bodies
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from graphopt.driver import build_backbone as build
 from graphopt.errors import BackboneError, WeightsError
-from graphopt.models.catalog import names
-from graphopt.models.cifar_resnet import DEPTHS, CifarResNet
+from graphopt.models.catalog import CIFAR_DEPTHS, names
+from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.models.weights import load_weights, to_safetensors
 from graphopt.spec import BackboneSpec, resolve
 
@@ -39,7 +39,7 @@ def test_cifar_resnets_of_other_shapes(depth: int, classes: int, channels: int, 
 
 
 def test_every_published_depth_is_listed() -> None:
-    assert names("cifar") == [*(f"resnet{depth}" for depth in DEPTHS), "vgg11", "vgg13", "vgg16", "vgg19"]
+    assert names("cifar") == [*(f"resnet{depth}" for depth in CIFAR_DEPTHS), "vgg11", "vgg13", "vgg16", "vgg19"]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.passes.supervise import Supervise, compile_modules
+from graphopt.passes.supervise import Supervise
 from graphopt.passes.supervise.decoders import build, incompatibility, position_at
 from graphopt.passes.supervise.layout import ActivationLayout
+from graphopt.passes.supervise.local import compile_modules
 from tests.passes.supervise_steps import compiled
 from tests.support.backbones import Small
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.cost import forecast
 from graphopt.errors import RunError
-from graphopt.passes.supervise import LocalModule, Supervise, compile_modules
+from graphopt.passes.supervise import Supervise
+from graphopt.passes.supervise.local import LocalModule, compile_modules
 from tests.support.backbones import Small
 
 CUTS = ("blocks.0", "blocks.2")

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from pathlib import Path
+
 import pytest
+import torch
+from torch import distributed, nn
 
 import graphopt
 from graphopt.cost import measure
+from graphopt.data.loader import ImageFeed, open_data
 from graphopt.errors import RunError
 from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
-from graphopt.planning.ranks import forecast_ranks, sharded
-from graphopt.spec import TrainSpec
+from graphopt.planning.ranks import forecast_ranks, sharded, trained_part
+from graphopt.runtime.shards import local
+from graphopt.spec import DataSpec, TrainSpec
+from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.fsdp import Sharded
+from graphopt.train.ranks import Ranks
+from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
 from tests.support.ranks import run_ranks
 
@@ -63,8 +76,9 @@ PASSES = {
     "share": [Share(every=2)],
     "supervise": [Supervise(modules=2)],
     "checkpoint": [Checkpoint(segments=2)],
+    "drop": [Drop(upto="blocks.0", when="start", force=True)],
 }
-SHARDED = TRAIN.model_copy(update={"strategy": "fsdp", "accumulate": 2})
+SHARDED = TRAIN.model_copy(update={"strategy": "fsdp", "accumulate": 2, "ema": 0.9})
 
 
 def figures(step):
@@ -73,17 +87,54 @@ def figures(step):
 
 
 def plan_of(name):
-    return graphopt.compile(Small(drop=0.0), PASSES[name], input=(3, 8, 8), verify="off", costs=False)
+    model = Small(drop=0.0, norm=partial(nn.GroupNorm, 2))
+    return next(iter(graphopt.compile(model, PASSES[name], input=(3, 8, 8), verify="off", costs=False).phases(1))).plan
+
+
+def stored(module):
+    """Bytes of the storages of a module's tensors, of sharded ones this rank's."""
+    storages = (local(tensor).untyped_storage() for tensor in (*module.parameters(), *module.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def exchanged_sizes(plan, ranks):
+    """Bytes of each message of an epoch by which ranks give each other cached features."""
+    samples = open_data(DataSpec(name="digits", train_limit=48, eval_limit=4), (3, 8, 8), 0).train
+    images = ImageFeed(samples, SHARDED.batch, rank=ranks, accumulate=SHARDED.accumulate)
+    strategy = Strategy(torch.device("cpu"), ranks=ranks)
+    feed, _, record = FeatureCache(images, strategy, folder=Path("unused"), digest="", identity={}).prepare(plan, {})
+    assert record["kept"]
+    sizes, real = [], distributed.all_to_all_single
+    distributed.all_to_all_single = lambda received, *more, **options: (sizes.append(received.nbytes), real(received, *more, **options))
+    list(feed.batches(0))
+    distributed.all_to_all_single = real
+    return sizes
 
 
 def check(rank, forecasts):
+    ranks = Ranks.join(60).connected("cpu")
     for name, expected in forecasts.items():
         plan = plan_of(name)
+        trained = trained_part(plan, None)
         options = {**SHARDED.forecast_options(), "targets": plan.needs.targets, "parallel": sharded(plan, SHARDED, 2, "gloo")}
         # A thread of gloo may hold a message a moment longer than it is needed: one of three steps shows what is.
-        found = [figures(measure(plan.module, (3, 8, 8), SHARDED.micro_batch(2), **options)) for _ in range(3)]
-        assert rank or expected in found, name  # rank 0 has the largest parts
+        found = [figures(measure(trained.module, trained.input, SHARDED.micro_batch(2), **options)) for _ in range(3)]
+        assert rank or figures(expected.step) in found, name  # rank 0 has the largest parts
+        averages = copy.deepcopy(plan.module)
+        Sharded.of(SHARDED).with_ranks(ranks).wrap_average(averages, plan)
+        assert rank or stored(averages) == expected.kept.averages, name
+        if expected.exchanged is not None:
+            assert exchanged_sizes(plan, ranks) == [*expected.exchanged.sizes] * 8
+            assert expected.exchanged.calls == SHARDED.accumulate
 
 
 def test_fsdp_equals_real_ranks_for_every_pass():
-    run_ranks(check, {name: figures(forecast_ranks(plan_of(name), SHARDED, ranks=2).phases[0].step) for name in PASSES})
+    """Steps, averaged weights and the exchange of cached features."""
+    forecasts = {name: forecast_ranks(plan_of(name), SHARDED, ranks=2, samples=48).phases[0] for name in PASSES}
+    dropped = forecasts["drop"]
+    assert dropped.feature_bytes == 24 * 8 * 8 * 8 * 4
+    assert sum(dropped.peak_parts.values()) == dropped.peak_bytes > dropped.step.peak_bytes
+    plan = plan_of("drop")
+    assert dropped.kept.prefix + stored(plan.suffix) == stored(plan.module) == dropped.kept_alone.averages
+    assert dropped.sent(2, "gloo") > sum(m.sent(2, "gloo") for m in dropped.step.collectives)
+    run_ranks(check, forecasts)

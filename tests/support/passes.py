@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from graphopt import ActiveMatch, Editor, Effects, Graph, Match, Pass, Selector, Status, select
-from graphopt.compiler.verify import ALL_PROPERTIES, Property
+from graphopt.compiler.pass_base import ALL_PROPERTIES, Property
 from graphopt.runtime.body import Body
 
 

@@ -47,7 +47,7 @@
       let group = groups[groups.length - 1];
       if (!group || group.key !== key) {
         const nth = groups.filter((g) => g.key.split("#")[0] === key).length;
-        group = { key: nth ? key + "#" + (nth + 1) : key, local: !!section, title: "", section: section ? section.name : null, stage: first.stage, folds: [], rows: [] };
+        group = { key: nth ? key + "#" + (nth + 1) : key, local: !!section, rank: section ? section.rank : null, title: "", section: section ? section.name : null, stage: first.stage, folds: [], rows: [] };
         if (nth) group.key = key + "#" + (nth + 1);
         groups.push(group);
       }
@@ -59,7 +59,7 @@
       if (group.local) number += 1;
       const own = group.rows.filter((r) => !r.attached_to);
       const range = own.length ? own[0].name + (own.length > 1 ? " … " + own[own.length - 1].name : "") : "";
-      group.title = group.local ? (group.section === "last module" ? "last module" : "local module " + number) + (range ? ": " + range : "") : group.stage;
+      group.title = group.local ? (group.section === "last module" ? "last module" : "local module " + number) + (group.rank === null ? "" : " · rank " + group.rank) + (range ? ": " + range : "") : group.stage;
       const shut = group.rows.length > 1 && (state.closed.has(group.key) || (state.level === "stages" && !state.open.has(group.key)));
       if (shut) {
         group.cards = [{ id: "g:" + group.key, type: "group", name: group.title, rows: group.rows, group: group.key, open: false, nodes: [] }];

@@ -189,7 +189,7 @@
     for (const c of picture.cards.values()) if (c.type !== "end") for (const when of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, when) || 0);
     for (const b of picture.boxes) {
       const single = b.group.rows.length === 1, title = fit(b.title, 1.25 * (b.width - 30), 12, "bold", "middle");
-      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: b.local ? "box local" : "box", html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20"${sized(title, b.width - 30, 12, "bold")}>${esc(title)}</text></g>`) });
+      pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: (b.local ? "box local" : "box") + (b.group.rank === null ? "" : " rank" + (b.group.rank % 4)), html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20"${sized(title, b.width - 30, 12, "bold")}>${esc(title)}</text></g>`) });
     }
     for (const r of picture.routes) {
       const cls = ["edge", r.kind === "before" ? "gone" : "", r.live ? "live" : "", r.attached ? "attached" : ""].join(" ").trim();

@@ -1,0 +1,97 @@
+"""What an emitted module computes on random input: run when a check asks for it, and remembered.
+
+One module is checked twice, after the pass that made it and before the next one. Both use the same runs.
+"""
+
+import io
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.ir.copying import copy_with, real_copy
+from graphopt.ir.shapes import tensors_in
+
+Shape = tuple[int, ...]
+
+#: samples in a numerical check
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Outputs of a run, and the gradients of all trainable parameters by name, where they were asked for (None: it has none)."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None] | None = None
+
+
+class Runs:
+    """Runs of one emitted module on random input, each done once.
+
+    Attributes:
+        module: what runs; its values must not change, unless `hold` was called before.
+        input: shape of one sample. smaller: of a smaller one that the module takes, too; None where there is none.
+    """
+
+    def __init__(self, module: nn.Module, input: Shape, smaller: Shape | None) -> None:
+        self.module, self.input, self.smaller = module, input, smaller
+        self._found: dict[tuple[Shape, torch.dtype, bool, bool], Computed] = {}
+
+    def hold(self) -> None:
+        """Lets later runs use the values of now, whatever becomes of the module's. Gradients that a pass cannot reach stay with them."""
+        self.module = copy_with(self.module)
+
+    def computed(self, shape: Shape, dtype: torch.dtype, *, training: bool = False, gradients: bool = False) -> Computed:
+        """A run; gradients are those of `scalar` in eval mode, without them nothing is recorded. Raises what the module raises."""
+        key = (shape, dtype, training, gradients)
+        if key not in self._found:
+            with redirect_stderr(io.StringIO()) if shape != self.input else nullcontext():  # fx prints what a graph module raises
+                self._found[key] = _run(self.module, shape, dtype, training=training, gradients=gradients)
+        return self._found[key]
+
+    def known(self, shape: Shape, dtype: torch.dtype, *, training: bool) -> Computed:
+        """The same, of any run: one with gradients gives the outputs, too."""
+        return self._found.get((shape, dtype, training, True)) or self.computed(shape, dtype, training=training)
+
+
+def _run(module: nn.Module, shape: Shape, dtype: torch.dtype, *, training: bool, gradients: bool) -> Computed:
+    copied = real_copy(module, dtype).train(training)
+    with seeded(), torch.set_grad_enabled(gradients):
+        outputs = tensors_in(copied(sample(shape, dtype)))
+    found = None
+    if gradients:
+        loss = scalar(outputs, torch.zeros((), dtype=dtype))
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        found = {n: p.grad for n, p in copied.named_parameters() if p.requires_grad}
+    return Computed([t.detach() for t in outputs], found)
+
+
+def sample(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """The samples that every run gets, (2, *shape), from 0 to 1."""
+    return torch.rand(BATCH, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def scalar(outputs: list[Tensor], local: Tensor) -> Tensor:
+    """A loss that depends on every output: a fixed random weighting of them, plus local losses."""
+    for tensor in (t for t in outputs if t.requires_grad):
+        weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype)
+        local = local + (tensor * weights).sum()
+    return local
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """The same random numbers each time, from Python's generator too; both go on as they were afterwards."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        random.seed(2)
+        try:
+            yield
+        finally:
+            random.setstate(state)

@@ -1,0 +1,34 @@
+"""The run that `tools/chaos.py` kills: the small run on two ranks, with a ledger and a supervised phase that ends."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import small_run
+import torch
+
+RANKS = 2
+#: five phases, three steps per epoch (two samples are left over), and a checkpoint after each
+SPEC = (
+    small_run.SPEC.replace("batch = 5", "batch = 4")
+    .replace("train_limit = 20", "train_limit = 14")
+    .replace("epochs = 4", "epochs = 6")
+    .replace("checkpoint_steps = 3", "checkpoint_steps = 1")
+    .replace('cuts = ["two"]', 'cuts = ["two"]\nwhen = { epoch = 0, until = 4 }')
+)
+STEPS = 18
+
+
+@cache
+def run() -> small_run.SmallRun:
+    """The compiled run; processes that are forked from this one share it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return small_run.SmallRun(SPEC)
+
+
+def rank(folder: str) -> None:
+    """What each rank does, from the start or started again."""
+    torch.set_num_threads(1)
+    run().train(Path(folder))
