@@ -26,7 +26,7 @@ from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.randomness import begin_stream
 from graphopt.spec import OptimizerSpec, TrainSpec
-from graphopt.train.assignment import runs_of
+from graphopt.train.assignment import one_chain, runs_of
 from graphopt.train.link import Inlet, Message, Outlet
 from graphopt.train.optimizer import build_optimizer
 from graphopt.train.owned import Owned
@@ -126,7 +126,7 @@ class Modular(Strategy):
 
     def own(self, plan: Plan) -> Owned:
         """Assigns the modules of a phase to the ranks; returns this rank's. All ranks have to call it."""
-        self.runs = self.ranks.broadcast(runs_of(plan, self.spec, self.stages) if self.ranks.first else None)
+        self.runs = self.ranks.broadcast(runs_of(plan, one_chain(self.spec), self.stages) if self.ranks.first else None)
         self._own = split(plan.module, self.runs)[self.stage]
         if self.device.type != "cpu":
             plan.module.cpu()  # of the others' modules, this rank keeps the weights of the phase's beginning
