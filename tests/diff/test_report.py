@@ -132,7 +132,7 @@ def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: None, ["no such folder"]),
+        (lambda p: None, ["no such file or folder", "graphopt train"]),
         (lambda p: p.write_text("x"), ["a file, not the folder of a run"]),
         (lambda p: p.mkdir(), ["no run of graphopt", "graphopt train"]),
         (lambda p: write_run(p, ['{"no": "kind"}']), ["metrics.jsonl:1", "not a line of metrics"]),

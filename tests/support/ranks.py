@@ -1,15 +1,42 @@
-"""Several ranks on this machine's loopback, forked from one process that has loaded torch: that takes longer than most tests."""
+"""Processes of tests, forked from one that has loaded torch, which takes longer than most tests; several ranks on one machine."""
 
 import os
 import socket
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 from torch import distributed
 
 from graphopt.cost import rates
+
+#: what processes of tests use: loaded once, in the process that they are forked from
+PRELOADED = ["tests.distributed.cases", "pytest", "graphopt.train", "sklearn.datasets", "torch._dynamo", "torch.distributed.checkpoint"]
+
+
+def loaded() -> ForkServerContext:
+    """The context of processes that begin with torch and graphopt imported, and with nothing else of this process."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def run_process(function: Callable[..., None], *arguments: Any, timeout: float | None = 120) -> int:
+    """Calls `function` in a process of its own, and gives its exit status: minus the number of the signal that killed it."""
+    process = loaded().Process(target=_alone, args=(function, arguments), daemon=False)
+    process.start()
+    process.join(timeout)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2, ends: int = 0, group: bool = True) -> None:
@@ -20,8 +47,7 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2, en
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.cases", "pytest", "graphopt.train"])
+    context = loaded()
     started = [context.Process(target=_rank, args=(function, rank, ranks, port, group, arguments), daemon=True) for rank in range(ranks)]
     for process in started:
         process.start()
