@@ -9,7 +9,7 @@ from graphopt.compiler.stages import Stage, stages
 from graphopt.compiler.triggers import Decision
 from graphopt.cost import Cost, Rates
 from graphopt.spec import TrainSpec
-from graphopt.train.assignment import assign, seconds_of, seconds_of_stage, step_of
+from graphopt.train.assignment import assign, one_chain, seconds_of, seconds_of_stage, step_of
 from graphopt.train.link import DEPTH
 from graphopt.train.modules import check_modules
 
@@ -101,14 +101,17 @@ class ChainCost:
 def forecast_chain(plan: Plan, train: TrainSpec, *, ranks: int, rates: Rates, decisions: Sequence[Decision] | None = None) -> ChainCost:
     """The cost of each rank of a run with `strategy = "modules"` that starts with `plan`, in its first phase. Starts no process.
 
+    Of several chains side by side, it is that of one, without the averaging of gradients.
+
     `decisions` are those of a finished run; by default those that can be foreseen. Raises RunError for a plan with fewer modules than
     ranks, PassError if modules share what they train, CostError if a step cannot be forecast.
     """
     check_modules(plan, train, ranks)
+    one, length = one_chain(train), ranks // train.replicas
     phases = []
     for start, end, _, current in plan.phases(train.epochs, decisions):
-        seconds = seconds_of(current, train, rates)
-        (alone,), chain = (_chain(current, assign(seconds, count), train, rates) for count in (1, ranks))
+        seconds = seconds_of(current, one, rates)
+        (alone,), chain = _chain(current, assign(seconds, 1), train, rates), _chain(current, assign(seconds, length), one, rates)
         phases.append(ChainPhase(start, end - start, chain, alone))
     return ChainCost(train.batch, train.micro_batch(), train.accumulate, rates, tuple(phases))
 

@@ -195,6 +195,9 @@ class TrainSpec(_Table):
         description="of several processes; auto: ddp; fsdp shards parameters, gradients and optimizer state; modules: each process trains "
         "some of the modules that supervise makes",
     )
+    replicas: Positive = Field(
+        default=1, description='with strategy = "modules": how many processes train the same modules, each on its share of the batch'
+    )
     fsdp: FsdpSpec = Field(default=FsdpSpec(), description='options of strategy = "fsdp"; all off by default')
     sync_norm: bool = Field(default=False, description="batch norms use the statistics of all processes' samples")
     timeout: Positive = Field(

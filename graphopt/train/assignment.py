@@ -11,13 +11,18 @@ from graphopt.cost.rates import rates_of
 from graphopt.errors import CostError
 from graphopt.spec import TrainSpec
 
-__all__ = ["assign", "runs_of", "seconds_of", "seconds_of_stage", "step_of"]
+__all__ = ["assign", "one_chain", "runs_of", "seconds_of", "seconds_of_stage", "step_of"]
 
 
 def runs_of(plan: Plan, train: TrainSpec, ranks: int) -> tuple[range, ...]:
     """The modules of each of so many ranks, in the order of the chain. Ranks take them from one of them, as they do the seconds."""
     count = isolated_modules(plan.module)
     return assign(seconds_of(plan, train) if count > ranks else [1.0] * count, ranks)
+
+
+def one_chain(train: TrainSpec) -> TrainSpec:
+    """The settings of one of several chains side by side: its share of the batch."""
+    return train.model_copy(update={"batch": max(1, train.batch // train.replicas), "replicas": 1})
 
 
 def seconds_of(plan: Plan, train: TrainSpec, rates: Rates | None = None) -> list[float]:

@@ -38,7 +38,7 @@ MANIFEST_VERSION = 2
 FORMAT_VERSION = 4  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
-    "train": {"epochs", "device", "strategy", "fsdp", "timeout", "compile", "channels_last", "deterministic"}
+    "train": {"epochs", "device", "strategy", "fsdp", "replicas", "timeout", "compile", "channels_last", "deterministic"}
     | {"checkpoint_format", "checkpoint_async", "checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
     "data": {"root", "workers", "eval_limit"},
 }

@@ -11,12 +11,14 @@ every rank ends after the same step.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from graphopt.compiler.parts import Part, isolated_modules, singly, split
 from graphopt.compiler.plan import Plan
@@ -24,12 +26,12 @@ from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.randomness import begin_stream
 from graphopt.spec import OptimizerSpec, TrainSpec
-from graphopt.train.assignment import runs_of
+from graphopt.train.assignment import one_chain, runs_of
 from graphopt.train.link import Inlet, Message, Outlet
 from graphopt.train.optimizer import build_optimizer
 from graphopt.train.owned import Owned
-from graphopt.train.ranks import ALONE, SLOW, Ranks
-from graphopt.train.strategy import Strategy
+from graphopt.train.ranks import ALONE, SLOW, Agreement, Ranks
+from graphopt.train.strategy import Strategy, replicated
 
 #: seconds between two looks for a stop signal that another rank has got
 LOOK = 0.5
@@ -50,6 +52,10 @@ class Modular(Strategy):
     _training: bool = field(default=False, init=False, repr=False)
     _message: Message = field(default=Message(()), init=False, repr=False)  # the last one received, or sent by the first stage
     _looked: float = field(default=0.0, init=False, repr=False)
+    _features: bool = field(default=False, init=False, repr=False)  # the first stage trains on cached features
+    _peers: Ranks = field(default=ALONE, init=False, repr=False)  # those with the same modules
+    _gradients: Any = field(default=None, init=False, repr=False)  # the group in which they average gradients
+    _stop: Agreement = field(default_factory=lambda: Agreement(ALONE, lambda _: None), init=False, repr=False)  # of the first stages
     _began: float = field(default=0.0, init=False, repr=False)  # this epoch's training
 
     @classmethod
@@ -65,6 +71,9 @@ class Modular(Strategy):
         if spec.checkpoint_format == "sharded":
             what = 'strategy = "modules" has no tensor of which each rank holds a part; rank 0 writes all of a checkpoint'
             raise RunError(what, where="train.checkpoint_format", fix='Use checkpoint_format = "whole"')
+        if spec.replicas > 1 and spec.sync_norm:
+            what = "train.sync_norm synchronizes over all processes, of which only those with the same modules have the same norms"
+            raise RunError(what, where="train.replicas", fix="Leave sync_norm or replicas out")
         strategy = super().of(spec)
         strategy.spec = spec
         return strategy
@@ -72,18 +81,32 @@ class Modular(Strategy):
     def with_ranks(self, ranks: Ranks) -> Self:
         """The same strategy in a chain; all ranks have to call it."""
         strategy = super().with_ranks(ranks)
+        replicas = self.spec.replicas
+        if ranks.count % replicas or ranks.count == replicas:
+            what = f"{ranks.count} processes are no chains of two or more, {replicas} of them side by side"
+            fix = f'Start {max(2, -(-ranks.count // replicas)) * replicas} processes, or use strategy = "ddp"'
+            raise RunError(what, where="train.replicas", fix=fix)
         # A thread receives on one group while the step sends on the other.
-        groups = [ranks.new_group() for _ in range(min(2, ranks.count))]
+        groups = [ranks.new_group() for _ in range(2)]
         if not strategy.feeds:
-            strategy._inlet = Inlet(groups[strategy.stage % 2], ranks.number + 1, strategy._patience, strategy.device)
-        if not ranks.first:
-            strategy._outlet = Outlet(groups[(strategy.stage + 1) % 2], ranks.number - 1, strategy._patience)
+            strategy._inlet = Inlet(groups[strategy.stage % 2], ranks.number + replicas, strategy._patience, strategy.device)
+        if strategy.stage + 1 < strategy.stages:
+            strategy._outlet = Outlet(groups[(strategy.stage + 1) % 2], ranks.number - replicas, strategy._patience)
+        first = ranks.number - ranks.number % replicas
+        strategy._peers = ranks.among(range(first, first + replicas))
+        strategy._gradients = strategy._peers.new_group(None) if replicas > 1 else None
+        strategy._stop = Agreement(strategy._peers, lambda _: None)
         return strategy
 
     @property
     def stage(self) -> int:
-        """The place of this rank in the chain, from 0."""
-        return self.ranks.count - 1 - self.ranks.number
+        """The place of this rank in its chain, from 0."""
+        return self.stages - 1 - self.ranks.number // self.spec.replicas
+
+    @property
+    def stages(self) -> int:
+        """How many ranks a chain has."""
+        return self.ranks.count // self.spec.replicas
 
     @property
     def feeds(self) -> bool:
@@ -91,18 +114,19 @@ class Modular(Strategy):
 
     @property
     def peers(self) -> Ranks:
-        return ALONE
+        return self._peers
 
     def _patience(self) -> timedelta:
         return timedelta(seconds=self.ranks.timeout * (SLOW if self._slow else 1))
 
     def expect(self, *, slow: bool) -> None:
         super().expect(slow=slow)
+        self._peers.expect(slow=slow)
         self._slow = slow
 
     def own(self, plan: Plan) -> Owned:
         """Assigns the modules of a phase to the ranks; returns this rank's. All ranks have to call it."""
-        self.runs = self.ranks.broadcast(runs_of(plan, self.spec, self.ranks.count) if self.ranks.first else None)
+        self.runs = self.ranks.broadcast(runs_of(plan, one_chain(self.spec), self.stages) if self.ranks.first else None)
         self._own = split(plan.module, self.runs)[self.stage]
         if self.device.type != "cpu":
             plan.module.cpu()  # of the others' modules, this rank keeps the weights of the phase's beginning
@@ -112,7 +136,14 @@ class Modular(Strategy):
         assert self._own is not None
         emitted: Any = getattr(module, "suffix", module)
         self._trained = self._own if emitted is plan.module else split(emitted, self.runs)[self.stage]
-        return self._trained.module
+        self._features = emitted is not module
+        part = self._trained.module
+        if self._gradients is None or not any(p.requires_grad for p in part.parameters()):
+            return part
+        return replicated(part, self.device, [name for name in unused if name in dict(part.named_parameters())], self._gradients)
+
+    def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else super().without_reduction(module)
 
     def evaluated(self, wrapped: nn.Module, plan: Plan) -> nn.Module:
         assert self._own is not None
@@ -143,7 +174,7 @@ class Modular(Strategy):
         part = self._trained
         if part.stream:
             begin_stream(part.stream)
-        values = batch.input if isinstance(batch.input, tuple) else (batch.input,)
+        values = batch.input if isinstance(batch.input, tuple) else (batch.input.float() if self._features else batch.input,)
         result = call(*values, batch.target)
         if part.last:
             return result if targets else (result, None)
@@ -167,7 +198,7 @@ class Modular(Strategy):
         if self._inlet is None:
             self._left -= 1
             ends_step = self._training and self._left % self.spec.accumulate == 0
-            stop = self._signum() if ends_step else 0
+            stop = self._stop(self._signum()) if ends_step else 0
             last = bool(stop) or not self._left
             self._message = Message((), stop, last)
         self._outlet.send(Message((batch.sample, batch.target, *values), stop, last))
@@ -204,8 +235,14 @@ class Modular(Strategy):
         return self.ranks.broadcast(None, self.ranks.count - 1)
 
     def gathered(self, state: Mapping[str, Any], module: nn.Module, *, keep: bool, everywhere: bool) -> dict[str, Any] | None:
-        found = self.ranks.gather(_on_cpu(state)) if everywhere else self.ranks.collect(_on_cpu(state))
-        return _merged(found, module.state_dict()) if found is not None else None
+        own = _on_cpu(state) if self._peers.first else None
+        found = self.ranks.gather(own) if everywhere else self.ranks.collect(own)
+        return _merged([of for of in found if of is not None], module.state_dict()) if found is not None else None
+
+    def differing(self, buffers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        by_rank = self.ranks.gather(self._peers.differing(buffers)[self._peers.number])
+        replicas = self.spec.replicas
+        return [{name: t for of in by_rank[replica::replicas] for name, t in of.items()} for replica in range(replicas)]
 
     def share(self, owned: Owned, names: Sequence[str]) -> None:
         """Gives every rank the values of these parameters, which the others train, in the plan's module."""
@@ -243,9 +280,9 @@ def _merged(states: Sequence[dict[str, Any]], whole: Mapping[str, Any]) -> dict[
     return merged
 
 
-def check_modules(plan: Plan, settings: TrainSpec, ranks: int) -> None:
+def check_modules(plan: Plan, settings: TrainSpec, processes: int) -> None:
     """Raises RunError or PassError if a plan has no gradient-isolated modules, fewer than ranks, or some that depend on each other."""
-    count = isolated_modules(plan.module)
+    count, ranks = isolated_modules(plan.module), max(1, processes // settings.replicas)
     if count < max(2, ranks):  # perhaps later
         count = max(isolated_modules(phase.plan.module) for phase in plan.phases(settings.epochs))
     if count == 1:
@@ -253,7 +290,7 @@ def check_modules(plan: Plan, settings: TrainSpec, ranks: int) -> None:
         raise RunError(what, where="train.strategy", fix='Add a supervise pass, or use strategy = "ddp"')
     if count < ranks:
         what = f"the plan has {count} gradient-isolated modules for {ranks} processes"
-        raise RunError(what, where="train.strategy", fix=f"Start {count} processes, or let supervise make more modules")
+        raise RunError(what, where="train.strategy", fix=f"Start {count * settings.replicas} processes, or let supervise make more modules")
     singly(plan.module)
     if couples_parameters(settings.optimizer):
         what = f"a step of {settings.optimizer.name} on a parameter depends on other parameters, also those of other modules"

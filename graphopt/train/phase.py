@@ -251,7 +251,7 @@ class Phase:
 
     def buffers_by_rank(self) -> list[dict[str, Tensor]]:
         """Per rank, the buffers in which ranks differ between two averages; for a checkpoint, from which each rank goes on with its own."""
-        return self.strategy.peers.differing(self._buffers())
+        return self.strategy.differing(self._buffers())
 
     def load_buffers(self, by_rank: Sequence[Mapping[str, Tensor]]) -> None:
         """The inverse of `buffers_by_rank()`; another number of ranks gets the mean."""

@@ -37,6 +37,7 @@ class Ranks(Rank):
     Attributes:
         local: the number among the processes of this machine, which is also the number of its GPU.
         again: whether ranks were there before and have ended, so that the run continues from its last checkpoint; rank 0 knows it.
+        members: of some of a run's ranks, their numbers in the run; empty where these are all.
     """
 
     local: int = 0
@@ -45,6 +46,7 @@ class Ranks(Rank):
     _store: Any = field(default=None, repr=False, compare=False)
     _group: Any = field(default=None, repr=False, compare=False)  # gloo, for values on the CPU; never used by gradients
     _owner: bool = field(default=False, repr=False, compare=False)  # whether this object has started torch.distributed
+    members: tuple[int, ...] = ()
 
     @classmethod
     def join(cls, timeout: float) -> Self:
@@ -92,9 +94,17 @@ class Ranks(Rank):
             spare = timedelta(minutes=1) if distributed.get_backend() != "gloo" else timedelta(0)
             set_timeout(wait + spare, distributed.group.WORLD)
 
-    def new_group(self) -> Any:
-        """A further gloo group of all ranks, for a thread that communicates by itself; all ranks have to call it."""
-        return distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout * SLOW))
+    def new_group(self, backend: str | None = "gloo") -> Any:
+        """A further group of these ranks, for a thread that communicates by itself, say; all of them have to call it."""
+        wait, some = timedelta(seconds=self.timeout * SLOW), list(self.members) or None
+        return distributed.new_group(some, wait, backend, use_local_synchronization=some is not None)
+
+    def among(self, members: Sequence[int]) -> Self:
+        """Some of the ranks, of which this is one; all of those have to call it."""
+        if len(members) == 1:
+            return type(self)()
+        own = replace(self, number=members.index(self.number), count=len(members), members=tuple(members), _owner=False)
+        return replace(own, _group=own.new_group())
 
     def apart(self) -> Self:
         """The same ranks with a group of their own, for a thread that communicates by itself; all ranks have to call it."""
@@ -119,7 +129,7 @@ class Ranks(Rank):
         """The value of one rank, on every rank; any object that can be pickled, tensors on the CPU."""
         values = [value]
         if self.count > 1:
-            distributed.broadcast_object_list(values, src=source, group=self._group)
+            distributed.broadcast_object_list(values, src=self._in_run(source), group=self._group)
         return values[0]
 
     def collect(self, value: Any) -> list[Any] | None:
@@ -127,8 +137,11 @@ class Ranks(Rank):
         if self.count == 1:
             return [value]
         values: list[Any] | None = [None] * self.count if self.first else None
-        distributed.gather_object(value, values, dst=0, group=self._group)
+        distributed.gather_object(value, values, dst=self._in_run(0), group=self._group)
         return values
+
+    def _in_run(self, number: int) -> int:
+        return self.members[number] if self.members else number
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order, on every rank."""

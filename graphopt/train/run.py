@@ -257,8 +257,9 @@ class Run:
             if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
-            stop = self.strategy.requested(self.signals.signum or 0)
-            self._stop_if_requested(self._agreed(stop, progress.total, progress.epoch, *self._taken))
+            asked = self.strategy.requested(self.signals.signum or 0)
+            agreed = self._agreed(asked, progress.total, progress.epoch, *self._taken)
+            self._stop_if_requested(agreed if self.strategy.peers == self.strategy.ranks else asked)  # a chain has agreed before
             self._taken.clear()
             self.checkpointer.raise_failure()
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:

@@ -171,6 +171,10 @@ class Strategy:
         """A phase's state, whole: where `keep` says so, on rank 0 at least, and `everywhere` on all ranks. All have to call it."""
         return whole_state(state, keep=keep)
 
+    def differing(self, buffers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Per rank that has samples of its own, the buffers in which these ranks differ. All ranks have to call it."""
+        return self.peers.differing(buffers)
+
     def share(self, owned: Owned, names: Sequence[str]) -> None:
         """Gives every rank the values of these parameters of the plan's module."""
 
@@ -240,16 +244,7 @@ class Replicated(Strategy):
     """Every rank holds the whole network; gradients are averaged while they are computed (DistributedDataParallel)."""
 
     def wrap(self, module: nn.Module, plan: Plan, unused: Sequence[str] = ()) -> nn.Module:
-        # A parameter that gets no gradient would make DDP wait for it. Its own name for a root's parameter begins with a dot.
-        names = [name if "." in name else f".{name}" for name in unused]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-        devices = [self.device] if self.device.type == "cuda" else None
-        # Running statistics stay each rank's own; they are averaged where they are used.
-        known = inspect.signature(DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch renamed it in 2.14
-        # Nor does the wrapper give all ranks rank 0's: a resumed rank has its own. Equal weights are checked, not made.
-        options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, "init_sync": False, buffers: False}
-        return DistributedDataParallel(module, **options)
+        return replicated(module, self.device, unused)
 
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
         assert isinstance(module, DistributedDataParallel)
@@ -257,3 +252,23 @@ class Replicated(Strategy):
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.ranks.count} ranks (ddp)"
+
+
+def replicated(module: nn.Module, device: torch.device, unused: Sequence[str] = (), group: Any = None) -> DistributedDataParallel:
+    """A module whose gradients are averaged over a group of ranks, all of them by default; `unused` parameters never get one."""
+    # A parameter that gets no gradient would make DDP wait for it. Its own name for a root's parameter begins with a dot.
+    names = [name if "." in name else f".{name}" for name in unused]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    devices = [device] if device.type == "cuda" else None
+    # Running statistics stay each rank's own; they are averaged where they are used.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.14
+    # Nor does the wrapper give all ranks rank 0's: a resumed rank has its own. Equal weights are checked, not made.
+    options: dict[str, Any] = {
+        "device_ids": devices,
+        "gradient_as_bucket_view": True,
+        "init_sync": False,
+        buffers: False,
+        "process_group": group,
+    }
+    return DistributedDataParallel(module, **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graphopt.cli import main
+from graphopt.diff.render.chain import chain_section
 from graphopt.diff.render.run import charts, is_run, read_run
 from graphopt.files import sealed
 from graphopt.hashing import hash_parts
@@ -45,6 +47,32 @@ def records(epochs: int = 3, steps: int = 4) -> list[dict[str, Any]]:
         end = {"kind": "epoch", "epoch": epoch, "step": (epoch + 1) * steps, "phase": 0, "train_loss": 1.0, "train_accuracy": 0.5}
         found.append({**end, "loss": 0.9, "accuracy": 0.1 * epoch, "seconds": 1.0, "samples_per_second": 32.0, "peak_bytes": 2**30})
     return found
+
+
+def chain(epoch: int, *spent: tuple[float, float, float]) -> dict[str, Any]:
+    """The record of an epoch of two ranks, from rank 0 on."""
+    ranks = [
+        {"modules": modules, "work_seconds": work, "receive_seconds": receiving, "send_seconds": sending, "bytes": 3 * 2**20}
+        for modules, (work, receiving, sending) in zip(([1, 4], [0, 1]), spent, strict=True)
+    ]
+    return {"kind": "epoch", "epoch": epoch, "step": 4 * epoch + 4, "phase": min(epoch, 1), "train_loss": 1.0, "chain": ranks}
+
+
+def test_the_table_of_a_chain_has_the_last_epoch_of_each_phase() -> None:
+    records = [
+        chain(0, (3.0, 1.0, 0.0), (2.0, 0.0, 2.0)),
+        chain(1, (1.0, 1.0, 0.0), (1.0, 0.0, 1.0)),
+        chain(2, (9.0, 1.0, 0.0), (5.0, 0.0, 5.0)),
+    ]
+    page = chain_section(records)
+    rows = [re.findall(r"<td>(?:<div[^>]*?aria-label=\"([^\"]*)\".*?</div>|([^<]*))</td>", row) for row in page.split("<tr>")[2:]]
+    assert [["".join(cell) for cell in row] for row in rows] == [
+        ["0", "1", "1", "50 % work", "3.00 MiB"],
+        ["0", "0", "2 to 4", "75 % work", "3.00 MiB"],
+        ["2", "1", "1", "50 % work", "3.00 MiB"],
+        ["2", "0", "2 to 4", "90 % work", "3.00 MiB"],
+    ]
+    assert not chain_section([{"epoch": 0, "phase": 0}])
 
 
 def write_run(folder: Path, lines: list[Any], *, finished: bool = True) -> Path:

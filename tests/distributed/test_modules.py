@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,3 +209,37 @@ def test_a_chain_that_stops_or_fails_goes_on_with_any_number_of_ranks(tmp_path: 
     _run_case(STOPPED, tmp_path / "undisturbed", "auto")
     for how in CASES_OF_STOPS:
         same_run(tmp_path / how, tmp_path / "undisturbed")
+
+
+REPLICATED = Case(
+    Small,
+    (Drop(upto="blocks.0", when={"epoch": 1}, force=True), Supervise(cuts=CUTS)),
+    {"epochs": 2, "ema": 0.9, "accumulate": 2, "log_every": 1},
+)
+
+
+def _two_networks(_rank: int, folder: Path) -> None:
+    _run_case(REPLICATED, folder, "ddp")
+
+
+def _two_chains(rank: int, folder: Path) -> None:
+    """Trains, stops by a signal that the second chain alone gets, and goes on."""
+    case, step = replace(REPLICATED, settings=REPLICATED.settings | {"replicas": 2}), Phase.step
+
+    def stopped(phase: Phase, batches: Any, done: int) -> Any:
+        if rank == 3 and done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(phase, batches, done)
+
+    Phase.step = stopped  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        _run_case(case, folder, "modules")
+    Phase.step = step  # type: ignore[method-assign]
+    _run_case(case, folder, "modules", resume=True)
+
+
+def test_two_chains_side_by_side_train_what_two_whole_networks_train(tmp_path: Path) -> None:
+    """Batch norms and dropout are those of two processes with half of the batch each."""
+    run_ranks(_two_networks, tmp_path / "networks", ranks=2)
+    run_ranks(_two_chains, tmp_path / "chains", ranks=4)
+    same_run(tmp_path / "chains", tmp_path / "networks")

@@ -63,6 +63,13 @@ def test_micro_batches_are_sent_one_by_one(plan: graphopt.Plan, cost: ChainCost)
     assert phase.fill_seconds < whole.fill_seconds
 
 
+def test_chains_side_by_side_are_each_that_of_their_share(plan: graphopt.Plan) -> None:
+    one, several = (TRAIN.model_copy(update={"epochs": 1, **more}) for more in ({"batch": TRAIN.batch // 2}, {"replicas": 2}))
+    (half,), (both,) = (forecast_chain(plan, t, ranks=n, rates=RATES).phases for t, n in ((one, 2), (several, 4)))
+    assert both.ranks == half.ranks
+    assert both.alone.step.batch == 2 * half.alone.step.batch
+
+
 def test_one_rank_is_one_process(plan: graphopt.Plan) -> None:
     (phase,) = forecast_chain(plan, TRAIN.model_copy(update={"epochs": 1}), ranks=1, rates=RATES).phases
     assert phase.ranks == (phase.alone,)

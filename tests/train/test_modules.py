@@ -17,6 +17,7 @@ from graphopt.spec import OptimizerSpec
 from graphopt.train.assignment import seconds_of
 from graphopt.train.link import SMALL, pack, unpack
 from graphopt.train.modules import Modular, check_modules, couples_parameters
+from graphopt.train.ranks import Ranks
 from tests.train import small
 
 HALVES = (Supervise(cuts=["blocks.1"]),)
@@ -24,6 +25,7 @@ HALVES = (Supervise(cuts=["blocks.1"]),)
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "float16": ({"amp": "float16"}, 'does not train in float16.* Use amp = "bfloat16"'),
     "checkpoints in parts": ({"checkpoint_format": "sharded"}, 'rank 0 writes all of a checkpoint.* Use checkpoint_format = "whole"'),
+    "synchronized norms": ({"replicas": 2, "sync_norm": True}, "synchronizes over all processes.* Leave sync_norm or replicas out"),
     "a common norm": ({"clip": 1.0}, 'does not clip by the norm of all gradients.* Use clip_mode = "module"'),
 }
 PLANS: dict[str, tuple[tuple[Pass, ...], dict[str, Any], str]] = {
@@ -49,12 +51,20 @@ def test_settings_that_couple_modules_are_refused(what: str) -> None:
 def test_plans_that_do_not_divide_are_refused(what: str) -> None:
     passes, changes, message = PLANS[what]
     with pytest.raises(GraphoptError, match=message):
-        check_modules(small.plan(passes), small.settings(strategy="modules", **changes), ranks=3)
+        check_modules(small.plan(passes), small.settings(strategy="modules", **changes), processes=3)
+
+
+def test_replicas_divide_the_processes() -> None:
+    check_modules(small.plan(HALVES), small.settings(strategy="modules", replicas=2), processes=4)
+    strategy = Modular.of(small.settings(strategy="modules", replicas=2))
+    for count in (2, 3):
+        with pytest.raises(GraphoptError, match=f"{count} processes are no chains of two or more, 2 of them side by side. Start 4"):
+            strategy.with_ranks(Ranks(0, count))
 
 
 def test_modules_of_any_phase_count() -> None:
     """A spec that begins to supervise later has ranks with nothing to train until then."""
-    check_modules(small.plan((Supervise(modules=2, when={"epoch": 1}),)), small.settings(), ranks=2)
+    check_modules(small.plan((Supervise(modules=2, when={"epoch": 1}),)), small.settings(), processes=2)
 
 
 @pytest.mark.parametrize(("name", "couples"), [("sgd", False), ("adamw", False), ("lars", False), ("lamb", True)])

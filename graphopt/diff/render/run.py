@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.diff.phases import phase_diffs
+from graphopt.diff.render.chain import chain_section
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.errors import RunError, listed
@@ -125,6 +126,7 @@ def to_report(run: Run, plan: Plan) -> str:
         "TILES": "".join(_tile(*tile) for tile in _tiles(run, forecast)),
         "NOTE": "" if run.summary else '<p class="note">This run has not finished: the page shows what there is.</p>',
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
+        "CHAIN": chain_section(run.epochs),
         "LEDGER": "".join(f"<li>{escaped(str(epoch))}</li>" for epoch in run.ledger) or "<li>not recorded (train.ledger = true does)</li>",
         "DIFF": html.escape(to_html(phases)),
         "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
