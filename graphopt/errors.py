@@ -111,7 +111,7 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str | None:
     by_folded: dict[str, str] = {}
     for item in known:
         by_folded.setdefault(item.casefold(), item)
-    folded = name.casefold()
+    folded = name[:200].casefold()  # a longer one is similar to nothing
     hits = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.5)
     # A name that contains what was typed is similar too, although difflib's score of it is low.
     hits += sorted((other for other in by_folded if folded and folded in other and other not in hits), key=len)

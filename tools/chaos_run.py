@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from threading import RLock
 
 import small_run
 import torch
+from tqdm import tqdm
 
 RANKS = 2
 #: five phases, three steps per epoch (two samples are left over), and a checkpoint after each
@@ -31,4 +33,6 @@ def run() -> small_run.SmallRun:
 def rank(folder: str) -> None:
     """What each rank does, from the start or started again."""
     torch.set_num_threads(1)
+    # Forked ranks share the lock of the progress bars that torch.fx makes; one that is killed would never give it back.
+    tqdm.set_lock(RLock())
     run().train(Path(folder))

@@ -25,6 +25,9 @@ from machine import heading
 PARTS = {"crashes": "Killed", "flips": "Damaged"}
 
 
+_OTHER = "Other data: files of data sets have no digest of what they hold, so damage may also read as other pixels or another class."
+
+
 def crashes(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The section of the table, and whether a point failed."""
     known = crash_points.prepared(folder)
@@ -46,7 +49,7 @@ def flips(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     print(f"seed {options.seed}, {options.flips} flips", flush=True)
     found, faults = bit_flips.flip(folder, options.flips, options.seed)
     print("\n".join(faults))
-    about = f"Seed {options.seed}: one bit flipped, or (one of five) the file cut short. Harmless: what is read has the same bits."
+    about = f"Seed {options.seed}: one bit flipped, or (one of five) the file cut short. Harmless: what is read has the same bits. {_OTHER}"
     return [about, "", *bit_flips.table(found)], bool(faults)
 
 

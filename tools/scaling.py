@@ -1,6 +1,6 @@
 """Two processes of one thread each against one: images per second of `graphopt train` and of plain DDP, in the same run.
 
-    python tools/scaling.py [--launches 2] [--epochs 6] [--steps 3] [--batch 32] [--out tools/tables/scaling.md]
+    python tools/scaling.py [--launches 2] [--epochs 5] [--steps 5] [--batch 32] [--out tools/tables/scaling.md]
 
 Runs of one and of two processes take turns. In each, every epoch of graphopt's training loop (with its checks, agreement and metrics) is
 followed by as many plain steps of the untouched model on the same batches: the loss, backward and the same optimizer, under torch's
@@ -190,8 +190,8 @@ def rows(name: str, options: argparse.Namespace) -> tuple[list[str], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", type=int, default=2, help="of one process, and of two, for each model")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, help="also write the table here")

@@ -13,6 +13,8 @@ from graphopt.spec.positions import KeyPath
 
 Locate: TypeAlias = Callable[[KeyPath], str]
 
+#: mistakes of one table that are told; each is looked at for names that were meant
+MOST_MISTAKES = 100
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -31,7 +33,10 @@ def spec_errors(error: ValidationError, model: type[BaseModel], data: Any, locat
         grouped.setdefault(_in_data(item["loc"], data, item["type"]), []).append(item)
     # Where one branch of a union accepts a table or an array and finds a mistake inside, the others' complaint about it says nothing.
     around = {path[:end] for path in grouped for end in range(len(path))}
-    return [_mistake(path, items, model, locate, prefix) for path, items in grouped.items() if path not in around]
+    wrong = [path for path in grouped if path not in around]
+    found = [_mistake(path, grouped[path], model, locate, prefix) for path in wrong[:MOST_MISTAKES]]
+    more = len(wrong) - MOST_MISTAKES
+    return [*found, SpecError(f"{more:,} more like these", where=locate(prefix))] if more > 0 else found
 
 
 def joined(mistakes: list[SpecError]) -> SpecError:

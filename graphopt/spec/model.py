@@ -26,8 +26,10 @@ Above0 = Annotated[float, Field(ge=1e-30, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FractionAbove0 = Annotated[float, Field(gt=0, le=1)]
 FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
-Shape: TypeAlias = Annotated[tuple[Annotated[int, Field(gt=0)], ...], _tuple, Field(min_length=1), AfterValidator(check_input)]
-Means: TypeAlias = Annotated[tuple[Annotated[float, Field(ge=-1000, le=1000)], ...], _tuple, Field(min_length=1)]
+Shape: TypeAlias = Annotated[
+    tuple[Annotated[int, Field(gt=0)], ...], _tuple, Field(min_length=1, max_length=8), AfterValidator(check_input)
+]
+Means: TypeAlias = Annotated[tuple[Annotated[float, Field(ge=-1000, le=1000)], ...], _tuple, Field(min_length=1, max_length=8)]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -50,7 +52,7 @@ def _policy(value: str) -> str:
 
 
 Moderate = Annotated[float, Field(ge=0.001, le=1000)]
-Deviations: TypeAlias = Annotated[tuple[Moderate, ...], _tuple, Field(min_length=1)]
+Deviations: TypeAlias = Annotated[tuple[Moderate, ...], _tuple, Field(min_length=1, max_length=8)]
 Interval: TypeAlias = Annotated[tuple[Moderate, Moderate], _tuple, AfterValidator(_ordered)]
 Alpha: TypeAlias = Annotated[float, Field(ge=0, le=1000), AfterValidator(_alpha)]
 Policy: TypeAlias = Annotated[str, AfterValidator(_policy)]

@@ -24,6 +24,8 @@ from graphopt.spec.positions import KeyPath, key_lines
 
 Lines = Mapping[KeyPath, int]
 
+#: characters of a spec: a million of them, or a million mistakes, would take seconds to read
+MOST_TEXT = 500_000
 #: how deep tables and arrays may be nested
 MOST_NESTED = 32
 _NESTED = f"tables and arrays are nested more than {MOST_NESTED} deep"
@@ -76,6 +78,9 @@ def loads(text: str, *, file: str | None = None, folder: Path = Path(), trust: b
 
     `file` is its name in messages, `folder` where its relative paths start.
     """
+    if len(text) > MOST_TEXT:
+        what = f"a spec has at most {MOST_TEXT:,} characters, this one has {len(text):,}"
+        raise SpecError(what, where=file or "spec", fix="Name the spec's file, not that of weights or data")
     try:
         data = _parsed(text)
     except tomli.TOMLDecodeError as error:

@@ -9,6 +9,7 @@ from graphopt.data.datasets import open_split
 from graphopt.errors import RunError, SpecError, WeightsError
 from graphopt.models.weights import read_weights
 from graphopt.spec import DataSpec, Spec, load, loads
+from graphopt.spec.reading import MOST_TEXT
 
 BACKBONE = '[backbone]\nsource = "cifar"\nname = "resnet20"\n'
 
@@ -89,14 +90,14 @@ def test_an_override_may_nest_no_deeper() -> None:
 
 
 def test_reading_is_linear() -> None:
-    """An array of 20,000 lines, 20,000 comments and 20,000 strings over several lines take about a second."""
-    lines = "".join(f'  "layer{i}", # {i}\n' for i in range(20_000))
-    text = f'{BACKBONE}[backbone.arguments]\na = [\n{lines}]\nb = """\n{lines}"""\n' + 20_000 * "# a comment\n"
+    """An array of 8,000 lines, 8,000 comments and a string of 8,000 lines take less than half a second."""
+    lines = "".join(f'  "layer{i}", # {i}\n' for i in range(8_000))
+    text = f'{BACKBONE}[backbone.arguments]\na = [\n{lines}]\nb = """\n{lines}"""\n' + 8_000 * "# a comment\n"
     started = time.process_time()
     spec = loads(text)
     assert time.process_time() - started < 10
-    assert spec.lines["backbone", "arguments", "a", 19_999] == 20_005
-    assert spec.lines["backbone", "arguments", "b"] == 20_007
+    assert spec.lines["backbone", "arguments", "a", 7_999] == 8_005
+    assert spec.lines["backbone", "arguments", "b"] == 8_007
 
 
 @pytest.mark.parametrize("key", ["weights", "root"])
@@ -144,3 +145,24 @@ def test_files_that_cannot_be_there_are_errors_of_their_own_kind(path: str) -> N
         open_split("folder", path, "train")
     with pytest.raises(SpecError, match="no such spec file"):
         load(path)
+
+
+#: the largest text that is read, of each kind that takes long, and what is said of it
+LARGE = {
+    "over": (lambda room: "#" * (room + 1), "at most 500,000 characters, this one has 500,001"),
+    "unknown keys": (lambda room: "[train]\n" + "".join(f"k{i:05}=1\n" for i in range(room // 10)), "more like these"),
+    "a long name": (lambda room: f'[[pass]]\nuse = "{"r" * (room - 20)}"\n', "unknown pass"),
+    "a long key": (lambda room: f"[train]\n{'r' * (room - 20)} = 1\n", "unknown key"),
+    "wrong items": (lambda room: f"[data]\nmean = [{'true,' * (room // 5 - 10)}]\n", "more like these"),
+    "items": (lambda room: f"[data]\nmean = [{'1,' * (room // 2 - 10)}]\n", "at most 8 items"),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_the_largest_texts_are_mistakes_within_seconds_of_processor_time(what: str) -> None:
+    """A second or less on an ordinary machine."""
+    make, message = LARGE[what]
+    text = BACKBONE + make(MOST_TEXT - len(BACKBONE))
+    started = time.process_time()
+    assert message in refused(text)
+    assert time.process_time() - started < 10
