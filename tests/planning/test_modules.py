@@ -53,6 +53,15 @@ def test_activations_losses_numbers_and_classes_of_samples_are_sent(cost: ChainC
     assert (first.link_bytes, last.link_bytes) == (first.sent_bytes, 2 * first.sent_bytes)
 
 
+def test_as_plain_values(cost: ChainCost) -> None:
+    found = cost.to_dict(link=1)
+    assert (found["strategy"], found["ranks"], found["batch"]) == ("modules", 2, 8)
+    phase = found["phases"][0]
+    assert [n for rank in phase["chain"] for n in rank["modules"]] == [1, 2, 3]
+    assert phase["images_per_second"] == 8 / phase["step_seconds"]
+    assert phase["step_seconds"] == phase["chain"][0]["sent_bytes"]
+
+
 def test_micro_batches_are_sent_one_by_one(plan: graphopt.Plan, cost: ChainCost) -> None:
     train = TRAIN.model_copy(update={"accumulate": 4, "epochs": 1})
     (phase,), (whole, _) = forecast_chain(plan, train, ranks=2, rates=RATES).phases, cost.phases
