@@ -81,7 +81,7 @@ def test_a_real_copy_runs_without_a_trace() -> None:
     assert module.whole.tolist() == [0, 0, 0, 0]
     assert module.scale.grad is None
     assert copied.scale.data_ptr() == module.scale.data_ptr()
-    assert list(copied.state_dict()) == ["whole", "scale"]
+    assert list(copied.state_dict()) == ["scale", "whole"]
     assert real_copy(module, torch.float64)(torch.ones(4, dtype=torch.float64)).dtype == torch.float64
 
 
