@@ -258,6 +258,7 @@ class Editor:
 
 def _divide(nodes: set[Node], sections: Sequence[Section], outside: Wrap | None = None) -> list[Nodes]:
     """A convex set in convex pieces, each of which nests with all sections; without what computes nothing or runs `outside`."""
+    sections = [s for s in sections if not nodes.isdisjoint(s.nodes)]
     pending, pieces = [nodes], list[Nodes]()
     while pending:
         piece = pending.pop()

@@ -85,12 +85,12 @@ class Graph:
     @property
     def placeholder(self) -> Node:
         """The input, `x`."""
-        return next(n for n in self.nodes if n.op == "placeholder")
+        return next(iter(self.fx.find_nodes(op="placeholder")))
 
     @property
     def output(self) -> Node:
         """The output node."""
-        return next(n for n in reversed(self.nodes) if n.op == "output")
+        return self.fx.output_node()
 
     @property
     def paths(self) -> tuple[str, ...]:

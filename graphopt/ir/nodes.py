@@ -117,11 +117,15 @@ def storages(node: Node) -> set[StorageWeakRef]:
 
 def overwriter(graph: Graph, node: Node) -> Node | None:
     """The first node that writes into the memory of an activation after it is computed, also through a view of it; None if none does."""
-    memory = storages(node)
-    for later in graph.nodes[graph.order[node] + 1 :]:
-        if writes_in_place(graph.module, later) and any(memory & storages(i) for i in later.all_input_nodes):
-            return later
-    return None
+    memory, aliases = storages(node), [node]
+    known = set(aliases)
+    for alias in aliases:  # it grows: a view is a neighbour of what it is a view of, reads of one buffer are none
+        reads = graph.fx.find_nodes(op="get_attr", sort=False) if alias.op == "get_attr" else ()
+        found = [n for n in (*alias.all_input_nodes, *alias.users, *reads) if n not in known and memory & storages(n)]
+        known.update(found)
+        aliases += dict.fromkeys(found)
+    readers = {user for alias in aliases for user in alias.users if node < user}
+    return min((user for user in readers if writes_in_place(graph.module, user)), default=None)
 
 
 def can_leave_its_input(node: Node, order: Mapping[Node, int], memory: Mapping[Node, set[StorageWeakRef]]) -> bool:

@@ -95,8 +95,8 @@ def _residual_at(graph: Graph, shortcut: Node, inside: set[Node]) -> Residual | 
 
 
 def _separable(graph: Graph, node: Node, shortcut: Node, branch: Node, nodes: set[Node]) -> Residual:
-    # What nothing reads in the end (the rest of an unpacked shape, an assertion on it) is part of the branch.
-    alive = ancestors([graph.output])
+    # What nothing reads (the rest of an unpacked shape, an assertion on it) is part of the branch.
+    alive = graph.cached(_read_in_the_end)
     nodes = descendants(nodes, follow=lambda n: n not in alive)
     if any(u not in nodes and u is not node for n in nodes for u in n.users):
         raise NotResidualError(f"its branch is used elsewhere than in {node}")
@@ -105,6 +105,10 @@ def _separable(graph: Graph, node: Node, shortcut: Node, branch: Node, nodes: se
     if overwriter(graph, shortcut) in nodes:
         raise NotResidualError("its branch changes its shortcut in place")
     return Residual(node, shortcut, branch, tuple(sorted(nodes, key=graph.order.__getitem__)))
+
+
+def _read_in_the_end(graph: Graph) -> set[Node]:
+    return ancestors([graph.output])
 
 
 def _is_same(graph: Graph, summand: Any, shortcut: Node, inside: set[Node]) -> bool:

@@ -152,8 +152,10 @@ class Share(Pass):
 
 def _is_frozen(graph: Graph, block: SharedBlock) -> bool:
     """Whether an earlier pass, or the user, has taken all that a block would replace out of training."""
-    known = dict(graph.module.named_parameters(remove_duplicate=False))
-    return all(t.name in known and not known[t.name].requires_grad for t in block.tensors)
+    from graphopt.passes.share.mix import parameter_at
+
+    found = [parameter_at(graph, t.name) for t in block.tensors]
+    return all(p is not None and not p.requires_grad for p in found)
 
 
 def _refuse_export(_: dict[str, Tensor], path: str) -> NoReturn:

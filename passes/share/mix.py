@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.fx import Node
 
 from graphopt import Editor, Graph, PassError
-from graphopt.ir.paths import is_below
+from graphopt.ir.paths import is_below, owner
 from graphopt.passes.share.neighbours import MixedTensor, SharedBlock
 from graphopt.passes.share.surrogate import inside, leaves_of
 
@@ -89,7 +89,8 @@ def replace_weights(
     """
     graph, names = edit.graph, {t.name for t in block.tensors}
     leaves = {path: graph.module.get_submodule(path) for path in leaves_of(graph, names)}
-    readers = [n for n in graph.nodes if n.op in ("get_attr", "call_module") and str(n.target) in {*names, *leaves}]
+    read = [("get_attr", name) for name in names] + [("call_module", path) for path in leaves]
+    readers = sorted(node for op, target in read for node in graph.fx.find_nodes(op=op, target=target, sort=False))
     _check_still_there(graph, block, readers)
     own = [graph.module.get_parameter(n) for n in names]
     parameters = {path: tuple(n for n, _ in leaf.named_parameters()) for path, leaf in leaves.items()}
@@ -118,22 +119,37 @@ def replace_weights(
 
 
 def _check_still_there(graph: Graph, block: SharedBlock, readers: Sequence[Node]) -> None:
-    there = {name for name, _ in graph.module.named_parameters(remove_duplicate=False)}
-    if not readers or any(t.name not in there for t in block.tensors):
+    if not readers or any(parameter_at(graph, t.name) is None for t in block.tensors):
         raise PassError("an earlier pass has replaced or removed what it would share", where=block.region, fix="Put this pass first")
-    gone = next((s for t in block.tensors for s in t.sources if s not in there), None)
+    gone = next((s for t in block.tensors for s in t.sources if parameter_at(graph, s) is None), None)
     if gone is not None:
         fix = "Share in one pass, or select blocks that do not touch"
         raise PassError(f"it needs {gone}, which an earlier pass has replaced", where=block.region, fix=fix)
+
+
+def parameter_at(graph: Graph, name: str) -> nn.Parameter | None:
+    """The parameter of that name; None where there is none."""
+    try:
+        return graph.module.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _is_taken(graph: Graph, name: str) -> bool:
+    """Whether a module, a parameter or a buffer has this name."""
+    try:
+        holder = graph.module.get_submodule(owner(name))
+    except AttributeError:
+        return False
+    return any(name.rpartition(".")[2] in registry for registry in (holder._modules, holder._parameters, holder._buffers))
 
 
 def _add_scalars(
     edit: Editor, block: SharedBlock, init: tuple[float, float], per_tensor: bool, device: torch.device, trainable: bool
 ) -> tuple[Mixture, ...]:
     """Registers a block's scalars: one pair, or one per tensor; float32, of shape ()."""
-    taken = {*dict(edit.graph.module.named_modules()), *edit.graph.module.state_dict()}
     names = (f"{block.paths[0]}.share{suffix}" for suffix in chain([""], (f"_{number}" for number in count(2))))
-    root = next(name for name in names if name not in taken)
+    root = next(name for name in names if not _is_taken(edit.graph, name))
     starts = {"a": init[0], "b": init[1]}
     if block.before is None or block.after is None:
         # A single source gets the weight of both, so that the mix keeps its size.

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphopt import Editor, Graph, Region
 from graphopt.ir.nodes import leaf, parameters_of
-from graphopt.ir.paths import is_below, owner
+from graphopt.ir.paths import is_below, lineage, owner
 from graphopt.ir.patterns import Residual, attention_path, shape_of, weighted_sums
 from graphopt.passes.share.options import Part
 
@@ -70,8 +70,9 @@ def inside(name: str, paths: Iterable[str]) -> str:
 
 def leaves_of(graph: Graph, names: Collection[str]) -> tuple[str, ...]:
     """Paths of the leaf modules that own some of these parameters."""
-    called = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
-    return tuple(path for path in called if any(name.startswith(f"{path}.") for name in names))
+    holding = {path for name in names for path in lineage(owner(name))}
+    called = [node for path in holding for node in graph.fx.find_nodes(op="call_module", target=path, sort=False)]
+    return tuple(dict.fromkeys(str(node.target) for node in sorted(called)))
 
 
 def check_mixable(graph: Graph, names: Collection[str]) -> None:
@@ -213,13 +214,12 @@ def put_surrogate(edit: Editor, block: Region, part: Part | None) -> tuple[int |
     """
     surrogate = surrogate_of(edit.graph, block, part)
     removed = _removed_nodes(block, surrogate.bypassed)
-    names = _names_read(edit.graph, removed)
+    groups = _names_read(edit.graph, removed)
     for last in surrogate.bypassed:
         edit.redirect(last, _final(last, surrogate.bypassed))
     edit.erase(removed)
-    still_read = _names_read(edit.graph, edit.graph.nodes)
-    # A weight that is still read, by a mix of an earlier pass, keeps the leaf that holds it.
-    edit.remove(sorted(n for n in names if is_below(n, block.paths) and not any(is_below(read, [n]) for read in still_read)))
+    gone = {name for leaf_path, names in groups.items() for name in _unread(edit.graph, leaf_path, names)}
+    edit.remove(sorted(name for name in gone if is_below(name, block.paths)))
     return (None, frozenset()) if surrogate.partial is None else _make_partial(edit, surrogate.partial)
 
 
@@ -247,16 +247,28 @@ def _final(node: Node, bypassed: Mapping[Node, Node]) -> Node:
     return node
 
 
-def _names_read(graph: Graph, nodes: Iterable[Node]) -> set[str]:
-    """Paths of the leaves that nodes call, and names of all parameters and buffers that they read."""
-    found: set[str] = set()
+def _names_read(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[str, ...]]:
+    """Paths of the leaves that nodes call, with names of their tensors, and names of parameters and buffers that nodes read."""
+    found: dict[str, tuple[str, ...]] = {}
     for node in nodes:
         module = leaf(graph, node)
         if module is not None:
-            found.update((str(node.target), *(f"{node.target}.{n}" for n in module.state_dict())))
+            found[str(node.target)] = tuple(f"{node.target}.{n}" for n in module.state_dict())
         elif node.op == "get_attr":
-            found.add(str(node.target))
+            found.setdefault(str(node.target), ())
     return found
+
+
+def _unread(graph: Graph, name: str, tensors: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a leaf with its tensors, or of a tensor, what no node uses. A weight that a mix reads keeps the leaf that holds it."""
+
+    def used(op: str, target: str) -> bool:
+        return bool(graph.fx.find_nodes(op=op, target=target, sort=False))
+
+    if used("call_module", name) or used("get_attr", name) or any(used("call_module", path) for path in lineage(owner(name))):
+        return ()
+    unread = tuple(t for t in tensors if not used("get_attr", t))
+    return (name, *unread) if len(unread) == len(tensors) else unread
 
 
 def _make_partial(edit: Editor, conv: Node) -> tuple[int, frozenset[str]]:

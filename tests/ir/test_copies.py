@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from graphopt.ir.copying import fake_copy
+from graphopt.ir.copying import copy_with, fake_copy, real_copy
 from graphopt.ir.shapes import tensors_in
 from graphopt.runtime.body import NoGrad, bodies
 
@@ -56,3 +56,51 @@ def test_tensors_are_found_in_nested_containers() -> None:
     a, b, c = torch.zeros(3).unbind()
     assert [t is u for t, u in zip(tensors_in(Output(x=(a, [b]), y=3, z={"w": c})), (a, b, c), strict=True)] == [True] * 3
     assert tensors_in(None) == []
+
+
+class Views(nn.Module):
+    """Two buffers in one memory, and values of other kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.zeros(4)
+        self.register_buffer("whole", whole)
+        self.register_buffer("front", whole[:2], persistent=False)
+        self.names, self.owner, self.scale = {"a", "b"}, {self: "itself"}, nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.front.add_(1)
+        return x * self.scale + self.whole
+
+
+def test_a_real_copy_runs_without_a_trace() -> None:
+    module = Views()
+    copied = real_copy(module, torch.float32)
+    copied(torch.ones(4)).sum().backward()
+    assert copied.whole.tolist() == [1, 1, 0, 0]
+    assert module.whole.tolist() == [0, 0, 0, 0]
+    assert module.scale.grad is None
+    assert copied.scale.data_ptr() == module.scale.data_ptr()
+    assert list(copied.state_dict()) == ["scale", "whole"]
+    assert real_copy(module, torch.float64)(torch.ones(4, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_copy_holds_nothing_of_what_was_copied() -> None:
+    module = Views()
+    copied = copy_with(module)
+    assert copied.names == module.names
+    assert copied.names is not module.names
+    assert list(copied.owner) == [copied]
+    copied.scale.data.zero_()
+    assert module.scale.tolist() == [1, 1, 1, 1]
+
+
+def test_a_copy_of_a_graph_module_runs_and_can_be_instrumented_alone() -> None:
+    module = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    copied = copy_with(module)
+    x = torch.rand(2, 4)
+    assert torch.equal(copied(x), module(x))
+    copied.forward = lambda x: -x
+    assert torch.equal(copied(x), -x)
+    assert not torch.equal(module(x), -x)
+    assert copied.get_submodule("0") is not module.get_submodule("0")
