@@ -5,7 +5,8 @@
 Two processes of one thread each, one per core, take turns with every variant in random order: the backbone end to end, in one process and
 with DDP; and its `supervise` plan of two modules, for each balance, in one process and as a chain (`strategy = "modules"`). They train by
 the runner's own phases and strategies on random images. A variant's step is the wall time between two steps of its slowest process once
-the chain is filled; `--steps` of them a round. Ratios are of the same round. Quartiles over rounds.
+the chain is filled; `--steps` of them a round. Ratios are of the same round. Quartiles over rounds. Processor time is that of the process
+that has most of it in a step: where others share the cores, it says more than wall time.
 
 The second table has each rank of a chain next to its forecast: processor time of its process in a step (receiving and sending included)
 against seconds by rates measured here; live bytes of a real step against the forecast's peak; bytes sent in a step, heads of messages
@@ -206,19 +207,21 @@ def quartiles(values: list[float], form: str) -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-def slowest(windows: list[Window | None]) -> float:
-    return max(w.seconds for w in windows if w is not None)
+def slowest(windows: list[Window | None], figure: str) -> float:
+    return max(getattr(w, figure) for w in windows if w is not None)
 
 
 def speeds(name: str, found: dict[str, Any]) -> Iterator[str]:
     """Rows of the first table."""
-    seconds = {v: [slowest(windows) for variant, windows in found["windows"] if variant == v] for v in VARIANTS}
+    rounds = {v: [windows for variant, windows in found["windows"] if variant == v] for v in VARIANTS}
+    seconds = {v: [slowest(windows, "seconds") for windows in rounds[v]] for v in VARIANTS}
     for variant in VARIANTS:
         alone, ddp = seconds[Variant(variant.balance, "single")], seconds[Variant(None, "ddp")]
         against = [quartiles([b / a for a, b in zip(seconds[variant], other, strict=True)], ".2f") for other in (alone, ddp)]
         images = MODELS[name].batch / statistics.median(seconds[variant])
         step = quartiles([1000 * s for s in seconds[variant]], ".0f")
-        yield f"| {name} | {variant} | {step} | {images:.0f} | {against[0]} | {against[1]} |\n"
+        busy = quartiles([1000 * slowest(windows, "busy") for windows in rounds[variant]], ".0f")
+        yield f"| {name} | {variant} | {step} | {images:.0f} | {against[0]} | {against[1]} | {busy} |\n"
 
 
 def ranks_of(name: str, balance: str, cuts: tuple[str, ...], rates: Rates, found: dict[str, Any]) -> Iterator[str]:
@@ -236,8 +239,8 @@ def ranks_of(name: str, balance: str, cuts: tuple[str, ...], rates: Rates, found
 
 
 FIRST = """
-| network | variant | step, ms | images/s | times one process, same plan | times end-to-end DDP |
-|---|---|---|---|---|---|
+| network | variant | step, ms | images/s | times one process, same plan | times end-to-end DDP | processor time, ms |
+|---|---|---|---|---|---|---|
 """
 SECOND = """
 | network | balance, cut | rank | forecast, ms | processor time, ms | bytes held, forecast | measured | bytes sent, forecast | measured |
