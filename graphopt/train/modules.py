@@ -226,7 +226,7 @@ class Modular(Strategy):
         return self.ranks.gather(own)
 
     def stopping(self) -> int:
-        return self._signum()
+        return int(self._peers.largest(self._signum()))
 
     def announce(self, value: Any) -> None:
         self.ranks.broadcast(value, self.ranks.count - 1)
