@@ -8,9 +8,13 @@ activations of the largest one: the square root of the number of blocks is a goo
 The random state is restored, so dropout draws the same masks again. Norms count every batch once: their running statistics move in the
 forward and stay put when it runs again (`torch.utils.checkpoint` alone moves them twice).
 
+With a budget, blocks that need not run again keep their activations: the runs of blocks that do are chosen so that the predicted peak of
+activations is at most that share of the plain one, at the fewest FLOPs (see `graphopt.cost.recomputation`). Parameters, gradients and
+optimizer state come on top of it.
+
     [[pass]]
     use = "checkpoint"
-    segments = 4    # or: select = ["layer1", "layer2"], each region a segment of its own
+    segments = 4    # or: segments = "every block"; budget = 0.5; select = ["layer1", "layer2"], each region a segment of its own
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ class Checkpoint(Pass):
 
     Attributes:
         select: regions to recompute, each a segment of its own; see selectors.
-        segments: instead: the natural blocks in this many segments, with what lies between them.
+        segments: instead: the natural blocks in this many segments, with what lies between them; or "every block", each one by itself.
+        budget: instead: a share of the peak of activations, to be met at the fewest FLOPs: 0.5 is half of it.
         balance: of the segments: "blocks" (as many in each), "memory" (the lowest predicted peak of a step).
         when: from which epoch, until which.
 
@@ -49,15 +54,16 @@ class Checkpoint(Pass):
     position: ClassVar[Literal["first", "anywhere", "last"]] = "last"
 
     select: Selector | None = None
-    segments: Annotated[int, Field(ge=1, strict=True)] | None = None
+    segments: Annotated[int, Field(ge=1, strict=True)] | Literal["every block"] | None = None
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None
     balance: Literal["blocks", "memory"] = "blocks"
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.select is None) == (self.segments is None):
-            raise ValueError("give either select (regions) or segments (a number of segments)")
-        if self.select is not None and self.balance != "blocks":
-            raise ValueError("balance divides the blocks into segments: it needs segments, not select")
+        if sum(given is not None for given in (self.select, self.segments, self.budget)) != 1:
+            raise ValueError("give one of select (regions), segments (a number of segments) and budget (a share of the activations)")
+        if not isinstance(self.segments, int) and self.balance != "blocks":
+            raise ValueError("balance divides the blocks into segments: it needs a number of segments")
         return self
 
     def match(self, graph: Graph) -> Match[tuple[str, ...]]:
@@ -67,15 +73,28 @@ class Checkpoint(Pass):
         from graphopt.ir.select import select
 
         match: Match[tuple[str, ...]] = Match(find_blocks(graph) if self.select is None else select(self.select, graph))
-        if self.segments is not None and self.segments > len(match.regions):
+        if self.budget is not None:
+            self._within_budget(graph, match, self.budget)
+        elif isinstance(self.segments, int) and self.segments > len(match.regions):
             why = f"segments = {self.segments}, but there are {len(match.regions)} blocks to divide"
             match.refuse("the backbone", why, fix=f"Use at most {len(match.regions)}")
-        elif self.segments is not None and self.balance == "memory":
+        elif isinstance(self.segments, int) and self.balance == "memory":
             match.decision = recomputed_by_memory(graph, match.regions, self.segments)
         for region in match.regions:
             if activations(graph).isdisjoint(region.nodes):
                 match.skip(region.name, "it computes no activations: there is nothing to recompute")
         return match
+
+    def _within_budget(self, graph: Graph, match: Match[tuple[str, ...]], budget: float) -> None:
+        """Leaves the regions of the runs to recompute; the decision is the last block of each run."""
+        from graphopt.cost.recomputation import recomputed_within
+
+        runs = recomputed_within(graph, match.regions, budget)
+        chosen = {name for run in runs for name in run}
+        match.regions = tuple(region for region in match.regions if region.name in chosen)
+        match.decision = tuple(run[-1] for run in runs)
+        if not runs:
+            match.skip("the backbone", "its activations are within the budget already")
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[str, ...] | None]) -> Effects:
         from graphopt.ir.flow import slice_around
@@ -84,7 +103,11 @@ class Checkpoint(Pass):
 
         effects, count, active = Effects(), 0, activations(edit.graph)
         for regions in self._segments(match.regions, match.decision):
-            nodes = regions[0].nodes if self.segments is None else slice_around(edit.graph, (n for r in regions for n in r.nodes))
+            nodes = (
+                regions[0].nodes
+                if len(regions) == 1 and not isinstance(self.segments, int)
+                else slice_around(edit.graph, (n for r in regions for n in r.nodes))
+            )
             repeatable = _repeatable(edit, nodes)
             if repeatable is None:
                 for region in regions:
@@ -105,21 +128,24 @@ class Checkpoint(Pass):
         return effects
 
     def _segments(self, regions: Sequence[Region], ends: tuple[str, ...] | None) -> list[Sequence[Region]]:
-        if self.segments is None:
+        if not isinstance(self.segments, int) and self.budget is None:
             return [(r,) for r in regions]
-        edges = [round(i * len(regions) / self.segments) for i in range(self.segments + 1)]
-        if ends is not None:
+        if ends is None:
+            assert isinstance(self.segments, int)
+            edges = [round(i * len(regions) / self.segments) for i in range(self.segments + 1)]
+        else:
             edges = [0, *(i for i, r in enumerate(regions, start=1) if r.name in ends), len(regions)]
         return [regions[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:  # it has no other options to take over
-        """A few numbers of segments, the square root of the number of blocks among them."""
+        """A few budgets, and a few numbers of segments, the square root of the number of blocks among them."""
         from graphopt.ir.blocks import find_blocks
 
         blocks = len(find_blocks(graph))
         counts = sorted({k for k in (2, 4, round(blocks**0.5), blocks // 2, blocks) if 2 <= k <= blocks})
-        return (Candidate(f"checkpoint, {k} segments", cls(segments=k)) for k in counts)
+        budgets = [Candidate(f"checkpoint, budget {share:g}", cls(budget=share)) for share in (0.7, 0.5)]
+        return (*budgets, *(Candidate(f"checkpoint, {k} segments", cls(segments=k)) for k in counts))
 
 
 def _repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphopt.cli.device import DeviceOption, gpu
 from graphopt.cli.options import (
     BatchOption,
     JsonOption,
@@ -35,6 +36,7 @@ def apply(
     out: Annotated[Path | None, out_option("Write spec, report, graph and diff there.", "DIR")] = None,
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help=_EPOCH)] = None,
     batch: BatchOption = None,
+    device: DeviceOption = "A100",
     verify: Annotated[str | None, typer.Option("--verify", help="full, fast or off; default: the spec's.")] = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
@@ -46,7 +48,7 @@ def apply(
 
         graphopt apply quickstart
 
-        graphopt apply spec.toml -o plan --epoch 10
+        graphopt apply spec.toml -o plan --epoch 10 --device H100
 
         graphopt apply spec.toml --json --set backbone.arguments.num_classes=100
     """
@@ -58,6 +60,7 @@ def apply(
         check_choice("--verify", verify, ("full", "fast", "off"))
     loaded = load(spec, trust=trust, overrides=set_)
     check_epoch(loaded, epoch)
+    card = gpu(device)
 
     from graphopt.cli.report import show_report
     from graphopt.diff import diff
@@ -65,8 +68,9 @@ def apply(
     from graphopt.diff.render.page import to_html
     from graphopt.diff.render.picture import to_svg
     from graphopt.ir.printing import graph_text
+    from graphopt.planning.device import with_memory
 
-    plan = _plan_at(loaded, epoch, trust=trust, verify=verify or loaded.verify or "full", batch=batch)
+    plan = with_memory(_plan_at(loaded, epoch, trust=trust, verify=verify or loaded.verify or "full", batch=batch), card)
     report = plan.report.to_dict()
     if out is not None:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"

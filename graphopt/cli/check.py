@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphopt.cli.device import gpu, show_phases
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, check_choice
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
@@ -14,16 +15,23 @@ if TYPE_CHECKING:
     from graphopt.compiler.plan import Phase, Plan
     from graphopt.compiler.triggers import Decision
     from graphopt.cost import Rates
+    from graphopt.cost.devices import Device
+    from graphopt.planning.device import PhaseMemory
     from graphopt.planning.modules import ChainCost
     from graphopt.planning.ranks import RanksCost
     from graphopt.planning.run_cost import DropPoint, RunCost
     from graphopt.spec import Spec
 
 
+#: names of devices that steps can be timed on, as torch has them
+_HERE = ("cpu", "cuda", "mps", "xpu")
+_DEVICE = "The GPU whose memory is forecast (default: A100), or where steps are timed: cpu, cuda; that implies --time."
+
+
 def check(
     spec: SpecArgument,
     time: Annotated[bool, typer.Option("--time", help="Forecast how long the run takes, from a few seconds of steps timed here.")] = False,
-    device: Annotated[str | None, typer.Option("--device", help="Where the steps are timed: cpu (default), cuda. Implies --time.")] = None,
+    device: Annotated[str, typer.Option("--device", help=_DEVICE)] = "A100",
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Also forecast what each of so many processes needs.")] = None,
     strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, modules, auto (default: the spec's).")] = "",
     link: Annotated[str | None, typer.Option("--link", help='Rate between ranks, for seconds: "10 GB/s", "100 Gbit/s".')] = None,
@@ -42,13 +50,14 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --time
 
-        graphopt check learn_and_drop/vgg11 --json
+        graphopt check learn_and_drop/vgg11 --device "RTX 4090" --json
 
         graphopt check quickstart --ranks 8 --strategy ddp --link "10 GB/s"
     """
     from graphopt.spec import load
 
     rate = parse_link(link)
+    is_here = device.partition(":")[0] in _HERE
     if strategy:
         check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp", "modules"))
     loaded = load(spec, trust=trust, overrides=set_)
@@ -61,7 +70,8 @@ def check(
     from graphopt.planning.run_cost import drop_points
     from graphopt.train.preflight import problems
 
-    rates = _rates(device or "cpu", loaded.train.amp) if time or device else None
+    timed, card = device if is_here else "cpu" if time else None, gpu("A100" if is_here else device)
+    rates = _rates(timed, loaded.train.amp) if timed else None
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
     plan = compile_phase(source, verify="fast", costs=False)
@@ -71,6 +81,7 @@ def check(
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
     samples, work = _forecast(loaded, phases, Path(spec), rates)
+    needs = _forecast_memory(loaded, phases, Path(spec), card)
     parallel: ChainCost | RanksCost | None = None
     if ranks and strategy == "modules":
         parallel = _forecast_chain(loaded, plan, Path(spec), ranks, rates)
@@ -80,12 +91,15 @@ def check(
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
         run |= {"ranks": parallel.to_dict(rate)} if parallel else {}
+        run |= {"device_memory": [phase.to_dict() for phase in needs]} if needs else {}
         head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
         show_json({**head, "passes": rows, "opaque": opaque, **run})
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
         _show_run(work, any((error.where or "").startswith("data") for error in refused))
+        if needs:
+            show_phases(needs)
         _show_parallel(parallel, rate, (samples or 0) // loaded.train.batch)
     for error in refused[:-1]:
         show_error(str(error))
@@ -116,6 +130,18 @@ def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rat
         return samples, forecast_run(phases[0].plan, spec.train, samples=samples, evaluated=evaluated, rates=rates, **given)
     except (RunError, CostError):
         return None, None
+
+
+def _forecast_memory(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, device: "Device") -> "tuple[PhaseMemory, ...]":
+    """What each phase needs of a GPU; nothing where a step cannot be forecast."""
+    from graphopt.errors import CostError
+    from graphopt.planning.device import forecast_phases
+
+    decisions = _decisions(path)
+    try:
+        return forecast_phases(phases if decisions is None else phases[0].plan.phases(spec.train.epochs, decisions), device)
+    except CostError:
+        return ()
 
 
 def _forecast_ranks(spec: "Spec", plan: "Plan", path: Path, ranks: int, strategy: str) -> "RanksCost":

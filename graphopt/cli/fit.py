@@ -5,21 +5,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graphopt.cli.device import gpu
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, out_option
 from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
-    from graphopt.planning.budget import Fit
+    from graphopt.planning.budget import Budget, Fit
 
 _ALLOWANCE = "Memory of a process per byte that is forecast: 1.09 to 1.35 in measured CPU processes, so 1.45 is safe there."
+_DEVICE = "Fit the memory of this GPU as its allocator needs it: A100, H100, H200, RTX 4090 or L4; none is needed."
 _FLOPS = "FLOPs of a step, as a fraction of the backbone's; with --suggest."
 
 
 def fit(
     spec: SpecArgument,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help='Peak memory of a step: "8 GiB".')] = None,
+    device: Annotated[str | None, typer.Option("--device", help=_DEVICE)] = None,
     flops: Annotated[float | None, typer.Option("--flops", help=_FLOPS)] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
     allowance: Annotated[float, typer.Option("--allowance", help=_ALLOWANCE)] = 1.0,
@@ -31,11 +34,14 @@ def fit(
 ) -> None:
     """Find the largest batch that fits a budget, or the cheapest passes that do.
 
-    Candidates are forecast; nothing trains. Memory means live bytes: leave room for the allocator. Examples:
+    Candidates are forecast; nothing trains. Memory means live bytes: leave room for the allocator. With --device it means what the
+    allocator of that GPU must be able to get, by default all that the driver leaves. Examples:
 
         graphopt fit quickstart --memory "256 MiB"
 
         graphopt fit spec.toml --memory "8 GiB" --suggest -o fitted.toml
+
+        graphopt fit spec.toml --device "RTX 4090" --suggest
 
         graphopt fit spec.toml --flops 0.5 --suggest
     """
@@ -52,10 +58,11 @@ def fit(
 
     from graphopt.planning.budget import Budget, Search
 
-    budget = Budget(size, flops, allowance)
+    card = gpu(device) if device is not None else None
+    budget = Budget(size, flops, allowance, card)
     if not suggest:
         budget.check_for_batch()
-    search = Search(loaded, trust=trust)
+    search = Search(loaded, device=card, trust=trust)
     found = search.suggest(budget) if suggest else search.largest_batch(budget)
     if out is not None and found.spec is not None:
         write_atomically(out, dumps(found.spec, defaults=False))
@@ -69,31 +76,46 @@ def fit(
         raise RunError("nothing that was tried fits the budget", fix="Give more, or a smaller batch (--batch)")
 
 
+def _limits(budget: "Budget") -> list[str]:
+    from graphopt.units import show_size
+
+    limits = [f"NVIDIA {budget.device.name}"] if budget.device is not None else []
+    limits += [f"memory {show_size(budget.memory)}"] if budget.memory is not None else []
+    limits += [f"FLOPs {budget.flops:g} of the backbone's"] if budget.flops is not None else []
+    return limits + ([f"allowance {budget.allowance:g}"] if budget.allowance != 1 else [])
+
+
+def _show_notes(found: "Fit") -> None:
+    """What was left out, and what memory means."""
+    for candidate in found.candidates:
+        if candidate.refused:
+            show(f"left out {candidate.name}: {candidate.refused}")
+    if found.budget.device is not None:
+        show("memory is simulated, with unmeasured terms at their upper bounds; what reserves more may fit, by giving free segments back")
+    elif found.budget.memory is not None and found.budget.allowance == 1:
+        show("memory is live bytes; a CPU process takes 1.09 to 1.35 times as much: see --allowance. For a GPU: --device")
+
+
 def _show(found: "Fit", suggest: bool) -> None:
+    from graphopt.planning.budget import peak
     from graphopt.units import show_count, show_size
 
     budget = found.budget
     if suggest and found.chosen is not None and not found.chosen.added:
         show("fits as it is: nothing needs to be added")
-    limits = [f"memory {show_size(budget.memory)}"] if budget.memory is not None else []
-    limits += [f"FLOPs {budget.flops:g} of the backbone's"] if budget.flops is not None else []
-    limits += [f"allowance {budget.allowance:g}"] if budget.allowance != 1 else []
-    show(f"budget: {', '.join(limits)}; batch {found.batch}")
-    table = grid("", "candidate", "peak", "FLOPs a step", "of the backbone's", "stays exact", "untrained", "", right=(2, 3, 4, 6))
+    show(f"budget: {', '.join(_limits(budget))}; batch {found.batch}")
+    title = "peak" if budget.device is None else "peak reserved"
+    table = grid("", "candidate", title, "FLOPs a step", "of the backbone's", "stays exact", "untrained", "", right=(2, 3, 4, 6))
     for candidate in sorted(found.candidates, key=lambda c: (not c.best, c.price)):
         if candidate.cost is None:
             continue
         mark = ">" if candidate is found.chosen else "*" if candidate.best else ""
         verdict = ("fits" if candidate.fits else "too much") + (", verified" if candidate.verified else "")
         ratio = f"{candidate.cost.flops / found.backbone.flops:.3f}"
-        peak, flops = show_size(candidate.cost.peak_bytes), show_count(candidate.cost.flops)
-        table.add_row(mark, candidate.name, peak, flops, ratio, str(candidate.exact), f"{100 * candidate.untrained:.0f} %", verdict)
+        size, flops = show_size(peak(candidate.cost)), show_count(candidate.cost.flops)
+        table.add_row(mark, candidate.name, size, flops, ratio, str(candidate.exact), f"{100 * candidate.untrained:.0f} %", verdict)
     show(table)
-    for candidate in found.candidates:
-        if candidate.refused:
-            show(f"left out {candidate.name}: {candidate.refused}")
-    if budget.memory is not None and budget.allowance == 1:
-        show("memory is live bytes; a CPU process takes 1.09 to 1.35 times as much, a CUDA device was not measured: see --allowance")
+    _show_notes(found)
     if suggest:
         show("> chosen: the most of training stays exact, then the most trains, then the fewest FLOPs")
         show("* no other candidate is better in peak, FLOPs, what stays exact, and the share that trains")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from graphopt.cli.device import show_memory
 from graphopt.cli.screen import grid, show
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ def show_report(plan: "Plan") -> None:
         for figure, old, new in common_figures(report.before.to_dict(), report.after.to_dict()):
             table.add_row(figure.title, figure.text(old), figure.text(new), f"{new / old:.3f}" if old else "")
         show(table)
+        if report.before.cuda is not None and report.after.cuda is not None:
+            show()
+            show_memory(report.before.cuda, report.after.cuda)
     for number, item in enumerate(report.passes, start=1):
         show()
         _show_pass(number, item)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
+from graphopt.cost.memory import DeviceMemory
 from graphopt.cost.ranks import Collective
 from graphopt.ir.paths import lineage
 from graphopt.units import show_count, show_size
@@ -90,14 +91,14 @@ class Cost:
             parameter gradients, and the optimizer's state and temporary results are left out. It may be reached at another moment than
             `peak_bytes`. A parameter gradient counts as one from the allocation of its storage, whether autograd writes it
             to `.grad` or `torch.autograd.grad` returns it.
-        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator does: what
-            `torch.cuda.max_memory_allocated` shows, but for workspaces.
+        peak_block_bytes: `peak_bytes` with every storage rounded up to 512 bytes, as CUDA's caching allocator does at least; see `cuda`.
         peak_phase: the part of the step that reaches `peak_bytes`: forward, backward or optimizer.
         peak_parts: bytes by kind at that moment.
         all_reduced_bytes: what data-parallel training sums over ranks in every step: one gradient per trainable parameter.
         kernels, moved_bytes: operator calls that compute (views do not), and the bytes of all tensors that they read and write, the
             optimizer's included: what a step's time depends on besides FLOPs (see `graphopt.cost.rates`).
         collectives: what a rank of several exchanges with the others in a step; none alone.
+        cuda: what the step needs of a GPU, where the forecast was for one.
         rows: the step by module path, the finest attribution.
         blocks: the step by the blocks asked for, in their order, then `""` for everything else.
     """
@@ -125,6 +126,7 @@ class Cost:
     kernels: int
     moved_bytes: int
     collectives: tuple[Collective, ...] = ()
+    cuda: DeviceMemory | None = field(default=None, repr=False, compare=False)
     rows: tuple[BlockCost, ...] = field(default=(), repr=False)
     blocks: tuple[BlockCost, ...] = field(default=(), repr=False)
 
@@ -152,7 +154,8 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; with `blocks` if blocks were asked for, without `rows`."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks", "collectives")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks", "collectives", "cuda")}
+        plain |= self.cuda.to_dict() if self.cuda is not None else {}
         return plain | ({"blocks": [block.to_dict() for block in self.blocks]} if self.blocks else {})
 
 

@@ -5,7 +5,7 @@ ones. Storages are identified by address: views cost nothing, and a weak referen
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -57,6 +57,8 @@ class Ledger(TorchDispatchMode):
         kernels, moved: kernel calls, and the bytes of all that they read and write: what a step's time depends on besides FLOPs.
         messages: the collectives that were called: (name of the phase, operator, bytes of the whole message).
         copies_scattered: whether a reduce-scatter works on a copy of its message, as gloo's does inside the operator.
+        host: storages that stay on the CPU where the step runs on another device: the optimizer's counters.
+        inside: is told each operator, its arguments and its results, to record what its kernel allocates for itself.
     """
 
     def __init__(self, attribution: Attribution) -> None:
@@ -72,6 +74,8 @@ class Ledger(TorchDispatchMode):
         self.kernels = self.moved = 0
         self.messages: list[tuple[str, str, int]] = []
         self.copies_scattered = False
+        self.host: set[int] = set()
+        self.inside: Callable[[Any, tuple[Any, ...], list[Tensor]], None] | None = None
         self._references: dict[int, _StorageRef] = {}
         self._open = True
 
@@ -173,6 +177,8 @@ class Ledger(TorchDispatchMode):
             self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         registered = [self._register(t.untyped_storage()) for t in outputs]
         self._gathered(func, args, kwargs, outputs)
+        if self.inside is not None:
+            self.inside(func.overloadpacket, args, outputs)
         read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
         weights = [known is not None and self.weights[known.index] for known in read]
         buffers = [known is not None and self.kinds[known.index] == Kind.BUFFER for known in read]

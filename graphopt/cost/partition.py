@@ -54,6 +54,7 @@ class Piece:
         saved_ends: storages among its input and output that its backward needs, as number -> bytes.
         input, output: the storage's number and bytes; the same one where the piece only gives a view of its input.
         work: of its forward and backward.
+        flops: of its forward.
     """
 
     saved: int
@@ -64,6 +65,7 @@ class Piece:
     output: Storage
     has_parameters: bool
     work: Work
+    flops: int = 0
 
 
 def pieces_of(graph: Graph) -> list[Piece]:
@@ -117,6 +119,7 @@ class _Record:
     outputs: list[int]
     saved: set[int]
     work: Work
+    flops: int
 
 
 class _PieceByPiece(fx.Interpreter):
@@ -127,6 +130,7 @@ class _PieceByPiece(fx.Interpreter):
         self.ledger, self.ends, self.active, self.isolated = ledger, ends, active, isolated
         self.records: list[_Record] = []
         self.pending: fx.Node | None = None
+        self.flops = 0
 
     def start(self, x: Tensor) -> None:
         self.entry, self.begin, self.done = x, len(self.ledger.events), self.ledger.work
@@ -153,7 +157,8 @@ class _PieceByPiece(fx.Interpreter):
     def _close(self, value: Any) -> None:
         ledger = self.ledger
         outputs = [t for t in tensors_in(value) if t.is_floating_point()]
-        turn = len(ledger.events)
+        turn, before = len(ledger.events), self.flops
+        self.flops = sum(forward for forward, *_ in ledger.attribution.totals.values())
         numbers = [ledger.index(t) for t in outputs]
         saved = {number for keeper, number, _ in ledger.saved if keeper() is not None and ledger.kinds[number] != Kind.PARAMETER}
         ledger.saved.clear()
@@ -168,7 +173,8 @@ class _PieceByPiece(fx.Interpreter):
             if parameter.grad is not None:
                 ledger.set_kind((parameter.grad,), Kind.GRADIENT)
                 parameter.grad = None
-        self.records.append(_Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved, work))
+        record = _Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved, work, self.flops - before)
+        self.records.append(record)
 
     def pieces(self, have_parameters: Iterable[bool]) -> list[Piece]:
         live = np.concatenate([[0], self.ledger.live((Kind.ACTIVATION, Kind.INPUT))])
@@ -188,6 +194,7 @@ class _PieceByPiece(fx.Interpreter):
                     output=(record.outputs[0], sizes[record.outputs[0]]),
                     has_parameters=has_parameters,
                     work=record.work,
+                    flops=record.flops,
                 )
             )
         return found

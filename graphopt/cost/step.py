@@ -1,14 +1,7 @@
 """The cost of one training step: on fake tensors (`forecast`), or on real ones (`measure`).
 
-Both are steps on the CPU. CUDA kernels differ, which is not modelled:
-
-- Attention: the CPU's flash kernel saves the output and one log-sum-exp per query, as CUDA's flash and efficient kernels do. With a float
-  mask, or a head width that those do not support, CUDA may use the math kernel, which saves the score matrix.
-- Convolutions: cuDNN allocates a workspace inside the operator, whose size depends on the algorithm.
-- Dropout: CUDA's fused kernel saves a mask of one byte per element, the CPU one of four.
-- Optimizers: on CUDA torch's default is the for-each form, whose temporary results are as large as all gradients together.
-- Autocast: CUDA and CPU cast different operators (layer norm and softmax run in float32 under CUDA autocast).
-- The context, fragmentation and the reserved segments that `nvidia-smi` shows come on top.
+Both are steps on the CPU. With a `device`, a forecast takes the step with the kernels that torch would choose there
+(`graphopt.cost.kernels`), and says what the device must have (`graphopt.cost.cuda`).
 """
 
 import gc
@@ -30,7 +23,10 @@ from torch._subclasses.fake_tensor import (
 )
 
 from graphopt.cost.attribution import Attribution, instrument
+from graphopt.cost.cuda import Inside, device_memory
+from graphopt.cost.devices import Device
 from graphopt.cost.figures import BlockCost, Cost, Named
+from graphopt.cost.kernels import as_on_cuda
 from graphopt.cost.ledger import Kind, Ledger
 from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_step
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
@@ -59,6 +55,7 @@ class StepOptions(TypedDict, total=False):
             (auxiliary heads) are added.
         parallel: how the step runs on several ranks; the figures are then those of one rank, and memory that of all micro-batches.
         inputs: what the module takes, as one tuple, in the place of a batch of samples: plain values, and tensors like these.
+        device: of a forecast: take the step with the kernels of this GPU, and forecast its memory there (`Cost.cuda`).
     """
 
     targets: bool
@@ -68,6 +65,7 @@ class StepOptions(TypedDict, total=False):
     loss: str | Loss
     parallel: Parallel | None
     inputs: Sequence[Any] | None
+    device: Device | None
 
 
 def forecast(
@@ -87,7 +85,7 @@ def forecast(
     Raises:
         CostError: the module needs values to run (data-dependent Python), does not take this input, or the optimizer is unknown.
     """
-    parallel = options.get("parallel")
+    parallel, device = options.get("parallel"), options.get("device")
     # Remembered results would leave out what collectives do.
     mode = FakeTensorMode(allow_non_fake_inputs=True) if parallel else FakeMode()
     with _explained():
@@ -101,7 +99,11 @@ def forecast(
         log.setLevel(logging.CRITICAL)
         ledger = Ledger(attribution)
         ledger.copies_scattered = parallel is not None and parallel.backend == "gloo"
-        return _train_once(copied, input, batch, per_block, ledger, options)
+        if device is None:
+            return _train_once(copied, input, batch, per_block, ledger, options)
+        stack.enter_context(as_on_cuda())
+        ledger.inside = inside = Inside(ledger, device)
+        return replace(_train_once(copied, input, batch, per_block, ledger, options), cuda=device_memory(ledger, inside))
 
 
 def measure(
@@ -166,6 +168,7 @@ def _train_once(
         ledger.set_kind(tensors_in(batches), Kind.INPUT)
         if optimizer is not None:
             ledger.set_kind(state_of(optimizer), Kind.OPTIMIZER)
+            ledger.host = {ledger.index(state["step"]) for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)}
         stack.enter_context(_known_gradients(ledger))
         stack.enter_context(ledger)
         saved, gradient_bytes = step.run(batches, optimizer)

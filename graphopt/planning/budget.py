@@ -1,12 +1,13 @@
 """Planning for a budget: the largest batch that fits it, or the cheapest passes that fit it at the spec's batch.
 
-The search uses the cost model and trains nothing. Memory is live bytes (see `graphopt.cost.Cost`); what an allocator and kernels need on
-top is an allowance that the user gives. "Cheapest" means: the most of training stays exact (see `Exact`), then the smallest part of the
-backbone is left untrained, then the fewest FLOPs per step. Every installed pass offers values of its own to try (`Pass.candidates`).
+The search uses the cost model and trains nothing. Memory is live bytes (see `graphopt.cost.Cost`), and what an allocator and kernels need
+on top an allowance that the user gives; or it is what the allocator of a named GPU needs (see `graphopt.cost.cuda`). "Cheapest" means: the
+most of training stays exact (see `Exact`), then the smallest part of the backbone is left untrained, then the fewest FLOPs per step. Every
+installed pass offers values of its own to try (`Pass.candidates`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import combinations
@@ -18,6 +19,7 @@ from graphopt.compiler.pipeline import Verify, match_all
 from graphopt.compiler.plan import Phase, Plan, compile_phase
 from graphopt.compiler.registry import passes as installed
 from graphopt.cost import Cost, CostError
+from graphopt.cost.devices import Device
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError
 from graphopt.spec import Spec, dumps_pass, from_table
@@ -49,13 +51,17 @@ class Budget:
         memory: bytes, or None.
         flops: share of the untouched backbone's FLOPs at the same batch, or None.
         allowance: factor from the live bytes that are forecast to the memory of a process (1.09 to 1.35 in fresh CPU processes).
+        device: a GPU that the step must run on; `memory` is then what its allocator can get, by default all but what the driver takes.
     """
 
     memory: int | None = None
     flops: float | None = None
     allowance: float = 1.0
+    device: Device | None = None
 
     def __post_init__(self) -> None:
+        if self.memory is None and self.device is not None:
+            object.__setattr__(self, "memory", self.device.usable)
         if self.memory is None and self.flops is None:
             raise CostError("no budget is given", fix='Give memory ("8 GiB"), or flops (0.5: half of the backbone\'s)')
         if self.flops is not None and not self.flops > 0:
@@ -70,8 +76,23 @@ class Budget:
 
     def holds(self, cost: Cost, backbone: Cost) -> bool:
         """Whether a step of this cost fits; `backbone` is the cost of a step without passes."""
-        memory = self.memory is None or cost.peak_bytes * self.allowance <= self.memory
-        return memory and (self.flops is None or cost.flops <= self.flops * backbone.flops)
+        return self.has_room(cost) and (self.flops is None or cost.flops <= self.flops * backbone.flops)
+
+    def has_room(self, cost: Cost) -> bool:
+        """Whether the memory suffices."""
+        if self.memory is None:
+            return True
+        memory = int(self.memory / self.allowance)
+        return cost.peak_bytes <= memory if self.device is None or cost.cuda is None else cost.cuda.fits(memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"memory": self.memory, "flops": self.flops, "allowance": self.allowance, "device": self.device and self.device.name}
+
+
+def peak(cost: Cost) -> int:
+    """Bytes at the peak: reserved on the GPU that the forecast was for, at its upper bound, else live."""
+    return cost.peak_bytes if cost.cuda is None else cost.cuda.reserved.high
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,7 @@ class Trial:
         """Whether it is better than `other` in something and worse in nothing."""
         if self.cost is None or other.cost is None:
             return False
-        mine, theirs = ((t.cost.peak_bytes, t.cost.flops, t.exact, t.untrained) for t in (self, other) if t.cost)
+        mine, theirs = ((peak(t.cost), t.cost.flops, t.exact, t.untrained) for t in (self, other) if t.cost)
         return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
@@ -136,7 +157,7 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        plain = {"batch": self.batch, **asdict(self.budget), "backbone": self.backbone.to_dict()}
+        plain = {"batch": self.batch, **self.budget.to_dict(), "backbone": self.backbone.to_dict()}
         return {
             **plain,
             "candidates": [c.to_dict() for c in self.candidates],
@@ -145,25 +166,27 @@ class Fit:
         }
 
 
-def largest_batch(cost_at: Callable[[int], Cost], memory: float) -> tuple[int, Cost]:
-    """The largest batch whose step's peak is at most `memory` bytes; the peak is assumed to grow with the batch.
+def largest_batch(cost_at: Callable[[int], Cost], budget: Budget) -> tuple[int, Cost]:
+    """The largest batch whose step the budget has room for; the need is assumed to grow with the batch.
 
     Raises:
         CostError: one sample does not fit.
     """
+    assert budget.memory is not None
+    memory = budget.memory / budget.allowance
     low, low_cost = 1, cost_at(1)
-    if low_cost.peak_bytes > memory:
-        what = f"one sample takes {show_size(low_cost.peak_bytes)}, the budget is {show_size(memory)}"
+    if not budget.has_room(low_cost):
+        what = f"one sample takes {show_size(peak(low_cost))}, the budget is {show_size(memory)}"
         raise CostError(what, fix="Ask for passes that fit (--suggest), or give more memory")
     high, step = LARGEST_BATCH + 1, 8
-    before = low_cost.peak_bytes
+    before = peak(low_cost)
     while high - low > 1:
         # The peak is nearly linear in the batch: try where the line meets the budget, and bisect if that does not help.
         tried = min(max(step, low + 1), high - 1)
         cost = cost_at(tried)
-        slope = (cost.peak_bytes - before) / (tried - low) if tried > low else 0
-        if cost.peak_bytes <= memory:
-            low, low_cost, before = tried, cost, cost.peak_bytes
+        slope = (peak(cost) - before) / (tried - low) if tried > low else 0
+        if budget.has_room(cost):
+            low, low_cost, before = tried, cost, peak(cost)
         else:
             high = tried
         step = low + int((memory - before) / slope) if slope > 0 else (low + high) // 2
@@ -173,10 +196,10 @@ def largest_batch(cost_at: Callable[[int], Cost], memory: float) -> tuple[int, C
 
 
 class Search:
-    """A spec's backbone, traced once, and the costs of passes on it."""
+    """A spec's backbone, traced once, and the costs of passes on it; on a GPU, if one is given."""
 
-    def __init__(self, spec: Spec, *, trust: bool = False) -> None:
-        self.spec, self.trust = spec, trust
+    def __init__(self, spec: Spec, *, device: Device | None = None, trust: bool = False) -> None:
+        self.spec, self.device, self.trust = spec, device, trust
         self.plan = compile_phase(prepare(None, spec, compare=False, trust=trust), verify="off", costs=False)
         self.backbone = self._phase_cost(self._plan(()), spec.train.micro_batch())
 
@@ -185,12 +208,12 @@ class Search:
         return compile_phase(replace(self.plan, matched=matched), verify=verify, costs=False)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
-        measure = measure_with(batch, **self.spec.train.forecast_options())
+        measure = measure_with(batch, device=self.device, **self.spec.train.forecast_options())
         return measure(plan.module, plan.graph, [effects for effects in plan.effects if effects is not None])
 
     def cost(self, phases: Sequence[Phase], batch: int) -> Cost:
         """The step of the phase with the highest peak."""
-        return max((self._phase_cost(phase.plan, batch) for phase in phases), key=lambda c: c.peak_bytes)
+        return max((self._phase_cost(phase.plan, batch) for phase in phases), key=peak)
 
     def largest_batch(self, budget: Budget) -> Fit:
         """The largest batch at which the spec, as it is, fits the memory in every phase that can be foreseen.
@@ -199,9 +222,8 @@ class Search:
             CostError: one sample does not fit, or the budget limits FLOPs, which are the same per sample at any batch.
         """
         budget.check_for_batch()
-        assert budget.memory is not None
         phases = self.plan.phases(self.spec.train.epochs)
-        batch, cost = largest_batch(lambda size: self.cost(phases, size), budget.memory / budget.allowance)
+        batch, cost = largest_batch(lambda size: self.cost(phases, size), budget)
         backbone = self._phase_cost(self._plan(()), batch)
         self._plan(self.plan.passes, verify=self.spec.verify or "full")
         own = Trial("the spec as it is", (), cost, fits=True, best=True, verified=True, untrained=self._untrained(cost))

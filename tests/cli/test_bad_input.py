@@ -52,7 +52,7 @@ CASES = [
     ("unknown level", None, ["apply", "s.toml", "--verify", "much"], ["full, fast or off"]),
     ("epoch beyond the run", None, ["apply", "s.toml", "--epoch", "2"], ["0 to 1"]),
     ("no such run", None, ["export", "nowhere", "-o", "m.safetensors"], ["nowhere"]),
-    ("no such device", None, ["check", "s.toml", "--device", "tpu9"], ["--device", "Use cpu"]),
+    ("no such device", None, ["check", "s.toml", "--device", "tpu9"], ["--device: no device is called 'tpu9'. Known are A100, H100"]),
     ("not a run", None, ["export", ".", "-o", "m.safetensors"], ["checkpoint"]),
     ("unknown pass", None, ["passes", "freez"], ["Did you mean 'freeze'"]),
     ("unknown installed spec", None, ["specs", "quick"], ["quickstart"]),

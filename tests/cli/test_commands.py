@@ -82,10 +82,25 @@ def test_apply_at_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     found = output_json(capsys, "check", "s.toml")
     assert found["passes"][0]["regions"] == ["conv1", "bn1"]
+    assert [phase["cuda"]["device"] for phase in found["device_memory"]] == ["A100"]
     out = output(capsys, "check", "s.toml")
     assert "would act on: conv1, bn1" in out
     assert "no conflicts" in out
     assert "time, a forecast" not in out
+
+
+def test_a_gpu_s_memory_is_forecast_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    report = output_json(capsys, "apply", "s.toml", "--device", "h100")
+    for side in ("before", "after"):
+        assert report[side]["peak_bytes"] < report[side]["capacity_bytes"] <= report[side]["peak_reserved_bytes"]
+        assert report[side]["cuda"]["device"] == "H100"
+    out = output(capsys, "check", "s.toml")
+    assert "memory of a step on an NVIDIA A100, simulated; no GPU was used" in out
+    assert "smallest capacity" in out
+    assert "band   cuDNN workspace" in out
+    out = output(capsys, "fit", "s.toml", "--device", "RTX 4090", "--memory", "32 MiB")
+    assert "budget: NVIDIA RTX 4090, memory 32.0 MiB" in out
+    assert "peak reserved" in out
 
 
 def test_check_forecasts_each_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -79,6 +80,52 @@ def test_segments_balanced_by_memory_compute_the_same():
     assert same(step(plain.module)[1], step(checkpointed.module)[1])
 
 
+def test_every_block_is_a_segment_of_its_own():
+    every, each = (compiled(Checkpoint(**options)) for options in ({"segments": "every block"}, {"select": "blocks.*"}))
+    assert every.report.passes[0].figures["segments"] == 4
+    assert forecast(every.module, INPUT, 8) == forecast(each.module, INPUT, 8)
+    assert same(step(every.module)[1], step(compiled([]).module)[1])
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit"])
+def test_a_budget_is_kept_at_rising_cost_with_the_same_gradients(name):
+    if name == "vit":
+        sizes = {"img_size": 32, "depth": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
+        rates = {"drop_rate": 0.2, "proj_drop_rate": 0.2, "drop_path_rate": 0.2}
+        model = timm.create_model("vit_tiny_patch16_224", **sizes, **rates)
+    else:
+        model = cifar_resnet.build("resnet20")
+    passes = ([], *(Checkpoint(budget=budget) for budget in (0.8, 0.6, 0.5)))
+    plans = [graphopt.compile(model, each, input=(3, 32, 32), verify="off", costs=False) for each in passes]
+    costs = [forecast(plan.module, (3, 32, 32), 8, optimizer=None) for plan in plans]
+    peaks = [cost.peak_activation_bytes / costs[0].peak_activation_bytes for cost in costs]
+    assert all(peak <= budget for peak, budget in zip(peaks, (1, 0.8, 0.6, 0.5), strict=True))
+    assert peaks == sorted(peaks, reverse=True)
+    assert [cost.flops for cost in costs] == sorted(cost.flops for cost in costs)
+    assert costs[-1].flops <= 1.25 * costs[0].flops
+    plain, *others = (gradients(plan.module) for plan in plans)
+    assert all(same(plain, other) for other in others)
+
+
+def gradients(module):
+    """Of a step with all random masks drawn alike."""
+    torch.manual_seed(1)
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4) % 3
+    F.cross_entropy(module.train()(x), y).backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def test_a_budget_that_is_met_already_changes_nothing():
+    plan = compiled(Checkpoint(budget=1.0))
+    assert not hasattr(plan.module, "sections")
+    assert [d.message for d in plan.report.passes[0].diagnostics] == ["its activations are within the budget already"]
+
+
+def test_a_budget_that_cannot_be_met_is_refused():
+    with pytest.raises(PassError, match="the lowest is"):
+        compiled(Checkpoint(budget=0.01))
+
+
 def test_eval_and_no_grad_run_plainly():
     plan = compiled(Checkpoint(segments=2))
     x = torch.randn(2, *INPUT)
@@ -112,7 +159,20 @@ def test_a_trigger_starts_and_ends_it():
     assert not hasattr(back.module, "sections")
 
 
-@pytest.mark.parametrize("options", [{}, {"segments": 2, "select": "blocks"}, {"segments": 0}, {"select": "blocks", "balance": "memory"}])
+ODD = [
+    {},
+    {"segments": 2, "select": "blocks"},
+    {"segments": 0},
+    {"segments": "each block"},
+    {"select": "blocks", "balance": "memory"},
+    {"segments": "every block", "balance": "memory"},
+    {"budget": 0.0},
+    {"budget": 1.5},
+    {"budget": 0.5, "segments": 2},
+]
+
+
+@pytest.mark.parametrize("options", ODD)
 def test_options_that_say_nothing_or_too_much(options):
     with pytest.raises(ValueError):
         Checkpoint(**options)

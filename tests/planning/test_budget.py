@@ -39,9 +39,9 @@ def test_the_largest_batch_is_the_largest(fixed, slope, floor, memory):
 
     if peak(1).peak_bytes > memory:
         with pytest.raises(CostError, match="one sample takes"):
-            largest_batch(peak, memory)
+            largest_batch(peak, Budget(memory))
         return
-    batch, cost = largest_batch(peak, memory)
+    batch, cost = largest_batch(peak, Budget(memory))
     assert cost.batch == batch
     assert cost.peak_bytes <= memory
     assert batch == LARGEST_BATCH or peak(batch + 1).peak_bytes > memory

@@ -1,0 +1,58 @@
+"""What a plan needs of a GPU, without one: a step before and after, and a step of each phase of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphopt.compiler.emit import emit
+from graphopt.compiler.measure import Measure, measure_with
+from graphopt.compiler.plan import Phase, Plan
+from graphopt.cost.devices import Device
+from graphopt.cost.memory import DeviceMemory
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """One phase: its first epoch, their number, and what a step of it needs."""
+
+    epoch: int
+    epochs: int
+    memory: DeviceMemory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"epoch": self.epoch, "epochs": self.epochs, **self.memory.to_dict()}
+
+
+def with_memory(plan: Plan, device: Device) -> Plan:
+    """The same plan, in whose report the costs before and after say what a step needs of a GPU (`Cost.cuda`).
+
+    Raises CostError if a step cannot be forecast. A report without costs stays as it is.
+    """
+    report = plan.report
+    if report.before is None or report.after is None:
+        return plan
+    measure = _measure(plan, device)
+    before = measure(emit(plan.base), plan.base, ()).cuda
+    after = _memory(plan, measure) if any(plan.effects) else before
+    report = replace(report, before=replace(report.before, cuda=before), after=replace(report.after, cuda=after))
+    return replace(plan, report=report)
+
+
+def forecast_phases(phases: Sequence[Phase], device: Device) -> tuple[PhaseMemory, ...]:
+    """What a step of each phase of a run needs of a GPU. Raises CostError if one cannot be forecast."""
+    found = []
+    for start, end, _, plan in phases:
+        found.append(PhaseMemory(start, end - start, _memory(plan, _measure(plan, device))))
+    return tuple(found)
+
+
+def _measure(plan: Plan, device: Device) -> Measure:
+    options = plan.spec.train.forecast_options() if plan.spec is not None else {}
+    return measure_with(plan.batch, device=device, **options)
+
+
+def _memory(plan: Plan, measure: Measure) -> DeviceMemory:
+    memory = measure(plan.module, plan.graph, [effects for effects in plan.effects if effects is not None]).cuda
+    assert memory is not None
+    return memory
