@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,8 @@ class Source(NamedTuple):
 _DIGITS = tuple("0123456789")
 
 
-def _digits(_: Path, split: str) -> Split:
+@cache  # for programs that open it again and again
+def _digits(split: str) -> Split:
     """1,797 handwritten digits, 8x8 grey (scikit-learn's copy of UCI's optdigits test set). Every fifth of a class is held out."""
     table = _digits_table()
     images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
@@ -170,7 +172,7 @@ _SHARDS = "tar files in train/ and val/ (or with these words in their names), wi
 _HELD_OUT = ("train", "validation")
 
 SOURCES = {
-    "digits": Source(_digits, "nothing: it is embedded", (0.3053,), (0.3759,), _HELD_OUT),
+    "digits": Source(lambda _, split: _digits(split), "nothing: it is embedded", (0.3053,), (0.3759,), _HELD_OUT),
     "cifar10": Source(_torchvision(datasets.CIFAR10), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Source(_torchvision(datasets.CIFAR100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": Source(_torchvision(datasets.STL10), _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
