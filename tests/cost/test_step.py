@@ -24,13 +24,11 @@ MIB = 2**20
 SAMPLE = [
     ("torchvision/resnet18", 64),
     ("torchvision/swin_t", 64),
-    ("torchvision/densenet121", 32),
     ("torchvision/efficientnet_b0", 64),
     ("torchvision/googlenet", 96),
     ("timm/test_vit", 160),
     ("timm/convnext_atto", 64),
     ("timm/mixer_s32_224", 224),
-    ("timm/resnext26ts", 64),
     ("timm/test_maxvit", 160),
 ]
 

@@ -56,14 +56,12 @@ PASSES = {
     "bypass": Case((Drop(mode="bypass", probability=0.5),)),
     "supervise": Case((Supervise(modules=2),)),
     "supervise 4": Case((Supervise(cuts=CUTS, fraction=0.5),)),
-    "supervise greedy": Case((Supervise(cuts=CUTS, decoder="none"),)),
     "checkpoint": Case((Checkpoint(segments=3),)),
     "supervise, freeze lean": Case((Supervise(modules=2), BACK)),
     "supervise, share, checkpoint": Case((Supervise(modules=2), MIX, Checkpoint(segments=3)), within=ROUGH),
     "freeze, share": Case((FRONT, MIX), within=ROUGH),
 }
 SETTINGS = {
-    "adamw": Case(settings={"optimizer": ADAMW}),
     "averages, clipped": Case(settings={"ema": 0.9, "clip": 0.5}),
     "clipped adaptively": Case(settings={"clip": 0.01, "clip_mode": "agc"}),
     "micro-batches": Case(settings={"accumulate": 2}, alone={"accumulate": 1}),
@@ -76,7 +74,6 @@ _CHANGES: tuple[Pass, ...] = (
 )
 _SCORED = Freeze(select=["stem", "blocks.0", "blocks.1"], when={"score": "change", "below": 10.0})
 PHASES = {
-    "freeze, thaw, drop": Case(_CHANGES, {"epochs": 4}),
     "freeze, thaw, drop with adamw": Case(_CHANGES, {"epochs": 4, "optimizer": ADAMW, "ema": 0.9}),
     "supervise, then not": Case((Supervise(modules=2, when={"epoch": 0, "until": 1}),), {"epochs": 2}),
     "frozen by score": Case((_SCORED,), {"epochs": 3}),
@@ -85,7 +82,6 @@ PHASES = {
 SYNC = {
     name: Case(passes, {"sync_norm": True, **settings}, norm=nn.BatchNorm2d, within=within)
     for name, passes, settings, within in [
-        ("synchronized norms", (), {"ema": 0.9}, 1e-12),
         ("synchronized norms, freeze and thaw", _CHANGES, {"epochs": 4}, 1e-12),
         ("synchronized norms, sections", (Supervise(modules=2, head="conv"), Checkpoint(segments=3)), {}, 1e-12),
         ("synchronized norms, mixed", (Share(select="blocks.2", norm="mix"),), {}, ROUGH),

@@ -29,7 +29,7 @@ def _all(_rank: int, folder: Path, names: list[str]) -> None:
 
 
 #: of three ranks, what depends on their number: sums over ranks, decisions, running statistics, samples that do not divide
-ON_THREE = ["supervise 4", "averages, clipped", "freeze, thaw, drop", "frozen by score", "synchronized norms, sections"]
+ON_THREE = ["supervise 4", "averages, clipped", "freeze, thaw, drop with adamw", "frozen by score", "synchronized norms, sections"]
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(cases.CASES)), (3, ON_THREE)], ids=["two", "three"])

@@ -41,10 +41,16 @@ EXACT: list[tuple[str, Factory, tuple[int, ...], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "shape"), [c[1:3] for c in EXACT], ids=[c[0] for c in EXACT])
-def test_output_and_keys_are_the_backbones_in_both_modes(factory: Factory, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("factory", "shape", "count"), [c[1:] for c in EXACT], ids=[c[0] for c in EXACT])
+def test_output_and_keys_are_the_backbones_in_both_modes_and_only_what_must_stays_opaque(
+    factory: Factory, shape: tuple[int, ...], count: int
+) -> None:
     model = factory()
     graph = trace(model, shape)
+    assert len(graph.opaque) == count
+    for leaf in graph.opaque:
+        assert leaf.reason
+        assert any(n.op == "call_module" and n.target == leaf.path for n in graph.nodes)
     assert list(graph.module.state_dict()) == list(model.state_dict())
     assert dict(graph.module.named_parameters()).keys() == dict(model.named_parameters()).keys()
     x = torch.rand(3, *shape, dtype=next(model.parameters()).dtype)  # not the batch it was traced or compared with
@@ -55,15 +61,6 @@ def test_output_and_keys_are_the_backbones_in_both_modes(factory: Factory, shape
             with untouched(model, seed=5):
                 outputs.append(module(x))
         assert same(*outputs)
-
-
-@pytest.mark.parametrize(("factory", "shape", "count"), [c[1:] for c in EXACT], ids=[c[0] for c in EXACT])
-def test_only_what_must_stays_opaque(factory: Factory, shape: tuple[int, ...], count: int) -> None:
-    graph = trace(factory(), shape)
-    assert len(graph.opaque) == count
-    for leaf in graph.opaque:
-        assert leaf.reason
-        assert any(n.op == "call_module" and n.target == leaf.path for n in graph.nodes)
 
 
 def test_every_node_has_an_origin_and_a_shape() -> None:
