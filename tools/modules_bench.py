@@ -1,6 +1,6 @@
 """A chain of two processes against one process, and against data parallelism with two, at the same global batch, in one run.
 
-    PYTHONPATH=. python tools/modules_bench.py [--models resnet110 vit] [--rounds 12] [--steps 8] [--out tools/tables/modules.md]
+    python tools/modules_bench.py [--models resnet110 vit] [--rounds 12] [--steps 8] [--out tools/tables/modules.md]
 
 Two processes of one thread each, one per core, take turns with every variant in random order: the backbone end to end, in one process and
 with DDP; and its `supervise` plan of two modules, for each balance, in one process and as a chain (`strategy = "modules"`). They train by

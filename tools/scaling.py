@@ -85,7 +85,7 @@ class Timed:
             self.bytes.append((received() - before[1]) / self.steps / self.ranks)
             self._plain(run)
 
-        Run._train_epoch = timed  # type: ignore[method-assign]
+        Run._train_epoch = timed  # type: ignore[method-assign]  # this process measures, and ends
 
     @staticmethod
     def _now(run: Run) -> float:

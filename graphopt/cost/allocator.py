@@ -52,7 +52,7 @@ def segment_size(size: int) -> int:
 
 
 class Block:
-    """A stretch of one segment: handed out, free, or, in an expandable segment, addresses without memory behind them (not `mapped`)."""
+    """A range of addresses in one segment: allocated, free, or, in an expandable segment, without memory behind it (not `mapped`)."""
 
     __slots__ = ("address", "allocated", "mapped", "next", "pool", "prev", "requested", "size")
 
@@ -188,7 +188,7 @@ class Allocator:
                     self.reserved -= block.size
 
     def segments(self) -> tuple[Segment, ...]:
-        """What the driver has given, by address; of an expandable segment each stretch with memory behind it."""
+        """The segments that the driver has given, by address; of an expandable one each mapped range."""
         found = []
         for head in self._heads.values():
             run: list[Block] = []

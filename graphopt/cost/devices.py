@@ -45,8 +45,6 @@ class Device:
         return 4096 * 8 * 1024 if self.capability[0] == 9 else 4096 * 2 * 1024 + 16 * 8 * 1024
 
 
-#: the device that figures are for where none is named
-DEFAULT = "A100"
 DEVICES = {
     device.name: device
     for device in (

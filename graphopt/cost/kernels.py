@@ -68,7 +68,7 @@ def as_on_cuda() -> Iterator[None]:
         with nullcontext() if any(isinstance(m, _AsOnCuda) for m in _get_current_function_mode_stack()) else _AsOnCuda():
             return call(module, *args, **kwargs)
 
-    nn.Module.__call__ = called  # type: ignore[method-assign]
+    nn.Module.__call__ = called  # type: ignore[method-assign]  # until this context ends
     try:
         with _AsOnCuda():
             yield
@@ -76,7 +76,7 @@ def as_on_cuda() -> Iterator[None]:
         F.dropout, F.scaled_dot_product_attention = _dropout, _attention
         choice._get_foreach_kernels_supported_devices = devices
         choice._foreach_supported_types.remove(FakeTensor)
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__call__ = call  # type: ignore[method-assign]  # torch's own again
 
 
 _dropout, _attention = F.dropout, F.scaled_dot_product_attention

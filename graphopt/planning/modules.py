@@ -8,8 +8,9 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.stages import Stage, stages
 from graphopt.compiler.triggers import Decision
 from graphopt.cost import Cost, Rates
+from graphopt.cost.partition import assign
 from graphopt.spec import TrainSpec
-from graphopt.train.assignment import assign, one_chain, seconds_of, seconds_of_stage, step_of
+from graphopt.train.assignment import one_chain, seconds_of, seconds_of_stage, step_of
 from graphopt.train.link import DEPTH
 from graphopt.train.modules import check_modules
 

@@ -11,8 +11,6 @@ from graphopt.cost.rates import rates_of
 from graphopt.errors import CostError
 from graphopt.spec import TrainSpec
 
-__all__ = ["assign", "one_chain", "runs_of", "seconds_of", "seconds_of_stage", "step_of"]
-
 
 def runs_of(plan: Plan, train: TrainSpec, ranks: int) -> tuple[range, ...]:
     """The modules of each of so many ranks, in the order of the chain. Ranks take them from one of them, as they do the seconds."""

@@ -163,7 +163,7 @@ def unpack(value: Any, fill: Callable[[Tensor], object]) -> Any:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without gaps or repetitions, in whatever order of dimensions."""
+    """Whether the elements are contiguous in memory, without gaps or repetitions, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

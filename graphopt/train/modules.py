@@ -204,7 +204,7 @@ class Modular(Strategy):
         self._outlet.send(Message((batch.sample, batch.target, *values), stop, last))
 
     def _signum(self) -> int:
-        """A signal that this rank has got, or now and then one that another rank has told of; else 0."""
+        """A stop signal that this rank has received; every `LOOK` seconds also one that another rank has reported; else 0."""
         if signum := self.signal():
             return signum
         if (now := time.monotonic()) < self._looked + LOOK:

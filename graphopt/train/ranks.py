@@ -215,7 +215,7 @@ class Ranks(Rank):
         self._store.set("stop", str(signum))
 
     def asked_to_stop(self) -> int:
-        """The signal that a rank has told of, or 0."""
+        """The stop signal that a rank has reported, or 0."""
         return int(self._store.get("stop")) if self._store.check(["stop"]) else 0
 
     def _tell(self, what: str) -> None:

@@ -297,7 +297,8 @@ class Run:
         state.phase.share_scored()
         change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module)).change
         self._update_clock()
-        self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began, chain)
+        peak = self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began, chain)
+        progress.peak_bytes = max(progress.peak_bytes, peak)
         state.meter = Meter()
         accuracy, averaged = (figures.get(name, -1.0) for name in ("accuracy", "ema_accuracy"))
         progress.epoch, progress.step, progress.epoch_began = epoch + 1, 0, progress.seconds

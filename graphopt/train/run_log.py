@@ -165,10 +165,10 @@ class RunLog:
         samples: int,
         seconds: float,
         chain: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
+    ) -> int:
         """The figures of an epoch, how much the weights of scored regions changed in it, its samples, and how long it took.
 
-        `chain` has what each rank of a chain did.
+        `chain` has what each rank of a chain did. Returns the peak memory so far of the rank that needs most, in bytes.
         """
         speed, peak = samples / max(seconds, 1e-9), self._peak(self._strategy.ranks)
         more: dict[str, Any] = {
@@ -185,3 +185,4 @@ class RunLog:
                 parts.append(f"{label} {100 * figures[name]:.2f} %")
         parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", f"peak {show_size(peak)}"]
         self.screen.say(f"{self.screen.at(record['epoch'])}: {', '.join(parts)}")
+        return peak

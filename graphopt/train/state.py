@@ -132,7 +132,7 @@ class Summary:
     best_accuracy: float  # of the checkpoint in best.pt, by the better of its two sets of weights
     best_epoch: int  # from 0
     seconds: float  # training and evaluation, without interruptions
-    peak_bytes: int  # allocated on the GPU, or by which the process grew
+    peak_bytes: int  # allocated on the GPU, or by which the process grew; of the rank that needs most
     device: str
     parameters: int
     trainable_parameters: int

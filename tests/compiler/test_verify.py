@@ -51,7 +51,7 @@ class Scaled(torch.autograd.Function):
 
 class ScaledGradient(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return Scaled.apply(x)  # type: ignore[no-any-return]
+        return Scaled.apply(x)  # type: ignore[no-any-return]  # autograd functions have no types
 
 
 class Cropped(nn.Module):

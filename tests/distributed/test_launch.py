@@ -101,7 +101,9 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
     (tmp_path / "spec.toml").write_text(SPEC)
     run_ranks(_say, tmp_path)
     said = {name: [json.loads((tmp_path / f"{name}-{rank}").read_text()) for rank in (0, 1)] for name in SAID}
-    assert json.loads(said["json"][0][0])["steps"] == 2
+    summary = json.loads(said["json"][0][0])
+    assert summary["steps"] == 2
+    assert summary["peak_bytes"] >= max(record["peak_bytes"] for record in small.records(tmp_path / "json", "epoch")), "of all ranks"
     assert said["json"][1] == ["", ""]
     assert said["quiet"] == [["", ""], ["", ""]]
     assert ["", ""] in said["wrong"]

@@ -174,12 +174,12 @@ def _disturbed(rank: int, folder: Path, how: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(phase, batches, done)
 
-    Phase.step = disturbed  # type: ignore[method-assign]
+    Phase.step = disturbed  # type: ignore[method-assign]  # of this process, for one test
     try:
         with pytest.raises((Stopped, Failed, RuntimeError, RunError)) as ended:
             _run_case(STOPPED, folder / how, "modules")
     finally:
-        Phase.step = step  # type: ignore[method-assign]
+        Phase.step = step  # type: ignore[method-assign]  # graphopt's own again
     if how != "by an error":
         assert isinstance(ended.value, Stopped)
         assert ended.value.exit_code == 143
@@ -231,10 +231,10 @@ def _two_chains(rank: int, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(phase, batches, done)
 
-    Phase.step = stopped  # type: ignore[method-assign]
+    Phase.step = stopped  # type: ignore[method-assign]  # of this process, for one test
     with pytest.raises(Stopped):
         _run_case(case, folder, "modules")
-    Phase.step = step  # type: ignore[method-assign]
+    Phase.step = step  # type: ignore[method-assign]  # graphopt's own again
     _run_case(case, folder, "modules", resume=True)
 
 

@@ -147,7 +147,7 @@ def test_files_that_cannot_be_there_are_errors_of_their_own_kind(path: str) -> N
         load(path)
 
 
-#: the largest text that is read, of each kind that takes long, and what is said of it
+#: the largest text that is read, of each kind that takes long, and the message about it
 LARGE = {
     "over": (lambda room: "#" * (room + 1), "at most 500,000 characters, this one has 500,001"),
     "unknown keys": (lambda room: "[train]\n" + "".join(f"k{i:05}=1\n" for i in range(room // 10)), "more like these"),

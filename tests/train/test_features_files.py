@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 import pytest
 import torch
@@ -15,18 +14,6 @@ from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, Entry
 from graphopt.train.phase import Phase
 from tests.data import formats
 from tests.train.features import cache_of, equal, plan_of, run, weights
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """A run without a cache: its prefix runs in every step, without gradients."""
-    return weights(run(tmp_path_factory.mktemp("reference"), cache="none"))
-
-
-@pytest.fixture(scope="module")
-def whole_of(tmp_path_factory):
-    """The weights of an undisturbed run with these options."""
-    return lru_cache(lambda **options: weights(run(tmp_path_factory.mktemp("whole"), **options)))
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------------------------

@@ -76,9 +76,9 @@ def test_what_rests_costs_less() -> None:
     """A frozen module has a forward only, so that its rank has room for another."""
     passes, frozen = (Supervise(cuts=["blocks.0", "blocks.1", "blocks.2"]),), (Freeze(select=["stem", "blocks.0"]),)
     rates = Rates(1e-10, 1e-10, 1e-6, 0.1, "cpu")
-    training, resting = (seconds_of(small.plan(p), small.settings(), rates) for p in (passes, passes + frozen))
-    assert 0 < resting[0] < training[0] / 2
-    assert resting[1:] == training[1:]
+    training, frozen_first = (seconds_of(small.plan(p), small.settings(), rates) for p in (passes, passes + frozen))
+    assert 0 < frozen_first[0] < training[0] / 2
+    assert frozen_first[1:] == training[1:]
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def leave_open(log: Path) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 2)
     feed = ImageFeed(open_data(DataSpec(name="digits"), (3, 8, 8), 0).train, 16, workers=1)
-    runner.left_open = batches = feed.batches(0)  # type: ignore[attr-defined]
+    runner.left_open = batches = feed.batches(0)  # type: ignore[attr-defined]  # a name that outlives this function
     next(batches)
 
 
