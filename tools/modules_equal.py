@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -28,14 +27,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small_run
 import timm
 import torch
+import torch._dynamo  # all ranks need it, and it takes longer to load than a run takes
 from machine import heading
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 import graphopt
 from graphopt import Pass, Plan
 from graphopt.compiler.parts import isolated_modules
 from graphopt.cost import rates
+from graphopt.data.loader import open_data
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
@@ -107,21 +108,30 @@ CASES = {
 }
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case, seed: int = 0) -> Plan:
     """Compiled, and checked in all phases, so that forked processes begin with torch's caches filled."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     plan = graphopt.compile(case.make(), list(case.passes), input=case.shape, verify="off", costs=False)
     plan.check_phases(EPOCHS)
     return plan
 
 
-def run(plan: Plan, case: Case, folder: Path, strategy: str) -> None:
-    """Trains in every rank that calls it."""
+def run(plan: Plan, case: Case, folder: Path, strategy: str, *, steps: int = STEPS // EPOCHS, resume: bool = False) -> None:
+    """Trains in every rank that calls it: so many steps per epoch."""
     usual = {"epochs": EPOCHS, "batch": BATCH, "eval_every": 2, "log_every": 1, "ledger": True, "device": "cpu"}
     table = {**usual, "optimizer": {"name": "sgd", "lr": 0.05}, **case.settings, "strategy": strategy}
-    limits = {"train_limit": STEPS // EPOCHS * BATCH, "eval_limit": 13}
+    limits = {"train_limit": steps * BATCH, "eval_limit": 13}
     data = DataSpec.model_validate({"name": "digits", **limits, "augment": case.augment})
-    train(plan, folder, settings=TrainSpec.model_validate(table), data=data)
+    train(plan, folder, settings=TrainSpec.model_validate(table), data=data, resume=resume)
+
+
+def run_all(plans: Mapping[str, Plan], cases: Mapping[str, Case], folder: Path, strategy: str) -> None:
+    """Trains every case into a folder of its name."""
+    for name, plan in plans.items():
+        try:
+            run(plan, cases[name], folder / name, strategy)
+        except Exception as error:
+            raise RuntimeError(name) from error
 
 
 def in_ranks(count: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
@@ -142,11 +152,17 @@ def in_ranks(count: int, function: Callable[..., None], *arguments: Any) -> list
 
 def _rank(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    # Autograd's threads would do this at once, each by itself, and abort where they meet.
+    torch.set_num_threads(1)
     # Forked ranks share the lock of the progress bars that torch.fx makes; one that is killed would never give it back.
     tqdm.set_lock(RLock())
     # Which modules a rank has changes no bit, and to measure what they take would take longer than the run.
-    rates.measure_rates = lambda device, amp=None: rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)
+    rates.measure_rates = lambda device, **_: rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)
+    if count > 1:
+        distributed.init_process_group("gloo", rank=rank, world_size=count)  # for several runs, one after the other
     function(*arguments)
+    if count > 1:
+        distributed.destroy_process_group()
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -186,27 +202,29 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class Found(NamedTuple):
-    """Of one case: its modules, tensors and other values that were compared, and per number of ranks the paths that differ."""
+    """Of one case: its modules, steps, tensors and other values that were compared, and per number of ranks the paths that differ."""
 
     modules: int
+    steps: int
     tensors: int
     values: int
-    steps: int
     differing: dict[int, list[str]]
 
 
-def compare(case: Case, folder: Path, ranks: Sequence[int] = RANKS) -> Found:
-    """Trains a case by one process, and on every number of ranks."""
-    plan, runs = plan_of(case), {0: "auto", **dict.fromkeys(ranks, "modules")}
-    for count, strategy in runs.items():
-        statuses = in_ranks(max(1, count), run, plan, case, folder / str(count), strategy)
+def compare(cases: Mapping[str, Case], folder: Path, ranks: Sequence[int] = RANKS) -> Iterator[tuple[str, Found]]:
+    """Trains every case by one process, and on every number of ranks; yields what was compared."""
+    plans = {name: plan_of(case) for name, case in cases.items()}
+    open_data(DataSpec(name="digits"), (1, 8, 8), 0)  # read once, for all ranks
+    for count, strategy in {0: "auto", **dict.fromkeys(ranks, "modules")}.items():
+        statuses = in_ranks(max(1, count), run_all, plans, cases, folder / str(count), strategy)
         if any(statuses):
             raise RuntimeError(f"{count} ranks ended with {statuses}")
-    whole = content(folder / "0")
-    tensors = sum(isinstance(value, torch.Tensor) for value in whole.values())
-    steps = len({path.split("/")[2] for path in whole if path.startswith("/step/")})
-    found = {count: differing(content(folder / str(count)), whole) for count in ranks}
-    return Found(isolated_modules(plan.module), tensors, len(whole) - tensors, steps, found)
+    for name, plan in plans.items():
+        whole = content(folder / "0" / name)
+        tensors = sum(isinstance(value, torch.Tensor) for value in whole.values())
+        steps = len({path.split("/")[2] for path in whole if path.startswith("/step/")})
+        found = {count: differing(content(folder / str(count) / name), whole) for count in ranks}
+        yield name, Found(isolated_modules(plan.module), steps, tensors, len(whole) - tensors, found)
 
 
 def main() -> int:
@@ -217,18 +235,17 @@ def main() -> int:
     torch.set_num_threads(1)
     lines = ["| network | modules | steps | tensors | other values |" + "".join(f" differ, K = {count} |" for count in RANKS)]
     lines.append("|---" * (5 + len(RANKS)) + "|")
-    right = True
-    for name in options.cases:
-        with tempfile.TemporaryDirectory() as folder:
-            found = compare(CASES[name], Path(folder))
-        row = (found.modules, found.steps, found.tensors, found.values, *(len(paths) for paths in found.differing.values()))
-        lines.append(f"| {name} | " + " | ".join(map(str, row)) + " |")
-        print(lines[-1], *[path for paths in found.differing.values() for path in paths[:5]], flush=True)
-        right = right and not any(found.differing.values())
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, found in compare({name: CASES[name] for name in options.cases}, Path(folder)):
+            row = (found.modules, found.steps, found.tensors, found.values, *(len(paths) for paths in found.differing.values()))
+            lines.append(f"| {name} | " + " | ".join(map(str, row)) + " |")
+            wrong += [f"{name}, K = {count}: {path}" for count, paths in found.differing.items() for path in paths]
+    print("\n".join([*lines, *wrong]))
     text = "\n".join([heading("A chain of ranks against one process", (__doc__ or "").partition("\n")[0]), *lines])
     if options.out:
         options.out.write_text(text + "\n")
-    return int(not right)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
