@@ -72,7 +72,7 @@ def swin() -> nn.Module:
     return timm.create_model("swin_tiny_patch4_window7_224", **sizes, num_classes=10, drop_path_rate=0.2)
 
 
-RESNET = partial(cifar.build, "resnet14", num_classes=10)
+RESNET = partial(cifar.build, "resnet8", num_classes=10)
 ADAMW = {"name": "adamw", "lr": 0.003}
 GRAY = (1, 8, 8)
 CUTS = Supervise(cuts=("stem", "one", "two"), decoder="none")
@@ -116,7 +116,7 @@ def plan_of(case: Case, seed: int = 0) -> Plan:
     return plan
 
 
-def run(plan: Plan, case: Case, folder: Path, strategy: str, *, steps: int = STEPS // EPOCHS, resume: bool = False) -> None:
+def run(plan: Plan, case: Case, folder: Path, strategy: str, steps: int = STEPS // EPOCHS, *, resume: bool = False) -> None:
     """Trains in every rank that calls it: so many steps per epoch."""
     usual = {"epochs": EPOCHS, "batch": BATCH, "eval_every": 2, "log_every": 1, "ledger": True, "device": "cpu"}
     table = {**usual, "optimizer": {"name": "sgd", "lr": 0.05}, **case.settings, "strategy": strategy}
@@ -125,11 +125,11 @@ def run(plan: Plan, case: Case, folder: Path, strategy: str, *, steps: int = STE
     train(plan, folder, settings=TrainSpec.model_validate(table), data=data, resume=resume)
 
 
-def run_all(plans: Mapping[str, Plan], cases: Mapping[str, Case], folder: Path, strategy: str) -> None:
+def run_all(plans: Mapping[str, Plan], cases: Mapping[str, Case], folder: Path, strategy: str, steps: int) -> None:
     """Trains every case into a folder of its name."""
     for name, plan in plans.items():
         try:
-            run(plan, cases[name], folder / name, strategy)
+            run(plan, cases[name], folder / name, strategy, steps)
         except Exception as error:
             raise RuntimeError(name) from error
 
@@ -211,12 +211,14 @@ class Found(NamedTuple):
     differing: dict[int, list[str]]
 
 
-def compare(cases: Mapping[str, Case], folder: Path, ranks: Sequence[int] = RANKS) -> Iterator[tuple[str, Found]]:
-    """Trains every case by one process, and on every number of ranks; yields what was compared."""
+def compare(
+    cases: Mapping[str, Case], folder: Path, ranks: Sequence[int] = RANKS, steps: int = STEPS // EPOCHS
+) -> Iterator[tuple[str, Found]]:
+    """Trains every case by one process, and on every number of ranks, so many steps per epoch; yields what was compared."""
     plans = {name: plan_of(case) for name, case in cases.items()}
     open_data(DataSpec(name="digits"), (1, 8, 8), 0)  # read once, for all ranks
     for count, strategy in {0: "auto", **dict.fromkeys(ranks, "modules")}.items():
-        statuses = in_ranks(max(1, count), run_all, plans, cases, folder / str(count), strategy)
+        statuses = in_ranks(max(1, count), run_all, plans, cases, folder / str(count), strategy, steps)
         if any(statuses):
             raise RuntimeError(f"{count} ranks ended with {statuses}")
     for name, plan in plans.items():

@@ -105,7 +105,8 @@ def differing(plan: Plan, kill: Kill, folder: Path, undisturbed: dict[str, Any],
     found = {}
     for count in resumed:
         run = folder / str(count)
-        shutil.copytree(folder / "killed", run)
+        if (folder / "killed").exists():  # a run that fails in its first step leaves nothing
+            shutil.copytree(folder / "killed", run)
         statuses = modules_equal.in_ranks(count, train, plan, run)
         failed = [f"{count} ranks ended with {statuses}"] if any(statuses) else []
         found[count] = alive + (failed or modules_equal.differing(modules_equal.content(run), undisturbed))

@@ -34,16 +34,26 @@ def in_process(function: Callable[[Path], None], folder: Path) -> None:
 PLAIN, RESNET, VIT, SWIN, HALF, THAWED, SCORED, CACHED = modules_equal.CASES
 
 
+def _compare(folder: Path, ranks: tuple[int, ...], names: list[str], steps: int) -> None:
+    for name, found in modules_equal.compare({name: modules_equal.CASES[name] for name in names}, folder / str(ranks), ranks, steps):
+        assert found.steps == steps * modules_equal.EPOCHS
+        assert found.tensors > 30
+        assert found.differing == {count: [] for count in ranks}, name
+
+
 def _thirty_steps(folder: Path) -> None:
-    for ranks, names in (((1, 2, 3), [RESNET]), ((2,), [THAWED]), ((3,), [VIT, SWIN, HALF, SCORED, CACHED])):
-        for name, found in modules_equal.compare({name: modules_equal.CASES[name] for name in names}, folder / str(ranks), ranks):
-            assert found.steps == 30
-            assert found.tensors > 30
-            assert found.differing == {count: [] for count in ranks}, name
+    _compare(folder, (1, 2, 3), [RESNET], 10)
+    _compare(folder, (3,), [VIT, SWIN], 10)
 
 
-def test_a_chain_trains_what_one_process_trains(tmp_path: Path) -> None:
-    in_process(_thirty_steps, tmp_path)
+def _phases(folder: Path) -> None:
+    _compare(folder, (2,), [THAWED], 4)
+    _compare(folder, (3,), [HALF, SCORED, CACHED], 4)
+
+
+@pytest.mark.parametrize("function", [_thirty_steps, _phases])
+def test_a_chain_trains_what_one_process_trains(tmp_path: Path, function: Callable[[Path], None]) -> None:
+    in_process(function, tmp_path)
 
 
 STOPPED = modules_equal.Case(
