@@ -124,6 +124,8 @@ def measure(
     Raises:
         CostError: as in `forecast`, or the module is on the meta device.
     """
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
     with _explained():
         copied = copy_with(module, _own)
     attribution = Attribution()
@@ -134,9 +136,9 @@ def measure(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A CPU tensor with the same values, without a gradient."""
+    """A CPU tensor with the same values, without a gradient. One without values stands for what its holder is called with, and stays."""
     if tensor.is_meta:
-        raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
+        return tensor
     values = tensor.detach().to("cpu", copy=True)
     return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 

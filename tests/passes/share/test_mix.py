@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import graphopt
 from graphopt import PassError, Plan
+from graphopt.cost import forecast, measure
 from graphopt.ir.printing import graph_text
 from graphopt.models.cifar_resnet import CifarResNet
+from graphopt.passes.share import Share
 from graphopt.passes.share.neighbours import MixedTensor
 from tests.passes.share.backbones import FAMILIES, compiled, family, family_plan, shared_blocks
 
@@ -193,3 +196,18 @@ def test_figures_and_statuses() -> None:
     status = plan.effects[0].statuses["layer1.1"]
     assert (status.status, status.sources) == ("shared", ("layer1.0", "layer1.2"))
     assert status.detail == {"a": 0.5, "b": 0.5, "mode": "mix", "part": "all"}
+
+
+def test_a_leaf_that_is_called_with_its_weights_can_be_measured() -> None:
+    """An LSTM computes from what it is given; the weights that it still holds have no values."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(6, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.lstm(x)[0]
+
+    plan = graphopt.compile(nn.Sequential(*(Block() for _ in range(3))), Share(select="1"), input=(4, 6), verify="off", costs=False)
+    assert measure(plan.module, (4, 6), 2).parameters == forecast(plan.module, (4, 6), 2).parameters
