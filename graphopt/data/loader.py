@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,8 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
     def __init__(self, split: Split, limit: int | None, transform: Step, *, deterministic: bool, seed: int, kept: bool = False) -> None:
         self.images, self.chosen = split.images, stratified(split.targets, limit)
         self.fingerprint = partial(split.fingerprint, self.chosen)
-        self.transform, self.deterministic, self.seed, self.kept = transform, deterministic, seed, kept
+        self.transform: Any = transform
+        self.deterministic, self.seed, self.kept = deterministic, seed, kept
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -176,9 +177,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
 
 
-def _collate(samples: list[Any]) -> Any:
-    unreadable = next((s for s in samples if isinstance(s, Unreadable)), None)
-    return unreadable or default_collate(samples)
+@dataclass(frozen=True)
+class _Collate:
+    """Makes a batch of samples; all their pixels are normalised together, which copies less."""
+
+    normalized: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, samples: list[Any]) -> Any:
+        unreadable = next((s for s in samples if isinstance(s, Unreadable)), None)
+        if unreadable is not None:
+            return unreadable
+        numbers, images, targets = default_collate(samples)
+        return numbers, images if self.normalized is None else self.normalized(images), targets
 
 
 #: sent to the whole process group by terminals and schedulers; the training process stops on them, and ends its loader processes itself
@@ -224,12 +234,18 @@ def _end(iterator: Any) -> None:
             worker.join()
 
 
-def _loader(samples: Samples | _Pixels, order: Iterable[list[Key]], workers: int, seed: int, **options: Any) -> DataLoader[Any]:
+def _loader(
+    samples: Samples, order: Iterable[list[Key]], workers: int, seed: int, *, kept: bool = False, **options: Any
+) -> DataLoader[Any]:
+    """A loader of batches with these keys; for `kept`, of pixels that are not normalised yet."""
+    transform, source, collate = samples.transform, cast(Any, samples), _Collate()
+    if isinstance(transform, Transform) and transform.erase is None:
+        source, collate = _Pixels(samples, transform), _Collate(None if kept else transform.normalized)
     return DataLoader(
-        samples,
+        source,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_ignore_stop,
         # Its own generator: by default the loader draws from the global one, which belongs to the model.
         generator=torch.Generator().manual_seed(mixed_seed(seed)),
@@ -310,11 +326,10 @@ class ImageFeed:
             raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
         self._order = _Order(count, seed, shuffle, self.batch, self._batches, rank)
         self._iterator: Any = None
-        self._memory, source = None, samples
-        if samples.kept and isinstance(samples.transform, Transform):
-            self._memory, source = Memory(count, samples.transform.normalized), _Pixels(samples, samples.transform)
-        pinned = pin and self._memory is None
-        self._loader = _loader(source, self._order, workers, seed, persistent_workers=workers > 0, pin_memory=pinned)
+        kept = samples.kept and isinstance(samples.transform, Transform)
+        self._memory = Memory(count, samples.transform.normalized) if kept else None
+        options = {"persistent_workers": workers > 0, "pin_memory": pin and not kept}
+        self._loader = _loader(samples, self._order, workers, seed, kept=kept, **options)
 
     def __len__(self) -> int:
         return self._batches

@@ -98,7 +98,7 @@ def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
     if augment.crop == "resized":
         steps = [crop]
         if spec.decode == "draft":
-            decode, steps = DraftedCrop(crop, decode), []  # cropped already
+            decode, steps = DraftedCrop(crop, spec.interpolation, decode), []  # cropped already
     else:
         steps = _geometry(spec, input)
         decode = _decoder(spec, input, decode)
@@ -174,8 +174,9 @@ class DraftedCrop:
     The area is the same as without, up to a pixel; see `Drafted`. An image that is decoded whole gives the same pixels as without.
     """
 
-    def __init__(self, crop: RandomResizedCropAndInterpolation, decode: Step) -> None:
+    def __init__(self, crop: RandomResizedCropAndInterpolation, interpolation: str, decode: Step) -> None:
         self.crop, self.decode = crop, decode
+        self.resample = Image.Resampling[interpolation.upper()]
 
     def __call__(self, image: Any) -> Any:
         size, (height, width) = image.size, self.crop.size
@@ -187,7 +188,7 @@ class DraftedCrop:
             return functional.resized_crop(decoded, top, left, h, w, self.crop.size, self.crop.interpolation)
         x, y = drafted[1][2] / size[0], drafted[1][3] / size[1]  # the last pixels of a row or column may be parts
         box = left * x, top * y, min((left + w) * x, decoded.width), min((top + h) * y, decoded.height)
-        return decoded.resize((width, height), Image.Resampling[self.crop.interpolation.value.upper()], box=box)
+        return decoded.resize((width, height), self.resample, box=box)
 
 
 def _mode(image: Any, mode: str) -> Any:
