@@ -134,7 +134,7 @@ class LocalModule(LocalBackward):
             return function
         name = function.__name__
         if name not in self._compiled:
-            compiled = torch.compile(_apart(function), **{"fullgraph": True, **(self._options or {})})
+            compiled: Any = torch.compile(_apart(function), **{"fullgraph": True, **(self._options or {})})
 
             def call(first: Any, *more: Any) -> Any:
                 if name == "stage":  # its step
