@@ -118,7 +118,7 @@ def _folder(root: Path, split: str) -> Split:
     found = [base / name for base in bases for name in names if (base / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"no folder {' or '.join(names)}")
-    images = _ImageFolder(str(found[0]))
+    images = _ImageFolder(str(found[0]), loader=Image.open)  # who asks for an image decodes it
     return Split(images, images.targets, images.classes)
 
 

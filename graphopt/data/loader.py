@@ -3,14 +3,15 @@
 So a run that is resumed within an epoch gets the same batches as an uninterrupted one, with any number of loader processes.
 """
 
+import math
 import signal
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from graphopt.data.datasets import Split, open_split
+from graphopt.data.memory import Memory
 from graphopt.data.randomness import mixed_seed, preserved, reseed
-from graphopt.data.transforms import Transform, eval_transform, is_random, train_transform
+from graphopt.data.transforms import Step, Transform, eval_transform, is_random, rgb, train_transform
 from graphopt.errors import RunError, first_line
 from graphopt.spec import AugmentSpec, DataSpec
 
@@ -66,12 +68,18 @@ class Unreadable(NamedTuple):
 
 
 class Samples(Dataset[tuple[int, Tensor, int]]):
-    """`samples[(epoch, i)]` is `(i, image (C, H, W) float32, class)`; if `deterministic`, the same in every epoch."""
+    """`samples[(epoch, i)]` is `(i, image (C, H, W) float32, class)`; if `deterministic`, the same in every epoch.
 
-    def __init__(self, split: Split, limit: int | None, transform: Transform, *, deterministic: bool, seed: int) -> None:
+    Args:
+        transform: of this package, or any other from an RGB image to a tensor.
+        kept: whether an `ImageFeed` keeps their pixels in memory; for deterministic ones with a transform of this package.
+    """
+
+    def __init__(self, split: Split, limit: int | None, transform: Step, *, deterministic: bool, seed: int, kept: bool = False) -> None:
         self.images, self.chosen = split.images, stratified(split.targets, limit)
         self.fingerprint = partial(split.fingerprint, self.chosen)
-        self.transform, self.deterministic, self.seed = transform, deterministic, seed
+        self.transform: Any = transform
+        self.deterministic, self.seed, self.kept = deterministic, seed, kept
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,25 +91,40 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         return sample
 
     def __getitems__(self, keys: list[Key]) -> list[tuple[int, Tensor, int] | Unreadable]:
-        """A batch, as the loader asks for it. Generators are restored once for all its samples, because that is most of the cost."""
-        with nullcontext() if self.deterministic else preserved():
-            return [self._sample(*key) for key in keys]
+        """A batch, as the loader asks for it."""
+        of = self.transform
+        return self.read(keys, of.decode, of.tensor) if isinstance(of, Transform) else self.read(keys, rgb, of)
 
-    def _sample(self, epoch: int, index: int) -> tuple[int, Tensor, int] | Unreadable:
+    def read(self, keys: list[Key], decode: Step, convert: Step) -> list[tuple[int, Tensor, int] | Unreadable]:
+        """Samples whose images are decoded and converted so. Generators are restored once for all of them: that is most of the cost."""
+        with nullcontext() if self.deterministic else preserved():
+            return [self._sample(*key, decode, convert) for key in keys]
+
+    def _sample(self, epoch: int, index: int, decode: Step, convert: Step) -> tuple[int, Tensor, int] | Unreadable:
         number = self.chosen[index]
-        try:
-            image, target = self.images[number]
-            image.load()  # a file in memory may be decoded only now
-        except Exception as error:  # Pillow raises anything, by format
-            return Unreadable(self._name(number), first_line(error))
         if not self.deterministic:
             reseed(self.seed, epoch, index)
-        return index, self.transform(image), int(target)
+        try:
+            image, target = self.images[number]
+            image = decode(image)  # some files are only opened before
+        except Exception as error:  # Pillow raises anything, by format
+            return Unreadable(self._name(number), first_line(error))
+        return index, convert(image), int(target)
 
     def _name(self, number: int) -> str:
         if hasattr(self.images, "name"):
             return str(self.images.name(number))
         return str(self.images.samples[number][0]) if hasattr(self.images, "samples") else f"image {number}"
+
+
+class _Pixels(Dataset[Any]):
+    """The pixels of samples, (C, H, W) uint8, before they are normalised."""
+
+    def __init__(self, samples: Samples, transform: Transform) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __getitems__(self, keys: list[Key]) -> list[tuple[int, Tensor, int] | Unreadable]:
+        return self.samples.read(keys, self.transform.decode, self.transform.pixels)
 
 
 @dataclass(frozen=True)
@@ -123,11 +146,17 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
         pairs = ((spec.train_split, train, evaluation), (spec.eval_split, evaluation, train))
         only = [f"only {split} has {', '.join(extra[:5])}" for split, a, b in pairs if (extra := sorted({*a.classes} - {*b.classes}))]
         raise RunError("; ".join([what, *only]), where="data", fix="Give both the same folders")
-    return Data(
+    data = Data(
         Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not is_random(spec.augment), seed=seed),
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
         len(train.classes),
     )
+    left = spec.cache
+    for samples in (data.evaluation, data.train):
+        size = len(samples) * math.prod(input)
+        if samples.deterministic and size <= left:
+            samples.kept, left = True, left - size
+    return data
 
 
 def stratified(targets: Any, limit: int | None) -> list[int]:
@@ -148,9 +177,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
 
 
-def _collate(samples: list[Any]) -> Any:
-    unreadable = next((s for s in samples if isinstance(s, Unreadable)), None)
-    return unreadable or default_collate(samples)
+@dataclass(frozen=True)
+class _Collate:
+    """Makes a batch of samples; all their pixels are normalised together, which copies less."""
+
+    normalized: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, samples: list[Any]) -> Any:
+        unreadable = next((s for s in samples if isinstance(s, Unreadable)), None)
+        if unreadable is not None:
+            return unreadable
+        numbers, images, targets = default_collate(samples)
+        return numbers, images if self.normalized is None else self.normalized(images), targets
 
 
 #: sent to the whole process group by terminals and schedulers; the training process stops on them, and ends its loader processes itself
@@ -196,12 +234,18 @@ def _end(iterator: Any) -> None:
             worker.join()
 
 
-def _loader(samples: Samples, order: Iterable[list[Key]], workers: int, seed: int, **options: Any) -> DataLoader[Any]:
+def _loader(
+    samples: Samples, order: Iterable[list[Key]], workers: int, seed: int, *, kept: bool = False, **options: Any
+) -> DataLoader[Any]:
+    """A loader of batches with these keys; for `kept`, of pixels that are not normalised yet."""
+    transform, source, collate = samples.transform, cast(Any, samples), _Collate()
+    if isinstance(transform, Transform) and transform.erase is None:
+        source, collate = _Pixels(samples, transform), _Collate(None if kept else transform.normalized)
     return DataLoader(
-        samples,
+        source,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_ignore_stop,
         # Its own generator: by default the loader draws from the global one, which belongs to the model.
         generator=torch.Generator().manual_seed(mixed_seed(seed)),
@@ -227,7 +271,7 @@ def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Itera
 
 @dataclass
 class _Order:
-    """The keys of this rank's batches in an epoch, for the loader; apart from the feed, which so is in no cycle of references."""
+    """The keys of this rank's batches, for the loader; apart from the feed, which so is in no cycle of references."""
 
     count: int
     seed: int
@@ -235,10 +279,13 @@ class _Order:
     batch: int
     batches: int
     rank: Rank
-    next: tuple[int, int] = (0, 0)  # an epoch, and the first batch in it
+    wanted: Callable[[], Iterator[list[Key]]] = lambda: iter(())  # what the loader loads next
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, start = self.next
+        return self.wanted()
+
+    def keys(self, epoch: int, start: int) -> Iterator[list[Key]]:
+        """Those of an epoch, from its batch number `start` on."""
         order = epoch_order(self.count, self.seed, epoch) if self.shuffle else list(range(self.count))
         mine = order[self.rank.number :: self.rank.count]
         for number in range(start, self.batches):
@@ -251,6 +298,8 @@ class ImageFeed:
     A training step takes `step` consecutive samples of the epoch's order: on all ranks together, in `accumulate` batches on each. Which
     samples a step takes depends on neither number. Without `shuffle`, all ranks have as many batches; one without samples left repeats
     sample 0, and `real` says so.
+
+    Samples that are `kept` are decoded once, in the first epoch that has them; their pixels stay in this process.
 
     Args:
         step: samples per optimizer step; ranks times `accumulate` divides it.
@@ -277,7 +326,10 @@ class ImageFeed:
             raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
         self._order = _Order(count, seed, shuffle, self.batch, self._batches, rank)
         self._iterator: Any = None
-        self._loader = _loader(samples, self._order, workers, seed, persistent_workers=workers > 0, pin_memory=pin)
+        kept = samples.kept and isinstance(samples.transform, Transform)
+        self._memory = Memory(count, samples.transform.normalized) if kept else None
+        options = {"persistent_workers": workers > 0, "pin_memory": pin and not kept}
+        self._loader = _loader(samples, self._order, workers, seed, kept=kept, **options)
 
     def __len__(self) -> int:
         return self._batches
@@ -288,9 +340,30 @@ class ImageFeed:
         return max(0, min(self.batch, mine - number * self.batch))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._order.next = epoch, start
+        """The epoch's batches from number `start` on; loader processes begin at once."""
+        if self._memory is not None:
+            return self._remembered(self._memory, list(self._order.keys(epoch, start)))
+        self._order.wanted = partial(self._order.keys, epoch, start)
         self._iterator = _begin(self._loader)
         return _checked(self._iterator)
+
+    def _remembered(self, memory: Memory, keys: list[list[Key]]) -> Iterator[Batch]:
+        """The batches with these keys; what the memory has is not loaded again."""
+        missing = [[(epoch, index) for epoch, index in batch if index not in memory] for batch in keys]
+        wanted = [batch for batch in missing if batch]
+        if wanted:
+            self._order.wanted = lambda: iter(wanted)
+            self._iterator = _begin(self._loader)
+        loaded = _checked(self._iterator if wanted else ())
+
+        def batches() -> Iterator[Batch]:
+            for batch, lacking in zip(keys, missing, strict=True):
+                if lacking:
+                    memory.put(*next(loaded))
+                found = Batch(*memory.take([index for _, index in batch]))
+                yield Batch(*(tensor.pin_memory() for tensor in found)) if self.pin else found
+
+        return batches()
 
     def close(self) -> None:
         """Ends the loader processes."""

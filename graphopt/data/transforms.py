@@ -1,17 +1,70 @@
 """From a PIL image to the tensor that the backbone takes, by timm's transforms on any shape and with current Pillow."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from PIL import Image
 from timm.data import auto_augment, create_transform  # type: ignore[attr-defined]  # re-exported without saying so
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import functional
 
 from graphopt.data.datasets import source
 from graphopt.errors import RunError
 from graphopt.spec import AugmentSpec, DataSpec
 
-Transform = Callable[[Any], Tensor]
+Step = Callable[[Any], Any]
+#: elements that are normalised at a time: so many stay in a processor's cache between two of the operations
+TOGETHER = 2**18
+
+
+class Transform:
+    """PIL image -> (C, H, W) float32, in parts: the image is decoded, changed as an image, and its pixels are normalised.
+
+    Args:
+        decode: gives a decoded image, from one that is perhaps only opened. steps: what follows, from image to image.
+        mean, std: per channel, of pixels in 0..1. erase: what is done to the normalised tensor, if anything.
+    """
+
+    def __init__(
+        self,
+        decode: Step,
+        steps: Sequence[Step],
+        mean: Sequence[float],
+        std: Sequence[float],
+        erase: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.decode, self.steps, self.erase = decode, steps, erase
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def pixels(self, image: Any) -> Tensor:
+        """(C, H, W) uint8 of a decoded image: all but normalisation."""
+        for step in self.steps:
+            image = step(image)
+        image = _mode(image, "RGB" if len(self.mean) == 3 else "L")
+        # channel by channel, which is how they are stored in the tensor
+        planes = bytearray(b"".join(channel.tobytes() for channel in image.split()))
+        return torch.frombuffer(planes, dtype=torch.uint8).view(-1, image.height, image.width)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """float32 of the same shape, (N, C, H, W) or (C, H, W): `(pixels / 255 - mean) / std`, rounded as torchvision rounds it."""
+        result = torch.empty(pixels.shape)
+        rows = max(1, TOGETHER // pixels[0].numel()) if pixels.ndim == 4 else len(pixels)
+        for part, given in zip(result.split(rows), pixels.split(rows), strict=True):
+            part.copy_(given).div_(255).sub_(self.mean).div_(self.std)
+        return result
+
+    def tensor(self, image: Any) -> Tensor:
+        """(C, H, W) float32 of a decoded image."""
+        result = self.normalized(self.pixels(image))
+        return result if self.erase is None else self.erase(result)
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.tensor(self.decode(image))
 
 
 def is_random(augment: AugmentSpec) -> bool:
@@ -21,8 +74,8 @@ def is_random(augment: AugmentSpec) -> bool:
 
 def eval_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
     """PIL image -> (C, H, W): resized so that `crop_pct` of it remains, centre crop, normalised."""
-    mean, std = _statistics(spec, input[0])
-    return transforms.Compose([*_geometry(spec, input), *_colors(input[0]), transforms.ToTensor(), transforms.Normalize(mean, std)])
+    steps = _geometry(spec, input)
+    return Transform(_decoder(spec, input, _whole), steps, *_statistics(spec, input[0]))
 
 
 def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
@@ -37,14 +90,22 @@ def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
         first, second, last = create_transform((input[0], input[1], input[2]), is_training=True, separate=True, **options)
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise RunError(f"timm refused the augmentation: {error}", where="data.augment") from error
-    steps = list(first.transforms)
-    if augment.crop != "resized":
-        # timm's first step is its random resized crop; flips follow it.
-        padded = [transforms.RandomCrop(input[1:], padding=max(input[1:]) // 8)] if augment.crop == "pad" else []
-        steps[:1] = [*_geometry(spec, input), *padded]
-    _fix_posterize(second)
-    # timm's policies take RGB images only: the conversion to grey comes after them.
-    return transforms.Compose([_rgb, *steps, second, *_colors(input[0])[1:], last])
+    crop, *flips = first.transforms
+    colors = list(second.transforms) if augment.color_jitter or augment.auto_augment else []
+    _fix_posterize(colors)
+    # timm's policies take RGB images only: where a backbone takes grey ones, the conversion to grey comes after them.
+    decode: Step = rgb if colors else _whole
+    if augment.crop == "resized":
+        steps = [crop]
+        if spec.decode == "draft":
+            decode, steps = DraftedCrop(crop, spec.interpolation, decode), []  # cropped already
+    else:
+        steps = _geometry(spec, input)
+        decode = _decoder(spec, input, decode)
+        if augment.crop == "pad":
+            steps.append(transforms.RandomCrop(input[1:], padding=max(input[1:]) // 8))
+    erase = next((step for step in last.transforms if isinstance(step, RandomErasing)), None)
+    return Transform(decode, [*steps, *flips, *colors], mean, std, erase)
 
 
 def _statistics(spec: DataSpec, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -86,9 +147,61 @@ def _geometry(spec: DataSpec, input: tuple[int, ...]) -> list[Any]:
     return [s for s in steps if isinstance(s, kinds) or (type(s).__module__.startswith("timm.") and "Tensor" not in type(s).__name__)]
 
 
-def _rgb(image: Any) -> Any:
-    return image.convert("RGB")
+def _decoder(spec: DataSpec, input: tuple[int, ...], decode: Step) -> Step:
+    """`decode`, of as much of an image as its resizing for evaluation needs if the spec says so."""
+    height, width = (math.ceil(side / spec.crop_pct) for side in input[1:])
+    return Drafted(width, height, decode) if spec.decode == "draft" else decode
 
 
-def _colors(channels: int) -> list[Any]:
-    return [_rgb] if channels == 3 else [_rgb, transforms.Grayscale()]
+class Drafted:
+    """Decodes a JPEG at the smallest of 1, 1/2, 1/4 and 1/8 of its size that has `width` x `height` pixels, other images whole.
+
+    libjpeg leaves the finest frequencies out, which takes less time. Where resizing would shrink the image that much, it is then done in
+    two steps, and pixels differ a little from those of one step.
+    """
+
+    def __init__(self, width: int, height: int, decode: Step) -> None:
+        self.width, self.height, self.decode = width, height, decode
+
+    def __call__(self, image: Any) -> Any:
+        image.draft("RGB", (self.width, self.height))
+        return self.decode(image)
+
+
+class DraftedCrop:
+    """Draws a random resized crop, then decodes a JPEG at the smallest size at which the crop has as many pixels as it is resized to.
+
+    The area is the same as without, up to a pixel; see `Drafted`. An image that is decoded whole gives the same pixels as without.
+    """
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation, interpolation: str, decode: Step) -> None:
+        self.crop, self.decode = crop, decode
+        self.resample = Image.Resampling[interpolation.upper()]
+
+    def __call__(self, image: Any) -> Any:
+        size, (height, width) = image.size, self.crop.size
+        top, left, h, w = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        factor = min(h // height, w // width)
+        drafted = image.draft("RGB", (size[0] // factor, size[1] // factor)) if factor > 1 else None
+        decoded = self.decode(image)
+        if drafted is None or decoded.size == size:
+            return functional.resized_crop(decoded, top, left, h, w, self.crop.size, self.crop.interpolation)
+        x, y = drafted[1][2] / size[0], drafted[1][3] / size[1]  # the last pixels of a row or column may be parts
+        box = left * x, top * y, min((left + w) * x, decoded.width), min((top + h) * y, decoded.height)
+        return decoded.resize((width, height), self.resample, box=box)
+
+
+def _mode(image: Any, mode: str) -> Any:
+    return image if image.mode == mode else image.convert(mode)
+
+
+def rgb(image: Any) -> Any:
+    """Decoded, in RGB."""
+    image.load()
+    return _mode(image, "RGB")
+
+
+def _whole(image: Any) -> Any:
+    """Decoded, in RGB or grey: of a palette's numbers, or of transparent pixels, no mean can be taken."""
+    image.load()
+    return image if image.mode == "L" else _mode(image, "RGB")

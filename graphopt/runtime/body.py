@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from graphopt.runtime.compiled import outside, outside_but_inner
 from graphopt.runtime.randomness import shared_draw
 
 Key = TypeVar("Key")
@@ -159,8 +160,12 @@ class StochasticBranch(nn.Module):
         # A forecast runs on fake tensors: it counts the step in which every branch runs, which is also the one that needs most memory.
         if not self.training or any(isinstance(t, FakeTensor) for t in inputs):
             return self.body(*inputs)
-        if shared_draw(self.key) >= self.probability:
-            return self.body(*inputs) / (1 - self.probability)
+        # The host draws: a compiled network stops here and goes on behind it. The body is a compiled graph of its own.
+        return _run_apart(self, _draw_apart, *inputs) if torch.compiler.is_compiling() else self._run(shared_draw, *inputs)
+
+    def _run(self, draw: Callable[[str], float], *inputs: Tensor) -> Tensor:
+        if draw(self.key) >= self.probability:
+            return self.body.module(*inputs) / (1 - self.probability)
         # Besides the branch's input come parameters that the root reads for the body.
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         position = next(i for i, t in enumerate(tensors) if t.shape[1:] == self.shape)
@@ -170,6 +175,9 @@ class StochasticBranch(nn.Module):
     def extra_repr(self) -> str:
         """The probability of being skipped."""
         return f"probability={self.probability:g}"
+
+
+_run_apart, _draw_apart = outside_but_inner(StochasticBranch._run), outside(shared_draw)
 
 
 class _Zeros(torch.autograd.Function):

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import RunError
 from graphopt.ir.sample import check_input
+from graphopt.units import Size
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
@@ -130,6 +131,16 @@ class DataSpec(_Table):
     interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(default="bilinear", description="of resized images")
     crop_pct: Annotated[float, Field(ge=0.05, le=1)] = Field(default=1.0, description="fraction of the resized image that evaluation uses")
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, description="loader processes; 0 loads in the training process")
+    cache: Size = Field(
+        default=2**30,
+        description="memory of each process for images that are the same in every epoch (of evaluation, and of training without random "
+        "augmentation): decoded once if all of them fit; 0 decodes them each time",
+    )
+    decode: Literal["whole", "draft"] = Field(
+        default="whole",
+        description="draft: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves as many pixels as it is resized to; faster "
+        "for large photos, pixels differ a little",
+    )
     augment: AugmentSpec = Field(default=AugmentSpec(), description="augmentation of training images; none by default")
 
 

@@ -40,7 +40,7 @@ FORMAT_VERSION = 4  # of checkpoints
 FREE = {
     "train": {"epochs", "device", "strategy", "fsdp", "replicas", "timeout", "compile", "channels_last", "deterministic"}
     | {"checkpoint_format", "checkpoint_async", "checkpoint_steps", "keep", "eval_every", "log_every", "ledger"},
-    "data": {"root", "workers", "eval_limit"},
+    "data": {"root", "workers", "cache", "eval_limit"},
 }
 
 

@@ -159,7 +159,7 @@ class Starting:
     def _context(self, plan: Plan) -> RunContext:
         identity = dict[str, Any](data={}, seed=self.settings.seed)  # everything that determines the inputs of training
         if isinstance(self.data, DataSpec):
-            identity["data"] = self.data.model_dump(mode="json", exclude={"workers"})
+            identity["data"] = self.data.model_dump(mode="json", exclude={"workers", "cache"})
         inputs = self.inputs
         features = inputs.features(self.folder.features, plan.digest, identity)
         feeds = inputs.images, inputs.evaluation

@@ -16,9 +16,10 @@ step.
 """
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +31,7 @@ from graphopt.ir.flow import ancestors, descendants
 from graphopt.ir.nodes import activations, trainable
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.runtime.body import Body, LocalBackward
+from graphopt.runtime.compiled import outside
 from graphopt.runtime.randomness import begin_stream
 from graphopt.runtime.shards import local
 
@@ -70,7 +72,7 @@ class LocalModule(LocalBackward):
             what = "another pass removed the input of a locally supervised module, which its decoder rebuilds"
             raise PassError(what, where="supervise", fix='Let that pass end where a module does, or use decoder = "none"')
         self._options: dict[str, Any] | None = None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     def parts(self) -> tuple[nn.Module, ...]:
         """The body, and the head and decoder."""
@@ -84,48 +86,81 @@ class LocalModule(LocalBackward):
             inputs = tuple(rest)
         if not self.training:
             return self.run(self.body, *inputs), None
+        if torch.compiler.is_compiling():
+            return _isolated_apart(self, target, image, inputs)
+        return self._isolated(target, image, inputs)
+
+    def _isolated(
+        self, target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...], *, compiling: bool = False
+    ) -> tuple[Any, Tensor]:
         begin_stream(self.number)
         try:
             if self.trains and torch.is_grad_enabled():
-                return self._train(target, image, inputs)
+                return self._train(self._callable(self.stage, compiling), target, image, inputs)
             with torch.no_grad():
-                output = self.run(self.body, *inputs)
+                output = self.run(self._callable(self.body.module.forward, compiling), *inputs)
             # float32, as a loss is, and on the output's device.
             return output, torch.zeros((), device=self._main(output).device)
         finally:
             begin_stream(self.number + 1)  # of the next module, or of the last, which is no local one
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
-    def _train(self, target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+    def _train(self, stage: Callable[..., Any], target: Tensor | None, image: Tensor | None, inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
         _raise_allocator_limits()
         parameters = [p for p in (*self.body.parameters(), *self.auxiliary.parameters()) if p.requires_grad]
-        loss, *outputs = _Stage.apply(self, target, image, len(inputs), *inputs, *parameters)
+        loss, *outputs = _Stage.apply(self, stage, target, image, len(inputs), *inputs, *parameters)
         return (tuple(outputs) if self.output is not None else outputs[0]), loss
 
-    def stage(self, step_index: int, target: Tensor | None, image: Tensor | None, *inputs: Any) -> tuple[Any, Tensor]:
-        """The module's output and its local loss, recorded; what `_Stage` differentiates and `compile` compiles."""
+    def stage(self, step: Tensor, target: Tensor | None, image: Tensor | None, *inputs: Any) -> tuple[Any, Tensor]:
+        """The module's output and its local loss, recorded; what `_Stage` differentiates and `torch.compile` compiles.
+
+        `step` has no elements; its length is the step's number plus 2. torch.compile takes a number, and a length of 0 or 1, as a constant.
+        """
         auxiliary: Any = self.auxiliary.module
         output = self.body(*inputs)
         h = self._main(output)
         x = image if auxiliary.rebuilds_image else inputs[self.input] if self.input is not None else None
-        return output, auxiliary(h, x, auxiliary.validated_target(target, len(h)), step_index)
+        return output, auxiliary(h, x, auxiliary.validated_target(target, len(h)), len(step) - 2)
 
     def _main(self, output: Any) -> Tensor:
         return output[self.output] if self.output is not None else output
 
     def compile_stage(self, **options: Any) -> None:
         """Compiles the module's own forward, head and decoder with `torch.compile(..., **options)`; a deep copy compiles again."""
-        self._options, self._compiled = options, None
+        self._options, self._compiled = options, {}
 
-    def run_stage(self, *arguments: Any) -> tuple[Any, Tensor]:
-        if self._options is None:
-            return self.stage(*arguments)
-        if self._compiled is None:
-            self._compiled = torch.compile(self.stage, **self._options)
-        return self._compiled(*arguments)
+    def _callable(self, function: Callable[..., Any], compiling: bool) -> Callable[..., Any]:
+        """A method, compiled if the network is or `compile_stage` was called."""
+        if self._options is None and not compiling:
+            return function
+        name = function.__name__
+        if name not in self._compiled:
+            compiled: Any = torch.compile(_apart(function), **{"fullgraph": True, **(self._options or {})})
+
+            def call(first: Any, *more: Any) -> Any:
+                if name == "stage":  # its step
+                    cast(Any, torch._dynamo).maybe_mark_dynamic(first, 0)
+                return compiled(first, *more)
+
+            self._compiled[name] = call
+        return self._compiled[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_compiled": {}}
+
+
+@outside
+def _isolated_apart(module: LocalModule, *arguments: Any) -> tuple[Any, Tensor]:
+    """What a compiled network calls: it ends one graph before and begins another behind it. What is compiled in between is the stage."""
+    return module._isolated(*arguments, compiling=True)
+
+
+def _apart(method: Any) -> Any:
+    """The same method with a code object of its own: torch.compile counts how often it has compiled a code object, and gives up at 8."""
+    function = method.__func__
+    copy = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    return types.MethodType(copy, method.__self__)
 
 
 @functools.cache
@@ -140,10 +175,10 @@ def _raise_allocator_limits() -> None:
 
 
 def compile_modules(module: nn.Module, **options: Any) -> int:
-    """Compiles every locally supervised module of an emitted module by itself; returns how many.
+    """Compiles every locally supervised module of an emitted module by itself, with these options of `torch.compile`; returns how many.
 
-    `torch.compile` of the whole emitted module works too. It does not compile the local modules, whose backward is inside their forward,
-    unless this was called.
+    `torch.compile` of the whole emitted module does that too, with the default backend unless this was called before. Each local module,
+    whose backward is inside its forward, is then a graph of its own.
     """
     found = [m for m in module.modules() if isinstance(m, LocalModule)]
     for part in found:
@@ -155,13 +190,14 @@ class _Stage(torch.autograd.Function):
     """Forward and backward of one module together; see the module docstring."""
 
     @staticmethod
-    def forward(ctx: Any, module: LocalModule, target: Tensor | None, image: Tensor | None, count: int, *tensors: Any) -> Any:
+    def forward(ctx: Any, module: LocalModule, stage: Any, target: Tensor | None, image: Tensor | None, count: int, *tensors: Any) -> Any:
         ctx.set_materialize_grads(False)
         with torch.enable_grad():
             # Detached one by one: a weight that is a parameter of the body too gets two gradients, which autograd adds.
             inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors[:count]]
             auxiliary: Any = module.auxiliary.module
-            output, loss = module.run(module.run_stage, auxiliary.step_index, target, image, *inputs)
+            step = torch.empty(auxiliary.step_index + 2, 0)
+            output, loss = module.run(stage, step, target, image, *inputs)
             auxiliary.step_index += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
             device = loss.device.type
@@ -196,7 +232,7 @@ class _Stage(torch.autograd.Function):
                 torch._foreach_mul_([local(g) for g in found], incoming)
             for (position, _), gradient in zip(stored, found, strict=True):
                 gradients[position] = gradient
-        return (None, None, None, None, *gradients)
+        return (None, None, None, None, None, *gradients)
 
 
 def _gradients(loss: Tensor, tensors: list[Tensor], *, sharded: bool) -> Sequence[Tensor | None]:

@@ -233,3 +233,16 @@ def test_a_segment_runs_again_from_its_input_as_it_was(selected, checkpointed):
     (report,) = plan.report.passes
     assert len(report.regions) == checkpointed
     assert checkpointed or "overwritten in place" in report.diagnostics[0].message
+
+
+def test_compiled_whole_it_is_one_graph():
+    model = Small(blocks=2, drop=0.0)
+    plan = graphopt.compile(model, Checkpoint(select="blocks.1"), input=INPUT, costs=False, verify="off")
+    plain, checkpointed = copy.deepcopy(model).double().train(), plan.module.double().train()
+    x, y = torch.randn(4, *INPUT, dtype=torch.float64), torch.arange(4)
+    call = torch.compile(checkpointed, backend="aot_eager", fullgraph=True)
+    for function in (plain, call):
+        torch.manual_seed(1)
+        F.cross_entropy(function(x), y).backward()
+    for (name, one), other in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)

@@ -14,12 +14,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import graphopt
 from graphopt.cost import forecast
 from graphopt.errors import RunError
 from graphopt.passes.supervise import Supervise
 from graphopt.passes.supervise.local import LocalModule, compile_modules
+from graphopt.runtime.randomness import set_seeds
 from tests.support.backbones import Small
 
 CUTS = ("blocks.0", "blocks.2")
@@ -260,21 +262,26 @@ def test_a_target_that_is_none_says_what_to_give(target: Any, words: str) -> Non
     assert "(6, 10)" in str(caught.value)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiles(whole: bool) -> None:
-    plan = plan_of(Small(drop=0.0))
-    reference = copy.deepcopy(plan.module)
+def test_compiled_each_module_is_a_graph_and_no_step_compiles_again() -> None:
+    plan = plan_of(Small(blocks=2, drop=0.0), Supervise(cuts=("blocks.0",)))
+    reference = copy.deepcopy(plan.module.double())
+    backend = CompileCounterWithBackend("aot_eager")
+    assert compile_modules(plan.module, backend=backend) == 1
+    module = torch.compile(plan.module, backend=backend)
     x, y = batch()
-    expected, _ = outer_backward(reference, x, y)
-    module: Any = plan.module
-    if whole:
-        module = torch.compile(module, backend="aot_eager")
-    else:
-        assert compile_modules(module, backend="aot_eager") == 2
-    output, _ = outer_backward(module, x, y)
-    torch.testing.assert_close(output, expected)
+    frames = []
+    for step in range(4):
+        set_seeds(step, step)  # as a runner does
+        output, _ = outer_backward(module, x.double(), y)
+        expected, _ = outer_backward(reference, x.double(), y)
+        torch.testing.assert_close(output, expected)
+        frames.append(backend.frame_count)
+    set_seeds(None, None)
+    assert frames == [frames[0]] * 4
+    assert frames[0] >= 2
+    assert plan.module.get_submodule("supervise.0").step_index == 4
     for one, other in zip(plan.module.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.grad, other.grad)
     copy.deepcopy(plan.module)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import graphopt
@@ -18,6 +19,7 @@ from graphopt.ir.regions import region_at
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.runtime.body import Checkpointed
+from graphopt.runtime.randomness import set_seeds
 from tests.passes.drop.networks import BACKBONES
 from tests.support.backbones import Residual, Small
 
@@ -188,3 +190,27 @@ def test_a_branch_that_an_earlier_pass_has_divided_cannot_be_skipped():
 
     with pytest.raises(PassError, match=r"blocks.1: an earlier pass divides the block's branch"):
         graphopt.compile(Small(drop=0.0), [FromTheMiddle(), Drop(mode="bypass", probability=0.5)], input=(3, 8, 8), costs=False)
+
+
+def test_compiled_it_draws_in_every_step_and_is_compiled_once() -> None:
+    """More branches than a code object may be compiled for."""
+    torch.manual_seed(0)
+    plan = graphopt.compile(Small(blocks=9, drop=0.0), [Drop(mode="bypass", probability=0.5)], input=(3, 8, 8), verify="off", costs=False)
+    eager = plan.module.double().train()
+    module = copy.deepcopy(eager)
+    backend = CompileCounter()
+    call = torch.compile(module, backend=backend)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    frames, outputs = [], []
+    for seed in (0, 1, 2, 0, 1, 2):
+        for function in (eager, call):
+            set_seeds(seed, seed)
+            outputs.append(function(x))
+            outputs[-1].sum().backward()
+        torch.testing.assert_close(*outputs[-2:])
+        frames.append(backend.frame_count)
+    set_seeds(None, None)
+    assert frames[2:] == [frames[2]] * 4
+    assert backend.frame_count >= 9 + 1
+    for one, other in zip(eager.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
