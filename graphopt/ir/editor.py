@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import as_fake
 from graphopt.ir.graph import Graph, Origin
 from graphopt.ir.nodes import attribute, storages, writes_in_place
@@ -64,12 +65,9 @@ class Editor:
         return self._insert("call_method" if isinstance(target, str) else "call_function", target, args, kwargs or {}, **place)
 
     def call_module(self, path: str, module: nn.Module, args: tuple[Any, ...], **place: Unpack[Place]) -> Node:
-        """Registers a new module at `path` and calls it. Its output has the shape of its first argument."""
+        """Registers a new module at `path` and calls it."""
         self.add_module(path, module)
-        node = self._insert("call_module", path, args, {}, **place)
-        if isinstance(args[0], Node) and "val" in args[0].meta:
-            node.meta["val"] = args[0].meta["val"]
-        return node
+        return self._insert("call_module", path, args, {}, **place)
 
     def read(self, name: str, **place: Unpack[Place]) -> Node:
         """A new node that reads a parameter or a buffer."""
@@ -99,12 +97,15 @@ class Editor:
         if node.op == "get_attr":
             value = attribute(self.graph.module, str(node.target))
             node.meta["val"] = as_fake(value, mode).detach() if isinstance(value, torch.Tensor) else value
-        elif node.op in ("call_function", "call_method"):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            target: Any = node.target
-            function = getattr(type(args[0]), target) if node.op == "call_method" else target
-            with mode, torch.no_grad():
-                node.meta["val"] = function(*args, **kwargs)
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        function: Any = node.target
+        if node.op == "call_method":
+            function = getattr(type(args[0]), function)
+        elif node.op == "call_module":
+            function = fake_copy(self.graph.module.get_submodule(function), mode).eval()
+        with mode, torch.no_grad():
+            node.meta["val"] = function(*args, **kwargs)
 
     def set_call(self, node: Node, target: Any = None, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> None:
         """Another operation, or other inputs, for a node; what is not given stays.

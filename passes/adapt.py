@@ -1,0 +1,153 @@
+"""adapt: the backbone stays as it is, and chosen layers learn a low-rank addition to their weights.
+
+LoRA (Hu et al., arXiv 2106.09685, equation 3): `h = W x + scale * B A x`, W fixed, A of r rows, B starting with zeros. A convolution's A is
+a convolution of its size to r channels, its B a 1 x 1 one. Everything else is frozen as `freeze` does it: no gradients, norms on their
+running statistics, which stay put to the bit, lean operators behind what trains. What `train` names, the classifier by default, trains
+fully. `export` adds the products to the weights, and the ordinary model comes back, with the statistics that it was trained with.
+
+This saves gradients and optimizer state, to almost nothing; it saves few activations, because the additions lie all along the backbone.
+
+    [[pass]]
+    use = "adapt"
+    rank = 8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
+
+from pydantic import Field
+
+from graphopt import ActiveMatch, Effects, Filter, Match, Pass, PassError, Selector, Status
+from graphopt.compiler.pass_base import Property
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import Node
+
+    from graphopt import Editor, Graph
+    from graphopt.passes.layers import Dense
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Paths of the layers to adapt, by region; those of what trains fully."""
+
+    layers: dict[str, tuple[str, ...]]
+    trained: tuple[str, ...]
+
+
+class Adapt(Pass):
+    """Freezes the backbone, and lets chosen layers learn low-rank additions.
+
+    Attributes:
+        select: regions whose linear layers and 2-d convolutions (of one group) are adapted; see selectors.
+        rank: r, the rank of each addition.
+        scale: the factor of the addition (alpha / r in the paper).
+        train: regions that train fully. Default: the last layer with parameters, which is the classifier.
+        when: from which epoch.
+
+    Preserves: eval output at its start, state-dict keys at export. Refuses: a selection without such layers; to be taken back.
+    """
+
+    name: ClassVar[str] = "adapt"
+    claim: ClassVar[str | None] = "adapted"
+    conflicts_with: ClassVar[frozenset[str]] = frozenset({"frozen", "shared", "factorized", "adapted"})
+    preserves: ClassVar[frozenset[Property]] = frozenset({"eval output"})
+    once: ClassVar[bool] = True
+
+    select: Selector = Filter(blocks=True)
+    rank: Annotated[int, Field(ge=1, strict=True)] = 8
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    train: Selector | None = None
+
+    def match(self, graph: Graph) -> Match[Decision]:
+        from graphopt.ir.nodes import parameters_read
+        from graphopt.ir.paths import is_below
+        from graphopt.ir.select import select
+        from graphopt.passes.layers import dense_layers, full_rank
+
+        match = Match[Decision](select(self.select, graph))
+        last = next(n for n in reversed(graph.nodes) if any(True for _ in parameters_read(graph.module, n)))
+        trained = (str(last.target),) if self.train is None else tuple(p for r in select(self.train, graph) for p in r.paths)
+        layers = {}
+        for region in match.regions:
+            found = []
+            for path, why in dense_layers(graph, region):
+                if is_below(path, trained):
+                    why = "it trains fully"
+                elif why is None and self.rank >= full_rank(graph.module.get_parameter(f"{path}.weight")):
+                    why = f"its own rank is no more than {self.rank}"
+                if why is None:
+                    found.append(path)
+                else:
+                    match.skip(path, why)
+            layers[region.name] = tuple(found)
+        if not any(layers.values()):
+            match.refuse(match.regions[0].name, "no selected layer can be adapted", fix="Select linear layers or convolutions")
+        if (until := getattr(self.when, "until", None)) is not None:
+            why = f"it cannot be taken back at epoch {until}: the weights would lose what they have learnt"
+            match.refuse(match.regions[0].name, why, fix="Leave `until` out: export adds the products to the weights")
+        match.decision = Decision(layers, trained)
+        return match
+
+    def rewrite(self, edit: Editor, match: ActiveMatch[Decision]) -> Effects:
+        import torch
+
+        from graphopt.ir.nodes import leaf
+        from graphopt.passes.layers import low_rank_pair
+
+        effects, done = Effects(), []
+        backbone, base = {n for n, _ in edit.graph.module.named_parameters()}, edit.graph.nodes
+        for name in match.names:
+            for path in match.decision.layers[name]:
+                node = edit.calls(path)[0]
+                first, second = low_rank_pair(cast("Dense", leaf(edit.graph, node)), self.rank)
+                inner = edit.call_module(f"adapt.{path}.first", first, node.args[:1], after=node)
+                outer = edit.call_module(f"adapt.{path}.second", second, (inner,), after=inner)
+                total = edit.call(torch.add, (node, outer), {"alpha": self.scale}, after=outer)
+                edit.redirect(node, total, [u for u in node.users if u is not total])
+                done.append(path)
+            effects.mark(name, Status.FROZEN, adapted=len(match.decision.layers[name]), rank=self.rank)
+        self._freeze(edit, match.decision.trained, backbone, base)
+        sizes = [p.numel() for n, p in edit.graph.module.named_parameters() if p.requires_grad and n not in backbone]
+        effects.figures = {"layers": len(done), "added_parameters": sum(sizes)}
+        effects.to_original_state = partial(_merged, paths=tuple(done), scale=self.scale)
+        starts = {name: value.clone() for name, value in edit.graph.module.state_dict().items() if name.startswith("adapt.")}
+        effects.from_original_state = partial(_started, starts=starts)
+        return effects
+
+    def _freeze(self, edit: Editor, trained: tuple[str, ...], names: set[str], nodes: tuple[Node, ...]) -> None:
+        """Freezes what the backbone had, `names` and `nodes`, but for what trains fully; as `freeze` does."""
+        from graphopt.ir.paths import is_below
+        from graphopt.ir.regions import region_of
+        from graphopt.passes.freeze.edits import cut_prefix, freeze_norms, freeze_scope, use_lean_operators
+
+        own = set(region_of(edit.graph, trained).nodes)
+        frozen = tuple(sorted(n for n in names if not is_below(n, trained)))
+        base = replace(region_of(edit.graph, frozen), nodes=tuple(n for n in nodes if n not in own))
+        scope = freeze_scope(edit.graph, [base])
+        if scope.tied:
+            raise PassError(f"it shares its tensor with {scope.tied[0][1]}, which trains", where=scope.tied[0][0], fix="Let both train")
+        edit.freeze(scope.parameters)
+        freeze_norms(edit, base.nodes, set(scope.behind))
+        use_lean_operators(edit, scope.behind)
+        edit.keep_buffers(base.nodes)
+        cut_prefix(edit, scope.prefix)
+
+
+def _merged(state: dict[str, Tensor], paths: tuple[str, ...], scale: float) -> dict[str, Tensor]:
+    """The weights with the products added, under the backbone's keys."""
+    from graphopt.passes.layers import multiply
+
+    for path in paths:
+        first, second = state.pop(f"adapt.{path}.first.weight"), state.pop(f"adapt.{path}.second.weight")
+        state[f"{path}.weight"] = state[f"{path}.weight"] + scale * multiply(first, second)
+    return state
+
+
+def _started(state: dict[str, Tensor], starts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint of the backbone, with additions that are zero."""
+    return state | {name: start.clone() for name, start in starts.items()}

@@ -1,0 +1,166 @@
+"""Layers that the small passes put into a graph (low-rank pairs, norms of part of a batch, blurs), and where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphopt import Graph, Region, Selector, select
+from graphopt.ir.nodes import leaf, parameters_read
+from graphopt.ir.regions import region_at
+
+Dense = nn.Linear | nn.Conv2d
+
+
+def leaves_in(selector: Selector | None, graph: Graph, takes: Callable[[nn.Module], bool]) -> dict[Region, tuple[str, ...]]:
+    """Selected regions, or without a selector every fitting leaf by itself, with the paths of the leaves in them that `takes` accepts."""
+    fitting = dict.fromkeys(str(n.target) for n in graph.nodes if (layer := leaf(graph, n)) is not None and takes(layer))
+    regions = [region_at(graph, path) for path in fitting] if selector is None else select(selector, graph)
+    found = ((r, dict.fromkeys(str(n.target) for n in r.nodes if n.op == "call_module")) for r in regions)
+    return {region: tuple(path for path in paths if path in fitting) for region, paths in found}
+
+
+def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None]]:
+    """The linear layers and 2-d convolutions of a region: their path, and why a low-rank pair cannot stand for one (None: it can)."""
+    readers = graph.cached(_readers)
+    for node in region.nodes:
+        layer = leaf(graph, node)
+        if not isinstance(layer, Dense):
+            continue
+        why = None
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            why = f"{type(layer).__name__} computes something of its own"
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            why = f"its convolution has {layer.groups} groups"
+        elif readers[id(layer.weight)] > 1:
+            why = "its weight is used more than once"
+        elif not layer.weight.requires_grad:
+            why = "it is frozen"
+        yield str(node.target), why
+
+
+def _readers(graph: Graph) -> dict[int, int]:
+    """How many nodes read each parameter."""
+    found: dict[int, int] = {}
+    for node in graph.nodes:
+        for _, parameter in parameters_read(graph.module, node):
+            found[id(parameter)] = found.get(id(parameter), 0) + 1
+    return found
+
+
+def full_rank(weight: Tensor) -> int:
+    """The largest rank of a weight, (out, in, ...), as a matrix of outputs by what each of them reads."""
+    return min(weight.shape[0], weight[0].numel())
+
+
+def low_rank_pair(layer: Dense, rank: int) -> tuple[Dense, Dense]:
+    """A layer with `rank` outputs that reads what `layer` reads, and one from there to its outputs; new weights, both without bias.
+
+    The first is initialised as PyTorch does, the second with zeros: together they compute 0.
+    """
+    about: dict[str, Any] = {"bias": False, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    first: Dense
+    second: Dense
+    if isinstance(layer, nn.Linear):
+        first, second = nn.Linear(layer.in_features, rank, **about), nn.Linear(rank, layer.out_features, **about)
+    else:
+        padding: Any = layer.padding
+        geometry: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": padding,
+            "dilation": layer.dilation,
+            "padding_mode": layer.padding_mode,
+        }
+        first = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **geometry, **about)  # type: ignore[arg-type]  # a pair, as in the layer
+        second = nn.Conv2d(rank, layer.out_channels, 1, **about)
+    nn.init.zeros_(second.weight)
+    return first.train(layer.training), second.train(layer.training)
+
+
+def multiply(first: Tensor, second: Tensor) -> Tensor:
+    """The weight, (out, in, ...), of the one layer that computes what a low-rank pair, (rank, in, ...) and (out, rank, ...), does."""
+    return (second.flatten(1) @ first.flatten(1)).view(len(second), *first.shape[1:])
+
+
+def divide(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The pair of weights of that rank whose product is nearest to `weight`, (out, in, ...), by its singular vectors; both of equal norm.
+
+    Eckart and Young (1936). In float64, by the eigenvectors of the smaller Gram matrix, which take much less time than the singular values.
+    """
+    matrix = weight.detach().double().flatten(1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    matrix = matrix if wide else matrix.T
+    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    rows = vectors.T @ matrix
+    root = rows.norm(dim=1).sqrt()
+    rows, vectors = rows / root.clamp_min(torch.finfo(root.dtype).tiny)[:, None], vectors * root
+    first, second = (rows, vectors) if wide else (vectors.T, rows.T)
+    return (
+        first.reshape(rank, *weight.shape[1:]).to(weight.dtype),
+        second.reshape(len(weight), rank, *(1 for _ in weight.shape[2:])).to(weight.dtype),
+    )
+
+
+class GhostNorm(nn.Module):
+    """Mixed into a batch norm: in training, each run of `samples` samples is normalised by its own mean and variance.
+
+    Running statistics move by each of them in turn, as in Hoffer et al., algorithm 1. In eval mode it is the norm that it was.
+    """
+
+    samples: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, ...) in and out. The last run takes what is left over, up to twice as many samples less one."""
+        count = len(input) // self.samples if self.training else 1
+        if count < 2:
+            return super().forward(input)  # the norm's own
+        edges = [i * self.samples for i in range(count)] + [len(input)]
+        return torch.cat([super(GhostNorm, self).forward(input[a:b]) for a, b in pairwise(edges)])
+
+
+_GHOSTS: dict[type[nn.Module], type[nn.Module]] = {
+    norm: type(f"Ghost{norm.__name__}", (GhostNorm, norm), {"__module__": __name__})
+    for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+
+
+def ghost_norm(norm: nn.Module | None, samples: int) -> nn.Module | None:
+    """The same norm over runs of `samples` samples, sharing its tensors; None if it is no plain batch norm."""
+    if norm is None or (kind := _GHOSTS.get(type(norm))) is None:
+        return None
+    ghost = kind.__new__(kind)
+    ghost.__dict__ = {**norm.__dict__, "samples": samples}
+    return ghost
+
+
+class Blur(nn.Module):
+    """A fixed low-pass filter of each channel, followed by every `stride`-th position: antialiased downsampling.
+
+    Zhang, "Making Convolutional Networks Shift-Invariant Again" (arXiv 1904.11486), section 3.2: the outer product of a row of Pascal's
+    triangle with itself, normalised to 1; the image is reflected at its borders. It has no parameters, and its buffer is not stored.
+    """
+
+    def __init__(self, size: int, stride: tuple[int, int]) -> None:
+        super().__init__()
+        row = torch.ones(1, dtype=torch.float64)
+        for _ in range(size - 1):
+            row = F.pad(row, (1, 0)) + F.pad(row, (0, 1))
+        kernel = torch.outer(row, row)
+        self.size, self.stride = size, stride
+        self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, ceil(H / stride), ceil(W / stride))."""
+        before, after = (self.size - 1) // 2, self.size // 2
+        # A side of one position has nothing to reflect.
+        x = F.pad(x, (before, after, before, after), "reflect" if min(x.shape[2:]) > after else "replicate")
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)  # type: ignore[operator]  # a buffer
+        return F.conv2d(x, kernel, stride=self.stride, groups=x.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, stride={self.stride}"

@@ -1,0 +1,72 @@
+"""adapt: what is added trains, the rest stays to the bit, and export adds it to the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphopt
+from graphopt.errors import PassError
+from graphopt.passes.adapt import Adapt
+from tests.support.passes import BACKBONES, trained
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_only_what_is_added_and_the_classifier_train_and_the_ordinary_model_comes_back(name: str) -> None:
+    model, input = BACKBONES[name]()
+    before = copy.deepcopy(model.state_dict())
+    plan = graphopt.compile(model, [Adapt(rank=2)], input=input, verify="full", costs=False)
+    trainable = {n for n, p in plan.module.named_parameters() if p.requires_grad}
+    added = {n for n in trainable if n.startswith("adapt.")}
+    assert added
+    assert {n.rpartition(".")[0] for n in trainable - added} == {"fc" if name == "resnet" else "head"}
+    trained(plan, input)
+    x = torch.randn(3, *input)
+    exported = plan.export()
+    torch.testing.assert_close(exported(x), plan.module.eval()(x))
+    after = exported.state_dict()
+    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+    adapted = {n.removeprefix("adapt.").removesuffix(".first.weight") + ".weight" for n in added if ".first." in n}
+    assert changed == adapted | (trainable - added)  # no running statistic among them
+
+
+def test_a_checkpoint_of_the_backbone_starts_with_nothing_added() -> None:
+    model, input = BACKBONES["resnet"]()
+    plan = graphopt.compile(model, Adapt(rank=1), input=input, costs=False)
+    trained(plan, input)
+    plan.load_backbone(model.state_dict())
+    x = torch.randn(2, *input)
+    assert torch.equal(plan.module.eval()(x), model.eval()(x))
+
+
+def test_what_it_adds_is_small_and_scaled() -> None:
+    layer = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    plan = graphopt.compile(layer, Adapt(select="0", rank=2, scale=0.5), input=(6,), costs=True)
+    assert plan.report.passes[0].figures == {"layers": 1, "added_parameters": 2 * (6 + 4)}
+    state = plan.module.state_dict()
+    with torch.no_grad():
+        plan.module.get_parameter("adapt.0.second.weight").fill_(1.0)
+    x = torch.randn(5, 6)
+    expected = F.linear(x, state["0.weight"], state["0.bias"]) + 0.5 * F.linear(
+        F.linear(x, state["adapt.0.first.weight"]), torch.ones(4, 2)
+    )
+    torch.testing.assert_close(plan.module(x), layer[2](expected.relu()))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"select": "bn1"}, "no selected layer can be adapted"),
+        ({"select": "fc"}, "no selected layer can be adapted"),
+        ({"when": {"epoch": 1, "until": 2}}, "cannot be taken back"),
+        ({"rank": 500}, "no selected layer can be adapted"),
+    ],
+)
+def test_what_is_refused(options: dict[str, object], says: str) -> None:
+    model, input = BACKBONES["resnet"]()
+    with pytest.raises(PassError, match=says):
+        graphopt.compile(model, Adapt(**options), input=input, costs=False)

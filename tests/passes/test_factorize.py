@@ -1,0 +1,75 @@
+"""factorize: the nearest product of two smaller layers, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.errors import PassError
+from graphopt.passes.factorize import Factorize
+from graphopt.passes.layers import divide, full_rank, multiply
+from tests.support.passes import BACKBONES, trained
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (8, 3, 3, 3), (3, 8, 1, 1)])
+def test_the_product_is_the_nearest_of_its_rank(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    values = torch.linalg.svdvals(weight.flatten(1))
+    for rank in range(1, full_rank(weight) + 1):
+        first, second = divide(weight, rank)
+        assert first.shape == (rank, *shape[1:])
+        assert second.shape == (shape[0], rank, *(1 for _ in shape[2:]))
+        error = (multiply(first, second) - weight).norm()
+        torch.testing.assert_close(error, values[rank:].square().sum().sqrt(), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(first.norm(), second.norm())
+
+
+def test_a_weight_of_zeros_stays_one() -> None:
+    assert torch.equal(multiply(*divide(torch.zeros(4, 5), 2)), torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_it_trains_and_the_ordinary_model_computes_the_same(name: str) -> None:
+    model, input = BACKBONES[name]()
+    plan = graphopt.compile(model, Factorize(rank=0.25), input=input, verify="full", costs=True)
+    report = plan.report
+    assert report.after.parameters < report.before.parameters
+    assert report.after.flops < report.before.flops
+    assert 0 < report.passes[0].figures["kept_share_of_squared_weights"] < 1
+    trained(plan, input)
+    x = torch.randn(3, *input)
+    torch.testing.assert_close(plan.export()(x), plan.module.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_of_low_rank_computes_what_it_did() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode="circular")
+    conv.weight.data = torch.einsum("or,rikl->oikl", torch.randn(8, 2), torch.randn(2, 4, 3, 3))
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+    x = torch.randn(2, 4, 8, 8)
+    plan = graphopt.compile(model, Factorize(select="0", rank=2), input=(4, 8, 8), costs=False)
+    torch.testing.assert_close(plan.module(x), model(x), atol=1e-5, rtol=1e-5)
+    assert [tuple(p.shape) for n, p in plan.module.named_parameters() if "weight" in n][:2] == [(8, 2, 1, 1), (3, 128)]
+
+
+def test_later_and_back() -> None:
+    model, input = BACKBONES["resnet"]()
+    plan = graphopt.compile(model, Factorize(select="layer3", rank=4, when={"epoch": 1, "until": 2}), input=input, costs=False)
+    keys = plan.module.state_dict().keys()
+    for epoch in (1, 2):
+        plan = plan.advance_to([*plan.decisions, *plan.due(epoch, None, 3)])
+        trained(plan, input)
+        assert (plan.module.state_dict().keys() == keys) == (epoch == 2)
+    assert full_rank(plan.module.get_parameter("layer3.0.conv2.weight")) > 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"select": "bn1"}, "no selected layer gets smaller"), ({"rank": 100}, "no selected layer gets smaller")]
+)
+def test_what_is_refused(options: dict[str, object], says: str) -> None:
+    model, input = BACKBONES["resnet"]()
+    with pytest.raises(PassError, match=says):
+        graphopt.compile(model, Factorize(**options), input=input, costs=False)
