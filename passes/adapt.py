@@ -97,20 +97,22 @@ class Adapt(Pass):
         import torch
 
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import low_rank_pair
+        from graphopt.passes.layers import call_of, low_rank_pair
 
         effects, done = Effects(), []
         backbone, base = {n for n, _ in edit.graph.module.named_parameters()}, edit.graph.nodes
         for name in match.names:
             for path in match.decision.layers[name]:
-                node = edit.calls(path)[0]
+                if (node := call_of(edit, path, effects)) is None:
+                    continue
                 first, second = low_rank_pair(cast("Dense", leaf(edit.graph, node)), self.rank)
                 inner = edit.call_module(f"adapt.{path}.first", first, node.args[:1], after=node)
                 outer = edit.call_module(f"adapt.{path}.second", second, (inner,), after=inner)
                 total = edit.call(torch.add, (node, outer), {"alpha": self.scale}, after=outer)
                 edit.redirect(node, total, [u for u in node.users if u is not total])
                 done.append(path)
-            effects.mark(name, Status.FROZEN, adapted=len(match.decision.layers[name]), rank=self.rank)
+            if count := len(set(done).intersection(match.decision.layers[name])):
+                effects.mark(name, Status.FROZEN, adapted=count, rank=self.rank)
         self._freeze(edit, match.decision.trained, backbone, base)
         sizes = [p.numel() for n, p in edit.graph.module.named_parameters() if p.requires_grad and n not in backbone]
         effects.figures = {"layers": len(done), "added_parameters": sum(sizes)}

@@ -84,7 +84,10 @@ class BlurPool(Pass):
                 layer = cast("nn.MaxPool2d | nn.Conv2d", leaf(edit.graph, edit.calls(path)[0]))
                 pools = isinstance(layer, nn.MaxPool2d)
                 blur = Blur(self.size, as_tuple(layer.stride, 2) if pools else (1, 1))  # type: ignore[arg-type]
-                node = edit.calls(path)[0]
+                if not (nodes := edit.calls(path)):
+                    effects.skip(path, "an earlier pass has removed it")
+                    continue
+                node = nodes[0]
                 if pools:
                     blurred = edit.call_module(f"blurpool.{path}", blur, (node,), after=node)
                     edit.redirect(node, blurred, [u for u in node.users if u is not blurred])

@@ -73,12 +73,13 @@ class Factorize(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[dict[str, Ranks]]) -> Effects:
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import divide, low_rank_pair, multiply
+        from graphopt.passes.layers import call_of, divide, low_rank_pair, multiply
 
         effects, ranks, kept, whole = Effects(), Ranks(), 0.0, 0.0
         for name in match.names:
             for path, rank in match.decision[name].items():
-                node = edit.calls(path)[0]
+                if (node := call_of(edit, path, effects)) is None:
+                    continue
                 layer = cast("Dense", leaf(edit.graph, node))
                 first, second = low_rank_pair(layer, rank)
                 first.weight.data, second.weight.data = divide(layer.weight, rank)
@@ -89,8 +90,8 @@ class Factorize(Pass):
                 edit.replace_leaf(node, second)
                 edit.set_call(node, args=(inner,))
                 ranks[path] = rank
-            if match.decision[name]:
-                effects.mark(name, Status.REWIRED, layers=len(match.decision[name]))
+            if done := sum(path in ranks for path in match.decision[name]):
+                effects.mark(name, Status.REWIRED, layers=done)
         effects.figures = {"layers": len(ranks), "kept_share_of_squared_weights": round(kept / whole, 4) if whole else 1.0}
         effects.to_original_state = partial(_multiplied, paths=tuple(ranks))
         effects.from_original_state = partial(_divided, ranks=ranks)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
 
-from graphopt import Graph, Region, Selector, select
+from graphopt import Editor, Effects, Graph, Region, Selector, select
 from graphopt.ir.nodes import leaf, parameters_read
 from graphopt.ir.regions import region_at
 
@@ -42,6 +43,18 @@ def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None
         elif not layer.weight.requires_grad:
             why = "it is frozen"
         yield str(node.target), why
+
+
+def call_of(edit: Editor, path: str, effects: Effects) -> Node | None:
+    """The call of a leaf that `match` chose; None, and a note in `effects`, where earlier passes have removed or frozen it."""
+    nodes = edit.calls(path)
+    if nodes and any(not p.requires_grad for p in edit.graph.module.get_submodule(path).parameters()):
+        effects.skip(path, "an earlier pass has frozen it")
+        return None
+    if not nodes:
+        effects.skip(path, "an earlier pass has removed it")
+        return None
+    return nodes[0]
 
 
 def _readers(graph: Graph) -> dict[int, int]:
