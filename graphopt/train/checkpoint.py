@@ -35,7 +35,7 @@ from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 MANIFEST_VERSION = 2
-FORMAT_VERSION = 4  # of checkpoints
+FORMAT_VERSION = 5  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "fsdp", "replicas", "timeout", "compile", "channels_last", "deterministic"}

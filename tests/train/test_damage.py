@@ -162,7 +162,7 @@ def test_an_update_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch
 
 
 def test_a_loss_of_the_evaluation_that_is_not_finite_is_no_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    infinite = Meter(1, torch.tensor([float("inf"), 1.0]))
+    infinite = Meter(1, torch.tensor([float("inf"), 0.0, 1.0, 1.0]))
     monkeypatch.setattr("graphopt.train.run.evaluate", lambda *_, **__: infinite)
     with pytest.raises(RunError, match="the evaluation's loss became"):
         go(tmp_path, epochs=1, checkpoint_steps=None)

@@ -108,7 +108,9 @@ def test_a_local_loss_is_added(tmp_path: Path) -> None:
     for name, passes in (("plain", []), ("local", [Local()])):
         train(small.plan(passes), tmp_path / name, settings=small.settings(epochs=1), data=small.DATA)
     plain, local = (small.records(tmp_path / name, "epoch")[0] for name in ("plain", "local"))
-    assert local["train_loss"] > plain["train_loss"]
+    assert "train_local_loss" not in plain
+    assert local["train_local_loss"] > 0
+    assert local["train_loss"] != plain["train_loss"], "the local loss has trained, too"
     assert not small.same(small.weights(tmp_path / "plain"), small.weights(tmp_path / "local"))
 
 
