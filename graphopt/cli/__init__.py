@@ -13,6 +13,7 @@ import typer
 from graphopt.cli.apply import apply
 from graphopt.cli.check import check
 from graphopt.cli.diff import diff
+from graphopt.cli.evaluate import eval
 from graphopt.cli.fit import fit
 from graphopt.cli.inspect import inspect
 from graphopt.cli.installed import passes, schema, specs
@@ -22,7 +23,7 @@ from graphopt.errors import GraphoptError, printable
 from graphopt.files import reason
 
 #: in the order of `graphopt --help`
-COMMANDS = (inspect, check, apply, diff, fit, train, report, export, passes, specs, schema)
+COMMANDS = (inspect, check, apply, diff, fit, train, eval, report, export, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",

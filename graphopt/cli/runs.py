@@ -19,6 +19,7 @@ def train(
     spec: options.SpecArgument,
     out: Annotated[Path | None, options.out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    data: options.DataOption = None,
     set_: options.SetOption = [],  # noqa: B006
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -36,6 +37,8 @@ def train(
 
         graphopt train spec.toml -o runs/first --resume
 
+        graphopt train spec.toml --data ~/imagenette2-160
+
         graphopt train spec.toml --ranks 2
 
     On several machines, or for restarts after a failure: torchrun ... -m graphopt train SPEC.
@@ -44,6 +47,7 @@ def train(
 
     from graphopt.spec import load
 
+    set_ = [*options.data_overrides(data, spec, trust=trust), *set_]
     with _said_once():
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1 and "WORLD_SIZE" in os.environ:
