@@ -27,6 +27,7 @@ LAYERS = (
     ("train",),
     ("planning",),
     ("diff",),
+    ("studies",),
     ("cli", "__main__"),
 )
 #: packages on one line where the first may not import the second

@@ -19,11 +19,12 @@ from graphopt.cli.inspect import inspect
 from graphopt.cli.installed import passes, schema, specs
 from graphopt.cli.runs import export, report, train
 from graphopt.cli.screen import show_error, show_warnings
+from graphopt.cli.studies import compare, study
 from graphopt.errors import GraphoptError, printable
 from graphopt.files import reason
 
 #: in the order of `graphopt --help`
-COMMANDS = (inspect, check, apply, diff, fit, train, eval, report, export, passes, specs, schema)
+COMMANDS = (inspect, check, apply, diff, fit, train, eval, report, export, study, compare, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",

@@ -70,7 +70,8 @@ def _find(source: str | Path) -> Path:
 def installed() -> dict[str, Path]:
     """Installed specs by name: `quickstart`, `infopro/resnet110-k2`."""
     root = Path(str(resources.files("graphopt.specs")))
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+    found = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+    return {name: path for name, path in found.items() if not name.startswith("studies/")}  # those are of many runs
 
 
 def loads(text: str, *, file: str | None = None, folder: Path = Path(), trust: bool = False, overrides: Iterable[str] = ()) -> Spec:

@@ -13,7 +13,8 @@ from graphopt.errors import RunError
 from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Strategy
 
-#: what a meter sums: the criterion's loss, the local losses of passes, and how many classes had the highest score, or one of the five highest
+#: what a meter sums: the criterion's loss, the local losses of passes, and how many samples' classes had the highest score, or one of
+#: the five highest
 SUMS = ("loss", "local", "correct", "top5")
 
 
