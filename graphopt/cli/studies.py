@@ -22,7 +22,7 @@ def complete_study(incomplete: str) -> list[str]:
     """Names of installed studies that begin so, for the shell."""
     from graphopt.studies.study import installed
 
-    return [name for name in installed() if name.startswith(incomplete) or name.startswith(f"studies/{incomplete}")]
+    return [name for name in installed() if name.startswith((incomplete, f"studies/{incomplete}"))]
 
 
 _STUDY = "A TOML file with a base spec, what to vary, and seeds; or an installed study's name."

@@ -139,6 +139,9 @@ def _ours(row: Row | None, baseline: Row, figure: str) -> str:
     if figure in ("accuracy", "error"):
         mean = row.mean("accuracy") or 0.0
         return f"{100 * (mean if figure == 'accuracy' else 1 - mean):.2f} %"
+    if figure == "points":
+        less = row.less(baseline)
+        return f"{100 * less.mean:+.2f}" if less is not None else "not known"
     ratio = row.ratio(baseline, _CHANGES[figure])
     return f"{100 * (ratio - 1):+.1f} %" if ratio is not None else "not known"
 

@@ -32,7 +32,7 @@ FREE = {
 
 _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Figure: TypeAlias = Literal["accuracy", "error", "memory", "parameters", "forward FLOPs", "FLOPs", "time"]
+Figure: TypeAlias = Literal["accuracy", "error", "points", "memory", "parameters", "forward FLOPs", "FLOPs", "time"]
 
 
 class _Table(BaseModel):
@@ -51,7 +51,7 @@ class Published(_Table):
     """`[[published]]`: a figure that somebody has published, shown beside ours."""
 
     variant: str = Field(description="the row that it belongs to")
-    figure: Figure = Field(description="accuracy and error in %; memory, parameters, FLOPs and time against the baseline's")
+    figure: Figure = Field(description="accuracy and error in %; the others against the baseline's")
     value: str = Field(description='as it was published: "93.26 %", "-42.8 %"')
     source: str = Field(description="where")
 
