@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,14 @@ _WEIGHTS |= {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cac
 
 
 def build(
-    source: str, name: str, arguments: Mapping[str, Any] | None = None, *, weights: str | None = None, trust: bool = False
+    source: str,
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    weights: str | None = None,
+    reset: Sequence[str] = (),
+    entry: str | None = None,
+    trust: bool = False,
 ) -> nn.Module:
     """The backbone in train mode, initialised from torch's current seed, then with `weights` loaded.
 
@@ -43,7 +50,8 @@ def build(
         source: one of `catalog.SOURCES`.
         name: the library's name of the model; for python `"package.module:factory"`.
         arguments: keyword arguments of the constructor.
-        weights: a safetensors file or weights-only checkpoint, loaded strictly.
+        weights, reset, entry: a file, the modules that do not take their weights from it, and where in it the weights are
+            (`graphopt.models.weights.load_weights`).
         trust: allow a `python` source.
 
     Raises:
@@ -66,7 +74,7 @@ def build(
     if not isinstance(module, nn.Module):
         raise BackboneError(f"gave a {type(module).__name__}, not a torch.nn.Module", where=title)
     if weights:
-        load_weights(module, weights)
+        load_weights(module, weights, reset=reset, entry=entry)
     return module.train()
 
 

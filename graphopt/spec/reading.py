@@ -216,8 +216,10 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
     """
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
-        if isinstance(value, str) and os.path.exists(folder / value):
-            data[table] = {**data[table], key: str((folder / value).resolve())}
+        if isinstance(value, str):
+            data[table] = {**data[table], key: _located(value, folder)}
+        elif isinstance(value, Mapping) and isinstance(value.get("file"), str):
+            data[table] = {**data[table], key: {**value, "file": _located(value["file"], folder)}}
     backbone = data.get("backbone")
     if isinstance(backbone, Mapping):
         source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))
@@ -226,6 +228,11 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
             shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
         if shape and backbone.get("input") is None:
             data["backbone"] = {**backbone, "input": shape}
+
+
+def _located(file: str, folder: Path) -> str:
+    """The full path of what is found from the spec's folder."""
+    return str((folder / file).resolve()) if os.path.exists(folder / file) else file
 
 
 def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:

@@ -30,7 +30,7 @@
     return (u) => {
       const { ctx } = u, ratio = devicePixelRatio || 1, taken = [];
       ctx.save();
-      ctx.lineWidth = 1.5 * ratio; ctx.font = `${11 * ratio}px Helvetica, Arial, sans-serif`; ctx.textBaseline = "middle";
+      ctx.lineWidth = 1.5 * ratio; ctx.font = `${11 * ratio}px Helvetica, Arial, sans-serif`; ctx.textBaseline = "middle"; ctx.textAlign = "left";
       for (const p of chart.points) {
         const style = styles[p.row], x = u.valToPos(p.x, "x", true), y = u.valToPos(p.y, "y", true);
         ctx.strokeStyle = ctx.fillStyle = style.ink();
@@ -39,11 +39,15 @@
         ctx.moveTo(u.valToPos(p.x - p.dx, "x", true), y); ctx.lineTo(u.valToPos(p.x + p.dx, "x", true), y);
         ctx.stroke();
         ctx.beginPath(); ctx.arc(x, y, 4.5 * ratio, 0, 7); ctx.fill();
+      }
+      for (const p of chart.points) {
+        const style = styles[p.row], x = u.valToPos(p.x, "x", true), y = u.valToPos(p.y, "y", true);
         const wide = ctx.measureText(style.name).width, right = u.bbox.left + u.bbox.width;
         const left = x + 8 * ratio + wide > right ? Math.max(u.bbox.left, x - 8 * ratio - wide) : x + 8 * ratio;
         let at = y - 9 * ratio;
         while (taken.some((t) => Math.abs(t.at - at) < 13 * ratio && left < t.left + t.wide && t.left < left + wide)) at += 13 * ratio;
         taken.push({ left, wide, at });
+        ctx.lineWidth = 3 * ratio; ctx.strokeStyle = colour("card"); ctx.strokeText(style.name, left, at); ctx.lineWidth = 1.5 * ratio;
         ctx.fillStyle = colour("ink"); ctx.fillText(style.name, left, at);
       }
       ctx.restore();
@@ -66,8 +70,10 @@
 
   function curves(host, chart, common, axis) {
     const series = chart.series.map((s) => ({ label: styles[s.row].name, stroke: styles[s.row].ink(), width: 2, dash: styles[s.row].dash, spanGaps: true, points: { show: chart.x.length < 40, size: 5, fill: styles[s.row].ink() } }));
-    const scales = { x: { time: false } };
-    return new uPlot({ ...common, scales, axes: [{ ...axis, label: "epochs trained", size: 28, labelSize: 16, labelGap: 0, labelFont: font }, { ...axis, size: 52 }], series: [{}, ...series], hooks: { draw: [bands(chart)] } }, [chart.x, ...chart.series.map((s) => s.y)], host);
+    const known = (values) => values.filter((v) => v !== null);
+    const ends = chart.series.flatMap((s) => [...known(s.low), ...known(s.high)]);
+    const scales = { x: { time: false }, y: { range: () => [Math.max(Math.min(0, ...chart.series.flatMap((s) => known(s.y))), Math.min(...ends)), 1.05 * Math.max(...ends)] } };
+    return new uPlot({ ...common, scales, axes: [{ ...axis, label: "epochs trained", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500], size: 28, labelSize: 16, labelGap: 0, labelFont: font }, { ...axis, size: 52 }], series: [{}, ...series], hooks: { draw: [bands(chart)] } }, [chart.x, ...chart.series.map((s) => s.y)], host);
   }
 
   function draw() {
