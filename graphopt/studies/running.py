@@ -129,8 +129,10 @@ class _Pool:
         self.jobs, self.devices, self.trust, self.say, self.signum = jobs, devices, trust, say, signum
         self.running: list[_Running] = []
         self.outcomes: list[Outcome] = []
-        # A fork begins with the libraries loaded. Elsewhere it is not safe.
-        self.context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        # A server that has loaded the libraries, and done nothing else, is forked: a fork of a process that has trained cannot train.
+        self.context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            self.context.set_forkserver_preload(["graphopt.train", __name__])
 
     def run(self) -> list[Outcome]:
         told = False
@@ -155,7 +157,7 @@ class _Pool:
         used = {item.slot for item in self.running}
         slot = next(number for number in range(self.jobs) if number not in used)
         device = self.devices[slot % len(self.devices)] if self.devices else None
-        arguments = (dumps(member.spec), str(folder), device, self.jobs, self.trust, os.getpid())
+        arguments = (dumps(member.spec), str(folder), device, self.jobs, self.trust)
         process = self.context.Process(target=_train, args=arguments)
         process.start()
         self.running.append(_Running(member, folder, slot, process, time.perf_counter()))
@@ -192,7 +194,7 @@ def _why(folder: Path, code: int) -> str:
     return next((line for line in reversed(lines) if line.startswith("error: ")), f"ended with status {code}; its log: {_log(folder)}")
 
 
-def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool, parent: int) -> None:
+def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool) -> None:
     """One run, in a process of its own; all that it says goes to its log. Its exit status is as that of `graphopt train`."""
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
@@ -207,7 +209,7 @@ def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool, p
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
         sys.stdout = sys.stderr = log
-        threading.Thread(target=_stop_without, args=(parent,), daemon=True).start()
+        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
         if jobs > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         overrides = [f"train.device={json.dumps(device)}"] if device is not None else []
