@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 #: names of files that hold weights
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WHAT = "A run's folder or one of its checkpoints, a weights file, or a spec."
+_SPEC = "Of a weights file: the spec that names its backbone and data."
 _EPOCH = "Of a run: the end of this epoch (from 0); default: its best."
 _CONFUSION = "Write the confusion matrix there (.csv or .json); - prints it."
 
 
 def eval(
-    what: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS|SPEC", help=_WHAT, autocompletion=options.complete_spec)],
-    spec: Annotated[str | None, typer.Option("--spec", help="Of a weights file: the spec that names its backbone and data.")] = None,
+    what: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS|SPEC", help=_WHAT, autocompletion=options.complete_network)],
+    spec: Annotated[str | None, typer.Option("--spec", help=_SPEC, autocompletion=options.complete_spec)] = None,
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help=_EPOCH)] = None,
     data: options.DataOption = None,
     split: Annotated[str | None, typer.Option("--split", help="train, validation, test; default: the spec's data.eval_split.")] = None,

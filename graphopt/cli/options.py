@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,19 @@ def complete_pass(incomplete: str) -> list[str]:
     from graphopt.compiler.registry import names
 
     return [name for name in names() if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Folders of runs and studies that begin so, and folders that may hold some, with a slash; for the shell."""
+    found = [path for path in sorted(glob(f"{expanded(incomplete)}*")) if os.path.isdir(path)]
+    known = [any(os.path.isfile(os.path.join(path, name)) for name in ("run.json", "study.json")) for path in found]
+    return [path if is_known else f"{path}/" for path, is_known in zip(found, known, strict=True)]
+
+
+def complete_network(incomplete: str) -> list[str]:
+    """Runs, weights files and installed specs that begin so, for the shell."""
+    files = [path for path in sorted(glob(f"{expanded(incomplete)}*")) if path.endswith((".safetensors", ".pt", ".pth", ".toml"))]
+    return [*complete_run(incomplete), *files, *complete_spec(incomplete)]
 
 
 def complete_backbone(incomplete: str) -> list[str]:

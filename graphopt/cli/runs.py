@@ -14,6 +14,9 @@ from graphopt.cli.screen import console, show, show_json
 from graphopt.errors import GraphoptError, RunError, silenced
 from graphopt.files import write_atomically
 
+_RUN = "The folder that `graphopt train` wrote."
+_SAVED = "A run's folder, or one of its checkpoints."
+
 
 def train(
     spec: options.SpecArgument,
@@ -103,7 +106,7 @@ def _folder(spec: str, resume: bool) -> Path:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="The folder that `graphopt train` wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help=_RUN, autocompletion=options.complete_run)],
     out: Annotated[Path | None, options.out_option("The page; default: report.html in the folder.")] = None,
     costs: options.CostsOption = True,
     trust: options.TrustOption = False,
@@ -134,7 +137,7 @@ def report(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="A run's folder, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help=_SAVED, autocompletion=options.complete_run)],
     out: Annotated[Path, options.out_option("The file to write: .safetensors, or .pt for torch.load.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",

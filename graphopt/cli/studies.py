@@ -109,11 +109,12 @@ def _show_members(runs: "list[Member]", folder: Path, as_json: bool) -> None:
 
 
 _HTML = "Write one page: curves, accuracy against memory and time, and the diffs side by side."
+_RUNS = "Folders of runs and of studies, or globs."
 _BASELINE = "The row that the others are compared with; default: the study's, else the first."
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs and of studies, or globs.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=_RUNS, autocompletion=options.complete_run)],
     baseline: Annotated[str | None, typer.Option("--baseline", metavar="ROW", help=_BASELINE)] = None,
     metric: Annotated[
         str, typer.Option("--metric", help="accuracy (of the last epoch), best_accuracy, top5_accuracy or ema_accuracy.")

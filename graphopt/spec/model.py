@@ -94,7 +94,7 @@ class BackboneSpec(_Table):
     """`[backbone]`: the network, and the shape of one sample."""
 
     source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
-    name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory"')
+    name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory" or "file.py:factory"')
     arguments: Arguments = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
     input: Shape = Field(description="one sample's shape, [3, 224, 224]; default: the model's own")
     weights: str | WeightsSpec | None = Field(

@@ -143,15 +143,18 @@ def test_a_factory_from_the_working_directory() -> None:
     module = build(spec("python", "backbones_of_mine:small", classes=3), trust=True)
     assert module(torch.zeros(1, 3, 2, 2)).shape == (1, 3)
     assert isinstance(build(spec("python", "backbones_of_mine:Holder.make"), trust=True), nn.Linear)
+    assert isinstance(build(spec("python", "backbones_of_mine.py:Holder.make"), trust=True), nn.Linear)
 
 
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("backbones_of_mine", {}, "not package.module:factory"),
+        ("backbones_of_mine", {}, "is not package.module:name or file.py:name"),
         ("nowhere_at_all:make", {}, "working directory"),
+        ("nowhere_at_all.py:make", {}, "no file 'nowhere_at_all.py'"),
         ("broken_of_mine:make", {}, "does not import"),
+        ("broken_of_mine.py:make", {}, "does not import"),
         ("backbones_of_mine:smal", {}, "Did you mean 'small'"),
         ("backbones_of_mine:number", {}, "not a factory"),
         ("backbones_of_mine:text", {}, "not a torch.nn.Module"),
