@@ -114,7 +114,7 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 def open_svhn(root: Path, split: str) -> Arrays:
     """A split of SVHN (cropped digits). Raises OSError for a missing file, RunError for one that is damaged or of another format."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # scipy has no type information
 
     file = root / f"{split}_32x32.mat"
     with file.open("rb") as opened:
