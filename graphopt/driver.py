@@ -19,7 +19,7 @@ from graphopt.cost.rates import TimedStep, rates_of
 from graphopt.errors import BackboneError, PassError, SpecError, TraceError, WeightsError
 from graphopt.ir.graph import Graph
 from graphopt.models.build import build
-from graphopt.spec import BackboneSpec, Spec, load
+from graphopt.spec import BackboneSpec, Spec, WeightsSpec, load
 from graphopt.tracing import trace
 
 #: default batch size for cost estimates
@@ -138,7 +138,9 @@ def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = T
 
     `weights` is False where the state comes from elsewhere than the weights file (from a checkpoint).
     """
-    return build(spec.source, spec.name, spec.arguments, weights=spec.weights if weights else None, trust=trust)
+    given = spec.weights if weights else None
+    options: dict[str, Any] = given.model_dump() if isinstance(given, WeightsSpec) else {"file": given}
+    return build(spec.source, spec.name, spec.arguments, weights=options.pop("file"), **options, trust=trust)
 
 
 @contextmanager

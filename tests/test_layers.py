@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 #: from the ground up; a file may import what stands on its own line or further up, and nothing further down
 LAYERS = (
-    ("errors", "units", "files", "hashing", "runtime"),
+    ("errors", "units", "files", "hashing", "code", "runtime"),
     ("ir",),
     ("tracing", "models"),
     ("cost",),
@@ -27,6 +27,7 @@ LAYERS = (
     ("train",),
     ("planning",),
     ("diff",),
+    ("studies",),
     ("cli", "__main__"),
 )
 #: packages on one line where the first may not import the second

@@ -35,3 +35,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_importing_it_loads_nothing() -> None:
     code = "import sys, graphopt, graphopt.errors; print('torch' in sys.modules, 'Plan' in dir(graphopt))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False True\n"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert graphopt.__version__ == version("graphopt")

@@ -57,12 +57,14 @@ def commands() -> list[str]:
 def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     found = [command for command in commands() if not command.startswith("make ")]
-    assert len(found) == 9
+    assert len(found) == 12
+    Path("study.toml").write_text(next(text for text in blocks("toml") if "seeds" in text))
     for command in found:
-        run(f"{command} {TINY}" if command.startswith("graphopt train") else command, capsys)
+        run(f"{command} {TINY}" if command.startswith(("graphopt train", "graphopt study")) else command, capsys)
     assert (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "plan" / "report.json").exists()
-    assert "</html>" in (tmp_path / "run.html").read_text()
+    for page in ("run.html", "c.html"):
+        assert "</html>" in (tmp_path / page).read_text()
 
 
 @pytest.mark.slow

@@ -13,16 +13,18 @@ import typer
 from graphopt.cli.apply import apply
 from graphopt.cli.check import check
 from graphopt.cli.diff import diff
+from graphopt.cli.evaluate import eval
 from graphopt.cli.fit import fit
 from graphopt.cli.inspect import inspect
 from graphopt.cli.installed import passes, schema, specs
 from graphopt.cli.runs import export, report, train
 from graphopt.cli.screen import show_error, show_warnings
+from graphopt.cli.studies import compare, study
 from graphopt.errors import GraphoptError, printable
 from graphopt.files import reason
 
 #: in the order of `graphopt --help`
-COMMANDS = (inspect, check, apply, diff, fit, train, report, export, passes, specs, schema)
+COMMANDS = (inspect, check, apply, diff, fit, train, eval, report, export, study, compare, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",

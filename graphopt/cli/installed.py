@@ -83,7 +83,7 @@ def specs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One spec, to print its TOML.", autocompletion=complete_spec)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the installed specs, or print one as a start for your own.
+    """List the installed specs and studies, or print one as a start for your own.
 
     Examples:
 
@@ -94,8 +94,9 @@ def specs(
     import tomli
 
     from graphopt.spec import installed
+    from graphopt.studies.study import installed as installed_studies
 
-    known = installed()
+    known = installed() | installed_studies()
     if name is not None:
         if name not in known:
             raise SpecError(f"no installed spec is called {name!r}", fix=did_you_mean(name, known))
@@ -104,7 +105,8 @@ def specs(
     rows: dict[str, dict[str, Any]] = {}
     for key, path in known.items():
         spec = tomli.loads(path.read_text(encoding="utf-8"))
-        backbone, passes = "{source}/{name}".format(**spec["backbone"]), [item["use"] for item in spec.get("pass", [])]
+        backbone = "{source}/{name}".format(**spec["backbone"]) if "backbone" in spec else f"study of {spec['spec']}"
+        passes = [item["use"] for item in spec.get("pass", [])]
         rows[key] = {"name": spec.get("name", ""), "backbone": backbone, "passes": passes, "file": str(path)}
     if as_json:
         show_json(rows)

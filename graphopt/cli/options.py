@@ -1,12 +1,15 @@
 """Arguments and options that commands share, checks of them, and the plan of a spec."""
 
+import json
 import os
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.errors import RunError
+from graphopt.errors import GraphoptError, RunError
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Verify
@@ -38,6 +41,19 @@ def complete_pass(incomplete: str) -> list[str]:
     return [name for name in names() if name.startswith(incomplete)]
 
 
+def complete_run(incomplete: str) -> list[str]:
+    """Folders of runs and studies that begin so, and folders that may hold some, with a slash; for the shell."""
+    found = [path for path in sorted(glob(f"{expanded(incomplete)}*")) if os.path.isdir(path)]
+    known = [any(os.path.isfile(os.path.join(path, name)) for name in ("run.json", "study.json")) for path in found]
+    return [path if is_known else f"{path}/" for path, is_known in zip(found, known, strict=True)]
+
+
+def complete_network(incomplete: str) -> list[str]:
+    """Runs, weights files and installed specs that begin so, for the shell."""
+    files = [path for path in sorted(glob(f"{expanded(incomplete)}*")) if path.endswith((".safetensors", ".pt", ".pth", ".toml"))]
+    return [*complete_run(incomplete), *files, *complete_spec(incomplete)]
+
+
 def complete_backbone(incomplete: str) -> list[str]:
     """Backbones (`timm/resnet50`) and installed specs that begin so, for the shell; before the slash, the sources."""
     from graphopt.models.catalog import SOURCES, names
@@ -54,10 +70,27 @@ SpecArgument = Annotated[
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the spec: train.epochs=1, pass.0.when.epoch=3.")
 ]
+_DATA = "Folder of the images: DIR, or NAME=DIR with the data set's name (cifar10, folder, ...; default: the spec's)."
+DataOption = Annotated[str | None, typer.Option("--data", metavar="DIR", help=_DATA)]
 TrustOption = Annotated[bool, typer.Option("--trust", help="Run the Python code that the spec names.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per step that costs are given for; default: the spec's.")]
 CostsOption = Annotated[bool, typer.Option("--costs/--no-costs", help="Forecast a training step before and after.")]
+
+
+def data_overrides(data: str | None, spec: str, *, trust: bool) -> list[str]:
+    """What --data sets of a spec. Where that trains on digits, which are in no folder, a DIR without a name has a folder per class."""
+    if data is None:
+        return []
+    from graphopt.spec import load
+
+    name, equals, folder = data.partition("=")
+    if not equals:
+        name, folder = "", data
+        with suppress(GraphoptError):  # the command itself reports it
+            name = "folder" if load(spec, trust=trust).data.name == "digits" else ""
+    root = json.dumps(str(expanded(folder).absolute()), ensure_ascii=False)
+    return [*([f"data.name={json.dumps(name)}"] if name else []), f"data.root={root}"]
 
 
 def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -14,11 +14,15 @@ from graphopt.cli.screen import console, show, show_json
 from graphopt.errors import GraphoptError, RunError, silenced
 from graphopt.files import write_atomically
 
+_RUN = "The folder that `graphopt train` wrote."
+_SAVED = "A run's folder, or one of its checkpoints."
+
 
 def train(
     spec: options.SpecArgument,
     out: Annotated[Path | None, options.out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    data: options.DataOption = None,
     set_: options.SetOption = [],  # noqa: B006
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -36,6 +40,8 @@ def train(
 
         graphopt train spec.toml -o runs/first --resume
 
+        graphopt train spec.toml --data ~/imagenette2-160
+
         graphopt train spec.toml --ranks 2
 
     On several machines, or for restarts after a failure: torchrun ... -m graphopt train SPEC.
@@ -44,6 +50,7 @@ def train(
 
     from graphopt.spec import load
 
+    set_ = [*options.data_overrides(data, spec, trust=trust), *set_]
     with _said_once():
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1 and "WORLD_SIZE" in os.environ:
@@ -99,7 +106,7 @@ def _folder(spec: str, resume: bool) -> Path:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="The folder that `graphopt train` wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help=_RUN, autocompletion=options.complete_run)],
     out: Annotated[Path | None, options.out_option("The page; default: report.html in the folder.")] = None,
     costs: options.CostsOption = True,
     trust: options.TrustOption = False,
@@ -130,7 +137,7 @@ def report(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help="A run's folder, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=options.expanded, help=_SAVED, autocompletion=options.complete_run)],
     out: Annotated[Path, options.out_option("The file to write: .safetensors, or .pt for torch.load.")],
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",

@@ -5,7 +5,6 @@ Nothing is ever downloaded. A missing file is one error that says where it was e
 
 import gzip
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.data.arrow import open_arrow
 from graphopt.data.idx import open_idx
+from graphopt.data.published import open_cifar, open_stl10, open_svhn
 from graphopt.data.shards import open_shards
 from graphopt.errors import RunError, did_you_mean
 
@@ -89,23 +89,26 @@ def _digits_table() -> Any:
         return np.array(file.read().replace(b"\n", b",").strip(b",").split(b","), dtype=np.int64).reshape(-1, 65)
 
 
-def _torchvision(factory: Callable[..., Any]) -> Callable[[Path, str], Split]:
-    def open_split(root: Path, split: str) -> Split:
-        by_split = "split" in inspect.signature(factory).parameters
-        images = factory(str(root), download=False, **({"split": split} if by_split else {"train": split == "train"}))
-        targets = images.targets if hasattr(images, "targets") else images.labels
-        return Split(images, [int(target) for target in targets], getattr(images, "classes", _DIGITS))
-
-    return open_split
-
-
 def _idx(family: Any) -> Callable[[Path, str], Split]:
     def open_split(root: Path, split: str) -> Split:
         prefix = "train" if split == "train" else "t10k"
-        images = open_idx(root / family.__name__ / "raw", prefix, len(family.classes))
+        folders = [root / family.__name__ / "raw", root / family.__name__, root / "raw", root]
+        images = open_idx(folders, prefix, len(family.classes))
         return Split(images, images.targets.tolist(), family.classes)
 
     return open_split
+
+
+def _svhn(root: Path, split: str) -> Split:
+    return Split(*open_svhn(root, split))
+
+
+def _stl10(root: Path, split: str) -> Split:
+    return Split(*open_stl10(root, split))
+
+
+def _cifar(classes: int) -> Callable[[Path, str], Split]:
+    return lambda root, split: Split(*open_cifar(root, split, classes))
 
 
 _SYNONYMS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "eval", "test")}
@@ -162,24 +165,24 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-_CIFAR10 = "cifar-10-batches-py/, unpacked from cifar-10-python.tar.gz"
-_CIFAR100 = "cifar-100-python/, unpacked from cifar-100-python.tar.gz"
-_STL10 = "stl10_binary/, unpacked from stl10_binary.tar.gz"
+_CIFAR10 = "cifar-10-batches-py/, unpacked from cifar-10-python.tar.gz, or files of that format"
+_CIFAR100 = "cifar-100-python/, unpacked from cifar-100-python.tar.gz, or files of that format"
+_STL10 = "stl10_binary/, unpacked from stl10_binary.tar.gz, or files of that format"
 _SVHN = "train_32x32.mat and test_32x32.mat"
-_MNIST = "{}/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+_MNIST = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, or their .gz"
 _CLASSES = "train/ and val/ (or validation/, test/), each with one folder of images per class"
 _SHARDS = "tar files in train/ and val/ (or with these words in their names), with an image and a .cls member for each key"
 _HELD_OUT = ("train", "validation")
 
 SOURCES = {
     "digits": Source(lambda _, split: _digits(split), "nothing: it is embedded", (0.3053,), (0.3759,), _HELD_OUT),
-    "cifar10": Source(_torchvision(datasets.CIFAR10), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Source(_torchvision(datasets.CIFAR100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "stl10": Source(_torchvision(datasets.STL10), _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    "svhn": Source(_torchvision(datasets.SVHN), _SVHN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), ("train", "test", "extra")),
-    "mnist": Source(_idx(datasets.MNIST), _MNIST.format("MNIST"), (0.1307,), (0.3081,)),
-    "fashion_mnist": Source(_idx(datasets.FashionMNIST), _MNIST.format("FashionMNIST"), (0.2860,), (0.3530,)),
-    "kmnist": Source(_idx(datasets.KMNIST), _MNIST.format("KMNIST"), (0.1918,), (0.3483,)),
+    "cifar10": Source(_cifar(10), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source(_cifar(100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": Source(_stl10, _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "svhn": Source(_svhn, _SVHN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), ("train", "test", "extra")),
+    "mnist": Source(_idx(datasets.MNIST), _MNIST, (0.1307,), (0.3081,)),
+    "fashion_mnist": Source(_idx(datasets.FashionMNIST), _MNIST, (0.2860,), (0.3530,)),
+    "kmnist": Source(_idx(datasets.KMNIST), _MNIST, (0.1918,), (0.3483,)),
     "imagenette": Source(_folder, f"imagenette2/ (or -320, -160) with {_CLASSES}", splits=_HELD_OUT),
     "imagenet": Source(_folder, _CLASSES, splits=_HELD_OUT),
     "folder": Source(_folder, _CLASSES, splits=()),

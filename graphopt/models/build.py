@@ -4,22 +4,20 @@ Specs are data that people share. So nothing is ever downloaded (weights are ran
 runs code (with `trust`), and weight files are safetensors or weights-only checkpoints.
 """
 
-import importlib
 import inspect
 import itertools
 import os
 import re
-import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
+from graphopt.code import CodeError, named
 from graphopt.errors import BackboneError, did_you_mean
 from graphopt.models import cifar_resnet as cifar
 from graphopt.models.catalog import check_name
@@ -35,15 +33,23 @@ _WEIGHTS |= {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cac
 
 
 def build(
-    source: str, name: str, arguments: Mapping[str, Any] | None = None, *, weights: str | None = None, trust: bool = False
+    source: str,
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    weights: str | None = None,
+    reset: Sequence[str] = (),
+    entry: str | None = None,
+    trust: bool = False,
 ) -> nn.Module:
     """The backbone in train mode, initialised from torch's current seed, then with `weights` loaded.
 
     Args:
         source: one of `catalog.SOURCES`.
-        name: the library's name of the model; for python `"package.module:factory"`.
+        name: the library's name of the model; for python `"package.module:factory"` or `"file.py:factory"`.
         arguments: keyword arguments of the constructor.
-        weights: a safetensors file or weights-only checkpoint, loaded strictly.
+        weights, reset, entry: a file, the modules that do not take their weights from it, and where in it the weights are
+            (`graphopt.models.weights.load_weights`).
         trust: allow a `python` source.
 
     Raises:
@@ -66,7 +72,7 @@ def build(
     if not isinstance(module, nn.Module):
         raise BackboneError(f"gave a {type(module).__name__}, not a torch.nn.Module", where=title)
     if weights:
-        load_weights(module, weights)
+        load_weights(module, weights, reset=reset, entry=entry)
     return module.train()
 
 
@@ -118,25 +124,10 @@ def _factory(source: str, name: str, trust: bool) -> tuple[Callable[..., Any], C
 
 def _python(name: str) -> Callable[..., Any]:
     where = "backbone, name"
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise BackboneError(f"{name!r} is not package.module:factory", where=where)
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        value: Any = importlib.import_module(module_name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
-            fix = "It is looked for among the installed packages and in the working directory"
-            if module_name.endswith(".py"):
-                fix = f"Write it as a module: {module_name.removesuffix('.py').replace('/', '.')}:{attribute}"
-            raise BackboneError(f"no Python module {module_name!r}", where=where, fix=fix) from error
-        raise BackboneError(f"{module_name} does not import: {type(error).__name__}: {error}", where=where) from error
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            known = [key for key, member in vars(value).items() if callable(member) and not key.startswith("_")]
-            raise BackboneError(f"{module_name} has no {attribute!r}", where=where, fix=did_you_mean(part, known))
-        value = getattr(value, part)
+        value = named(name)
+    except CodeError as error:
+        raise BackboneError(error.what, where=where, fix=error.fix) from error
     if not callable(value):
         raise BackboneError(f"{name} is a {type(value).__name__}, not a factory", where=where)
     return value

@@ -1,18 +1,22 @@
-"""Weight files: read without running code, checked for damage, loaded strictly."""
+"""Weight files: read without running code, checked for damage, loaded strictly but for what is to start anew."""
 
+import argparse
 import os
 import pickle
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
-from graphopt.errors import WeightsError, first_line, listed
+from graphopt.errors import WeightsError, did_you_mean, first_line, listed
 from graphopt.hashing import content_digest
 
 _SAVE = "Save model.state_dict(), preferably as safetensors"
@@ -21,35 +25,90 @@ _AGAIN = "Copy or export it again"
 CHECKSUM = "checksum"
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Loads a file into `module`, strictly, in place.
+def load_weights(module: nn.Module, path: str | Path, *, reset: Sequence[str] = (), entry: str | None = None) -> None:
+    """Loads a file into `module`, in place: every tensor of both, but for the modules at the paths `reset`, which stay as they are.
+
+    Weights of another input size, or of an older version of timm, are adapted by the function that timm has for that network.
+
+    Args:
+        entry: the key of the state dict in the file, as in `read_weights`.
 
     Raises:
-        WeightsError: with the number and the first few of missing keys, unexpected keys and other shapes; `module` is then unchanged.
+        WeightsError: with the number and the first few of missing keys, unexpected keys and other shapes, or for a path in `reset` that
+            the module does not have; `module` is then unchanged.
     """
-    state = read_weights(path)
-    own = module.state_dict()
+    own, whole = module.state_dict(), read_weights(path, entry)
+    for name in reset:
+        if not any(_below(key, name) for key in own):
+            fix = did_you_mean(name, [inner for inner, _ in module.named_modules() if inner])
+            raise WeightsError(f"the backbone has no module {name!r} with weights to reset", where=str(path), fix=fix)
+
+    def kept(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in state.items() if not any(_below(key, name) for name in reset)}
+
+    state, wanted = kept(whole), kept(own)
+    if _unlike(state, wanted):
+        state = kept(_adapted(module, state, str(path)))
+    if problems := _unlike(state, wanted):
+        found = "; ".join(f"{len(keys)} {what} ({listed(keys.values())})" for what, keys in problems.items())
+        fix = _reset_instead(problems, path, reset) or "Check [backbone] name and arguments (num_classes?)"
+        raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {found}", where=str(path), fix=fix)
+    module.load_state_dict({**own, **state}, strict=True)
+
+
+def _below(key: str, path: str) -> bool:
+    return key == path or key.startswith(f"{path}.")
+
+
+def _unlike(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """What keeps a state dict from being loaded strictly: by kind, the keys, and each in words."""
     other = [key for key in own if key in state and state[key].shape != own[key].shape]
     problems = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [f"{key} {tuple(state[key].shape)}, the backbone's is {tuple(own[key].shape)}" for key in other],
+        "missing": {key: key for key in own if key not in state},
+        "unexpected": {key: key for key in state if key not in own},
+        "of another shape": {key: f"{key} {tuple(state[key].shape)}, the backbone's is {tuple(own[key].shape)}" for key in other},
     }
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {what} ({listed(keys)})" for what, keys in problems.items() if keys)
-        fix = "Check [backbone] name and arguments (num_classes?)"
-        raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {found}", where=str(path), fix=fix)
-    module.load_state_dict(state, strict=True)
+    return {what: keys for what, keys in problems.items() if keys}
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A flat state dict on the CPU, from safetensors or a weights-only torch checkpoint.
+def _adapted(module: nn.Module, state: dict[str, Tensor], path: str) -> Mapping[str, Tensor]:
+    """The state as the library's own function for this kind of network makes it fit: position embeddings resized, old names replaced."""
+    home = sys.modules.get(type(module).__module__)
+    theirs = getattr(home, "checkpoint_filter_fn", None)  # in the files of timm that define networks
+    try:
+        if theirs is not None and type(module).__module__.startswith("timm."):
+            return cast(Mapping[str, Tensor], theirs(dict(state), module))
+        if type(module).__module__ == "torchvision.models.vision_transformer" and "encoder.pos_embedding" in state:
+            size: Any = module
+            return cast(Mapping[str, Tensor], cast(Any, home).interpolate_embeddings(size.image_size, size.patch_size, OrderedDict(state)))
+    except Exception as error:
+        what = f"the weights do not fit the backbone, and cannot be adapted: {type(error).__name__}: {first_line(error)}"
+        raise WeightsError(what, where=path, fix="Check [backbone] name and arguments") from error
+    return state
 
-    In a checkpoint it may be under "model" or "state_dict"; the prefixes that DDP and torch.compile add are removed.
+
+def _reset_instead(problems: Mapping[str, Mapping[str, str]], path: str | Path, reset: Sequence[str]) -> str | None:
+    """What to write where only one or two modules, a head, do not fit."""
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for keys in problems.values() for key in keys))
+    if len(modules) > 2 or not all(modules):
+        return None
+    names = ", ".join(f'"{name}"' for name in (*reset, *modules))
+    return f'To train a new head: weights = {{ file = "{Path(path).name}", reset = [{names}] }}; else check num_classes'
+
+
+#: where the training scripts of timm and torchvision, and others, put a state dict; averaged weights first, as timm reads them
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def read_weights(path: str | Path, entry: str | None = None) -> dict[str, Tensor]:
+    """A flat state dict on the CPU, from safetensors or a torch checkpoint, of which no code is run.
+
+    In a checkpoint it may be under `entry`, by default under the first of ENTRIES that there is; the prefixes that DDP, averaging and
+    torch.compile add are removed.
 
     Raises:
-        WeightsError: there is no such file, it is damaged, or it holds no state dict. Damage shows in the checksums of an archive that
-            `torch.save` wrote, and in that of a safetensors file that graphopt wrote; others have none.
+        WeightsError: there is no such file, it is damaged, or it holds no state dict, or none under `entry`. Damage shows in the
+            checksums of an archive that `torch.save` wrote, and in that of a safetensors file that graphopt wrote; others have none.
     """
     file = Path(os.path.expanduser(path))
     if not os.path.isfile(file):
@@ -60,7 +119,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             loaded: Any = read_safetensors(file)[1]
         else:
             _check_archive(file)
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            with safe_globals([argparse.Namespace]):  # the options of a training script: an object that holds values, and runs nothing
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
@@ -69,14 +129,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         message = f"cannot be read as weights: {type(error).__name__}: {first_line(error)}"
         raise WeightsError(message, where=str(path), fix=_SAVE) from error
-    if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError("holds no state dict", where=str(path), fix=_SAVE)
+    return _state_in(loaded, str(path), entry)
+
+
+def _state_in(loaded: Any, path: str, entry: str | None) -> dict[str, Tensor]:
+    """The state dict in what a file holds."""
+    tables = {key: value for key, value in loaded.items() if isinstance(value, Mapping)} if isinstance(loaded, Mapping) else {}
+    if entry is not None and entry not in tables:
+        fix = did_you_mean(entry, tables) or (f"It has {', '.join(tables)}" if tables else "Leave the entry out")
+        raise WeightsError(f"holds no state dict under {entry!r}", where=path, fix=fix)
+    found = tables[entry] if entry is not None else next((tables[key] for key in ENTRIES if key in tables), loaded)
+    if isinstance(found, Mapping):
+        found = {key: value for key, value in found.items() if key != "n_averaged"}  # torch's averages count
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        other = [key for key in tables if key not in ENTRIES]
+        fix = f'Name one of its entries: weights = {{ file = "...", entry = "{other[0]}" }}' if other and entry is None else _SAVE
+        raise WeightsError("holds no state dict", where=path, fix=fix)
     for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in loaded):
-            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return dict(loaded)
+        if all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return dict(found)
 
 
 def _check_archive(file: Path) -> None:

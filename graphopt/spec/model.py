@@ -80,14 +80,26 @@ def _plain(value: Any) -> Any:
 Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
+class WeightsSpec(_Table):
+    """`weights = { file = "...", reset = ["fc"] }`: weights that are loaded in part, for fine-tuning."""
+
+    file: str = Field(min_length=1, description="safetensors or a torch checkpoint, of which no code is run")
+    reset: Annotated[tuple[str, ...], _tuple] = Field(default=(), description="modules that start anew, by their paths: a new head")
+    entry: str | None = Field(
+        default=None, description="the state dict's key in a checkpoint; default: state_dict_ema, model_ema, state_dict or model"
+    )
+
+
 class BackboneSpec(_Table):
     """`[backbone]`: the network, and the shape of one sample."""
 
     source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
-    name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory"')
+    name: str = Field(min_length=1, description='the library\'s name; for python "package.module:factory" or "file.py:factory"')
     arguments: Arguments = Field(default={}, description="keyword arguments of the constructor, e.g. num_classes")
     input: Shape = Field(description="one sample's shape, [3, 224, 224]; default: the model's own")
-    weights: str | None = Field(default=None, description="safetensors or weights-only checkpoint, loaded strictly")
+    weights: str | WeightsSpec | None = Field(
+        default=None, description='safetensors or a torch checkpoint, loaded strictly; { file = "...", reset = ["fc"] } for a new head'
+    )
 
 
 class AugmentSpec(_Table):

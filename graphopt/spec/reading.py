@@ -1,19 +1,16 @@
 """TOML to `Spec`: files and installed specs by name, `--set` overrides, and pass tables, typed by the class that `use` names."""
 
-import hashlib
-import importlib.util
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import tomli
 from pydantic import ValidationError
 
+from graphopt.code import CodeError, located, named
 from graphopt.compiler import registry
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import BackboneError, GraphoptError, SpecError, did_you_mean
@@ -37,7 +34,7 @@ def load(source: str | Path, *, trust: bool = False, overrides: Iterable[str] = 
     Raises SpecError with file, line and field.
 
     Args:
-        trust: allow a pass that is code in a file (`use = "file.py:Class"`).
+        trust: allow a pass in code (`use = "file.py:Class"` or `"package.module:Class"`).
         overrides: `"train.epochs=1"`, `"pass.0.when.epoch=2"`: a key path and a TOML value (or bare text).
     """
     path = _find(source)
@@ -70,7 +67,8 @@ def _find(source: str | Path) -> Path:
 def installed() -> dict[str, Path]:
     """Installed specs by name: `quickstart`, `infopro/resnet110-k2`."""
     root = Path(str(resources.files("graphopt.specs")))
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+    found = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.toml"))}
+    return {name: path for name, path in found.items() if not name.startswith("studies/")}  # those are of many runs
 
 
 def loads(text: str, *, file: str | None = None, folder: Path = Path(), trust: bool = False, overrides: Iterable[str] = ()) -> Spec:
@@ -160,46 +158,25 @@ def _class_and_options(item: Any, path: KeyPath, where: Locate, folder: Path, tr
     known = f"There are {', '.join(installed_passes)}"
     if not isinstance(use, str):
         raise SpecError("'use' is missing" if use is None else "'use' is the name of a pass", where=where(path), fix=known)
-    if ":" in use and not use.rpartition(":")[0].endswith(".py"):
-        module, _, name = use.rpartition(":")
-        fix = f"A pass in code is named by its file: {module.replace('.', '/')}.py:{name}"
-        raise SpecError(f"{use!r} is not file.py:Class", where=where((*path, "use")), fix=fix)
     if ":" in use:
-        return _pass_from_file(use, folder, trust, where((*path, "use"))), options
+        return _pass_in_code(use, folder, trust, where((*path, "use"))), options
     if use not in installed_passes:
         raise SpecError(f"unknown pass {use!r}", where=where((*path, "use")), fix=did_you_mean(use, installed_passes) or known)
     return registry.load(use), options
 
 
-def _pass_from_file(use: str, folder: Path, trust: bool, where: str) -> type[Pass]:
-    file, _, name = use.rpartition(":")
+def _pass_in_code(use: str, folder: Path, trust: bool, where: str) -> type[Pass]:
     if not trust:
         raise SpecError(f"the spec names Python code ({use!r}), which would run", where=where, fix="Read it, then pass --trust")
-    # A spec names it from its own folder; a run's resolved spec names it from the working directory.
-    path = next((path for path in (folder / file, Path(file)) if os.path.isfile(path)), None)
-    if path is None:
-        raise SpecError(f"no file {file!r}", where=where)
-    cls = getattr(_module(path.resolve()), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise SpecError(f"{file} has no pass class {name!r}", where=where)
-    return _named(cls, f"{path.resolve()}:{name}")
-
-
-@cache
-def _module(path: Path) -> ModuleType:
-    name = f"graphopt_pass_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise SpecError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # where pydantic looks up annotations that are text (`from __future__ import annotations`)
+    # A spec names a file from its own folder; a run's resolved spec names it by its full path.
     try:
-        found.loader.exec_module(module)
-    except GraphoptError:
-        raise
-    except Exception as error:
-        raise SpecError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    return module
+        cls = named(use, [folder])
+    except CodeError as error:
+        raise SpecError(error.what, where=where, fix=error.fix) from error
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        home, _, name = use.rpartition(":")
+        raise SpecError(f"{home} has no pass class {name!r}", where=where)
+    return _named(cls, located(use, [folder]))
 
 
 @cache
@@ -215,11 +192,15 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
     """
     for table, key in (("backbone", "weights"), ("data", "root")):
         value = data[table].get(key) if isinstance(data.get(table), Mapping) else None
-        if isinstance(value, str) and os.path.exists(folder / value):
-            data[table] = {**data[table], key: str((folder / value).resolve())}
+        if isinstance(value, str):
+            data[table] = {**data[table], key: _located(value, folder)}
+        elif isinstance(value, Mapping) and isinstance(value.get("file"), str):
+            data[table] = {**data[table], key: {**value, "file": _located(value["file"], folder)}}
     backbone = data.get("backbone")
     if isinstance(backbone, Mapping):
         source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))
+        if source == "python" and isinstance(name, str):
+            backbone = data["backbone"] = {**backbone, "name": located(name, [folder])}
         shape: tuple[int, ...] | None = (1,)  # any: where source or name is wrong, a missing input is no second mistake
         if source in SOURCES and isinstance(name, str):
             shape = default_input(source, name, arguments if isinstance(arguments, Mapping) else {})
@@ -227,8 +208,13 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
             data["backbone"] = {**backbone, "input": shape}
 
 
+def _located(file: str, folder: Path) -> str:
+    """The full path of what is found from the spec's folder."""
+    return str((folder / file).resolve()) if os.path.exists(folder / file) else file
+
+
 def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
-    """`"timm/resnet50"` or `"python/package.module:factory"` as a `[backbone]` table; `input` is by default the model's own.
+    """`"timm/resnet50"` or `"python/file.py:factory"` as a `[backbone]` table; `input` is by default the model's own.
 
     Raises BackboneError if it is not source/name, the source has no such model, or its input is not known; SpecError for a wrong one.
     """
@@ -239,6 +225,7 @@ def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     shape = input or default_input(source, name, {})
     if shape is None:
         raise BackboneError("the input shape is not known", where=text, fix="Give it: --input 3,224,224")
+    name = located(name) if source == "python" else name
     try:
         return BackboneSpec(source=cast(Source, source), name=name, input=shape)
     except ValidationError as error:

@@ -35,7 +35,7 @@ from graphopt.train.state import History, Progress, RunState
 
 MANIFEST = "run.json"
 MANIFEST_VERSION = 2
-FORMAT_VERSION = 4  # of checkpoints
+FORMAT_VERSION = 5  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "fsdp", "replicas", "timeout", "compile", "channels_last", "deterministic"}
@@ -133,7 +133,7 @@ class RunFolder:
         self._lock = None
 
     def epoch_path(self, epoch: int) -> Path:
-        """The checkpoint at the end of an epoch, counted from 1."""
+        """The checkpoint at the end of an epoch."""
         return self.path / f"epoch-{epoch:04d}.pt"
 
     def checkpoints(self) -> list[Path]:
@@ -142,7 +142,7 @@ class RunFolder:
         return [path for path in known if path.is_file()]
 
     def save(self, state: Mapping[str, Any], *, best: bool = False, keep: int = 2, epoch: int | None = None) -> None:
-        """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt`; `epoch` counts finished ones at the end of one.
+        """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt`; `epoch` is the one that ends here, if one does.
 
         Of `keep` checkpoints, the first is the last, the second the best, and the others are the latest epochs' (`epoch-0007.pt`).
         From 2 on the one before the last stays, too: if the last is damaged, no more than one interval is lost.
@@ -191,7 +191,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving") if train.checkpoint_async else None
         self._pending: Future[None] | None = None
         self.source: Path | None = None  # the checkpoint that the run continues from
-        self._epoch: int | None = None  # the epoch at whose end that was written, counted from 1
+        self._epoch: int | None = None  # the epoch at whose end that was written
         sources = data.model_dump(mode="json") if isinstance(data, DataSpec) else {"samples": len(data.train)}
         settings = train.model_dump(mode="json")
         self.settings = {"train": {**settings, "fsdp.precision": settings["fsdp"]["precision"]}, "data": sources}
@@ -226,7 +226,7 @@ class Checkpointer:
             "metrics_offset": metrics_offset,
         }
         tensors = {("phase", *keys): tensor for keys, tensor in sharded.items()}
-        options = {"best": best, "keep": self.keep, "epoch": progress.epoch if not progress.step else None}
+        options = {"best": best, "keep": self.keep, "epoch": progress.epoch - 1 if not progress.step else None}
         if self._thread is None:
             self._write(content, tensors, options)
         else:
@@ -283,7 +283,7 @@ class Checkpointer:
             fix = "Restore them (the folder's spec.toml has them), or start a new run"
             raise RunError(what, where=str(self.folder.path), fix=fix)
         self.source = path
-        self._epoch = saved["progress"]["epoch"] if not saved["progress"]["step"] else None
+        self._epoch = saved["progress"]["epoch"] - 1 if not saved["progress"]["step"] else None
         return saved, "; ".join([*([message] if message else []), *allowed]) or None
 
     def _changed(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:

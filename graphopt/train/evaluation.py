@@ -13,37 +13,57 @@ from graphopt.errors import RunError
 from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Strategy
 
+#: what a meter sums: the criterion's loss, the local losses of passes, and how many samples' classes had the highest score, or one of
+#: the five highest
+SUMS = ("loss", "local", "correct", "top5")
+
 
 @dataclass
 class Meter:
-    """Sums of loss and correct predictions over samples, on the device, so that no step waits for them. NaN without samples.
+    """Sums over samples, on the device, so that no step waits for them; their means are NaN without samples.
 
     A meter has the samples of its own rank until `over` makes one of all ranks' samples.
     """
 
     samples: int = 0
-    sums: Tensor | None = None
+    sums: Tensor | None = None  # one of each of SUMS
 
-    def add(self, loss: Tensor, correct: Tensor, samples: int) -> None:
-        """Adds `samples` samples: `loss` is their mean loss, `correct` how many predictions were right (both scalars)."""
-        sums = torch.stack([loss.detach().double() * samples, correct.detach().double()])
-        self.sums = sums if self.sums is None else self.sums + sums
+    def add(self, samples: int, **sums: Tensor) -> None:
+        """Adds what `samples` samples have as sums (scalars, by the names of SUMS); what is not given is zero."""
+        zero = torch.zeros((), dtype=torch.float64, device=next(iter(sums.values())).device)
+        added = torch.stack([sums[name].detach().double() if name in sums else zero for name in SUMS])
+        self.sums = added if self.sums is None else self.sums + added
         self.samples += samples
 
     def over(self, ranks: Ranks) -> "Meter":
         """The meter of all ranks' samples; all ranks have to call it."""
         if ranks.count == 1:
             return self
-        samples, *sums = ranks.sum([self.samples, *(self.sums.tolist() if self.sums is not None else (0.0, 0.0))])
+        samples, *sums = ranks.sum([self.samples, *(self.sums.tolist() if self.sums is not None else (0.0,) * len(SUMS))])
         return Meter(int(samples), torch.tensor(sums, dtype=torch.float64) if samples else None)
+
+    def _mean(self, name: str) -> float:
+        return float(self.sums[SUMS.index(name)]) / self.samples if self.sums is not None else float("nan")
 
     @property
     def loss(self) -> float:
-        return float(self.sums[0]) / self.samples if self.sums is not None else float("nan")
+        """Of the criterion, the mean over samples, without local losses."""
+        return self._mean("loss")
+
+    @property
+    def local_loss(self) -> float:
+        """The sum of all local losses, the mean over samples."""
+        return self._mean("local")
 
     @property
     def accuracy(self) -> float:
-        return float(self.sums[1]) / self.samples if self.sums is not None else float("nan")
+        """The share of predictions that were right."""
+        return self._mean("correct")
+
+    @property
+    def top5_accuracy(self) -> float:
+        """The share of samples whose class had one of the five highest scores; counted in evaluation only."""
+        return self._mean("top5")
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, "sums": None if self.sums is None else self.sums.tolist()}
@@ -54,8 +74,13 @@ class Meter:
         return cls(state["samples"], None if sums is None else torch.tensor(sums, dtype=torch.float64, device=device))
 
 
-def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: int, *, after_batch: Callable[[], None]) -> Meter:
-    """Cross-entropy and accuracy over every sample of `feed`, on all ranks. `after_batch` may raise an exception to stop."""
+def evaluate(
+    module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: int, *, after_batch: Callable[[Tensor, Tensor], None]
+) -> Meter:
+    """Cross-entropy and accuracy over every sample of `feed`, on all ranks.
+
+    `after_batch` gets each batch's scores (N, at least `classes`) and targets (N,); it may raise an exception to stop.
+    """
     module.eval()
     meter = Meter()
     with torch.no_grad():
@@ -68,8 +93,10 @@ def evaluate(module: nn.Module, feed: ImageFeed, strategy: Strategy, classes: in
                 check_output(output, batch.target, classes)
                 loss = F.cross_entropy(output, batch.target)
             if feed.real(number):
-                meter.add(loss, count_correct(output, batch.target), len(batch.target))
-            after_batch()
+                samples = len(batch.target)
+                correct, top5 = (count_correct(output, batch.target, among) for among in (1, 5))
+                meter.add(samples, loss=loss.double() * samples, correct=correct, top5=top5)
+            after_batch(output, batch.target)
     return meter.over(strategy.ranks)
 
 
@@ -87,7 +114,9 @@ def check_output(output: Any, target: Tensor, classes: int) -> None:
         raise RunError(what, where="backbone.arguments", fix=f"Set num_classes = {classes}")
 
 
-def count_correct(output: Tensor, target: Tensor) -> Tensor:
-    """How many of (N, classes) scores have their maximum at the target (N,), or at the maximum of a soft target (N, classes)."""
+def count_correct(output: Tensor, target: Tensor, among: int = 1) -> Tensor:
+    """How many of (N, classes) scores have the target (N,), or the maximum of a soft target (N, classes), among their highest."""
     labels = target if target.ndim == 1 else target.argmax(dim=1)
-    return (output.detach().argmax(dim=1) == labels).sum()
+    if among == 1:
+        return (output.detach().argmax(dim=1) == labels).sum()
+    return (output.detach().topk(min(among, output.shape[1]), dim=1).indices == labels[:, None]).sum()

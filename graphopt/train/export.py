@@ -12,7 +12,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.errors import PassError, RunError
 from graphopt.models.weights import to_safetensors
 from graphopt.plan_file import TORCH, packed, read_plan_file, restore, write_model
-from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.checkpoint import RunFolder, load_checkpoint
 
 StrPath = str | os.PathLike[str]
 Which = Literal["best", "last"]
@@ -26,7 +26,7 @@ def export_run(
 
     The file is safetensors, or for a name in .pt or .pth what `torch.load` reads (weights only, without metadata).
 
-    Its metadata has the spec's `name` and `digest`, the `epoch` (finished ones), which `weights` they are, and a `checksum` of all, which
+    Its metadata has the spec's `name` and `digest`, the finished `epochs`, which `weights` they are, and a `checksum` of all, which
     graphopt checks wherever it reads the file. Where a pass replaced something that the backbone's architecture cannot express, the file
     holds the emitted module's weights with the spec instead: `graphopt.load(path)` gives the model back. Raises RunError for no run or
     checkpoint, no averaged weights, or no room.
@@ -52,9 +52,21 @@ def export_run(
     return write_model(Path(path), content)
 
 
-def load_run(run: StrPath, *, which: Which = "best", weights: Weights = "auto", plan: Plan | None = None, trust: bool = False) -> Plan:
-    """The plan of a run, in the phase and with the weights of its checkpoint; takes and raises what `export_run` does."""
-    return _restored(Path(run), which, weights, plan, trust)[0]
+def load_run(
+    run: StrPath,
+    *,
+    which: Which = "best",
+    epoch: int | None = None,
+    weights: Weights = "auto",
+    plan: Plan | None = None,
+    trust: bool = False,
+) -> Plan:
+    """The plan of a run, in the phase and with the weights of its checkpoint; takes and raises what `export_run` does.
+
+    `epoch`, from 0, asks for the checkpoint at the end of that one. Raises RunError if it was not kept.
+    """
+    path = Path(run)
+    return _restored(path if epoch is None else _at_end_of(path, epoch), which, weights, plan, trust)[0]
 
 
 def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.Module:
@@ -69,20 +81,38 @@ def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.
 
 
 def _restored(run: Path, which: Which, weights: Weights, plan: Plan | None, trust: bool) -> tuple[Plan, dict[str, str]]:
-    """The plan of a checkpoint, and its finished epochs and which weights it has."""
+    """The plan of a checkpoint, and what the metadata of its export say: finished epochs, and which weights."""
     state = load_checkpoint(_checkpoint(run, which))
     if weights == "ema" and state["phase"]["ema"] is None:
         raise RunError("the run has no averaged weights", where=str(run), fix="Set train.ema, or export the model's own")
     chosen = state["progress"]["weights"] if weights == "auto" else weights
-    found = {"epoch": str(state["progress"]["epoch"]), "weights": chosen}
+    found = {"epochs": str(state["progress"]["epoch"]), "weights": chosen}
     return restore(state, state["phase"][chosen], plan=plan, trust=trust, where=str(run)), found
+
+
+def _at_end_of(run: Path, epoch: int) -> Path:
+    """The checkpoint that was written at the end of an epoch."""
+    folder, kept = RunFolder(_existing(run)), set()
+    for path in folder.checkpoints():
+        progress = load_checkpoint(path)["progress"]
+        if not progress["step"]:
+            kept.add(progress["epoch"] - 1)
+            if progress["epoch"] == epoch + 1:
+                return path
+    has = f"There are those of epoch {', '.join(map(str, sorted(kept)))}; train.keep keeps more" if kept else "The run has none yet"
+    raise RunError(f"the run keeps no checkpoint of the end of epoch {epoch}", where=str(run), fix=has)
+
+
+def _existing(run: Path) -> Path:
+    if not run.is_dir():
+        raise RunError("there is no such run", where=str(run))
+    return run
 
 
 def _checkpoint(run: Path, which: Which) -> Path:
     if run.is_file():
         return run
-    if not run.is_dir():
-        raise RunError("there is no such run", where=str(run))
+    _existing(run)
     for name in ("best.pt", "last.pt") if which == "best" else ("last.pt",):
         if (run / name).exists():
             return run / name

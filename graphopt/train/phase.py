@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
-from graphopt.train.evaluation import check_output, count_correct
+from graphopt.train.evaluation import Meter, check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.strategy import Strategy
 
@@ -53,6 +53,26 @@ def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: int, st
     with preserved():
         reseed(seed, epoch, 2)
         return plan.advance_to((*plan.decisions, *decisions), state=state)
+
+
+class Step(NamedTuple):
+    """What one optimizer step has computed, on the device: means over its samples, and sums.
+
+    Attributes:
+        total: the loss that was trained, local losses included. task: the criterion's part of it, of auxiliary classifiers too.
+        correct: how many predictions were right. samples: none where another rank computes the output.
+    """
+
+    total: Tensor
+    task: Tensor
+    correct: Tensor
+    samples: int
+
+    def add_to(self, *meters: Meter) -> None:
+        """Adds the figures of its samples."""
+        losses = {"loss": self.task.double() * self.samples, "local": (self.total.double() - self.task.double()) * self.samples}
+        for meter in meters if self.samples else ():
+            meter.add(self.samples, **losses, correct=self.correct)
 
 
 class AveragedWeights(ModelEmaV3):
@@ -151,15 +171,12 @@ class Phase:
         self._trained.train()
         self._wrapped.train()
 
-    def step(self, batches: Iterator[Batch], done: int) -> tuple[Tensor, Tensor, int]:
-        """One optimizer step after `done` ones, over the next `accumulate` batches on the device.
-
-        Returns the mean loss, how many predictions were right, and samples: none where another rank computes the output.
-        """
+    def step(self, batches: Iterator[Batch], done: int) -> "Step":
+        """One optimizer step after `done` ones, over the next `accumulate` batches on the device."""
         count = self.spec.accumulate
         self.optimizer.zero_grad(set_to_none=True)
         reseed(self.spec.seed, 3, done)  # of Python and NumPy, which a user's network may draw from
-        total = correct = torch.zeros((), device=self.strategy.device)
+        total = task = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
         for number, batch in zip(range(count), batches, strict=False):
             seed = self.spec.seed, done, number
@@ -167,11 +184,12 @@ class Phase:
             last = number + 1 == count
             with nullcontext() if last else self.strategy.without_reduction(self._wrapped):
                 with self.strategy.autocast():
-                    loss, output = self._loss(batch)
+                    loss, criterion, output = self._loss(batch)
                 if loss.requires_grad:
                     self.scaler.scale(loss / count).backward()
             total = total + loss.detach() / count
             if output is not None:
+                task = task + criterion.detach() / count
                 correct = correct + count_correct(output, batch.target)
                 samples += len(batch.target)
         self.strategy.after_backward()
@@ -188,7 +206,7 @@ class Phase:
             self.check_ranks("the weights after the first step of a phase")
             self.strategy.expect(slow=False)
             self._first_step = False
-        return total, correct, samples
+        return Step(total, task, correct, samples)
 
     def _clip(self, limit: float, mode: str) -> None:
         if mode == "module":
@@ -203,12 +221,13 @@ class Phase:
             whole = {name: p for name, p in self._parameters().items() if not is_sharded(p)}
             self.strategy.peers.require_equal({what: content_digest(whole)})
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss that trains, the criterion's part of it, and the output; only a loss where another rank computes the output."""
         assert self._call is not None, "begin() comes before the first step"
         outputs, local = self.strategy.forward(self._call, batch, targets=self.plan.needs.targets)
         if outputs is None:
             assert local is not None
-            return local, None
+            return local, local, None
         output, *auxiliary = outputs if isinstance(outputs, tuple | list) else [outputs]
         check_output(output, batch.target, self.context.classes)
         # Mixup has smoothed soft targets already.
@@ -217,7 +236,7 @@ class Phase:
         for other in auxiliary:
             if isinstance(other, Tensor):
                 loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other, batch.target, label_smoothing=smoothing)
-        return (loss if local is None else loss + local), output
+        return (loss if local is None else loss + local), loss, output
 
     def _check_gradients_once(self) -> None:
         if self.gradients_checked:

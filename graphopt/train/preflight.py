@@ -83,9 +83,10 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
         raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
 
 
-def versions() -> dict[str, str]:
-    """The versions of what computes a step, by name."""
-    return {"torch's version": torch.__version__} | {f"{name}'s version": version(name) for name in ("timm", "graphopt")}
+def versions(title: str = "{}") -> dict[str, str]:
+    """The versions of what computes a step, by the names of the packages, in the words of `title`."""
+    found = {"torch": torch.__version__, **{name: version(name) for name in ("torchvision", "timm", "graphopt")}}
+    return {title.format(name): number for name, number in found.items()}
 
 
 def code(backbone: nn.Module) -> dict[str, str]:

@@ -26,7 +26,7 @@ from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
 from graphopt.errors import RunError, listed
 from graphopt.files import sealed, write_atomically
-from graphopt.hashing import content_digest
+from graphopt.hashing import content_digest, hash_parts
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
@@ -72,7 +72,7 @@ def train(
         # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
         inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
-        ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions()})
+        ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions("{}'s version")})
         if plan is None:
             spec = settled(spec, settings, Path(out), ranks, trust=trust)
             digest = spec.digest
@@ -222,10 +222,14 @@ class Run:
             self.state.phase.close()
         self.checkpointer.finish()
         self.context.features.close()
-        summary = Summary.of(self.state, self.strategy.describe(), str(self.folder.path))
+        summary = Summary.of(self.state, self.strategy.describe(), str(self.folder.path), self._data_digest(), versions())
         if self.strategy.ranks.first:
             write_atomically(self.folder.summary, sealed(asdict(summary), indent=2) + "\n")
         return summary
+
+    def _data_digest(self) -> str:
+        feeds = (self.context.images, self.context.evaluation) if self.strategy.ranks.first else ()
+        return hash_parts(*(feed.samples.fingerprint().encode() for feed in feeds))
 
     def _decide(self) -> None:
         """Between epochs, begins the next phase where triggers have fired."""
@@ -248,12 +252,10 @@ class Run:
         self.log.start_window()
         while progress.step < phase.steps:
             rate = phase.schedule.set_step(progress.total)
-            loss, correct, samples = phase.step(batches, progress.total)
+            step = phase.step(batches, progress.total)
             progress.step, progress.total = progress.step + 1, progress.total + 1
-            self._losses.append(loss)
-            if samples:
-                self.state.meter.add(loss, correct, samples)
-                self.state.window.add(loss, correct, samples)
+            self._losses.append(step.total)
+            step.add_to(self.state.meter, self.state.window)
             if logged := progress.total % spec.log_every == 0:
                 self._check_losses()
             self.log.screen.step(self.log.window(rate, spec.log_every) if logged else "")
@@ -291,6 +293,8 @@ class Run:
         state.phase.average_buffers()
         meter = state.meter.over(self.strategy.ranks)
         figures: dict[str, float] = {"train_loss": meter.loss, "train_accuracy": meter.accuracy}
+        if plan.needs.targets:
+            figures["train_local_loss"] = meter.local_loss
         if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs:
             figures |= self._evaluate()
         # Triggers get only what a resumed run measures the same: no times.
@@ -312,7 +316,7 @@ class Run:
         figures: dict[str, float] = {}
         agreed = Agreement(self.strategy.peers)  # on a stop, batch by batch
 
-        def after_batch() -> None:
+        def after_batch(*_: Tensor) -> None:
             self.log.screen.step()
             self._stop_if_requested(agreed(self.strategy.requested(self.signals.signum or 0)))
 
@@ -320,7 +324,8 @@ class Run:
             self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
             meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=after_batch)
             agreed.finish()
-            figures |= {f"{prefix}loss": meter.loss, f"{prefix}accuracy": meter.accuracy}
+            means = {"loss": meter.loss, "accuracy": meter.accuracy, "top5_accuracy": meter.top5_accuracy}
+            figures |= {f"{prefix}{name}": value for name, value in means.items()}
             if not math.isfinite(meter.loss):
                 self._check_finite()  # the usual cause
                 what = f"the evaluation's loss became {meter.loss} after step {self.progress.total} (epoch {self.progress.epoch})"

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from graphopt.compiler.triggers import Decision
-from graphopt.errors import RunError
+from graphopt.cost.figures import FIGURES
+from graphopt.errors import CostError, RunError
 from graphopt.files import reason, sealed
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import parameter_counts
@@ -133,11 +134,21 @@ class RunLog:
     def phase(self, decisions: tuple[Decision, ...]) -> None:
         plan, phases = self.state.phase.plan, self.state.phases
         made = [{**d.model_dump(mode="json"), "pass": plan.passes[d.index].name} for d in decisions]
-        record = self.write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module))
-        phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions")})
+        record = self.write("phase", phase=len(phases), decisions=made, **parameter_counts(plan.module), forecast=self._forecast())
+        phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions", "forecast")})
         why = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in made]
         counts = f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
         self.screen.say(f"phase {record['phase']} from epoch {record['epoch']}: {'; '.join(why) or 'start'}; {counts}")
+
+    def _forecast(self) -> dict[str, int] | None:
+        """What a step of the phase costs, on the rank that writes the records; None where it cannot be forecast."""
+        plan = self.state.phase.plan
+        if plan.measure is None or not self._strategy.ranks.first:
+            return None
+        with suppress(CostError):
+            cost = plan.measure(plan.module, plan.graph, [effects for effects in plan.effects if effects is not None])
+            return {figure.name: getattr(cost, figure.name) for figure in FIGURES}
+        return None
 
     def start_window(self) -> None:
         self._lap = time.perf_counter(), self.state.progress.total
@@ -149,6 +160,8 @@ class RunLog:
         seconds = (time.perf_counter() - start) / max(1, self.state.progress.total - first)
         speed, peak = window.samples / steps / seconds if seconds else 0.0, self._peak(self._strategy.peers)
         figures = {"loss": window.loss, "accuracy": window.accuracy, "lr": rate, "step_seconds": seconds, "samples_per_second": speed}
+        if self.state.phase.plan.needs.targets:
+            figures["local_loss"] = window.local_loss
         self.write("step", phase=len(self.state.phases) - 1, **figures, peak_bytes=peak)
         self.state.window = Meter()
         self.start_window()
@@ -180,6 +193,8 @@ class RunLog:
         }
         record = self.write("epoch", phase=len(self.state.phases) - 1, **figures, **more)
         parts = [f"loss {figures['train_loss']:.4f}"]
+        if "train_local_loss" in figures:
+            parts.append(f"local losses {figures['train_local_loss']:.4f}")
         for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
             if name in figures:
                 parts.append(f"{label} {100 * figures[name]:.2f} %")

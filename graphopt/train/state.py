@@ -127,6 +127,7 @@ class Summary:
     epochs: int
     steps: int
     accuracy: float
+    top5_accuracy: float
     loss: float
     ema_accuracy: float | None  # of the averaged weights
     best_accuracy: float  # of the checkpoint in best.pt, by the better of its two sets of weights
@@ -136,14 +137,18 @@ class Summary:
     device: str
     parameters: int
     trainable_parameters: int
-    phases: tuple[dict[str, Any], ...]
+    phases: tuple[dict[str, Any], ...]  # each with the forecast of its step
+    data: str  # digest of the images and targets of both splits
+    versions: dict[str, str]  # of what computes a step
+    spec: dict[str, Any] | None  # every key of it; None for a plan compiled by hand
     folder: str
 
     @classmethod
-    def of(cls, state: RunState, device: str, folder: str) -> Self:
+    def of(cls, state: RunState, device: str, folder: str, data: str, versions: Mapping[str, str]) -> Self:
         plan, progress, last = state.phase.plan, state.progress, state.history.records[-1].metrics
-        figures: dict[str, Any] = {name: last.get(name) for name in ("accuracy", "loss", "ema_accuracy")}
+        figures: dict[str, Any] = {name: last.get(name) for name in ("accuracy", "top5_accuracy", "loss", "ema_accuracy")}
         figures |= {name: getattr(progress, name) for name in ("best_accuracy", "best_epoch", "seconds", "peak_bytes")}
         figures |= parameter_counts(plan.module)
         figures |= {"name": plan.name, "digest": plan.digest, "device": device, "folder": folder, "phases": tuple(state.phases)}
+        figures |= {"spec": plan.spec.resolved() if plan.spec is not None else None, "data": data, "versions": dict(versions)}
         return cls(epochs=progress.epoch, steps=progress.total, **figures)

@@ -65,7 +65,7 @@ CASES = [
         ["inspect", "cifar/resnet8", "--input", "1,99999,99999"],
         ["cifar/resnet8, input", "one sample of shape"],
     ),
-    ("a file for a module", None, ["inspect", "python/my/net.py:f", "--input", "3,3,3", "--trust"], ["my/net.py", "my.net:f"]),
+    ("a file for a module", None, ["inspect", "python/my/net.py:f", "--input", "3,3,3", "--trust"], ["my/net.py", "no file"]),
     ("folder missing for the schema", None, ["schema", "-o", "gone/s.json"], ["gone"]),
 ]
 

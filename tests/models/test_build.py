@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from graphopt.errors import BackboneError, WeightsError
 from graphopt.models.catalog import CIFAR_DEPTHS, names
 from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.models.weights import load_weights, to_safetensors
-from graphopt.spec import BackboneSpec, resolve
+from graphopt.spec import BackboneSpec, WeightsSpec, resolve
 
 
 def spec(source: str, name: str, **arguments: Any) -> BackboneSpec:
@@ -142,15 +143,18 @@ def test_a_factory_from_the_working_directory() -> None:
     module = build(spec("python", "backbones_of_mine:small", classes=3), trust=True)
     assert module(torch.zeros(1, 3, 2, 2)).shape == (1, 3)
     assert isinstance(build(spec("python", "backbones_of_mine:Holder.make"), trust=True), nn.Linear)
+    assert isinstance(build(spec("python", "backbones_of_mine.py:Holder.make"), trust=True), nn.Linear)
 
 
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("backbones_of_mine", {}, "not package.module:factory"),
+        ("backbones_of_mine", {}, "is not package.module:name or file.py:name"),
         ("nowhere_at_all:make", {}, "working directory"),
+        ("nowhere_at_all.py:make", {}, "no file 'nowhere_at_all.py'"),
         ("broken_of_mine:make", {}, "does not import"),
+        ("broken_of_mine.py:make", {}, "does not import"),
         ("backbones_of_mine:smal", {}, "Did you mean 'small'"),
         ("backbones_of_mine:number", {}, "not a factory"),
         ("backbones_of_mine:text", {}, "not a torch.nn.Module"),
@@ -265,3 +269,88 @@ def test_a_network_beyond_the_machine_is_refused_while_it_is_built(source: str, 
     with pytest.raises(BackboneError, match=r"more than 10,000 modules|take more than .* half of the memory|can't allocate memory"):
         build(spec(source, name, **arguments))
     assert build(spec("cifar", "resnet8")) is not None  # nothing is counted afterwards
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------------
+def test_a_new_head(tmp_path: Path) -> None:
+    state = CifarResNet(8, num_classes=7).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.manual_seed(5)
+    expected = CifarResNet(8).state_dict()
+    torch.manual_seed(5)
+    given = WeightsSpec(file=str(tmp_path / "w.safetensors"), reset=("fc",))
+    module = build(BackboneSpec(source="cifar", name="resnet8", input=(3, 32, 32), weights=given))
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, expected[key] if key.startswith("fc.") else state[key]), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r'To train a new head: weights = \{ file = "w.safetensors", reset = \["fc"\] \}; else check num_classes'),
+        ({"reset": ("head",)}, "has no module 'head' with weights to reset"),
+        ({"reset": ("fcc",)}, "Did you mean 'fc'"),
+        ({"reset": ("layer1",)}, r'reset = \["layer1", "fc"\]'),
+        ({"entry": "model"}, "holds no state dict under 'model'"),
+    ],
+)
+def test_weights_of_another_number_of_classes(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file(CifarResNet(8, num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(CifarResNet(8), tmp_path / "w.safetensors", **changes)
+
+
+def test_a_file_without_a_head_names_the_option_too(tmp_path: Path) -> None:
+    state = {key: value for key, value in CifarResNet(8).state_dict().items() if not key.startswith("fc.")}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r'2 missing .*reset = \["fc"\]'):
+        load_weights(CifarResNet(8), tmp_path / "w.safetensors")
+    load_weights(CifarResNet(8), tmp_path / "w.safetensors", reset=["fc"])
+
+
+def test_checkpoints_of_the_training_scripts_of_timm_and_torchvision(tmp_path: Path) -> None:
+    plain, averaged = CifarResNet(8).state_dict(), other().state_dict()
+    options = argparse.Namespace(model="resnet8", lr=0.1, mean=None, opt_betas=[0.9, 0.999])
+    timm = {"epoch": 3, "arch": "resnet8", "state_dict": plain, "state_dict_ema": averaged, "args": options, "version": 2}
+    # torchvision averages with torch's AveragedModel.
+    ema = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in averaged.items()}}
+    torchvision = {"model": plain, "model_ema": ema, "optimizer": {"state": {}}, "args": options}
+    for name, content, entry in (("timm", timm, "state_dict"), ("torchvision", torchvision, "model")):
+        torch.save(content, tmp_path / "w.pt")
+        for chosen, expected in ((None, averaged), (entry, plain)):
+            module = CifarResNet(8)
+            load_weights(module, tmp_path / "w.pt", entry=chosen)
+            assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items()), (name, chosen)
+    torch.save({"teacher": plain, "epoch": 1}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r'Name one of its entries: .*entry = "teacher"'):
+        load_weights(CifarResNet(8), tmp_path / "w.pt")
+    load_weights(CifarResNet(8), tmp_path / "w.pt", entry="teacher")
+
+
+VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "patch_size": 8}
+
+
+def test_weights_of_another_input_size_are_adapted_by_the_library(tmp_path: Path) -> None:
+    import timm
+    from torchvision.models import VisionTransformer
+
+    def of_timm(size: int) -> nn.Module:
+        return timm.create_model("vit_tiny_patch16_224", img_size=size, **VIT)
+
+    def of_torchvision(size: int) -> nn.Module:
+        return VisionTransformer(image_size=size, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=3)
+
+    for make, key in ((of_timm, "pos_embed"), (of_torchvision, "encoder.pos_embedding")):
+        small, large = make(32), make(48)
+        save_file(small.state_dict(), tmp_path / "w.safetensors")
+        load_weights(large, tmp_path / "w.safetensors")
+        found, given = large.state_dict(), small.state_dict()
+        assert found[key].shape[1] == 37
+        assert found[key].std() == pytest.approx(float(given[key].std()), rel=0.5)
+        assert all(torch.equal(found[name], value) for name, value in given.items() if name != key)
+    torch.manual_seed(0)
+    head = timm.create_model("vit_tiny_patch16_224", img_size=48, **{**VIT, "num_classes": 5})
+    save_file(of_timm(32).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r'reset = \["head"\]'):
+        load_weights(head, tmp_path / "w.safetensors")
+    load_weights(head, tmp_path / "w.safetensors", reset=["head"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.errors import GraphoptError, SpecError
-from graphopt.spec import dumps, installed, load, loads
+from graphopt.spec import WeightsSpec, dumps, installed, load, loads
 
 BACKBONE = '[backbone]\nsource = "cifar"\nname = "resnet20"\n'
 
@@ -217,9 +217,10 @@ def test_a_pass_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("use", "told"),
     [
         ("gone.py:Mine", "no file"),
-        ("mine.py:Other", "no pass class"),
+        ("mine.py:Other", "mine.py has no 'Other'"),
         ("broken.py:Mine", "ZeroDivisionError"),
-        ("a.mine:Mine", "by its file: a/mine.py:Mine"),
+        ("a_package.that_is_not:Mine", "no Python module 'a_package.that_is_not'"),
+        ("mine.py:", "is not package.module:name or file.py:name"),
     ],
 )
 def test_a_pass_by_file_that_is_not_one(use: str, told: str, tmp_path: Path) -> None:
@@ -235,3 +236,30 @@ def test_installed_specs_are_sound(name: str) -> None:
     spec = load(name)
     assert spec.name
     assert loads(dumps(spec)) == spec
+
+
+def test_a_pass_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_as_a_module.py").write_text(PASS_FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = BACKBONE + '[[pass]]\nuse = "mine_as_a_module:Mine"\nstrength = 2\n'
+    with pytest.raises(SpecError, match="--trust"):
+        loads(text)
+    spec = loads(text, trust=True)
+    assert spec.passes[0].strength == 2  # type: ignore[attr-defined]
+    assert loads(dumps(spec), trust=True) == spec
+
+
+def test_a_backbone_by_file_is_found_from_the_spec_s_folder(tmp_path: Path) -> None:
+    (tmp_path / "net.py").touch()
+    (tmp_path / "s.toml").write_text('[backbone]\nsource = "python"\nname = "net.py:make"\ninput = [3, 8, 8]\n')
+    assert load(tmp_path / "s.toml").backbone.name == f"{tmp_path / 'net.py'}:make"
+
+
+def test_weights_in_part(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").touch()
+    (tmp_path / "s.toml").write_text(BACKBONE + 'weights = { file = "w.safetensors", reset = ["fc"] }\n')
+    spec = load(tmp_path / "s.toml")
+    assert spec.backbone.weights == WeightsSpec(file=str(tmp_path / "w.safetensors"), reset=("fc",))
+    assert loads(dumps(spec)) == spec
+    with pytest.raises(SpecError, match="Did you mean 'reset'"):
+        load(tmp_path / "s.toml", overrides=["backbone.weights.resets=[]"])

@@ -162,7 +162,7 @@ def test_an_update_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch
 
 
 def test_a_loss_of_the_evaluation_that_is_not_finite_is_no_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    infinite = Meter(1, torch.tensor([float("inf"), 1.0]))
+    infinite = Meter(1, torch.tensor([float("inf"), 0.0, 1.0, 1.0]))
     monkeypatch.setattr("graphopt.train.run.evaluate", lambda *_, **__: infinite)
     with pytest.raises(RunError, match="the evaluation's loss became"):
         go(tmp_path, epochs=1, checkpoint_steps=None)
@@ -351,7 +351,7 @@ def test_a_phase_that_cannot_train_on_cached_features_is_refused_before_the_firs
 def test_killed_in_its_first_save_it_gets_all_names_of_that_checkpoint(tmp_path: Path) -> None:
     chosen = {"keep": 4, "log_every": 100}
     train(small.plan(), tmp_path, settings=small.settings(epochs=1, **chosen), data=small.DATA)
-    for name in ("last.pt", "epoch-0001.pt"):
+    for name in ("last.pt", "epoch-0000.pt"):
         (tmp_path / name).unlink()
     train(small.plan(), tmp_path, settings=small.settings(epochs=2, **chosen), data=small.DATA, resume=True)
-    assert {path.name for path in tmp_path.glob("epoch-*.pt")} == {"epoch-0001.pt", "epoch-0002.pt"}
+    assert {path.name for path in tmp_path.glob("epoch-*.pt")} == {"epoch-0000.pt", "epoch-0001.pt"}

@@ -49,7 +49,7 @@ def test_it_loads_strictly_into_the_untouched_backbone(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         found = file.metadata()
         assert len(found.pop("checksum")) == 32
-        assert found == {"format": "pt", "name": "walks away", "digest": spec.digest, "epoch": "1", "weights": "model"}
+        assert found == {"format": "pt", "name": "walks away", "digest": spec.digest, "epochs": "1", "weights": "model"}
         assert list(file.keys()) == sorted(net.state_dict())
 
 
@@ -90,7 +90,7 @@ def test_best_last_and_averaged(tmp_path: Path) -> None:
     assert small.same(made["last", "ema"], last["phase"]["ema"])
     assert small.same(made["last", "model"], last["phase"]["model"])
     assert small.same(made["last", "auto"], last["phase"][last["progress"]["weights"]])
-    one = load_file(export_run(tmp_path / "run" / "epoch-0001.pt", tmp_path / "m.safetensors", weights="model", plan=plan))
+    one = load_file(export_run(tmp_path / "run" / "epoch-0000.pt", tmp_path / "m.safetensors", weights="model", plan=plan))
     assert not small.same(one, made["last", "model"])
 
 

@@ -1,0 +1,129 @@
+"""`graphopt study`: what is done stays, what is missing is trained, what fails stops nothing, and a stop leaves what goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphopt.cli import main
+from graphopt.studies.comparing import compare
+from tests.cli.spec import SPEC
+
+STUDY = """\
+name = "small study"
+spec = "s.toml"
+seeds = [0, 1]
+baseline = "whole"
+set = { train = { epochs = 1 } }
+[[variant]]
+name = "whole"
+set = { pass = [] }
+[[variant]]
+name = "frozen"
+[[published]]
+variant = "frozen"
+figure = "memory"
+value = "-9 %"
+source = "a paper"
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    Path("s.toml").write_text(SPEC)
+    Path("t.toml").write_text(STUDY)
+    return tmp_path
+
+
+def times() -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path("runs/t").glob("*/summary.json")}
+
+
+def test_it_trains_what_is_missing_and_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "t.toml", "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs: 0 done, 4 to train" in out
+    assert "small study" in out
+    before = times()
+    assert len(before) == 4
+    Path("t.toml").write_text(
+        STUDY.replace("[0, 1]", "[0, 1, 2]").replace('name = "frozen"', 'name = "cold"').replace('"frozen"', '"cold"')
+    )
+    assert main(["study", "t.toml", "--list"]) == 0
+    assert capsys.readouterr().out.count(" done") == 4
+    assert main(["study", "t.toml"]) == 0
+    assert "6 runs: 4 done, 2 to train" in capsys.readouterr().out
+    after = times()
+    assert {path: after[path] for path in before} == before, "what was done is as it was, under its row's new name too"
+
+    found = compare(["runs/t"])
+    assert [(row.name, len(row.results), row.missing) for row in found.rows] == [("whole", 3, 0), ("cold", 3, 0)]
+    assert found.baseline.name == "whole"
+    assert found.beside[0]["ours"].endswith(" %")
+    log = next(Path("runs/t").glob("*.log")).read_text()
+    assert "epoch 0/0" in log
+
+
+def test_a_run_that_fails_is_reported_and_stops_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    # The first row cannot train: its batch is larger than the data.
+    Path("t.toml").write_text('spec = "s.toml"\nset = { train = { epochs = 1 } }\n[grid]\ntrain.batch = [64, 20]\n')
+    assert main(["study", "t.toml"]) == 1
+    out, err = capsys.readouterr()
+    assert "batch=64, seed 0: error: train.batch: one training step takes 64 images, the training set has 40" in out
+    assert "batch=20, seed 0: accuracy" in out
+    assert "1 of 2 runs failed: batch=64-seed0-" in err
+    rows = json.loads(_output(["compare", "runs/t", "--json"], capsys))["rows"]
+    assert [(row["name"], row["missing"]) for row in rows] == [("batch=64", 1), ("batch=20", 0)]
+
+
+def test_a_stop_leaves_what_the_same_command_finishes(capsys: pytest.CaptureFixture[str]) -> None:
+    # One run is long enough to be stopped; it writes its first checkpoint when it is.
+    Path("t.toml").write_text('spec = "s.toml"\nseeds = [0, 1]\n')
+    long, stop = ["--set", "train.epochs=400"], threading.Event()
+
+    def interrupt() -> None:
+        while not stop.is_set() and not any(Path("runs/t").glob("*/last.pt")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    status = main(["study", "t.toml", *long])
+    stop.set()
+    thread.join()
+    assert status == 130
+    out, err = capsys.readouterr()
+    assert "stopped; the same command continues it" in out
+    assert "stopped with 0 of 2 runs done. The same command continues it" in err
+    (begun,) = {path.parent for path in Path("runs/t").glob("*/last.pt")}
+    assert not (begun / "summary.json").exists()
+    # The run goes on from its checkpoint: its folder says it has resumed.
+    thread = threading.Thread(target=_stop_again, args=(begun,))
+    thread.start()
+    assert main(["study", "t.toml", *long]) == 130
+    thread.join()
+    capsys.readouterr()
+    kinds = [json.loads(line)["kind"] for line in (begun / "metrics.jsonl").read_text().splitlines()]
+    assert "resume" in kinds
+
+
+def _stop_again(begun: Path) -> None:
+    while '"resume"' not in (begun / "metrics.jsonl").read_text():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    status = main(arguments)
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out

@@ -1,0 +1,88 @@
+"""A study's file: what it may say, and the runs that follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graphopt.errors import SpecError
+from graphopt.spec import load
+from graphopt.studies.study import Member, identity, installed, members, read_study
+from tests.cli.spec import SPEC
+
+
+def runs(tmp_path: Path, text: str, *overrides: str) -> list[Member]:
+    (tmp_path / "s.toml").write_text(SPEC)
+    (tmp_path / "study.toml").write_text(text)
+    return members(*read_study(str(tmp_path / "study.toml")), overrides=overrides)
+
+
+def test_a_grid_with_seeds(tmp_path: Path) -> None:
+    text = 'spec = "s.toml"\nseeds = [3, 4]\n[set]\ntrain.epochs = 1\n[grid]\ntrain.optimizer.lr = [0.1, 0.05]\ntrain.batch = [10, 20]\n'
+    found = runs(tmp_path, text)
+    assert list(dict.fromkeys(member.row for member in found)) == [f"lr={lr}, batch={n}" for lr in ("0.1", "0.05") for n in (10, 20)]
+    assert [member.seed for member in found] == [3, 4] * 4
+    first, last = found[0].spec.train, found[-1].spec.train
+    assert (first.seed, first.optimizer.lr, first.batch, first.epochs) == (3, 0.1, 10, 1)
+    assert (last.seed, last.optimizer.lr, last.batch, last.epochs) == (4, 0.05, 20, 1)
+    assert len({member.folder for member in found}) == 8
+
+
+def test_variants_with_specs_of_their_own(tmp_path: Path) -> None:
+    text = 'spec = "s.toml"\n[[variant]]\nname = "none"\nset = { pass = [] }\n[[variant]]\nname = "other"\nspec = "quickstart"\n'
+    none, other = runs(tmp_path, text, "train.epochs=2")
+    assert none.spec.passes == ()
+    assert none.spec.backbone.name == "resnet8"
+    assert other.spec.backbone.name == "resnet20"
+    assert none.spec.train.epochs == other.spec.train.epochs == 2
+    assert none.folder.startswith("none-seed0-")
+
+
+def test_what_a_run_computes_identifies_it() -> None:
+    base = load("quickstart")
+    same = ["name=x", "train.device=cpu", "data.root=/elsewhere", "data.workers=2", "train.keep=5"]
+    other = ["train.seed=1", "train.epochs=9", "pass.0.when.epoch=2", "data.train_limit=9", "backbone.name=resnet32"]
+    assert {identity(load("quickstart", overrides=[text])) for text in same} == {identity(base)}
+    found = {identity(load("quickstart", overrides=[text])) for text in other}
+    assert len(found) == len(other)
+    assert identity(base) not in found
+    assert identity(load("quickstart", overrides=["train.seed=1"]), seed=False) == identity(base, seed=False)
+
+
+MISTAKES = [
+    ("seeds = []", ["study.toml:1, seeds: expected at least 1 items"]),
+    ('spec = "s.toml"\nseed = [1]', ["unknown key 'seed'. Did you mean 'seeds'"]),
+    ('name = "x"', ["'spec' is missing. Name the base spec"]),
+    ('spec = "quickstrat"', ["no such spec file", "Did you mean 'quickstart'"]),
+    ('spec = "s.toml"\n[grid]\ntrain.batch = 3', ["grid.train.batch: expected an array of values"]),
+    ('spec = "s.toml"\n[grid]\ntrain.batsh = [3]', ["batsh=3", "unknown key 'batsh'. Did you mean 'batch'"]),
+    ('spec = "s.toml"\nbaseline = "whole"\n[[variant]]\nname = "hole"', ["baseline: there is no row 'whole'. Did you mean 'hole'?"]),
+    ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', ["two variants are called 'a'"]),
+    ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "b"', ["'a' and 'b' are the same run (seed 0)"]),
+    ('spec = "s.toml"\nseeds = [1, 1]', ["are the same run (seed 1)"]),
+    ("spec = ", ["study.toml:1", "not TOML"]),
+]
+
+
+@pytest.mark.parametrize(("text", "parts"), MISTAKES, ids=[parts[-1][:40] for _, parts in MISTAKES])
+def test_mistakes_are_told(text: str, parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        runs(tmp_path, text)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", installed())
+def test_the_installed_studies_are_sound(name: str) -> None:
+    study, path = read_study(name)
+    found = members(study, path)
+    assert study.name
+    assert study.baseline in {member.row for member in found}
+    assert len(found) == len(study.variants) * len(study.seeds)
+
+
+def test_a_study_that_is_not_there() -> None:
+    with pytest.raises(SpecError, match=r"no installed study of that name\. Did you mean 'studies/share-digits'"):
+        read_study("studies/share-digit")
+    assert read_study("share-digits") == read_study("studies/share-digits")
