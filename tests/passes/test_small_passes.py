@@ -23,12 +23,12 @@ LATER = {"adapt": Adapt(rank=2), "factorize": Factorize(rank=4), "ghost_norm": G
 def test_what_an_earlier_pass_took_is_left_alone(earlier: str, later: str) -> None:
     model, input = BACKBONES["resnet"]()
     before = {k: v.clone() for k, v in model.state_dict().items() if k.startswith(("conv1", "layer1"))}
-    try:
-        plan = graphopt.compile(model, [EARLIER[earlier], LATER[later]], input=input, verify="full", costs=False)
-    except graphopt.PassError as refusal:
-        assert (earlier, later) == ("freeze", "adapt")
-        assert "cannot be adapted and frozen" in str(refusal)
+    passes = [EARLIER[earlier], LATER[later]]
+    if (earlier, later) == ("freeze", "adapt"):
+        with pytest.raises(graphopt.PassError, match="cannot be adapted and frozen"):
+            graphopt.compile(model, passes, input=input, costs=False)
         return
+    plan = graphopt.compile(model, passes, input=input, verify="full", costs=False)
     skipped = {d.location for d in plan.report.passes[1].diagnostics}
     assert later == "blurpool" or any(location.startswith("layer1") for location in skipped)
     if plan.needs.features is None:
