@@ -88,7 +88,8 @@ def rewrite(
     """Applies the passes that are active after `decisions` to a clone; `untouched` stays as it is.
 
     "full" tries every declared property in numbers, "fast" the structure and the keys only. `measure` is called around each pass, for the
-    report. Without `weights`, the result shares the memory of `untouched`'s. Raises VerifyError if a pass did not keep what it declares, with the pass and its place in the spec.
+    report. Without `weights`, the result shares the memory of `untouched`'s. Raises VerifyError if a pass did not keep what it declares,
+    with the pass and its place in the spec.
     """
     graph = untouched.clone(weights=weights)
     effects: list[Effects | None] = []

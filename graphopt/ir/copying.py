@@ -61,7 +61,7 @@ def real_copy(module: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def alias_copy(module: nn.Module) -> Any:
-    """A copy whose tensors are new objects over the same memory: what is theirs alone (`requires_grad`, names) can differ, values cannot."""
+    """A copy whose tensors are new objects over the same memory: `requires_grad` is theirs alone, values are shared."""
 
     def aliased(tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):
