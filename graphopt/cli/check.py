@@ -1,5 +1,6 @@
 """`graphopt check`: the dry run."""
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +73,11 @@ def check(
 
     timed, card = device if is_here else "cpu" if time else None, gpu("A100" if is_here else device)
     rates = _rates(timed, loaded.train.amp) if timed else None
+    gc.freeze()  # the collector need not go through all that was imported again and again
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
-    plan = compile_phase(source, verify="fast", costs=False)
+    gc.freeze()
+    plan = compile_phase(source, verify="fast", costs=False, weights=False)
     phases = plan.phases(loaded.train.epochs, verify="fast")
     refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]

@@ -77,14 +77,21 @@ def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched,
 
 
 def rewrite(
-    untouched: Graph, matched: Sequence[Matched], decisions: tuple[Decision, ...], *, verify: Verify, measure: Measure | None
+    untouched: Graph,
+    matched: Sequence[Matched],
+    decisions: tuple[Decision, ...],
+    *,
+    verify: Verify,
+    measure: Measure | None,
+    weights: bool = True,
 ) -> Rewritten:
     """Applies the passes that are active after `decisions` to a clone; `untouched` stays as it is.
 
     "full" tries every declared property in numbers, "fast" the structure and the keys only. `measure` is called around each pass, for the
-    report. Raises VerifyError if a pass did not keep what it declares, with the pass and its place in the spec.
+    report. Without `weights`, the result shares the memory of `untouched`'s. Raises VerifyError if a pass did not keep what it declares,
+    with the pass and its place in the spec.
     """
-    graph = untouched.clone()
+    graph = untouched.clone(weights=weights)
     effects: list[Effects | None] = []
     edits: list[Edits | None] = []
     reports: list[PassReport] = []

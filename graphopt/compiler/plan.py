@@ -117,6 +117,8 @@ class Plan(Source):
     def phases(self, epochs: int, decisions: Sequence[Decision] | None = None, *, verify: Verify = "off") -> tuple[Phase, ...]:
         """The phases of a run of `epochs` that starts with this plan; `decisions` of a finished run are replayed.
 
+        The plans of later phases are to look at: they share the memory of the backbone's weights, and must not be trained.
+
         Raises PassError or VerifyError, with the epoch, the pass and its place in the spec, for a phase that cannot be compiled.
         """
         later = [d for d in (self.foreseen(epochs) if decisions is None else decisions) if d.epoch < epochs]
@@ -124,7 +126,7 @@ class Plan(Source):
         for start, end in itertools.pairwise(sorted({0, epochs, *(d.epoch for d in later)})):
             due = tuple(d for d in later if d.epoch == start)
             with _from_epoch(start):
-                plan = plan.advance_to((*plan.decisions, *due), verify=verify) if due else plan
+                plan = compile_phase(self, (*plan.decisions, *due), verify=verify, costs=False, weights=False) if due else plan
                 if verify != "off":
                     plan._check_suffix()
             found.append(Phase(start, end, due, plan))
@@ -139,7 +141,7 @@ class Plan(Source):
         for epoch in sorted({d.epoch for d in later}):
             decisions = (*self.decisions, *(d for d in later if d.epoch <= epoch))
             with _from_epoch(epoch):
-                phase = compile_phase(self, decisions, verify="fast", costs=False)
+                phase = compile_phase(self, decisions, verify="fast", costs=False, weights=False)
                 phase._check_suffix()
 
     def phase_at(self, epoch: int, epochs: int, *, verify: Verify = "fast", costs: bool = False) -> Plan:
@@ -286,13 +288,17 @@ def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int
     )
 
 
-def compile_phase(source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True) -> Plan:
+def compile_phase(
+    source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True, weights: bool = True
+) -> Plan:
     """The plan of one phase: the source's passes applied as `decisions` say.
+
+    Without `weights` the plan is one to look at: its tensors share the memory of the backbone's, so that it must not be trained.
 
     Raises PassError or VerifyError with the pass and its place in the spec.
     """
     base = source.base
-    made = rewrite(base, source.matched, decisions, verify=verify, measure=source.measure if costs else None)
+    made = rewrite(base, source.matched, decisions, verify=verify, measure=source.measure if costs else None, weights=weights)
     costs_around = (made.before, made.after)
     report = Report(source.name, source.digest, source.batch, *costs_around, made.reports, base.opaque, base.unused, made.no_costs)
     shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}

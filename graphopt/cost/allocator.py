@@ -136,7 +136,8 @@ class Allocator:
         if size < 1:
             raise ValueError(f"a block has at least one byte, found {size}")
         need = rounded(size)
-        pool = self._pools.setdefault((stream, need <= SMALL), _Pool(stream, need <= SMALL))
+        kind = stream, need <= SMALL
+        pool = self._pools.get(kind) or self._pools.setdefault(kind, _Pool(*kind))
         block = self._best_fit(pool, need) or self._grow(pool, need)
         if block is None:
             self.release_cached()

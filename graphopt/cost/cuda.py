@@ -138,7 +138,7 @@ class _Steps:
 
     def history(self) -> History:
         optimizer = next((at for name, at in self.ledger.phases if name == "optimizer"), self.start)
-        state = [event for event in self.before if self.ledger.kinds[event] == Kind.OPTIMIZER]
+        state = {event: None for event in self.before if self.ledger.kinds[event] == Kind.OPTIMIZER}
         for event in self.before:
             if event not in state:
                 self._follow(event)

@@ -51,15 +51,17 @@ def usage(history: History, capacity: int | None = None, *, expandable: bool = F
     return Usage(allocator.peak_requested, allocator.peak_allocated, allocator.peak_reserved, allocator.retries)
 
 
-def smallest_capacity(history: History, *, expandable: bool = False) -> int:
+def smallest_capacity(history: History, *, expandable: bool = False, reserved: int | None = None) -> int:
     """The smallest capacity in bytes that suffices, and from which on every larger one does.
+
+    `reserved` is what the history reserves on a device that can give any number, where that is known.
 
     The real allocator is not monotone: where memory is short it gives segments back and gets others, and may then need less in all. So a
     still smaller device may do, and between it and this one there is one that does not; bisection would find any of these. Here every
     capacity is covered: a run that was given `c` bytes and reserved at most `p` goes the same way for every capacity from `p` to `c`,
     because each segment that was refused at `c` is refused there too. So the next run gets just less than `p`, until one fails.
     """
-    found = usage(history, expandable=expandable).reserved
+    found = usage(history, expandable=expandable).reserved if reserved is None else reserved
     while found > 0:
         try:
             found = usage(history, found - GRANULE, expandable=expandable).reserved

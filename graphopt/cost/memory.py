@@ -49,7 +49,8 @@ class DeviceMemory:
 
     @cached_property
     def _usages(self) -> tuple[Usage, Usage]:
-        return usage(self.least), usage(self.most)
+        least = usage(self.least)
+        return least, least if self.least == self.most else usage(self.most)
 
     @property
     def allocated(self) -> Band:
@@ -64,7 +65,9 @@ class DeviceMemory:
     @cached_property
     def capacity(self) -> Band:
         """Bytes that the allocator must be able to get: see `smallest_capacity`."""
-        return _band(map(smallest_capacity, (self.least, self.most)))
+        least, most = self._usages
+        low = smallest_capacity(self.least, reserved=least.reserved)
+        return _band((low, low if self.least == self.most else smallest_capacity(self.most, reserved=most.reserved)))
 
     def fits(self, capacity: int | None = None) -> bool:
         """Whether the step runs, with every term at its upper bound, where so many bytes can be had; default: what the device can give."""

@@ -60,6 +60,17 @@ def real_copy(module: nn.Module, dtype: torch.dtype) -> Any:
     return copy_with(module, replaced)
 
 
+def alias_copy(module: nn.Module) -> Any:
+    """A copy whose tensors are new objects over the same memory: `requires_grad` is theirs alone, values are shared."""
+
+    def aliased(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(tensor.detach(), tensor.requires_grad)
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+    return copy_with(module, aliased)
+
+
 def copy_with(module: nn.Module, replace: Replace | None = None) -> Any:
     """A copy of `module` with `replace(tensor)` for each tensor in it (default: a copy); tensors that were shared are shared again.
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 _CPU = torch.device("cpu")
 _DEVICE = torch.ops.prim.device.default
-#: what an operator returns: new tensors or a view of its first argument, that argument itself, or anything else
-_NEW, _FIRST, _OTHER = "new", "first", "other"
+#: what an operator returns: new tensors or a view of its first argument, that argument itself, nothing, or anything else
+_NEW, _FIRST, _NOTHING, _OTHER = "new", "first", "nothing", "other"
 _kinds: dict[Any, str] = {}
 #: from an operator and its described arguments to its described result, `_OTHER` where that cannot be described
 _results: dict[Any, Any] = {}
@@ -35,16 +35,34 @@ class FakeMode(FakeTensorMode):
         if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         kwargs = kwargs or {}
+        if func.name().startswith("aten::_foreach_") and len(args[0]) > 1:
+            return self._each(func, types, args, kwargs)
         kind = _kinds.get(func) or _kinds.setdefault(func, _kind_of(func))
         key = self._key(func, args, kwargs) if kind is not _OTHER else None
         known = _results.get(key, _OTHER) if key is not None else _OTHER
         if known is not _OTHER:
-            return args[0] if known is _FIRST else self._made(known, args)
+            return args[0] if known is _FIRST else None if known is _NOTHING else self._made(known, args)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if key is not None and key not in _results and len(_results) < MOST_RESULTS:
-            same = out is args[0] and self._key(func, args, kwargs) == key if kind is _FIRST else None
-            _results[key] = _described_result(out, args, kwargs) if same is None else _FIRST if same else _OTHER
+            if kind is _NEW:
+                _results[key] = _described_result(out, args, kwargs)
+            else:  # it writes: what it wrote to must look as before
+                same = self._key(func, args, kwargs) == key and out is (args[0] if kind is _FIRST else None)
+                _results[key] = kind if same else _OTHER
         return out
+
+    def _each(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A for-each operator, one tensor of its lists after the other: few of them differ in shape."""
+        count = len(args[0])
+
+        def at(value: Any, number: int) -> Any:
+            return [value[number]] if isinstance(value, (list, tuple)) and len(value) == count else value
+
+        found = [
+            self.__torch_dispatch__(func, types, tuple(at(a, i) for a in args), {k: at(v, i) for k, v in kwargs.items()})
+            for i in range(count)
+        ]
+        return None if found[0] is None else [one for (one,) in found]
 
     def _key(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What the result depends on; None if that cannot be told."""
@@ -99,6 +117,8 @@ def _kind_of(func: Any) -> str:
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments]
     if not any(written):
         return _NEW
+    if not func._schema.returns:
+        return _NOTHING
     return _FIRST if written[0] and not any(written[1:]) and len(func._schema.returns) == 1 else _OTHER
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import fx
 from torch.fx import Node
 
-from graphopt.ir.copying import copy_with
+from graphopt.ir.copying import alias_copy, copy_with
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.paths import lineage
 from graphopt.ir.section import Section
@@ -107,13 +107,13 @@ class Graph:
         """Forgets the results of all analyses. The editor calls it after every edit."""
         self._results.clear()
 
-    def clone(self) -> Graph:
-        """A deep copy, weights and sections included."""
+    def clone(self, *, weights: bool = True) -> Graph:
+        """A deep copy, sections included; without `weights`, its tensors share the memory of this graph's."""
         copies: dict[Node, Node] = {}
         nodes = fx.Graph()
         for node in self.nodes:
             copies[node] = nodes.node_copy(node, lambda n: copies[n])
-        module = TrainingModule(copy_with(self.module), nodes, self.module._get_name())
+        module = TrainingModule(copy_with(self.module) if weights else alias_copy(self.module), nodes, self.module._get_name())
         other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.aliases, self.untouched)
         other.sections = [replace(s, nodes=tuple(copies[n] for n in s.nodes)) for s in self.sections]
         return other

@@ -68,13 +68,18 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
             raise TraceError(what, where=where, fix=fix) from error
 
 
+def is_large(input: tuple[int, ...]) -> bool:
+    """Whether a sample is an image of so many positions that a run on it takes longer than its calls."""
+    return len(input) == 3 and input[1] * input[2] > FEW_POSITIONS
+
+
 def smaller_input(nodes: Iterable[fx.Node], input: tuple[int, ...]) -> tuple[int, ...] | None:
     """A sample so small that the smallest plane of activations of more than one position is two positions wide or high.
 
     None where that is not smaller, the sample is no image, or it has few positions anyway. Not every backbone takes it (position
     embeddings have one size): running it tells. `nodes` have their shapes.
     """
-    if len(input) != 3 or input[1] * input[2] <= FEW_POSITIONS:
+    if not is_large(input):
         return None
     values = (n.meta.get("val") for n in nodes)
     widths = [size for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 for size in v.shape[2:] if size > 1]

@@ -177,7 +177,7 @@ def forecast_run(
     found: list[PhaseCost] = []
     earlier: Plan | None = None
     for start, end, due, current in phases or plan.phases(train.epochs, decisions):
-        step, filling, cached = _phase_cost(current, earlier, batch, samples, options)
+        step, filling, cached = _phase_cost(current, earlier, batch, samples, options) if any(current.effects) else (whole, None, 0)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
         seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)

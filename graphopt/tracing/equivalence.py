@@ -12,19 +12,25 @@ from torch import fx, nn
 
 from graphopt.ir.graph import Graph
 from graphopt.ir.regions import region_of
-from graphopt.ir.shapes import smaller_input, tensors_in
+from graphopt.ir.shapes import is_large, smaller_input, tensors_in
 
 
 def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
     """The innermost module whose traced form computes something else, and in which mode; None if all outputs are bit-equal.
 
-    Train mode is compared on a smaller image where that is bit-equal already: the whole one is compared in eval mode.
+    Train mode is compared on two smaller images and eval mode on one whole image, where that is bit-equal already: the two modes differ in
+    few modules, and this exercises all of them, at both sizes and both batches. Otherwise two whole images decide.
     """
     x = _sample(backbone, graph.input)
+    smaller = smaller_input(graph.nodes, graph.input)
+    less = {
+        "train": smaller and _sample(backbone, smaller),
+        "eval": _sample(backbone, graph.input, batch=1) if is_large(graph.input) else None,
+    }
     for mode, training in (("train", True), ("eval", False)):
         backbone.train(training)
         graph.module.train(training)
-        if training and (smaller := smaller_input(graph.nodes, graph.input)) and _equal_on(backbone, graph, _sample(backbone, smaller)):
+        if (given := less[mode]) is not None and _equal_on(backbone, graph, given):
             continue
         expected = _run(backbone, backbone, x)
         found = _run(graph.module, backbone, x)
