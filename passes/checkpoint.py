@@ -38,7 +38,7 @@ class Checkpoint(Pass):
         balance: of segments: "memory" (default: the lowest predicted peak, where they can end at cut points), "blocks" (as many in each).
         budget: instead: a share of the peak of activations (0.5 is half of it), or what a step may need in all ("8 GiB").
         device: of a budget in bytes: the GPU whose allocator must hold the step (A100, H100, H200, RTX 4090, L4). Default: live bytes.
-        share: of a budget in bytes: found for the batch, optimizer and amp of [train], then written beside it, and kept.
+        fraction: of a budget in bytes: the share that meets it, found once for [train], then written beside it.
         when: from which epoch, until which.
 
     Preserves everything. Skips what other passes run without a backward pass; their sections divide its segments: put it after them.
@@ -54,7 +54,7 @@ class Checkpoint(Pass):
     balance: Literal["memory", "blocks"] | None = None
     budget: Annotated[float, Field(gt=0, le=1, strict=True)] | SizeText | None = None
     device: str | None = None
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -62,22 +62,22 @@ class Checkpoint(Pass):
             raise ValueError("give one of select (regions), segments (a number) and budget (a share of the activations, or a size)")
         if self.balance and not isinstance(self.segments, int):
             raise ValueError("balance divides the blocks into segments: it needs a number of segments")
-        if not isinstance(self.budget, int) and (self.device or self.share):
-            raise ValueError('device and share belong to a budget in bytes, such as "8 GiB"')
+        if not isinstance(self.budget, int) and (self.device or self.fraction):
+            raise ValueError('device and fraction belong to a budget in bytes, such as "8 GiB"')
         return self
 
     @property
     def settled(self) -> bool:
-        """Whether it follows from the graph alone; not a budget in bytes, until its share is written down."""
-        return not isinstance(self.budget, int) or self.share is not None
+        """Whether it follows from the graph alone; not a budget in bytes, until its fraction is written down."""
+        return not isinstance(self.budget, int) or self.fraction is not None
 
     def settle(self, graph: Graph, step: TimedStep) -> Self:
-        """With the share of a budget in bytes written down."""
-        from graphopt.compiler.fitting import share_within
+        """With the fraction of a budget in bytes written down."""
+        from graphopt.compiler.fitting import fraction_within
 
         if self.settled or not isinstance(self.budget, int):
             return self
-        return self.model_copy(update={"share": share_within(graph, self, self.budget, step, self.device)})
+        return self.model_copy(update={"fraction": fraction_within(graph, self, self.budget, step, self.device)})
 
     def match(self, graph: Graph) -> Match[Runs]:
         from graphopt.cost.recomputation import in_segments, within
@@ -85,12 +85,12 @@ class Checkpoint(Pass):
         from graphopt.ir.select import select
 
         if not self.settled:
-            raise PassError("a budget in bytes depends on the step", fix="Settle the pass (graphopt.compile does), or give share")
+            raise PassError("a budget in bytes depends on the step", fix="Settle the pass (graphopt.compile does), or give fraction")
         regions = find_blocks(graph) if self.select is None else select(self.select, graph)
         runs: Runs = tuple((region.name,) for region in regions)
         if self.segments is not None:
             runs = in_segments(graph, self.segments, by_memory=self.balance != "blocks")
-        elif share := self.share or self.budget:
+        elif share := self.fraction or self.budget:
             runs = within(graph, share)
         match = Match(tuple(region for region in regions if any(region.name in run for run in runs)), runs)
         if not runs:

@@ -18,15 +18,15 @@ from graphopt.units import show_size
 FALL = 0.95
 
 
-def share_within(graph: Graph, value: Pass, limit: int, step: TimedStep, device: str | None = None) -> float:
-    """The largest `share` of the peak of activations at which a step with `value`, which has that option, needs at most `limit` bytes.
+def fraction_within(graph: Graph, value: Pass, limit: int, step: TimedStep, device: str | None = None) -> float:
+    """The largest `fraction`, an option of `value`, of the peak of activations at which a step needs at most `limit` bytes.
 
-    The shares are those of `graphopt.cost.recomputation.shares`, rounded up to four digits. What a step needs is taken to fall with them.
+    Tried are those of `graphopt.cost.recomputation.shares`, rounded up to four digits. What a step needs is assumed to fall with them.
 
     Args:
         device: name of a GPU, for what its allocator must be able to get; None: live bytes.
 
-    Raises PassError if a step needs more at the lowest share; says how much. CostError for an unknown device.
+    Raises PassError if a step needs more at the lowest one; says how much. CostError for an unknown device.
     """
     gpu = find_device(device) if device is not None else None
     tried = [1.0]
@@ -35,14 +35,14 @@ def share_within(graph: Graph, value: Pass, limit: int, step: TimedStep, device:
             tried.append(math.ceil(1e4 * reached) / 1e4)
 
     def need(share: float) -> int:
-        return _need(graph, value.model_copy(update={"share": share, "when": Start()}), step, gpu)
+        return _need(graph, value.model_copy(update={"fraction": share, "when": Start()}), step, gpu)
 
     low, high = 0, len(tried) - 1
     least = need(tried[high])
     if least > limit:
         where = f" on one {gpu.name}" if gpu is not None else ""
         what = f"a step of {step.batch} samples needs at least {show_size(least)}{where}, the budget is {show_size(limit)}"
-        raise PassError(what, fix="Give a larger budget or a smaller batch, or put freeze or supervise before checkpoint with a share")
+        raise PassError(what, fix="Give a larger budget, or a smaller batch")
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if need(tried[middle]) <= limit else (middle + 1, high)
