@@ -105,5 +105,5 @@ class Checkpoint(Pass):
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
         """A few budgets, and every block by itself."""
-        budgets = (Candidate(f"checkpoint, budget {share:g}", cls(budget=share)) for share in (0.75, 0.5, 0.35))
+        budgets = (Candidate(f"checkpoint, budget {share:g}", cls(budget=share)) for share in (0.8, 0.65, 0.5, 0.35))
         return (*budgets, Candidate("checkpoint, every block", cls(segments="every block")))
