@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _settled_instances(instances: list[PassInstance], graph: Graph, batch: int, 
         value = instance.value
         with located(instance):
             if not value.settled:
-                value = value.settle(graph, TimedStep(batch, rates_of(device, options.get("amp")), **options))
+                value = value.settle(graph, TimedStep(batch, partial(rates_of, device, options.get("amp")), **options))
         found.append(replace(instance, value=value))
     return found
 

@@ -91,3 +91,18 @@ Size = Annotated[
     PlainSerializer(exact_size, return_type=str),
     WithJsonSchema({"type": ["string", "integer"], "description": 'a size: "8 GiB", "512 MB", or bytes'}),
 ]
+
+
+def _written_size(value: Any) -> int:
+    if not isinstance(value, str):
+        raise ValueError(f'expected a size with a unit, such as "8 GiB", found {value!r}')
+    return parse_size(value)
+
+
+#: the same beside numbers of another meaning: a size is written as text
+SizeText = Annotated[
+    int,
+    BeforeValidator(_written_size),
+    PlainSerializer(exact_size, return_type=str),
+    WithJsonSchema({"type": "string", "description": 'a size with a unit: "8 GiB", "512 MB"'}),
+]

@@ -105,7 +105,7 @@ def plan_of(model: Model, cuts: tuple[str, ...] | None) -> Plan:
 def cuts_of(model: Model, rates: Rates) -> dict[str | None, tuple[str, ...] | None]:
     """Where each balance cuts."""
     graph = graphopt.trace(model.make(), model.input, compare=False)
-    step = TimedStep(model.batch, rates, **training(model, "single").forecast_options())
+    step = TimedStep(model.batch, lambda: rates, **training(model, "single").forecast_options())
     found: dict[str | None, tuple[str, ...] | None] = {None: None}
     for balance in BALANCES:
         value = Supervise(modules=RANKS, balance=balance).settle(graph, step)

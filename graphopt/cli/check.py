@@ -10,6 +10,7 @@ from graphopt.cli.device import gpu, show_phases
 from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, check_choice
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
+from graphopt.cli.timing import RunTime, rates_for
 
 if TYPE_CHECKING:
     from graphopt.compiler.pipeline import Matched
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from graphopt.compiler.triggers import Decision
     from graphopt.cost import Rates
     from graphopt.cost.devices import Device
+    from graphopt.cost.roofline import PeakRates
     from graphopt.planning.device import PhaseMemory
     from graphopt.planning.modules import ChainCost
     from graphopt.planning.ranks import RanksCost
@@ -26,13 +28,14 @@ if TYPE_CHECKING:
 
 #: names of devices that steps can be timed on, as torch has them
 _HERE = ("cpu", "cuda", "mps", "xpu")
-_DEVICE = "The GPU whose memory is forecast (default: A100), or where steps are timed: cpu, cuda; that implies --time."
+_DEVICE = "The GPU whose memory is forecast (default: A100), with --time its least time, too; or where steps are timed: cpu, cuda."
+_TIME = "Forecast how long the run takes, from a few seconds of steps timed here, and whether the step or the image loader binds."
 
 
 def check(
     spec: SpecArgument,
-    time: Annotated[bool, typer.Option("--time", help="Forecast how long the run takes, from a few seconds of steps timed here.")] = False,
-    device: Annotated[str, typer.Option("--device", help=_DEVICE)] = "A100",
+    time: Annotated[bool, typer.Option("--time", help=_TIME)] = False,
+    device: Annotated[str | None, typer.Option("--device", help=_DEVICE)] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Also forecast what each of so many processes needs.")] = None,
     strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, modules, auto (default: the spec's).")] = "",
     link: Annotated[str | None, typer.Option("--link", help='Rate between ranks, for seconds: "10 GB/s", "100 Gbit/s".')] = None,
@@ -51,14 +54,14 @@ def check(
 
         graphopt check learn_and_drop/vgg11 --time
 
-        graphopt check learn_and_drop/vgg11 --device "RTX 4090" --json
+        graphopt check learn_and_drop/vgg11 --device "RTX 4090" --time --json
 
         graphopt check quickstart --ranks 8 --strategy ddp --link "10 GB/s"
     """
     from graphopt.spec import load
 
     rate = parse_link(link)
-    is_here = device.partition(":")[0] in _HERE
+    is_here = device is not None and device.partition(":")[0] in _HERE
     if strategy:
         check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp", "modules"))
     loaded = load(spec, trust=trust, overrides=set_)
@@ -71,8 +74,9 @@ def check(
     from graphopt.planning.run_cost import drop_points
     from graphopt.train.preflight import problems
 
-    timed, card = device if is_here else "cpu" if time else None, gpu("A100" if is_here else device)
-    rates = _rates(timed, loaded.train.amp) if timed else None
+    named = gpu(device) if device is not None and not is_here else None
+    here = device if is_here else "cpu" if time and named is None else None
+    rates = rates_for(here, loaded.train.amp, named if time else None)
     gc.freeze()  # the collector need not go through all that was imported again and again
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
     check_folders(source, trust=trust)
@@ -84,7 +88,8 @@ def check(
     caches = any(item.match.feature_options is not None for item in source.matched)
     points = drop_points(source.base) if caches else ()
     samples, work = _forecast(loaded, phases, Path(spec), rates)
-    needs = _forecast_memory(loaded, phases, Path(spec), card)
+    timed = RunTime(loaded, work, rates) if work is not None and rates is not None else None
+    needs = _forecast_memory(loaded, phases, Path(spec), named or gpu("A100"))
     parallel: ChainCost | RanksCost | None = None
     if ranks and strategy == "modules":
         parallel = _forecast_chain(loaded, plan, Path(spec), ranks, rates)
@@ -93,6 +98,7 @@ def check(
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
+        run |= {"run_time": timed.to_dict()} if timed else {}
         run |= {"ranks": parallel.to_dict(rate)} if parallel else {}
         run |= {"device_memory": [phase.to_dict() for phase in needs]} if needs else {}
         head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
@@ -100,7 +106,10 @@ def check(
     else:
         _show_passes(loaded, rows)
         _show_points(samples, points)
-        _show_run(work, any((error.where or "").startswith("data") for error in refused))
+        published = any((error.where or "").startswith("data") for error in refused)
+        _show_run(work, published, "time, a forecast" if timed is None or timed.measured else "least time, at peak rates")
+        if timed:
+            timed.show()
         if needs:
             show_phases(needs)
         _show_parallel(parallel, rate, (samples or 0) // loaded.train.batch)
@@ -110,17 +119,9 @@ def check(
         raise refused[-1]
 
 
-def _rates(device: str, amp: str | None) -> "Rates":
-    from graphopt.cost.rates import rates_of
-    from graphopt.errors import RunError
-
-    try:
-        return rates_of(device, amp)
-    except RunError as error:
-        raise error.with_location("--device") from error.__cause__
-
-
-def _forecast(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | None") -> "tuple[int | None, RunCost | None]":
+def _forecast(
+    spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | PeakRates | None"
+) -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
     from graphopt.errors import CostError, RunError
     from graphopt.planning.run_cost import counts, forecast_run
@@ -160,12 +161,12 @@ def _forecast_ranks(spec: "Spec", plan: "Plan", path: Path, ranks: int, strategy
     return forecast_ranks(plan, spec.train, ranks=ranks, strategy=chosen, decisions=_decisions(path), samples=samples)
 
 
-def _forecast_chain(spec: "Spec", plan: "Plan", path: Path, ranks: int, rates: "Rates | None") -> "ChainCost":
-    from graphopt.cost.rates import rates_of
+def _forecast_chain(spec: "Spec", plan: "Plan", path: Path, ranks: int, rates: "Rates | PeakRates | None") -> "ChainCost":
+    from graphopt.cost.rates import Rates, rates_of
     from graphopt.planning.modules import forecast_chain
 
-    rates = rates or rates_of(spec.train.device, spec.train.amp)
-    return forecast_chain(plan, spec.train, ranks=ranks, rates=rates, decisions=_decisions(path))
+    known = rates if isinstance(rates, Rates) else rates_of(spec.train.device, spec.train.amp)
+    return forecast_chain(plan, spec.train, ranks=ranks, rates=known, decisions=_decisions(path))
 
 
 def _show_parallel(cost: "ChainCost | RanksCost | None", rate: int | None, steps: int) -> None:
@@ -223,8 +224,8 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
         show(table)
 
 
-def _show_run(work: "RunCost | None", published: bool) -> None:
-    """`published`: the data could not be opened, so that the number of its images is the one its authors give."""
+def _show_run(work: "RunCost | None", published: bool, time: str) -> None:
+    """`published`: the data could not be opened, so that the number of its images is the one its authors give. `time` names the seconds."""
     from graphopt.units import show_count, show_size, show_time
 
     if work is None:
@@ -240,7 +241,7 @@ def _show_run(work: "RunCost | None", published: bool) -> None:
     show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")
     if run.seconds is not None and before.seconds is not None:
         ratio = run.seconds / before.seconds
-        show(f"  time, a forecast: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
+        show(f"  {time}: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
     if not work.complete:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
 

@@ -26,6 +26,7 @@ def fit(
     flops: Annotated[float | None, typer.Option("--flops", help=_FLOPS)] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
     allowance: Annotated[float, typer.Option("--allowance", help=_ALLOWANCE)] = 1.0,
+    everything: Annotated[bool, typer.Option("--all", help="With --suggest: try all candidates, not only what the choice takes.")] = False,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch for --suggest; default: the spec's.")] = None,
     out: Annotated[Path | None, out_option("Write the chosen spec there.")] = None,
     set_: SetOption = [],  # noqa: B006
@@ -63,7 +64,7 @@ def fit(
     if not suggest:
         budget.check_for_batch()
     search = Search(loaded, device=card, trust=trust)
-    found = search.suggest(budget) if suggest else search.largest_batch(budget)
+    found = search.suggest(budget, everything=everything) if suggest else search.largest_batch(budget)
     if out is not None and found.spec is not None:
         write_atomically(out, dumps(found.spec, defaults=False))
     if as_json:
@@ -118,7 +119,7 @@ def _show(found: "Fit", suggest: bool) -> None:
     _show_notes(found)
     if suggest:
         show("> chosen: the most of training stays exact, then the most trains, then the fewest FLOPs")
-        show("* no other candidate is better in peak, FLOPs, what stays exact, and the share that trains")
+        show("* no other one that was tried is better in peak, FLOPs, what stays exact, and the share that trains")
         if found.snippet:
             show(f"\nto paste into the spec:\n\n{found.snippet}")
     elif found.chosen is not None:

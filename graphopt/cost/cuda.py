@@ -8,15 +8,15 @@ nobody has measured it here.
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.cost.devices import Device
 from graphopt.cost.history import History
-from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.ledger import Kind, Ledger, OperatorCall
 from graphopt.cost.memory import Band, DeviceMemory, Term
+from graphopt.cost.roofline import operator_seconds
 
 aten = torch.ops.aten
 #: steps in a history. The first one makes the optimizer's state, among what is free then; later ones find the memory as it left it
@@ -28,12 +28,13 @@ _ATTENTION = (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product
 
 
 class Inside:
-    """Records what kernels allocate for themselves, as a ledger's `inside`.
+    """Records what kernels allocate for themselves and how long they take at least, as a ledger's `inside`.
 
     Attributes:
         temporaries: (number of events before it, name of its term, bounds), gone when the operator ends.
         products: number of events before the first matrix product, by "forward", "backward".
         kept: bytes that dropout masks and attention keep for the backward, by term.
+        seconds: of all operators at the device's peak rates.
     """
 
     def __init__(self, ledger: Ledger, device: Device) -> None:
@@ -41,8 +42,12 @@ class Inside:
         self.temporaries: list[tuple[int, str, Band]] = []
         self.products: dict[str, int] = {}
         self.kept = {"dropout masks": 0, "attention": 0}
+        self.seconds = 0.0
 
-    def __call__(self, packet: Any, args: tuple[Any, ...], outputs: list[Tensor]) -> None:
+    def __call__(self, call: OperatorCall) -> None:
+        packet, args, outputs = call.function.overloadpacket, call.args, call.outputs
+        if not call.function.is_view:
+            self.seconds += operator_seconds(self.device, packet, args, call.kwargs, [*call.inputs, *outputs], call.result)
         at = len(self.ledger.events)
         if packet in _PRODUCTS and self.ledger.phases:
             self.products.setdefault(self.ledger.phases[-1][0].split()[0], at)

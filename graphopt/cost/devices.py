@@ -21,7 +21,7 @@ class Device:
     Attributes:
         capability: its compute capability.
         memory: bytes that CUDA reports as its total.
-        bfloat16, float32: peak FLOP/s of tensor cores (float32 accumulation), and of plain float32.
+        bfloat16, tf32, float32: peak FLOP/s of tensor cores with 16-bit types (float32 accumulation) and TF32, and of plain float32.
         bandwidth: peak bytes per second of its memory.
         source: of the figures.
     """
@@ -30,6 +30,7 @@ class Device:
     capability: tuple[int, int]
     memory: int
     bfloat16: float
+    tf32: float
     float32: float
     bandwidth: float
     source: str
@@ -49,24 +50,24 @@ DEVICES = {
     device.name: device
     for device in (
         Device(
-            "A100", (8, 0), int(79.14 * GIB), 312e12, 19.5e12, 2.039e12,
+            "A100", (8, 0), int(79.14 * GIB), 312e12, 156e12, 19.5e12, 2.039e12,
             "SXM, 80 GB. Rates: NVIDIA A100 datasheet. Memory: Kwai-Keye/Keye#11, 79.14 GiB",
         ),
         Device(
-            "H100", (9, 0), int(79.11 * GIB), 989.5e12, 67e12, 3.35e12,
-            "SXM, 80 GB. Rates: NVIDIA H100 datasheet (half of the figure with sparsity). Memory: vllm#27508, 79.11 GiB",
+            "H100", (9, 0), int(79.11 * GIB), 989.5e12, 494.5e12, 67e12, 3.35e12,
+            "SXM, 80 GB. Rates: NVIDIA H100 datasheet (half of those with sparsity). Memory: vllm#27508, 79.11 GiB",
         ),
         Device(
-            "H200", (9, 0), int(139.72 * GIB), 989.5e12, 67e12, 4.8e12,
-            "SXM, 141 GB. Rates: NVIDIA H200 datasheet (half of the figure with sparsity). Memory: 139.72 to 139.81 GiB in public logs",
+            "H200", (9, 0), int(139.72 * GIB), 989.5e12, 494.5e12, 67e12, 4.8e12,
+            "SXM, 141 GB. Rates: NVIDIA H200 datasheet (half of those with sparsity). Memory: 139.72 to 139.81 GiB in public logs",
         ),
         Device(
-            "RTX 4090", (8, 9), int(23.52 * GIB), 165.2e12, 82.6e12, 1.008e12,
+            "RTX 4090", (8, 9), int(23.52 * GIB), 165.2e12, 82.6e12, 82.6e12, 1.008e12,
             "24 GB. Rates: NVIDIA Ada architecture whitepaper. Memory: Soul-AILab/SoulX-FlashTalk#5, 23.52 GiB (23.64 in others)",
         ),
         Device(
-            "L4", (8, 9), int(22.03 * GIB), 121e12, 30.3e12, 0.3e12,
-            "24 GB. Rates: NVIDIA L4 datasheet (half of the figure with sparsity). Memory: ArcInstitute/evo2#190, 22.03 GiB",
+            "L4", (8, 9), int(22.03 * GIB), 121e12, 60e12, 30.3e12, 0.3e12,
+            "24 GB. Rates: NVIDIA L4 datasheet (half of those with sparsity). Memory: ArcInstitute/evo2#190, 22.03 GiB",
         ),
     )
 }  # fmt: skip

@@ -99,6 +99,7 @@ class Cost:
             optimizer's included: what a step's time depends on besides FLOPs (see `graphopt.cost.rates`).
         collectives: what a rank of several exchanges with the others in a step; none alone.
         cuda: what the step needs of a GPU, where the forecast was for one.
+        roofline_seconds: the least that it takes there, at the GPU's peak rates (see `graphopt.cost.roofline`).
         rows: the step by module path, the finest attribution.
         blocks: the step by the blocks asked for, in their order, then `""` for everything else.
     """
@@ -127,6 +128,7 @@ class Cost:
     moved_bytes: int
     collectives: tuple[Collective, ...] = ()
     cuda: DeviceMemory | None = field(default=None, repr=False, compare=False)
+    roofline_seconds: float | None = field(default=None, repr=False, compare=False)
     rows: tuple[BlockCost, ...] = field(default=(), repr=False)
     blocks: tuple[BlockCost, ...] = field(default=(), repr=False)
 
@@ -154,9 +156,13 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; with `blocks` if blocks were asked for, without `rows`."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "blocks", "collectives", "cuda")}
-        plain |= self.cuda.to_dict() if self.cuda is not None else {}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _APART}
+        plain |= {"roofline_seconds": self.roofline_seconds, **self.cuda.to_dict()} if self.cuda is not None else {}
         return plain | ({"blocks": [block.to_dict() for block in self.blocks]} if self.blocks else {})
+
+
+#: fields of `Cost` that its plain values do not hold as they are
+_APART = ("rows", "blocks", "collectives", "cuda", "roofline_seconds")
 
 
 class Figure(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -45,6 +45,17 @@ class _Saved:
     tensor: Tensor
 
 
+class OperatorCall(NamedTuple):
+    """An operator, with its arguments, its result, and the tensors among them."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
 class Ledger(TorchDispatchMode):
     """Use as a context around the step. `set_kind` may come before or after an allocation: peaks are computed at the end.
 
@@ -58,7 +69,7 @@ class Ledger(TorchDispatchMode):
         messages: the collectives that were called: (name of the phase, operator, bytes of the whole message).
         copies_scattered: whether a reduce-scatter works on a copy of its message, as gloo's does inside the operator.
         host: storages that stay on the CPU where the step runs on another device: the optimizer's counters.
-        inside: is told each operator, its arguments and its results, to record what its kernel allocates for itself.
+        inside: is told each operator, to record what its kernel allocates for itself, and how long it takes on another device.
     """
 
     def __init__(self, attribution: Attribution) -> None:
@@ -75,7 +86,7 @@ class Ledger(TorchDispatchMode):
         self.messages: list[tuple[str, str, int]] = []
         self.copies_scattered = False
         self.host: set[int] = set()
-        self.inside: Callable[[Any, tuple[Any, ...], list[Tensor]], None] | None = None
+        self.inside: Callable[[OperatorCall], None] | None = None
         self._references: dict[int, _StorageRef] = {}
         self._open = True
 
@@ -178,7 +189,7 @@ class Ledger(TorchDispatchMode):
         registered = [self._register(t.untyped_storage()) for t in outputs]
         self._gathered(func, args, kwargs, outputs)
         if self.inside is not None:
-            self.inside(func.overloadpacket, args, outputs)
+            self.inside(OperatorCall(func, args, kwargs, out, inputs, outputs))
         read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
         weights = [known is not None and self.weights[known.index] for known in read]
         buffers = [known is not None and self.kinds[known.index] == Kind.BUFFER for known in read]

@@ -29,7 +29,6 @@ from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, writes_in_place
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
-from graphopt.ir.regions import Region
 from graphopt.ir.shapes import tensors_in, uncached
 
 #: samples that the pieces are measured with; bytes are for so many samples
@@ -327,18 +326,3 @@ def by_largest(candidates: Sequence[CutCandidate], table: Table, parts: int | No
     if not ends:
         raise PassError("no such cuts give each part parameters and an auxiliary part that fits", fix="Ask for fewer parts")
     return tuple(candidates[e] for e in ends)
-
-
-def recomputed_by_memory(graph: Graph, blocks: Sequence[Region], parts: int) -> tuple[str, ...]:
-    """Names of the blocks that end all parts but the last, for the lowest predicted peak of a step that runs each part again.
-
-    Parts end at blocks that end at cut candidates. What lies before the first block, and after the last, is in none of them.
-    """
-    at = {c.node: c for c in cut_candidates(graph)}
-    names = {b.exits[0]: b.name for b in blocks if len(b.exits) == 1 and b.exits[0] in at}
-    start = [n for n in blocks[0].entries if n in at]
-    pieces = measure(graph, [at[n] for n in (*start, *names)])
-    inside = pieces[len(start) : len(start) + len(names) + (blocks[-1].exits[0] not in names)]
-    if parts > len(inside):
-        raise PassError(f"only {len(inside)} segments can end at a cut point", fix=f"Use at most {len(inside)} segments")
-    return tuple(list(names.values())[e] for e in best_recomputed(inside, parts)[1])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphopt.cost.figures import Cost, Work
 from graphopt.cost.optimizer import Optimizer, Update, update_of
-from graphopt.cost.step import forecast
+from graphopt.cost.step import StepOptions, forecast
 from graphopt.errors import RunError, first_line
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -51,18 +51,28 @@ class Rates:
 
 @dataclass(frozen=True)
 class TimedStep:
-    """A training step and the machine that takes it: what choices by time depend on besides the graph.
+    """A training step and the machine that takes it: what passes settle by besides the graph.
 
     Attributes:
-        batch: samples that go through the network at once. rates: of the machine.
+        batch: samples that go through the network at once. measured: gives the rates of the machine, once they are asked for.
         optimizer, optimizer_options, amp: as in `StepOptions`.
     """
 
     batch: int
-    rates: Rates
+    measured: Callable[[], Rates]
     optimizer: Optimizer = "sgd"
     optimizer_options: Mapping[str, Any] | None = None
     amp: str | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """Of the machine. Raises RunError if it cannot be timed."""
+        return self.measured()
+
+    @property
+    def options(self) -> StepOptions:
+        """Those of the forecast of such a step."""
+        return {"optimizer": self.optimizer, "optimizer_options": self.optimizer_options, "amp": self.amp}
 
     def update(self, parameters: Iterable[Tensor]) -> Update:
         """What the update of these parameters costs."""

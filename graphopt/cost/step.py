@@ -103,7 +103,8 @@ def forecast(
             return _train_once(copied, input, batch, per_block, ledger, options)
         stack.enter_context(as_on_cuda())
         ledger.inside = inside = Inside(ledger, device)
-        return replace(_train_once(copied, input, batch, per_block, ledger, options), cuda=device_memory(ledger, inside))
+        cost = _train_once(copied, input, batch, per_block, ledger, options)
+        return replace(cost, cuda=device_memory(ledger, inside), roofline_seconds=inside.seconds)
 
 
 def measure(

@@ -3,14 +3,15 @@
 The search uses the cost model and trains nothing. Memory is live bytes (see `graphopt.cost.Cost`), and what an allocator and kernels need
 on top an allowance that the user gives; or it is what the allocator of a named GPU needs (see `graphopt.cost.cuda`). "Cheapest" means: the
 most of training stays exact (see `Exact`), then the smallest part of the backbone is left untrained, then the fewest FLOPs per step. Every
-installed pass offers values of its own to try (`Pass.candidates`).
+installed pass offers values of its own to try (`Pass.candidates`), mildest first: a ladder. The search goes through the ladders from the
+most exact on, each by bisection, until something fits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 from graphopt.compiler.measure import measure_with
@@ -102,7 +103,7 @@ class Trial:
     Attributes:
         cost: of one step; in a plan with phases, of the phase with the highest peak.
         exact: what of training stays exact. untrained: share of the backbone's trainable parameters that no longer train.
-        best: whether it is on the Pareto front of peak, FLOPs, `exact` and `untrained`.
+        best: whether it is on the Pareto front of peak, FLOPs, `exact` and `untrained`, of all that were tried.
         refused: why it is impossible, if it is.
     """
 
@@ -229,9 +230,13 @@ class Search:
         own = Trial("the spec as it is", (), cost, fits=True, best=True, verified=True, untrained=self._untrained(cost))
         return Fit(budget, batch, backbone, (own,), own, self._with((), batch))
 
-    def suggest(self, budget: Budget) -> Fit:
-        """The cheapest candidate that fits at the spec's batch: the spec as it is, or with passes added to its own."""
-        shown = tuple(replace(c, fits=c.cost is not None and budget.holds(c.cost, self.backbone)) for c in self.front)
+    def suggest(self, budget: Budget, *, everything: bool = False) -> Fit:
+        """The cheapest candidate that fits at the spec's batch: the spec as it is, or with passes added to its own.
+
+        `everything` forecasts and verifies all candidates; otherwise only as many as the choice takes.
+        """
+        shown = self.front if everything else self._searched(budget)
+        shown = tuple(replace(c, fits=self._fits(c, budget)) for c in shown)
         fitting = sorted((c for c in shown if c.fits and c.verified), key=lambda c: c.price)
         chosen = fitting[0] if fitting else None
         batch = self.spec.train.micro_batch()
@@ -239,18 +244,55 @@ class Search:
             return Fit(budget, batch, self.backbone, shown, None, None)
         return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch), _snippet(self.plan.passes, chosen.added))
 
+    def _fits(self, trial: Trial, budget: Budget) -> bool:
+        return trial.cost is not None and budget.holds(trial.cost, self.backbone)
+
+    def _searched(self, budget: Budget) -> tuple[Trial, ...]:
+        """The trials that the choice took; the cheapest that fits is verified."""
+        tried: dict[str, Trial] = {}
+        for _, steps in groupby(sorted(self.ladders, key=_foreseen), key=_foreseen):
+            for ladder in steps:
+                self._climb(ladder, budget, tried)
+            while fitting := [trial for trial in tried.values() if self._fits(trial, budget)]:
+                cheapest = min(fitting, key=lambda trial: trial.price)
+                tried[cheapest.name] = self._verified(cheapest)
+                if tried[cheapest.name].verified:
+                    return _with_front(tried.values())
+        return _with_front(tried.values())
+
+    def _climb(self, ladder: Sequence[Trial], budget: Budget, tried: dict[str, Trial]) -> None:
+        """Finds the mildest trial of a ladder that fits, if its strongest does. One that is impossible counts as too mild."""
+
+        def fits(trial: Trial) -> bool:
+            if trial.name not in tried:
+                tried[trial.name] = self._costed(trial)
+            return self._fits(tried[trial.name], budget)
+
+        high = len(ladder) - 1
+        while not fits(ladder[high]):
+            if high == 0 or tried[ladder[high].name].refused is None:
+                return
+            high -= 1
+        low = 0
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(ladder[middle]) else (middle + 1, high)
+
+    @cached_property
+    def ladders(self) -> tuple[tuple[Trial, ...], ...]:
+        """All trials; each ladder needs less from rung to rung."""
+        return ((Trial("the spec as it is"),), *ladders(self.plan))
+
     @cached_property
     def front(self) -> tuple[Trial, ...]:
         """Every trial with its cost; those on the Pareto front verified."""
-        found = [self._costed(trial) for trial in (Trial("the spec as it is"), *trials(self.plan))]
+        found = tuple(self._costed(trial) for ladder in self.ladders for trial in ladder)
         while True:
             # A trial that cannot be verified leaves the front, and others may enter it.
-            found = [replace(t, best=t.cost is not None and not any(o.beats(t) for o in found)) for t in found]
-            unverified = [i for i, t in enumerate(found) if t.best and not t.verified]
-            if not unverified:
-                return tuple(found)
-            for i in unverified:
-                found[i] = self._verified(found[i])
+            found = _with_front(found)
+            if all(t.verified or not t.best for t in found):
+                return found
+            found = tuple(self._verified(t) if t.best and not t.verified else t for t in found)
 
     def _costed(self, trial: Trial) -> Trial:
         try:
@@ -315,16 +357,36 @@ def _snippet(own: Sequence[Pass], added: Sequence[Pass]) -> str:
     return "\n".join(parts)
 
 
-def trials(plan: Plan) -> Iterator[Trial]:
-    """What can be added to a plan: the candidates of every installed pass, and pairs of two passes."""
+def _with_front(found: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Trials, marked where no other one is better."""
+    trials = tuple(found)
+    return tuple(replace(t, best=t.cost is not None and not any(o.beats(t) for o in trials)) for t in trials)
+
+
+def _foreseen(ladder: Sequence[Trial]) -> Exact:
+    """The most that the trials of a ladder can leave exact, by what their passes promise."""
+    added = ladder[0].added
+    preserved = [value.preserved_properties() for value in added]
+    if all(properties >= ALL_PROPERTIES for properties in preserved):
+        return Exact.EVERYTHING if added else Exact.UNCHANGED
+    return Exact.GRADIENTS if all("gradients of unselected parameters" in properties for properties in preserved) else Exact.LOSS
+
+
+def ladders(plan: Plan) -> Iterator[tuple[Trial, ...]]:
+    """What can be added to a plan: the candidates of every installed pass, pairs of two passes, and all three of some."""
     found: list[tuple[type[Pass], list[Trial]]] = []
     for kind in sorted(installed().values(), key=lambda kind: (kind.once, _POSITIONS.index(kind.position))):
         current = next((value for value in plan.passes if value.name == kind.name), None)
         if candidates := [Trial(c.label, (c.value,)) for c in kind.candidates(plan.base, current)]:
             found.append((kind, candidates))
-            yield from candidates
-    # A few pairs are enough: of the second pass the middle candidate; of the first every one, or its strongest if a plan has one at most.
+            yield tuple(candidates)
+    # Of two passes: the second's middle candidate beside each of the first, or beside its strongest if a plan has one at most.
     for (kind, candidates), (_, others) in combinations(found, 2):
-        for candidate in candidates[-1:] if kind.once else candidates:
-            other = others[len(others) // 2]
-            yield Trial(f"{candidate.name}; {other.name}", (*candidate.added, *other.added))
+        yield tuple(_both(candidate, others[len(others) // 2]) for candidate in (candidates[-1:] if kind.once else candidates))
+    # As a last resort the strongest of three, but for the first, whose price is what no longer trains.
+    for (_, candidates), (_, others), (_, more) in combinations(found, 3):
+        yield tuple(_both(_both(candidate, others[-1]), more[-1]) for candidate in candidates)
+
+
+def _both(one: Trial, other: Trial) -> Trial:
+    return Trial(f"{one.name}; {other.name}", (*one.added, *other.added))

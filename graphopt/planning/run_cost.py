@@ -1,7 +1,7 @@
 """The cost of a whole run: the forecast of one step, summed over the phases, with evaluation and the filling of feature caches.
 
 Phases follow from decisions: those that can be foreseen from a spec, or those of a finished run. FLOPs and bytes are exact for what they
-count; seconds need the machine's rates (`graphopt.cost.measure_rates`).
+count; seconds need the machine's rates (`graphopt.cost.measure_rates`), or are the least that a named GPU takes (`graphopt.cost.roofline`).
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import fx, nn
 from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Phase, Plan
 from graphopt.compiler.triggers import Decision
-from graphopt.cost import Cost, Rates, forecast
+from graphopt.cost import Cost, Rates, StepOptions, forecast
+from graphopt.cost.roofline import PeakRates
 from graphopt.data.datasets import open_split
 from graphopt.errors import RunError
 from graphopt.ir.blocks import find_blocks
@@ -154,20 +155,21 @@ def forecast_run(
     evaluated: int,
     decisions: Sequence[Decision] | None = None,
     phases: Sequence[Phase] | None = None,
-    rates: Rates | None = None,
+    rates: Rates | PeakRates | None = None,
 ) -> RunCost:
     """The cost of a run that starts with `plan`, in its first phase.
 
     Args:
         samples, evaluated: images per epoch and per evaluation (see `counts`).
         decisions: of a finished run; default: those that can be foreseen. phases: where they are compiled already.
-        rates: the machine's, for seconds.
+        rates: the machine's, or the peak rates of a GPU, for seconds.
 
     Raises:
         RunError: the training set has less than one batch.
         CostError: a step cannot be forecast.
     """
-    batch, options = train.micro_batch(), train.forecast_options()
+    batch = train.micro_batch()
+    options = {**train.forecast_options(), "device": rates.gpu if isinstance(rates, PeakRates) else None}
     steps = samples // train.batch * train.accumulate
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
@@ -189,7 +191,7 @@ def forecast_run(
         earlier = current if cached else None
     # The last evaluation batch of an epoch counts as the part that it is.
     # The forward of a training step has the same FLOPs; its seconds are others.
-    evaluation = _forward_cost(backbone, plan.base.input, batch, train.amp) if rates else whole
+    evaluation = _forward_cost(backbone, plan.base.input, batch, options) if rates else whole
     batches = math.ceil(train.epochs / train.eval_every) * evaluated / batch
     evaluating = int(batches * evaluation.forward_flops), _seconds(rates, evaluation, batches)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
@@ -197,7 +199,7 @@ def forecast_run(
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
 
 
-def _seconds(rates: Rates | None, cost: Cost, times: float) -> float | None:
+def _seconds(rates: Rates | PeakRates | None, cost: Cost, times: float) -> float | None:
     return times * rates.seconds(cost) if rates else None
 
 
@@ -232,7 +234,7 @@ def _phase_cost(
     if start is cut.node:
         return step, None, cached
     prefix = emit(plan.graph, start=start, stop=cut.node)
-    fill = _forward_cost(prefix, _shape(start) if start is not None else plan.graph.input, batch, options["amp"])
+    fill = _forward_cost(prefix, _shape(start) if start is not None else plan.graph.input, batch, options)
     return step, (fill, samples * (cut.options.get("views") or 1) / batch), cached
 
 
@@ -261,8 +263,9 @@ def _expected_flops(plan: Plan, step: Cost) -> tuple[int, int]:
     return round(forward), round(backward)
 
 
-def _forward_cost(module: nn.Module, input: tuple[int, ...], batch: int, amp: str | None) -> Cost:
-    return forecast(_NoBackward(module), input, batch, optimizer=None, amp=amp, loss=lambda output, _labels: output)
+def _forward_cost(module: nn.Module, input: tuple[int, ...], batch: int, options: Mapping[str, Any]) -> Cost:
+    step: StepOptions = {"optimizer": None, "amp": options["amp"], "device": options["device"], "loss": lambda output, _labels: output}
+    return forecast(_NoBackward(module), input, batch, **step)
 
 
 class _NoBackward(nn.Module):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from graphopt.cli import COMMANDS, app, main
 from graphopt.cost import Rates
 from graphopt.models.cifar_resnet import CifarResNet
+from graphopt.planning.loading import LoaderRate
 from graphopt.spec import load, loads
 from tests.cli.spec import SPEC
 
@@ -128,7 +129,21 @@ def test_check_forecasts_a_chain_of_ranks(capsys: pytest.CaptureFixture[str], mo
 
 def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.cost.rates.STEPS", 1)
-    assert "  time, a forecast: " in output(capsys, "check", "s.toml", "--time")
+    monkeypatch.setattr("graphopt.cli.timing.measured_loader", lambda _: LoaderRate(10.0, 0))
+    out = output(capsys, "check", "s.toml", "--time")
+    assert "  time, a forecast: " in out
+    assert "steps timed on cpu; loader 10 images/s, measured here" in out
+    time = output_json(capsys, "check", "s.toml", "--time", "--device", "L4")["run_time"]
+    assert (time["device"], time["measured"]) == ("L4", False)
+    assert [phase["binds"] for phase in time["phases"]] == ["loader"]
+    assert time["phases"][0]["length"] == time["phases"][0]["step"] + time["phases"][0]["loading"]
+
+
+def test_check_says_where_the_time_on_a_gpu_comes_from(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.cli.timing.measured_loader", lambda _: None)
+    out = output(capsys, "check", "s.toml", "--time", "--device", "H100")
+    assert "  least time, at peak rates: " in out
+    assert "steps at the peak rates of an NVIDIA H100, not measured; loader not measured: the images are not here" in out
 
 
 def test_train_resume_and_export(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,10 +102,15 @@ def test_without_a_forecast_a_plan_says_why_it_has_no_costs(block: type[nn.Modul
 
 
 def test_what_cannot_do_without_a_forecast_says_so_in_one_line() -> None:
-    for passes in BY_MEMORY.values():
-        with pytest.raises(NeedsValuesError, match="looks at tensor values") as caught:
-            graphopt.compile(FourBlocks(Item), passes, input=SHAPE)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(NeedsValuesError, match="looks at tensor values") as caught:
+        graphopt.compile(FourBlocks(Item), BY_MEMORY["supervise by memory"], input=SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+def test_segments_are_even_where_memory_cannot_be_forecast() -> None:
+    plan = graphopt.compile(FourBlocks(Item), BY_MEMORY["checkpoint by memory"], input=SHAPE)
+    assert plan.report.passes[0].figures["segments"] == 2
+    assert trains(plan)
 
 
 def test_a_plan_with_costs_says_nothing() -> None:

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 
 import graphopt
 from graphopt.cost.figures import Work
 from graphopt.cost.partition import Piece, peaks
-from graphopt.cost.recomputation import cheapest, choices, recomputed_within
+from graphopt.cost.recomputation import chain_of, cheapest, choices, in_segments, shares, within
 from graphopt.errors import PassError
 from graphopt.ir.blocks import find_blocks
-from tests.support.backbones import Small
+from graphopt.models import cifar_resnet
 
 
 def drawn(seed, count=6):
@@ -61,19 +62,55 @@ def test_it_finds_what_trying_all_finds(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_lower_peak_never_costs_less(seed):
-    found = list(choices(drawn(seed, 9), [True] * 9))
+    pieces = drawn(seed, 9)
+    found = list(choices(pieces, peaks(pieces, 0), [True] * 9))
     assert found[0].runs == ()
     for more, less in itertools.pairwise(found):
         assert less.peak < more.peak
         assert less.flops >= more.flops
 
 
-def test_runs_are_named_by_their_blocks():
-    graph = graphopt.trace(Small(), (3, 16, 16))
-    blocks = find_blocks(graph)
-    assert recomputed_within(graph, blocks, 1.0) == ()
-    names = [name for run in recomputed_within(graph, blocks, 0.7) for name in run]
+@pytest.fixture(scope="module")
+def graph():
+    return graphopt.trace(cifar_resnet.build("resnet20"), (3, 16, 16))
+
+
+def test_runs_are_named_by_their_blocks(graph):
+    assert within(graph, 1.0) == ()
+    names = [name for run in within(graph, 0.7) for name in run]
     assert names
-    assert set(names) <= {block.name for block in blocks}
-    with pytest.raises(PassError, match=r"no choice of blocks has a peak of 0.01 of the plain one: the lowest is 0\.\d\d"):
-        recomputed_within(graph, blocks, 0.01)
+    assert set(names) <= {block.name for block in find_blocks(graph)}
+    with pytest.raises(PassError, match=r"no choice of blocks has a peak of 0.01 of the plain one: the lowest is 0\.\d+"):
+        within(graph, 0.01)
+
+
+def test_the_peak_of_a_choice_is_that_of_its_runs(graph):
+    chain, found = chain_of(graph), shares(graph)
+    plain = chain.peak(())
+    assert [chain.peak(runs) / plain for _, runs in found] == pytest.approx([share for share, _ in found])
+
+
+@pytest.mark.parametrize("by_memory", [False, True])
+def test_segments_are_the_blocks_in_order(graph, by_memory):
+    names = [block.name for block in find_blocks(graph)]
+    for count in (1, 2, 4, len(names)):
+        found = in_segments(graph, count, by_memory=by_memory)
+        assert [name for run in found for name in run] == names[: sum(map(len, found))]
+        assert count - 1 <= len(found) <= count
+    assert in_segments(graph, "every block") == in_segments(graph, len(names))
+
+
+def test_the_last_segment_runs_again_only_where_that_helps(graph):
+    chain = chain_of(graph)
+    names = tuple((block.name,) for block in find_blocks(graph))
+    found = in_segments(graph, "every block")
+    assert found == names[:-1]
+    assert chain.peak(found) <= chain.peak(names)
+
+
+def test_segments_of_blocks_that_cannot_be_cut_between_are_even():
+    model = timm.create_model("densenet121", growth_rate=4, block_config=(3, 3), num_classes=3)
+    graph = graphopt.trace(model, (3, 32, 32))
+    names = [block.name for block in find_blocks(graph)]
+    found = in_segments(graph, len(names) - 1)
+    assert [name for run in found for name in run] == names

@@ -61,7 +61,7 @@ def test_the_predictions_of_modules_add_up_to_the_forecast_of_a_step(name: str) 
     step = forecast(plan.module, input, 16, targets=True, **training)
     # Above the point, seconds are FLOPs; below it bytes and kernels, as shares of those of the step.
     rates = Rates(1.0, 0.2 / step.moved_bytes, 0.1 / step.kernels, 0.0, "cpu")
-    found = table(graph, value, TimedStep(16, rates, **training))
+    found = table(graph, value, TimedStep(16, lambda: rates, **training))
     flops, others = divmod(found[0, at] + found[at + 1, -1], 1)
     assert flops == step.flops
     # The network's own criterion is in no module. Under autocast, heads and decoders take a narrower input than here.
@@ -84,14 +84,14 @@ class Uneven(nn.Module):
 @pytest.mark.parametrize(("rates", "end"), [(FLOPS, "layers.2"), (KERNELS, "layers.1")])
 def test_cuts_follow_the_rates(rates: Rates, end: str) -> None:
     graph = graphopt.trace(Uneven(), (16,))
-    value = Supervise(modules=2, balance="time", decoder="none").settle(graph, TimedStep(64, rates))
+    value = Supervise(modules=2, balance="time", decoder="none").settle(graph, TimedStep(64, lambda: rates))
     assert value.cuts is not None
     assert value.cuts[0].startswith(end)
 
 
 def test_a_limit_holds_each_module_down_and_costs_time() -> None:
     graph = graphopt.trace(cifar.build("resnet14"), (3, 8, 8))
-    step = TimedStep(64, BOTH)
+    step = TimedStep(64, lambda: BOTH)
     free, tight = (Supervise(modules=2, balance="time", decoder="none", limit=limit) for limit in (None, "3800 KiB"))
     assert free.settle(graph, step).cuts != tight.settle(graph, step).cuts
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_a_limit_holds_each_module_down_and_costs_time() -> None:
 def test_the_limit_is_about_what_a_process_with_one_module_holds() -> None:
     model = Small(drop=0.0)
     graph = graphopt.trace(model, (3, 8, 8))
-    step = TimedStep(8, BOTH)
+    step = TimedStep(8, lambda: BOTH)
     with pytest.raises(PassError) as caught:
         Supervise(modules=4, balance="time", limit=1).settle(graph, step)
     assert caught.value.fix is not None
@@ -119,10 +119,10 @@ def test_an_unsettled_pass_chooses_no_cuts() -> None:
     graph = graphopt.trace(Small(), (3, 8, 8))
     with pytest.raises(PassError, match="depends on the machine"):
         value.match(graph)
-    found = value.settle(graph, TimedStep(8, BOTH))
+    found = value.settle(graph, TimedStep(8, lambda: BOTH))
     assert found.settles(value)
     assert not value.settles(found)
-    assert found.settle(graph, TimedStep(8, FLOPS)) == found
+    assert found.settle(graph, TimedStep(8, lambda: FLOPS)) == found
     assert any("measured on a machine" in d.message for d in found.match(graph).diagnostics)
 
 

@@ -116,7 +116,7 @@ def test_a_suggestion_fits_trains_everything_where_it_can_and_is_a_spec(search):
 
 
 def test_the_front_holds_nothing_that_another_candidate_beats(search):
-    shown = search.suggest(Budget(memory=1)).candidates
+    shown = search.suggest(Budget(memory=1), everything=True).candidates
     front = [c for c in shown if c.best]
     assert all(c.verified for c in front)
     figures = {id(c): (c.cost.peak_bytes, c.cost.flops, c.exact, c.untrained) for c in shown if c.cost}
@@ -124,6 +124,14 @@ def test_the_front_holds_nothing_that_another_candidate_beats(search):
         mine = figures[id(candidate)]
         better = [c for c in front if figures[id(c)] != mine and all(a <= b for a, b in zip(figures[id(c)], mine, strict=True))]
         assert bool(better) != candidate.best
+
+
+def test_the_choice_takes_few_forecasts_and_is_as_good_as_with_all_of_them(search):
+    for share in (1.0, 0.7, 0.5):
+        budget = Budget(memory=int(share * search.backbone.peak_bytes))
+        few, all_of_them = search.suggest(budget), search.suggest(budget, everything=True)
+        assert len(few.candidates) <= len(all_of_them.candidates) // 2
+        assert [c.price for c in (few.chosen,) if c] == [c.price for c in (all_of_them.chosen,) if c]
 
 
 def test_another_division_replaces_the_specs_own():
@@ -142,6 +150,7 @@ def test_pairs_that_save_differently_are_tried(search):
         ("supervise", "checkpoint"),
         ("freeze", "supervise"),
         ("freeze", "checkpoint"),
+        ("freeze", "supervise", "checkpoint"),
     }
     assert all(c.cost for c in pairs if not c.refused)
     assert all(c.cost.peak_bytes < search.backbone.peak_bytes for c in pairs if c.cost)

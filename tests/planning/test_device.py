@@ -78,7 +78,7 @@ def test_the_batch_for_a_device_fits_it_and_the_next_does_not(search):
 
 
 def test_a_suggestion_for_a_device_fits_its_allocator(search, monkeypatch):
-    monkeypatch.setattr(budget, "trials", lambda _: [Trial("4 segments", (Checkpoint(segments=4),))])
+    monkeypatch.setattr(budget, "ladders", lambda _: [(Trial("4 segments", (Checkpoint(segments=4),)),)])
     assert peak(search.backbone) == search.backbone.cuda.reserved.high
     found = search.suggest(Budget(memory=search.backbone.cuda.capacity.high - 2**21, device=L4))
     assert not found.candidates[0].fits
