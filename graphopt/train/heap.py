@@ -1,7 +1,7 @@
 """The memory that a step frees stays with the process for the next step (glibc).
 
-By default glibc gives the free end of the heap back to the system after most steps, and gets it again page by page in the next one: 4 to
-10 % of a step's processor time on the CPU (tools/tables/heap.md). PyTorch's own allocator does the same for CUDA.
+By default glibc gives the free end of the heap back to the system after many steps, and gets it again page by page in the next one: up to
+8 % of a step's processor time on the CPU (tools/tables/heap.md). PyTorch's own allocator does the same for CUDA.
 """
 
 import ctypes
