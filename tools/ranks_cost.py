@@ -1,8 +1,9 @@
 """Forecast next to measurement: live bytes and messages of a step on 2 and 3 gloo ranks. Run with PYTHONPATH=. from the repository's root.
 
-Writes tools/tables/ranks_cost.md.
+Writes tools/tables/ranks_cost.md; with `--append`, adds rows to it, those of `--accumulate` micro-batches per step, say.
 """
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,17 @@ def plan_of(backbone: str, name: str) -> Plan:
     return graphopt.compile(module, passes_of(backbone)[name], input=(3, 32, 32), verify="off", costs=False).phases(1)[0].plan
 
 
-def train_of(strategy: str) -> TrainSpec:
-    return TrainSpec.model_validate({"epochs": 1, "batch": 12, "device": "cpu", "strategy": strategy})
+def train_of(strategy: str, accumulate: int) -> TrainSpec:
+    table = {"epochs": 1, "batch": 12, "accumulate": accumulate, "device": "cpu", "strategy": strategy}
+    return TrainSpec.model_validate(table)
 
 
 def figures(cost: Cost) -> dict[str, Any]:
     return {"peak": cost.peak_bytes, "messages": [(m.name, m.calls, m.bytes, m.sizes) for m in cost.collectives]}
 
 
-def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dict[str, Any]]) -> None:
-    ranks, train, rows = distributed.get_world_size(), train_of(strategy), []
+def compare(rank: int, backbone: str, strategy: str, accumulate: int, forecasts: Mapping[str, dict[str, Any]]) -> None:
+    ranks, train, rows = distributed.get_world_size(), train_of(strategy, accumulate), []
     for name, expected in forecasts.items():
         plan = plan_of(backbone, name)
         trained = trained_part(plan, None)
@@ -70,7 +72,7 @@ def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dic
             way = sharded(plan, train, ranks, "gloo")
         else:
             real = Replicated.of(train).with_ranks(Ranks(rank, ranks))
-            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan), real.without_reduction)
+            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan), real.without_reduction, accumulate)
         options = {**train.forecast_options(), "targets": plan.needs.targets, "parallel": way}
         # A thread of gloo may hold a message a moment longer than it is needed.
         costs = [measure(trained.module, trained.input, train.micro_batch(ranks), **options) for _ in range(3)]
@@ -82,25 +84,30 @@ def compare(rank: int, backbone: str, strategy: str, forecasts: Mapping[str, dic
             )
             same = "equal" if found["messages"] == expected["messages"] else f"forecast {expected['messages']}"
             peaks = f"{expected['peak']:,} | {found['peak']:,}"
-            rows.append(f"| {backbone} | {name} | {strategy} | {ranks} | {peaks} | {messages} | {same} |\n")
+            rows.append(f"| {backbone} | {name} | {strategy} | {ranks} | {accumulate} | {peaks} | {same} | {messages} |\n")
     with TABLE.open("a") as file:
         file.writelines(rows)
 
 
 def main() -> None:
-    head = "| backbone | pass | strategy | ranks | peak, forecast | peak, measured | messages, measured | messages, forecast |\n"
-    TABLE.write_text(
-        "`PYTHONPATH=. python tools/ranks_cost.py`: bytes of one step on rank 0, batch 12 over all ranks, gloo; least of three steps\n\n"
-        + head
-    )
-    with TABLE.open("a") as file:
-        file.write("|---|---|---|---|---|---|---|---|\n")
-    for ranks in (2, 3):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    parser.add_argument("--append", action="store_true")
+    options = parser.parse_args()
+    about = "bytes of one step on rank 0, batch 12 over all ranks and micro-batches, gloo; least of three steps"
+    figures = (f"{what}, {how}" for what in ("peak", "messages") for how in ("forecast", "measured"))
+    columns = ["backbone", "pass", "strategy", "ranks", "micro-batches", *figures]
+    if not options.append:
+        head = f"`PYTHONPATH=. python tools/ranks_cost.py`: {about}\n\n| {' | '.join(columns)} |\n"
+        TABLE.write_text(head + "|---" * len(columns) + "|\n")
+    for ranks in options.ranks:
         for backbone in BACKBONES:
             for strategy in ("ddp", "fsdp"):
-                plans = {name: plan_of(backbone, name) for name in PASSES}
-                costs = {name: forecast_ranks(plan, train_of(strategy), ranks=ranks) for name, plan in plans.items()}
-                run_ranks(compare, backbone, strategy, {name: figures(c.phases[0].step) for name, c in costs.items()}, ranks=ranks)
+                train, plans = train_of(strategy, options.accumulate), {name: plan_of(backbone, name) for name in PASSES}
+                costs = {name: forecast_ranks(plan, train, ranks=ranks) for name, plan in plans.items()}
+                forecasts = {name: figures(cost.phases[0].step) for name, cost in costs.items()}
+                run_ranks(compare, backbone, strategy, options.accumulate, forecasts, ranks=ranks)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ class Parallel:
     backend: str = "gloo"
 
     @classmethod
+    def alone(cls, accumulate: int = 1) -> "Parallel":
+        """One process, for a measurement too."""
+        return cls(1, lambda module: module, accumulate=accumulate, warm_up=0)
+
+    @classmethod
     def replicated(cls, ranks: int, *, accumulate: int = 1, unused: Collection[str] = (), backend: str = "gloo") -> "Parallel":
         """DistributedDataParallel, for a forecast; `unused` are trainable parameters that no forward reads."""
         return cls(ranks, lambda module: Replica(module, ranks, unused), _no_sync, accumulate, warm_up=1, backend=backend)

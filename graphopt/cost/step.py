@@ -53,7 +53,7 @@ class StepOptions(TypedDict, total=False):
         amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
-        parallel: how the step runs on several ranks; the figures are then those of one rank, and memory that of all micro-batches.
+        parallel: how the step runs on several ranks; the figures are then those of one rank's step, all micro-batches.
         inputs: what the module takes, as one tuple, in the place of a batch of samples: plain values, and tensors like these.
         device: of a forecast: take the step with the kernels of this GPU, and forecast its memory there (`Cost.cuda`).
     """
@@ -151,7 +151,7 @@ def _train_once(
     if batch < 1:
         raise CostError(f"a batch has at least one sample, found {batch}")
     amp, criterion = autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
-    parallel = options.get("parallel") or Parallel(1, lambda module: module, warm_up=0)
+    parallel = options.get("parallel") or Parallel.alone()
     module.train()
     with ExitStack() as stack:
         if gc.isenabled():
@@ -168,7 +168,7 @@ def _train_once(
         ledger.set_kind(getattr(wrapped, "buckets", ()), Kind.GRADIENT)
         ledger.set_kind(module.parameters(), Kind.PARAMETER)
         ledger.set_kind(module.buffers(), Kind.BUFFER)
-        ledger.set_kind(tensors_in(batches), Kind.INPUT)
+        ledger.set_kind(tensors_in(batches[0]), Kind.INPUT)
         if optimizer is not None:
             ledger.set_kind(state_of(optimizer), Kind.OPTIMIZER)
             ledger.host = {ledger.index(state["step"]) for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)}
@@ -245,15 +245,20 @@ class _Step:
             self.ledger.set_kind(self._gradients(), Kind.GRADIENT)
             self.module.zero_grad(set_to_none=True)
 
-    def run(self, batches: Sequence[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
-        """The step that counts: what each path had saved at the end of the last forward, and the bytes of all `.grad`."""
-        several = len(batches) > 1
-        runs = batches if len(batches) <= 3 else (*batches[:2], batches[-1])
-        gradient_bytes = 0
-        for number, (x, target) in enumerate(runs):
-            part = " between" if 0 < number < len(runs) - 1 else ""
-            context = nullcontext() if number + 1 == len(runs) else self.parallel.without_reduction(self.wrapped)
-            with context:
+    def run(self, batches: list[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
+        """The step that counts: what each path had saved at the end of the last forward, and the bytes of all `.grad`.
+
+        It uses up `batches`: a training loop takes one micro-batch at a time, so each counts from its forward to the next one's.
+        """
+        count, gradient_bytes = len(batches), 0
+        del batches[2:-1]
+        last = len(batches) - 1
+        for number in range(last + 1):
+            x = target = None
+            x, target = batches.pop(0)
+            self.ledger.set_kind(tensors_in((x, target)), Kind.INPUT)
+            part = " between" if 0 < number < last else ""
+            with nullcontext() if number == last else self.parallel.without_reduction(self.wrapped):
                 self.ledger.start_phase(f"forward{part}")
                 with torch.autograd.graph.saved_tensors_hooks(self.ledger.pack, self.ledger.unpack):
                     # The output lives until the next forward, or the step's end, as it does in a training loop.
@@ -261,8 +266,8 @@ class _Step:
                 saved = self.ledger.saved_now()
                 if loss.requires_grad:
                     self.ledger.start_phase(f"backward{part}")
-                    self._differentiate(x, loss / len(batches) if several else loss)
-                    if number + 1 == len(runs):
+                    self._differentiate(x, loss / count if count > 1 else loss)
+                    if number == last:
                         self.parallel.after_backward()
                     gradients = self._gradients()
                     self.ledger.set_kind(gradients, Kind.GRADIENT)
@@ -305,7 +310,7 @@ def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_byt
         buffer_bytes=sizes[Kind.BUFFER],
         gradient_bytes=gradient_bytes,
         optimizer_bytes=sizes[Kind.OPTIMIZER],
-        input_bytes=sizes[Kind.INPUT],
+        input_bytes=ledger.peak((Kind.INPUT,))[0],
         peak_bytes=peak,
         peak_activation_bytes=ledger.peak((Kind.ACTIVATION, Kind.INPUT))[0],
         peak_block_bytes=ledger.peak(block=BLOCK)[0],

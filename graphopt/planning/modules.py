@@ -40,8 +40,8 @@ class ChainRank:
 
     @property
     def held_bytes(self) -> int:
-        """The peak of its step: one micro-batch is there at a time."""
-        return self.step.peak_bytes - self.step.input_bytes // self.accumulate * (self.accumulate - 1)
+        """The peak of its step."""
+        return self.step.peak_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; modules count from 1."""

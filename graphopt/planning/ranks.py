@@ -144,6 +144,8 @@ def forecast_ranks(
     phases = []
     for start, end, _, current in plan.phases(train.epochs, decisions):
         options = {**train.forecast_options(), "targets": current.needs.targets}
+        if train.accumulate > 1:
+            options["parallel"] = Parallel.alone(train.accumulate)
         trained = trained_part(current, samples)
         alone = forecast(trained.module, trained.input, train.micro_batch(), **options)
         kept = Kept(_averages(current, train, "single", 1), trained.left_out)

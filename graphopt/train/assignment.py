@@ -41,7 +41,7 @@ def step_of(stage: Stage, train: TrainSpec) -> Cost:
     """The cost of a stage's step of `train`; of many micro-batches, three are run, as `Parallel.accumulate` says."""
     options = train.forecast_options()
     if train.accumulate > 1:
-        options["parallel"] = Parallel(1, lambda module: module, accumulate=train.accumulate, warm_up=0)
+        options["parallel"] = Parallel.alone(train.accumulate)
     return stage.forecast(train.micro_batch(), **options)
 
 

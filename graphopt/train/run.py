@@ -30,6 +30,7 @@ from graphopt.hashing import content_digest, hash_parts
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.evaluation import Meter, evaluate
+from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
@@ -109,6 +110,7 @@ class Starting:
             text = dumps(self.spec) if self.spec is not None else ""
             with (
                 strategy.kernels(),
+                kept_heap(),
                 StopSignals() as signals,
                 closing(inputs.images),
                 closing(inputs.evaluation),

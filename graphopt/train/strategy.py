@@ -20,6 +20,7 @@ from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
 from graphopt.runtime.shards import whole_state
 from graphopt.spec import TrainSpec
+from graphopt.train.heap import release_free_memory
 from graphopt.train.owned import Owned
 from graphopt.train.ranks import ALONE, Ranks
 
@@ -216,15 +217,17 @@ class Strategy:
 
     def begin_memory(self, module: nn.Module) -> None:
         """From now on memory counts as the run's, and so do the tensors of `module`; what libraries and the trace hold does not."""
+        release_free_memory()
         own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
         self.before = _resident("RSS") - sum(own.values())
         self.reset_peak_memory()
 
     def reset_peak_memory(self) -> None:
-        """Starts a new measurement."""
+        """Starts a new measurement, from what is in use."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            release_free_memory()
             with suppress(OSError):  # Linux: the peak of this process becomes what is resident now
                 Path("/proc/self/clear_refs").write_text("5")
 

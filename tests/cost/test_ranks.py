@@ -85,6 +85,12 @@ def test_equals_a_step_of_real_ranks():
     run_ranks(check, forecasts, ranks=ranks)
 
 
+def test_one_micro_batch_is_there_at_a_time_and_the_gradients_of_those_before():
+    one, many = (forecast(network(), INPUT, 2, optimizer=None, parallel=Parallel.alone(count)) for count in (1, 4))
+    assert many.input_bytes == one.input_bytes
+    assert one.peak_bytes < many.peak_bytes <= one.peak_bytes + one.gradient_bytes
+
+
 def test_a_ring_sends_what_is_not_a_ranks_own():
     gather, reduction, scatter = (Collective(name, 1, 1200) for name in ("all-gather", "all-reduce", "reduce-scatter"))
     assert [m.sent(3, "nccl") for m in (gather, reduction, scatter)] == [800, 1600, 800]
