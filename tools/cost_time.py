@@ -3,8 +3,9 @@
     python tools/cost_time.py [--batch 4] [--rounds 5] [--out FILE]
 
 Rates are measured here first, on six other networks (`graphopt.cost.measure_rates`). "Ratio" is the forecast over the median of the timed
-steps (forward, backward, SGD). "Saved" is what the pass saves of the backbone's step, forecast and timed in turns. The rates know nothing
-of a kernel's own efficiency: depthwise convolutions (EfficientNet) take longer than they say, and what fits into the caches is faster.
+steps (forward, backward, SGD); with one thread, processor time, otherwise wall time. "Saved" is what the pass saves of the backbone's step,
+forecast and timed in turns. The rates know nothing of a kernel's own efficiency: depthwise convolutions (EfficientNet) take longer than
+they say, and what fits into the caches is faster.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Pass]]] = {
             "checkpoint, 8 segments": Checkpoint(segments=8),
         },
     ),
+    "timm vit_tiny, 6 blocks": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6),
+        32,
+        {"supervise, 2 modules": Supervise(modules=2, balance="memory")},
+    ),
+    "timm swin_tiny, 3 stages of width 48": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=48, depths=(2, 2, 2), num_heads=(2, 4, 8)),
+        56,
+        {"supervise, 3 modules": Supervise(balance="stage")},
+    ),
     "torchvision resnet50": (
         torchvision.models.resnet50,
         224,
@@ -67,12 +78,13 @@ def stepper(module: nn.Module, targets: bool, x: torch.Tensor, y: torch.Tensor) 
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 1e-3, momentum=0.9)
 
     def step() -> float:
-        start = time.perf_counter()
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         optimizer.zero_grad()
         output, local = module(x, y) if targets else (module(x), 0.0)
         (F.cross_entropy(output, y) + local).backward()
         optimizer.step()
-        return time.perf_counter() - start
+        return clock() - start
 
     return step
 
@@ -115,7 +127,8 @@ def main() -> None:
                 row += ["", ""]
             lines.append("| " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
-    note = f"Batch {options.batch}, {torch.get_num_threads()} threads. Measured: {1e-9 / rates.flop if rates.flop else 0:.0f} GFLOP/s, "
+    note = f"Batch {options.batch}, threads: {torch.get_num_threads()}. Measured: {1e-9 / rates.flop if rates.flop else 0:.0f} GFLOP/s in "
+    note += f"convolutions, {1e-9 / rates.product if rates.product else 0:.0f} in matrix products, "
     note += f"{1e-9 / rates.byte if rates.byte else 0:.1f} GB/s, {1e6 * rates.kernel:.1f} us a call; these are off by {rates.error:.0%} at "
     note += "most on the networks they come from."
     text = heading("Forecast of time against timed steps", __doc__) + f"\n{note}\n\n" + "\n".join(lines) + "\n"

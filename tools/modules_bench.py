@@ -264,7 +264,8 @@ def main() -> None:
         first += speeds(name, found)
         second += [row for balance in BALANCES for row in ranks_of(name, balance, cuts[balance] or (), rates, found)]
         text = heading("A chain of two processes", __doc__) + FIRST + "".join(first) + SECOND + "".join(second)
-        by = f"{rates.flop:.3g} s/FLOP, {rates.byte:.3g} s/byte, {rates.kernel:.3g} s/kernel"
+        by = f"{rates.flop:.3g} s/FLOP of convolutions, {rates.product:.3g} of matrix products, "
+        by += f"{rates.byte:.3g} s/byte, {rates.kernel:.3g} s/kernel"
         options.out.write_text(f"{text}\nRates: {by}; error on the networks that they were fitted to: {rates.error:.0%}.\n")
         print("".join(first[-len(VARIANTS) :]))
 

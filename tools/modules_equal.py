@@ -45,15 +45,14 @@ from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import train
 
 STEPS = 30
-EPOCHS = 3
-BATCH = 8
+BATCH = 4
 RANKS = (1, 2, 3)
 #: seconds until ranks that hang are killed
 PATIENCE = 300
 
 
 class Case(NamedTuple):
-    """A backbone, one image's shape, passes, and settings that differ from the usual ones."""
+    """A backbone, passes, settings that differ from the usual ones, one image's shape, and augmentation."""
 
     make: Callable[[], nn.Module]
     passes: tuple[Pass, ...]
@@ -77,7 +76,7 @@ ADAMW = {"name": "adamw", "lr": 0.003}
 GRAY = (1, 8, 8)
 CUTS = Supervise(cuts=("stem", "one", "two"), decoder="none")
 CASES = {
-    "ResNet with batch norms": Case(RESNET, (Supervise(modules=3),)),
+    "ResNet with batch norms": Case(RESNET, (Supervise(modules=3),), {"epochs": 2}),
     "ResNet, image decoders, EMA, two micro-batches, adaptive clipping": Case(
         RESNET, (Supervise(modules=3, decoder="image", head="conv"),), {"ema": 0.9, "accumulate": 2, "clip": 0.01, "clip_mode": "agc"}
     ),
@@ -93,7 +92,7 @@ CASES = {
     "frozen, thawed, checkpoints in a thread": Case(
         small_run.backbone,
         (CUTS, Freeze(select="stem", when={"epoch": 1}), Freeze(select="one", when={"epoch": 1, "until": 2})),
-        {"ema": 0.9, "optimizer": ADAMW, "checkpoint_async": True},
+        {"epochs": 3, "ema": 0.9, "optimizer": ADAMW, "checkpoint_async": True},
         GRAY,
     ),
     "frozen by score, then end to end": Case(
@@ -102,9 +101,10 @@ CASES = {
             Supervise(cuts=CUTS.cuts, decoder="none", when={"epoch": 0, "until": 2}),
             Freeze(select=["stem", "one"], when={"score": "change", "below": 10.0}),
         ),
-        shape=GRAY,
+        {"epochs": 3},
+        GRAY,
     ),
-    "cached features": Case(small_run.backbone, (Drop(upto="one", when={"epoch": 1}, force=True), CUTS), {"ema": 0.9}, GRAY),
+    "cached features": Case(small_run.backbone, (Drop(upto="one", when={"epoch": 1}, force=True), CUTS), {"epochs": 3, "ema": 0.9}, GRAY),
 }
 
 
@@ -112,15 +112,15 @@ def plan_of(case: Case, seed: int = 0) -> Plan:
     """Compiled, and checked in all phases, so that forked processes begin with torch's caches filled."""
     torch.manual_seed(seed)
     plan = graphopt.compile(case.make(), list(case.passes), input=case.shape, verify="off", costs=False)
-    plan.check_phases(EPOCHS)
+    plan.check_phases(case.settings.get("epochs", 1))
     return plan
 
 
-def run(plan: Plan, case: Case, folder: Path, strategy: str, steps: int = STEPS // EPOCHS, *, resume: bool = False) -> None:
-    """Trains in every rank that calls it: so many steps per epoch."""
-    usual = {"epochs": EPOCHS, "batch": BATCH, "eval_every": 2, "log_every": 1, "ledger": True, "device": "cpu"}
+def run(plan: Plan, case: Case, folder: Path, strategy: str, steps: int = STEPS, *, resume: bool = False) -> None:
+    """Trains so many steps, in every rank that calls it."""
+    usual = {"epochs": 1, "batch": BATCH, "eval_every": 2, "log_every": 1, "ledger": True, "device": "cpu"}
     table = {**usual, "optimizer": {"name": "sgd", "lr": 0.05}, **case.settings, "strategy": strategy}
-    limits = {"train_limit": steps * BATCH, "eval_limit": 13}
+    limits = {"train_limit": steps // table["epochs"] * BATCH, "eval_limit": 13}
     data = DataSpec.model_validate({"name": "digits", **limits, "augment": case.augment})
     train(plan, folder, settings=TrainSpec.model_validate(table), data=data, resume=resume)
 
@@ -211,10 +211,8 @@ class Found(NamedTuple):
     differing: dict[int, list[str]]
 
 
-def compare(
-    cases: Mapping[str, Case], folder: Path, ranks: Sequence[int] = RANKS, steps: int = STEPS // EPOCHS
-) -> Iterator[tuple[str, Found]]:
-    """Trains every case by one process, and on every number of ranks, so many steps per epoch; yields what was compared."""
+def compare(cases: Mapping[str, Case], folder: Path, ranks: Sequence[int] = RANKS, steps: int = STEPS) -> Iterator[tuple[str, Found]]:
+    """Trains every case by one process, and on every number of ranks, so many steps; yields what was compared."""
     plans = {name: plan_of(case) for name, case in cases.items()}
     open_data(DataSpec(name="digits"), (1, 8, 8), 0)  # read once, for all ranks
     for count, strategy in {0: "auto", **dict.fromkeys(ranks, "modules")}.items():

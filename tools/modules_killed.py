@@ -67,7 +67,7 @@ def train(plan: Plan, folder: Path, kill: Kill | None = None) -> None:
         _die(kill)
     if kill is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the others report that the connection broke
-    modules_equal.run(plan, CASE, folder, "modules", steps=STEPS_OF_EPOCH, resume=True)
+    modules_equal.run(plan, CASE, folder, "modules", STEPS, resume=True)
 
 
 def _die(kill: Kill) -> None:

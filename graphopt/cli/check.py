@@ -76,6 +76,7 @@ def check(
 
     named = gpu(device) if device is not None and not is_here else None
     here = device if is_here else "cpu" if time and named is None else None
+    _check_before_timing(loaded)
     rates = rates_for(here, loaded.train.amp, named if time else None)
     gc.freeze()  # the collector need not go through all that was imported again and again
     source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
@@ -117,6 +118,14 @@ def check(
         show_error(str(error))
     if refused:
         raise refused[-1]
+
+
+def _check_before_timing(spec: "Spec") -> None:
+    """Raises RunError for settings that a chain of modules refuses, whose passes need timed steps: minutes, in float16 on a CPU."""
+    from graphopt.train.modules import Modular
+
+    if spec.train.strategy == "modules" and not spec.settled:
+        Modular.of(spec.train)
 
 
 def _forecast(

@@ -21,11 +21,12 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What the time of a part of a step depends on: FLOPs, bytes read and written, kernel calls (see `Cost`)."""
+    """What the time of a part of a step depends on: FLOPs, bytes read and written, kernel calls, FLOPs of products (see `Cost`)."""
 
     flops: int = 0
     moved_bytes: int = 0
     kernels: int = 0
+    product_flops: int = 0
 
     def __add__(self, other: Self) -> Self:
         return replace(self, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -97,6 +98,7 @@ class Cost:
         all_reduced_bytes: what data-parallel training sums over ranks in every step: one gradient per trainable parameter.
         kernels, moved_bytes: operator calls that compute (views do not), and the bytes of all tensors that they read and write, the
             optimizer's included: what a step's time depends on besides FLOPs (see `graphopt.cost.rates`).
+        product_flops: of the FLOPs, those of matrix products and attention; the others are of convolutions.
         collectives: what a rank of several exchanges with the others in a step; none alone.
         cuda: what the step needs of a GPU, where the forecast was for one.
         roofline_seconds: the least that it takes there, at the GPU's peak rates (see `graphopt.cost.roofline`).
@@ -126,6 +128,7 @@ class Cost:
     all_reduced_bytes: int
     kernels: int
     moved_bytes: int
+    product_flops: int = 0
     collectives: tuple[Collective, ...] = ()
     cuda: DeviceMemory | None = field(default=None, repr=False, compare=False)
     roofline_seconds: float | None = field(default=None, repr=False, compare=False)

@@ -22,6 +22,20 @@ class OperatorFlops(NamedTuple):
     weight: int = 0
 
 
+#: those whose FLOPs are not of matrix products
+CONVOLUTIONS = frozenset(
+    {
+        aten.convolution,
+        aten._convolution,
+        aten.convolution_overrideable,
+        aten.cudnn_convolution,
+        aten.miopen_convolution,
+        aten._slow_conv2d_forward,
+        aten._conv_depthwise2d,
+        aten.convolution_backward,
+        aten.convolution_backward_overrideable,
+    }
+)
 #: from a call's positional arguments and its result
 Formula = Callable[[tuple[Any, ...], Any], OperatorFlops]
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
-from graphopt.cost.flops import operator_flops
+from graphopt.cost.flops import CONVOLUTIONS, operator_flops
 from graphopt.ir.shapes import tensors_in
 
 aten = torch.ops.aten
@@ -66,6 +66,7 @@ class Ledger(TorchDispatchMode):
         phases: (name of a phase, number of events before it).
         saved: (stored tensor, storage, path that saved it).
         kernels, moved: kernel calls, and the bytes of all that they read and write: what a step's time depends on besides FLOPs.
+        products: FLOPs of matrix products and attention, but of no convolution.
         messages: the collectives that were called: (name of the phase, operator, bytes of the whole message).
         copies_scattered: whether a reduce-scatter works on a copy of its message, as gloo's does inside the operator.
         host: storages that stay on the CPU where the step runs on another device: the optimizer's counters.
@@ -82,7 +83,7 @@ class Ledger(TorchDispatchMode):
         self.events: list[int] = []
         self.phases: list[tuple[str, int]] = []
         self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
-        self.kernels = self.moved = 0
+        self.kernels = self.moved = self.products = 0
         self.messages: list[tuple[str, str, int]] = []
         self.copies_scattered = False
         self.host: set[int] = set()
@@ -159,7 +160,7 @@ class Ledger(TorchDispatchMode):
     @property
     def work(self) -> Work:
         """All work so far."""
-        return Work(sum(map(sum, self.attribution.totals.values())), self.moved, self.kernels)
+        return Work(sum(map(sum, self.attribution.totals.values())), self.moved, self.kernels, self.products)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -198,6 +199,7 @@ class Ledger(TorchDispatchMode):
                 self.weights[number] |= new
         flops = operator_flops(func.overloadpacket, args, kwargs, out)
         if flops is not None:
+            self.products += sum(flops) if func.overloadpacket not in CONVOLUTIONS else 0
             self.attribution.add(flops.plain, flops.weight, reads_weight=any(weights))
         return out
 

@@ -1,9 +1,10 @@
-"""Seconds from a step's figures, by three rates of a machine that are measured on it in a few seconds.
+"""Seconds from a step's figures, by four rates of a machine that are measured on it in a few seconds.
 
-A step is modelled as `flops / F + moved_bytes / B + kernels * t`: arithmetic, memory traffic and calls, one after the other. F, B and t
-are fitted to real steps of six small networks (least squares of the relative error, none negative). The result is for comparing
-plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not included, nor what other processes take
-of the machine.
+A step is modelled as `convolved / F + multiplied / P + moved_bytes / B + kernels * t`: FLOPs of convolutions and of matrix products,
+memory traffic and calls, one after the other. Convolutions and matrix products come from different libraries, whose speeds may be a factor
+of two apart on the same processor. F, P, B and t are fitted to real steps of six small networks (least squares of the relative error, none
+negative). The result is for comparing plans, not for timing: tools/tables/cost_time.md shows its error by backbone. Loading data is not
+included, nor what other processes take of the machine.
 """
 
 import time
@@ -34,6 +35,7 @@ class Rates:
 
     Attributes:
         flop, byte, kernel: seconds of one FLOP, of one byte moved, of one kernel call.
+        product: seconds of one FLOP of a matrix product or of attention; None where it is `flop`, too.
         error: the largest relative error on the networks that were timed.
         device: its name. The rates hold for the number of threads that torch used.
     """
@@ -43,10 +45,13 @@ class Rates:
     kernel: float
     error: float
     device: str
+    product: float | None = None
 
     def seconds(self, cost: Cost | Work) -> float:
         """Of one step of that cost, or of a part of one."""
-        return self.flop * cost.flops + self.byte * cost.moved_bytes + self.kernel * cost.kernels
+        product = self.flop if self.product is None else self.product
+        arithmetic = self.flop * (cost.flops - cost.product_flops) + product * cost.product_flops
+        return arithmetic + self.byte * cost.moved_bytes + self.kernel * cost.kernels
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,12 @@ def fitted(costs: Sequence[Cost], seconds: np.ndarray[Any, Any], device: str) ->
     """The rates that fit steps of these costs, which took these seconds, best."""
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # scipy has no type information
 
-    figures = np.array([[c.flops, c.moved_bytes, c.kernels] for c in costs], dtype=float)
+    figures = np.array([[c.flops - c.product_flops, c.product_flops, c.moved_bytes, c.kernels] for c in costs], dtype=float)
     scale = figures.max(axis=0)
     rates = nnls(figures / scale / seconds[:, None], np.ones(len(costs)))[0] / scale
     error = float(np.abs(figures @ rates / seconds - 1).max())
-    return Rates(float(rates[0]), float(rates[1]), float(rates[2]), error, device)
+    flop, product, byte, kernel = rates.tolist()
+    return Rates(flop, byte, kernel, error, device, product)
 
 
 def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:

@@ -319,6 +319,7 @@ def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_byt
         all_reduced_bytes=sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
         kernels=ledger.kernels,
         moved_bytes=ledger.moved,
+        product_flops=ledger.products,
         rows=rows,
         **sums,
     )

@@ -127,6 +127,14 @@ def test_check_forecasts_a_chain_of_ranks(capsys: pytest.CaptureFixture[str], mo
     assert "Add a supervise pass" in capsys.readouterr().err
 
 
+def test_check_times_no_steps_for_settings_that_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.cost.rates.measure_rates", lambda *_, **__: pytest.fail("steps are timed"))
+    timed = 'use = "supervise"\nmodules = 2\nbalance = "time"'
+    Path("m.toml").write_text(SPEC.replace('use = "freeze"\nselect = ["conv1", "bn1"]', timed))
+    assert main(["check", "m.toml", "--set", "train.strategy=modules", "--set", "train.amp=float16", "--set", "train.device=cpu"]) == 2
+    assert 'Use amp = "bfloat16"' in capsys.readouterr().err
+
+
 def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.cost.rates.STEPS", 1)
     monkeypatch.setattr("graphopt.cli.timing.measured_loader", lambda _: LoaderRate(10.0, 0))
