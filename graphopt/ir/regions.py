@@ -66,6 +66,18 @@ def region_at(graph: Graph, path: str) -> Region:
 
 def region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
     """The region of a run of paths, whatever it holds (empty where nothing comes from there)."""
+    known = graph.cached(_known_regions)
+    if paths not in known:
+        known[paths] = _region_of(graph, paths)
+    return known[paths]
+
+
+def _known_regions(_: Graph) -> dict[tuple[str, ...], Region]:
+    """Filled as regions are asked for."""
+    return {}
+
+
+def _region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
     below = graph.cached(_nodes_below)
     nodes = tuple(sorted({n for p in paths for n in below.get(p, ())}, key=graph.order.__getitem__))
     entries, exits = entries_and_exits(nodes, activations(graph))
