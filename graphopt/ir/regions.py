@@ -105,5 +105,10 @@ def _nodes_below(graph: Graph) -> dict[str, dict[Node, None]]:
 def _kind(graph: Graph, paths: tuple[str, ...]) -> str:
     if len(paths) == 1:
         return graph.types.get(paths[0], "Parameter")
-    weighted = {path for name, _ in graph.module.named_parameters(remove_duplicate=False) for path in containers(name)}
+    weighted = graph.cached(_weighted)
     return f"{next((graph.types[p] for p in paths if p in weighted), graph.types.get(paths[0], ''))} unit"
+
+
+def _weighted(graph: Graph) -> set[str]:
+    """The paths of modules that hold parameters."""
+    return {path for name, _ in graph.module.named_parameters(remove_duplicate=False) for path in containers(name)}

@@ -51,7 +51,8 @@ def test_phases_share_the_memory_of_the_backbone_but_not_what_is_frozen(plan: Pl
     own, later = dict(plan.backbone.named_parameters()), plan.phases(6)[1].plan.module
     assert frozen(plan.phases(6)[1].plan)
     for name, parameter in later.named_parameters():
-        assert parameter.data_ptr() == own[name].data_ptr() and own[name].requires_grad
+        assert parameter.data_ptr() == own[name].data_ptr()
+        assert own[name].requires_grad
     advanced = plan.advance_to(plan.foreseen(6), verify="off").module
     assert all(parameter.data_ptr() != own[name].data_ptr() for name, parameter in advanced.named_parameters())
 
