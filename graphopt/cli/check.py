@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from graphopt.spec import Spec
 
 
+#: a check of more phases says so before it starts with them
+MANY_PHASES = 20
 #: names of devices that steps can be timed on, as torch has them
 _HERE = ("cpu", "cuda", "mps", "xpu")
 _DEVICE = "The GPU whose memory is forecast (default: A100), with --time its least time, too; or where steps are timed: cpu, cuda."
@@ -83,6 +85,7 @@ def check(
     check_folders(source, trust=trust)
     gc.freeze()
     plan = compile_phase(source, verify="fast", costs=False, weights=False)
+    _say_if_long(plan, loaded.train.epochs)
     phases = plan.phases(loaded.train.epochs, verify="fast")
     refused = tuple(problems(plan, loaded.train, loaded.data))
     rows = [_row(item) for item in source.matched]
@@ -126,6 +129,13 @@ def _check_before_timing(spec: "Spec") -> None:
 
     if spec.train.strategy == "modules" and not spec.settled:
         Modular.of(spec.train)
+
+
+def _say_if_long(plan: "Plan", epochs: int) -> None:
+    """A note before work that grows with the number of phases, so that nobody takes it for a standstill."""
+    count = 1 + len({decision.epoch for decision in plan.foreseen(epochs)})
+    if count > MANY_PHASES:
+        show_error(f"the run has {count} phases; each is compiled and forecast, one after the other", "note")
 
 
 def _forecast(

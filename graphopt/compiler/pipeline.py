@@ -158,15 +158,14 @@ def _check_no_conflict(one: Matched, other: Matched) -> None:
     mine, theirs = one.instance.value, other.instance.value
     if theirs.claim is None or theirs.claim not in mine.conflicts_with:
         return
+    owners = {node: rival for rival in reversed(other.match.regions) for node in rival.nodes}
     for region in one.match.regions:
-        for rival in other.match.regions:
-            if set(region.nodes) & set(rival.nodes):
-                spot = region.name if rival.covers(region) else rival.name
-                claims = (
-                    f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}"
-                )
-                what, fix = f"it cannot be {mine.claim} and {theirs.claim}", "Narrow one of the two selections (exclude = ...)"
-                raise PassError(f"{claims}: {what}", where=one.instance.location, fix=fix)
+        rival = next((owners[n] for n in region.nodes if n in owners), None)
+        if rival is not None:
+            spot = region.name if rival.covers(region) else rival.name
+            claims = f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}"
+            what, fix = f"it cannot be {mine.claim} and {theirs.claim}", "Narrow one of the two selections (exclude = ...)"
+            raise PassError(f"{claims}: {what}", where=one.instance.location, fix=fix)
 
 
 @contextmanager

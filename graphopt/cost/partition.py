@@ -127,6 +127,7 @@ class _PieceByPiece(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, ledger: Ledger, ends: set[str], active: set[str], *, isolated: bool) -> None:
         super().__init__(module)
         self.ledger, self.ends, self.active, self.isolated = ledger, ends, active, isolated
+        self.parameters = list(module.parameters())
         self.records: list[_Record] = []
         self.pending: fx.Node | None = None
         self.flops = 0
@@ -168,7 +169,7 @@ class _PieceByPiece(fx.Interpreter):
                 unit = torch.ones_like(seed)
             torch.autograd.backward(seed, unit)
         work = ledger.work - self.done
-        for parameter in self.module.parameters():
+        for parameter in self.parameters:
             if parameter.grad is not None:
                 ledger.set_kind((parameter.grad,), Kind.GRADIENT)
                 parameter.grad = None
@@ -225,23 +226,26 @@ def peaks(pieces: Sequence[Piece], always: int, auxiliary: Callable[[int, int], 
     for i in range(n):
         own, size = pieces[i].input
         base = size + (always if i else 0)
-        held: dict[int, int] = {}
+        held: set[int] = set()
+        # `saved` includes what is held at the pieces' ends.
         saved, forward, backward, has_parameters = 0, 0, 0, False
         for j, piece in enumerate(pieces[i:], start=i):
             has_parameters |= piece.has_parameters
-            forward = max(forward, saved + sum(held.values()) + _if_new(piece.input, held, own) + piece.forward)
-            held |= {number: b for number, b in piece.saved_ends.items() if number != own}
-            backward = max(backward, saved + sum(held.values()) + piece.backward)
+            forward = max(forward, saved + _if_new(piece.input, held, own) + piece.forward)
+            new = [number for number in piece.saved_ends if number != own and number not in held]
+            held.update(new)
+            saved += sum(piece.saved_ends[number] for number in new)
+            backward = max(backward, saved + piece.backward)
             saved += piece.saved
             output = _if_new(piece.output, held, own)
             if has_parameters:
                 table[i, j] = base + max(forward, backward + output)
                 if auxiliary is not None and j < n - 1:
-                    table[i, j] = max(table[i, j], base + saved + sum(held.values()) + output + auxiliary(i, j))
+                    table[i, j] = max(table[i, j], base + saved + output + auxiliary(i, j))
     return table
 
 
-def _if_new(storage: Storage, held: dict[int, int], own: int) -> int:
+def _if_new(storage: Storage, held: set[int], own: int) -> int:
     """Bytes of a storage that is neither held already nor the part's own input."""
     number, size = storage
     return 0 if number in held or number == own else size

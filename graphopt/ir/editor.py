@@ -59,6 +59,7 @@ class Editor:
 
     def __init__(self, graph: Graph, author: Author) -> None:
         self.graph, self.author, self.edits = graph, author, Edits()
+        self._held: dict[Node, list[tuple[int, Section]]] | None = None
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, **place: Unpack[Place]) -> Node:
         """A new call of a function, or of a tensor method by name."""
@@ -83,7 +84,8 @@ class Editor:
         model = place.get("like") or neighbour
         node.meta["origin"] = model.meta.get("origin", Origin("", 0))
         node.meta["pass"] = self.author.index
-        self.graph.sections[:] = [replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections]
+        if self._sections_with((model,)):
+            self._set_sections(replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections)
         self._infer(node)
         self.edits.inserted[node.name] = None
         self.graph.changed()
@@ -140,8 +142,9 @@ class Editor:
         for node in sorted(gone, reverse=True):
             self.edits.erased[node.name] = None
             self.graph.fx.erase_node(node)
-        kept = (replace(s, nodes=tuple(n for n in s.nodes if n not in gone)) for s in self.graph.sections)
-        self.graph.sections[:] = [s for s in kept if s.nodes]
+        if self._sections_with(gone):
+            kept = (replace(s, nodes=tuple(n for n in s.nodes if n not in gone)) for s in self.graph.sections)
+            self._set_sections(s for s in kept if s.nodes)
         self.graph.changed()
 
     def replace_leaf(self, node: Node, module: nn.Module) -> None:
@@ -230,7 +233,7 @@ class Editor:
             section = Section(name, tuple(sorted(set(nodes))), wrap, self.author, target, image)
             self._divide_others(section)
             return (self._declare(section),)
-        pieces = filter(only, _divide(set(nodes), self.graph.sections, outside))
+        pieces = filter(only, _divide(nodes := set(nodes), self._sections_with(nodes), outside))
         return tuple(self._declare(Section(name, piece, wrap, self.author, target, image)) for piece in pieces)
 
     def _divide_others(self, border: Section) -> None:
@@ -241,24 +244,46 @@ class Editor:
             if len(pieces) < 2:
                 settled.append(section)
             else:
-                self.graph.sections.remove(section)
+                self._set_sections(s for s in self.graph.sections if s is not section)
                 settled += [self._declare(replace(section, nodes=piece)) for piece in pieces]
 
     def remove_sections(self, chosen: Callable[[Section], bool]) -> None:
         """Withdraws sections: their nodes run as part of what holds them."""
-        self.graph.sections[:] = [s for s in self.graph.sections if not chosen(s)]
+        self._set_sections(s for s in self.graph.sections if not chosen(s))
+
+    def _set_sections(self, sections: Iterable[Section]) -> None:
+        self.graph.sections[:] = sections
+        self._held = None
+
+    def _sections_with(self, nodes: Iterable[Node]) -> list[Section]:
+        """The sections that hold some of these nodes, in the order in which they were declared."""
+        if self._held is None:
+            self._held = {}
+            for number, section in enumerate(self.graph.sections):
+                self._hold(number, section)
+        held = self._held
+        return list(dict(sorted((item for n in nodes for item in held.get(n, ())), key=lambda item: item[0])).values())
+
+    def _hold(self, number: int, section: Section) -> None:
+        if self._held is not None:
+            for node in section.nodes:
+                self._held.setdefault(node, []).append((number, section))
 
     def _declare(self, section: Section) -> Section:
         taken = {s.name for s in self.graph.sections}
         names = itertools.chain([section.name], (f"{section.name}_{number}" for number in itertools.count(2)))
         section = replace(section, name=next(name for name in names if name not in taken))
+        self._hold(len(self.graph.sections), section)
         self.graph.sections.append(section)
         self.edits.sections[section.name] = None
         return section
 
 
 def _divide(nodes: set[Node], sections: Sequence[Section], outside: Wrap | None = None) -> list[Nodes]:
-    """A convex set in convex pieces, each of which nests with all sections; without what computes nothing or runs `outside`."""
+    """A convex set in convex pieces, each of which nests with all sections; without what computes nothing or runs `outside`.
+
+    `sections` may leave out those that hold none of the nodes.
+    """
     sections = [s for s in sections if not nodes.isdisjoint(s.nodes)]
     pending, pieces = [nodes], list[Nodes]()
     while pending:

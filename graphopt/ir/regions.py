@@ -66,6 +66,18 @@ def region_at(graph: Graph, path: str) -> Region:
 
 def region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
     """The region of a run of paths, whatever it holds (empty where nothing comes from there)."""
+    known = graph.cached(_known_regions)
+    if paths not in known:
+        known[paths] = _region_of(graph, paths)
+    return known[paths]
+
+
+def _known_regions(_: Graph) -> dict[tuple[str, ...], Region]:
+    """Filled as regions are asked for."""
+    return {}
+
+
+def _region_of(graph: Graph, paths: tuple[str, ...]) -> Region:
     below = graph.cached(_nodes_below)
     nodes = tuple(sorted({n for p in paths for n in below.get(p, ())}, key=graph.order.__getitem__))
     entries, exits = entries_and_exits(nodes, activations(graph))
@@ -93,5 +105,10 @@ def _nodes_below(graph: Graph) -> dict[str, dict[Node, None]]:
 def _kind(graph: Graph, paths: tuple[str, ...]) -> str:
     if len(paths) == 1:
         return graph.types.get(paths[0], "Parameter")
-    weighted = {path for name, _ in graph.module.named_parameters(remove_duplicate=False) for path in containers(name)}
+    weighted = graph.cached(_weighted)
     return f"{next((graph.types[p] for p in paths if p in weighted), graph.types.get(paths[0], ''))} unit"
+
+
+def _weighted(graph: Graph) -> set[str]:
+    """The paths of modules that hold parameters."""
+    return {path for name, _ in graph.module.named_parameters(remove_duplicate=False) for path in containers(name)}

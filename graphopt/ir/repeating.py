@@ -6,6 +6,7 @@ from typing import Any
 from torch.fx import Node
 
 from graphopt.ir.editor import Editor
+from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import can_leave_its_input, storages, writes_in_place
 
 
@@ -14,14 +15,18 @@ def repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
 
     Returns None where that would be seen, or where what follows overwrites an input.
     """
-    graph, inside, order = edit.graph, set(nodes), dict(edit.graph.order)
-    memory = {n: storages(n) for n in order}
+    graph, inside = edit.graph, set(nodes)
     inputs = {i for n in nodes for i in n.all_input_nodes if i not in inside and i.op != "get_attr"}
-    held = set[Any]().union(*(memory[i] for i in inputs))
+    held = set[Any]().union(*map(storages, inputs))
+    found = {w for memory in held for w in graph.cached(_writers).get(memory, ())}
+    if not found:
+        return tuple(nodes)
+    order = dict(graph.order)
+    memory = {n: storages(n) for n in order}
     first = min(order[n] for n in nodes)
     writers: list[Node] = []
-    for node in graph.nodes[first:]:
-        written = memory[node.all_input_nodes[0]] & held if node.all_input_nodes and writes_in_place(graph.module, node) else set()
+    for node in sorted(w for w in found if order[w] >= first):
+        written = memory[node.all_input_nodes[0]] & held
         if not written:
             continue
         if node not in inside or not can_leave_its_input(node, order, memory):
@@ -37,3 +42,13 @@ def repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
         edit.redirect(source, node, later)
         order[copies[-1]] = order[node]
     return (*nodes, *copies)
+
+
+def _writers(graph: Graph) -> dict[Any, list[Node]]:
+    """The nodes that write into each memory in place."""
+    found: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if node.all_input_nodes and writes_in_place(graph.module, node):
+            for memory in storages(node.all_input_nodes[0]):
+                found.setdefault(memory, []).append(node)
+    return found

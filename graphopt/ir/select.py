@@ -36,7 +36,7 @@ def _select(selector: Any, graph: Graph) -> list[Region]:
         return _by_path(selector, graph)
     if isinstance(selector, Filter):
         return _by_table(selector, graph)
-    return [region for entry in selector for region in _select(entry, graph)]
+    return [region for entry in dict.fromkeys(selector) for region in _select(entry, graph)]
 
 
 def _by_path(pattern: str, graph: Graph) -> list[Region]:
@@ -93,7 +93,7 @@ def _by_table(table: Filter, graph: Graph) -> list[Region]:
 
 
 def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
-    globs = (table.path,) if isinstance(table.path, str) else table.path
+    globs = None if table.path is None else tuple(dict.fromkeys((table.path,) if isinstance(table.path, str) else table.path))
     if table.blocks:
         regions = list(find_blocks(graph))
         steps.append("blocks = true")
@@ -125,7 +125,7 @@ def _start(table: Filter, graph: Graph, steps: list[str]) -> list[Region]:
 
 
 def _of_type(types: str | tuple[str, ...], regions: list[Region]) -> list[Region]:
-    patterns = (types,) if isinstance(types, str) else types
+    patterns = (types,) if isinstance(types, str) else dict.fromkeys(types)
     kinds = {r.kind for r in regions}
     chosen: list[Region] = []
     for pattern in patterns:
@@ -187,7 +187,9 @@ def compile_pattern(pattern: str) -> Any:
             raise SelectError(what, fix="Use one repetition, or a list of selectors")
         return compiled.fullmatch
     parts = []
-    segments = pattern.split(".")
+    # Neighbouring stars say no more than one of them, but could be matched in very many ways.
+    segments = [s if s == "**" else re.sub(r"\*+", "*", s) for s in pattern.split(".")]
+    segments = [s for i, s in enumerate(segments) if not (s == "**" and segments[i + 1 : i + 2] == ["**"])]
     for i, segment in enumerate(segments):
         last = i == len(segments) - 1
         if segment == "**":

@@ -56,11 +56,20 @@ def removal(graph: Graph, block: Region) -> Removal:
     sums = residuals(graph, block)
     zeros = tuple(name for residual in sums for name in _last_weights(graph, residual))
     inside = set(block.nodes)
-    others = {id(p) for n in graph.nodes if n not in inside for _, p in parameters_read(graph.module, n)}
-    shared = next((name for name in zeros if id(graph.module.get_parameter(name)) in others), None)
+    readers = graph.cached(_readers)
+    shared = next((name for name in zeros if not inside.issuperset(readers[id(graph.module.get_parameter(name))])), None)
     if shared is not None:
         raise NotResidualError(f"its branch ends in {shared}, which is used outside the block too: an export could not set it to zero")
     return Removal(sums, zeros)
+
+
+def _readers(graph: Graph) -> dict[int, list[Node]]:
+    """The nodes that read each parameter, by its identity."""
+    readers: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for _, parameter in parameters_read(graph.module, node):
+            readers.setdefault(id(parameter), []).append(node)
+    return readers
 
 
 def _last_weights(graph: Graph, residual: Residual) -> tuple[str, ...]:

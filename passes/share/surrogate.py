@@ -88,11 +88,19 @@ def check_mixable(graph: Graph, names: Collection[str]) -> None:
             raise NotShareable(f"{kind} is one leaf, and only some of its parameters would be mixed")
         if next(leaf.buffers(), None) is not None and type(leaf) not in _BATCH_NORMS:
             raise NotShareable(f"{kind} is one leaf with buffers, so its weights cannot be mixed")
-    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    known = graph.cached(_names_of_parameters)
     for name in names:
-        alias = next((n for n, p in parameters.items() if p is parameters[name] and n != name), None)
+        alias = next((n for n in known.get(id(graph.module.get_parameter(name)), ()) if n != name), None)
         if alias is not None:
             raise NotShareable(f"{name} is one tensor with {alias}")
+
+
+def _names_of_parameters(graph: Graph) -> dict[int, list[str]]:
+    """All names of each parameter, by its identity."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in graph.module.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,16 @@ def test_phases_have_no_gaps_and_follow_the_decisions(plan: Plan) -> None:
     assert ["blocks.1.conv1" in frozen(p.plan) for p in phases] == [False, False, True, True]
 
 
+def test_phases_share_the_memory_of_the_backbone_but_not_what_is_frozen(plan: Plan) -> None:
+    own, later = dict(plan.backbone.named_parameters()), plan.phases(6)[1].plan.module
+    assert frozen(plan.phases(6)[1].plan)
+    for name, parameter in later.named_parameters():
+        assert parameter.data_ptr() == own[name].data_ptr()
+        assert own[name].requires_grad
+    advanced = plan.advance_to(plan.foreseen(6), verify="off").module
+    assert all(parameter.data_ptr() != own[name].data_ptr() for name, parameter in advanced.named_parameters())
+
+
 def test_decisions_of_a_run_are_replayed(plan: Plan) -> None:
     decisions = (Decision(index=2, epoch=0, regions=("blocks.3",)), Decision(index=0, epoch=9))
     (phase,) = plan.phases(4, decisions)

@@ -25,6 +25,8 @@ CALLS = {
     "parts": lambda x, y: x.split(2),
     "nothing at all": lambda x, y: x[:0] * 2,
     "in place": lambda x, y: x.add_(y).mul_(2),
+    "for each": lambda x, y: torch._foreach_add(torch._foreach_mul([x, y[0], x.int()], 2.0), [y, x[1], y.int()], alpha=2),
+    "for each, in place": lambda x, y: [torch._foreach_addcmul_([x, y[0].clone()], [y, x[1]], [x, x[0]], [1.0, 2.0]), x],
     "none": lambda x, y: torch.ops.aten.convolution_backward(
         *(x.view(1, 1, 4, 4),) * 2, y.view(1, 1, 4, 4)[..., :1, :1], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
     ),

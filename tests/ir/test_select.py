@@ -146,3 +146,9 @@ def test_an_expression_that_can_take_for_ever_is_refused(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", [r"re:layer[12](\.\d)+", "re:(conv|bn)1", "re:a*b*", "re:(a+)?b", "re:(a|bc(d|ef))", "re:layer(1|2).*"])
 def test_other_expressions_are_not(pattern: str) -> None:
     assert compile_pattern(pattern) is not None
+
+
+@pytest.mark.parametrize("pattern", ["**." * 200 + "x", "**." + "*" * 200 + "x", "**." * 200 + "*" * 200 + ".x"])
+def test_repeated_stars_take_no_longer_than_one(pattern: str) -> None:
+    assert compile_pattern(pattern)("layer1.0.conv1.weight.x")
+    assert not compile_pattern(pattern)("layer1.0.conv1.weight.in.a.deep.path.of.names")

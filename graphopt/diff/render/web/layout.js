@@ -8,8 +8,70 @@
   const CARD = 244, HEAD = 24, GAP = 22, GUTTER = 58, SIDE = 26, PAD = 12, MARK = 30;
   const MONO = 0.602; // width of a character of a monospaced font, in em
 
-  /** dagre on boxes: `nodes` [{id, width, height}], `edges` [{from, to, label?}] -> {width, height, at: {id: {x, y}}, edges}. x, y are corners. */
+  /** An order in which every edge leads on, with the places in it where everything before leads to; null where there is a circle. */
+  function inSeries(nodes, edges) {
+    const number = new Map(nodes.map((n, i) => [n.id, i])), inputs = nodes.map(() => 0), readers = nodes.map(() => []);
+    for (const e of edges) { inputs[number.get(e.to)] += 1; readers[number.get(e.from)].push(number.get(e.to)); }
+    const at = new Array(nodes.length), cuts = [];
+    // What nothing leads to comes first.
+    const order = nodes.map((_, i) => i).filter((i) => !inputs[i]);
+    for (let place = 0; place < order.length; place += 1) {
+      at[order[place]] = place;
+      for (const reader of readers[order[place]]) if (!(inputs[reader] -= 1)) order.push(reader);
+    }
+    if (order.length < nodes.length) return null;
+    for (let place = 0, far = 0, ends = false; place < order.length; place += 1) {
+      if (far === place && !ends) cuts.push(place);
+      ends = ends || !readers[order[place]].length;
+      for (const reader of readers[order[place]]) far = Math.max(far, at[reader]);
+    }
+    return { order, at, cuts, number };
+  }
+
+  /**
+   * Layered layout of boxes, as `dagreOn` gives it. dagre takes more than twice the time for twice the boxes, so what lies between two boxes
+   * that everything passes through is laid out by itself, and put below what comes before.
+   */
   function layered(nodes, edges, options) {
+    const series = inSeries(nodes, edges);
+    if (nodes.length === 1 && !edges.length) return framed(nodes, { [nodes[0].id]: { x: 0, y: 0 } }, []);
+    if (!series || series.cuts.length < 2) return dagreOn(nodes, edges, options);
+    const { order, at: place, cuts, number } = series;
+    const starts = cuts[0] === 0 ? cuts : [0, ...cuts], last = order.length - 1;
+    const ends = [...starts.slice(1), last].filter((end, i) => end > starts[i]);
+    const pieceOf = new Array(order.length);
+    ends.forEach((end, i) => { for (let p = starts[i]; p < end; p += 1) pieceOf[p] = i; });
+    const own = ends.map(() => []);
+    edges.forEach((e, i) => own[pieceOf[place[number.get(e.from)]]].push(i));
+    const at = {}, routed = new Array(edges.length), down = options.rankdir === "TB";
+    ends.forEach((end, i) => {
+      const members = order.slice(starts[i], end + 1).sort((a, b) => a - b).map((m) => nodes[m]);
+      const mine = own[i].map((e) => edges[e]);
+      const piece = members.length === 2 && mine.length === 1 ? pair(members, mine[0], options, down) : dagreOn(members, mine, options);
+      const joint = nodes[order[starts[i]]].id, known = at[joint];
+      const dx = known ? known.x - piece.at[joint].x : 0, dy = known ? known.y - piece.at[joint].y : 0;
+      for (const m of members) at[m.id] = at[m.id] || { x: piece.at[m.id].x + dx, y: piece.at[m.id].y + dy };
+      piece.edges.forEach((e, k) => { routed[own[i][k]] = { ...e, points: e.points.map((q) => ({ x: q.x + dx, y: q.y + dy })) }; });
+    });
+    return framed(nodes, at, routed);
+  }
+
+  /** Two boxes, one behind the other. */
+  function pair(boxes, edge, options, down) {
+    const [a, b] = boxes[0].id === edge.from ? boxes : [boxes[1], boxes[0]], gap = options.ranksep ?? GAP;
+    const middle = Math.max(a.width, b.width) / 2, centre = Math.max(a.height, b.height) / 2;
+    const rest = gap + (edge.label ? (down ? edge.label.height : edge.label.width) : 0);
+    const at = down
+      ? { [a.id]: { x: middle - a.width / 2, y: 0 }, [b.id]: { x: middle - b.width / 2, y: a.height + rest } }
+      : { [a.id]: { x: 0, y: centre - a.height / 2 }, [b.id]: { x: a.width + rest, y: centre - b.height / 2 } };
+    const points = down
+      ? [0, rest / 2, rest].map((way) => ({ x: middle, y: a.height + way }))
+      : [0, rest / 2, rest].map((way) => ({ x: a.width + way, y: centre }));
+    return { at, edges: [{ ...edge, points }] };
+  }
+
+  /** dagre on boxes: `nodes` [{id, width, height}], `edges` [{from, to, label?}] -> {width, height, at: {id: {x, y}}, edges}. x, y are corners. */
+  function dagreOn(nodes, edges, options) {
     const g = new root.dagre.graphlib.Graph({ multigraph: true });
     g.setGraph({ marginx: 0, marginy: 0, ranksep: GAP, nodesep: 18, edgesep: 8, ...options });
     g.setDefaultEdgeLabel(() => ({}));
@@ -17,36 +79,38 @@
     edges.forEach((e, i) => g.setEdge(e.from, e.to, e.label ? { width: e.label.width, height: e.label.height, labelpos: "c", weight: e.weight || 1 } : { weight: e.weight || 1 }, String(i)));
     if (nodes.length) root.dagre.layout(g);
     const at = {};
-    let right = 0, bottom = 0;
     for (const n of nodes) {
       const p = g.node(n.id);
       at[n.id] = { x: p.x - n.width / 2, y: p.y - n.height / 2 };
     }
-    const left = Math.min(0, ...Object.values(at).map((p) => p.x)), top = Math.min(0, ...Object.values(at).map((p) => p.y));
+    return framed(nodes, at, edges.map((e, i) => ({ ...e, points: g.edge(e.from, e.to, String(i)).points || [] })));
+  }
+
+  /** The same, moved so that it begins at 0, with its size. */
+  function framed(nodes, at, routed) {
+    let left = 0, top = 0, right = 0, bottom = 0;
+    for (const p of Object.values(at)) { left = Math.min(left, p.x); top = Math.min(top, p.y); }
     for (const n of nodes) {
       at[n.id].x -= left; at[n.id].y -= top;
       right = Math.max(right, at[n.id].x + n.width); bottom = Math.max(bottom, at[n.id].y + n.height);
     }
-    const routed = edges.map((e, i) => {
-      const p = g.edge(e.from, e.to, String(i));
-      const points = (p.points || []).map((q) => ({ x: q.x - left, y: q.y - top }));
-      for (const q of points) right = Math.max(right, q.x);
-      return { ...e, points };
-    });
-    return { width: right, height: bottom, at, edges: routed };
+    const edges = routed.map((e) => ({ ...e, points: e.points.map((q) => ({ x: q.x - left, y: q.y - top })) }));
+    for (const e of edges) for (const q of e.points) right = Math.max(right, q.x);
+    return { width: right, height: bottom, at, edges };
   }
 
   /** What is drawn as a card: folds, single rows, or whole groups. */
   function cardsOf(phase, state) {
     const rows = new Map(phase.rows.map((r) => [r.name, r]));
-    const groups = [];
+    const groups = [], met = new Map();
     for (const fold of phase.groups) {
       const members = fold.rows.map((n) => rows.get(n));
       const first = members[0], section = phase.sections.find((s) => s.local && s.name === first.section);
       const key = section ? "section:" + section.name : "stage:" + first.stage;
       let group = groups[groups.length - 1];
       if (!group || group.key !== key) {
-        const nth = groups.filter((g) => g.key.split("#")[0] === key).length;
+        const nth = met.get(key) || 0;
+        met.set(key, nth + 1);
         group = { key: nth ? key + "#" + (nth + 1) : key, local: !!section, rank: section ? section.rank : null, title: "", section: section ? section.name : null, stage: first.stage, folds: [], rows: [] };
         if (nth) group.key = key + "#" + (nth + 1);
         groups.push(group);
@@ -92,6 +156,20 @@
     return row.statuses.length === 1 && row.statuses[0] === "unchanged" && !row.changed;
   }
 
+  /** Layouts of blocks' operations: blocks of the same operations look the same. */
+  const layouts = new Map();
+  function operationsOf(boxes, wires) {
+    const number = new Map(boxes.map((b, i) => [b.id, i]));
+    const key = JSON.stringify([boxes.map((b) => b.width), wires.map((w) => [number.get(w.from), number.get(w.to)])]);
+    if (!layouts.has(key)) {
+      const plain = wires.map((w) => ({ from: number.get(w.from), to: number.get(w.to) }));
+      layouts.set(key, layered(boxes.map((b, i) => ({ ...b, id: i })), plain, { rankdir: "TB", ranksep: 14, nodesep: 10 }));
+    }
+    const found = layouts.get(key);
+    const at = Object.fromEntries(boxes.map((b, i) => [b.id, { ...found.at[i] }]));
+    return { ...found, at, edges: wires.map((w, i) => ({ ...w, points: found.edges[i].points.map((q) => ({ ...q })) })) };
+  }
+
   /** Sizes a card, and lays out its operations where it is open. */
   function measure(card, state) {
     const quiet = card.type !== "group" && plain(card.rows[0]) && !state.uniform;
@@ -106,7 +184,7 @@
     });
     const wires = [];
     for (const n of card.nodes) for (const i of new Set(n.inputs)) if (known.has(i)) wires.push({ from: i, to: n.name });
-    const inner = layered(boxes, wires, { rankdir: "TB", ranksep: 14, nodesep: 10 });
+    const inner = operationsOf(boxes, wires);
     card.inner = { ...inner, boxes };
     card.width = Math.max(CARD, inner.width + 2 * PAD);
     card.height = card.head + inner.height + 2 * PAD - 4;
@@ -179,14 +257,16 @@
     const cards = new Map(), boxes = [], routes = [], used = new Set();
     const first = groups[0] && groups[0].cards[0], lastGroup = groups[groups.length - 1];
     const last = lastGroup && [...lastGroup.cards].reverse().find((c) => !c.rows[0].attached_to);
+    const partOf = new Map();
+    for (const parts of columns) for (const part of parts) { part.wires = []; for (const card of part.cards) partOf.set(card.id, part); }
+    for (const w of wires.values()) if (partOf.get(w.from) === partOf.get(w.to)) partOf.get(w.from).wires.push(w);
     columns.forEach((parts, c) => {
       for (const part of parts) {
         const ids = new Set(part.cards.map((card) => card.id));
         part.id = part.group.key + (part.continued ? "+" + c : "");
         const nodes = part.cards.map((card) => ({ id: card.id, width: card.width, height: card.height }));
         const inside = [];
-        for (const w of wires.values()) {
-          if (!ids.has(w.from) || !ids.has(w.to)) continue;
+        for (const w of part.wires) {
           used.add(w.key);
           inside.push({ ...w, weight: w.kind === "before" ? 1 : 4, label: w.stop || w.features || w.room ? { width: 10, height: MARK } : null });
         }
@@ -210,19 +290,36 @@
         for (const e of part.plan.edges) routes.push({ ...e, points: e.points.map((p) => ({ x: p.x + dx, y: p.y + dy })), how: "inside" });
       }
     });
+    const boxOf = new Map(boxes.map((b) => [b.id, b])), below = columns.map(() => []);
+    for (const card of cards.values()) below[card.column].push(card);
+    for (const column of below) column.sort((a, b) => a.y - b.y);
     for (const w of wires.values()) {
       if (used.has(w.key)) continue;
-      routes.push({ ...w, ...between(cards.get(w.from), cards.get(w.to), boxes, cards) });
+      const a = cards.get(w.from), b = cards.get(w.to);
+      routes.push({ ...w, ...between(a, b, boxOf.get(a.box), boxOf.get(b.box), below[a.column]) });
     }
     const height = Math.max(0, ...boxes.map((b) => b.y + b.height)), width = Math.max(0, ...boxes.map((b) => b.x + b.width));
     return { width, height, cards, boxes, routes, arcs: arcsOf(phase, home, cards), columns: columns.length };
   }
 
-  /** An edge that leaves its group: straight down where nothing is in between, else through the gutter. */
-  function between(a, b, boxes, cards) {
-    const boxA = boxes.find((x) => x.id === a.box), boxB = boxes.find((x) => x.id === b.box);
+  /** The place of the first of these cards, which are in the order of their heights, that begins below `y`. */
+  function firstBelow(column, y) {
+    let low = 0, high = column.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (column[middle].y > y) high = middle; else low = middle + 1;
+    }
+    return low;
+  }
+
+  /** An edge that leaves its group, for a column's cards from top to bottom: straight down where nothing is in between, else through the gutter. */
+  function between(a, b, boxA, boxB, column) {
     if (a.column === b.column) {
-      const clear = ![...cards.values()].some((c) => c !== a && c !== b && c.column === a.column && c.y > a.y && c.y < b.y && c.x < a.x + a.width && c.x + c.width > a.x);
+      let clear = true;
+      for (let i = firstBelow(column, a.y); clear && i < column.length && column[i].y < b.y; i += 1) {
+        const c = column[i];
+        clear = c === a || c === b || c.x >= a.x + a.width || c.x + c.width <= a.x;
+      }
       const xa = a.x + a.width / 2, xb = b.x + b.width / 2;
       if (clear) {
         const middle = boxA.y + boxA.height + MARK / 2 + 2;
