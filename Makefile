@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep coverage fuzz chaos clean
+.PHONY: demo test quick lint pictures sweep coverage fuzz chaos bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,10 @@ fuzz: .venv/.installed
 # Fifty times a rank of a run is killed, and torchrun starts all ranks again: every run ends as if nothing had happened.
 chaos: .venv/.installed
 	$(BIN)/python tools/chaos.py --out tools/tables/chaos.md
+
+# The ratios that people wait for, against the table's last row: fails where one is worse by more than a fifth.
+bench: .venv/.installed
+	$(BIN)/python tools/bench.py --out tools/tables/bench.md
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,12 +5,14 @@ import math
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphopt
 from graphopt import RunError
@@ -260,3 +262,25 @@ def test_every_generator_is_seeded_by_the_step(tmp_path: Path) -> None:
         train(plan, tmp_path / str(number), settings=small.settings(epochs=1), data=small.DATA)
         found.append(small.weights(tmp_path / str(number)))
     assert small.same(*found)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's value is read into Python: `.item()`, `bool(tensor)`, `if tensor`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+    """Twice as many steps read no more values: an epoch does, and a line of the log."""
+    counts = []
+    for images in (32, 64):
+        changes = {"clip": 1.0, "ema": 0.9, "label_smoothing": 0.1, "accumulate": 2, "amp": "bfloat16", "log_every": 100, "epochs": 2}
+        data = small.DATA.model_copy(update={"train_limit": images})
+        with HostReads() as reads:
+            train(small.plan(), tmp_path / str(images), settings=small.settings(**changes, ledger=False), data=data)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
