@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.device import gpu, show_phases
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, check_choice
+from graphopt.cli.options import DataOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, data_overrides
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
 from graphopt.cli.timing import RunTime, rates_for
@@ -41,6 +41,7 @@ def check(
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Also forecast what each of so many processes needs.")] = None,
     strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, modules, auto (default: the spec's).")] = "",
     link: Annotated[str | None, typer.Option("--link", help='Rate between ranks, for seconds: "10 GB/s", "100 Gbit/s".')] = None,
+    data: DataOption = None,
     set_: SetOption = [],  # noqa: B006
     trust: TrustOption = False,
     as_json: JsonOption = False,
@@ -66,7 +67,7 @@ def check(
     is_here = device is not None and device.partition(":")[0] in _HERE
     if strategy:
         check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp", "modules"))
-    loaded = load(spec, trust=trust, overrides=set_)
+    loaded = load(spec, trust=trust, overrides=[*data_overrides(data, spec, trust=trust), *set_])
     strategy = strategy or loaded.train.strategy
     if ranks and strategy != "modules":
         loaded.train.micro_batch(ranks)  # refuses a batch that does not divide before any work

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from graphopt.spec import Spec
     from graphopt.train.scoring import Scores
 
+#: classes in a confusion matrix that is printed as a table
+_WIDEST = 12
 #: names of files that hold weights
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WHAT = "A run's folder or one of its checkpoints, a weights file, or a spec."
@@ -66,8 +68,10 @@ def eval(
         show_json({"name": loaded.name, "digest": loaded.digest, **scores.to_dict()})
         return
     _show(scores)
-    if confusion is not None:
-        show_text(_matrix(scores, confusion)) if str(confusion) == "-" else show(f"written: {confusion}")
+    if confusion is not None and str(confusion) == "-":
+        _show_matrix(scores)
+    elif confusion is not None:
+        show(f"written: {confusion}")
 
 
 def _network(
@@ -136,11 +140,28 @@ def _show(scores: "Scores") -> None:
     show(table)
 
 
+def _show_matrix(scores: "Scores") -> None:
+    """Prints the confusion matrix: as a table, or as CSV where that would be wider than a terminal."""
+    counts = scores.confusion or ()
+    if len(counts[0]) > _WIDEST:
+        show_text(_matrix(scores, Path("-")))
+        return
+    table = grid("class \\ predicted", *_columns(scores), right=tuple(range(1, len(counts[0]) + 1)))
+    for name, row in zip(scores.classes, counts, strict=True):
+        table.add_row(name, *map(str, row))
+    show(table)
+
+
+def _columns(scores: "Scores") -> list[str]:
+    """The names of the classes, and of outputs that are no class of the data."""
+    width = len((scores.confusion or ((),))[0])
+    return [*scores.classes, *(f"output {number}" for number in range(len(scores.classes), width))]
+
+
 def _matrix(scores: "Scores", path: Path) -> str:
     """The confusion matrix as CSV, or as JSON where the file's name says so: a row per class in the data."""
     assert scores.confusion is not None
-    width = len(scores.confusion[0])
-    names = [*scores.classes, *(f"output {number}" for number in range(len(scores.classes), width))]
+    names = _columns(scores)
     if path.suffix.lower() == ".json":
         return json.dumps({"classes": names, "counts": scores.confusion}, ensure_ascii=False) + "\n"
     text = io.StringIO()

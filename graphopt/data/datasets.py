@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.data.arrow import open_arrow
 from graphopt.data.idx import open_idx
-from graphopt.data.published import open_cifar, open_stl10, open_svhn
+from graphopt.data.published import corruption, open_cifar, open_stl10, open_svhn
 from graphopt.data.shards import open_shards
 from graphopt.errors import RunError, did_you_mean
 
@@ -60,6 +60,7 @@ class Source(NamedTuple):
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN  # per channel, of images in 0..1
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     splits: tuple[str, ...] = ("train", "test")  # the second is what "validation" means
+    corrupted: bool = False  # whether its root may hold corruptions as further splits
 
 
 _DIGITS = tuple("0123456789")
@@ -176,8 +177,8 @@ _HELD_OUT = ("train", "validation")
 
 SOURCES = {
     "digits": Source(lambda _, split: _digits(split), "nothing: it is embedded", (0.3053,), (0.3759,), _HELD_OUT),
-    "cifar10": Source(_cifar(10), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Source(_cifar(100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cifar10": Source(_cifar(10), _CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), corrupted=True),
+    "cifar100": Source(_cifar(100), _CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), corrupted=True),
     "stl10": Source(_stl10, _STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "svhn": Source(_svhn, _SVHN, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), ("train", "test", "extra")),
     "mnist": Source(_idx(datasets.MNIST), _MNIST, (0.1307,), (0.3081,)),
@@ -206,7 +207,7 @@ def open_split(name: str, root: str | None, split: str) -> Split:
     found = source(name)
     if found.splits:
         split = found.splits[1] if split in _SYNONYMS["validation"] and split not in found.splits else split
-        if split not in found.splits:
+        if split not in found.splits and not (found.corrupted and corruption(Path(os.path.expanduser(root or "")), split)):
             raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}")
     if found is SOURCES["digits"]:
         return found.open(Path(), split)

@@ -40,17 +40,41 @@ class ArrayImages:
 def open_cifar(root: Path, split: str, classes: int) -> Arrays:
     """A split of CIFAR-10 or CIFAR-100. Of the five files of CIFAR-10's training set, those that there are.
 
+    A split may also be a corruption of CIFAR-10-C or -100-C, whose .npy files are in `root` (see `corruption`).
     Raises OSError for missing files, RunError for one that is damaged or of another format.
     """
+    if (found := corruption(root, split)) is not None:
+        return _corrupted(*found, classes)
     base, train, test = ("cifar-100-python", ("train",), "test") if classes == 100 else ("cifar-10-batches-py", _BATCHES, "test_batch")
     folder = root / base if (root / base).is_dir() else root
     names = [name for name in train if (folder / name).is_file()] or train[:1] if split == "train" else [test]
     parts = [_cifar_file(folder / name, classes) for name in names]
-    found = next((folder / name for name in ("meta", "batches.meta") if (folder / name).is_file()), None)
-    table = _unpickled(found) if found is not None else {}
+    meta = next((folder / name for name in ("meta", "batches.meta") if (folder / name).is_file()), None)
+    table = _unpickled(meta) if meta is not None else {}
     titles = table.get("fine_label_names") or table.get("label_names") or range(classes)
     data, targets = (np.concatenate([part[number] for part in parts]) for number in (0, 1))
     return _arrays(data.transpose(0, 2, 3, 1), targets, list(map(str, titles)), folder)
+
+
+def corruption(root: Path, split: str) -> tuple[Path, int] | None:
+    """The file of a split of CIFAR-10-C or -100-C, and its severity: `"fog"` is all of it (0), `"fog-3"` its third fifth."""
+    name, dash, severity = split.rpartition("-")
+    if dash and severity in ("1", "2", "3", "4", "5") and (root / f"{name}.npy").is_file():
+        return root / f"{name}.npy", int(severity)
+    return (root / f"{split}.npy", 0) if (root / f"{split}.npy").is_file() else None
+
+
+def _corrupted(file: Path, severity: int, classes: int) -> Arrays:
+    """Images of one corruption, (N, 32, 32, 3) in five severities one after the other, and their labels (arXiv 1903.12261)."""
+    try:
+        data, labels = (np.load(path, allow_pickle=False) for path in (file, file.with_name("labels.npy")))
+    except ValueError as error:
+        raise RunError(f"is damaged, or no array of pixels: {first_line(error)}", where=str(file), fix=_FIX) from error
+    if data.dtype != np.uint8 or data.shape[1:] != (32, 32, 3) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise RunError(f"holds {data.dtype} {data.shape}, not uint8 (N, 32, 32, 3)", where=str(file), fix=_FIX)
+    fifth = len(data) // 5
+    part = slice((severity - 1) * fifth, severity * fifth) if severity else slice(None)
+    return _arrays(data[part], labels[part].astype(np.int64), [str(number) for number in range(classes)], file)
 
 
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))

@@ -11,6 +11,7 @@ from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.driver import compile
+from graphopt.errors import GraphoptError
 from graphopt.spec import load
 from graphopt.studies.comparing import Comparison, Row
 from graphopt.studies.tables import Table, note, published, table
@@ -22,7 +23,7 @@ DASHES: tuple[tuple[int, ...], ...] = ((), (7, 4), (2, 3))
 
 
 def to_page(comparison: Comparison, *, trust: bool = False, costs: bool = True) -> str:
-    """The page; `costs` are those in the diffs. Raises as `load` and `compile` do where a row's spec cannot be compiled again."""
+    """The page; `costs` are those in the diffs. A row whose spec cannot be compiled again (without `trust`, say) has the reason there."""
     rows = [row for row in comparison.rows if row.results]
     count = sum(len(row.results) for row in rows)
     styles = [
@@ -110,10 +111,13 @@ def _key(style: Mapping[str, Any]) -> str:
 
 
 def _diff(row: Row, trust: bool, costs: bool) -> str:
-    """What the first run of a row did to the graph."""
+    """What the first run of a row did to the graph, or why that cannot be shown."""
     run = row.results[0].run
-    spec = load(run.path, trust=trust)
-    torch.manual_seed(spec.train.seed)
-    plan = compile(None, spec, verify="off", costs=costs, trust=trust)
-    page = html.escape(to_html(phase_diffs(plan, run.decisions)))
+    try:
+        spec = load(run.path, trust=trust)
+        torch.manual_seed(spec.train.seed)
+        plan = compile(None, spec, verify="off", costs=costs, trust=trust)
+        page = html.escape(to_html(phase_diffs(plan, run.decisions)))
+    except GraphoptError as error:
+        return f'<div><h3>{escaped(row.name)}</h3><p class="note">{escaped(str(error))}</p></div>'
     return f'<div><h3>{escaped(row.name)}</h3><iframe title="{escaped(row.name)}: the diff" loading="lazy" srcdoc="{page}"></iframe></div>'

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -78,7 +78,7 @@ class Member:
     spec: Spec
     changes: Mapping[str, Any]
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """16 hex digits that change with everything that changes what the run computes."""
         return identity(self.spec)

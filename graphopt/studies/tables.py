@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from graphopt.studies.comparing import FIGURES, Comparison, Row
@@ -37,12 +37,12 @@ def table(comparison: Comparison) -> Table:
 def _cells(row: Row, baseline: Row) -> tuple[str, ...]:
     seeds = f"{len(row.results)}{f' of {len(row.results) + row.missing}' if row.missing else ''}"
 
-    def figure(name: str, words: object) -> str:
+    def figure(name: str, words: Callable[[float], str]) -> str:
         mean = row.mean(name)
         if mean is None:
             return "–"
         ratio = row.ratio(baseline, name)
-        return f"{words(mean)}" + (f" ({ratio:.2f})" if row is not baseline and ratio is not None else "")  # type: ignore[operator]
+        return words(mean) + (f" ({ratio:.2f})" if row is not baseline and ratio is not None else "")
 
     return (
         *(row.name, seeds, _accuracy(row), _difference(row, baseline)),

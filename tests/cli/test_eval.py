@@ -63,6 +63,8 @@ def test_the_confusion_matrix(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows = [line.split(",") for line in Path("c.csv").read_text().splitlines()]
     assert [row[0] for row in rows[1:]] == found["classes"]
     assert [list(map(int, row[1:])) for row in rows[1:]] == found["confusion"]
+    assert main(["eval", "run", "--confusion", "-"]) == 0
+    assert "class \\ predicted" in capsys.readouterr().out
     scores(capsys, "run", "--confusion", "c.json")
     assert json.loads(Path("c.json").read_text()).keys() == {"classes", "counts"}
 

@@ -107,6 +107,21 @@ def test_a_part_of_svhn_and_of_stl10(tmp_path: Path) -> None:
         open_split("svhn", str(tmp_path), "test")
 
 
+def test_the_corruptions_of_cifar_10_c(tmp_path: Path) -> None:
+    images, labels = formats.pixels(10, 32, 32, 3), formats.labels(10)
+    np.save(tmp_path / "fog.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    assert len(open_split("cifar10", str(tmp_path), "fog").images) == 10
+    found = open_split("cifar10", str(tmp_path), "fog-3")
+    assert found.targets == [4, 5]
+    assert np.array_equal(np.asarray(found.images[1][0]), images[5])
+    with pytest.raises(RunError, match="cifar10 has no split 'snow'"):
+        open_split("cifar10", str(tmp_path), "snow")
+    np.save(tmp_path / "snow.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    with pytest.raises(RunError, match=r"snow\.npy: is damaged, or no array of pixels"):
+        open_split("cifar10", str(tmp_path), "snow")
+
+
 def zipped(root: Path, into: Path, dot: bool) -> None:
     into.mkdir(parents=True)
     for file in (root / "FashionMNIST" / "raw").iterdir():

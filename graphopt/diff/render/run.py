@@ -166,8 +166,10 @@ def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]
     # A run too short for a record of its steps has the means of its epochs.
     means = [(x, seconds / max(1, lengths[int(x) - 1])) for x, seconds in epochs("seconds", 1000)]
     training, accuracy = steps("loss") or epochs("train_loss"), steps("accuracy", 100) or epochs("train_accuracy", 100)
+    local = steps("local_loss") or epochs("train_local_loss")
+    losses = {"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss"), "local losses": local}
     return {
-        "loss": _chart({"training": training, "evaluation": epochs("loss"), "averaged weights": epochs("ema_loss")}),
+        "loss": _chart(losses),
         "accuracy": _chart({"training": accuracy, "evaluation": epochs("accuracy", 100), "averaged weights": epochs("ema_accuracy", 100)}),
         "time": _chart({"step": steps("step_seconds", 1000) or means}, zero=True),
         "memory": _chart({"measured": steps("peak_bytes", 1 / MIB) or epochs("peak_bytes", 1 / MIB), "forecast": expected}, zero=True),
