@@ -28,7 +28,7 @@ def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
     """
     x = _sample(backbone, graph.input)
     smaller = smaller_input(graph.nodes, graph.input)
-    less: dict[str, torch.Tensor | None] = {
+    less = {
         "train": _sample(backbone, smaller) if smaller else None,
         "eval": _sample(backbone, graph.input, batch=1) if is_large(graph.input) else None,
     }
