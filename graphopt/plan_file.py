@@ -20,6 +20,7 @@ from graphopt.driver import build_backbone, compile
 from graphopt.errors import RunError, WeightsError
 from graphopt.files import read_json, write_atomically
 from graphopt.models.weights import read_safetensors, to_safetensors
+from graphopt.runtime.state_dicts import load_versioned
 from graphopt.spec import dumps, loads
 
 #: metadata key that only plan files have; its value is the version of the format
@@ -138,4 +139,4 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     if wrong:
         what = f"the checkpoint does not fit the network that its spec and decisions give: {', '.join(wrong[:5])}"
         raise RunError(what, fix="It was written with another version of a pass or of the backbone's library")
-    module.load_state_dict(dict(state), strict=True)
+    load_versioned(module, state)

@@ -26,6 +26,7 @@ from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.regions import region_at
+from graphopt.runtime.state_dicts import load_versioned
 
 
 class Phase(NamedTuple):
@@ -233,7 +234,7 @@ class Plan(Source):
     def export(self) -> nn.Module:
         """The backbone itself, of its original class, with the trained weights; in eval mode."""
         module = copy.deepcopy(self.backbone)
-        module.load_state_dict(self.export_state(), strict=True)
+        load_versioned(module, self.export_state())
         for parameter in module.parameters():
             parameter.grad = None
         return module.eval()

@@ -18,6 +18,7 @@ from torch.serialization import safe_globals
 
 from graphopt.errors import WeightsError, did_you_mean, first_line, listed
 from graphopt.hashing import content_digest
+from graphopt.runtime.state_dicts import load_versioned
 
 _SAVE = "Save model.state_dict(), preferably as safetensors"
 _AGAIN = "Copy or export it again"
@@ -53,7 +54,7 @@ def load_weights(module: nn.Module, path: str | Path, *, reset: Sequence[str] = 
         found = "; ".join(f"{len(keys)} {what} ({listed(keys.values())})" for what, keys in problems.items())
         fix = _reset_instead(problems, path, reset) or "Check [backbone] name and arguments (num_classes?)"
         raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {found}", where=str(path), fix=fix)
-    module.load_state_dict({**own, **state}, strict=True)
+    load_versioned(module, {**own, **state})
 
 
 def _below(key: str, path: str) -> bool:

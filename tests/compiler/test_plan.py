@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -205,3 +206,10 @@ def test_passes_that_preserve_the_output_preserve_it_together(passes: list[graph
         torch.manual_seed(1)
         outputs.append(module.train()(x))
     assert torch.equal(*outputs)
+
+
+def test_a_backbone_whose_state_dict_has_a_version_is_exported() -> None:
+    model = torchvision.models.mnasnet0_5(num_classes=3)
+    plan = graphopt.compile(model, [], input=(3, 32, 32), verify="off", costs=False)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(plan.export()(x), model.eval()(x))
