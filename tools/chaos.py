@@ -4,7 +4,7 @@
 
 Two ranks train a small network through phases of supervise, drop and freeze, with a checkpoint after each step. One of them gets SIGKILL:
 while it starts, or a random time after a random number of steps. When a run has ended the next begins, until there were enough kills of
-each kind of run: ddp, also with loader processes, fsdp with checkpoints in parts, also written while training goes on, and modules.
+each of the `--kinds` of run: ddp, also with loader processes, fsdp with checkpoints in parts, also written while training goes on, modules.
 Every run must end as the one of its kind that nobody disturbed: the same bits in every checkpoint, the same metrics, each sample once per
 epoch.
 `--forked` forks ranks from a process that has loaded torch, where torchrun starts the command: that is faster.
@@ -180,7 +180,7 @@ def table(kills: Sequence[Kill]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of each kind of run")
-    parser.add_argument("--kinds", nargs="+", choices=chaos_run.KINDS, default=list(chaos_run.KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=chaos_run.KINDS, default=["ddp", "fsdp, in parts"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forked", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the table here")
