@@ -1,10 +1,12 @@
 """Kills random ranks of runs at random moments; torchrun's own launcher starts all ranks again.
 
-    python tools/chaos.py [--kills 50] [--seed 0] [--forked] [--out tools/tables/chaos.md]
+    python tools/chaos.py [--kills 50] [--seed 0] [--kinds ddp modules] [--forked] [--out tools/tables/chaos.md]
 
 Two ranks train a small network through phases of supervise, drop and freeze, with a checkpoint after each step. One of them gets SIGKILL:
-while it starts, or a random time after a random number of steps. When a run has ended the next begins, until there were enough kills.
-Every run must end as the one that nobody disturbed: the same bits in every checkpoint, the same metrics, each sample once per epoch.
+while it starts, or a random time after a random number of steps. When a run has ended the next begins, until there were enough kills of
+each of the `--kinds` of run: ddp, also with loader processes, fsdp with checkpoints in parts, also written while training goes on, modules.
+Every run must end as the one of its kind that nobody disturbed: the same bits in every checkpoint, the same metrics, each sample once per
+epoch.
 `--forked` forks ranks from a process that has loaded torch, where torchrun starts the command: that is faster.
 """
 
@@ -54,6 +56,7 @@ class Kill:
     rank: int
     seconds: float  # since its start
     where: str  # the run's phase, or STARTING
+    kind: str  # of run
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Killer:
 
     left: int
     draw: random.Random
+    kind: str
     folder: Path = Path()  # of the run
     kills: list[Kill] = field(default_factory=list)
     started: int = 0  # how often ranks were started, or ended by themselves
@@ -92,7 +96,7 @@ class Killer:
         with suppress(ProcessLookupError):
             os.kill(pids[victim], signal.SIGKILL)
             self.left -= 1
-            self.kills.append(Kill(victim, now - began, self._phase() if checkpoints else STARTING))
+            self.kills.append(Kill(victim, now - began, self._phase() if checkpoints else STARTING, self.kind))
 
     def _saved(self) -> int | None:
         """Another number for each checkpoint."""
@@ -138,9 +142,9 @@ def launch(folder: Path, killer: Killer, *, forked: bool) -> None:
     _Agent._start_workers = started
     try:
         if forked:
-            elastic_launch(config, chaos_run.rank)(str(folder / "run"))
+            elastic_launch(config, chaos_run.rank)(str(folder / "run"), killer.kind)
         else:
-            (folder / "spec.toml").write_text(chaos_run.SPEC)
+            (folder / "spec.toml").write_text(chaos_run.KINDS[killer.kind])
             command = ("-m", "graphopt", "train", str(folder / "spec.toml"), "--out", str(folder / "run"), "--trust", "--quiet")
             elastic_launch(config, sys.executable)(*command)
     finally:
@@ -150,10 +154,9 @@ def launch(folder: Path, killer: Killer, *, forked: bool) -> None:
 
 def disturb(folder: Path, killer: Killer, *, forked: bool) -> Iterator[tuple[int, list[str]]]:
     """Kills ranks in one run after another; yields of each how many were killed, and what is not as in the undisturbed one."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for all processes
-    get_context("forkserver").set_forkserver_preload(["chaos_forked"])
-    launch(folder / "whole", Killer(0, killer.draw), forked=forked)
+    launch(folder / "whole", Killer(0, killer.draw, killer.kind), forked=forked)
     expected = small_run.result(folder / "whole" / "run")
+    shutil.rmtree(folder / "whole")
     while killer.left:
         before = len(killer.kills)
         launch(folder / "disturbed", killer, forked=forked)
@@ -165,33 +168,37 @@ def disturb(folder: Path, killer: Killer, *, forked: bool) -> Iterator[tuple[int
 
 
 def table(kills: Sequence[Kill]) -> list[str]:
-    """Markdown: where the run was, and which rank was killed."""
-    found = Counter((kill.where, kill.rank) for kill in kills)
-    lines = [f"| where the run was | {' | '.join(f'rank {rank} killed' for rank in range(chaos_run.RANKS))} |"]
-    lines.append("|---" * (chaos_run.RANKS + 1) + "|")
-    for where in sorted({kill.where for kill in kills}):
-        lines.append(f"| {where} | {' | '.join(str(found[where, rank]) for rank in range(chaos_run.RANKS))} |")
+    """Markdown: the kind of run, where it was, and which rank was killed."""
+    found = Counter((kill.kind, kill.where, kill.rank) for kill in kills)
+    lines = [f"| run | where it was | {' | '.join(f'rank {rank} killed' for rank in range(chaos_run.RANKS))} |"]
+    lines.append("|---" * (chaos_run.RANKS + 2) + "|")
+    for kind, where in sorted({(kill.kind, kill.where) for kill in kills}):
+        lines.append(f"| {kind} | {where} | {' | '.join(str(found[kind, where, rank]) for rank in range(chaos_run.RANKS))} |")
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="of each kind of run")
+    parser.add_argument("--kinds", nargs="+", choices=chaos_run.KINDS, default=["ddp", "fsdp, in parts"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forked", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the table here")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    killer, outcomes = Killer(options.kills, random.Random(options.seed)), []
+    kills, outcomes, draw = list[Kill](), list[list[str]](), random.Random(options.seed)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for all processes
+    get_context("forkserver").set_forkserver_preload(["chaos_forked"])
     with work_folder() as folder:
-        for kills, wrong in disturb(Path(folder), killer, forked=options.forked):
-            outcomes.append(wrong)
-            print(f"run {len(outcomes)}, {kills} kills: {'; '.join(wrong) or 'ends as undisturbed'}", flush=True)
+        for kind in options.kinds:
+            killer = Killer(options.kills, draw, kind)
+            for count, wrong in disturb(Path(folder), killer, forked=options.forked):
+                outcomes.append(wrong)
+                print(f"{kind}, run {len(outcomes)}, {count} kills: {'; '.join(wrong) or 'ends as undisturbed'}", flush=True)
+            kills += killer.kills
     right = sum(not wrong for wrong in outcomes)
-    about = (
-        f"Seed {options.seed}, {len(killer.kills)} kills: {right} of {len(outcomes)} runs end as the undisturbed one, with exact ledgers."
-    )
-    text = "\n".join([heading("Ranks killed", (__doc__ or "").partition("\n")[0]), about, "", *table(killer.kills)])
+    about = f"Seed {options.seed}, {len(kills)} kills: {right} of {len(outcomes)} runs end as the undisturbed one, with exact ledgers."
+    text = "\n".join([heading("Ranks killed", (__doc__ or "").partition("\n")[0]), about, "", *table(kills)])
     print(text)
     if options.out:
         options.out.write_text(text + "\n")

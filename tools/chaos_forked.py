@@ -1,5 +1,6 @@
-"""What the process holds from which ranks are forked: torch, and the compiled run."""
+"""What the process holds from which ranks are forked: torch, and the compiled runs."""
 
 import chaos_run
 
-chaos_run.run()
+for kind in chaos_run.KINDS:
+    chaos_run.run(kind)

@@ -1,4 +1,4 @@
-"""The run that `tools/chaos.py` kills: the small run on two ranks, with a ledger and a supervised phase that ends."""
+"""The runs that `tools/chaos.py` kills: the small run on two ranks, with a ledger and a supervised phase that ends, in several kinds."""
 
 from __future__ import annotations
 
@@ -20,19 +20,29 @@ SPEC = (
     .replace('cuts = ["two"]', 'cuts = ["two"]\nwhen = { epoch = 0, until = 4 }')
 )
 STEPS = 18
+_PARTS = SPEC + 'strategy = "fsdp"\ncheckpoint_format = "sharded"\n'
+#: specs by what is particular about a run
+KINDS = {
+    "ddp": SPEC,
+    "ddp, loader processes": SPEC.replace("eval_limit = 10", "eval_limit = 10\nworkers = 1"),
+    "fsdp, in parts": _PARTS,
+    "fsdp, in parts, while training goes on": _PARTS + "checkpoint_async = true\n",
+    # Modules that are gradient-isolated to the end: each of the two ranks trains one.
+    "modules": SPEC.replace("\nwhen = { epoch = 0, until = 4 }", "") + 'strategy = "modules"\n',
+}
 
 
 @cache
-def run() -> small_run.SmallRun:
+def run(kind: str) -> small_run.SmallRun:
     """The compiled run; processes that are forked from this one share it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return small_run.SmallRun(SPEC)
+    return small_run.SmallRun(KINDS[kind])
 
 
-def rank(folder: str) -> None:
+def rank(folder: str, kind: str) -> None:
     """What each rank does, from the start or started again."""
     torch.set_num_threads(1)
     # Forked ranks share the lock of the progress bars that torch.fx makes; one that is killed would never give it back.
     tqdm.set_lock(RLock())
-    run().train(Path(folder))
+    run(kind).train(Path(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from graphopt.hashing import content_digest
 from graphopt.spec import Spec, loads
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.parts import FOLDER, folder_of
 
 #: phases: the stem's features, then those of the first block are cached on disk (filled from the stem's); then the last block is frozen
 SPEC = """
@@ -91,11 +93,17 @@ def _without_times(value: Any) -> Any:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """All that a finished run has made, by file, but for what depends on the clock: of checkpoints a digest of every bit."""
+    """All that a finished run has made, by file, but for what depends on the clock: of checkpoints a digest of every bit.
+
+    Parts are in the digests of their checkpoints; of other parts, which no checkpoint has, there are the names.
+    """
     found: dict[str, Any] = {}
+    for run in {path.parent for path in folder.rglob("last.pt") if (path.parent / FOLDER).exists()}:
+        used = {folder_of(path) for path in run.glob("*.pt")}
+        found[f"parts that no checkpoint of {run.relative_to(folder)} has"] = sorted(set(os.listdir(run / FOLDER)) - used)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or "events.out.tfevents" in name:
+        if path.is_dir() or "events.out.tfevents" in name or FOLDER in path.relative_to(folder).parts:
             continue
         if path.suffix == ".pt":
             parts = {part: value for part, value in load_checkpoint(path).items() if not part.startswith("metrics_")}

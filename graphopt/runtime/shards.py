@@ -1,4 +1,4 @@
-"""Tensors of which every rank holds a part (`DTensor`), next to ordinary ones; nothing here imports torch.distributed."""
+"""Tensors of which every rank holds a part (`DTensor`), next to ordinary ones; torch.distributed is imported only to cut one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +15,16 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part, which shares memory with a sharded tensor; an ordinary tensor itself."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def local_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This rank's part of a tensor, which is sharded like `other`, or whole on every rank; no rank waits for another."""
+    if is_sharded(tensor) or not is_sharded(other):
+        return local(tensor)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = other
+    return local(distribute_tensor(tensor.detach(), sharded.device_mesh, sharded.placements, src_data_rank=None))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
 from graphopt.runtime.randomness import set_seeds
-from graphopt.runtime.shards import is_sharded, local
+from graphopt.runtime.shards import is_sharded, local, local_like
 from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
@@ -79,7 +79,9 @@ class AveragedWeights(ModelEmaV3):
     """timm's moving averages, each rank's of the parts that it holds."""
 
     def _foreach_lerp_(self, ema_values: list[Tensor], model_values: list[Tensor], weight: float) -> None:
-        super()._foreach_lerp_([local(t) for t in ema_values], [local(t) for t in model_values], weight)
+        # What lies in front of cached features is whole in the network, and sharded in its average.
+        parts = [local_like(own, average) for own, average in zip(model_values, ema_values, strict=True)]
+        super()._foreach_lerp_([local(t) for t in ema_values], parts, weight)
 
 
 class Phase:
