@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep coverage fuzz chaos bench clean
+.PHONY: demo test quick lint pictures sweep coverage fuzz chaos bench gpu gpu-packages clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -71,6 +71,21 @@ chaos: .venv/.installed
 # The ratios that people wait for, against the table's last row: fails where one is worse by more than a fifth.
 bench: .venv/.installed
 	$(BIN)/python tools/bench.py --out tools/tables/bench.md
+# On a machine with a GPU, its kind in GPU: what the allocator did in real steps beside its simulation, and every pass measured beside its
+# forecast, in less than ten minutes. It takes Python's own packages, with torch and timm, and build/gpu-packages if that is there.
+GPU ?= H100
+RUN_GPU := PYTHONPATH=build/gpu:build/gpu-packages:tools $(PYTHON)
+
+gpu:
+	rm -rf build/gpu && mkdir -p build/gpu/graphopt
+	ln -s $(CURDIR)/graphopt/* $(CURDIR)/passes $(CURDIR)/specs build/gpu/graphopt/
+	$(RUN_GPU) tools/gpu_passes.py --device "$(GPU)" --out tools/tables/gpu_passes.md
+	$(RUN_GPU) tools/gpu_checks.py --device "$(GPU)" --out tools/tables/gpu_checks.md --recordings build/recordings
+
+# What such a machine may lack, for Python 3.12 on x86-64, to be taken there in build/gpu-packages.
+gpu-packages:
+	$(PYTHON) -m pip install $(PIP_ARGS) --target build/gpu-packages --python-version 3.12 --platform manylinux2014_x86_64 \
+	  --only-binary :all: --upgrade pydantic tomli
 
 clean:
 	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

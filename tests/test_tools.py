@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.passes.supervise import Supervise
+
 TOOLS = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))
 
 
@@ -15,3 +17,15 @@ def test_it_imports(tool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tool.parent)
     names = runpy.run_path(str(tool), run_name="imported")
     assert names["__doc__"]
+
+
+def test_the_gpu_s_table_runs_dry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import gpu_passes  # type: ignore[import-not-found]  # a script, found by the path above
+
+    monkeypatch.setattr(gpu_passes, "variants", lambda _: [("none", ()), ("supervise", (Supervise(modules=2),))])
+    assert gpu_passes.main(["--dry", "--device", "L4", "--out", str(tmp_path / "table.md")]) == 0
+    title, *_, plain, supervised = (tmp_path / "table.md").read_text().splitlines()
+    assert "nothing was measured" in title
+    assert plain.startswith("| resnet20 | 4 | none | - | - |")
+    assert supervised.count("|") == 1 + len(gpu_passes.COLUMNS)
