@@ -19,6 +19,7 @@ from graphopt.compiler.triggers import Decision
 from graphopt.cost.rates import TimedStep, rates_of
 from graphopt.errors import BackboneError, PassError, SpecError, TraceError, WeightsError
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import Input
 from graphopt.models.build import build
 from graphopt.spec import BackboneSpec, Spec, WeightsSpec, load
 from graphopt.tracing import trace
@@ -27,14 +28,13 @@ from graphopt.tracing import trace
 DEFAULT_BATCH = 32
 
 Passes = Spec | Sequence[Pass] | Pass | str | Path
-Shape = tuple[int, ...] | None
 
 
 def compile(
     model: nn.Module | None,
     spec: Spec | Sequence[Pass] | Pass | str | Path,
     *,
-    input: tuple[int, ...] | None = None,
+    input: Input | None = None,
     batch: int | None = None,
     verify: Verify = "full",
     decisions: Sequence[Decision] = (),
@@ -46,7 +46,7 @@ def compile(
     Args:
         model: the backbone; None builds the one the spec names. It is left as it was.
         spec: a `Spec`, the path or name of one, one pass, or several.
-        input: shape of one sample, e.g. (3, 224, 224); needed where `spec` is passes.
+        input: shape of one sample, e.g. (3, 224, 224), or of each of several inputs, as in `graphopt.trace`; needed where `spec` is passes.
         batch: samples in the training step that the report's costs are of (default: the spec's, else 32).
         verify: "full" tries every declared property in numbers, "fast" the structure only, "off" nothing.
         decisions: triggers that have fired: the phase to compile.
@@ -58,7 +58,13 @@ def compile(
 
 
 def prepare(
-    model: nn.Module | None, spec: Passes, *, input: Shape = None, batch: int | None = None, compare: bool = True, trust: bool = False
+    model: nn.Module | None,
+    spec: Passes,
+    *,
+    input: Input | None = None,
+    batch: int | None = None,
+    compare: bool = True,
+    trust: bool = False,
 ) -> Source:
     """Everything that a plan's phases share: the traced backbone, and what each pass decided on it. Rewrites nothing.
 
@@ -75,10 +81,10 @@ def prepare(
         passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
         if model is None or input is None:
             raise SpecError("a list of passes does not say what to compile", fix="Give the model, and input=(3, 224, 224)")
-        graph = trace(model, tuple(input), compare=compare)
+        graph = trace(model, input, compare=compare)
         batch, options = batch or DEFAULT_BATCH, {}
         instances = _settled_instances([PassInstance(value, index) for index, value in enumerate(passes)], graph, batch)
-        about = {"name": type(model).__name__, "digest": digest_of([i.value for i in instances], model, tuple(input))}
+        about = {"name": type(model).__name__, "digest": digest_of([i.value for i in instances], model, graph.input)}
     matched = match_all(graph, instances)
     return Source(backbone=model, base=graph, matched=matched, batch=batch, measure=measure_with(batch, **options), **about)
 
@@ -126,12 +132,12 @@ def check_folders(source: Source, *, trust: bool) -> None:
 
 
 def trace_backbone(
-    spec: Spec, *, model: nn.Module | None = None, input: Shape = None, compare: bool = True, trust: bool = False
+    spec: Spec, *, model: nn.Module | None = None, input: Input | None = None, compare: bool = True, trust: bool = False
 ) -> tuple[nn.Module, Graph]:
     """The backbone of a spec and its graph; no pass is applied. Arguments and errors are as in `prepare`."""
     with located_backbone(spec):
         model = build_backbone(spec.backbone, trust=trust) if model is None else model
-        return model, trace(model, tuple(input or spec.backbone.input), compare=compare)
+        return model, trace(model, input or spec.backbone.input, compare=compare)
 
 
 def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = True) -> nn.Module:
@@ -157,7 +163,7 @@ def located_backbone(spec: Spec) -> Iterator[None]:
         raise
 
 
-def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: tuple[int, ...]) -> str:
+def digest_of(passes: Sequence[Pass], backbone: nn.Module, input: Input) -> str:
     """Identifies a plan made in code: its passes, and the names and shapes of the backbone's parameters."""
     shapes = {k: list(v.shape) for k, v in backbone.state_dict().items()}
     plain = {"passes": [p.table() for p in passes], "shapes": shapes, "input": list(input)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import itertools
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ from graphopt.errors import CostError, GraphoptError, NeedsValuesError, VerifyEr
 from graphopt.ir.blocks import disjoint_parts, find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import samples, tensors_of
 from graphopt.ir.shapes import tensors_in
 
 #: relative difference of an export's output that counts as rounding
@@ -68,7 +70,7 @@ def cover(candidate: Candidate, cells: Sequence[str] = CELLS) -> Row:
     torch.manual_seed(0)
     try:
         module, shape = fitting(candidate)
-        row.input = "x".join(map(str, shape))
+        row.input = " and ".join("x".join(map(str, sizes)) for sizes, _ in tensors_of(shape))
         graph = trace(module, shape)
     except Exception as error:
         _refused(row, "traced", error)
@@ -134,9 +136,9 @@ def judge(row: Row, column: str, module: nn.Module, graph: Graph, *, targets: bo
 
 def _export(row: Row, cell: str, plan: Any, graph: Graph) -> None:
     """Puts whether the export computes what the plan does; the plan's own norms move no more."""
-    x = torch.rand(2, *graph.input, generator=torch.Generator().manual_seed(3))
+    given = samples(graph.input, 2, functools.partial(torch.rand, generator=torch.Generator().manual_seed(3)))
     with torch.no_grad():
-        outputs = [[t.clone() for t in tensors_in(m.eval()(x))] for m in (plan.module, plan.export())]
+        outputs = [[t.clone() for t in tensors_in(m.eval()(*given))] for m in (plan.module, plan.export())]
     pairs = list(itertools.zip_longest(*outputs))
     if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
         row.put(cell, "export unequal", "other outputs")

@@ -20,14 +20,15 @@ from torch import nn
 
 from graphopt.cost import forecast
 from graphopt.errors import NeedsValuesError
+from graphopt.ir.inputs import Input
 
 
 class Candidate(NamedTuple):
-    """A backbone: its name, what builds it, and the shape of one sample (None: the smallest image that it trains on)."""
+    """A backbone: its name, what builds it, and the shape of one sample, of each input (None: the smallest image that it trains on)."""
 
     name: str
     build: Callable[..., nn.Module]
-    input: tuple[int, ...] | None = None
+    input: Input | None = None
 
 
 def candidates(folder: Path | None = None) -> Iterator[Candidate]:
@@ -59,7 +60,7 @@ def smallest_of_timm(folder: Path | None) -> list[str]:
     return found
 
 
-def fitting(candidate: Candidate) -> tuple[nn.Module, tuple[int, ...]]:
+def fitting(candidate: Candidate) -> tuple[nn.Module, Input]:
     """The backbone, and the smallest square image it trains on. One that is made for one size is made for a smaller one where it can be."""
     module = candidate.build()
     if candidate.input is not None:

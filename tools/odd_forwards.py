@@ -49,10 +49,21 @@ class TakesKeywords(Net):
         return super().forward(x if mask is None else x * mask)
 
 
-@oddity()
+@oddity((3, 16, 16), (3, 16, 16))
 class TakesTwoInputs(Net):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return super().forward(x + y)
+
+
+@oddity((3, 16, 16), (8,), ((4,), torch.int64))
+class TakesThreeInputs(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.tokens = torch.nn.Linear(8, 8), torch.nn.Embedding(10, 8)
+
+    def forward(self, x: Tensor, side: Tensor, tokens: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x) + self.side(side)[:, :, None, None])
+        return self.fc(x.mean((2, 3)) + self.tokens(tokens).mean(1))
 
 
 @oddity()

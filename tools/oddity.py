@@ -1,4 +1,4 @@
-"""The base of the user-written backbones, and their register: `ODDITIES` has them by name, with the shape of one sample."""
+"""The base of the user-written backbones, and their register: `ODDITIES` has them by name, with the shape of one sample, of each input."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shape = tuple[int, ...]
-ODDITIES: dict[str, tuple[Callable[[], nn.Module], Shape]] = {}
+from graphopt.ir.inputs import Input
+
+ODDITIES: dict[str, tuple[Callable[[], nn.Module], Input]] = {}
 
 
-def oddity(*shape: int, **arguments: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def oddity(*shape: Any, **arguments: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Registers a backbone under the name of its class."""
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:

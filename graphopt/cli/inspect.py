@@ -68,7 +68,7 @@ def inspect(
         model, graph = trace_backbone(loaded, input=shape, trust=trust)
     table = _table(f"{backbone.source}/{backbone.name}", graph)
     if units:
-        table["units"] = _units(model, loaded.passes if loaded else (), graph.input)
+        table["units"] = _units(model, loaded.passes if loaded else (), shape or backbone.input)
     if as_json:
         show_json(table)
     else:

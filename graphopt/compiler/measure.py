@@ -10,6 +10,7 @@ from graphopt.compiler.pass_base import Effects, RuntimeNeeds
 from graphopt.cost import Cost, StepOptions, forecast
 from graphopt.ir.blocks import disjoint_parts
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import input_of
 
 #: from an emitted module, the flat graph it came from, and the effects of the passes so far, to its cost
 Measure = Callable[[nn.Module, Graph, Sequence[Effects]], Cost]
@@ -22,8 +23,8 @@ def measure_with(batch: int, **options: Unpack[StepOptions]) -> Measure:
         needs, shape = RuntimeNeeds.of(effects), graph.input
         if needs.features is not None:
             # Only what follows the cut is trained; parameters and buffers of the whole network stay in memory for evaluation.
-            module = emit(graph, start=needs.features.node).train()
-            shape = tuple(needs.features.node.meta["val"].shape[1:])
+            suffix = emit(graph, start=needs.features.node)
+            module, shape = suffix.train(), input_of(suffix)
         step: StepOptions = {**options, "targets": needs.targets}
         return forecast(module, shape, batch, per_block=disjoint_parts(graph), **step)
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.ir.copying import copy_with, real_copy
+from graphopt.ir.inputs import Input, samples
 from graphopt.ir.shapes import tensors_in
-
-Shape = tuple[int, ...]
 
 #: samples in a numerical check
 BATCH = 2
@@ -34,18 +33,18 @@ class Runs:
 
     Attributes:
         module: what runs; its values must not change, unless `hold` was called before.
-        input: shape of one sample. smaller: of a smaller one that the module takes, too; None where there is none.
+        input: shape of one sample, of each input. smaller: of a smaller one that the module takes, too; None where there is none.
     """
 
-    def __init__(self, module: nn.Module, input: Shape, smaller: Shape | None) -> None:
+    def __init__(self, module: nn.Module, input: Input, smaller: Input | None) -> None:
         self.module, self.input, self.smaller = module, input, smaller
-        self._found: dict[tuple[Shape, torch.dtype, bool, bool], Computed] = {}
+        self._found: dict[tuple[Input, torch.dtype, bool, bool], Computed] = {}
 
     def hold(self) -> None:
         """Lets later runs use the values of now, whatever becomes of the module's. Gradients that a pass cannot reach stay with them."""
         self.module = copy_with(self.module)
 
-    def computed(self, shape: Shape, dtype: torch.dtype, *, training: bool = False, gradients: bool = False) -> Computed:
+    def computed(self, shape: Input, dtype: torch.dtype, *, training: bool = False, gradients: bool = False) -> Computed:
         """A run; gradients are those of `scalar` in eval mode, without them nothing is recorded. Raises what the module raises."""
         key = (shape, dtype, training, gradients)
         if key not in self._found:
@@ -53,15 +52,15 @@ class Runs:
                 self._found[key] = _run(self.module, shape, dtype, training=training, gradients=gradients)
         return self._found[key]
 
-    def known(self, shape: Shape, dtype: torch.dtype, *, training: bool) -> Computed:
+    def known(self, shape: Input, dtype: torch.dtype, *, training: bool) -> Computed:
         """The same, of any run: one with gradients gives the outputs, too."""
         return self._found.get((shape, dtype, training, True)) or self.computed(shape, dtype, training=training)
 
 
-def _run(module: nn.Module, shape: Shape, dtype: torch.dtype, *, training: bool, gradients: bool) -> Computed:
+def _run(module: nn.Module, shape: Input, dtype: torch.dtype, *, training: bool, gradients: bool) -> Computed:
     copied = real_copy(module, dtype).train(training)
     with seeded(), torch.set_grad_enabled(gradients):
-        outputs = tensors_in(copied(sample(shape, dtype)))
+        outputs = tensors_in(copied(*sample(shape, dtype)))
     found = None
     if gradients:
         loss = scalar(outputs, torch.zeros((), dtype=dtype))
@@ -71,9 +70,10 @@ def _run(module: nn.Module, shape: Shape, dtype: torch.dtype, *, training: bool,
     return Computed([t.detach() for t in outputs], found)
 
 
-def sample(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """The samples that every run gets, (2, *shape), from 0 to 1."""
-    return torch.rand(BATCH, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+def sample(shape: Input, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The samples that every run gets, (2, *shape), from 0 to 1; of each input."""
+    draw = torch.Generator().manual_seed(1)
+    return samples(shape, BATCH, lambda *sizes: torch.rand(sizes, generator=draw, dtype=torch.float64).to(dtype))
 
 
 def scalar(outputs: list[Tensor], local: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from graphopt.cost import Cost, StepOptions, forecast
 from graphopt.cost.step import autocast
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
+from graphopt.ir.inputs import Input, input_of, samples
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.shapes import tensors_in, uncached
 
@@ -60,14 +61,14 @@ class Stage:
         return forecast(self.module, (), batch, **own)
 
 
-def trained(plan: Plan) -> tuple[TrainingModule, tuple[int, ...]]:
-    """What of a plan's module training runs, and the shape of a sample that it takes: behind cached features only what follows them."""
+def trained(plan: Plan) -> tuple[TrainingModule, Input]:
+    """What of a plan's module training runs, and the shape of a sample that it takes, of each input: behind cached features only what follows them."""
     cut = plan.needs.features
     if cut is None:
         return plan.module, plan.graph.input
     module = emit(plan.graph, start=cut.node)
     module.train()
-    return module, tuple(cut.node.meta["val"].shape[1:])
+    return module, input_of(module)
 
 
 def stages(plan: Plan, runs: Sequence[range], batch: int, amp: str | None = None) -> tuple[Stage, ...]:
@@ -75,7 +76,7 @@ def stages(plan: Plan, runs: Sequence[range], batch: int, amp: str | None = None
     module, shape = trained(plan)
     mode = FakeMode()
     with mode:
-        values: tuple[Any, ...] = (torch.empty(batch, *shape),)
+        values: tuple[Any, ...] = samples(shape, batch, torch.empty)
         target = torch.zeros(batch, dtype=torch.long)
     found: list[Stage] = []
     for part, run in zip(split(module, runs), runs, strict=True):
@@ -102,14 +103,14 @@ def _bytes(values: Sequence[Any]) -> int:
 
 
 class _Called(nn.Module):
-    """A part in the protocol of a forecast: `module(values, target) -> (result, local_loss)`."""
+    """A part in the protocol of a forecast: `module(*values, target) -> (result, local_loss)`."""
 
     def __init__(self, part: Part) -> None:
         super().__init__()
         self.part, self.last = part.module, part.last
 
-    def forward(self, values: tuple[Any, ...], target: Tensor) -> Any:
-        result = self.part(*values, target)
+    def forward(self, *values: Any) -> Any:
+        result = self.part(*values)
         return result if self.last and isinstance(result, tuple) else (result, None)
 
 

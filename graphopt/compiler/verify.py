@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.compiler.pass_base import Property
-from graphopt.compiler.runs import BATCH, Runs, Shape, sample, scalar, seeded
+from graphopt.compiler.runs import BATCH, Runs, sample, scalar, seeded
 from graphopt.errors import VerifyError
 from graphopt.ir.copying import real_copy
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import Input
 from graphopt.ir.shapes import tensors_in
 
 #: the largest relative difference in float64 that counts as rounding
@@ -94,16 +95,16 @@ def check_gradients_arrive(runs: Runs, targets: bool, unused: tuple[str, ...]) -
     return _arrive(runs.module, runs.input, targets, unused)
 
 
-def _arrive(module: nn.Module, shape: Shape, targets: bool, unused: tuple[str, ...]) -> Checked:
+def _arrive(module: nn.Module, shape: Input, targets: bool, unused: tuple[str, ...]) -> Checked:
     module = real_copy(module, torch.float32)
     x = sample(shape, torch.float32)
     with seeded():
         if targets:
             with torch.no_grad():
-                scores = first_tensor(module.eval()(x))
-            output, local = module.train()(x, torch.arange(BATCH) % scores.shape[-1])
+                scores = first_tensor(module.eval()(*x))
+            output, local = module.train()(*x, torch.arange(BATCH) % scores.shape[-1])
         else:
-            output, local = module.train()(x), torch.zeros(())
+            output, local = module.train()(*x), torch.zeros(())
     torch.autograd.backward(scalar(tensors_in(output), local))
     for name, parameter in module.named_parameters():
         if parameter.grad is None:
@@ -138,7 +139,7 @@ def _least(name: Property, before: Runs, after: Runs) -> _Largest:
     return _largest(name, before, after, before.input)
 
 
-def _largest(name: Property, before: Runs, after: Runs, shape: Shape) -> _Largest:
+def _largest(name: Property, before: Runs, after: Runs, shape: Input) -> _Largest:
     """The difference in float32 if it is none, else in float64."""
     measure = _MEASURES[name]
     found = measure(before, after, shape, torch.float32)
@@ -154,7 +155,7 @@ def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _outputs(before: Runs, after: Runs, shape: Shape, dtype: torch.dtype, *, training: bool) -> _Largest:
+def _outputs(before: Runs, after: Runs, shape: Input, dtype: torch.dtype, *, training: bool) -> _Largest:
     # What was there before may have run with gradients: its outputs without any were compared when it was new.
     expected = before.known(shape, dtype, training=training).outputs
     got = after.computed(shape, dtype, training=training).outputs
@@ -164,7 +165,7 @@ def _outputs(before: Runs, after: Runs, shape: Shape, dtype: torch.dtype, *, tra
     return max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0), None
 
 
-def _gradients(before: Runs, after: Runs, shape: Shape, dtype: torch.dtype) -> _Largest:
+def _gradients(before: Runs, after: Runs, shape: Input, dtype: torch.dtype) -> _Largest:
     both = [runs.computed(shape, dtype, gradients=True) for runs in (before, after)]
     if shape != before.input and any(len(t) != BATCH for found in both for t in found.outputs if t.dim()):
         raise VerifyError("on this input, samples are mixed")
@@ -189,7 +190,7 @@ def _values(before: nn.Module, after: nn.Module) -> Checked:
     return Checked("state-dict values", 0.0)
 
 
-_MEASURES: dict[Property, Callable[[Runs, Runs, Shape, torch.dtype], _Largest]] = {
+_MEASURES: dict[Property, Callable[[Runs, Runs, Input, torch.dtype], _Largest]] = {
     "eval output": partial(_outputs, training=False),
     "training output": partial(_outputs, training=True),
     "gradients of unselected parameters": _gradients,

@@ -26,7 +26,9 @@ from graphopt.cost.step import autocast
 from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
+from graphopt.ir.flow import descendants
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import samples
 from graphopt.ir.nodes import activations, writes_in_place
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.shapes import tensors_in, uncached
@@ -91,13 +93,14 @@ def measure(
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
     with uncached(graph.module), mode:
-        x = torch.empty(batch, *graph.input)
+        given = samples(graph.input, batch, torch.empty)
         ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
-        ledger.set_kind((x,), Kind.INPUT)
-        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in activations(graph)}, isolated=isolated)
+        ledger.set_kind(given, Kind.INPUT)
+        active = activations(graph) & descendants([graph.placeholder])
+        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in active}, isolated=isolated)
         try:
             with ledger, autocast(amp), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
-                run.start(x)
+                run.start(*given)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NeedsValuesError(
                 f"the backbone's Python looks at tensor values, which a forecast does not have: {first_line(error)}",
@@ -131,9 +134,9 @@ class _PieceByPiece(fx.Interpreter):
         self.pending: fx.Node | None = None
         self.flops = 0
 
-    def start(self, x: Tensor) -> None:
+    def start(self, x: Tensor, *others: Tensor) -> None:
         self.entry, self.begin, self.done = x, len(self.ledger.events), self.ledger.work
-        self.run(x)
+        self.run(x, *others)
 
     def run_node(self, n: fx.Node) -> Any:
         if self.pending is not None:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -33,6 +34,7 @@ from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.copying import copy_with, fake_copy
 from graphopt.ir.fakes import FakeMode
+from graphopt.ir.inputs import Input, samples
 from graphopt.ir.shapes import tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -47,14 +49,14 @@ class StepOptions(TypedDict, total=False):
     """How a step trains; each may be left out.
 
     Attributes:
-        targets: use the emitted protocol `module(x, target) -> (output, local_loss)`. Default: `module(x) -> output`.
+        targets: use the emitted protocol `module(*inputs, target) -> (output, local_loss)`. Default: `module(*inputs) -> output`.
         optimizer: a name timm knows (default "sgd"), or a function from parameters to an optimizer; None leaves the optimizer out.
         optimizer_options: further arguments for timm's factory: `{"momentum": 0.0}`.
         amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
         parallel: how the step runs on several ranks; the figures are then those of one rank's step, all micro-batches.
-        inputs: what the module takes, as one tuple, in the place of a batch of samples: plain values, and tensors like these.
+        inputs: what the module takes, in the place of a batch of samples: plain values, and tensors like these.
         device: of a forecast: take the step with the kernels of this GPU, and forecast its memory there (`Cost.cuda`).
     """
 
@@ -68,9 +70,7 @@ class StepOptions(TypedDict, total=False):
     device: Device | None
 
 
-def forecast(
-    module: nn.Module, input: tuple[int, ...], batch: int, *, per_block: Sequence[str | Named] = (), **options: Unpack[StepOptions]
-) -> Cost:
+def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence[str | Named] = (), **options: Unpack[StepOptions]) -> Cost:
     """What one training step of `module` costs, without running it: no memory, no GPU, no data.
 
     A copy of the module over fake CPU tensors takes the whole step (forward, loss, backward, optimizer). Its live bytes equal
@@ -78,7 +78,7 @@ def forecast(
 
     Args:
         module: on any device, meta included; not touched. Its `requires_grad` flags say what trains.
-        input: one sample's shape, `(C, H, W)`; for a suffix, that of the features it takes.
+        input: one sample's shape, `(C, H, W)`, or that of each input; for a suffix, that of the features it takes.
         per_block: module paths, or regions, to add the step up by (`Cost.blocks`); `Cost.by` does it later, too.
         options: see `StepOptions`.
 
@@ -109,7 +109,7 @@ def forecast(
 
 def measure(
     module: nn.Module,
-    input: tuple[int, ...],
+    input: Input,
     batch: int,
     *,
     per_block: Sequence[str | Named] = (),
@@ -145,7 +145,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _train_once(
-    module: nn.Module, input: tuple[int, ...], batch: int, per_block: Sequence[str | Named], ledger: Ledger, options: StepOptions
+    module: nn.Module, input: Input, batch: int, per_block: Sequence[str | Named], ledger: Ledger, options: StepOptions
 ) -> Cost:
     """One step of `module`, a private copy."""
     if batch < 1:
@@ -181,10 +181,10 @@ def _train_once(
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
-def _inputs(batch: int, input: tuple[int, ...], given: Sequence[Any] | None) -> Any:
-    """Random samples; or a tuple of zeros with the layouts of the tensors in `given`, plain values as they are."""
+def _inputs(batch: int, input: Input, given: Sequence[Any] | None) -> tuple[Any, ...]:
+    """Random samples; or zeros with the layouts of the tensors in `given`, plain values as they are."""
     if given is None:
-        return torch.randn(batch, *input, device="cpu")
+        return samples(input, batch, partial(torch.randn, device="cpu"))
     made = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").zero_() if isinstance(v, Tensor) else v for v in given)
     return tuple(made)
 
@@ -233,7 +233,7 @@ class _Step:
     parallel: Parallel
     targets: bool
 
-    def warm_up(self, batches: Sequence[tuple[Any, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
+    def warm_up(self, batches: Sequence[tuple[tuple[Any, ...], Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
         """Steps that do not count. Gradients that stay allocated between steps are gradients from the start."""
         for _ in range(self.parallel.warm_up):
             _, loss = self._forward(*batches[0])
@@ -282,9 +282,9 @@ class _Step:
         del output
         return saved, gradient_bytes
 
-    def _forward(self, x: Any, target: Tensor) -> tuple[Any, Tensor]:
+    def _forward(self, x: tuple[Any, ...], target: Tensor) -> tuple[Any, Tensor]:
         with _explained(x), self.autocast:
-            output, local = self.wrapped(x, target) if self.targets else (self.wrapped(x), None)
+            output, local = self.wrapped(*x, target) if self.targets else (self.wrapped(*x), None)
             total = self.criterion(output, target)
             return output, total if local is None else total + local
 

@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx import Node
 
 from graphopt.ir.copying import alias_copy, copy_with
+from graphopt.ir.inputs import Input
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.paths import lineage
 from graphopt.ir.section import Section
@@ -35,12 +36,14 @@ class Opaque(NamedTuple):
 class Graph:
     """One backbone as a flat graph: a placeholder `x` of shape (N, *input), leaf modules at the backbone's own paths, one output.
 
+    Further inputs are placeholders with the names that the backbone's forward gives them.
+
     Every node carries `meta["origin"]` (`Origin`), `meta["val"]` (a fake tensor, or the Python value, at batch 2) and, where a pass put
     or changed it, `meta["pass"]` (number of the pass instance, from 0). Change a graph through `graphopt.ir.editor.Editor` only.
 
     Attributes:
         module: the `fx.GraphModule`; its state-dict keys are the backbone's until a pass says otherwise.
-        input: shape of one sample; the batch stays free.
+        input: shape of one sample, of each input where there are several (`graphopt.ir.inputs`); the batch stays free.
         types: class name of every module of the backbone, by path.
         groups: the author's own blocks as lists of parameter names, where the model publishes them (timm's `group_matcher`).
         opaque: modules kept whole, with reasons.
@@ -53,7 +56,7 @@ class Graph:
     def __init__(
         self,
         module: fx.GraphModule,
-        input: tuple[int, ...],
+        input: Input,
         types: dict[str, str],
         groups: tuple[tuple[str, ...], ...] = (),
         opaque: tuple[Opaque, ...] = (),
@@ -84,7 +87,7 @@ class Graph:
 
     @property
     def placeholder(self) -> Node:
-        """The input, `x`."""
+        """The first input, `x`."""
         return next(iter(self.fx.find_nodes(op="placeholder")))
 
     @property

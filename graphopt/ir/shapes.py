@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import TraceError, first_line
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
+from graphopt.ir.inputs import Input, samples, show, tensors_of
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
@@ -27,7 +28,7 @@ SHAPE_BATCH = 2
 FEW_POSITIONS = 64 * 64
 
 
-def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int = SHAPE_BATCH) -> None:
+def propagate_shapes(module: fx.GraphModule, input: Input, batch: int = SHAPE_BATCH) -> None:
     """Stamps `meta["val"]` on every node of `module` by running it on fake tensors, without gradients and without weights.
 
     Raises TraceError if the graph cannot take this input; names the node and its module path.
@@ -39,7 +40,7 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
     fake = fake_copy(root, mode).eval()
     with uncached(module), mode:
         floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
-        x = torch.empty(batch, *input, dtype=None if floating is None else floating.dtype)
+        given = samples(input, batch, functools.partial(torch.empty, dtype=None if floating is None else floating.dtype))
         at: list[fx.Node] = []
 
         class Shapes(fx.Interpreter):
@@ -57,24 +58,25 @@ def propagate_shapes(module: fx.GraphModule, input: tuple[int, ...], batch: int 
 
         try:
             with torch.no_grad():
-                Shapes(fake, graph=module.graph).run(x)
+                Shapes(fake, graph=module.graph).run(*given)
         except Exception as error:
             node = at[0] if at else None
             origin = node.meta.get("origin") if node is not None else None
             where = f"node {node} of {(origin.path if origin else '') or 'the backbone'}" if node is not None else None
             cause = error.__cause__ or error
-            what = f"the graph cannot take an input of shape (N, {', '.join(map(str, input))}): {first_line(cause)}"
+            what = f"the graph cannot take an input of shape {show(input)}: {first_line(cause)}"
             fix = "Give the input shape that the backbone was built for ([backbone] input, and its image size argument)"
             raise TraceError(what, where=where, fix=fix) from error
 
 
-def is_large(input: tuple[int, ...]) -> bool:
-    """Whether a sample is an image of so many positions that a run on it takes longer than its calls."""
-    return len(input) == 3 and input[1] * input[2] > FEW_POSITIONS
+def is_large(input: Input) -> bool:
+    """Whether the first input is an image of so many positions that a run on it takes longer than its calls."""
+    image, dtype = tensors_of(input)[0]
+    return dtype is None and len(image) == 3 and image[1] * image[2] > FEW_POSITIONS
 
 
-def smaller_input(nodes: Iterable[fx.Node], input: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A sample so small that the smallest plane of activations of more than one position is two positions wide or high.
+def smaller_input(nodes: Iterable[fx.Node], input: Input) -> Input | None:
+    """A smaller image, the first input: the smallest plane of activations of several positions is two of them wide or high.
 
     None where that is not smaller, the sample is no image, or it has few positions anyway. Not every backbone takes it (position
     embeddings have one size): running it tells. `nodes` have their shapes.
@@ -84,8 +86,12 @@ def smaller_input(nodes: Iterable[fx.Node], input: tuple[int, ...]) -> tuple[int
     values = (n.meta.get("val") for n in nodes)
     widths = [size for v in values if isinstance(v, torch.Tensor) and v.dim() == 4 for size in v.shape[2:] if size > 1]
     smallest = min(widths, default=2)
-    channels, *sizes = input
-    return (channels, *(-(-2 * size // smallest) for size in sizes)) if smallest > 2 else None
+    (image, _), *others = tensors_of(input)
+    channels, *sizes = image
+    if smallest <= 2:
+        return None
+    smaller = (channels, *(-(-2 * size // smallest) for size in sizes))
+    return (smaller, *input[1:]) if others else smaller
 
 
 def forward_bytes(module: fx.GraphModule) -> int:

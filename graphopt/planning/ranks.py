@@ -17,6 +17,7 @@ from graphopt.cost import Cost, forecast
 from graphopt.cost.ranks import Collective, Parallel
 from graphopt.errors import RunError
 from graphopt.ir.blocks import find_blocks
+from graphopt.ir.inputs import Input
 from graphopt.planning.run_cost import cache_bytes
 from graphopt.runtime.dtypes import DTYPES
 from graphopt.spec import TrainSpec
@@ -171,7 +172,7 @@ class TrainedPart:
     """
 
     module: nn.Module
-    input: tuple[int, ...]
+    input: Input
     row_bytes: int = 0
     views: int = 1
     left_out: int = 0

@@ -22,6 +22,7 @@ from graphopt.errors import RunError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import Input, input_of
 from graphopt.ir.shapes import SHAPE_BATCH, tensors_in
 from graphopt.spec import DataSpec, TrainSpec
 
@@ -228,13 +229,14 @@ def _phase_cost(
     cut = plan.needs.features
     if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
         return forecast(plan.module, plan.graph.input, batch, **options), None, 0
-    step = forecast(emit(plan.graph, start=cut.node), _shape(cut.node), batch, **options)
+    suffix = emit(plan.graph, start=cut.node)
+    step = forecast(suffix, input_of(suffix), batch, **options)
     old = earlier.needs.features if earlier is not None else None
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:
         return step, None, cached
     prefix = emit(plan.graph, start=start, stop=cut.node)
-    fill = _forward_cost(prefix, _shape(start) if start is not None else plan.graph.input, batch, options)
+    fill = _forward_cost(prefix, input_of(prefix), batch, options)
     return step, (fill, samples * (cut.options.get("views") or 1) / batch), cached
 
 
@@ -263,7 +265,7 @@ def _expected_flops(plan: Plan, step: Cost) -> tuple[int, int]:
     return round(forward), round(backward)
 
 
-def _forward_cost(module: nn.Module, input: tuple[int, ...], batch: int, options: Mapping[str, Any]) -> Cost:
+def _forward_cost(module: nn.Module, input: Input, batch: int, options: Mapping[str, Any]) -> Cost:
     step: StepOptions = {"optimizer": None, "amp": options["amp"], "device": options["device"], "loss": lambda output, _labels: output}
     return forecast(_NoBackward(module), input, batch, **step)
 
@@ -275,9 +277,9 @@ class _NoBackward(nn.Module):
         super().__init__()
         self.body, self.unit = body, nn.Parameter(torch.ones(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            y = self.body(x)
+            y = self.body(*inputs)
         return tensors_in(y)[0].sum() * self.unit
 
 

@@ -14,9 +14,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError, first_line
 from graphopt.ir.graph import Graph, Opaque, Origin
+from graphopt.ir.inputs import Input, as_input, show
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
-from graphopt.ir.sample import check_input
 from graphopt.ir.section import BACKBONE, Section
 from graphopt.ir.shapes import forward_bytes, propagate_shapes, uncached
 from graphopt.runtime.body import Checkpointed
@@ -32,18 +32,19 @@ MOST_OPAQUE = 64
 MOST_BYTES = 4 * 2**30
 
 
-def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) -> Graph:
+def trace(backbone: nn.Module, input: Input, *, compare: bool = True) -> Graph:
     """Traces a backbone. The graph shares its parameters; the backbone itself is left as it was.
 
     Args:
-        backbone: takes one tensor (N, *input).
-        input: shape of one sample, e.g. (3, 224, 224).
+        backbone: takes one tensor (N, *input), or several.
+        input: shape of one sample, e.g. (3, 224, 224). Several inputs: a tuple of such shapes, in the order of the forward's arguments; one
+            of whole numbers or booleans (tokens, a mask) is (shape, dtype): `((3, 224, 224), ((16,), torch.int64))`.
         compare: run backbone and graph on random input in both modes, and require bit-equal outputs (not for weights on the meta device).
 
     Raises:
         TraceError: the forward of the backbone itself (not of a part of it) cannot be traced, or cannot take such an input.
     """
-    _check_traceable(backbone, tuple(input))
+    input = _checked_input(backbone, input)
     was_training = {m: m.training for m in backbone.modules()}
     opaque: list[Opaque] = []
     meta = cache(lambda: meta_copy(backbone))
@@ -51,7 +52,7 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
         while True:
             try:
                 with uncached(backbone):
-                    graph = _trace_once(backbone, tuple(input), meta, opaque)
+                    graph = _trace_once(backbone, input, meta, opaque)
                 if compare and not any(p.is_meta for p in backbone.parameters()):
                     _check_memory(graph)
                     differing = compare_modes(backbone, graph)
@@ -71,18 +72,20 @@ def trace(backbone: nn.Module, input: tuple[int, ...], *, compare: bool = True) 
     return graph
 
 
-def _check_traceable(backbone: nn.Module, input: tuple[int, ...]) -> None:
+def _checked_input(backbone: nn.Module, given: Input) -> Input:
+    """The input in tuples; raises TraceError if it is none, or if the backbone cannot be traced whatever it is given."""
     lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
     if lazy is not None:
         raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
     try:
-        check_input(input)
+        input = as_input(given)
     except ValueError as error:
         raise TraceError(str(error), fix="Give the shape of one sample, (3, 224, 224) for example") from None
     scripted = next((n for n, m in backbone.named_modules() if _has_scripted_parameters(m)), None)
     if scripted is not None:
         what = f"{scripted or 'the backbone'} is a scripted module with parameters, of which torch cannot make a copy that trains"
         raise TraceError(what, fix="Give the Python module that was scripted")
+    return input
 
 
 def _check_memory(graph: Graph) -> None:
@@ -101,7 +104,7 @@ class _Untraceable(Exception):
     """A module that has to stay whole: its path, and the reason."""
 
 
-def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Sequence[Opaque]) -> Graph:
+def _trace_once(backbone: nn.Module, input: Input, meta: Callable[[], nn.Module], opaque: Sequence[Opaque]) -> Graph:
     both = (_trace_mode(backbone, training, Tracer(input, meta, (o.path for o in opaque))) for training in (True, False))
     (traced, constants, segments), (in_eval, eval_constants, _) = both
     if not same(constants, eval_constants):
@@ -133,11 +136,17 @@ def _trace_once(backbone: nn.Module, input: tuple[int, ...], meta: Callable[[], 
     return graph
 
 
+#: what a graph module itself calls `meta`, `graph`, `code`: no part of a backbone can have such a name
+_OWN_NAMES = {*dir(fx.GraphModule), "meta"} - set(dir(nn.Module))
+
+
 def _check_names(graph: fx.Graph) -> None:
-    """Refuses names of modules that the code of a graph cannot hold (fx writes them into it as they are)."""
+    """Refuses names of modules that a graph cannot hold: fx writes them into its code as they are, and has attributes of its own."""
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            wrong = next((part for part in node.target.split(".") if keyword.iskeyword(part) or re.search(r"""[\\"'\n\r]""", part)), None)
+            parts = node.target.split(".")
+            wrong = next((part for part in parts if keyword.iskeyword(part) or re.search(r"""[\\"'\n\r]""", part)), None)
+            wrong = wrong or (parts[0] if parts[0] in _OWN_NAMES else None)
             if wrong is not None:
                 raise TraceError(f"a module or a parameter cannot be called {wrong!r} in a graph", where=node.target, fix="Rename it")
 
@@ -161,7 +170,7 @@ def _trace_mode(backbone: nn.Module, training: bool, tracer: Tracer) -> tuple[fx
         if error is not None:
             if not tracer.failed and not isinstance(error, fx.proxy.TraceError):
                 raise TraceError(
-                    f"the backbone does not take an input of shape (N, {', '.join(map(str, tracer.input))}): {first_line(error)}",
+                    f"the backbone does not take an input of shape {show(tracer.input)}: {first_line(error)}",
                     fix="Give the input shape that the backbone was built for ([backbone] input, and its image size argument)",
                 ) from error
             raise _Untraceable(tracer.failed or "", f"cannot be traced: {first_line(error)}") from error

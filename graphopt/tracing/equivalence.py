@@ -5,14 +5,19 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.inputs import Input, samples
 from graphopt.ir.regions import region_of
 from graphopt.ir.shapes import is_large, smaller_input, tensors_in
+
+#: a batch of each input
+Samples = tuple[torch.Tensor, ...]
 
 
 def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
@@ -39,7 +44,7 @@ def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
     return None
 
 
-def _equal_on(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> bool:
+def _equal_on(backbone: nn.Module, graph: Graph, x: Samples) -> bool:
     """Whether backbone and graph take such samples, and compute the same."""
     try:
         with redirect_stderr(io.StringIO()):  # fx prints what a graph module raises
@@ -61,16 +66,19 @@ def without_gradient(graph: Graph) -> tuple[str, ...]:
     reached: set[str] = set()
     with untouched(module), torch.enable_grad():
         for sign in (1, -1):
-            outputs = [t.sum() for t in tensors_in(module(sign * _sample(module, graph.input))) if t.requires_grad]
+            given = (sign * t if t.is_floating_point() else t for t in _sample(module, graph.input))
+            outputs = [t.sum() for t in tensors_in(module(*given)) if t.requires_grad]
             found = torch.autograd.grad(outputs, parameters, allow_unused=True) if outputs and names else ()
             reached |= {name for name, gradient in zip(names, found, strict=False) if gradient is not None}
     return tuple(name for name in names if name not in reached)
 
 
-def _sample(module: nn.Module, input: tuple[int, ...], batch: int = 2) -> torch.Tensor:
-    x = torch.rand(batch, *input, generator=torch.Generator().manual_seed(0))
+def _sample(module: nn.Module, input: Input) -> Samples:
+    given = samples(input, 2, partial(torch.rand, generator=torch.Generator().manual_seed(0)))
     reference = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return x if reference is None else x.to(device=reference.device, dtype=reference.dtype)
+    if reference is None:
+        return given
+    return tuple(t.to(reference.device, reference.dtype if t.is_floating_point() else t.dtype) for t in given)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -105,14 +113,14 @@ def untouched(module: nn.Module, seed: int = 0) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _run(run: Callable[[torch.Tensor], Any], holder: nn.Module, x: torch.Tensor) -> Any:
+def _run(run: Callable[..., Any], holder: nn.Module, x: Samples) -> Any:
     """The output of `run`, and the buffers of `holder` after it."""
     with untouched(holder):
-        out = run(x.clone())
+        out = run(*(t.clone() for t in x))
         return out, [b.clone() for b in holder.buffers()]
 
 
-def _first_difference(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> str:
+def _first_difference(backbone: nn.Module, graph: Graph, x: Samples) -> str:
     """Path of the first module to complete whose first call gives another output in the graph."""
     outputs: dict[str, Any] = {}
     handles = []
@@ -123,7 +131,7 @@ def _first_difference(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> str
 
         handles.append(module.register_forward_hook(record))
     with untouched(backbone):
-        backbone(x.clone())
+        backbone(*(t.clone() for t in x))
     for handle in handles:
         handle.remove()
     values: dict[fx.Node, Any] = {}
@@ -135,7 +143,7 @@ def _first_difference(backbone: nn.Module, graph: Graph, x: torch.Tensor) -> str
             return value
 
     with untouched(backbone):
-        Recorder(graph.module, garbage_collect_values=False).run(x.clone())
+        Recorder(graph.module, garbage_collect_values=False).run(*(t.clone() for t in x))
     for path, output in outputs.items():
         region = region_of(graph, (path,))
         comparable = path and len(region.exits) == 1 and not any(n.meta["origin"].call for n in region.nodes)

@@ -8,6 +8,7 @@ run. Sizes that depend on the batch stay nodes, and so the batch stays free.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import random
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from graphopt.errors import TraceError
+from graphopt.ir.inputs import Input, samples, tensors_of
 from graphopt.runtime.loaded import loaded
 
 #: containers of torch.nn that only call their children, so that blocks can be found inside
@@ -102,12 +104,12 @@ class Tracer(fx.Tracer):
     for `self.training` (it must stay a module to follow the mode), or a path that the caller calls opaque.
 
     Args:
-        input: shape of one sample.
+        input: shape of one sample, of each input.
         meta: gives a copy of the backbone on the meta device, to find shapes with.
         opaque: module paths to keep whole because they cannot be traced, or differ by mode.
     """
 
-    def __init__(self, input: tuple[int, ...], meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
+    def __init__(self, input: Input, meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=_library_functions())
         self.proxy_buffer_attributes = True
         self.input, self.opaque = input, frozenset(opaque)
@@ -151,15 +153,9 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """The image is the one input; all other arguments of the root's forward keep their defaults."""
-        required = required_arguments(self.root)
-        if required != 1:
-            raise TraceError(
-                f"the backbone's forward takes {required} required inputs",
-                where=type(self.root).__name__,
-                fix="graphopt compiles backbones with one image input: wrap yours so that forward(x) is enough",
-            )
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+        """The first arguments of the root's forward are the inputs; all others keep their defaults."""
+        self.names = input_names(self.root, len(tensors_of(self.input)))
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.names)]
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.failed = self.drew = None
@@ -267,7 +263,8 @@ class Tracer(fx.Tracer):
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
             floating = next((p for p in self.root.parameters() if p.is_floating_point()), None)
-            return torch.empty(_BATCH, *self.input, dtype=None if floating is None else floating.dtype)
+            given = samples(self.input, _BATCH, functools.partial(torch.empty, dtype=None if floating is None else floating.dtype))
+            return given[self.names.index(str(node.target))]
         if node.op == "call_module":
             module = self._meta().get_submodule(str(node.target))
             return args[0] if type(module).forward in _FORWARDS_THAT_KEEP_SHAPE else module(*args, **kwargs)
@@ -313,13 +310,34 @@ def _library_leaves() -> tuple[type[nn.Module], ...]:
     return (*registered, *loaded("torchvision.ops", "StochasticDepth", "FrozenBatchNorm2d"))
 
 
-def required_arguments(module: nn.Module) -> int:
-    """How many arguments the forward of a module cannot do without."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+def input_names(module: nn.Module, count: int) -> list[str]:
+    """What the inputs of a graph are called: the first `x`, the others as the forward of the module calls them.
+
+    Raises TraceError if it cannot take so many inputs, or if they are not enough.
+    """
     parameters = inspect.signature(module.forward).parameters.values()
-    required = sum(p.default is inspect.Parameter.empty and p.kind in kinds for p in parameters)
-    takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    return required or int(takes_any or any(p.kind in kinds for p in parameters))
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    keyword = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    named = [p for p in parameters if p.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is inspect.Parameter.empty for p in named)
+    if required > count or any(p.default is inspect.Parameter.empty for p in keyword) or (count > len(named) and not several):
+        needed = required + sum(p.default is inspect.Parameter.empty for p in keyword)
+        most = "" if several else f" of at most {len(named)}"
+        raise TraceError(
+            f"the backbone's forward takes {needed} required inputs{most}, the shape of {count} was given",
+            where=type(module).__name__,
+            fix="In Python, give the shape of each: graphopt.compile(model, passes, input=((3, 224, 224), (8,))). "
+            "For a spec and `graphopt train`, which give one image, wrap it so that forward(x) is enough",
+        )
+    taken = {"x", "target", "features"}  # what emitted modules call their own inputs
+    names = ["x"]
+    for number in range(1, count):
+        name = named[number].name if number < len(named) else f"x_{number}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _asks_for_mode(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
 from graphopt.driver import settle
 from graphopt.errors import GraphoptError, RunError
 from graphopt.hashing import hash_parts
+from graphopt.ir.inputs import Input, show, tensors_of
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
 from graphopt.train.evaluation import check_output
@@ -37,8 +38,12 @@ class Inputs:
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
 
     @classmethod
-    def open(cls, settings: TrainSpec, data: DataSpec | Data, shape: tuple[int, ...], strategy: Strategy) -> Self:
-        """Raises RunError for data that is missing or does not fit, or a batch that is larger or does not divide."""
+    def open(cls, settings: TrainSpec, data: DataSpec | Data, input: Input, strategy: Strategy) -> Self:
+        """Raises RunError for data that is missing or does not fit, a batch that is larger or does not divide, and several inputs."""
+        (shape, dtype), *others = tensors_of(input)
+        if others or dtype is not None:
+            what = f"the runner gives a network one image, this one takes {show(input)}"
+            raise RunError(what, where="input", fix="Train `plan.module`, called with all inputs, in a loop of your own")
         settings.micro_batch(strategy.peers.count)
         opened = data if isinstance(data, Data) else open_data(data, shape, settings.seed)
         if not len(opened.evaluation):

@@ -19,6 +19,7 @@ from graphopt.cost.rates import TimedStep
 from graphopt.cost.step import autocast
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
+from graphopt.ir.inputs import sample_numbers
 from graphopt.ir.nodes import parameters_read
 from graphopt.ir.partition import CutCandidate, cut_candidates
 from graphopt.passes.supervise.auxiliary import Auxiliary
@@ -61,7 +62,7 @@ def predicted_peaks(graph: Graph, build: Build, *, image: bool) -> Table:
         part = between(first, last)
         return math.inf if part is None else part.peak
 
-    return peaks(pieces_of(graph), 4 * BATCH * math.prod(graph.input), highest)
+    return peaks(pieces_of(graph), 4 * BATCH * sample_numbers(graph.input), highest)
 
 
 def predicted_seconds(graph: Graph, build: Build, step: TimedStep, *, image: bool, limit: int | None, modules: int) -> Table:
@@ -81,7 +82,7 @@ def predicted_seconds(graph: Graph, build: Build, step: TimedStep, *, image: boo
         part = between(first, last)
         return math.inf if part is None else part.peak
 
-    held = sums([u.bytes for u in updates]) + peaks(later, 4 * step.batch * math.prod(graph.input), highest)
+    held = sums([u.bytes for u in updates]) + peaks(later, 4 * step.batch * sample_numbers(graph.input), highest)
     update_of = functools.cache(lambda auxiliary: step.update(auxiliary.parameters()))
     for i, j in np.argwhere(np.isfinite(held[:, :-1])).tolist():
         part = between(i, j)
