@@ -18,6 +18,7 @@ from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.triggers import Decision
 from graphopt.cost.rates import TimedStep, rates_of
 from graphopt.errors import BackboneError, PassError, SpecError, TraceError, WeightsError
+from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import Input
 from graphopt.models.build import build
@@ -57,6 +58,7 @@ def compile(
     return compile_phase(source, tuple(decisions), verify=verify, costs=costs)
 
 
+@recording()
 def prepare(
     model: nn.Module | None,
     spec: Passes,

@@ -70,7 +70,7 @@ def cover(candidate: Candidate, cells: Sequence[str] = CELLS) -> Row:
     torch.manual_seed(0)
     try:
         module, shape = fitting(candidate)
-        row.input = " and ".join("x".join(map(str, sizes)) for sizes, _ in tensors_of(shape))
+        row.input = " and ".join("x".join(map(str, sizes)) or "1" for sizes, _ in tensors_of(shape))
         graph = trace(module, shape)
     except Exception as error:
         _refused(row, "traced", error)

@@ -22,6 +22,7 @@ from graphopt.compiler.report import Report
 from graphopt.compiler.triggers import Decision
 from graphopt.errors import GraphoptError, PassError
 from graphopt.ir.editor import Edits
+from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.regions import region_at
@@ -288,6 +289,7 @@ def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int
     )
 
 
+@recording()
 def compile_phase(
     source: Source, decisions: tuple[Decision, ...] = (), *, verify: Verify = "full", costs: bool = True, weights: bool = True
 ) -> Plan:

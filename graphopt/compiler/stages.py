@@ -62,7 +62,7 @@ class Stage:
 
 
 def trained(plan: Plan) -> tuple[TrainingModule, Input]:
-    """What of a plan's module training runs, and the shape of a sample that it takes, of each input: behind cached features only what follows them."""
+    """What of a plan's module training runs, and the shape of a sample that it takes: behind cached features only what follows them."""
     cut = plan.needs.features
     if cut is None:
         return plan.module, plan.graph.input

@@ -34,6 +34,7 @@ from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.copying import copy_with, fake_copy
 from graphopt.ir.fakes import FakeMode
+from graphopt.ir.grad_mode import recording
 from graphopt.ir.inputs import Input, samples
 from graphopt.ir.shapes import tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
@@ -70,6 +71,7 @@ class StepOptions(TypedDict, total=False):
     device: Device | None
 
 
+@recording()
 def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence[str | Named] = (), **options: Unpack[StepOptions]) -> Cost:
     """What one training step of `module` costs, without running it: no memory, no GPU, no data.
 
@@ -107,6 +109,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
         return replace(cost, cuda=device_memory(ledger, inside), roofline_seconds=inside.seconds)
 
 
+@recording()
 def measure(
     module: nn.Module,
     input: Input,

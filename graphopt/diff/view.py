@@ -52,7 +52,7 @@ class _ViewBuilder:
                 row.statuses.add(Status.REWIRED)
         rows = self._rows(section_of, before_cut)
         edges, stops = self._edges(rows, section_of)
-        backbone = f"{_backbone_name(plan)} {' and '.join('×'.join(map(str, shape)) for shape, _ in tensors_of(self.base.input))}"
+        backbone = f"{_backbone_name(plan)} {' and '.join('×'.join(map(str, shape)) or '1' for shape, _ in tensors_of(self.base.input))}"
         spec, passes = (_spec_file(plan).name or None, tuple(_pass_infos(plan))) if self.rewritten else (None, ())
         rows, step = tuple(_after_their_rows(rows)), totals(self.cost)
         return ModelView(title, backbone, plan.digest, plan.batch, spec, rows, edges, stops, sections, passes, step, feature_input, epoch)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError, first_line
+from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.inputs import Input, as_input, show
 from graphopt.ir.module import TrainingModule, skeleton
@@ -32,6 +33,7 @@ MOST_OPAQUE = 64
 MOST_BYTES = 4 * 2**30
 
 
+@recording()
 def trace(backbone: nn.Module, input: Input, *, compare: bool = True) -> Graph:
     """Traces a backbone. The graph shares its parameters; the backbone itself is left as it was.
 
@@ -77,6 +79,9 @@ def _checked_input(backbone: nn.Module, given: Input) -> Input:
     lazy = next((n for n, p in backbone.named_parameters() if isinstance(p, UninitializedParameter)), None)
     if lazy is not None:
         raise TraceError(f"the parameter {lazy} has no shape yet (a lazy module)", fix="Run one batch through the backbone first")
+    inference = next((n for n, t in backbone.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and t.is_inference()), None)
+    if inference is not None:
+        raise TraceError(f"{inference} was made in torch.inference_mode and can never train", fix="Build the backbone outside of it")
     try:
         input = as_input(given)
     except ValueError as error:

@@ -347,6 +347,14 @@ def test_function_nodes_go_to_their_origins_path():
     assert cost.blocks[0].weight_gradient_flops == cost.weight_gradient_flops
 
 
+def test_a_step_records_gradients_in_every_mode_of_the_caller() -> None:
+    module = nn.Linear(3, 2)
+    expected = forecast(module, (3,), 2).backward_flops
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert forecast(module, (3,), 2).backward_flops == measure(module, (3,), 2).backward_flops == expected > 0
+
+
 def test_the_module_is_left_alone():
     module = torchvision.models.resnet18().eval()
     before = copy.deepcopy(module.state_dict())

@@ -10,7 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
+import graphopt
 from graphopt import TraceError, trace
+from graphopt.passes.freeze import Freeze
 from graphopt.tracing.equivalence import same, untouched
 from tests.support import backbones
 
@@ -120,12 +122,21 @@ def test_what_cannot_be_one_graph_is_one_clear_error(factory: Factory, shape: tu
         trace(factory(), shape)
 
 
+def test_compiling_records_gradients_in_every_mode_of_the_caller() -> None:
+    backbone = backbones.Small()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            graphopt.compile(backbone, Freeze(select="stem"), input=(3, 8, 8))
+    with torch.inference_mode(), pytest.raises(TraceError, match=r"weight was made in torch\.inference_mode"):
+        trace(backbones.Small(), (3, 8, 8))
+
+
 def test_a_training_graph_is_never_pickled(tmp_path) -> None:
     with pytest.raises(TypeError, match="state dict"):
         torch.save(trace(backbones.Small(), (3, 8, 8)).module, tmp_path / "module.pt")
 
 
-@pytest.mark.parametrize("name", ["class", 'a"b', "a'b", "a\\b", "a\nb"])
+@pytest.mark.parametrize("name", ["meta", "graph", "code", "class", 'a"b', "a'b", "a\\b", "a\nb"])
 def test_a_name_that_code_cannot_hold_is_refused_by_name(name: str) -> None:
     module = nn.Sequential()
     module.add_module(name, nn.Conv2d(3, 3, 1))
