@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and locks on them."""
 
+import errno
 import json
 import os
 import shutil
@@ -163,6 +164,13 @@ def _locked(path: Path) -> int:
         os.close(descriptor)  # whoever held it has removed it
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises OSError, also for a pipe or a device, where reading may never end; ValueError if it is no UTF-8."""
+    if path.is_fifo() or path.is_char_device():
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 #: last key of a JSON object that `sealed` has written
 _SEAL = "crc32"
 
@@ -172,9 +180,17 @@ def sealed(record: Mapping[str, Any], *, indent: int | None = None) -> str:
     return json.dumps({**record, _SEAL: zlib.crc32(json.dumps(record).encode())}, indent=indent)
 
 
+def read_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, or is nested deeper than Python goes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def unsealed(text: str) -> dict[str, Any]:
     """What `sealed` was given. Raises ValueError for what is no JSON object, and for one that is not what was written."""
-    record = json.loads(text)
+    record = read_json(text)
     if not isinstance(record, dict):
         raise ValueError("no JSON object")
     if record.pop(_SEAL, None) != zlib.crc32(json.dumps(record).encode()):

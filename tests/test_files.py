@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from graphopt import RunError, files
-from graphopt.files import exclusive, link_atomically, lock_folder, sealed, unsealed, write_atomically, write_folder
+from graphopt.files import exclusive, link_atomically, lock_folder, read_text, sealed, unsealed, write_atomically, write_folder
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -119,6 +119,17 @@ def test_who_waits_for_a_lock_file_holds_it_alone(tmp_path: Path, monkeypatch: p
     second.join()
     last.join()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_nested_beyond_reason_is_no_json() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        unsealed("[" * 200_000)
+
+
+def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe or a device"):
+        read_text(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -20,7 +20,7 @@ from graphopt.cli.options import (
 )
 from graphopt.cli.screen import show, show_json
 from graphopt.errors import RunError
-from graphopt.files import reason, write_folder
+from graphopt.files import read_json, read_text, reason, write_folder
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
@@ -93,7 +93,7 @@ def _check_folder(path: Path) -> None:
     except OSError as error:
         raise RunError(f"cannot be an output folder: {reason(error)}", where=str(path), fix="Choose another folder") from error
     try:
-        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        report = read_json(read_text(path / "report.json"))
     except (OSError, ValueError):
         report = None
     if names and (names - FILES or not (isinstance(report, dict) and {"digest", "passes"} <= report.keys())):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from graphopt.errors import RunError
-from graphopt.files import cache_folder, sealed, unsealed, write_atomically
+from graphopt.files import cache_folder, read_text, sealed, unsealed, write_atomically
 
 #: changes with what an index holds
 FORMAT_VERSION = 1
@@ -39,7 +39,7 @@ def index(library: str) -> Index:
     with suppress(OSError, RuntimeError):  # there is no home
         path = cache_folder("backbones") / f"{library}-{_stamp(library)}.json"
         with suppress(OSError, ValueError, KeyError):
-            record = unsealed(path.read_text(encoding="utf-8"))
+            record = unsealed(read_text(path))
             return Index(record["names"], record["inputs"])
     found = _timm() if library == "timm" else _torchvision()
     with suppress(OSError, RunError):  # a cache that cannot be written costs time only

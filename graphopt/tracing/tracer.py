@@ -37,6 +37,8 @@ _FORWARDS_THAT_KEEP_SHAPE = {
 #: samples in the values that proxies carry; a size that is a multiple of this prime depends on the batch
 _BATCH = 1009
 _UNKNOWN = object()
+#: functions that take sizes one by one, so that torch does not see that one of them is a node
+_FACTORIES: tuple[Any, ...] = (torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.arange, torch.eye)
 #: methods and functions that ask a tensor for a number: what they give is looked at at once, everything else when it is needed
 _QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size"})
 _ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_quantized", "itemsize", "names"})
@@ -77,6 +79,17 @@ class ValueProxy(fx.Proxy):
             )
         return super().__getitem__(key)  # type: ignore[misc]  # fx adds it to the class later
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """`x[:, 0] = value` writes into a view of the tensor. Chosen elements (`x[mask] = value`) are no view, and cannot be traced."""
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(k is not None and type(k) not in (int, slice, type(...)) for k in keys):
+            raise fx.proxy.TraceError("it assigns to elements of a tensor that an index tensor chooses: use torch.where or masked_fill")
+        view: Any = self[key]
+        if isinstance(value, Tensor) or issubclass(type(value), fx.Proxy):
+            view.copy_(value)
+        else:
+            view.fill_(value)
+
     def __len__(self) -> int:
         length = _length(self.value)
         return super().__len__() if length is None else length
@@ -110,7 +123,8 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self, input: Input, meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
-        super().__init__(autowrap_modules=(math,), autowrap_functions=_library_functions())
+        super().__init__(autowrap_modules=(math,), autowrap_functions=(*_library_functions(), *_FACTORIES))
+        self._autowrap_search.append(torch)
         self.proxy_buffer_attributes = True
         self.input, self.opaque = input, frozenset(opaque)
         self._registered: tuple[type[nn.Module], ...] = (*_library_leaves(), torch.jit.ScriptModule)
@@ -165,6 +179,8 @@ class Tracer(fx.Tracer):
             self.drew = ""
         self._detach_what_has_no_gradient(graph)
         for node in reversed(list(graph.nodes)):
+            # With this mark, the graph's code would change what fx does in every later trace.
+            node.meta.pop("is_wrapped", None)
             # Sizes that nothing needed, questions about types that were answered, and tensors that were read for those.
             asked = node.target == "size" or isinstance(self.values.get(node), (bool, torch.dtype))
             if not node.users and (node.op == "get_attr" or (asked and node.op in ("call_function", "call_method"))):

@@ -19,7 +19,17 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Data
 from graphopt.errors import RunError
-from graphopt.files import link_atomically, lock_folder, reason, remove_if_empty, sealed, unlock_folder, unsealed, write_atomically
+from graphopt.files import (
+    link_atomically,
+    lock_folder,
+    read_text,
+    reason,
+    remove_if_empty,
+    sealed,
+    unlock_folder,
+    unsealed,
+    write_atomically,
+)
 from graphopt.hashing import content_digest, hash_parts
 from graphopt.plan_file import check_digest, check_version
 from graphopt.runtime.shards import copied
@@ -171,7 +181,7 @@ _LEFTOVER = re.compile(r"\.(run\.json|spec\.toml|summary\.json|(last|previous|be
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The content of a folder's `run.json`, or None where the folder is not a run or the file is damaged."""
     try:
-        manifest = unsealed((path / MANIFEST).read_text())
+        manifest = unsealed(read_text(path / MANIFEST))
     except (OSError, ValueError):
         return None
     return manifest if "graphopt" in manifest and "digest" in manifest else None
@@ -339,6 +349,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint, onto the CPU. Raises RunError if it is missing, damaged, or of another format."""
     others = [other.name for other in RunFolder(path.parent).checkpoints() if not path.exists() or not other.samefile(path)]
     fix = f"Use {' or '.join(others)} in its place" if others else "There is no other checkpoint: start the run again"
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RunError("is a pipe or a device, not a checkpoint", where=str(path), fix=fix)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

@@ -177,7 +177,7 @@ def check_ledger(path: Path, steps: int | None = None) -> tuple[EpochCheck, ...]
 def _head(file: IO[bytes], path: Path | None) -> dict[str, Any]:
     try:
         head = json.loads(file.readline(1000))
-        if head["graphopt"] == FORMAT_VERSION and 0 < head["batch"] <= head["samples"]:
+        if head["graphopt"] == FORMAT_VERSION and 0 < head["batch"] <= head["samples"] < 2**31:
             return dict(head)
     except (ValueError, TypeError, KeyError):
         pass

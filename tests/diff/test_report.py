@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,8 @@ def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> N
         (lambda p: p.write_text("x"), ["a file, not the folder of a run"]),
         (lambda p: p.mkdir(), ["no run of graphopt", "graphopt train"]),
         (lambda p: write_run(p, ['{"no": "kind"}']), ["metrics.jsonl:1", "not a line of metrics"]),
+        (lambda p: write_run(p, 2 * ["[" * 200_000]), ["metrics.jsonl:1", "not a line of metrics"]),
+        (lambda p: os.mkfifo(write_run(p, [], finished=False) / "summary.json"), ["summary.json", "a pipe or a device"]),
     ],
 )
 def test_a_folder_that_is_no_run_gets_one_error(make: Any, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import graphopt
 from graphopt import TraceError, trace
+from graphopt.passes.checkpoint import Checkpoint
+from graphopt.passes.freeze import Freeze
 from tests.tracing.nets import SHAPE, Net
 
 
@@ -63,7 +67,37 @@ def types_of_tensors(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else x.float()
 
 
-LOOKS = (types_of_tensors, assertion, padding, unpacking, sizes, loop, instance, chunks, dimensions)
+def made_for_the_batch(x: Tensor) -> Tensor:
+    b = x.shape[0]
+    return x * torch.ones(b, 1, 1, 1) + torch.zeros(b, *x.shape[1:], dtype=x.dtype) + torch.arange(b)[:, None, None, None]
+
+
+def mathematics(x: Tensor) -> Tensor:
+    return x / math.sqrt(x.shape[0] * x.shape[1])
+
+
+def assignment(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 0] = 0
+    y[:, 1, 2:4] = x[:, 2, 2:4] * 2
+    y[..., -1] += 1
+    return y
+
+
+LOOKS = (
+    made_for_the_batch,
+    mathematics,
+    assignment,
+    types_of_tensors,
+    assertion,
+    padding,
+    unpacking,
+    sizes,
+    loop,
+    instance,
+    chunks,
+    dimensions,
+)
 
 
 @pytest.mark.parametrize("look", LOOKS, ids=lambda f: f.__name__)
@@ -74,6 +108,28 @@ def test_shapes_are_numbers_and_the_batch_stays_free(look: Callable[[Tensor], Te
     for batch in (1, 5):
         x = torch.rand(batch, *SHAPE)
         assert torch.equal(graph.module.eval()(x), model.eval()(x))
+
+
+def test_elements_that_an_index_tensor_chooses_are_assigned_to_in_a_module_of_its_own() -> None:
+    def look(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[y > 0.5] = 0
+        return y
+
+    with pytest.raises(TraceError, match="an index tensor chooses: use"):
+        trace(Net(look=look), SHAPE)
+
+    class Block(torch.nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            y[:, 0] = 1
+            return y
+
+    model = Net(lambda: Block(8, 8, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = graphopt.compile(model, [Freeze(select="stem"), Checkpoint(select="blocks.*")], input=SHAPE)
+    assert plan.graph.opaque == ()
+    assert all(torch.equal(value, before[name]) for name, value in plan.export().state_dict().items())
 
 
 def test_arguments_with_defaults_and_keywords_are_no_inputs() -> None:

@@ -97,6 +97,12 @@ def test_damaged_checkpoints(tmp_path: Path, content: bytes) -> None:
         load_checkpoint(tmp_path / "last.pt")
 
 
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last.pt")
+    with pytest.raises(RunError, match="is a pipe or a device"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
 def test_a_checkpoint_cut_short(tmp_path: Path) -> None:
     torch.save({"graphopt": 1, "weights": torch.randn(1000)}, tmp_path / "last.pt")
     whole = (tmp_path / "last.pt").read_bytes()

@@ -14,7 +14,7 @@ from graphopt.diff.render.chain import chain_section
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.errors import RunError, listed
-from graphopt.files import unsealed
+from graphopt.files import read_text, unsealed
 from graphopt.hashing import hash_parts
 from graphopt.train.checkpoint import MANIFEST, read_manifest
 from graphopt.train.ledger import EpochCheck, check_ledger
@@ -102,7 +102,7 @@ def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import RunError
-from graphopt.files import exclusive, reason, remove_if_empty, sealed, unsealed, write_atomically
+from graphopt.files import exclusive, read_text, reason, remove_if_empty, sealed, unsealed, write_atomically
 from graphopt.hashing import raw_bytes
 from graphopt.runtime.dtypes import DTYPES
 
@@ -376,6 +376,6 @@ def available_memory() -> float:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none, or it is damaged."""
     try:
-        return unsealed(path.read_text())
+        return unsealed(read_text(path))
     except (OSError, ValueError):
         return {}
