@@ -29,7 +29,7 @@ def compare_modes(backbone: nn.Module, graph: Graph) -> tuple[str, str] | None:
     x = _sample(backbone, graph.input)
     smaller = smaller_input(graph.nodes, graph.input)
     less = {
-        "train": smaller and _sample(backbone, smaller),
+        "train": _sample(backbone, smaller) if smaller is not None else None,
         "eval": _sample(backbone, graph.input, batch=1) if is_large(graph.input) else None,
     }
     for mode, training in (("train", True), ("eval", False)):
@@ -73,8 +73,8 @@ def without_gradient(graph: Graph) -> tuple[str, ...]:
     return tuple(name for name in names if name not in reached)
 
 
-def _sample(module: nn.Module, input: Input) -> Samples:
-    given = samples(input, 2, partial(torch.rand, generator=torch.Generator().manual_seed(0)))
+def _sample(module: nn.Module, input: Input, batch: int = 2) -> Samples:
+    given = samples(input, batch, partial(torch.rand, generator=torch.Generator().manual_seed(0)))
     reference = next((p for p in module.parameters() if p.is_floating_point()), None)
     if reference is None:
         return given

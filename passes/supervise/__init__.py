@@ -168,7 +168,7 @@ class Supervise(Pass):
             match.note(region.name, f"{len(region.parameters)} parameter tensors; its output is {source}")
         if self.balance == "time":
             match.note("cuts", "they were chosen by seconds measured on a machine; cuts = [...] in the spec or in Python keeps them")
-        channels = graph.input[0]
+        channels = graph.placeholder.meta["val"].shape[1]
         for option, values in (("mean", self.mean), ("std", self.std)):
             if self.decoder == "image" and values is not None and len(values) != channels:
                 match.refuse(option, f"the image has {channels} channels, {option} has {len(values)} values")

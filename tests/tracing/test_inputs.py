@@ -57,7 +57,7 @@ PASSES: dict[str, Any] = {
     "drop": Drop(upto="blocks.0"),
     "bypass": Drop(mode="bypass", select="blocks.2"),
     "supervise": Supervise(modules=2),
-    "image decoder": Supervise(modules=2, decoder="image", balance="memory"),
+    "image decoder": Supervise(modules=2, decoder="image", balance="memory", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
     "checkpoint": Checkpoint(select="blocks.*"),
 }
 
