@@ -18,7 +18,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision
 from graphopt.driver import build_backbone, compile
 from graphopt.errors import RunError, WeightsError
-from graphopt.files import write_atomically
+from graphopt.files import read_json, write_atomically
 from graphopt.models.weights import read_safetensors, to_safetensors
 from graphopt.spec import dumps, loads
 
@@ -88,7 +88,12 @@ def read_plan_file(path: Path, *, trust: bool = False, plan: Plan | None = None)
         fix = "Load it into the backbone itself: model.load_state_dict(safetensors.torch.load_file(path))"
         raise RunError("is a checkpoint of a backbone, not of a plan", where=str(path), fix=fix)
     check_version(about[FORMAT_KEY], FORMAT_VERSION, str(path))
-    return restore({**about, "decisions": json.loads(about["decisions"])}, state, plan=plan, trust=trust, where=str(path))
+    try:
+        decisions = [Decision.model_validate(d).model_dump(mode="json") for d in read_json(about["decisions"])]
+        known = {"digest": about["digest"], "spec": about["spec"], "decisions": decisions}
+    except (KeyError, TypeError, ValueError) as error:  # of pydantic, too
+        raise RunError("is damaged: it does not say which plan it holds", where=str(path)) from error
+    return restore(known, state, plan=plan, trust=trust, where=str(path))
 
 
 def restore(about: Mapping[str, Any], state: Mapping[str, Tensor], *, plan: Plan | None, trust: bool, where: str) -> Plan:

@@ -68,6 +68,9 @@ def _unlike(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str,
         "unexpected": {key: key for key in state if key not in own},
         "of another shape": {key: f"{key} {tuple(state[key].shape)}, the backbone's is {tuple(own[key].shape)}" for key in other},
     }
+    problems["complex, the backbone's are not"] = {
+        key: key for key in own if key in state and state[key].is_complex() > own[key].is_complex()
+    }
     return {what: keys for what, keys in problems.items() if keys}
 
 
@@ -141,10 +144,13 @@ def _state_in(loaded: Any, path: str, entry: str | None) -> dict[str, Tensor]:
     found = tables[entry] if entry is not None else next((tables[key] for key in ENTRIES if key in tables), loaded)
     if isinstance(found, Mapping):
         found = {key: value for key, value in found.items() if key != "n_averaged"}  # torch's averages count
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not found or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         other = [key for key in tables if key not in ENTRIES]
         fix = f'Name one of its entries: weights = {{ file = "...", entry = "{other[0]}" }}' if other and entry is None else _SAVE
         raise WeightsError("holds no state dict", where=path, fix=fix)
+    unusual = (k for k, v in found.items() if v.layout != torch.strided or v.is_meta or v.is_quantized)
+    if (odd := next(unusual, None)) is not None:
+        raise WeightsError(f"{odd} is sparse, quantized or without values", where=path, fix=_SAVE)
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in found):
             found = {key.removeprefix(prefix): value for key, value in found.items()}

@@ -354,3 +354,19 @@ def test_weights_of_another_input_size_are_adapted_by_the_library(tmp_path: Path
     with pytest.raises(WeightsError, match=r'reset = \["head"\]'):
         load_weights(head, tmp_path / "w.safetensors")
     load_weights(head, tmp_path / "w.safetensors", reset=["head"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({3: torch.zeros(1)}, "holds no state dict"),
+        ({"0.weight": torch.zeros(2, 2).to_sparse()}, "0.weight is sparse"),
+        ({"0.weight": torch.zeros(2, 2, device="meta")}, "without values"),
+        ({"0.weight": torch.zeros(2, 2, dtype=torch.complex64)}, "1 complex, the backbone's are not"),
+    ],
+)
+def test_weights_that_are_no_plain_tensors_are_refused(changed: dict[Any, torch.Tensor], says: str, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    torch.save({**module.state_dict(), **changed}, tmp_path / "w.pt")
+    with pytest.raises(BackboneError, match=says):
+        load_weights(module, tmp_path / "w.pt")

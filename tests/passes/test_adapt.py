@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.errors import PassError
 from graphopt.passes.adapt import Adapt
-from tests.support.passes import BACKBONES, trained
+from tests.support.small_passes import BACKBONES, trained
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -12,7 +12,7 @@ import graphopt
 from graphopt.errors import PassError
 from graphopt.passes.blurpool import BlurPool
 from graphopt.passes.layers import Blur
-from tests.support.passes import BACKBONES, trained
+from tests.support.small_passes import BACKBONES, trained
 
 
 def test_the_kernel_is_a_row_of_pascal_s_triangle_by_itself() -> None:

@@ -10,7 +10,7 @@ import graphopt
 from graphopt.errors import PassError
 from graphopt.passes.factorize import Factorize
 from graphopt.passes.layers import divide, full_rank, multiply
-from tests.support.passes import BACKBONES, trained
+from tests.support.small_passes import BACKBONES, trained
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (8, 3, 3, 3), (3, 8, 1, 1)])

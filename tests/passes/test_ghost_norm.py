@@ -14,7 +14,7 @@ from graphopt.errors import PassError
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.ghost_norm import GhostNorm
-from tests.support.passes import BACKBONES, trained
+from tests.support.small_passes import BACKBONES, trained
 
 
 @pytest.mark.parametrize("batch", [3, 4, 7, 12])

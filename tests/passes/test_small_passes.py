@@ -12,7 +12,7 @@ from graphopt.passes.drop import Drop
 from graphopt.passes.factorize import Factorize
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.ghost_norm import GhostNorm
-from tests.support.passes import BACKBONES, trained
+from tests.support.small_passes import BACKBONES, trained
 
 EARLIER = {"prefix": Drop(upto="layer1"), "bypass": Drop(mode="bypass", select="layer1"), "freeze": Freeze(select="layer1")}
 LATER = {"adapt": Adapt(rank=2), "factorize": Factorize(rank=4), "ghost_norm": GhostNorm(samples=2), "blurpool": BlurPool(select="layer2")}

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 import graphopt
 from graphopt import BackboneError, GraphoptError, RunError
+from graphopt.models.weights import to_safetensors
+from graphopt.plan_file import FORMAT_KEY, FORMAT_VERSION
 from graphopt.spec import from_table
 from graphopt.train import export_run, load_run, train
 from tests.support.backbones import Small
@@ -140,3 +142,11 @@ def test_a_run_of_code_is_exported_with_trust_only(tmp_path: Path) -> None:
     with pytest.raises(GraphoptError, match="trust"):
         export_run(tmp_path / "run", tmp_path / "m.safetensors")
     assert load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", trust=True)).keys() == Small().state_dict().keys()
+
+
+@pytest.mark.parametrize("decisions", [None, "{", "3", "null", '[{"a": 1}]', "[" * 100_000])
+def test_a_plan_file_that_does_not_say_which_plan_it_holds_is_one_error(decisions: str | None, tmp_path: Path) -> None:
+    about = {FORMAT_KEY: FORMAT_VERSION, "digest": "", "spec": ""} | ({} if decisions is None else {"decisions": decisions})
+    (tmp_path / "plan.safetensors").write_bytes(to_safetensors({"w": torch.zeros(1)}, about))
+    with pytest.raises(RunError, match="does not say which plan"):
+        graphopt.load(tmp_path / "plan.safetensors")
