@@ -71,6 +71,7 @@ chaos: .venv/.installed
 # The ratios that people wait for, against the table's last row: fails where one is worse by more than a fifth.
 bench: .venv/.installed
 	$(BIN)/python tools/bench.py --out tools/tables/bench.md
+
 # On a machine with a GPU, its kind in GPU: what the allocator did in real steps beside its simulation, and every pass measured beside its
 # forecast, in less than ten minutes. It takes Python's own packages, with torch and timm, and build/gpu-packages if that is there.
 GPU ?= H100
