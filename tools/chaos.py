@@ -180,7 +180,7 @@ def table(kills: Sequence[Kill]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of each kind of run")
-    parser.add_argument("--kinds", nargs="+", choices=chaos_run.KINDS, default=["ddp", "fsdp, in parts"])
+    parser.add_argument("--kinds", nargs="+", choices=chaos_run.KINDS, default=list(chaos_run.KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forked", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the table here")

@@ -57,8 +57,8 @@ checkpoint_steps = 3
 log_every = 2
 optimizer = { name = "adamw", lr = 0.01 }
 """
-#: what depends on the clock or on the process
-TIMES = {"seconds", "samples_per_second", "step_seconds", "peak_bytes", "epoch_began", "folder"}
+#: what depends on the clock, on the process, or (`chain`) on what a rank has done since it was started
+TIMES = {"seconds", "samples_per_second", "step_seconds", "peak_bytes", "epoch_began", "folder", "chain"}
 
 
 def _block(inputs: int, outputs: int) -> nn.Module:
