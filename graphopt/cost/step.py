@@ -177,8 +177,10 @@ def _train_once(
             ledger.host = {ledger.index(state["step"]) for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)}
         stack.enter_context(_known_gradients(ledger))
         stack.enter_context(ledger)
+        held = batches[-1]  # the last batch stays until the next step has its own
         saved, gradient_bytes = step.run(batches, optimizer)
         ledger.close()
+        del held
     cost = _cost(module, ledger, saved, gradient_bytes, batch)
     cost = replace(cost, collectives=collectives(ledger.messages, parallel.accumulate))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost

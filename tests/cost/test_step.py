@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from graphopt.cost import CostError, forecast, measure
+from graphopt.cost.devices import find_device
 from graphopt.ir.copying import fake_copy
 
 MIB = 2**20
@@ -350,6 +351,12 @@ def test_a_step_records_gradients_in_every_mode_of_the_caller() -> None:
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             assert forecast(module, (3,), 2).backward_flops == measure(module, (3,), 2).backward_flops == expected > 0
+
+
+def test_on_a_device_a_batch_stays_until_the_next_one_is_there() -> None:
+    steps = forecast(nn.Linear(3, 2), (3,), 2, device=find_device("A100")).cuda
+    assert steps is not None
+    assert steps.least.events
 
 
 def test_the_module_is_left_alone():
