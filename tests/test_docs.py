@@ -1,8 +1,8 @@
 """What the pages in docs/ say is run: files that they show are written, commands and Python run in order, output is compared.
 
 A page is a session of its own in an empty folder. A block with a title is a file; `sh` holds commands that succeed; `console` holds
-commands after `$`, with what they print (`...` stands for what is left out); `python` runs; a `toml` block without a title is a spec or passes
-of one. `<!-- shown only: REASON -->` above a block leaves it out.
+commands after `$`, with what they print (`...` stands for what is left out); `python` runs; a `toml` block without a title is a spec or
+passes of one. `<!-- shown only: REASON -->` above a block leaves it out.
 """
 
 from __future__ import annotations

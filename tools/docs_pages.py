@@ -1,7 +1,8 @@
 """What the documentation site shows besides docs/, made when it is built: references from schema and docstrings, manuals, tables.
 
 A hook of mkdocs (mkdocs.yml names it). In a page, `<!-- manual: freeze -->` stands for what `graphopt passes freeze` prints, and
-`<!-- table: supervise.md -->` for a file of tools/tables with the command that made it. Links to files of the repository lead to their page.
+`<!-- table: supervise.md -->` for a file of tools/tables with the command that made it. Links to files of the repository lead to the
+pages that are made from them.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def manual(use: str) -> str:
     meanings = option_texts(cls)
     rows = []
     for name, field in cls.model_fields.items():
-        value = "" if field.is_required() else field.get_default(call_default_factory=True)
-        default = "required" if field.is_required() else '`"start"`' if name == "when" else "" if value is None else f"`{toml_value(value)}`"
+        value = "start" if name == "when" else None if field.is_required() else field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else "" if value is None else f"`{toml_value(value)}`"
         rows.append((f"`{field.alias or name}`", default, meanings.get(name) or kind_of(cls, name)))
     promises = [("preserves", sorted(cls.preserves)), ("its regions are", [cls.claim] if cls.claim else [])]
     promises.append(("they must not also be", sorted(cls.conflicts_with)))
@@ -101,7 +102,8 @@ def _grid(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _launch() -> str:
     texts = [f"## {path.name}\n\n```\n{path.read_text(encoding='utf-8').rstrip()}\n```" for path in LAUNCH]
-    return "\n\n".join(["# Launch files", "Files of `docs/launch`, to be copied and changed; see [many devices](many-devices.md).", *texts]) + "\n"
+    head = "# Launch files\n\nFiles of `docs/launch`, to be copied and changed; see [many devices](many-devices.md)."
+    return "\n\n".join([head, *texts]) + "\n"
 
 
 def _tables() -> str:
