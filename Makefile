@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep coverage fuzz chaos bench gpu gpu-packages clean
+.PHONY: demo test quick lint pictures sweep coverage fuzz chaos bench gpu gpu-packages clean docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,11 @@ demo: .venv/.installed
 # The README's pictures, from real specs.
 pictures: .venv/.installed-test
 	$(BIN)/python tools/pictures.py
+
+# The documentation site, in build/site; a warning or a link that leads nowhere is an error.
+docs: pyproject.toml | .venv/.installed
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What CI runs: style, types and layers first, then every test.
 test: lint

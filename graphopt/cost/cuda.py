@@ -162,9 +162,10 @@ class _Steps:
             self._follow(~left)
         for event in self.before:
             if self.ledger.kinds[event] == Kind.INPUT:
-                last = self.now[event]
+                last = self.now.get(event)  # None: an earlier micro-batch, gone within the step
                 self._follow(event)
-                self.events.append(~last)
+                if last is not None:
+                    self.events.append(~last)
 
     def _run(self, start: int, end: int, *, first: bool = False) -> None:
         """The events from `start` to `end`, with what kernels allocate for themselves; a workspace of cuBLAS is kept."""

@@ -253,7 +253,8 @@ class _Step:
     def run(self, batches: list[tuple[tuple[Any, ...], Tensor]], optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, int], int]:
         """The step that counts: what each path had saved at the end of the last forward, and the bytes of all `.grad`.
 
-        It uses up `batches`: a training loop takes one micro-batch at a time, so each counts from its forward to the next one's.
+        It uses up `batches` but for the last: a training loop takes one micro-batch at a time, so each counts from its forward to the next
+        one's, and the last until the next step's.
         """
         count, gradient_bytes = len(batches), 0
         del batches[2:-1]
@@ -261,6 +262,8 @@ class _Step:
         for number in range(last + 1):
             x = target = None
             x, target = batches.pop(0)
+            if number == last:
+                batches.append((x, target))
             self.ledger.set_kind(tensors_in((x, target)), Kind.INPUT)
             part = " between" if 0 < number < last else ""
             with nullcontext() if number == last else self.parallel.without_reduction(self.wrapped):
