@@ -8,6 +8,7 @@ passes of one. `<!-- shown only: REASON -->` above a block leaves it out.
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import shlex
 import tomllib
@@ -89,6 +90,16 @@ def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     session = Session(capsys)
     for block in blocks(page):
         session.run(block)
+
+
+def test_the_notebook_runs() -> None:
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    scope: dict[str, Any] = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), scope)
+    assert len(scope["losses"]) == 8
 
 
 def test_every_pass_has_a_page_with_its_manual() -> None:
