@@ -10,6 +10,7 @@ right after its forward (local supervision), or each part run again in the backw
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -92,8 +93,9 @@ def measure(
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     with uncached(graph.module), mode:
-        given = samples(graph.input, batch, torch.empty)
+        given = samples(graph.input, batch, partial(torch.empty, dtype=dtype))
         ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
         ledger.set_kind(given, Kind.INPUT)
         active = activations(graph) & descendants([graph.placeholder])

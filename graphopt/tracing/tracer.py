@@ -125,6 +125,8 @@ class Tracer(fx.Tracer):
     def __init__(self, input: Input, meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=(*_library_functions(), *_FACTORIES))
         self._autowrap_search.append(torch)
+        with torch.device("meta"):
+            torch.empty(0)  # torch lists its factories when a device is first set: that must not be while they are wrapped
         self.proxy_buffer_attributes = True
         self.input, self.opaque = input, frozenset(opaque)
         self._registered: tuple[type[nn.Module], ...] = (*_library_leaves(), torch.jit.ScriptModule)

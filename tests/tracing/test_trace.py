@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -158,3 +160,19 @@ def test_inputs_beyond_memory_are_refused_before_memory_is_taken() -> None:
     wide = nn.Sequential(nn.Conv2d(1, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
     with pytest.raises(TraceError, match="on two samples takes"):
         trace(wide, (1, 8000, 8000))
+
+
+def test_tracing_takes_no_memory_for_activations_and_leaves_torch_as_it_was() -> None:
+    """In a process that has set no device yet: torch lists its factories then, and a trace wraps them."""
+    code = """
+import resource, torch, graphopt
+from graphopt.models import cifar_resnet
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+graphopt.trace(cifar_resnet.build("resnet8"), (3, 64, 64), compare=False)
+with torch.device("meta"):
+    assert torch.empty(2).is_meta
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 500
