@@ -34,7 +34,10 @@ def named(text: str, folders: Iterable[Path] = ()) -> Any:
     home, colon, name = text.rpartition(":")
     if not colon or not home or not name:
         raise CodeError(f"{text!r} is not package.module:name or file.py:name")
-    value: Any = _of_file(_found(home, folders)) if is_file(text) else _of_module(home)
+    path = _found(home, folders) if is_file(text) else None
+    if is_file(text) and path is None:
+        raise CodeError(f"no file {home!r}", fix="It is looked for in the folder of the spec and in the working directory")
+    value: Any = _of_file(path) if path is not None else _of_module(home)
     for part in name.split("."):
         if not hasattr(value, part):
             known = [key for key, member in vars(value).items() if callable(member) and not key.startswith("_")]
@@ -46,15 +49,13 @@ def named(text: str, folders: Iterable[Path] = ()) -> Any:
 def located(text: str, folders: Iterable[Path] = ()) -> str:
     """`file.py:name` with the file's full path; as it is where it names a module, or no file is there."""
     home, _, name = text.rpartition(":")
-    found = next((path for path in (*(folder / home for folder in folders), Path(home)) if os.path.isfile(path)), None)
-    return f"{found.resolve()}:{name}" if is_file(text) and found is not None else text
+    path = _found(home, folders) if is_file(text) else None
+    return f"{path}:{name}" if path is not None else text
 
 
-def _found(file: str, folders: Iterable[Path]) -> Path:
-    path = next((path for path in (*(folder / file for folder in folders), Path(file)) if os.path.isfile(path)), None)
-    if path is None:
-        raise CodeError(f"no file {file!r}", fix="It is looked for in the folder of the spec and in the working directory")
-    return path.resolve()
+def _found(file: str, folders: Iterable[Path]) -> Path | None:
+    places = (*(folder / file for folder in folders), Path(file))
+    return next((path.resolve() for path in places if os.path.isfile(path)), None)
 
 
 def _of_module(name: str) -> ModuleType:

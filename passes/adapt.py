@@ -5,7 +5,8 @@ a convolution of its size to r channels, its B a 1 x 1 one. Everything else is f
 running statistics, which stay put to the bit, lean operators behind what trains. What `train` names, the classifier by default, trains
 fully. `export` adds the products to the weights, and the ordinary model comes back, with the statistics that it was trained with.
 
-This saves gradients and optimizer state, to almost nothing; it saves few activations, because the additions lie all along the backbone.
+This saves gradients and optimizer state, to almost nothing. Of activations it saves what `freeze` does behind layers that train: much in
+convolutional networks, hardly anything in transformers; `graphopt apply` forecasts how much.
 
     [[pass]]
     use = "adapt"
@@ -97,15 +98,17 @@ class Adapt(Pass):
         import torch
 
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import call_of, low_rank_pair
+        from graphopt.passes.layers import call_of, low_rank_pair, zero_pair
 
-        effects, done = Effects(), []
+        effects, done = Effects(), list[str]()
         backbone, base = {n for n, _ in edit.graph.module.named_parameters()}, edit.graph.nodes
         for name in match.names:
             for path in match.decision.layers[name]:
                 if (node := call_of(edit, path, effects)) is None:
                     continue
-                first, second = low_rank_pair(cast("Dense", leaf(edit.graph, node)), self.rank)
+                layer = cast("Dense", leaf(edit.graph, node))
+                # Other weights for another seed.
+                first, second = low_rank_pair(layer, *zero_pair(layer, self.rank, torch.initial_seed() + len(done)))
                 inner = edit.call_module(f"adapt.{path}.first", first, node.args[:1], after=node)
                 outer = edit.call_module(f"adapt.{path}.second", second, (inner,), after=inner)
                 total = edit.call(torch.add, (node, outer), {"alpha": self.scale}, after=outer)

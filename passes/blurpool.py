@@ -1,8 +1,8 @@
 """blurpool: downsampling is preceded by a blur, so that a shifted image gives a shifted answer.
 
-Zhang, "Making Convolutional Networks Shift-Invariant Again" (arXiv 1904.11486, section 3.2): a max pool of stride s becomes a max pool of
-stride 1 and a blur of stride s (equation 8). A convolution of stride s becomes one of stride 1 and a blur of stride s behind its
-activation in the paper (equation 9), which costs s * s times its FLOPs; here the blur comes right before it, without a stride, and the
+Zhang, "Making Convolutional Networks Shift-Invariant Again" (arXiv 1904.11486, section 3): a max pool of stride s becomes a max pool of
+stride 1 and a blur of stride s. A convolution of stride s becomes one of stride 1 and a blur of stride s behind its
+activation in the paper, which costs s * s times its FLOPs; here the blur comes right before it, without a stride, and the
 convolution keeps its own: the same filtering of what is thrown away, at almost no cost (as Composer's BlurPool does by default). An
 average pool is such a blur of its own and stays.
 
@@ -15,7 +15,7 @@ backbone's class has no blurs. `graphopt.save` stores the weights with their spe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, NoReturn
 
 from pydantic import Field, StrictBool
 
@@ -78,27 +78,26 @@ class BlurPool(Pass):
         from graphopt.passes.layers import Blur
 
         effects, count = Effects(to_original_state=_refuse_export), 0
+        device = next((p.device for p in edit.graph.module.parameters()), None)
         for name in match.names:
-            paths = match.decision[name]
-            for path in paths:
-                layer = cast("nn.MaxPool2d | nn.Conv2d", leaf(edit.graph, edit.calls(path)[0]))
-                pools = isinstance(layer, nn.MaxPool2d)
-                blur = Blur(self.size, as_tuple(layer.stride, 2) if pools else (1, 1))  # type: ignore[arg-type]
+            before = count
+            for path in match.decision[name]:
                 if not (nodes := edit.calls(path)):
                     effects.skip(path, "an earlier pass has removed it")
                     continue
-                node = nodes[0]
-                if pools:
+                (node,), count = nodes, count + 1
+                layer = leaf(edit.graph, node)
+                if isinstance(layer, nn.MaxPool2d):
+                    blur, finer = Blur(self.size, as_tuple(layer.stride, 2)).to(device), copy.copy(layer)
+                    finer.stride = 1
+                    edit.replace_leaf(node, finer)
                     blurred = edit.call_module(f"blurpool.{path}", blur, (node,), after=node)
                     edit.redirect(node, blurred, [u for u in node.users if u is not blurred])
                 else:
-                    edit.set_call(node, args=(edit.call_module(f"blurpool.{path}", blur, node.args[:1], before=node),))
-                if pools:
-                    finer = copy.copy(layer)
-                    finer.stride = 1
-                    edit.replace_leaf(node, finer)
-                count += 1
-            effects.mark(name, Status.REWIRED, blurs=len(paths))
+                    blurred = edit.call_module(f"blurpool.{path}", Blur(self.size).to(device), node.args[:1], before=node)
+                    edit.set_call(node, args=(blurred,))
+            if count > before:
+                effects.mark(name, Status.REWIRED, blurs=count - before)
         effects.figures = {"blurs": count}
         return effects
 

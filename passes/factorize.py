@@ -54,7 +54,8 @@ class Factorize(Pass):
         from graphopt.ir.select import select
         from graphopt.passes.layers import dense_layers, full_rank
 
-        match = Match[dict[str, Ranks]](select(self.select, graph), decision={})
+        match = Match[dict[str, Ranks]](select(self.select, graph))
+        match.decision = found = {}
         for region in match.regions:
             ranks: Ranks = {}
             for path, why in dense_layers(graph, region):
@@ -66,8 +67,8 @@ class Factorize(Pass):
                     ranks[path] = rank
                 else:
                     match.skip(path, why)
-            match.decision[region.name] = ranks  # type: ignore[index]  # set above
-        if not any((match.decision or {}).values()):
+            found[region.name] = ranks
+        if not any(found.values()):
             match.refuse(match.regions[0].name, "no selected layer gets smaller", fix="Select others, or lower the rank")
         return match
 
@@ -81,8 +82,7 @@ class Factorize(Pass):
                 if (node := call_of(edit, path, effects)) is None:
                     continue
                 layer = cast("Dense", leaf(edit.graph, node))
-                first, second = low_rank_pair(layer, rank)
-                first.weight.data, second.weight.data = divide(layer.weight, rank)
+                first, second = low_rank_pair(layer, *divide(layer.weight, rank))
                 second.bias = layer.bias
                 kept += multiply(first.weight, second.weight).square().sum().item()
                 whole += layer.weight.square().sum().item()

@@ -4,7 +4,7 @@ Ghost batch normalisation (Hoffer, Hubara and Soudry, arXiv 1705.08741, algorith
 is normalised by its own mean and variance, and the running statistics move by each of them in turn. A large batch then trains with the
 noise of a small one, and what one process sees in its batch resembles what each of several processes would see.
 
-Evaluation, parameters, keys and costs stay as they are, so nothing is to be done at export.
+Evaluation, parameters, keys and FLOPs stay as they are, so nothing is to be done at export; a step has more kernel calls.
 
     [[pass]]
     use = "ghost_norm"

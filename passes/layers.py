@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from graphopt import Editor, Effects, Graph, Region, Selector, select
-from graphopt.ir.nodes import leaf, parameters_read
+from graphopt.ir.nodes import leaf, parameter_readers
 from graphopt.ir.regions import region_at
 
 Dense = nn.Linear | nn.Conv2d
@@ -28,7 +29,7 @@ def leaves_in(selector: Selector | None, graph: Graph, takes: Callable[[nn.Modul
 
 def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None]]:
     """The linear layers and 2-d convolutions of a region: their path, and why a low-rank pair cannot stand for one (None: it can)."""
-    readers = graph.cached(_readers)
+    readers = parameter_readers(graph)
     for node in region.nodes:
         layer = leaf(graph, node)
         if not isinstance(layer, Dense):
@@ -38,7 +39,7 @@ def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None
             why = f"{type(layer).__name__} computes something of its own"
         elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
             why = f"its convolution has {layer.groups} groups"
-        elif readers[id(layer.weight)] > 1:
+        elif len(readers[id(layer.weight)]) > 1:
             why = "its weight is used more than once"
         elif not layer.weight.requires_grad:
             why = "it is frozen"
@@ -48,22 +49,13 @@ def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None
 def call_of(edit: Editor, path: str, effects: Effects) -> Node | None:
     """The call of a leaf that `match` chose; None, and a note in `effects`, where earlier passes have removed or frozen it."""
     nodes = edit.calls(path)
-    if nodes and any(not p.requires_grad for p in edit.graph.module.get_submodule(path).parameters()):
-        effects.skip(path, "an earlier pass has frozen it")
-        return None
     if not nodes:
         effects.skip(path, "an earlier pass has removed it")
-        return None
-    return nodes[0]
-
-
-def _readers(graph: Graph) -> dict[int, int]:
-    """How many nodes read each parameter."""
-    found: dict[int, int] = {}
-    for node in graph.nodes:
-        for _, parameter in parameters_read(graph.module, node):
-            found[id(parameter)] = found.get(id(parameter), 0) + 1
-    return found
+    elif not all(p.requires_grad for p in edit.graph.module.get_submodule(path).parameters()):
+        effects.skip(path, "an earlier pass has frozen it")
+    else:
+        return nodes[0]
+    return None
 
 
 def full_rank(weight: Tensor) -> int:
@@ -71,28 +63,33 @@ def full_rank(weight: Tensor) -> int:
     return min(weight.shape[0], weight[0].numel())
 
 
-def low_rank_pair(layer: Dense, rank: int) -> tuple[Dense, Dense]:
-    """A layer with `rank` outputs that reads what `layer` reads, and one from there to its outputs; new weights, both without bias.
+def low_rank_pair(layer: Dense, first: Tensor, second: Tensor) -> tuple[Dense, Dense]:
+    """A layer that reads what `layer` reads, and one from there to its outputs, with these weights and without bias.
 
-    The first is initialised as PyTorch does, the second with zeros: together they compute 0.
+    The weights are (rank, in, ...) and (out, rank, ...), as `divide` gives them.
     """
-    about: dict[str, Any] = {"bias": False, "device": layer.weight.device, "dtype": layer.weight.dtype}
-    first: Dense
-    second: Dense
+    rank = len(first)
+    inner: Dense
+    outer: Dense
+    # Without storage first: initial weights would be drawn from the generator that the backbone's own randomness comes from.
     if isinstance(layer, nn.Linear):
-        first, second = nn.Linear(layer.in_features, rank, **about), nn.Linear(rank, layer.out_features, **about)
+        inner, outer = (nn.Linear(n, m, bias=False, device="meta") for n, m in ((layer.in_features, rank), (rank, layer.out_features)))
     else:
-        padding: Any = layer.padding
-        geometry: dict[str, Any] = {
-            "stride": layer.stride,
-            "padding": padding,
-            "dilation": layer.dilation,
-            "padding_mode": layer.padding_mode,
-        }
-        first = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **geometry, **about)  # type: ignore[arg-type]  # a pair, as in the layer
-        second = nn.Conv2d(rank, layer.out_channels, 1, **about)
-    nn.init.zeros_(second.weight)
-    return first.train(layer.training), second.train(layer.training)
+        same: Any = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        inner = nn.Conv2d(layer.in_channels, rank, **same, bias=False, device="meta")
+        outer = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device="meta")
+    for made, weight in ((inner, first), (outer, second)):
+        made.weight = nn.Parameter(weight.to(layer.weight.device, layer.weight.dtype))
+        made.train(layer.training)
+    return inner, outer
+
+
+def zero_pair(layer: Dense, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Weights of a pair that computes zeros: the first as PyTorch initialises a layer's, from a generator of its own, the second zeros."""
+    weight = layer.weight
+    bound = 1 / math.sqrt(weight[0].numel())
+    first = torch.empty(rank, *weight.shape[1:]).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return first, torch.zeros(len(weight), rank, *(1 for _ in weight.shape[2:]))
 
 
 def multiply(first: Tensor, second: Tensor) -> Tensor:
@@ -154,17 +151,18 @@ def ghost_norm(norm: nn.Module | None, samples: int) -> nn.Module | None:
 class Blur(nn.Module):
     """A fixed low-pass filter of each channel, followed by every `stride`-th position: antialiased downsampling.
 
-    Zhang, "Making Convolutional Networks Shift-Invariant Again" (arXiv 1904.11486), section 3.2: the outer product of a row of Pascal's
+    Zhang, "Making Convolutional Networks Shift-Invariant Again" (arXiv 1904.11486), section 3: the outer product of a row of Pascal's
     triangle with itself, normalised to 1; the image is reflected at its borders. It has no parameters, and its buffer is not stored.
     """
 
-    def __init__(self, size: int, stride: tuple[int, int]) -> None:
+    def __init__(self, size: int, stride: tuple[int, ...] = (1, 1)) -> None:
         super().__init__()
         row = torch.ones(1, dtype=torch.float64)
         for _ in range(size - 1):
             row = F.pad(row, (1, 0)) + F.pad(row, (0, 1))
         kernel = torch.outer(row, row)
         self.size, self.stride = size, stride
+        self.kernel: Tensor
         self.register_buffer("kernel", (kernel / kernel.sum()).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +170,7 @@ class Blur(nn.Module):
         before, after = (self.size - 1) // 2, self.size // 2
         # A side of one position has nothing to reflect.
         x = F.pad(x, (before, after, before, after), "reflect" if min(x.shape[2:]) > after else "replicate")
-        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)  # type: ignore[operator]  # a buffer
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         return F.conv2d(x, kernel, stride=self.stride, groups=x.shape[1])
 
     def extra_repr(self) -> str:

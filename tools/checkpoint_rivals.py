@@ -47,7 +47,7 @@ def large(name: str) -> str:
 
     module.set_grad_checkpointing(True)  # type: ignore[operator]  # every timm backbone has it
     theirs = cost(module)
-    module.set_grad_checkpointing(False)  # type: ignore[operator]
+    module.set_grad_checkpointing(False)  # type: ignore[operator]  # and off
     cells = [shown(theirs)]
     for options in (
         {"segments": "every block"},

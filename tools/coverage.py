@@ -156,6 +156,8 @@ def first_line(error: Exception) -> str:
 # -- rows in processes of their own -------------------------------------------------------------------------------------------
 def _child(candidate: Candidate, options: argparse.Namespace, results: Connection) -> None:
     start = time.process_time()
+    # Autograd's threads would do this at once, each by itself, and abort where they meet.
+    torch.set_num_threads(1)
     if options.memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + int(options.memory * 2**30), -1))

@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
-from graphopt.compiler.emit import emit
 from graphopt.compiler.pass_base import Pass
+from graphopt.compiler.stages import trained as trained_part
 from graphopt.cost import forecast
 from graphopt.cost.devices import DEVICES, Device, find_device
 from graphopt.cost.memory import Band
@@ -80,7 +80,7 @@ class Trained(NamedTuple):
     """What a step trains, the shape of one sample of its input (images, or features of a dropped prefix), and whether it takes targets."""
 
     module: nn.Module
-    input: tuple[int, ...]
+    input: Any
     targets: bool
 
 
@@ -90,10 +90,7 @@ def compiled(case: Case, passes: Sequence[Pass] | None) -> Trained:
         model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's
         return Trained(model, image, targets=False)
     plan = graphopt.compile(model, list(passes), input=image, verify="off", costs=False)
-    cut = plan.needs.features
-    if cut is None:
-        return Trained(plan.module, image, plan.needs.targets)
-    return Trained(emit(plan.graph, start=cut.node), tuple(cut.node.meta["val"].shape[1:]), plan.needs.targets)
+    return Trained(*trained_part(plan), plan.needs.targets)
 
 
 def train(trained: Trained, batch: int, where: str, steps: int) -> float:

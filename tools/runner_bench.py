@@ -78,11 +78,11 @@ def in_turns(loop: Loop, seconds: dict[str, list[float]]) -> Iterator[None]:
         loop.epoch(batches)
         seconds["loop"].append(time.process_time() - began)
 
-    Run._train_epoch = timed  # type: ignore[method-assign]
+    Run._train_epoch = timed  # type: ignore[method-assign]  # until this context ends
     try:
         yield
     finally:
-        Run._train_epoch = train_epoch  # type: ignore[method-assign]
+        Run._train_epoch = train_epoch  # type: ignore[method-assign]  # its own again
 
 
 def measured(name: str, epochs: int, steps: int) -> dict[str, list[float]]:

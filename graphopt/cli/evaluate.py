@@ -108,15 +108,14 @@ def _of_run(path: Path, epoch: int | None, weights: str, trust: bool) -> "nn.Mod
 def _of_file(path: Path, spec: str | None, overrides: list[str], trust: bool) -> "tuple[nn.Module, Spec]":
     """The network of a weights file: a plan's own, or the backbone of `spec` with these weights."""
     from graphopt.plan_file import is_plan_file, read_plan_file
-    from graphopt.spec import load, loads
+    from graphopt.spec import dumps, load, loads
 
     if path.suffix == ".safetensors" and is_plan_file(path):
         plan = read_plan_file(path, trust=trust)
-        if spec is None and plan.spec is not None:
-            from graphopt.spec import dumps
-
+        assert plan.spec is not None  # one that was compiled by hand is refused
+        if spec is None:
             return plan.module, loads(dumps(plan.spec), trust=trust, overrides=overrides)
-        return plan.module, load(spec or "", trust=trust, overrides=overrides)
+        return plan.module, load(spec, trust=trust, overrides=overrides)
     if spec is None:
         fix = "Name the spec that it was trained with: --spec SPEC"
         raise RunError("a weights file does not say which backbone and data it belongs to", where=str(path), fix=fix)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -14,7 +15,7 @@ from graphopt.cost import Cost, StepOptions, forecast
 from graphopt.cost.step import autocast
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
-from graphopt.ir.inputs import Input, input_of, samples
+from graphopt.ir.inputs import Input, dtype_of, input_of, samples
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.shapes import tensors_in, uncached
 
@@ -76,7 +77,7 @@ def stages(plan: Plan, runs: Sequence[range], batch: int, amp: str | None = None
     module, shape = trained(plan)
     mode = FakeMode()
     with mode:
-        values: tuple[Any, ...] = samples(shape, batch, torch.empty)
+        values: tuple[Any, ...] = samples(shape, batch, partial(torch.empty, dtype=dtype_of(module)))
         target = torch.zeros(batch, dtype=torch.long)
     found: list[Stage] = []
     for part, run in zip(split(module, runs), runs, strict=True):

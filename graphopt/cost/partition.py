@@ -29,7 +29,7 @@ from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.flow import descendants
 from graphopt.ir.graph import Graph
-from graphopt.ir.inputs import samples
+from graphopt.ir.inputs import dtype_of, samples
 from graphopt.ir.nodes import activations, writes_in_place
 from graphopt.ir.partition import CutCandidate, cut_candidates, most_parts, require_parts
 from graphopt.ir.shapes import tensors_in, uncached
@@ -93,9 +93,8 @@ def measure(
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     with uncached(graph.module), mode:
-        given = samples(graph.input, batch, partial(torch.empty, dtype=dtype))
+        given = samples(graph.input, batch, partial(torch.empty, dtype=dtype_of(module)))
         ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
         ledger.set_kind(given, Kind.INPUT)
         active = activations(graph) & descendants([graph.placeholder])

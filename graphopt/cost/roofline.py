@@ -13,10 +13,7 @@ from torch import Tensor
 
 from graphopt.cost.devices import Device
 from graphopt.cost.figures import Cost
-from graphopt.cost.flops import operator_flops
-
-aten = torch.ops.aten
-_CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
+from graphopt.cost.flops import CONVOLUTIONS, operator_flops
 
 
 def peak_rate(device: Device, packet: Any, dtype: torch.dtype) -> float:
@@ -26,7 +23,7 @@ def peak_rate(device: Device, packet: Any, dtype: torch.dtype) -> float:
     """
     if dtype in (torch.float16, torch.bfloat16):
         return device.bfloat16
-    return device.tf32 if packet in _CONVOLUTIONS else device.float32
+    return device.tf32 if packet in CONVOLUTIONS else device.float32
 
 
 def operator_seconds(device: Device, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], out: Any) -> float:

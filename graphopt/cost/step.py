@@ -35,7 +35,7 @@ from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.copying import copy_with, fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.grad_mode import recording
-from graphopt.ir.inputs import Input, samples
+from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.shapes import tensors_in, uncached
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
@@ -162,7 +162,8 @@ def _train_once(
             gc.disable()
             stack.callback(gc.enable)
         given = options.get("inputs")
-        batches = [(_inputs(batch, input, given), torch.zeros(batch, dtype=torch.long, device="cpu")) for _ in range(parallel.accumulate)]
+        labels = partial(torch.zeros, batch, dtype=torch.long, device="cpu")
+        batches = [(_inputs(module, batch, input, given), labels()) for _ in range(parallel.accumulate)]
         wrapped = parallel.wrap(module)
         step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False))
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -177,19 +178,17 @@ def _train_once(
             ledger.host = {ledger.index(state["step"]) for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)}
         stack.enter_context(_known_gradients(ledger))
         stack.enter_context(ledger)
-        held = batches[-1]  # the last batch stays until the next step has its own
         saved, gradient_bytes = step.run(batches, optimizer)
         ledger.close()
-        del held
     cost = _cost(module, ledger, saved, gradient_bytes, batch)
     cost = replace(cost, collectives=collectives(ledger.messages, parallel.accumulate))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
 
-def _inputs(batch: int, input: Input, given: Sequence[Any] | None) -> tuple[Any, ...]:
+def _inputs(module: nn.Module, batch: int, input: Input, given: Sequence[Any] | None) -> tuple[Any, ...]:
     """Random samples; or zeros with the layouts of the tensors in `given`, plain values as they are."""
     if given is None:
-        return samples(input, batch, partial(torch.randn, device="cpu"))
+        return samples(input, batch, partial(torch.randn, dtype=dtype_of(module), device="cpu"))
     made = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").zero_() if isinstance(v, Tensor) else v for v in given)
     return tuple(made)
 

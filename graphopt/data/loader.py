@@ -136,10 +136,15 @@ class Data:
     classes: int
 
 
-def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
-    """The samples that a spec asks for, as tensors of shape `input`. Raises RunError for an input that no image has, and bad files."""
+def check_image(input: tuple[int, ...]) -> None:
+    """Raises RunError for a sample's shape that no image has."""
     if len(input) != 3 or input[0] not in (1, 3):
         raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(input)}", where="backbone.input")
+
+
+def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
+    """The samples that a spec asks for, as tensors of shape `input`. Raises RunError for an input that no image has, and bad files."""
+    check_image(input)
     train, evaluation = (open_split(spec.name, spec.root, split) for split in (spec.train_split, spec.eval_split))
     if list(train.classes) != list(evaluation.classes):
         what = f"{spec.train_split} has {len(train.classes)} classes, {spec.eval_split} has {len(evaluation.classes)}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphopt.ir.sample import check_input
 
@@ -35,6 +35,11 @@ def samples(input: Input, batch: int, make: Callable[..., Tensor]) -> tuple[Tens
     So token numbers are in every vocabulary, and no mask hides all or nothing.
     """
     return tuple(make(batch, *shape) if dtype is None else _alternating(batch, shape, dtype) for shape, dtype in tensors_of(input))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a network's floating-point inputs: that of its first such parameter; None without one, for torch's default."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def sample_numbers(input: Input) -> int:

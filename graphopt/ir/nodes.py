@@ -66,6 +66,19 @@ def parameters_of(graph: Graph, nodes: Iterable[Node]) -> tuple[str, ...]:
     return tuple(names.values())
 
 
+def parameter_readers(graph: Graph) -> dict[int, list[Node]]:
+    """The nodes that read each parameter, by its identity (`id`), in execution order."""
+    return graph.cached(_parameter_readers)
+
+
+def _parameter_readers(graph: Graph) -> dict[int, list[Node]]:
+    found: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for _, parameter in parameters_read(graph.module, node):
+            found.setdefault(id(parameter), []).append(node)
+    return found
+
+
 def trainable(graph: Graph, node: Node) -> bool:
     """Whether a node reads a parameter that requires a gradient."""
     return any(p.requires_grad for _, p in parameters_read(graph.module, node))

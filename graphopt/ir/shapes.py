@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import TraceError, first_line
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
-from graphopt.ir.inputs import Input, samples, show, tensors_of
+from graphopt.ir.inputs import Input, dtype_of, samples, show, tensors_of
 
 #: shapes are propagated at this batch, so that a batch dimension is never mistaken for one of size 1
 SHAPE_BATCH = 2
@@ -39,8 +39,7 @@ def propagate_shapes(module: fx.GraphModule, input: Input, batch: int = SHAPE_BA
     root.__dict__.update({name: module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
     fake = fake_copy(root, mode).eval()
     with uncached(module), mode:
-        floating = next((p for p in fake.parameters() if p.is_floating_point()), None)
-        given = samples(input, batch, functools.partial(torch.empty, dtype=None if floating is None else floating.dtype))
+        given = samples(input, batch, functools.partial(torch.empty, dtype=dtype_of(fake)))
         at: list[fx.Node] = []
 
         class Shapes(fx.Interpreter):

@@ -12,7 +12,7 @@ from typing import Any
 
 from graphopt.diff.render.run import Run, is_run, read_run
 from graphopt.errors import GraphoptError, RunError, did_you_mean
-from graphopt.files import unsealed
+from graphopt.files import read_text, unsealed
 from graphopt.spec import load
 from graphopt.studies.running import INDEX
 from graphopt.studies.study import identity
@@ -199,7 +199,7 @@ def _index(path: Path) -> dict[str, Any] | None:
     if not (path / INDEX).is_file():
         return None
     try:
-        return unsealed((path / INDEX).read_text(encoding="utf-8"))
+        return unsealed(read_text(path / INDEX))
     except (OSError, ValueError) as error:
         raise RunError(f"is damaged: {error}", where=str(path / INDEX), fix="Run the study again: it writes it anew") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graphopt.errors import GraphoptError, RunError
-from graphopt.files import lock_folder, reason, sealed, unlock_folder, unsealed, write_atomically
+from graphopt.files import lock_folder, read_text, reason, sealed, unlock_folder, unsealed, write_atomically
 from graphopt.spec import dumps, loads
 from graphopt.studies.study import Member, Study
 from graphopt.units import show_time
@@ -54,7 +54,7 @@ def folder_of(member: Member, out: Path) -> Path:
 def summary_of(folder: Path) -> dict[str, Any] | None:
     """What a finished run has written; None for one that is not finished."""
     try:
-        return unsealed((folder / "summary.json").read_text(encoding="utf-8"))
+        return unsealed(read_text(folder / "summary.json"))
     except (OSError, ValueError):
         return None
 

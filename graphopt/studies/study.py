@@ -27,7 +27,7 @@ MOST_RUNS = 10_000
 #: keys of a spec that do not change what a run computes: a run that differs in them only is not repeated
 FREE = {
     "train": ("device", "timeout", "checkpoint_steps", "checkpoint_format", "checkpoint_async", "keep", "log_every", "ledger"),
-    "data": ("root", "workers"),
+    "data": ("root", "workers", "cache"),
 }
 
 _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from graphopt.errors import TraceError
-from graphopt.ir.inputs import Input, samples, tensors_of
+from graphopt.ir.inputs import Input, dtype_of, samples, tensors_of
 from graphopt.runtime.loaded import loaded
 
 #: containers of torch.nn that only call their children, so that blocks can be found inside
@@ -280,8 +280,7 @@ class Tracer(fx.Tracer):
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
-            floating = next((p for p in self.root.parameters() if p.is_floating_point()), None)
-            given = samples(self.input, _BATCH, functools.partial(torch.empty, dtype=None if floating is None else floating.dtype))
+            given = samples(self.input, _BATCH, functools.partial(torch.empty, dtype=dtype_of(self.root)))
             return given[self.names.index(str(node.target))]
         if node.op == "call_module":
             module = self._meta().get_submodule(str(node.target))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.data.datasets import open_split
-from graphopt.data.loader import ImageFeed, Samples
+from graphopt.data.loader import ImageFeed, Samples, check_image
 from graphopt.data.transforms import eval_transform
 from graphopt.errors import RunError
 from graphopt.spec import Spec
@@ -54,8 +54,7 @@ def score(module: nn.Module, spec: Spec, *, confusion: bool = False) -> Scores:
     The module is moved to that device. Raises RunError for data that is missing or does not fit the network.
     """
     data, settings, shape = spec.data, spec.train, spec.backbone.input
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise RunError(f"images are (1, H, W) or (3, H, W), the backbone takes {tuple(shape)}", where="backbone.input")
+    check_image(shape)
     split = open_split(data.name, data.root, data.eval_split)
     samples = Samples(split, data.eval_limit, eval_transform(data, shape), deterministic=True, seed=settings.seed)
     if not len(samples):

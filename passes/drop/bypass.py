@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from graphopt import Editor, Graph, PassError, Region
 from graphopt.compiler.pass_base import Diagnostics
-from graphopt.ir.nodes import attribute, leaf, overwriter, parameters_read
+from graphopt.ir.nodes import attribute, leaf, overwriter, parameter_readers
 from graphopt.ir.patterns import VIEWS, NotResidualError, Residual, residuals
 from graphopt.runtime.body import StochasticBranch
 
@@ -56,20 +56,11 @@ def removal(graph: Graph, block: Region) -> Removal:
     sums = residuals(graph, block)
     zeros = tuple(name for residual in sums for name in _last_weights(graph, residual))
     inside = set(block.nodes)
-    readers = graph.cached(_readers)
+    readers = parameter_readers(graph)
     shared = next((name for name in zeros if not inside.issuperset(readers[id(graph.module.get_parameter(name))])), None)
     if shared is not None:
         raise NotResidualError(f"its branch ends in {shared}, which is used outside the block too: an export could not set it to zero")
     return Removal(sums, zeros)
-
-
-def _readers(graph: Graph) -> dict[int, list[Node]]:
-    """The nodes that read each parameter, by its identity."""
-    readers: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        for _, parameter in parameters_read(graph.module, node):
-            readers.setdefault(id(parameter), []).append(node)
-    return readers
 
 
 def _last_weights(graph: Graph, residual: Residual) -> tuple[str, ...]:

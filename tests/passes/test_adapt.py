@@ -70,3 +70,17 @@ def test_what_is_refused(options: dict[str, object], says: str) -> None:
     model, input = BACKBONES["resnet"]()
     with pytest.raises(PassError, match=says):
         graphopt.compile(model, Adapt(**options), input=input, costs=False)
+
+
+def test_another_seed_gives_other_additions_and_leaves_the_stream_alone() -> None:
+    model, input = BACKBONES["resnet"]()
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        plan = graphopt.compile(model, Adapt(select="layer3", rank=1), input=input, verify="off", costs=False)
+        found.append(([p.detach() for n, p in plan.module.named_parameters() if ".first." in n], torch.rand(())))
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert not torch.equal(found[0][0][0], found[2][0][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(()), found[0][1])

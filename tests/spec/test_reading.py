@@ -207,7 +207,7 @@ def test_a_pass_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(SpecError, match="--trust"):
         load(tmp_path / "s.toml")
     spec = load(tmp_path / "s.toml", trust=True)
-    assert spec.passes[0].strength == 2  # type: ignore[attr-defined]
+    assert spec.passes[0].strength == 2  # type: ignore[attr-defined]  # the option of a pass that the test wrote
     # The resolved spec finds the file from any folder.
     monkeypatch.chdir("/")
     assert loads(dumps(spec), trust=True) == spec
@@ -245,7 +245,7 @@ def test_a_pass_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(SpecError, match="--trust"):
         loads(text)
     spec = loads(text, trust=True)
-    assert spec.passes[0].strength == 2  # type: ignore[attr-defined]
+    assert spec.passes[0].strength == 2  # type: ignore[attr-defined]  # the option of a pass that the test wrote
     assert loads(dumps(spec), trust=True) == spec
 
 

@@ -187,3 +187,9 @@ def test_too_few_and_too_many_inputs_are_refused_with_the_call_that_serves(tmp_p
     with pytest.raises(RunError, match="one image, this one takes"):
         train(plan, tmp_path / "run", settings=TrainSpec(epochs=1), data=DataSpec(name="digits"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_forecast_s_inputs_have_the_dtype_of_the_network(dtype: torch.dtype) -> None:
+    module = nn.Linear(4, 3).to(dtype)
+    assert forecast(module, (4,), 2).peak_bytes == measure(module, (4,), 2).peak_bytes
