@@ -78,7 +78,7 @@ def _network(
     what: str, spec: str | None, overrides: list[str], *, epoch: int | None, weights: str, trust: bool
 ) -> "tuple[nn.Module, Spec]":
     """The network that an argument means, and the spec that says how to evaluate it."""
-    from graphopt.spec import load
+    from graphopt.spec import installed, load
 
     path = options.expanded(what)
     is_run = path.is_dir() and (path / "run.json").is_file()
@@ -92,6 +92,8 @@ def _network(
         return _of_file(path, spec, overrides, trust)
     if spec is not None:
         raise RunError("belongs to a weights file", where="--spec", fix="Leave it out: a run and a spec have their own")
+    if not path.exists() and what not in installed():
+        raise RunError("no such run, weights file or spec", where=what, fix="`graphopt specs` lists the installed specs")
     loaded = load(what, trust=trust, overrides=overrides)
     if loaded.backbone.weights is None:
         show_error("no weights are named (backbone.weights): the network is as it was initialised", "note")

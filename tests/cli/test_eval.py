@@ -88,6 +88,7 @@ def test_a_plan_in_a_file_brings_its_spec(run: Path, capsys: pytest.CaptureFixtu
     [
         (["run", "--epoch", "9"], "keeps no checkpoint of the end of epoch 9. There are those of epoch 0, 1"),
         (["s.toml", "--epoch", "0"], "--epoch: only the folder of a run has epochs"),
+        (["runs/none"], "runs/none: no such run, weights file or spec"),
         (["w.safetensors"], "does not say which backbone and data it belongs to. Name the spec"),
         (["s.toml", "--spec", "s.toml"], "--spec: belongs to a weights file"),
         (["s.toml", "--split", "night"], "digits has no split 'night'"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import RunError, TraceError
 from graphopt.compiler.stages import every_module, stages
-from graphopt.cost import measure
+from graphopt.cost import forecast, measure
 from graphopt.diff.view import plan_view
 from graphopt.ir.inputs import as_input, input_of, samples, show
 from graphopt.passes.checkpoint import Checkpoint
