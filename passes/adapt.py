@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from graphopt.passes.layers import Dense
 
 
+#: paths of the two layers of an addition
+Pair = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Decision:
     """Paths of the layers to adapt, by region; those of what trains fully."""
@@ -98,9 +102,9 @@ class Adapt(Pass):
         import torch
 
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import call_of, low_rank_pair, zero_pair
+        from graphopt.passes.layers import beside, call_of, low_rank_pair, zero_pair
 
-        effects, done = Effects(), list[str]()
+        effects, pairs = Effects(), dict[str, Pair]()
         backbone, base = {n for n, _ in edit.graph.module.named_parameters()}, edit.graph.nodes
         for name in match.names:
             for path in match.decision.layers[name]:
@@ -108,19 +112,21 @@ class Adapt(Pass):
                     continue
                 layer = cast("Dense", leaf(edit.graph, node))
                 # Other weights for another seed.
-                first, second = low_rank_pair(layer, *zero_pair(layer, self.rank, torch.initial_seed() + len(done)))
-                inner = edit.call_module(f"adapt.{path}.first", first, node.args[:1], after=node)
-                outer = edit.call_module(f"adapt.{path}.second", second, (inner,), after=inner)
+                first, second = low_rank_pair(layer, *zero_pair(layer, self.rank, torch.initial_seed() + len(pairs)))
+                inner = edit.call_module(beside(edit.graph, path, "down"), first, node.args[:1], after=node)
+                outer = edit.call_module(beside(edit.graph, path, "up"), second, (inner,), after=inner)
                 total = edit.call(torch.add, (node, outer), {"alpha": self.scale}, after=outer)
                 edit.redirect(node, total, [u for u in node.users if u is not total])
-                done.append(path)
-            if count := len(set(done).intersection(match.decision.layers[name])):
+                pairs[path] = str(inner.target), str(outer.target)
+            if count := len(pairs.keys() & set(match.decision.layers[name])):
                 effects.mark(name, Status.FROZEN, adapted=count, rank=self.rank)
         self._freeze(edit, match.decision.trained, backbone, base)
         sizes = [p.numel() for n, p in edit.graph.module.named_parameters() if p.requires_grad and n not in backbone]
-        effects.figures = {"layers": len(done), "added_parameters": sum(sizes)}
-        effects.to_original_state = partial(_merged, paths=tuple(done), scale=self.scale)
-        starts = {name: value.clone() for name, value in edit.graph.module.state_dict().items() if name.startswith("adapt.")}
+        effects.figures = {"layers": len(pairs), "added_parameters": sum(sizes)}
+        effects.to_original_state = partial(_merged, pairs=pairs, scale=self.scale)
+        starts = {
+            f"{path}.weight": edit.graph.module.get_parameter(f"{path}.weight").detach().clone() for pair in pairs.values() for path in pair
+        }
         effects.from_original_state = partial(_started, starts=starts)
         return effects
 
@@ -143,12 +149,12 @@ class Adapt(Pass):
         cut_prefix(edit, scope.prefix)
 
 
-def _merged(state: dict[str, Tensor], paths: tuple[str, ...], scale: float) -> dict[str, Tensor]:
+def _merged(state: dict[str, Tensor], pairs: dict[str, Pair], scale: float) -> dict[str, Tensor]:
     """The weights with the products added, under the backbone's keys."""
     from graphopt.passes.layers import multiply
 
-    for path in paths:
-        first, second = state.pop(f"adapt.{path}.first.weight"), state.pop(f"adapt.{path}.second.weight")
+    for path, pair in pairs.items():
+        first, second = (state.pop(f"{part}.weight") for part in pair)
         state[f"{path}.weight"] = state[f"{path}.weight"] + scale * multiply(first, second)
     return state
 

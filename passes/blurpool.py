@@ -75,7 +75,7 @@ class BlurPool(Pass):
 
         from graphopt.ir.nodes import leaf
         from graphopt.passes.freeze.operators import as_tuple
-        from graphopt.passes.layers import Blur
+        from graphopt.passes.layers import Blur, beside
 
         effects, count = Effects(to_original_state=_refuse_export), 0
         device = next((p.device for p in edit.graph.module.parameters()), None)
@@ -91,10 +91,10 @@ class BlurPool(Pass):
                     blur, finer = Blur(self.size, as_tuple(layer.stride, 2)).to(device), copy.copy(layer)
                     finer.stride = 1
                     edit.replace_leaf(node, finer)
-                    blurred = edit.call_module(f"blurpool.{path}", blur, (node,), after=node)
+                    blurred = edit.call_module(beside(edit.graph, path, "blur"), blur, (node,), after=node)
                     edit.redirect(node, blurred, [u for u in node.users if u is not blurred])
                 else:
-                    blurred = edit.call_module(f"blurpool.{path}", Blur(self.size).to(device), node.args[:1], before=node)
+                    blurred = edit.call_module(beside(edit.graph, path, "blur"), Blur(self.size).to(device), node.args[:1], before=node)
                     edit.set_call(node, args=(blurred,))
             if count > before:
                 effects.mark(name, Status.REWIRED, blurs=count - before)

@@ -74,9 +74,9 @@ class Factorize(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[dict[str, Ranks]]) -> Effects:
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import call_of, divide, low_rank_pair, multiply
+        from graphopt.passes.layers import beside, call_of, divide, low_rank_pair, multiply
 
-        effects, ranks, kept, whole = Effects(), Ranks(), 0.0, 0.0
+        effects, ranks, inners, kept, whole = Effects(), Ranks(), dict[str, str](), 0.0, 0.0
         for name in match.names:
             for path, rank in match.decision[name].items():
                 if (node := call_of(edit, path, effects)) is None:
@@ -86,29 +86,29 @@ class Factorize(Pass):
                 second.bias = layer.bias
                 kept += multiply(first.weight, second.weight).square().sum().item()
                 whole += layer.weight.square().sum().item()
-                inner = edit.call_module(f"factorize.{path}", first, node.args[:1], before=node)
+                inner = edit.call_module(beside(edit.graph, path, "factor"), first, node.args[:1], before=node)
                 edit.replace_leaf(node, second)
                 edit.set_call(node, args=(inner,))
-                ranks[path] = rank
+                ranks[path], inners[path] = rank, str(inner.target)
             if done := sum(path in ranks for path in match.decision[name]):
                 effects.mark(name, Status.REWIRED, layers=done)
         effects.figures = {"layers": len(ranks), "kept_share_of_squared_weights": round(kept / whole, 4) if whole else 1.0}
-        effects.to_original_state = partial(_multiplied, paths=tuple(ranks))
-        effects.from_original_state = partial(_divided, ranks=ranks)
+        effects.to_original_state = partial(_multiplied, inners=inners)
+        effects.from_original_state = partial(_divided, inners=inners, ranks=ranks)
         return effects
 
 
-def _multiplied(state: dict[str, Tensor], paths: tuple[str, ...]) -> dict[str, Tensor]:
+def _multiplied(state: dict[str, Tensor], inners: dict[str, str]) -> dict[str, Tensor]:
     from graphopt.passes.layers import multiply
 
-    for path in paths:
-        state[f"{path}.weight"] = multiply(state.pop(f"factorize.{path}.weight"), state[f"{path}.weight"])
+    for path, inner in inners.items():
+        state[f"{path}.weight"] = multiply(state.pop(f"{inner}.weight"), state[f"{path}.weight"])
     return state
 
 
-def _divided(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def _divided(state: dict[str, Tensor], inners: dict[str, str], ranks: Ranks) -> dict[str, Tensor]:
     from graphopt.passes.layers import divide
 
     for path, rank in ranks.items():
-        state[f"factorize.{path}.weight"], state[f"{path}.weight"] = divide(state[f"{path}.weight"], rank)
+        state[f"{inners[path]}.weight"], state[f"{path}.weight"] = divide(state[f"{path}.weight"], rank)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -56,6 +57,13 @@ def call_of(edit: Editor, path: str, effects: Effects) -> Node | None:
     else:
         return nodes[0]
     return None
+
+
+def beside(graph: Graph, path: str, word: str) -> str:
+    """A free path for a new layer next to a leaf, in the block that it belongs to: `layer1.0.conv1_blur`."""
+    taken = {name for name, _ in graph.module.named_modules()}
+    names = itertools.chain([f"{path}_{word}"], (f"{path}_{word}{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def full_rank(weight: Tensor) -> int:

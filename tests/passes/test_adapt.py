@@ -21,7 +21,7 @@ def test_only_what_is_added_and_the_classifier_train_and_the_ordinary_model_come
     before = copy.deepcopy(model.state_dict())
     plan = graphopt.compile(model, [Adapt(rank=2)], input=input, verify="full", costs=False)
     trainable = {n for n, p in plan.module.named_parameters() if p.requires_grad}
-    added = {n for n in trainable if n.startswith("adapt.")}
+    added = {n for n in trainable if n not in before}
     assert added
     assert {n.rpartition(".")[0] for n in trainable - added} == {"fc" if name == "resnet" else "head"}
     trained(plan, input)
@@ -30,7 +30,7 @@ def test_only_what_is_added_and_the_classifier_train_and_the_ordinary_model_come
     torch.testing.assert_close(exported(x), plan.module.eval()(x))
     after = exported.state_dict()
     changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
-    adapted = {n.removeprefix("adapt.").removesuffix(".first.weight") + ".weight" for n in added if ".first." in n}
+    adapted = {n.removesuffix("_down.weight") + ".weight" for n in added if n.endswith("_down.weight")}
     assert changed == adapted | (trainable - added)  # no running statistic among them
 
 
@@ -49,11 +49,9 @@ def test_what_it_adds_is_small_and_scaled() -> None:
     assert plan.report.passes[0].figures == {"layers": 1, "added_parameters": 2 * (6 + 4)}
     state = plan.module.state_dict()
     with torch.no_grad():
-        plan.module.get_parameter("adapt.0.second.weight").fill_(1.0)
+        plan.module.get_parameter("0_up.weight").fill_(1.0)
     x = torch.randn(5, 6)
-    expected = F.linear(x, state["0.weight"], state["0.bias"]) + 0.5 * F.linear(
-        F.linear(x, state["adapt.0.first.weight"]), torch.ones(4, 2)
-    )
+    expected = F.linear(x, state["0.weight"], state["0.bias"]) + 0.5 * F.linear(F.linear(x, state["0_down.weight"]), torch.ones(4, 2))
     torch.testing.assert_close(plan.module(x), layer[2](expected.relu()))
 
 
@@ -78,7 +76,7 @@ def test_another_seed_gives_other_additions_and_leaves_the_stream_alone() -> Non
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         plan = graphopt.compile(model, Adapt(select="layer3", rank=1), input=input, verify="off", costs=False)
-        found.append(([p.detach() for n, p in plan.module.named_parameters() if ".first." in n], torch.rand(())))
+        found.append(([p.detach() for n, p in plan.module.named_parameters() if "_down." in n], torch.rand(())))
     assert all(map(torch.equal, found[0][0], found[1][0]))
     assert not torch.equal(found[0][0][0], found[2][0][0])
     assert torch.equal(found[0][1], found[1][1])
