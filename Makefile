@@ -4,7 +4,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 GRAPHOPT := $(BIN)/graphopt
 
-.PHONY: demo test quick lint pictures sweep coverage fuzz chaos bench gpu gpu-packages clean docs
+.PHONY: demo test quick lint pictures replicate sweep coverage fuzz chaos bench gpu gpu-packages clean docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -58,6 +58,10 @@ lint: .venv/.installed-test
 sweep: .venv/.installed
 	$(BIN)/python tools/trace_sweep.py
 	$(BIN)/python tools/cost_sweep.py --out tools/tables/cost_sweep.md
+
+# Every published figure of the four systems beside ours, each with its spec and its command. Some minutes.
+replicate: .venv/.installed
+	$(BIN)/python tools/replicate.py --out tools/tables/replicate.md
 
 # Backbones of many kinds, libraries' and user-written ones: what traces, what each pass makes of it, forecasts and exports.
 coverage: .venv/.installed-test
