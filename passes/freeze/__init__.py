@@ -23,13 +23,14 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import StrictBool
 
 from graphopt import ActiveMatch, Effects, Match, Pass, PassError, Selector, Status
 from graphopt.compiler.pass_base import Candidate, Property
+from graphopt.compiler.triggers import LearningRate
 
 if TYPE_CHECKING:
     from graphopt import Editor, Graph
@@ -97,6 +98,9 @@ class Freeze(Pass):
         for location, message in scope.warnings(self.lean):
             effects.warn(location, message)
         return effects
+
+    def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
+        return self.when.learning_rates(names)
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
