@@ -168,7 +168,6 @@ class Schedule:
         for group in optimizer.param_groups:
             # A group loaded from the phase before has the rate reached there; the schedule starts from the spec's.
             group["lr"] = group["initial_lr"] = self._base
-        self.set_step(0)
 
     def set_step(self, steps: int) -> float:
         """Sets the rates for the step after `steps` finished ones; returns the run's own, without factors of layers and regions."""

@@ -1,6 +1,5 @@
 """One phase: what is built again at every decision, and the training step."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.plan import Plan
-from graphopt.compiler.triggers import Decision
+from graphopt.compiler.triggers import Decision, step_at
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
@@ -131,7 +130,7 @@ class Phase:
         no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
         rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
         owned = None if self.owned.module is plan.module else self._parameters()
-        options = {"no_decay": no_decay, "rates": rates, "regions": plan.learning_rates, "owned": owned}
+        options: dict[str, Any] = {"no_decay": no_decay, "rates": rates, "regions": plan.learning_rates, "owned": owned}
         self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, **options)
         if state is not None:
             optimizers.load_optimizer_state(self.optimizer, plan.module, state)
@@ -139,7 +138,7 @@ class Phase:
 
     def moments(self) -> list[tuple[float, int]]:
         """When triggers that need no measurement may fire: in epochs, and after how many steps of the run."""
-        return [(moment, math.ceil(moment * self.steps - 1e-9)) for moment in self.plan.moments(self.spec.epochs)]
+        return [(moment, step_at(moment, self.steps)) for moment in self.plan.moments(self.spec.epochs)]
 
     def end(self, epoch: int, done: int) -> int:
         """The step of an epoch before which the next trigger may fire, after `done` steps of the run; its last step at the latest."""

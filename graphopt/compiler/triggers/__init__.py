@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import BeforeValidator, PlainSerializer
 
-from graphopt.compiler.triggers.base import BaseTrigger, Decision, Fired, LearningRate, RunSchedule
+from graphopt.compiler.triggers.base import BaseTrigger, Decision, Fired, LearningRate, RunSchedule, step_at
 from graphopt.compiler.triggers.epochs import AtEpoch, Start, Step, Steps
 from graphopt.compiler.triggers.schedules import SCHEDULES, FreezeOut, Progressive
 from graphopt.compiler.triggers.scores import MEASURES, Score, change, continuation, slope
@@ -31,6 +31,7 @@ __all__ = [
     "change",
     "continuation",
     "slope",
+    "step_at",
 ]
 
 

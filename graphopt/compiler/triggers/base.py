@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -68,6 +69,11 @@ class BaseTrigger(Frozen):
     def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
         """Learning rates of regions that it is about to stop, by their names; none by default. The pass says whether they are used."""
         return {}
+
+
+def step_at(moment: float, steps: int) -> int:
+    """The steps of a run that are done at a moment in epochs, with `steps` in each: a phase begins before the next one."""
+    return math.ceil(moment * steps - 1e-9)
 
 
 def apply_missing(wanted: tuple[str, ...], active: tuple[str, ...]) -> list[Fired]:
