@@ -13,7 +13,8 @@ with them. What remains depends on where the region lies:
 Attention, softmax, GELU and SiLU need what they save for their input's gradient: blocks made of them gain by the missing weight gradients
 only, which stock PyTorch already gives.
 
-Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 5, until = 20 }`); by score or schedule.
+Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 5, until = 20 }`); by score or schedule. FreezeOut
+(`when = { schedule = "freezeout" }`) also lowers each region's learning rate to zero at the step at which it is frozen.
 
     [[pass]]
     use = "freeze"
