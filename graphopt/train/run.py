@@ -237,7 +237,7 @@ class Run:
     def _decide(self) -> None:
         """Begins the next phase where triggers have fired: between epochs, and at moments within one that were known before."""
         state, progress, epochs = self.state, self.progress, self.spec.epochs
-        if not progress.total:
+        if not progress.total or progress.step == state.phase.steps:  # the end of the epoch comes before what follows it
             return
         reached = {moment for moment, step in state.phase.moments() if step == progress.total}
         due: tuple[Decision, ...] = ()
