@@ -91,7 +91,7 @@ CASES = {
     ),
     "frozen, thawed, checkpoints in a thread": Case(
         small_run.backbone,
-        (CUTS, Freeze(select="stem", when={"epoch": 1}), Freeze(select="one", when={"epoch": 1, "until": 2})),
+        (CUTS, Freeze(select="stem", when={"schedule": "freezeout"}), Freeze(select="one", when={"epoch": 1, "until": 2})),
         {"epochs": 3, "ema": 0.9, "optimizer": ADAMW, "checkpoint_async": True},
         GRAY,
     ),

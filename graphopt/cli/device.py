@@ -53,7 +53,7 @@ def show_phases(phases: "tuple[PhaseMemory, ...]") -> None:
     for phase in phases:
         memory = phase.memory
         sizes = (band(memory.allocated), band(memory.reserved), band(memory.capacity))
-        table.add_row(str(phase.epoch), *sizes, "yes" if memory.fits() else "no")
+        table.add_row(f"{phase.epoch:.4g}", *sizes, "yes" if memory.fits() else "no")
     show(f"memory of a step on an NVIDIA {most.device.name}, simulated; no GPU was used")
     show(table)
     _show_terms(most)

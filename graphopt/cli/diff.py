@@ -120,7 +120,7 @@ def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:
     main, out = main_diff(shown), console()
     if not isinstance(shown, Diff) and len(shown) > 1:
         for number, item in enumerate(shown):
-            show(f"phase {number}, from epoch {item.epoch}: {item.label}{'   (shown)' if item.diff is main else ''}")
+            show(f"phase {number}, from epoch {item.epoch:.4g}: {item.label}{'   (shown)' if item.diff is main else ''}")
     out.print(render(main, unfold=unfold, nodes=nodes, unicode="utf" in (out.encoding or "").lower()))
 
 

@@ -50,16 +50,18 @@ def show_chain(cost: "ChainCost", link: int | None, steps: int) -> None:
     for phase in cost.phases:
         for rank in phase.ranks:
             sizes = map(show_size, (rank.held_bytes, rank.link_bytes))
-            row = (str(phase.epoch), str(rank.rank), _run(rank.modules), f"{rank.seconds:.3g}", *sizes)
+            row = (f"{phase.epoch:.4g}", str(rank.rank), _run(rank.modules), f"{rank.seconds:.3g}", *sizes)
             table.add_row(*row, str(rank.messages), show_size(rank.sent_bytes))
-        table.add_row(str(phase.epoch), "one process", "all", f"{phase.alone.seconds:.3g}", show_size(phase.alone.held_bytes), "", "", "")
+        table.add_row(
+            f"{phase.epoch:.4g}", "one process", "all", f"{phase.alone.seconds:.3g}", show_size(phase.alone.held_bytes), "", "", ""
+        )
     show(table)
     for phase in cost.phases:
         seconds, alone = phase.step_seconds(link), phase.alone.seconds
         if seconds:
             speed = f"{cost.batch / seconds:.3g} images/s, {alone / seconds:.2f} times one process's {cost.batch / alone:.3g}"
             share = f" ({phase.fill_seconds / (steps * seconds):.1%} of an epoch of {steps:,} steps)" if steps else ""
-            show(f"from epoch {phase.epoch}: {speed}; filling the chain, once an epoch, takes {phase.fill_seconds:.3g} s{share}")
+            show(f"from epoch {phase.epoch:.4g}: {speed}; filling the chain, once an epoch, takes {phase.fill_seconds:.3g} s{share}")
 
 
 def _run(modules: range) -> str:
@@ -77,12 +79,12 @@ def show_ranks(cost: "RanksCost", link: int | None) -> None:
     memory = grid("from epoch", *_PARTS, "peak", "one process", right=tuple(range(1, len(_PARTS) + 3)))
     for phase in cost.phases:
         sizes = [sum(phase.peak_parts[kind] for kind in kinds) for kinds in _PARTS.values()]
-        memory.add_row(str(phase.epoch), *map(show_size, (*sizes, phase.peak_bytes, phase.peak_bytes_alone)))
+        memory.add_row(f"{phase.epoch:.4g}", *map(show_size, (*sizes, phase.peak_bytes, phase.peak_bytes_alone)))
     show("live at the peak of a step, on the rank with the largest parts")
     show(memory)
     for phase in cost.phases:
         if phase.feature_bytes:
-            show(f"from epoch {phase.epoch} on, {show_size(phase.feature_bytes)} of cached features, in RAM or on disk")
+            show(f"from epoch {phase.epoch:.4g} on, {show_size(phase.feature_bytes)} of cached features, in RAM or on disk")
     if cost.strategy == "single":
         return
     titles = ("from epoch", "message", "number", "whole", "sent by a rank", *(("seconds",) if link else ()))
@@ -91,6 +93,6 @@ def show_ranks(cost: "RanksCost", link: int | None) -> None:
         for message in phase.messages:
             sent = message.sent(cost.ranks, cost.backend)
             seconds = (f"{sent / link:.3g}",) if link else ()
-            table.add_row(str(phase.epoch), message.name, f"{message.calls:,}", show_size(message.bytes), show_size(sent), *seconds)
+            table.add_row(f"{phase.epoch:.4g}", message.name, f"{message.calls:,}", show_size(message.bytes), show_size(sent), *seconds)
     show(f"messages of a step, as {cost.backend} sends them; a rank receives what it sends" + (", without overlap" if link else ""))
     show(table)

@@ -76,5 +76,5 @@ def _show_phases(phases: "Sequence[PhaseTime]", least: str) -> None:
     for phase in phases:
         loading = "?" if phase.loading is None else show_time(phase.loading)
         times = (least + show_time(phase.step), loading, least + show_time(phase.length))
-        table.add_row(str(phase.epoch), *times, phase.binds or "?")
+        table.add_row(f"{phase.epoch:.4g}", *times, phase.binds or "?")
     show(table)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAli
 import pydantic
 from pydantic import ConfigDict
 
-from graphopt.compiler.triggers import Start, Trigger
+from graphopt.compiler.triggers import LearningRate, Start, Trigger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,6 +275,14 @@ class Pass(pydantic.BaseModel):
     def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
         """Does what was decided, through the editor. Raises PassError if an earlier pass has changed what this one needs."""
         raise NotImplementedError
+
+    def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
+        """The learning rate of each region whose rate it sets, over the whole run; those of its trigger, where it freezes them.
+
+        `names` are of all its regions, in execution order. A rate is a function of the share of the run that is over, in steps, and of
+        the run's own schedule; it gives a factor of the base rate. It holds whether or not the pass is applied yet.
+        """
+        return {}
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from graphopt.compiler.emit import emit
+from graphopt.compiler.learning_rates import LearningRates
 from graphopt.compiler.measure import Measure
 from graphopt.compiler.pass_base import Effects, Pass, PassInstance, RuntimeNeeds
 from graphopt.compiler.pipeline import Matched, Verify, rewrite
@@ -30,10 +31,10 @@ from graphopt.runtime.state_dicts import load_versioned
 
 
 class Phase(NamedTuple):
-    """A run of epochs with one graph: its first epoch (from 0), the first that is no longer in it, what began it, its plan."""
+    """A stretch of a run with one graph: when it starts and ends, in epochs, what began it, its plan."""
 
-    start: int
-    end: int
+    start: float
+    end: float
     decisions: tuple[Decision, ...]
     plan: Plan
 
@@ -103,18 +104,30 @@ class Plan(Source):
         """How far each pass has come."""
         return tuple(Progress(m.instance, m.match.names, m.active(self.decisions)) for m in self.matched)
 
-    def due(self, epoch: int, history: Any = None, epochs: int | None = None) -> tuple[Decision, ...]:
-        """What the triggers decide before `epoch` (from 0) starts, given what was decided already."""
-        return _due(self.matched, self.decisions, epoch, history, epochs)
+    def due(
+        self, epoch: float, history: Any = None, epochs: int | None = None, decisions: tuple[Decision, ...] = ()
+    ) -> tuple[Decision, ...]:
+        """What the triggers decide before `epoch` (from 0) starts, given what was decided already: the plan's, and `decisions`."""
+        return _due(self.matched, self.decisions + decisions, epoch, history, epochs)
+
+    def moments(self, epochs: int) -> tuple[float, ...]:
+        """When triggers that need no measurement may fire in a run of `epochs`, in rising order: before epochs, and within some."""
+        foreseeable = (m for m in self.matched if m.instance.value.when.foreseeable)
+        moments = (m.instance.value.when.moments(m.match.names, epochs) for m in foreseeable)
+        return tuple(sorted({moment for each in moments for moment in each if moment < epochs}))
 
     def foreseen(self, epochs: int) -> tuple[Decision, ...]:
         """What the triggers that need no measurement will decide in a run of `epochs`. Compiles nothing."""
         foreseeable = [m for m in self.matched if m.instance.value.when.foreseeable]
         decisions = self.decisions
-        moments = (m.instance.value.when.moments(m.match.names, epochs) for m in foreseeable)
-        for epoch in sorted({epoch for each in moments for epoch in each if epoch < epochs}):
-            decisions += _due(foreseeable, decisions, epoch, None, epochs)
+        for moment in self.moments(epochs):
+            decisions += _due(foreseeable, decisions, moment, None, epochs)
         return decisions[len(self.decisions) :]
+
+    @cached_property
+    def learning_rates(self) -> LearningRates:
+        """The learning rates that passes set for their regions, over time."""
+        return LearningRates.of(self.matched)
 
     def phases(self, epochs: int, decisions: Sequence[Decision] | None = None, *, verify: Verify = "off") -> tuple[Phase, ...]:
         """The phases of a run of `epochs` that starts with this plan; `decisions` of a finished run are replayed.
@@ -274,15 +287,17 @@ class Plan(Source):
 
 
 @contextmanager
-def _from_epoch(epoch: int) -> Iterator[None]:
+def _from_epoch(epoch: float) -> Iterator[None]:
     """An error that is raised inside says from which epoch on."""
     try:
         yield
     except GraphoptError as error:
-        raise type(error)(f"from epoch {epoch} on, {error.what}", where=error.where, fix=error.fix) from error
+        raise type(error)(f"from epoch {epoch:g} on, {error.what}", where=error.where, fix=error.fix) from error
 
 
-def _due(matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: int, history: Any, epochs: int | None) -> tuple[Decision, ...]:
+def _due(
+    matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: float, history: Any, epochs: int | None
+) -> tuple[Decision, ...]:
     return tuple(
         Decision(index=item.instance.index, epoch=epoch, action=action, regions=regions)
         for item in matched

@@ -187,7 +187,7 @@ class ModelView:
     passes: tuple[PassInfo, ...]
     totals: Mapping[str, int] | None
     feature_input: str | None = None
-    epoch: int | None = None
+    epoch: float | None = None
 
     def __getitem__(self, name: str) -> Row:
         return next(r for r in self.rows if r.name == name)

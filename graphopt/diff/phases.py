@@ -17,9 +17,9 @@ COSTED = 12
 
 @dataclass(frozen=True)
 class PhaseDiff:
-    """One phase: the epoch it starts at, what was decided then, and the diff of the backbone and that phase."""
+    """One phase: when it starts, in epochs, what was decided then, and the diff of the backbone and that phase."""
 
-    epoch: int
+    epoch: float
     label: str
     diff: Diff
 
@@ -58,7 +58,7 @@ def _epochs(plan: Plan, decisions: Sequence[Decision]) -> int:
     length = plan.spec.train.epochs if plan.spec is not None else None
     if length is None:
         length = 1 + max((getattr(p.when, "until", None) or getattr(p.when, "epoch", None) or 0 for p in plan.passes), default=0)
-    return max([length, *(d.epoch + 1 for d in decisions)])
+    return max([length, *(int(d.epoch) + 1 for d in decisions)])
 
 
 def _label(plan: Plan, decision: Decision) -> str:

@@ -27,7 +27,7 @@ def backbone_view(plan: Plan, title: str | None = None) -> ModelView:
     return _ViewBuilder(plan, plan.base, plan.report.before).build(title or _backbone_name(plan), None)
 
 
-def plan_view(plan: Plan, title: str | None = None, epoch: int | None = None, runs: Sequence[range] = ()) -> ModelView:
+def plan_view(plan: Plan, title: str | None = None, epoch: float | None = None, runs: Sequence[range] = ()) -> ModelView:
     """A plan in its phase; `runs` are the local modules of each rank of a chain, if it trains on one."""
     file = _spec_file(plan)
     # The spec of a run is called by the run's folder.
@@ -43,7 +43,7 @@ class _ViewBuilder:
         self.rewritten = graph is not plan.base
         self.records = Records(plan, graph)
 
-    def build(self, title: str, epoch: int | None) -> ModelView:
+    def build(self, title: str, epoch: float | None) -> ModelView:
         plan = self.plan
         sections, section_of = self._sections()
         before_cut, feature_input = self._before_cut()

@@ -13,10 +13,10 @@ from graphopt.cost.memory import DeviceMemory
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """One phase: its first epoch, their number, and what a step of it needs."""
+    """One phase: its start and its length in epochs, and what a step of it needs."""
 
-    epoch: int
-    epochs: int
+    epoch: float
+    epochs: float
     memory: DeviceMemory
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,14 +29,14 @@ class PhaseTime:
     """An epoch of a phase, in seconds.
 
     Attributes:
-        epoch, epochs: the phase's first epoch, and their number.
+        epoch, epochs: the phase's start and its length, in epochs.
         step: of all steps. loading: of loading its images; 0 where it trains on cached features, None where the loader is not known.
         length: of the epoch: with loader processes the longer of both, without them their sum.
         binds: "step" or "loader", whichever takes longer; None where the loader is not known.
     """
 
-    epoch: int
-    epochs: int
+    epoch: float
+    epochs: float
     step: float
     loading: float | None
     length: float

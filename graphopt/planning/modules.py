@@ -51,10 +51,10 @@ class ChainRank:
 
 @dataclass(frozen=True)
 class ChainPhase:
-    """One phase: its first epoch, their number, and its ranks in the order of the chain; and a step of one process that does all."""
+    """One phase: its start and its length in epochs, and its ranks in the order of the chain; and a step of one process that does all."""
 
-    epoch: int
-    epochs: int
+    epoch: float
+    epochs: float
     ranks: tuple[ChainRank, ...]
     alone: ChainRank
 

@@ -44,7 +44,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class RankPhase:
-    """One phase: its first epoch, their number, and a step of rank 0, which holds the largest parts. `alone` is one process's step.
+    """One phase: its start and its length in epochs, and a step of rank 0, which holds the largest parts. `alone` is one process's step.
 
     Attributes:
         kept, kept_alone: what is in memory besides the step's.
@@ -52,8 +52,8 @@ class RankPhase:
         exchanged: the features that ranks give each other in a step; a rank has its batch's of itself only by chance, so `sent` is a mean.
     """
 
-    epoch: int
-    epochs: int
+    epoch: float
+    epochs: float
     step: Cost = field(repr=False)
     alone: Cost = field(repr=False)
     kept: Kept = Kept()

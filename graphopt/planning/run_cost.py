@@ -7,6 +7,7 @@ count; seconds need the machine's rates (`graphopt.cost.measure_rates`), or are 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from graphopt.compiler.emit import emit
 from graphopt.compiler.plan import Phase, Plan
-from graphopt.compiler.triggers import Decision
+from graphopt.compiler.triggers import Decision, step_at
 from graphopt.cost import Cost, Rates, StepOptions, forecast
 from graphopt.cost.roofline import PeakRates
 from graphopt.data.datasets import open_split
@@ -63,15 +64,15 @@ class RunTotals:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One phase of a run: its first epoch, their number, and the decisions that started it.
+    """One phase of a run: its start and its length in epochs, and the decisions that started it.
 
     Attributes:
         forward_flops, backward_flops, seconds: of training, per epoch; no seconds without rates.
         filling_flops, filling_seconds: of filling its feature cache, once.
     """
 
-    epoch: int
-    epochs: int
+    epoch: float
+    epochs: float
     decisions: tuple[Decision, ...]
     forward_flops: int
     backward_flops: int
@@ -171,7 +172,8 @@ def forecast_run(
     """
     batch = train.micro_batch()
     options = {**train.forecast_options(), "device": rates.gpu if isinstance(rates, PeakRates) else None}
-    steps = samples // train.batch * train.accumulate
+    per_epoch = samples // train.batch
+    steps = per_epoch * train.accumulate
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
     backbone = emit(plan.base)
@@ -184,7 +186,9 @@ def forecast_run(
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
         seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)
-        phase = PhaseCost(start, end - start, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
+        length = Fraction(step_at(end, per_epoch) - step_at(start, per_epoch), per_epoch)
+        epochs = int(length) if length.denominator == 1 else float(length)
+        phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
             cost, batches = filling
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
@@ -200,18 +204,23 @@ def forecast_run(
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
 
 
+def _times(flops: int, epochs: float) -> int:
+    """FLOPs per epoch times a number of epochs, exact to a step."""
+    return round(flops * Fraction(epochs).limit_denominator(2**20))
+
+
 def _seconds(rates: Rates | PeakRates | None, cost: Cost, times: float) -> float | None:
     return times * rates.seconds(cost) if rates else None
 
 
 def _totals(phases: Sequence[PhaseCost], evaluation: int, evaluation_seconds: float | None) -> RunTotals:
-    training, filling = sum(p.epochs * p.forward_flops for p in phases), sum(p.filling_flops for p in phases)
+    training, filling = sum(_times(p.forward_flops, p.epochs) for p in phases), sum(p.filling_flops for p in phases)
     seconds = evaluation_seconds
     if seconds is not None:
         seconds += sum(p.epochs * (p.seconds or 0.0) + (p.filling_seconds or 0.0) for p in phases)
     return RunTotals(
         forward_flops=training + evaluation + filling,
-        backward_flops=sum(p.epochs * p.backward_flops for p in phases),
+        backward_flops=sum(_times(p.backward_flops, p.epochs) for p in phases),
         training_forward_flops=training,
         evaluation_forward_flops=evaluation,
         filling_forward_flops=filling,

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import nn
 
+from graphopt.compiler.learning_rates import LearningRates
 from graphopt.errors import RunError, did_you_mean
 from graphopt.ir.paths import containers, is_below
 from graphopt.spec import OptimizerSpec, TrainSpec
@@ -45,11 +46,13 @@ def build_optimizer(
     *,
     no_decay: Collection[str] = (),
     rates: Mapping[str, float] | None = None,
+    regions: LearningRates | None = None,
     owned: Collection[str] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer of timm over the trainable parameters, in named groups; what has one dimension and `no_decay` are not decayed.
 
-    `rates` are from `layer_rates`. Of several processes, one that trains the parameters `owned` alone may have none.
+    `rates` are from `layer_rates`; `regions` have learning rates of their own, which a `Schedule` sets. Of several processes, one that
+    trains the parameters `owned` alone may have none.
 
     Raises RunError for an unknown optimizer, options that it does not take, or nothing to train.
     """
@@ -58,11 +61,14 @@ def build_optimizer(
     for path, parameter in parameters.items():
         decays = parameter.ndim > 1 and not path.endswith(".bias") and path not in no_decay
         label = "decay" if decays else "no_decay"
-        scale = {}
+        own: dict[str, Any] = {}
         if rates is not None:
-            scale = {"lr_scale": _rate_of(path, rates)}
-            label = f"{label}, lr x {scale['lr_scale']:.4g}"
-        group = {"params": [], "name": label, "weight_decay": spec.weight_decay if decays else 0.0, **scale}
+            own["lr_scale"] = _rate_of(path, rates)
+            label = f"{label}, lr x {own['lr_scale']:.4g}"
+        if regions is not None and (names := regions.names(path)):
+            own["regions"] = names
+            label = f"{label}, lr of {' and '.join(names)}"
+        group = {"params": [], "name": label, "weight_decay": spec.weight_decay if decays else 0.0, **own}
         groups.setdefault(label, group)["params"].append(parameter)
     if owned is not None and not groups:
         groups["decay"] = {"params": [], "name": "decay"}
@@ -141,33 +147,54 @@ def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, str
 
 
 class Schedule:
-    """The learning rate as a function of the optimizer steps done so far, and of nothing else; so there is no state to save.
+    """The learning rates as a function of the optimizer steps done so far, and of nothing else; so there is no state to save.
 
-    (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
+    A group with `regions` has the rate that passes set for them, every other one that of timm's schedule. (timm's plateau is not
+    available: it depends on earlier metrics, and saves none of them.)
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, train: TrainSpec, steps: int) -> None:
-        spec = train.scheduler
-        for group in optimizer.param_groups:
-            # A group loaded from the phase before has the rate reached there; the schedule starts from the spec's.
-            group["lr"] = group["initial_lr"] = train.optimizer.lr
+    def __init__(self, optimizer: torch.optim.Optimizer, train: TrainSpec, steps: int, regions: LearningRates | None = None) -> None:
+        """`steps` are of an epoch; `regions` those that `optimizer` was built with."""
+        spec, self._base = train.scheduler, train.optimizer.lr
         settings = {**spec.model_dump(exclude={"name", "arguments"}), "decay_milestones": list(spec.decay_milestones), **spec.arguments}
         settings |= {"num_epochs": train.epochs, "step_on_epochs": False, "updates_per_epoch": steps}
-        self._optimizer = optimizer
+        self._optimizer, self._steps, self._regions = optimizer, train.epochs * steps, regions or LearningRates()
+        # timm's scheduler sets the rate of an optimizer; this one has nothing else to do.
+        self._run = torch.optim.SGD([torch.zeros(())], lr=self._base)
         try:
-            self._scheduler, _ = create_scheduler_v2(optimizer, spec.name, **settings)
+            self._scheduler, _ = create_scheduler_v2(self._run, spec.name, **settings)
         except Exception as error:
             raise RunError(f"timm refused the settings of {spec.name}: {error}", where="train.scheduler") from error
+        for group in optimizer.param_groups:
+            # A group loaded from the phase before has the rate reached there; the schedule starts from the spec's.
+            group["lr"] = group["initial_lr"] = self._base
 
     def set_step(self, steps: int) -> float:
-        """Sets the rate for the step after `steps` finished ones, and returns it (without the layers' factors)."""
-        try:
-            self._scheduler.step_update(steps)
-        except Exception as error:
-            what = f"timm's scheduler fails at step {steps} with these settings: {error}"
-            raise RunError(what, where="train.scheduler", fix="Check train.scheduler.arguments") from error
-        group = self._optimizer.param_groups[0]
-        rate = float(group["lr"] / group.get("lr_scale", 1.0))
-        if not math.isfinite(rate):
-            raise RunError(f"the learning rate of step {steps} is {rate}", where="train.scheduler", fix="Check its settings")
+        """Sets the rates for the step after `steps` finished ones; returns the run's own, without factors of layers and regions."""
+        rate = self._at(steps)
+        for group in self._optimizer.param_groups:
+            own = rate
+            if names := group.get("regions"):
+                own = self._base * self._regions.factor(names, steps / self._steps, self._share)
+                _check_rate(own, f"the learning rate of {' and '.join(names)} at step {steps}", "pass")
+            group["lr"] = own * group.get("lr_scale", 1.0)
         return rate
+
+    def _share(self, time: float) -> float:
+        """The run's own rate after a share of the run, as a factor of the base rate."""
+        return self._at(time * self._steps) / self._base
+
+    def _at(self, steps: float) -> float:
+        """The run's own rate after `steps`."""
+        try:
+            self._scheduler.step_update(cast(int, steps))  # between two steps, too
+        except Exception as error:
+            what = f"timm's scheduler fails at step {steps:g} with these settings: {error}"
+            raise RunError(what, where="train.scheduler", fix="Check train.scheduler.arguments") from error
+        return _check_rate(float(self._run.param_groups[0]["lr"]), f"the learning rate of step {steps:g}", "train.scheduler")
+
+
+def _check_rate(rate: float, what: str, where: str) -> float:
+    if not math.isfinite(rate):
+        raise RunError(f"{what} is {rate}", where=where, fix="Check its settings")
+    return rate

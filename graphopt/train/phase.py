@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.plan import Plan
-from graphopt.compiler.triggers import Decision
+from graphopt.compiler.triggers import Decision, step_at
 from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
@@ -45,13 +45,13 @@ class RunContext:
     features: FeatureCache  # caches what a prefix that has left the graph computes
 
 
-def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: int, state: Mapping[str, Tensor] | None = None) -> Plan:
+def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: float, state: Mapping[str, Tensor] | None = None) -> Plan:
     """The plan after further decisions. What passes initialise is a function of (seed, epoch), so that a resumed run does the same.
 
     `state` is the module's, where ranks hold parts of it.
     """
     with preserved():
-        reseed(seed, epoch, 2)
+        reseed(seed, int(epoch), 2, *([] if epoch == int(epoch) else float(epoch).as_integer_ratio()))
         return plan.advance_to((*plan.decisions, *decisions), state=state)
 
 
@@ -116,9 +116,10 @@ class Phase:
         self._overflows = 0
         self._first_step = strategy.ranks.count > 1  # since this process has begun the phase
 
-    def next(self, decisions: Sequence[Decision], epoch: int) -> "Phase":
+    def next(self, decisions: Sequence[Decision], epoch: float) -> "Phase":
         """The phase after `decisions`, with weights, optimizer state and averages carried over by name."""
         self.close()
+        self.average_buffers()  # within an epoch; at its end that has been done
         state = self.state_dict(everywhere=True)
         return Phase(advance(self.plan, decisions, self.spec.seed, epoch, state["model"]), self.context, earlier=self, state=state)
 
@@ -129,10 +130,19 @@ class Phase:
         no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
         rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
         owned = None if self.owned.module is plan.module else self._parameters()
-        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, no_decay=no_decay, rates=rates, owned=owned)
+        options: dict[str, Any] = {"no_decay": no_decay, "rates": rates, "regions": plan.learning_rates, "owned": owned}
+        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, **options)
         if state is not None:
             optimizers.load_optimizer_state(self.optimizer, plan.module, state)
-        self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps)
+        self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps, plan.learning_rates)
+
+    def moments(self) -> list[tuple[float, int]]:
+        """When triggers that need no measurement may fire: in epochs, and after how many steps of the run."""
+        return [(moment, step_at(moment, self.steps)) for moment in self.plan.moments(self.spec.epochs)]
+
+    def end(self, epoch: int, done: int) -> int:
+        """The step of an epoch before which the next trigger may fire, after `done` steps of the run; its last step at the latest."""
+        return min([self.steps, *(step - epoch * self.steps for _, step in self.moments() if step > done)])
 
     def close(self) -> None:
         check_frozen(self.plan.module, self.frozen)

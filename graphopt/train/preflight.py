@@ -73,8 +73,8 @@ def check_outputs(plan: Plan, classes: int) -> None:
 def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
     """Raises RunError unless timm knows the optimizer and the schedule, takes their options, and can step with them."""
     rates = optimizers.layer_rates(plan.backbone, settings.optimizer.layer_decay)
-    optimizer = optimizers.build_optimizer(plan.module, settings.optimizer, rates=rates)
-    schedule = optimizers.Schedule(optimizer, settings, steps)
+    optimizer = optimizers.build_optimizer(plan.module, settings.optimizer, rates=rates, regions=plan.learning_rates)
+    schedule = optimizers.Schedule(optimizer, settings, steps, plan.learning_rates)
     for done in (0, settings.epochs * steps // 2, settings.epochs * steps - 1):
         schedule.set_step(done)
     probe = nn.ParameterList([nn.Parameter(torch.zeros(2, 2))])

@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision
 from graphopt.data.loader import Batch, Data
 from graphopt.data.randomness import reseed
 from graphopt.driver import build_backbone, check_folders, compile
@@ -219,8 +220,8 @@ class Run:
         with self.log.screen.progress:
             while self.progress.epoch < self.spec.epochs:
                 self._decide()
-                self._train_epoch()
-                self._close_epoch()
+                if self._train_on():
+                    self._close_epoch()
             self.state.phase.close()
         self.checkpointer.finish()
         self.context.features.close()
@@ -234,25 +235,31 @@ class Run:
         return hash_parts(*(feed.samples.fingerprint().encode() for feed in feeds))
 
     def _decide(self) -> None:
-        """Between epochs, begins the next phase where triggers have fired."""
-        state, epoch = self.state, self.progress.epoch
-        if self.progress.step or not epoch:
+        """Begins the next phase where triggers have fired: between epochs, and at moments within one that were known before."""
+        state, progress, epochs = self.state, self.progress, self.spec.epochs
+        if not progress.total or progress.step == state.phase.steps:  # the end of the epoch comes before what follows it
             return
-        if due := state.phase.plan.due(epoch, state.history, self.spec.epochs):
-            state.phase = state.phase.next(due, epoch)
+        reached = {moment for moment, step in state.phase.moments() if step == progress.total}
+        due: tuple[Decision, ...] = ()
+        for moment in sorted(reached | ({progress.epoch} if not progress.step else set())):
+            due += state.phase.plan.due(moment, state.history, epochs, due)
+        if due:
+            state.phase = state.phase.next(due, due[-1].epoch)
             self.strategy.reset_peak_memory()
             state.watch()
             self.log.phase(due)
 
-    def _train_epoch(self) -> None:
+    def _train_on(self) -> bool:
+        """Trains up to the next moment at which a trigger may fire. True if that is the end of the epoch."""
         phase, progress, spec = self.state.phase, self.progress, self.spec
+        end = phase.end(progress.epoch, progress.total)
         if phase.begin() and self.context.features.last_decision:
             self.log.write("features", **self.context.features.last_decision)
         phase.train_mode()
         self.log.screen.start("train", progress.epoch, phase.steps, progress.step)
-        batches = self._batches()
+        batches = self._batches(end)
         self.log.start_window()
-        while progress.step < phase.steps:
+        while progress.step < end:
             rate = phase.schedule.set_step(progress.total)
             step = phase.step(batches, progress.total)
             progress.step, progress.total = progress.step + 1, progress.total + 1
@@ -269,9 +276,11 @@ class Run:
             if spec.checkpoint_steps and progress.total % spec.checkpoint_steps == 0:
                 self._save()
         self._check_losses()
+        return progress.step == phase.steps
 
-    def _batches(self) -> Iterator[Batch]:
-        count = (self.state.phase.steps - self.progress.step) * self.spec.accumulate
+    def _batches(self, end: int) -> Iterator[Batch]:
+        """Those of the epoch's steps until `end`."""
+        count = (end - self.progress.step) * self.spec.accumulate
         for batch in self.strategy.batches(self._prepared(), count, training=True):
             if self.spec.ledger:
                 self._taken += batch.sample.tolist()

@@ -138,7 +138,8 @@ class RunLog:
         phases.append({key: record[key] for key in ("phase", "epoch", "step", "decisions", "forecast")})
         why = [f"{d['action']} {d['pass']}" + (f" ({', '.join(d['regions'])})" if d["regions"] else "") for d in made]
         counts = f"{record['trainable_parameters']:,} of {record['parameters']:,} parameters train"
-        self.screen.say(f"phase {record['phase']} from epoch {record['epoch']}: {'; '.join(why) or 'start'}; {counts}")
+        where = f"epoch {record['epoch']}" + (f", step {self.state.progress.step}" if self.state.progress.step else "")
+        self.screen.say(f"phase {record['phase']} from {where}: {'; '.join(why) or 'start'}; {counts}")
 
     def _forecast(self) -> dict[str, int] | None:
         """What a step of the phase costs, on the rank that writes the records; None where it cannot be forecast."""

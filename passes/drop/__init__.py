@@ -33,6 +33,7 @@ which no block can be bypassed; overlap with freeze, share or another drop.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
@@ -40,7 +41,7 @@ from pydantic import Field, StrictBool
 
 from graphopt import ActiveMatch, Effects, Filter, Match, Pass, PassError, RuntimeNeeds, Selector, Status
 from graphopt.compiler.pass_base import FeatureCut, Property
-from graphopt.compiler.triggers import AtEpoch, Progressive, Start, Steps
+from graphopt.compiler.triggers import AtEpoch, LearningRate, Progressive, Start, Steps
 from graphopt.units import Size, show_size
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class Drop(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
         return self._drop_prefix(edit, match) if self.mode == "prefix" else self._bypass(edit, match)
+
+    def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
+        return self.when.learning_rates(names) if self.mode == "prefix" else {}
 
     def _match_prefix(self, graph: Graph) -> Match[dict[str, str]]:
         """Decides the node at which the prefix ends, for each part that a trigger can drop."""

@@ -13,7 +13,8 @@ with them. What remains depends on where the region lies:
 Attention, softmax, GELU and SiLU need what they save for their input's gradient: blocks made of them gain by the missing weight gradients
 only, which stock PyTorch already gives.
 
-Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 5, until = 20 }`); by score or schedule.
+Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 5, until = 20 }`); by score or schedule. FreezeOut
+(`when = { schedule = "freezeout" }`) also lowers each region's learning rate to zero at the step at which it is frozen.
 
     [[pass]]
     use = "freeze"
@@ -23,13 +24,14 @@ Triggers: from the start; at an epoch, and thawed at another (`when = { epoch = 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import StrictBool
 
 from graphopt import ActiveMatch, Effects, Match, Pass, PassError, Selector, Status
 from graphopt.compiler.pass_base import Candidate, Property
+from graphopt.compiler.triggers import LearningRate
 
 if TYPE_CHECKING:
     from graphopt import Editor, Graph
@@ -97,6 +99,9 @@ class Freeze(Pass):
         for location, message in scope.warnings(self.lean):
             effects.warn(location, message)
         return effects
+
+    def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
+        return self.when.learning_rates(names)
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:

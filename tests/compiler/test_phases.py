@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
 import graphopt
 from graphopt.compiler import plan as plan_module
 from graphopt.compiler.plan import Plan
-from graphopt.compiler.triggers import Decision, active_regions
+from graphopt.compiler.triggers import Decision, active_regions, step_at
 from graphopt.errors import PassError
 from graphopt.models.cifar_resnet import build
 from graphopt.passes.drop import Drop
@@ -76,8 +77,7 @@ def test_one_phase_is_found_by_its_epoch(plan: Plan, epoch: int) -> None:
     "when",
     [
         *({"epoch": 0}, {"epoch": 3}, {"epoch": 2, "until": 5}, {"epoch": 70}, [{"epoch": 1, "upto": "a"}, {"epoch": 6, "upto": "d"}]),
-        *({"schedule": "freezeout"}, {"schedule": "freezeout", "t0": 0.0, "how": "linear"}, {"schedule": "progressive"}),
-        {"schedule": "progressive", "gamma": 3.0},
+        *({"schedule": "progressive"}, {"schedule": "progressive", "gamma": 3.0}),
     ],
 )
 @pytest.mark.parametrize("epochs", [1, 2, 7, 40])
@@ -92,6 +92,25 @@ def test_a_trigger_names_every_epoch_at_which_it_fires(when: object, epochs: int
             decisions += tuple(Decision(index=0, epoch=epoch, action=action, regions=regions) for action, regions in fired)
         asked[all_epochs] = list(decisions)
     assert asked[True] == asked[False]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"), [({}, [7, 8, 9, 11]), ({"t0": 0.0, "how": "linear"}, [0, 3, 6, 9]), ({"t0": 0.5}, [2, 3, 6, 9])]
+)
+def test_freezeout_fires_within_epochs(options: dict[str, Any], steps: list[int]) -> None:
+    """In steps of a run of 2 epochs of 6; what has fired is never undone or repeated."""
+    blocks = tuple(f"blocks.{i}" for i in range(4))
+    plan = graphopt.compile(
+        Small(drop=0.0),
+        Freeze(select=blocks, when={"schedule": "freezeout", **options}),
+        input=(3, 8, 8),
+        verify="off",
+        costs=False,
+    )
+    found = plan.foreseen(2)
+    assert [step_at(d.epoch, 6) for d in found] == steps
+    assert [d.regions for d in found] == [(name,) for name in blocks]
+    assert not plan.due(2, None, 2, found)
 
 
 def test_a_billion_epochs_are_foreseen_at_once() -> None:

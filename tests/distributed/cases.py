@@ -76,6 +76,7 @@ _SCORED = Freeze(select=["stem", "blocks.0", "blocks.1"], when={"score": "change
 PHASES = {
     "freeze, thaw, drop with adamw": Case(_CHANGES, {"epochs": 4, "optimizer": ADAMW, "ema": 0.9}),
     "supervise, then not": Case((Supervise(modules=2, when={"epoch": 0, "until": 1}),), {"epochs": 2}),
+    "freezeout": Case((Freeze(select=["stem", "blocks.0", "blocks.1"], when={"schedule": "freezeout"}),), {"epochs": 2, "ema": 0.9}),
     "frozen by score": Case((_SCORED,), {"epochs": 3}),
 }
 #: a head's own norms, norms in sections, those that freeze and thaw, and timm's with an activation

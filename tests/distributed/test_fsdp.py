@@ -30,6 +30,7 @@ from tests.support.ranks import run_ranks
 FRONT = Freeze(select=("stem", "blocks.0", "blocks.1"))
 ADAMW = {"optimizer": {"name": "adamw", "lr": 0.002}}
 CHANGES = [Freeze(select=("blocks.1",), when={"epoch": 1, "until": 3}), Drop(upto="blocks.0", cache="none", when={"epoch": 2})]
+FREEZEOUT = Freeze(select=("stem", "blocks.0", "blocks.1"), when={"schedule": "freezeout"})
 EXACT, ROUGH = runs.EXACT, 1e-7  # the factors of a mix are float32
 Case = tuple[Sequence[Pass], dict[str, Any], float]
 PLAIN: dict[str, Case] = {
@@ -42,6 +43,7 @@ PLAIN: dict[str, Case] = {
     "checkpoint": ([Checkpoint(segments=2)], {}, EXACT),
     "averages": ([], {"accumulate": 3, "clip": 0.1, "ema": 0.9, **ADAMW}, EXACT),
     "adaptive clip": ([], {"clip": 0.01, "clip_mode": "agc"}, EXACT),
+    "freezeout": ([FREEZEOUT], {"epochs": 2, **ADAMW}, EXACT),
     "phases": (CHANGES, {"epochs": 4, "ema": 0.9, **ADAMW}, EXACT),
 }
 SUPERVISED: dict[str, Case] = {

@@ -135,7 +135,7 @@ def to_report(run: Run, plan: Plan) -> str:
     return filled(web("report.html"), values)
 
 
-def charts(run: Run, forecast: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+def charts(run: Run, forecast: Sequence[tuple[float, int]] = ()) -> dict[str, Any]:
     """The curves of the four charts over epochs; a step lies at the fraction of its epoch that it ends.
 
     Args:
@@ -203,7 +203,7 @@ def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
 
 
-def _tiles(run: Run, forecast: Sequence[tuple[int, int]]) -> Iterable[tuple[str, str, str]]:
+def _tiles(run: Run, forecast: Sequence[tuple[float, int]]) -> Iterable[tuple[str, str, str]]:
     last, done = (run.epochs[-1] if run.epochs else {}), run.summary or {}
     if _number(accuracy := done.get("accuracy", last.get("accuracy"))):
         best = done.get("best_accuracy")

@@ -1,0 +1,82 @@
+"""What every trigger is: a rule that decides to which regions a pass is applied, and when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+#: an action, and the names of the regions it is about (None: all)
+Fired = tuple[Literal["apply", "undo"], tuple[str, ...] | None]
+
+Threshold = Annotated[float, Field(gt=0, strict=True)]
+#: the run's own schedule: the learning rate after a share of the run (0 to 1), as a factor of the base rate
+RunSchedule = Callable[[float], float]
+#: a region's learning rate after a share of the run, as a factor of the base rate, given the run's own schedule
+LearningRate = Callable[[float, RunSchedule], float]
+
+From0 = Annotated[int, Field(ge=0, strict=True)]
+From1 = Annotated[int, Field(ge=1, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+
+
+class Frozen(pydantic.BaseModel):
+    """A value that does not change, without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Decision(Frozen):
+    """A trigger that fired: before `epoch`, pass number `index` (from 0) is applied or undone on `regions` (None: its whole selection).
+
+    An epoch that is no whole number is a moment within one: at 3.25, a quarter of the steps of epoch 3 are done.
+    """
+
+    index: int
+    epoch: int | float
+    action: Literal["apply", "undo"] = "apply"
+    regions: tuple[str, ...] | None = None
+
+
+class BaseTrigger(Frozen):
+    """A rule that decides, before each epoch, to which regions a pass is applied, or undone."""
+
+    def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
+        """What fires before `epoch`.
+
+        Args:
+            names: regions of the pass, in execution order. active: those it is applied to already.
+            epoch: from 0; no whole number at a moment within an epoch, when `history` has the epochs before it.
+            epochs: length of the run, if known. history: what the runner has measured so far, or None.
+        """
+        raise NotImplementedError
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Checks the trigger against the regions of its pass. Raises PassError if it names something else."""
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether it fires without measurements, as the spec alone determines."""
+        return True
+
+    def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[float]:
+        """When in a run it may fire, in epochs, if it is foreseeable; without asking every epoch of a long run."""
+        return ()
+
+    def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
+        """Learning rates of regions that it is about to stop, by their names; none by default. The pass says whether they are used."""
+        return {}
+
+
+def step_at(moment: float, steps: int) -> int:
+    """The steps of a run that are done at a moment in epochs, with `steps` in each: a phase begins before the next one."""
+    return math.ceil(moment * steps - 1e-9)
+
+
+def apply_missing(wanted: tuple[str, ...], active: tuple[str, ...]) -> list[Fired]:
+    """One decision for the regions that should be active and are not yet."""
+    missing = tuple(n for n in wanted if n not in active)
+    return [("apply", missing)] if missing else []
