@@ -11,20 +11,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from timm.data import Mixup  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from graphopt.data.datasets import Split, open_split
 from graphopt.data.memory import Memory
 from graphopt.data.randomness import mixed_seed, preserved, reseed
-from graphopt.data.transforms import Step, Transform, eval_transform, is_random, rgb, train_transform
+from graphopt.data.transforms import Step, Transform, eval_transform, rgb, train_transform
 from graphopt.errors import RunError, first_line
-from graphopt.spec import AugmentSpec, DataSpec
+from graphopt.spec import DataSpec
 
 Key = tuple[int, int]  # epoch, index of the sample
 
@@ -152,7 +151,7 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
         only = [f"only {split} has {', '.join(extra[:5])}" for split, a, b in pairs if (extra := sorted({*a.classes} - {*b.classes}))]
         raise RunError("; ".join([what, *only]), where="data", fix="Give both the same folders")
     data = Data(
-        Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not is_random(spec.augment), seed=seed),
+        Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not spec.augment.redraws, seed=seed),
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
         len(train.classes),
     )
@@ -374,28 +373,3 @@ class ImageFeed:
         """Ends the loader processes."""
         _end(self._iterator)
         self._iterator = None
-
-
-class Mixer:
-    """timm's mixup and CutMix, seeded by (seed, epoch, batch number).
-
-    Images are paired within a micro-batch of one process: other than everything else, who is mixed with whom depends on the number of
-    processes, and on `accumulate`.
-    """
-
-    def __init__(self, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> None:
-        self._mixup: Any = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=classes)
-        self._seed = seed
-
-    @classmethod
-    def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Self | None:
-        return cls(augment, classes, smoothing, seed) if augment.mixup or augment.cutmix else None
-
-    def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
-        """The batch, mixed, with soft targets (N, classes). Raises RunError for a batch of odd size, which timm cannot pair."""
-        if len(batch.input) % 2:
-            raise RunError(f"mixup pairs images, the batch has {len(batch.input)}", where="train.batch")
-        with preserved():
-            reseed(self._seed, epoch, number, 1)
-            mixed, target = self._mixup(batch.input.clone(), batch.target)
-        return Batch(batch.sample, mixed, target)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
@@ -74,6 +75,26 @@ def build(
     if weights:
         load_weights(module, weights, reset=reset, entry=entry)
     return module.train()
+
+
+@torch.no_grad()
+def init_head(module: nn.Module, scale: float, bias: float | None) -> None:
+    """Multiplies the weights and biases of a timm backbone's classifier, in place; then sets its biases, unless `bias` is None.
+
+    Raises BackboneError for a backbone that names no classifier.
+    """
+    named = getattr(module, "get_classifier", None)
+    given = named() if named is not None else None
+    heads = [
+        head for head in (given if isinstance(given, tuple | list) else [given]) if isinstance(getattr(head, "weight", None), nn.Parameter)
+    ]
+    if not heads:
+        raise BackboneError("names no classifier (backbones of timm do)", where="backbone.head_init", fix="Leave head_init out")
+    for head in heads:
+        for parameter in head.parameters():
+            parameter.mul_(scale)
+        if bias is not None and head.bias is not None:
+            head.bias.fill_(bias)
 
 
 @contextmanager

@@ -254,7 +254,7 @@ def _override(data: dict[str, Any], text: str) -> KeyPath:
                 continue
             path, holder = (*path, part), table
             table = holder.setdefault(part, [] if path == ("pass",) else {})
-            if isinstance(table, str) and path in (("train", "optimizer"), ("train", "scheduler")):
+            if isinstance(table, str) and path in (("train", "optimizer"), ("train", "scheduler"), ("train", "loss")):
                 table = holder[part] = {"name": table}  # the short form becomes a table once an option is set
         final = int(last) if isinstance(table, list) else last
         table[final] = parsed

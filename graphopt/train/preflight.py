@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Data, ImageFeed, Mixer, open_data
+from graphopt.data.loader import Data, ImageFeed, open_data
+from graphopt.data.mixing import Mixer
 from graphopt.driver import settle
 from graphopt.errors import GraphoptError, RunError
 from graphopt.hashing import hash_parts
@@ -72,7 +73,7 @@ def check_outputs(plan: Plan, classes: int) -> None:
 
 def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
     """Raises RunError unless timm knows the optimizer and the schedule, takes their options, and can step with them."""
-    rates = optimizers.layer_rates(plan.backbone, settings.optimizer.layer_decay)
+    rates = optimizers.layer_rates(plan.backbone, settings.optimizer)
     optimizer = optimizers.build_optimizer(plan.module, settings.optimizer, rates=rates, regions=plan.learning_rates)
     schedule = optimizers.Schedule(optimizer, settings, steps, plan.learning_rates)
     for done in (0, settings.epochs * steps // 2, settings.epochs * steps - 1):

@@ -131,7 +131,7 @@ def test_what_leaves_loses_its_state_and_what_comes_back_starts_afresh() -> None
 
 def test_layers_further_from_the_head_learn_more_slowly() -> None:
     net = timm.create_model("resnet18", num_classes=10)
-    rates = layer_rates(net, 0.5)
+    rates = layer_rates(net, OptimizerSpec(layer_decay=0.5))
     assert rates is not None
     assert rates["fc.weight"] == 1.0 > rates["layer4.1.conv2.weight"] > rates["layer1.0.conv1.weight"] >= rates["conv1.weight"]
     optimizer = build_optimizer(net, OptimizerSpec(lr=1.0), rates=rates)
@@ -143,7 +143,7 @@ def test_layers_further_from_the_head_learn_more_slowly() -> None:
 
 def test_a_backbone_without_layers_refuses_layer_decay() -> None:
     with pytest.raises(RunError, match="does not define its layers"):
-        layer_rates(Small(), 0.5)
+        layer_rates(Small(), OptimizerSpec(layer_decay=0.5))
 
 
 @pytest.mark.parametrize(
