@@ -3,6 +3,7 @@
 from graphopt.spec.data import AugmentSpec, DataSpec
 from graphopt.spec.model import (
     BackboneSpec,
+    DistillSpec,
     FsdpSpec,
     HeadInitSpec,
     LossSpec,
@@ -15,6 +16,16 @@ from graphopt.spec.model import (
 from graphopt.spec.reading import from_table, installed, load, loads, resolve
 from graphopt.spec.writing import dumps, dumps_pass, schema
 
-__all__ = ["AugmentSpec", "BackboneSpec", "DataSpec", "FsdpSpec", "HeadInitSpec", "LossSpec", "OptimizerSpec", "SchedulerSpec"]
+__all__ = [
+    "AugmentSpec",
+    "BackboneSpec",
+    "DataSpec",
+    "DistillSpec",
+    "FsdpSpec",
+    "HeadInitSpec",
+    "LossSpec",
+    "OptimizerSpec",
+    "SchedulerSpec",
+]
 __all__ += ["Spec", "TrainSpec", "WeightsSpec"]
 __all__ += ["dumps", "dumps_pass", "from_table", "installed", "load", "loads", "resolve", "schema"]

@@ -15,9 +15,11 @@ from graphopt.spec.kinds import (
     Arguments,
     Batch,
     Count,
+    Deviations,
     Fraction,
     FractionAbove0,
     FractionBelow1,
+    Means,
     NonNegative,
     Positive,
     Shape,
@@ -98,6 +100,23 @@ class LossSpec(Table):
     pos_weight: Above0 | None = Field(default=None, description="bce: weight of the classes that are there")
 
 
+class DistillSpec(Table):
+    """`[train.distill]`: a teacher, whose outputs are learned with the classes (Hinton et al., arXiv 1503.02531). No forecast counts it."""
+
+    source: Source = Field(default="timm", description="as in [backbone]")
+    name: str = Field(min_length=1, description="as in [backbone]; as many classes as the backbone has")
+    arguments: Arguments = Field(default={}, description="as in [backbone]")
+    weights: str = Field(min_length=1, description="safetensors or a torch checkpoint")
+    mean: Means | None = Field(default=None, description="per channel, of the images that it was trained on; default: those of [data]")
+    std: Deviations | None = Field(default=None, description="per channel, likewise")
+    hard: bool = Field(
+        default=False, description="its best class is learned, rather than its softened outputs (Touvron et al., 2012.12877)"
+    )
+    temperature: Above0 = Field(default=4.0, description="of softened outputs")
+    weight: NonNegative = Field(default=1.0, description="of the teacher's part of the loss")
+    task_weight: NonNegative = Field(default=1.0, description="of the criterion's part of the loss")
+
+
 class FsdpSpec(Table):
     """`[train.fsdp]`: options of `strategy = "fsdp"`, which shards parameters over the processes."""
 
@@ -121,6 +140,7 @@ class TrainSpec(Table):
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
     loss: Annotated[LossSpec, BeforeValidator(_named)] = LossSpec()
+    distill: DistillSpec | None = Field(default=None, description="a teacher; see [train.distill]")
     label_smoothing: FractionBelow1 = Field(default=0.0, description="share of the target that all classes get")
     accumulate: Positive = Field(
         default=1, description="micro-batches per optimizer step, each of batch / (processes x accumulate) samples"

@@ -196,6 +196,10 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
             data[table] = {**data[table], key: _located(value, folder)}
         elif isinstance(value, Mapping) and isinstance(value.get("file"), str):
             data[table] = {**data[table], key: {**value, "file": _located(value["file"], folder)}}
+    train = data.get("train")
+    teacher = train.get("distill") if isinstance(train, Mapping) else None
+    if isinstance(train, Mapping) and isinstance(teacher, Mapping) and isinstance(teacher.get("weights"), str):
+        data["train"] = {**train, "distill": {**teacher, "weights": _located(teacher["weights"], folder)}}
     backbone = data.get("backbone")
     if isinstance(backbone, Mapping):
         source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))

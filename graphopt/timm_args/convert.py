@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tomli
-
 from graphopt.errors import BackboneError, SpecError
 from graphopt.models.catalog import check_name, default_input, preparation
 from graphopt.spec import Spec, from_table
@@ -22,7 +20,6 @@ _DECIDED = ("aug_repeats", "dist_bn", "input_img_mode", "eval_metric", "amp_impl
 #: timm's names of data sets, after `torch/`
 _TORCH_DATA = {name: name for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "imagenet")}
 _TORCH_DATA |= {"image_folder": "folder", "folder": "folder"}
-_CHECKPOINTING = tomli.loads('use = "checkpoint"\nsegments = "every block"')
 
 
 class Converted(NamedTuple):
@@ -82,14 +79,16 @@ def convert(given: Mapping[str, Any], *, ranks: int = 1, teacher: str | None = N
         table["name"] = of["experiment"]
     table["backbone"] = _backbone(of)
     if of["grad_checkpointing"]:
-        table["pass"] = [dict(_CHECKPOINTING)]
+        table["pass"] = [{"use": "checkpoint", "segments": "every block"}]
     table["data"] = _data(of)
     table["train"] = _train(of, ranks) | _amp(of) | _averages(of, ranks) | loss_table(of)
     table["train"]["optimizer"] = optimizer_table(of, table["train"]["batch"])
     schedule, table["train"]["epochs"] = schedule_table(of)
     table["train"]["scheduler"] = schedule
     if distill := distill_table(of, teacher):
-        table["train"]["distill"] = distill
+        known = preparation(distill["name"])
+        given = {key: value for key, value in table["backbone"]["arguments"].items() if key in ("num_classes", "in_chans")}
+        table["train"]["distill"] = distill | {"arguments": given, "mean": list(known.mean), "std": list(known.std)}
     if of.mistakes:
         raise joined(of.mistakes)
     spec = from_table(table, file="the spec of these options")

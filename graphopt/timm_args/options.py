@@ -104,6 +104,7 @@ OPTIMIZER = (
     Option("layer_decay", "number", None, "train.optimizer.layer_decay"),
     Option("layer_decay_min_scale", "number", 0.0, "train.optimizer.layer_decay_min"),
     Option("layer_decay_no_opt_scale", "number", None, refused="the pass freeze says which layers do not train"),
+    Option("opt_foreach", "switch", None, "train.optimizer.arguments.foreach"),
     Option("opt_kwargs", "table", {}, "train.optimizer.arguments"),
 )
 
@@ -243,6 +244,7 @@ DISTILLATION = (
 
 #: of older versions of the script
 EARLIER = (
+    Option("opt_args", "table", {}, "train.optimizer.arguments"),
     Option("native_amp", "switch", False, "train.amp"),
     Option("apex_amp", "switch", False, refused="mixed precision is torch's own: native_amp, amp"),
     Option("amp_impl", "text", "native", refused="mixed precision is torch's own"),

@@ -37,8 +37,8 @@ def optimizer_table(of: Arguments, batch: int) -> Table:
         table |= {"layer_decay": of["layer_decay"], "layer_decay_min": of["layer_decay_min_scale"]}
     else:
         of.note("layer_decay_min_scale", "without layer_decay")
-    own = {"eps": of["opt_eps"], "betas": of["opt_betas"]}
-    return table | {"arguments": {key: value for key, value in own.items() if value is not None} | of["opt_kwargs"]}
+    own = {"eps": of["opt_eps"], "betas": of["opt_betas"], "foreach": of["opt_foreach"]}
+    return table | {"arguments": {key: value for key, value in own.items() if value is not None} | of["opt_args"] | of["opt_kwargs"]}
 
 
 def _rate(of: Arguments, batch: int) -> float:

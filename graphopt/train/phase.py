@@ -22,6 +22,7 @@ from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
+from graphopt.train.distillation import Teacher
 from graphopt.train.evaluation import Meter, check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.loss import Criterion
@@ -44,6 +45,7 @@ class RunContext:
     classes: int
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
     features: FeatureCache  # caches what a prefix that has left the graph computes
+    teacher: Teacher | None = None  # on the device
 
 
 def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: float, state: Mapping[str, Tensor] | None = None) -> Plan:
@@ -250,6 +252,8 @@ class Phase:
         for other in auxiliary:
             if isinstance(other, Tensor):
                 loss = loss + AUXILIARY_WEIGHT * self.criterion(other, batch.target)
+        if self.context.teacher is not None:
+            loss = self.context.teacher.combined(loss, batch.input, output)
         return (loss if local is None else loss + local), loss, output
 
     def _check_gradients_once(self) -> None:

@@ -20,7 +20,7 @@ from graphopt.hashing import hash_parts
 from graphopt.ir.inputs import Input, show, tensors_of
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
-from graphopt.train.evaluation import check_output
+from graphopt.train.evaluation import check_output, traced_output
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.modules import check_modules
 from graphopt.train.ranks import Ranks
@@ -64,10 +64,7 @@ class Inputs:
 
 def check_outputs(plan: Plan, classes: int) -> None:
     """Raises RunError unless the backbone is a classifier of at least so many classes."""
-    output = plan.base.fx.output_node().args[0]
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    value = first.meta["val"] if isinstance(first, torch.fx.Node) else first
-    value = value[0] if isinstance(value, tuple | list) and value else value
+    value = traced_output(plan)
     check_output(value, torch.empty(len(value)) if isinstance(value, Tensor) and value.ndim else torch.empty(0), classes)
 
 
