@@ -57,8 +57,9 @@ def commands() -> list[str]:
 def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     found = [command for command in commands() if not command.startswith("make ")]
-    assert len(found) == 12
+    assert len(found) == 13
     Path("study.toml").write_text(next(text for text in blocks("toml") if "seeds" in text))
+    Path("args.yaml").write_text("model: resnet18\nlr: 0.1\n")
     for command in found:
         run(f"{command} {TINY}" if command.startswith(("graphopt train", "graphopt study")) else command, capsys)
     assert (tmp_path / "model.safetensors").exists()
