@@ -77,24 +77,26 @@ def build(
     return module.train()
 
 
+def classifiers(module: nn.Module) -> list[nn.Module]:
+    """The layers that a backbone of timm names as its classifier: several where distillation has added one, none of another library's."""
+    named = getattr(module, "get_classifier", None)
+    given = named() if named is not None else None
+    return [head for head in (given if isinstance(given, tuple | list) else [given]) if isinstance(head, nn.Module)]
+
+
 @torch.no_grad()
 def init_head(module: nn.Module, scale: float, bias: float | None) -> None:
     """Multiplies the weights and biases of a timm backbone's classifier, in place; then sets its biases, unless `bias` is None.
 
-    Raises BackboneError for a backbone that names no classifier.
+    Raises BackboneError for a backbone that names no classifier, or has none.
     """
-    named = getattr(module, "get_classifier", None)
-    given = named() if named is not None else None
-    heads = [
-        head for head in (given if isinstance(given, tuple | list) else [given]) if isinstance(getattr(head, "weight", None), nn.Parameter)
-    ]
-    if not heads:
+    parameters = [(name, p) for head in classifiers(module) for name, p in head.named_parameters()]
+    if not parameters:
         raise BackboneError("names no classifier (backbones of timm do)", where="backbone.head_init", fix="Leave head_init out")
-    for head in heads:
-        for parameter in head.parameters():
-            parameter.mul_(scale)
-        if bias is not None and head.bias is not None:
-            head.bias.fill_(bias)
+    for name, parameter in parameters:
+        parameter.mul_(scale)
+        if bias is not None and name.endswith("bias"):
+            parameter.fill_(bias)
 
 
 @contextmanager

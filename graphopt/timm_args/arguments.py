@@ -52,10 +52,13 @@ class Arguments:
         fix = fix or f"To do without it: --set {name}={default}"
         self.mistakes.append(SpecError(f"{shown(self[name])} is refused: {why or OPTIONS[name].refused}", where=name, fix=fix))
 
-    def note(self, name: str, why: str | None = None) -> None:
-        """Says that an option has no effect, if it is not at its default; for the reason in the table unless told another."""
-        if self.changed(name):
-            self.notes[name] = f"no effect: {why or OPTIONS[name].unused}"
+    def note(self, *names: str, why: str = "") -> None:
+        """Says that options have no effect, those that are not at their defaults; for the reason in the table unless told another."""
+        self.notes |= {name: f"no effect: {why or OPTIONS[name].unused}" for name in names if self.changed(name)}
+
+    def chosen(self, *names: str) -> dict[str, Any]:
+        """The values of options that have one, by their names."""
+        return {name: self[name] for name in names if self[name] is not None}
 
     def settle(self, later: Iterable[str]) -> None:
         """Refuses or notes what the table alone decides: every option that sets no key, but for those that `later` names."""

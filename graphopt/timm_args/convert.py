@@ -17,6 +17,10 @@ Table = dict[str, Any]
 
 #: options that a function here decides on, although they set no key
 _DECIDED = ("aug_repeats", "dist_bn", "input_img_mode", "eval_metric", "amp_impl", "model_dtype", "kd_distill_type")
+_MIXING = ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
+#: what no_aug turns off
+_AUGMENTING = ("train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob", "grayscale_prob")
+_AUGMENTING += ("gaussian_blur_prob", "aa", "reprob", "remode", "recount", "train_interpolation")
 #: timm's names of data sets, after `torch/`
 _TORCH_DATA = {name: name for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "imagenet")}
 _TORCH_DATA |= {"image_folder": "folder", "folder": "folder"}
@@ -124,6 +128,7 @@ def _backbone(of: Arguments) -> Table:
 def _shape(of: Arguments, own: list[int]) -> list[int]:
     """The shape of one sample: input_size, else img_size, else the network's own."""
     if of["input_size"] is not None:
+        of.note("img_size", "in_chans")
         if len(of["input_size"]) != 3:
             of.refuse("input_size", "expected channels, height and width")
         return list(of["input_size"])
@@ -137,9 +142,10 @@ def _weights(of: Arguments, name: str) -> Any:
     path, checkpoint = of["pretrained_path"], of["initial_checkpoint"]
     if of["pretrained"] and not path and not checkpoint:
         of.refuse("pretrained", fix="Save the weights to a file: --set pretrained_path=FILE. Or begin anew: --set pretrained=false")
-    if path and not of["pretrained"]:
+    if path and (checkpoint or not of["pretrained"]):
         of.note("pretrained_path")
     if checkpoint:
+        of.note("pretrained", why="initial_checkpoint replaces all weights")
         return checkpoint
     if of["pretrained"] and path:
         reset = list(preparation(name).classifier)  # timm's script gives it a new head, whatever the number of classes
@@ -155,6 +161,8 @@ def _data(of: Arguments) -> Table:
     table: Table = {"name": _data_name(of)}
     if root := of["data_dir"] or of["data"]:
         table["root"] = root
+    if of["data_dir"]:
+        of.note("data")
     for option, key in (("train_split", "train_split"), ("val_split", "eval_split")):
         split = of[option]
         if not split or any(sign in split for sign in "[]{}/:") or split.endswith(".tar"):
@@ -185,8 +193,10 @@ def _data_name(of: Arguments) -> str:
 
 def _augment(of: Arguments) -> Table:
     table: Table = {}
+    names: dict[str, str] = {}
     if of["no_aug"]:
         table["crop"] = "squash"
+        of.note(*_AUGMENTING, why="with no_aug")
     else:
         names = {
             "grayscale_prob": "grayscale",
@@ -196,13 +206,15 @@ def _augment(of: Arguments) -> Table:
         }
         names |= {"reprob": "erase", "remode": "erase_mode", "recount": "erase_count", "train_interpolation": "interpolation"}
         names |= {name: name for name in ("scale", "ratio", "hflip", "vflip", "color_jitter")}
-        table["crop"] = of["train_crop_mode"] if of["train_crop_mode"] in ("rkrc", "rkrr") else "resized"
+        if (crop := of["train_crop_mode"] or "rrc") not in ("rrc", "rkrc", "rkrr"):
+            of.refuse("train_crop_mode")
+        table["crop"] = "resized" if crop == "rrc" else crop
         table |= {ours: value for theirs, ours in names.items() if (value := of[theirs]) not in (None, "")}
     if of["mixup"] > 0 or of["cutmix"] > 0 or of["cutmix_minmax"] is not None:
         if of["mixup_mode"] == "half":
             of.refuse("mixup_mode")
-        names = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
-        table |= {name: of[name] for name in names if of[name] is not None}
+        return table | of.chosen("mixup", "cutmix", "cutmix_minmax", *_MIXING)
+    of.note(*_MIXING)
     return table
 
 
@@ -214,6 +226,8 @@ def _train(of: Arguments, ranks: int) -> Table:
     table: Table = {"batch": of["batch_size"] * ranks * accumulate, "accumulate": accumulate, "seed": of["seed"]}
     if of["clip_grad"] is not None:
         table |= {"clip": of["clip_grad"], "clip_mode": of["clip_mode"]}
+    else:
+        of.note("clip_mode")
     table |= {
         "channels_last": of["channels_last"],
         "device": _device(of),
@@ -230,7 +244,7 @@ def _train(of: Arguments, ranks: int) -> Table:
     if of["eval_metric"] != "top1":
         of.refuse("eval_metric")
     if of["aug_repeats"]:
-        of.refuse("aug_repeats") if ranks > 1 else of.note("aug_repeats", "timm's script repeats images on several ranks only")
+        of.refuse("aug_repeats") if ranks > 1 else of.note("aug_repeats")
     return table
 
 
@@ -246,7 +260,12 @@ def _amp(of: Arguments) -> Table:
         of.refuse("model_dtype")
     if of["amp_impl"] not in ("native", ""):
         of.refuse("amp_impl")
-    return {"amp": of["amp_dtype"]} if of["amp"] or of["native_amp"] else {}
+    if of["amp"]:
+        of.note("native_amp")
+    if of["amp"] or of["native_amp"]:
+        return {"amp": of["amp_dtype"]}
+    of.note("amp_dtype")
+    return {}
 
 
 def _averages(of: Arguments, ranks: int) -> Table:
@@ -254,11 +273,10 @@ def _averages(of: Arguments, ranks: int) -> Table:
     if of["dist_bn"] != "reduce" and ranks > 1 and not of["sync_bn"]:
         of.refuse("dist_bn")
     else:
-        of.note("dist_bn", "on one rank, and with sync_bn, there is nothing to distribute")
+        of.note("dist_bn")
     if of["model_ema"]:
         return table | {"ema": of["model_ema_decay"], "ema_warmup": of["model_ema_warmup"]}
-    of.note("model_ema_decay")
-    of.note("model_ema_warmup")
+    of.note("model_ema_decay", "model_ema_warmup")
     return table
 
 

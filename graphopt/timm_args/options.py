@@ -32,12 +32,13 @@ _SIZES = "the network is traced for one input size"
 _NAFLEX = "the network is traced for one input size, not for sequences of patches"
 _ALWAYS_FAST = "makes no difference to the result"
 _LOGS = "a run's folder has its own record: metrics.jsonl, summary.json, and event files with --tensorboard"
+_UNMIXED = "without mixup and cutmix"
 _ONLY_SIZES = "only with train_img_sizes"
 _ONLY_NAFLEX = "only with naflex_loader"
 _ONLY_TEACHER = "only with kd_model_name"
 
 DATA = (
-    Option("data", "text", None, "data.root"),
+    Option("data", "text", None, "data.root", unused="with data_dir"),
     Option("data_dir", "text", None, "data.root"),
     Option(
         "dataset", "text", "", "data.name", refused=f"tfds/ and hfids/ are streams without a fixed order of samples; hfds/NAME: {_NEVER}"
@@ -57,14 +58,14 @@ DATA = (
 MODEL = (
     Option("model", "text", "resnet50", "backbone.name", refused=f"hf-hub: and local-dir: names: {_NEVER}"),
     Option("pretrained", "switch", False, "backbone.weights", refused=f"without pretrained_path: {_NEVER}"),
-    Option("pretrained_path", "text", None, "backbone.weights, with a new head", unused="without pretrained"),
+    Option("pretrained_path", "text", None, "backbone.weights, with a new head", unused="without pretrained, and with initial_checkpoint"),
     Option("initial_checkpoint", "text", "", "backbone.weights"),
     Option("resume", "text", "", refused="a run goes on from its own checkpoints only (train --resume)"),
     Option("no_resume_opt", "switch", False, unused="only with resume"),
     Option("num_classes", "integer", None, "backbone.arguments.num_classes"),
     Option("gp", "text", None, "backbone.arguments.global_pool"),
-    Option("img_size", "integer", None, "backbone.input"),
-    Option("in_chans", "integer", None, "backbone.input, backbone.arguments.in_chans"),
+    Option("img_size", "integer", None, "backbone.input", unused="with input_size"),
+    Option("in_chans", "integer", None, "backbone.input, backbone.arguments.in_chans", unused="with input_size"),
     Option("input_size", "integers", None, "backbone.input, backbone.arguments.in_chans"),
     Option("crop_pct", "number", None, "data.crop_pct"),
     Option("mean", "numbers", None, "data.mean"),
@@ -85,7 +86,7 @@ MODEL = (
     Option("torchcompile", "text", None, "train.compile", refused="backends other than inductor"),
     Option("device", "text", "cuda", "train.device", refused="devices other than the CPU and CUDA"),
     Option("amp", "switch", False, "train.amp"),
-    Option("amp_dtype", "text", "float16", "train.amp"),
+    Option("amp_dtype", "text", "float16", "train.amp", unused="without amp"),
     Option("model_dtype", "text", None, refused="weights are in float32"),
     Option("no_ddp_bb", "switch", False, unused="buffers are averaged over the ranks at the end of each epoch"),
     Option("synchronize_step", "switch", False, unused=_ALWAYS_FAST),
@@ -100,9 +101,9 @@ OPTIMIZER = (
     Option("momentum", "number", 0.9, "train.optimizer.momentum"),
     Option("weight_decay", "number", 2e-5, "train.optimizer.weight_decay"),
     Option("clip_grad", "number", None, "train.clip"),
-    Option("clip_mode", "text", "norm", "train.clip_mode"),
+    Option("clip_mode", "text", "norm", "train.clip_mode", unused="without clip_grad"),
     Option("layer_decay", "number", None, "train.optimizer.layer_decay"),
-    Option("layer_decay_min_scale", "number", 0.0, "train.optimizer.layer_decay_min"),
+    Option("layer_decay_min_scale", "number", 0.0, "train.optimizer.layer_decay_min", unused="without layer_decay"),
     Option("layer_decay_no_opt_scale", "number", None, refused="the pass freeze says which layers do not train"),
     Option("opt_foreach", "switch", None, "train.optimizer.arguments.foreach"),
     Option("opt_kwargs", "table", {}, "train.optimizer.arguments"),
@@ -116,7 +117,7 @@ SCHEDULE = (
     Option("lr", "number", None, "train.optimizer.lr"),
     Option("lr_base", "number", 0.1, "train.optimizer.lr", unused="with lr"),
     Option("lr_base_size", "integer", 256, "train.optimizer.lr", unused="with lr"),
-    Option("lr_base_scale", "text", "", "train.optimizer.lr", unused="with lr"),
+    Option("lr_base_scale", "text", "", "train.optimizer.lr", refused="scales other than linear and sqrt", unused="with lr"),
     Option("lr_noise", "numbers", None, "train.scheduler.arguments.noise"),
     Option("lr_noise_pct", "number", 0.67, "train.scheduler.arguments.noise_pct", unused="without lr_noise"),
     Option("lr_noise_std", "number", 1.0, "train.scheduler.arguments.noise_std", unused="without lr_noise"),
@@ -142,7 +143,7 @@ SCHEDULE = (
 
 AUGMENT = (
     Option("no_aug", "switch", False, 'data.augment.crop = "squash", and nothing else'),
-    Option("train_crop_mode", "text", None, "data.augment.crop"),
+    Option("train_crop_mode", "text", None, "data.augment.crop", refused="crops other than rrc, rkrc and rkrr"),
     Option("scale", "numbers", [0.08, 1.0], "data.augment.scale"),
     Option("ratio", "numbers", [0.75, 4 / 3], "data.augment.ratio"),
     Option("hflip", "number", 0.5, "data.augment.hflip"),
@@ -166,10 +167,10 @@ AUGMENT = (
     Option("mixup", "number", 0.0, "data.augment.mixup"),
     Option("cutmix", "number", 0.0, "data.augment.cutmix"),
     Option("cutmix_minmax", "numbers", None, "data.augment.cutmix_minmax"),
-    Option("mixup_prob", "number", 1.0, "data.augment.mixup_prob"),
-    Option("mixup_switch_prob", "number", 0.5, "data.augment.mixup_switch_prob"),
-    Option("mixup_mode", "text", "batch", "data.augment.mixup_mode", refused="half: it trains on half of each batch"),
-    Option("mixup_off_epoch", "integer", 0, "data.augment.mixup_off_epoch"),
+    Option("mixup_prob", "number", 1.0, "data.augment.mixup_prob", unused=_UNMIXED),
+    Option("mixup_switch_prob", "number", 0.5, "data.augment.mixup_switch_prob", unused=_UNMIXED),
+    Option("mixup_mode", "text", "batch", "data.augment.mixup_mode", refused="half: it trains on half of each batch", unused=_UNMIXED),
+    Option("mixup_off_epoch", "integer", 0, "data.augment.mixup_off_epoch", unused=_UNMIXED),
     Option("smoothing", "number", 0.1, "train.label_smoothing"),
     Option("train_interpolation", "text", "random", "data.augment.interpolation"),
     Option("drop", "number", 0.0, "backbone.arguments.drop_rate"),
@@ -232,7 +233,13 @@ SCHEDULED_SIZES = (
 
 DISTILLATION = (
     Option("kd_model_name", "text", None, "train.distill.name", refused=f"without a file for the teacher's weights (--teacher): {_NEVER}"),
-    Option("kd_distill_type", "text", "logit", refused="only outputs are compared: features and distillation tokens are not"),
+    Option(
+        "kd_distill_type",
+        "text",
+        "logit",
+        refused="only outputs are compared: features and distillation tokens are not",
+        unused=_ONLY_TEACHER,
+    ),
     Option("kd_loss_type", "text", "kl", unused="timm has this one only"),
     Option("distill_loss_weight", "number", None, "train.distill.weight", unused=_ONLY_TEACHER),
     Option("task_loss_weight", "number", None, "train.distill.task_weight, train.distill.weight", unused=_ONLY_TEACHER),
@@ -245,7 +252,7 @@ DISTILLATION = (
 #: of older versions of the script
 EARLIER = (
     Option("opt_args", "table", {}, "train.optimizer.arguments"),
-    Option("native_amp", "switch", False, "train.amp"),
+    Option("native_amp", "switch", False, "train.amp", unused="with amp"),
     Option("apex_amp", "switch", False, refused="mixed precision is torch's own: native_amp, amp"),
     Option("amp_impl", "text", "native", refused="mixed precision is torch's own"),
     Option("aot_autograd", "switch", False, unused=_ALWAYS_FAST),

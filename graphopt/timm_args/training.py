@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from graphopt.timm_args.arguments import Arguments
-from graphopt.timm_args.options import OPTIONS
 
 Table = dict[str, Any]
 
@@ -25,8 +24,7 @@ def loss_table(of: Arguments) -> Table:
     if of["bce_loss"] and (mixed or of["smoothing"]):
         options = {"target_threshold": of["bce_target_thresh"], "sum": of["bce_sum"], "pos_weight": of["bce_pos_weight"]}
         return table | {"loss": {"name": "bce", **{key: value for key, value in options.items() if value is not None}}}
-    for name in ("bce_loss", "bce_target_thresh", "bce_sum", "bce_pos_weight"):
-        of.note(name)
+    of.note("bce_loss", "bce_target_thresh", "bce_sum", "bce_pos_weight")
     return table
 
 
@@ -36,7 +34,7 @@ def optimizer_table(of: Arguments, batch: int) -> Table:
     if of["layer_decay"] is not None:
         table |= {"layer_decay": of["layer_decay"], "layer_decay_min": of["layer_decay_min_scale"]}
     else:
-        of.note("layer_decay_min_scale", "without layer_decay")
+        of.note("layer_decay_min_scale")
     own = {"eps": of["opt_eps"], "betas": of["opt_betas"], "foreach": of["opt_foreach"]}
     return table | {"arguments": {key: value for key, value in own.items() if value is not None} | of["opt_args"] | of["opt_kwargs"]}
 
@@ -44,10 +42,11 @@ def optimizer_table(of: Arguments, batch: int) -> Table:
 def _rate(of: Arguments, batch: int) -> float:
     """The peak learning rate: given, or for this batch, from that of a batch of lr_base_size."""
     if of["lr"]:
-        for name in ("lr_base", "lr_base_size", "lr_base_scale"):
-            of.note(name)
+        of.note("lr_base", "lr_base_size", "lr_base_scale")
         return float(of["lr"])
     ratio = batch / of["lr_base_size"]
+    if of["lr_base_scale"] not in ("", "linear", "sqrt"):
+        of.refuse("lr_base_scale")
     scale = of["lr_base_scale"] or ("sqrt" if any(part in of["opt"].lower() for part in ("ada", "lamb")) else "linear")
     return float(of["lr_base"] * (math.sqrt(ratio) if scale == "sqrt" else ratio))
 
@@ -59,7 +58,9 @@ def schedule_table(of: Arguments) -> tuple[Table, int]:
         of.refuse("sched", None if name == "plateau" else f"schedules are {', '.join(_SCHEDULES)}")
     table: Table = {"name": name, "on_updates": of["sched_on_updates"], "min_lr": of["min_lr"]}
     if of["sched"] != "none":
-        table |= {"warmup_epochs": of["warmup_epochs"], "warmup_lr": of["warmup_lr"], "warmup_prefix": of["warmup_prefix"]}
+        table |= of.chosen("warmup_epochs", "warmup_lr", "warmup_prefix")
+    else:
+        of.note("warmup_epochs", "warmup_lr", why="not of sched = none")
     table |= _decay(of, name)
     table["arguments"] = _noise(of) | _cycles(of, name)
     total = _epochs(of, name)
@@ -77,14 +78,13 @@ def _decay(of: Arguments, name: str) -> Table:
     }
     for key, used in uses.items():
         if not used:
-            of.note(key, f"not of sched = {name}")
+            of.note(key, why=f"not of sched = {name}")
     return {key: of[key] for key, used in uses.items() if used and of[key] is not None}
 
 
 def _noise(of: Arguments) -> Table:
     if of["lr_noise"] is None:
-        of.note("lr_noise_pct")
-        of.note("lr_noise_std")
+        of.note("lr_noise_pct", "lr_noise_std")
         return {}
     noise = of["lr_noise"] if len(of["lr_noise"]) > 1 else of["lr_noise"][0]
     return {"noise": noise, "noise_pct": of["lr_noise_pct"], "noise_std": of["lr_noise_std"], "noise_seed": of["seed"]}
@@ -98,12 +98,12 @@ def _cycles(of: Arguments, name: str) -> Table:
     table: Table = {}
     for key, default in _FACTORY.items():
         if key not in read:
-            of.note(f"lr_{key}", OPTIONS[f"lr_{key}"].unused if name in _CYCLIC else f"not of sched = {name}")
+            of.note(f"lr_{key}", why="" if name in _CYCLIC else f"not of sched = {name}")
         elif of[f"lr_{key}"] != default:
             table[key] = of[f"lr_{key}"]
     for key in ("decay_fn", "stable_timescale"):
         if name not in ("wsd", "rsqrt"):
-            of.note(f"lr_{key}", f"not of sched = {name}")
+            of.note(f"lr_{key}", why=f"not of sched = {name}")
         elif of[f"lr_{key}"] is not None:
             table[key] = of[f"lr_{key}"]
     return table
@@ -113,7 +113,7 @@ def _epochs(of: Arguments, name: str) -> int:
     """Epochs of the run: those of the schedule, as timm counts them."""
     epochs, warmup, prefix, cycles = of["epochs"], of["warmup_epochs"], of["warmup_prefix"], max(1, of["lr_cycle_limit"])
     if of["sched"] == "none" or name not in (*_CYCLIC, "wsd", "rsqrt"):
-        of.note("cooldown_epochs", f"not of sched = {of['sched']}")
+        of.note("cooldown_epochs", why=f"not of sched = {of['sched']}")
         return int(epochs + (warmup if prefix else 0))
     factor = of["lr_cycle_mul"]
     if name in _CYCLIC:
@@ -123,10 +123,9 @@ def _epochs(of: Arguments, name: str) -> int:
 
 def distill_table(of: Arguments, teacher: str | None) -> Table:
     """`[train.distill]`, empty without a teacher."""
-    names = ("distill_loss_weight", "task_loss_weight", "kd_temperature")
+    names = ("distill_loss_weight", "task_loss_weight", "kd_temperature", "kd_distill_type")
     if not of["kd_model_name"]:
-        for name in names:
-            of.note(name)
+        of.note(*names)
         return {}
     if of["kd_distill_type"] != "logit":
         of.refuse("kd_distill_type")

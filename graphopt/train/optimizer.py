@@ -18,6 +18,7 @@ from torch import nn
 from graphopt.compiler.learning_rates import LearningRates
 from graphopt.errors import RunError, did_you_mean
 from graphopt.ir.paths import containers, is_below
+from graphopt.models.build import classifiers
 from graphopt.spec import OptimizerSpec, TrainSpec
 
 
@@ -103,10 +104,7 @@ def layer_rates(backbone: nn.Module, spec: OptimizerSpec) -> dict[str, float] | 
 
 def head_parameters(backbone: nn.Module) -> frozenset[str]:
     """Names of the parameters of the classifier: the one that a backbone of timm names, otherwise the last linear layer."""
-    named = getattr(backbone, "get_classifier", None)
-    given = named() if named is not None else None
-    heads = [m for m in (given if isinstance(given, tuple | list) else [given]) if isinstance(m, nn.Module)]
-    heads = heads or [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1:]
+    heads = classifiers(backbone) or [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1:]
     inside = {id(p) for head in heads for p in head.parameters()}
     return frozenset(name for name, p in named_parameters(backbone).items() if id(p) in inside)
 

@@ -137,7 +137,7 @@ MAPPED: dict[str, tuple[dict[str, Any], str, Any]] = {
 def changed(name: str) -> Any:
     """A value of an option's kind that is not its default."""
     option = OPTIONS[name]
-    kinds = {"text": "x", "texts": ["x"], "integer": 3, "number": 3.5, "integers": [3], "numbers": [3.5], "table": {"x": 1}}
+    kinds = {"text": "x", "texts": ["x"], "integer": 6, "number": 3.5, "integers": [3], "numbers": [3.5], "table": {"x": 1}}
     return not option.default if option.kind == "switch" else kinds[option.kind]
 
 
@@ -174,8 +174,34 @@ def test_options_that_set_no_key_are_refused_or_noted() -> None:
 
 
 @pytest.mark.parametrize(
+    "around",
+    [
+        {},
+        {"no_aug": True, "sched": "none", "input_size": [3, 64, 64], "data_dir": "a", "lr": 0.1},
+        {"pretrained": True, "pretrained_path": "w.pth", "initial_checkpoint": "c.pth", "sched": "step", "smoothing": 0},
+        {"mixup": 0.1, "amp": True, "clip_grad": 1, "model_ema": True, "sched": "wsd", "kd_model_name": "resnet18", "bce_loss": True},
+        {"lr_cycle_limit": 2, "lr_noise": [0.1], "sync_bn": True, "sched": "poly", "layer_decay": 0.5, "reprob": 0.1},
+    ],
+    ids=["alone", "without augmentation", "from a checkpoint", "with much", "with more"],
+)
+def test_no_option_is_ignored_in_silence(around: dict[str, Any]) -> None:
+    """Whatever else is set: another value of an option gives another spec, or is noted, or refused."""
+    before = convert(around, teacher="t.safetensors").spec
+    silent = []
+    for name in OPTIONS.keys() - around.keys():
+        try:
+            made = convert({**around, name: changed(name)}, teacher="t.safetensors")
+        except SpecError:
+            continue
+        if made.spec == before and name not in made.notes:
+            silent.append(name)
+    assert silent == []
+
+
+@pytest.mark.parametrize(
     "given",
     [
+        {"train_crop_mode": "centre"},
         {"dataset": "tfds/mnist"},
         {"dataset": "hfds/cifar10"},
         {"dataset": "torch/qmnist"},
