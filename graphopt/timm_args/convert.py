@@ -19,7 +19,16 @@ Table = dict[str, Any]
 _DECIDED = ("aug_repeats", "dist_bn", "input_img_mode", "eval_metric", "amp_impl", "model_dtype", "kd_distill_type")
 _MIXING = ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
 #: what no_aug turns off
-_AUGMENTING = ("train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob", "grayscale_prob")
+_AUGMENTING: tuple[str, ...] = (
+    "train_crop_mode",
+    "scale",
+    "ratio",
+    "hflip",
+    "vflip",
+    "color_jitter",
+    "color_jitter_prob",
+    "grayscale_prob",
+)
 _AUGMENTING += ("gaussian_blur_prob", "aa", "reprob", "remode", "recount", "train_interpolation")
 #: timm's names of data sets, after `torch/`
 _TORCH_DATA = {name: name for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "imagenet")}
