@@ -2,8 +2,8 @@
 
 Every proxy knows the value that its node has on the meta device. What is a Python number then, and does not depend on the batch, is given
 to the backbone's code as that number; so asserts on shapes, padding, loops over sizes, unpacking and `isinstance(x, Tensor)` trace as they
-run. Sizes that depend on the batch stay nodes, and so the batch stays free. So does a tensor's device, which follows the input: a branch on it
-(`if x.is_cuda`) is taken as on the backbone's device now, wherever the graph runs later.
+run. Sizes that depend on the batch stay nodes, and so the batch stays free. So does a tensor's device, which follows the input: a branch
+on it (`if x.is_cuda`) is taken as on the backbone's device now, wherever the graph runs later.
 """
 
 from __future__ import annotations
