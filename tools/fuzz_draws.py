@@ -303,5 +303,5 @@ class Draw:
             table.pop("upto")
             return {"when": steps}
         if kind == "own":
-            return {"when": {"schedule": "freezeout", **self.some(t0=(0.0, 0.25), how=("linear",))}}
+            return {"when": {"schedule": "freezeout", **self.some(t0=(0.0, 0.25), how=("linear",), anneal=(False,), scale=(False,))}}
         return {}

@@ -122,11 +122,12 @@ def settled(instance: PassInstance, graph: Graph) -> PassInstance:
 def phases(plan: Plan) -> Iterator[Plan]:
     """The plan in each phase of a run, trained in between by whoever takes it; measured triggers take a region more in each epoch."""
     yield plan
-    for epoch in range(EPOCHS):
+    for epoch in sorted({*range(EPOCHS), *plan.moments(EPOCHS)}):
         due = list(plan.due(epoch, None, EPOCHS))
         for progress in plan.progress():
-            if not progress.instance.value.when.foreseeable and epoch and len(progress.active) < len(progress.names):
-                taken = progress.names[len(progress.active) : len(progress.active) + 1 + epoch % 2]
+            measured = not progress.instance.value.when.foreseeable and epoch in range(1, EPOCHS)
+            if measured and len(progress.active) < len(progress.names):
+                taken = progress.names[len(progress.active) : len(progress.active) + 1 + int(epoch) % 2]
                 due.append(Decision(index=progress.instance.index, epoch=epoch, regions=taken))
         if due:
             earlier, plan = plan, plan.advance_to((*plan.decisions, *due), verify="full")
