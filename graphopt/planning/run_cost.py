@@ -5,7 +5,7 @@ count; seconds need the machine's rates (`graphopt.cost.measure_rates`), or are 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -156,7 +156,7 @@ def forecast_run(
     samples: int,
     evaluated: int,
     decisions: Sequence[Decision] | None = None,
-    phases: Sequence[Phase] | None = None,
+    phases: Iterable[Phase] | None = None,
     rates: Rates | PeakRates | None = None,
 ) -> RunCost:
     """The cost of a run that starts with `plan`, in its first phase.
@@ -181,7 +181,7 @@ def forecast_run(
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
-    for start, end, due, current in phases or plan.phases(train.epochs, decisions):
+    for start, end, due, current in plan.phases(train.epochs, decisions) if phases is None else phases:
         step, filling, cached = _phase_cost(current, earlier, batch, samples, options) if any(current.effects) else (whole, None, 0)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.

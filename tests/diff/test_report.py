@@ -139,6 +139,8 @@ def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> N
         (lambda p: write_run(p, ['{"no": "kind"}']), ["metrics.jsonl:1", "not a line of metrics"]),
         (lambda p: write_run(p, 2 * ["[" * 200_000]), ["metrics.jsonl:1", "not a line of metrics"]),
         (lambda p: os.mkfifo(write_run(p, [], finished=False) / "summary.json"), ["summary.json", "a pipe or a device"]),
+        (lambda p: os.mkfifo(write_run(p, [], finished=False) / "ledger.bin"), ["ledger.bin", "a pipe or a device"]),
+        (lambda p: (write_run(p, [], finished=False) / "summary.json").mkdir(), ["summary.json", "a folder"]),
     ],
 )
 def test_a_folder_that_is_no_run_gets_one_error(make: Any, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
