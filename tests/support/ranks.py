@@ -13,7 +13,7 @@ from torch import distributed
 from graphopt.cost import rates
 
 #: what processes of tests use: loaded once, in the process that they are forked from
-PRELOADED = ["tests.distributed.cases", "pytest", "graphopt.train", "sklearn.datasets", "torch._dynamo", "torch.distributed.checkpoint"]
+PRELOADED = ["pytest", "tests.distributed.cases", "torch.distributed.checkpoint", "tests.support.warm"]  #
 
 
 def loaded() -> ForkServerContext:
@@ -54,7 +54,8 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2, en
     for process in started:
         process.join(120)
         process.kill()
-    assert [process.exitcode for process in started] == [ends] * ranks
+    codes = [process.exitcode for process in started]
+    assert codes == [ends] * ranks, codes
 
 
 def _rank(function: Callable[..., None], rank: int, ranks: int, port: int, group: bool, arguments: tuple[Any, ...]) -> None:
