@@ -20,6 +20,7 @@ import pytest
 from graphopt.cli import main
 from graphopt.spec import loads
 from graphopt.timm_args import OPTIONS
+from tests.support.ranks import serve
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -56,6 +57,8 @@ class Session:
         words = shlex.split(line, comments=True)
         line, _, target = " ".join(map(shlex.quote, words)).partition(" '>' ")
         assert words[0] == "graphopt", line
+        if words[1] == "study":
+            serve()
         status = main(shlex.split(line)[1:])
         out, err = self.capsys.readouterr()
         if target:

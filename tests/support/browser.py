@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from graphopt.diff.render.picture import browser
+
+def _executable() -> str | None:
+    from graphopt.diff.render.picture import browser  # not at the top: conftest.py imports this file, in every process of the tests
+
+    return browser()
 
 
 def _missing() -> str | None:
@@ -17,7 +21,7 @@ def _missing() -> str | None:
         import playwright.sync_api  # noqa: F401
     except ImportError:
         return "playwright is not installed (pip install playwright)"
-    return None if browser() else "there is no Chromium (apt-get install chromium)"
+    return None if _executable() else "there is no Chromium (apt-get install chromium)"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def tab() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox", "--disable-gpu"])
+        chromium = playwright.chromium.launch(executable_path=_executable(), args=["--no-sandbox", "--disable-gpu"])
         yield chromium.new_page()
         chromium.close()
 
