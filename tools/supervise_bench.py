@@ -156,7 +156,7 @@ def _serve(line: Connection, name: str, label: str, options: argparse.Namespace)
 
 
 def data(name: str, count: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(count, *MODELS[name][1], device=device), torch.randint(0, 10, (count,), device=device)
+    return torch.rand(count, *MODELS[name][1], device=device), torch.randint(0, 10, (count,), device=device)
 
 
 def time_batch(name: str, options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from torch.fx import Node
 from graphopt import Graph, PassError
 from graphopt.ir.regions import Region
 from graphopt.passes.supervise import decoders
-from graphopt.passes.supervise.ahead import AheadHead, Blocks, LookaheadBlocks, ahead_blocks, depth_of, fresh, lookahead_blocks
+from graphopt.passes.supervise.ahead import AheadHead, Blocks, LookaheadBlocks, ahead_blocks, depth_of, following, fresh, lookahead_blocks
 from graphopt.passes.supervise.auxiliary import Auxiliary, Weights, build_head
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 
@@ -63,7 +63,9 @@ class Builder:
         first = lookahead_blocks(graph, node, value.lookahead.blocks) if value.lookahead is not None else ()
         after = first[-1].exits[0] if first else node
         depth = depth_of(value.depth, value.taper, index, count)
-        return first, ahead_blocks(graph, after, depth) if value.head == "ahead" else ()
+        if value.head != "ahead" or (first and not following(graph, after)):  # the look-ahead has the last ones
+            return first, ()
+        return first, ahead_blocks(graph, after, depth)
 
     def incompatibility(self, end: str, source: ActivationLayout, goal: ActivationLayout) -> str | None:
         """Why there can be no such auxiliary part after a module's output, or None."""
