@@ -6,6 +6,11 @@ network's own output and criterion. No gradient crosses a cut.
 
 From: *Local Learning on Transformers via Feature Reconstruction* (arXiv 2212.14215), which rebuilds the module's own input features.
 `decoder = "image"` is InfoPro (ICLR 2021, openreview fAbkE6ant2), which rebuilds the image; `decoder = "none"` is plain greedy training.
+Greedy modules keep only what separates classes at once. Three options let a module work for those that follow, without a decoder:
+
+- `head = "ahead"` (AugLocal, ICLR 2024, openreview Qbf1hy8b7m) classifies through fresh copies of blocks from further on.
+- `lookahead` (MAN, ECCV 2024; MAN++, arXiv 2507.16279) goes through the next block, by a running mean of its weights.
+- `head = "dictionary"` (DCL, ICLR 2024, openreview Gg7cXo3S8l) has an embedding per class, and no auxiliary network at all.
 
     [[pass]]
     use = "supervise"
@@ -14,7 +19,9 @@ From: *Local Learning on Transformers via Feature Reconstruction* (arXiv 2212.14
 
 Preserves the eval output. Training needs the targets: `output, local_loss = module(x, target)`, with class indices (N,) or probabilities
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses
-regions that the graph cannot be cut after, more modules than there are cuts for, and decoders that cannot rebuild the input. On a CPU with
+regions that the graph cannot be cut after, more modules than there are cuts for, decoders that cannot rebuild the input, and heads of
+blocks that follow where none do. An image that leaves [0, 1] once `mean` and `std` are reverted is an error. `lookahead` reads weights of
+the next module, so `strategy = "modules"`, which trains that one in another process, refuses it. On a CPU with
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 

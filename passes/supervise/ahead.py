@@ -1,8 +1,8 @@
 """Auxiliary networks made of the blocks that follow: a module learns features that the rest of the backbone can go on from.
 
 `ahead` is AugLocal's (ICLR 2024, openreview Qbf1hy8b7m): fresh blocks shaped like some of those that follow, drawn evenly up to the last
-one, fewer of them toward the network's end, then mean over positions, norm and linear. `Lookahead` is that of MAN (ECCV 2024, arXiv
-2409.16640) and MAN++ (arXiv 2507.16279): the first blocks of the next module as a running mean of their weights, beside a copy that trains.
+one, fewer of them toward the network's end, then mean over positions, norm and linear. The look-ahead is that of MAN (ECCV 2024) and MAN++
+(arXiv 2507.16279): the first blocks of the next module with a running mean of their weights, beside a copy that trains.
 
 The graph knows the blocks that follow, so no class of a network is named. Where a block is not the one that its input leads to, an adapter
 averages positions to the grid that the block expects, and maps the channels: the papers' code builds such blocks with other strides and

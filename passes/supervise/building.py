@@ -1,7 +1,7 @@
 """Builds the auxiliary part of a locally supervised module as the options of the pass want it: look-ahead, decoder, head."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,9 +14,7 @@ from graphopt.passes.supervise import decoders
 from graphopt.passes.supervise.ahead import AheadHead, Blocks, LookaheadBlocks, ahead_blocks, depth_of, following, fresh, lookahead_blocks
 from graphopt.passes.supervise.auxiliary import Auxiliary, Weights, build_head
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
-
-if TYPE_CHECKING:
-    from graphopt.passes.supervise import Supervise
+from graphopt.passes.supervise.options import Parts
 
 #: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
 #: seeds (tools/tables/supervise_accuracy.md)
@@ -30,7 +28,7 @@ Copied = tuple[tuple[Region, ...], tuple[Region, ...]]
 class Builder:
     """Makes auxiliary parts of one pass for modules of one graph."""
 
-    value: "Supervise"
+    value: Parts
     graph: Graph
 
     @property

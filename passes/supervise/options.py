@@ -1,6 +1,6 @@
 """The words and tables that options of `supervise` take."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import pydantic
 from pydantic import ConfigDict, Field
@@ -40,3 +40,46 @@ class Lookahead(_Table):
     blocks: Annotated[int, Field(ge=1, strict=True)] = 1
     ema: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.995
     bias: Literal["block", "scale", "none"] = "scale"
+
+
+class Parts(Protocol):
+    """The options of the pass that say what the auxiliary parts are."""
+
+    @property
+    def decoder(self) -> Literal["features", "image", "none"]: ...
+
+    @property
+    def structure(self) -> Structure: ...
+
+    @property
+    def fraction(self) -> float | None: ...
+
+    @property
+    def loss(self) -> Difference | None: ...
+
+    @property
+    def head(self) -> HeadKind: ...
+
+    @property
+    def temperature(self) -> float | None: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def taper(self) -> float: ...
+
+    @property
+    def lookahead(self) -> Lookahead | None: ...
+
+    @property
+    def weights(self) -> Weighting: ...
+
+    @property
+    def mean(self) -> tuple[float, ...] | None: ...
+
+    @property
+    def std(self) -> tuple[float, ...] | None: ...
+
+    @property
+    def classes(self) -> int | None: ...
