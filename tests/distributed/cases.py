@@ -52,7 +52,7 @@ PASSES = {
     "share surrogate": Case((Share(select="blocks.2", mode="surrogate"),), within=ROUGH),
     "drop prefix, micro-batches": Case((Drop(upto="blocks.0", when="start", cache="none"),), {"accumulate": 2}, {"accumulate": 1}),
     "bypass, clipped adaptively": Case((Drop(mode="bypass", probability=0.5),), {"clip": 0.01, "clip_mode": "agc"}),
-    "supervise 4": Case((Supervise(cuts=CUTS, fraction=0.5),)),
+    "supervise 4": Case((Supervise(cuts=CUTS, fraction=0.5, head="ahead", lookahead={"blocks": 1}),)),
     "checkpoint": Case((Checkpoint(segments=3),)),
     "supervise, freeze lean": Case((Supervise(modules=2), BACK)),
     "supervise, share, checkpoint": Case((Supervise(modules=2), MIX, Checkpoint(segments=3)), within=ROUGH),

@@ -45,7 +45,11 @@ PLAIN: dict[str, Case] = {
 }
 SUPERVISED: dict[str, Case] = {
     "supervise": ([Supervise(modules=2)], {"fsdp": {"offload": True}}, EXACT),
-    "freeze": ([FRONT, Supervise(modules=3)], {"accumulate": 2, "ema": 0.9, "clip": 0.5, **ADAMW}, EXACT),
+    "freeze": (
+        [FRONT, Supervise(modules=3, head="ahead", lookahead={"blocks": 1})],
+        {"accumulate": 2, "ema": 0.9, "clip": 0.5, **ADAMW},
+        EXACT,
+    ),
     "share": ([Share(every=2), Supervise(modules=2)], {}, ROUGH),
     "phases": ([Supervise(modules=3), Freeze(select=FRONT.select, when={"epoch": 1})], {"epochs": 2}, EXACT),
 }
