@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
     from graphopt.compiler.report import Report
     from graphopt.compiler.triggers import Decision
+    from graphopt.diff.align import Diff
+    from graphopt.diff.notebook import picture
     from graphopt.driver import compile
     from graphopt.errors import BackboneError, GraphoptError, PassError, RunError, SelectError, SpecError, TraceError, VerifyError
     from graphopt.ir.editor import Editor
@@ -27,10 +29,24 @@ if TYPE_CHECKING:
     from graphopt.tracing import trace
     from graphopt.train.export import load
 
-__all__ = ["ActiveMatch", "Decision", "Diagnostic", "Editor", "Effects", "Filter", "Graph", "Match", "Pass", "Plan", "Region", "Report"]
+__all__ = [
+    "ActiveMatch",
+    "Decision",
+    "Diagnostic",
+    "Diff",
+    "Editor",
+    "Effects",
+    "Filter",
+    "Graph",
+    "Match",
+    "Pass",
+    "Plan",
+    "Region",
+    "Report",
+]
 __all__ += ["RuntimeNeeds", "Section", "Selector", "Severity", "Status"]
 __all__ += ["BackboneError", "GraphoptError", "PassError", "RunError", "SelectError", "SpecError", "TraceError", "VerifyError"]
-__all__ += ["compile", "load", "save", "select", "trace"]
+__all__ += ["compile", "load", "picture", "save", "select", "trace"]
 
 _MODULE_OF = {
     "Decision": "compiler.triggers",
@@ -39,6 +55,8 @@ _MODULE_OF = {
     "Editor": "ir.editor",
     "Graph": "ir.graph",
     **{"Region": "ir.regions", "Section": "ir.section"} | dict.fromkeys(("Filter", "Selector"), "ir.selector"),
+    "Diff": "diff.align",
+    "picture": "diff.notebook",
     "compile": "driver",
     "select": "ir.select",
     "load": "train.export",
@@ -60,8 +78,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext graphopt`: a notebook shows plans and diffs as pictures."""
-    import_module("graphopt.diff.notebook").register(shell)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from graphopt.compiler.plan import Plan
 from graphopt.diff.model import ADDED, DIFFERS, REMOVED, UNCHANGED, ModelView, Row, as_json, ranked
+from graphopt.diff.view import backbone_view, plan_view
 
 FORMAT = "graphopt.diff/3"
 
@@ -22,7 +24,7 @@ class RowGroup:
         return group_name([r.name for r in self.rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
     """How one model differs from another.
 
@@ -37,6 +39,24 @@ class Diff:
     edges: tuple[tuple[str, str, str], ...]
     same_backbone: bool
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, before: Plan, after: Plan | None = None) -> "Diff":
+        """What a plan does to its backbone; or, with two plans, how the second differs from the first.
+
+        The plans may be of one backbone (two specs, two phases) or of two: a plan without passes is the backbone itself. Costs appear where
+        the plans were compiled with costs.
+        """
+        return align(backbone_view(before), plan_view(before)) if after is None else align(plan_view(before), plan_view(after))
+
+    def __repr__(self) -> str:
+        return f"Diff({self.before.title!r}, {self.after.title!r}, {self.counts()})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture."""
+        from graphopt import picture
+
+        return picture(self)
 
     def groups(self) -> tuple[RowGroup, ...]:
         """The rows with equal neighbours as one. Two rows stay apart where the gradient stops between them."""

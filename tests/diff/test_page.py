@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graphopt.compiler.triggers import AtEpoch
-from graphopt.diff import diff
+from graphopt.diff import Diff
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.page import to_html
 from tests.diff.passes import Blend, Ice, Part, Say
@@ -28,7 +28,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "small.html"
     evil = Say(select="fc", status="frozen", detail={"why": EVIL})
     passes = [Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.3"), evil]
-    path.write_text(to_html(diff(plan(*passes, model=Small(blocks=6), costs=False))))
+    path.write_text(to_html(Diff.of(plan(*passes, model=Small(blocks=6), costs=False))))
     return path
 
 
@@ -240,7 +240,7 @@ def test_light_and_dark(browse: Any, small: Path) -> None:
 def test_a_large_graph_opens_soon_and_stays_usable(browse: Any, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = timm.create_model("swin_large_patch4_window7_224", num_classes=10)
-    found = diff(plan(Ice(select=("patch_embed", "layers.0", "layers.1")), model=model, input=(3, 224, 224)))
+    found = Diff.of(plan(Ice(select=("patch_embed", "layers.0", "layers.1")), model=model, input=(3, 224, 224)))
     assert sum(len(r.nodes) for r in found.rows) > 1300
     path = tmp_path / "large.html"
     path.write_text(to_html(found))

@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from graphopt.cli import main
-from graphopt.diff import diff
+from graphopt.diff import Diff
 from graphopt.diff.align import group_name
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render import picture as pictures
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def picture() -> str:
     strange = Say(select="fc", status="frozen", detail={"why": EVIL})
-    return to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
+    return to_svg(Diff.of(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
 
 
 def test_local_modules_have_the_colour_and_the_number_of_their_rank() -> None:
@@ -81,7 +81,7 @@ def test_svg_needs_no_style_variables_and_is_deterministic() -> None:
 
 
 def test_operations_have_a_place_each() -> None:
-    root = ElementTree.fromstring(to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Skip(select="blocks.1"))), level="operations"))
+    root = ElementTree.fromstring(to_svg(Diff.of(plan(Ice(select=("stem", "blocks.0")), Skip(select="blocks.1"))), level="operations"))
     for piece in root.iter("{http://www.w3.org/2000/svg}g"):
         places = [op.get("transform") for op in piece.findall("{http://www.w3.org/2000/svg}g[@transform]")]
         assert len(places) == len(set(places))
@@ -91,7 +91,7 @@ def test_what_is_too_long_is_cut_where_it_tells_least_and_no_figure_is_cut() -> 
     layers = {f"encoder_layer_{n}": Residual(8) for n in range(4)}
     net = nn.Sequential(OrderedDict(backbone=nn.Sequential(OrderedDict(transformer_encoder=nn.Sequential(OrderedDict(layers))))))
     frozen = Ice(select=[f"backbone.transformer_encoder.encoder_layer_{n}" for n in (1, 2)])
-    root = ElementTree.fromstring(to_svg(diff(plan(frozen, model=net, input=(8, 8, 8), costs=True))))
+    root = ElementTree.fromstring(to_svg(Diff.of(plan(frozen, model=net, input=(8, 8, 8), costs=True))))
     found = {c: [t.text or "" for t in root.iter() if t.get("class", "").startswith(c)] for c in ("name", "small", "big", "cost", "what")}
     assert found["name"] == [f"encoder_layer_{n}" for n in range(4)]
     assert group_name([f"encoder.layers.encoder_layer_{n}" for n in range(3)]) == "encoder.layers.encoder_layer_0-2 ×3"

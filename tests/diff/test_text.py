@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from graphopt import Status
-from graphopt.diff import Diff, diff
+from graphopt.diff import Diff
 from graphopt.diff.model import STYLES
 from graphopt.diff.render.explorer import to_model_explorer, to_node_data
 from graphopt.diff.render.flowchart import to_dot, to_mermaid
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def everything() -> Diff:
     """Frozen stem, a mix, a local module with its head, and a name that wants to be code."""
     strange = Say(select="fc", status="frozen", detail={"why": '"<b>#1</b>"'})
-    return diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange))
+    return Diff.of(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange))
 
 
 def to_text(diff: Diff, *, unfold: bool = False, nodes: bool = False, colour: bool = False, unicode: bool = True) -> str:
@@ -40,8 +40,8 @@ CASES = {
     "plan.nodes.txt": lambda: to_text(everything(), nodes=True, unfold=True, unicode=False),
     "plan.mmd": lambda: to_mermaid(everything()),
     "plan.json": lambda: json.dumps(everything().to_dict(), indent=1, ensure_ascii=False) + "\n",
-    "two.txt": lambda: to_text(diff(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0")))),
-    "two.mmd": lambda: to_mermaid(diff(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0"))), unfold=True),
+    "two.txt": lambda: to_text(Diff.of(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0")))),
+    "two.mmd": lambda: to_mermaid(Diff.of(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0"))), unfold=True),
 }
 
 
