@@ -1,13 +1,13 @@
-"""`graphopt diff`: what a spec does to its backbone, or how two plans differ; on the terminal or as a picture."""
+"""`graphopt diff`: what a spec does to its backbone, or how two plans, backbones or files of weights differ; as text or pictures."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.networks import Networks
 from graphopt.cli.screen import console, show, show_json, show_text
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from graphopt.diff import Diff
     from graphopt.diff.phases import PhaseDiff
     from graphopt.diff.render.data import Shown
-    from graphopt.spec import Spec
+
+_WHAT = "A spec, a run, a backbone (timm/resnet50), a checkpoint or a weights file."
+_SPEC = "Of weights files: the spec or the backbone that they belong to; default: the other argument's."
 
 #: as a file name: print instead
 STDOUT = Path("-")
@@ -32,8 +34,10 @@ def _file(flag: str, what: str) -> Any:
 
 
 def diff(
-    spec: options.SpecArgument,
-    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="A second spec or run to compare with.")] = None,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=_WHAT, autocompletion=options.complete_any)],
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="The same, to compare with.", autocompletion=options.complete_any)
+    ] = None,
     phase: Annotated[list[int], typer.Option("--phase", min=0, help=_PHASE)] = [],  # noqa: B006
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help="The phase that this epoch (from 0) trains in.")] = None,
     html: Annotated[Path | None, _file("--html", "one HTML page, to explore")] = None,
@@ -43,6 +47,8 @@ def diff(
     dot: Annotated[Path | None, _file("--dot", "Graphviz DOT; - prints")] = None,
     explorer: Annotated[Path | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help=_RANKS)] = None,
+    spec: Annotated[str | None, typer.Option("--spec", metavar="SPEC", help=_SPEC, autocompletion=options.complete_backbone)] = None,
+    input: options.InputOption = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="One line for every block, equal neighbours too.")] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="The operations of the blocks that changed.")] = False,
     batch: options.BatchOption = None,
@@ -51,7 +57,9 @@ def diff(
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show, block by block, what SPEC changes in its backbone and what that saves; or how two specs, runs or phases differ.
+    """Show, block by block, what a spec changes in its backbone and what that saves; or how any two networks differ.
+
+    Blocks of two different backbones are matched by their structure; two files of weights are compared in numbers, too.
 
     Examples:
 
@@ -62,23 +70,23 @@ def diff(
         graphopt diff spec.toml other.toml
 
         graphopt diff runs/quickstart --phase 0 --phase 1
-    """
-    from graphopt.spec import load
 
+        graphopt diff timm/resnet50 timm/resnet101
+
+        graphopt diff before.safetensors after.safetensors --spec timm/resnet50
+    """
     asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
     targets = {suffix: path for suffix, path in asked.items() if path is not None}
     for suffix, path in targets.items():
         if path != STDOUT:
             options.check_target(path, f"diff.{suffix}")
 
-    loaded = {argument: load(argument, trust=trust, overrides=set_) for argument in (spec, other) if argument is not None}
+    networks = Networks(shape=options.parse_shape(input), overrides=set_, batch=batch, costs=costs, ranks=ranks, trust=trust)
+    networks.read([name for name in (what, other) if name is not None], spec)
 
     from graphopt.diff.render.data import main_diff
 
-    def phases_of(argument: str) -> "tuple[PhaseDiff, ...]":
-        return _phases(loaded[argument], options.expanded(argument), epoch, ranks, batch=batch, costs=costs, trust=trust)
-
-    shown = _shown(phases_of, spec, other, phase, epoch)
+    shown = _shown(networks, what, other, phase, epoch)
     written: list[Path] = []
     for suffix, path in targets.items():
         for name, content in _files(shown, suffix, path, unfold).items():
@@ -124,9 +132,7 @@ def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:
     out.print(render(main, unfold=unfold, nodes=nodes, unicode="utf" in (out.encoding or "").lower()))
 
 
-def _shown(
-    phases_of: "Callable[[str], tuple[PhaseDiff, ...]]", spec: str, other: str | None, phase: list[int], epoch: int | None
-) -> "Shown":
+def _shown(networks: Networks, what: str, other: str | None, phase: list[int], epoch: int | None) -> "Shown":
     """The diff that was asked for, or all phases of one plan."""
     from graphopt.diff import align
 
@@ -134,26 +140,14 @@ def _shown(
         raise RunError("--phase and --epoch exclude each other", where="--epoch")
     if len(phase) > 2 or (other is not None and len(phase) > 1):
         raise RunError("at most two phases can be compared", where="--phase")
-    phases = phases_of(spec)
+    phases = networks.phases(what, epoch)
     if other is not None:
-        return align(_one(phases, phase, epoch, spec).after, _one(phases_of(other), phase, epoch, other).after)
+        found = align(_one(phases, phase, epoch, what).after, _one(networks.phases(other, epoch), phase, epoch, other).after)
+        return networks.with_weights(found, what, other)
     if len(phase) == 2:
-        before, after = (_one(phases, [number], None, spec) for number in phase)
+        before, after = (_one(phases, [number], None, what) for number in phase)
         return align(before.after, after.after)
-    return _one(phases, phase, epoch, spec) if phase or epoch is not None else phases
-
-
-def _phases(
-    spec: "Spec", path: Path, epoch: int | None, ranks: int | None, *, batch: int | None, costs: bool, trust: bool
-) -> "tuple[PhaseDiff, ...]":
-    """The phases of a spec, or those that a run has gone through."""
-    from graphopt.diff.phases import phase_diffs
-    from graphopt.diff.render.run import is_run, read_run
-
-    options.check_epoch(spec, epoch)
-    decisions = read_run(path).decisions if is_run(path) else None
-    plan = options.seeded_plan(spec, trust=trust, batch=batch, costs=costs)
-    return phase_diffs(plan, decisions, ranks=ranks)
+    return _one(phases, phase, epoch, what) if phase or epoch is not None else phases
 
 
 def _one(phases: "tuple[PhaseDiff, ...]", phase: list[int], epoch: int | None, name: str) -> "Diff":

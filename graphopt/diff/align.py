@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt.compiler.plan import Plan
+from graphopt.diff.match import operations, renamed, same_backbone, what_differs
 from graphopt.diff.model import ADDED, DIFFERS, REMOVED, UNCHANGED, ModelView, Row, as_json, ranked
 from graphopt.diff.view import backbone_view, plan_view
 
-FORMAT = "graphopt.diff/3"
+FORMAT = "graphopt.diff/4"
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,12 @@ class Diff:
 def align(before: ModelView, after: ModelView) -> Diff:
     """The diff of two models, whether of one backbone or of two.
 
-    Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, a row is
-    unchanged where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" if in one only.
+    Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, rows are matched by
+    structure (`graphopt.diff.match`): a row is unchanged where operators and sizes agree, "differs" where its match is like it, "removed"
+    or "added" if it has none.
     """
-    same = before.backbone == after.backbone
+    same = same_backbone(before, after)
+    before = before if same else renamed(before, after)
     old, new = {r.name: r for r in before.rows}, {r.name: r for r in after.rows}
     rows = tuple(_aligned(old.get(name), new.get(name), same) for name in _merged(list(old), list(new)))
     kinds = {e: "both" if e in after.edges else "before" for e in before.edges} | {e: "after" for e in after.edges if e not in before.edges}
@@ -109,23 +112,19 @@ def _aligned(old: Row | None, new: Row | None, same_backbone: bool) -> Row:
         return replace(old, was=old.statuses, statuses=(REMOVED,), passes=(), nodes=nodes, before=old.after, after=None, backward=False)
     if old is None:
         return replace(new, was=(), statuses=new.statuses if same_backbone else ranked({*new.statuses, ADDED}), before=None)
-    statuses = new.statuses if same_backbone or _is_same(old, new) else ranked({*new.statuses, DIFFERS})
-    return replace(new, was=old.statuses, statuses=statuses, before=old.after)
-
-
-def _is_same(one: Row, other: Row) -> bool:
-    inside, others = ([(n.op, n.what, n.parameters) for n in r.nodes if n.changed_by is None] for r in (one, other))
-    shapes, other_shapes = ((r.kind, r.input_shape, r.output_shape) for r in (one, other))
-    return shapes == other_shapes and inside == others
+    if same_backbone or old.structure == new.structure:
+        return replace(new, was=old.statuses, before=old.after, former=old.former)
+    statuses, detail = ranked({*new.statuses, DIFFERS}), what_differs(old, new) | dict(new.detail)
+    return replace(new, was=old.statuses, statuses=statuses, detail=detail, nodes=operations(old, new), before=old.after, former=old.former)
 
 
 def _note(before: ModelView, after: ModelView, rows: Sequence[Row]) -> str:
-    old, new = {r.name for r in before.rows}, {r.name for r in after.rows}
-    differing = sum(DIFFERS in r.statuses for r in rows)
-    return (
-        f"two backbones, {before.backbone} and {after.backbone}: {len(old & new) - differing} rows are the same in both, "
-        f"{differing} differ under one name, {len(old - new)} are only in the first, {len(new - old)} only in the second"
-    )
+    found = Counter(next((s for s in (REMOVED, ADDED, DIFFERS) if s in row.statuses), UNCHANGED) for row in rows)
+    moved = sum(bool(row.former) and REMOVED not in row.statuses for row in rows)
+    counts = {"the same in both": UNCHANGED, "different": DIFFERS, "only in the first": REMOVED, "only in the second": ADDED}
+    words = ", ".join(f"{found[status]} {what}" for what, status in counts.items())
+    names = f"; {moved} under another name in the first" if moved else ""
+    return f"two backbones, {before.backbone} and {after.backbone}; rows: {words}{names}"
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:

@@ -10,7 +10,17 @@ from torch.fx import Node
 from graphopt.compiler.pass_base import Status
 from graphopt.compiler.plan import Plan
 from graphopt.cost.figures import Cost
-from graphopt.diff.flow import Edge, describe, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
+from graphopt.diff.flow import (
+    Edge,
+    describe,
+    edges_between_rows,
+    figures,
+    input_shape,
+    output_shape,
+    reached_by_backward,
+    structures,
+    totals,
+)
 from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox, ranked
 from graphopt.diff.record import Records, RowRecord
 from graphopt.ir.graph import Graph
@@ -113,8 +123,9 @@ class _ViewBuilder:
         before = figures(self.plan.report.before, base_rows, self.base, [r.original for r in self.records.rows[: len(base_rows)]])
         after = figures(self.cost, locations, self.graph, [r.nodes for r in self.records.rows])
         reached = reached_by_backward(self.graph)
-        found = []
+        known, found = self.base.cached(structures), []
         for row in self.records.rows:
+            exact, operators = known.get(row.name, ("", ""))
             graph, nodes = (self.graph, row.nodes) if row.nodes else (self.base, row.original)
             hidden = {Status.FROZEN} if row.statuses & {Status.DROPPED, Status.BYPASSED} else set()  # what is out does not train anyway
             found.append(
@@ -133,6 +144,8 @@ class _ViewBuilder:
                     before=before.get(row.name),
                     after=after[row.name],
                     nodes=tuple(self._node_rows(row)),
+                    structure=exact,
+                    operators=operators,
                 )
             )
         return tuple(found)

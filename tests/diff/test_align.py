@@ -188,7 +188,7 @@ def test_two_backbones_share_what_they_share() -> None:
         "blocks.3": ("removed",),
         "head": ("differs",),
     }
-    assert "3 rows are the same in both, 1 differ under one name, 2 are only in the first, 0 only in the second" in found.notes[0]
+    assert "rows: 3 the same in both, 1 different, 2 only in the first, 0 only in the second" in found.notes[0]
     assert [r.name for r in found.rows] == ROWS
     json.dumps(found.to_dict())
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from graphopt.cost.figures import FIGURES, common_figures
-from graphopt.diff.align import Diff, RowGroup
+from graphopt.diff.align import Diff, RowGroup, group_name
 from graphopt.diff.model import STYLES, UNCHANGED, NodeRow, Row
 from graphopt.diff.render.words import facts, glyphs, groups, passes_of, shape, status_words, title, total
 from graphopt.units import show_change
@@ -88,6 +88,8 @@ class _Tree:
                 line.append(self._text(f" {words}"))
             if passes := passes_of(self.diff, row):
                 line.append(f"  {passes}", style="dim")
+        if row.former:
+            line.append(self._text(f"  {group_name([r.former or r.name for r in group.rows])} in the first", "dim italic"))
         return line.append(self._text(_figure_words(group), "cyan"))
 
     def _node(self, node: NodeRow) -> Text:

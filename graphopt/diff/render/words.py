@@ -39,7 +39,8 @@ def passes_of(diff: Diff, row: Row) -> str:
 
 def title(diff: Diff) -> str:
     """What is compared."""
-    return f"{diff.before.title} → {diff.after.title if diff.after.title != diff.before.title else 'rewritten'}"
+    rewritten = diff.same_backbone and diff.after.title == diff.before.title
+    return f"{diff.before.title} → {'rewritten' if rewritten else diff.after.title}"
 
 
 def glyphs(statuses: Iterable[str], *, unicode: bool = True) -> str:
