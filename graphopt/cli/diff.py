@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _WHAT = "A spec, a run, a backbone (timm/resnet50), a checkpoint or a weights file."
 _SPEC = "Of weights files: the spec or the backbone that they belong to; default: the other argument's."
 
+_EXPLORER = "graphs for Google's Model Explorer, FILE.data.json (colours) and FILE.sync.json (which nodes match)"
+
 #: as a file name: print instead
 STDOUT = Path("-")
 
@@ -45,7 +47,10 @@ def diff(
     png: Annotated[Path | None, _file("--png", "the same as PNG (needs Chromium or CairoSVG)")] = None,
     mermaid: Annotated[Path | None, _file("--mermaid", "a Mermaid flowchart; - prints")] = None,
     dot: Annotated[Path | None, _file("--dot", "Graphviz DOT; - prints")] = None,
-    explorer: Annotated[Path | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
+    explorer: Annotated[
+        Path | None,
+        _file("--model-explorer", _EXPLORER),
+    ] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help=_RANKS)] = None,
     spec: Annotated[str | None, typer.Option("--spec", metavar="SPEC", help=_SPEC, autocompletion=options.complete_backbone)] = None,
     input: options.InputOption = None,
@@ -104,16 +109,16 @@ def diff(
 
 
 def _files(shown: "Shown", suffix: str, path: Path, unfold: bool) -> dict[Path, str | bytes]:
-    """One of the formats: its files (Model Explorer takes two, the graph and the node data that colours it)."""
+    """One of the formats: its files (Model Explorer takes three: graphs, the node data that colours them, and which nodes match)."""
     from graphopt.diff.render.data import main_diff
-    from graphopt.diff.render.explorer import to_model_explorer, to_node_data
+    from graphopt.diff.render.explorer import to_model_explorer, to_node_data, to_sync_navigation
     from graphopt.diff.render.flowchart import to_dot, to_mermaid
     from graphopt.diff.render.page import to_html
     from graphopt.diff.render.picture import to_png, to_svg
 
     if suffix == "json":
-        overlay, main = path.with_name(f"{path.stem}.data{path.suffix}"), main_diff(shown)
-        values = {path: to_model_explorer(main), overlay: to_node_data(main)}
+        makers = {"": to_model_explorer, ".data": to_node_data, ".sync": to_sync_navigation}
+        values = {path.with_name(f"{path.stem}{part}{path.suffix}"): make(main_diff(shown)) for part, make in makers.items()}
         return {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in values.items()}
     if suffix in ("mmd", "dot"):
         return {path: (to_dot if suffix == "dot" else to_mermaid)(main_diff(shown), unfold=unfold)}

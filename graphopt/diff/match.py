@@ -103,11 +103,16 @@ def what_differs(old: Row, new: Row) -> dict[str, str]:
     return found or {"settings": "of its operations"}
 
 
+def matched_operations(old: Sequence[NodeRow], new: Sequence[NodeRow]) -> list[tuple[NodeRow, NodeRow]]:
+    """Which operations of two matching rows are each other's."""
+    return [(old[a], new[b]) for a, b in matched(old, new, _node_likeness)]
+
+
 def operations(old: Row, new: Row) -> tuple[NodeRow, ...]:
     """The operations of a row that differs, each with what it is against the first; those that are only in the first come last."""
     before, after = ([node for node in row.nodes if _computes(node)] for row in (old, new))
-    pairs = matched(before, after, _node_likeness)
-    match = {after[b].name: before[a] for a, b in pairs}
+    pairs = matched_operations(before, after)
+    match = {other.name: one for one, other in pairs}
     found = []
     for node in new.nodes:
         theirs = match.get(node.name)
@@ -118,7 +123,7 @@ def operations(old: Row, new: Row) -> tuple[NodeRow, ...]:
         else:
             status = UNCHANGED if _sizes(theirs) == _sizes(node) else DIFFERS
         found.append(replace(node, statuses=ranked({*node.statuses, status})))
-    here = {before[a].name: after[b].name for a, b in pairs}
+    here = {one.name: other.name for one, other in pairs}
     names = {node.name for node in new.nodes}
     gone = [node for node in before if node.name not in here]
     here |= {node.name: f"{node.name} (first)" if node.name in names else node.name for node in gone}

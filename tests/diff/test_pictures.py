@@ -155,7 +155,7 @@ def test_diff_of_two_specs_and_of_two_phases(capsys: pytest.CaptureFixture[str])
 def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {"--html": "d.html", "--svg": "d.svg", "--mermaid": "d.mmd", "--dot": "d.dot", "--model-explorer": "d.json"}
     assert main(["diff", "s.toml", "--no-costs", *(word for pair in flags.items() for word in pair)]) == 0
-    assert {p.name for p in folder.iterdir()} == {"s.toml", "t.toml", "d.data.json", *flags.values()}
+    assert {p.name for p in folder.iterdir()} == {"s.toml", "t.toml", "d.data.json", "d.sync.json", *flags.values()}
     assert Path("d.html").read_text().startswith("<!doctype html>")
     assert Path("d.mmd").read_text().startswith("flowchart")
     assert Path("d.dot").read_text().startswith("digraph")

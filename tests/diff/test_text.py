@@ -13,7 +13,6 @@ from rich.console import Console
 from graphopt import Status
 from graphopt.diff import Diff
 from graphopt.diff.model import STYLES
-from graphopt.diff.render.explorer import to_model_explorer, to_node_data
 from graphopt.diff.render.flowchart import to_dot, to_mermaid
 from graphopt.diff.render.text import render
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
@@ -80,14 +79,3 @@ def test_mermaid_and_dot_keep_strange_names_as_text() -> None:
     assert "<b>#1" not in mermaid
     assert '\\"<b>#1</b>\\"' in dot
     assert dot.count("{") == dot.count("}")
-
-
-def test_model_explorer_edges_end_at_nodes_and_every_node_has_a_colour() -> None:
-    found = everything()
-    (graph,) = to_model_explorer(found)["graphs"]
-    ids = [n["id"] for n in graph["nodes"]]
-    assert len(ids) == len(set(ids)) == len(to_node_data(found)["diff"]["results"])
-    assert "aux.0" in ids
-    assert all(e["sourceNodeId"] in ids for n in graph["nodes"] for e in n["incomingEdges"])
-    assert {n["namespace"] for n in graph["nodes"]} >= {"blocks/0/conv1", "blocks/3"}
-    assert to_node_data(found)["diff"]["results"]["stem"]["value"] == "❄ frozen"
