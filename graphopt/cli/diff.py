@@ -45,6 +45,7 @@ def diff(
     html: Annotated[Path | None, _file("--html", "one HTML page, to explore")] = None,
     svg: Annotated[Path | None, _file("--svg", "a picture for a paper or a pull request")] = None,
     png: Annotated[Path | None, _file("--png", "the same as PNG (needs Chromium or CairoSVG)")] = None,
+    pdf: Annotated[Path | None, _file("--pdf", "the same as PDF, for LaTeX (needs Chromium or CairoSVG)")] = None,
     mermaid: Annotated[Path | None, _file("--mermaid", "a Mermaid flowchart; - prints")] = None,
     dot: Annotated[Path | None, _file("--dot", "Graphviz DOT; - prints")] = None,
     explorer: Annotated[
@@ -80,7 +81,7 @@ def diff(
 
         graphopt diff before.safetensors after.safetensors --spec timm/resnet50
     """
-    asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
+    asked = {"html": html, "svg": svg, "png": png, "pdf": pdf, "json": explorer, "mmd": mermaid, "dot": dot}
     targets = {suffix: path for suffix, path in asked.items() if path is not None}
     for suffix, path in targets.items():
         if path != STDOUT:
@@ -114,15 +115,16 @@ def _files(shown: "Shown", suffix: str, path: Path, unfold: bool) -> dict[Path, 
     from graphopt.diff.render.explorer import to_model_explorer, to_node_data, to_sync_navigation
     from graphopt.diff.render.flowchart import to_dot, to_mermaid
     from graphopt.diff.render.page import to_html
-    from graphopt.diff.render.picture import to_png, to_svg
+    from graphopt.diff.render.picture import to_pdf, to_png, to_svg
 
     if suffix == "json":
-        makers = {"": to_model_explorer, ".data": to_node_data, ".sync": to_sync_navigation}
-        values = {path.with_name(f"{path.stem}{part}{path.suffix}"): make(main_diff(shown)) for part, make in makers.items()}
+        parts = {"": to_model_explorer, ".data": to_node_data, ".sync": to_sync_navigation}
+        values = {path.with_name(f"{path.stem}{part}{path.suffix}"): make(main_diff(shown)) for part, make in parts.items()}
         return {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in values.items()}
     if suffix in ("mmd", "dot"):
         return {path: (to_dot if suffix == "dot" else to_mermaid)(main_diff(shown), unfold=unfold)}
-    return {path: to_html(shown) if suffix == "html" else to_svg(shown) if suffix == "svg" else to_png(to_svg(shown))}
+    makers = {"html": to_html, "svg": to_svg, "png": lambda s: to_png(to_svg(s)), "pdf": lambda s: to_pdf(to_svg(s))}
+    return {path: makers[suffix](shown)}
 
 
 def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:

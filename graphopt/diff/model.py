@@ -42,7 +42,7 @@ STYLES: dict[str, StatusStyle] = {
     Status.INSERTED: StatusStyle("+", "+", "#1276a8", "#7cc8f2", "bright_cyan", "added by a pass; not in the exported backbone"),
     Status.SHARED: StatusStyle("⇄", "=", "#00795a", "#35c79b", "green", "its weights are computed from its neighbours'"),
     Status.FROZEN: StatusStyle("❄", "*", "#0072b2", "#5cb3ea", "blue", "its parameters do not train"),
-    Status.ISOLATED: StatusStyle("⊣", "|", "#a8467f", "#e79bc6", "magenta", "no gradient comes back to its output"),
+    Status.ISOLATED: StatusStyle("⊣", "|", "#a8467f", "#e79bc6", "magenta", "trains by its module's local loss: no gradient from behind"),
     Status.CHECKPOINTED: StatusStyle("↻", "@", "#857500", "#e8dc4c", "bright_yellow", "recomputed in the backward pass instead of saved"),
     Status.REWIRED: StatusStyle("~", "~", "#5b5f66", "#b4b9c2", "bright_black", "computes the same with other operators"),
     UNCHANGED: StatusStyle("○", "o", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),

@@ -30,7 +30,7 @@ CASES = [
     ([Ice(select="blocks.0")], {"blocks.0": ("frozen",)}),
     ([Blend(select="blocks.1")], {"blocks.1": ("shared",)}),
     ([Skip(select="blocks.2")], {"blocks.2": ("bypassed",)}),
-    ([Part(select="blocks.1")], {"blocks.1": ("isolated",), "aux.0": ("inserted",)}),
+    ([Part(select="blocks.1")], {**dict.fromkeys(("stem", "blocks.0", "blocks.1"), ("isolated",)), "aux.0": ("inserted",)}),
     ([Store(select="blocks.0")], {"stem": ("dropped",), "blocks.0": ("dropped",)}),
     ([Ice(select=("stem", "blocks.0")), Store(select="blocks.0")], {"stem": ("dropped",), "blocks.0": ("dropped",)}),
     ([Say(select="blocks.3", status="checkpointed")], {"blocks.3": ("checkpointed",)}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import timm
@@ -48,7 +49,7 @@ def card(page: Any, name: str) -> Any:
 def test_it_opens_and_shows_blocks_from_input_to_output(browse: Any, small: Path) -> None:
     page = browse(small)
     names = page.locator("[data-id] .name").all_text_contents()
-    assert names == ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "aux.0", "blocks.4-5 ×2", "head"]
+    assert names == ["stem", "blocks.0", "blocks.1", "blocks.2-3 ×2", "aux.0", "blocks.4-5 ×2", "head"]
     assert page.locator(".arc").count() == 2
     assert page.locator(".box.local").count() >= 2
     assert "backward stops" in page.locator(".layer-marks").text_content()
@@ -234,6 +235,30 @@ def test_light_and_dark(browse: Any, small: Path) -> None:
     page.get_by_role("button", name="Light or dark").click()
     assert ground() != light
     assert page.evaluate("getComputedStyle(document.querySelector('.piece .name')).fill") != "rgb(27, 31, 36)"
+
+
+def test_the_picture_is_saved_as_it_is_shown(browse: Any, small: Path, tmp_path: Path) -> None:
+    page = browse(small)
+    page.get_by_role("button", name="Blocks", exact=True).click()
+    found = {}
+    for kind in ("SVG", "PNG"):
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name=kind, exact=True).click()
+        assert waiting.value.suggested_filename == f"Small-rewritten.{kind.lower()}"
+        waiting.value.save_as(tmp_path / kind)
+        found[kind] = (tmp_path / kind).read_bytes()
+    names = [e.text for e in ElementTree.fromstring(found["SVG"]).iter("{http://www.w3.org/2000/svg}text") if e.get("class") == "name"]
+    assert "blocks.3" in names
+    assert b"var(" not in found["SVG"]
+    assert found["PNG"].startswith(b"\x89PNG\r\n")
+
+
+def test_an_operation_has_the_colour_of_its_own_status(browse: Any, small: Path) -> None:
+    page = browse(small)
+    page.get_by_role("button", name="Operations").click()
+    colour = "e => getComputedStyle(e).fill"
+    inside = page.locator(".piece.s-frozen .op.s-unchanged > .sign").first
+    assert inside.evaluate(colour) == "rgb(122, 127, 135)", "not that of the block around it"
 
 
 @pytest.mark.slow

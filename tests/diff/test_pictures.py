@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -113,17 +115,33 @@ def test_without_any_engine_the_error_says_what_to_install(monkeypatch: pytest.M
         picture()
 
 
-def test_png_without_browser_and_cairo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draw", [pictures.to_png, pictures.to_pdf])
+def test_without_browser_and_cairo_it_says_what_to_install(draw: Callable[[str], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cairosvg", None)
     monkeypatch.setattr(pictures, "browser", lambda: None)
     with pytest.raises(RunError, match="Install chromium"):
-        pictures.to_png("<svg/>")
+        draw("<svg/>")
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(pictures.browser() is None, reason="there is no Chromium")
-def test_png_by_chromium() -> None:
-    assert pictures.to_png(picture(), scale=1).startswith(b"\x89PNG\r\n")
+def test_png_and_pdf_by_chromium() -> None:
+    svg = picture()
+    assert pictures.to_png(svg, scale=1).startswith(b"\x89PNG\r\n")
+    made = pictures.to_pdf(svg)
+    assert made.startswith(b"%PDF-")
+    assert made.count(b"/Type /Page\n") == 1, "one page, of the picture's size"
+    width, height = (float(n) * 4 / 3 for n in re.search(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", made).groups())
+    size = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
+    assert abs(width - float(size[1])) < 2
+    assert abs(height - float(size[2])) < 2
+
+
+def test_a_file_has_a_key_of_its_arrows_and_no_buttons() -> None:
+    text = picture().split("</style>")[1]
+    for meaning in ("gradients come back", "no gradient comes back", "into a local loss", "weights"):
+        assert f">{meaning}</text>" in text
+    assert "data-fold" not in text
 
 
 def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.CaptureFixture[str]) -> None:
