@@ -123,8 +123,10 @@ def _files(shown: "Shown", suffix: str, path: Path, unfold: bool) -> dict[Path, 
         return {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in values.items()}
     if suffix in ("mmd", "dot"):
         return {path: (to_dot if suffix == "dot" else to_mermaid)(main_diff(shown), unfold=unfold)}
-    makers = {"html": to_html, "svg": to_svg, "png": lambda s: to_png(to_svg(s)), "pdf": lambda s: to_pdf(to_svg(s))}
-    return {path: makers[suffix](shown)}
+    if suffix == "html":
+        return {path: to_html(shown)}
+    svg = to_svg(shown)
+    return {path: to_png(svg) if suffix == "png" else to_pdf(svg) if suffix == "pdf" else svg}
 
 
 def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:

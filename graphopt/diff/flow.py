@@ -83,7 +83,7 @@ def describe(graph: Graph, node: Node, statuses: tuple[str, ...]) -> NodeRow:
     parameters = sum(p.numel() for _, p in parameters_read(graph.module, node))
     if node.op == "call_module":
         module = leaf(graph, node)
-        what, settings = type(module).__name__, module.extra_repr()
+        what, settings = type(module).__name__, module.extra_repr() if module is not None else ""
     else:
         what = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else str(node.target).rpartition(".")[2]
         settings = repr(_constants([node.args, node.kwargs]))
