@@ -28,23 +28,10 @@ if TYPE_CHECKING:
     from graphopt.plan_file import save
     from graphopt.tracing import trace
     from graphopt.train.export import load
+    from graphopt.train.loop import Phases
 
-__all__ = [
-    "ActiveMatch",
-    "Decision",
-    "Diagnostic",
-    "Diff",
-    "Editor",
-    "Effects",
-    "Filter",
-    "Graph",
-    "Match",
-    "Pass",
-    "Plan",
-    "Region",
-    "Report",
-]
-__all__ += ["RuntimeNeeds", "Section", "Selector", "Severity", "Status"]
+__all__ = ["ActiveMatch", "Decision", "Diagnostic", "Diff", "Editor", "Effects", "Filter", "Graph", "Match", "Pass", "Phases", "Plan"]
+__all__ += ["Region", "Report", "RuntimeNeeds", "Section", "Selector", "Severity", "Status"]
 __all__ += ["BackboneError", "GraphoptError", "PassError", "RunError", "SelectError", "SpecError", "TraceError", "VerifyError"]
 __all__ += ["compile", "load", "picture", "save", "select", "trace"]
 
@@ -60,6 +47,7 @@ _MODULE_OF = {
     "compile": "driver",
     "select": "ir.select",
     "load": "train.export",
+    "Phases": "train.loop",
     "save": "plan_file",
     "trace": "tracing",
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ CHECKS = ["keeps what it declares", "leaves the model as it was", "survives a de
 CHECKS += ["costs what is forecast", "exports to the backbone", "goes through a file"]
 
 
-def test_the_pass_of_the_readme_keeps_everything() -> None:
-    scope: dict[str, Any] = {}
+def test_the_pass_of_the_readme_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = next(text for text in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if "class Damp" in text)
-    exec(compile(text, "README.md", "exec", dont_inherit=True), scope)
-    report = check_pass(scope["Damp"](select="layer2"))
+    (tmp_path / "readme_damp.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    report = check_pass(import_module("readme_damp").Damp(select="layer2"))
     assert [f.check for f in report.findings] == CHECKS
     assert {f.backbone for f in report.findings} == {"resnet"}, "a vision transformer has no layer2"
     assert "resnet: keeps what it declares: ok (" in str(report)
