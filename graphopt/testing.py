@@ -24,8 +24,16 @@ BATCH = 4
 #: the largest relative difference between two ways to compute one output in float32
 TOLERANCE = 1e-4
 #: figures of a training step that a forecast and a real step must have in common, to the byte and the FLOP
-FIGURES = ("parameters", "trainable_parameters", "forward_flops", "backward_flops", "saved_activation_bytes", "gradient_bytes")
-FIGURES += ("optimizer_bytes", "peak_bytes")
+FIGURES = (
+    "parameters",
+    "trainable_parameters",
+    "forward_flops",
+    "backward_flops",
+    "saved_activation_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "peak_bytes",
+)
 
 
 _FIX = "Give backbones that it is for: backbones={'mine': (model, (3, 32, 32))}"
@@ -231,7 +239,7 @@ def _trains(plan: Plan) -> str:
 
 
 def _costs_as_forecast(plan: Plan) -> str:
-    module: nn.Module = plan.module if plan.needs.features is None else plan.suffix
+    module = plan.module if plan.needs.features is None else plan.suffix
     shape = plan.base.input if plan.needs.features is None else input_of(module)
     targets = plan.needs.targets
     expected, real = (of(module.train(), shape, BATCH, targets=targets) for of in (forecast, measure))
