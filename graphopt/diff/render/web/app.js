@@ -252,7 +252,7 @@
     host.innerHTML = data.phases.map((f, i) => {
       const before = i ? new Map(data.phases[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
       const strip = `<span class="strip${f.rows.length > 40 ? " dense" : ""}">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "unchanged" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
-      return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${f.epoch}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
+      return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${Number(f.epoch.toFixed(2))}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
     }).join("");
     host.addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) setPhase(Number(b.dataset.phase)); });
     showPhase();
