@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.cli import options
-from graphopt.errors import RunError
+from graphopt.errors import RunError, did_you_mean
 
 if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
@@ -25,12 +25,14 @@ def is_weights(argument: str) -> bool:
 
 
 def is_backbone(argument: str) -> bool:
-    """Whether an argument is `source/name`, as in `timm/resnet50`; a file or an installed spec of that name comes first."""
+    """Whether an argument is meant as `source/name`, as in `timm/resnet50`; a file or an installed spec of that name comes first."""
     from graphopt.models.catalog import SOURCES
     from graphopt.spec import installed
 
-    known = argument.partition("/")[0] in SOURCES
-    return known and not os.path.exists(argument) and argument not in installed() and not argument.endswith(".toml")
+    source, slash, _ = argument.partition("/")
+    if not slash or os.path.exists(argument) or argument in installed() or argument.endswith(".toml"):
+        return False
+    return source in SOURCES or did_you_mean(source, SOURCES) is not None
 
 
 class Networks:

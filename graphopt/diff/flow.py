@@ -57,11 +57,15 @@ def figures(cost: Cost | None, rows: Sequence[RowLocation], graph: Graph, nodes:
         found = {b.path: {name: int(getattr(b, name)) for name in BLOCK_FIGURES} for b in cost.by([r for r in rows if r.paths])}
         return {r.name: found.get(r.name, dict.fromkeys(BLOCK_FIGURES, 0)) for r in rows}
     seen: set[nn.Parameter] = set()
+    # Heads with a local loss are added by passes, and called outside of the graph.
+    added = {path: part for path, part in graph.module.named_modules() if path not in graph.types}
     result = {}
     for row, inside in zip(rows, nodes, strict=True):
         # A neighbour's weight that a pass reads here counts at the neighbour.
         own = [n for n in inside if n.op != "get_attr" or "pass" not in n.meta]
-        fresh = {p for n in own for _, p in parameters_read(graph.module, n)} - seen
+        read = {p for n in own for _, p in parameters_read(graph.module, n)}
+        outside = () if inside else [added[path] for path in row.paths if path in added]
+        fresh = read.union(*(part.parameters() for part in outside)) - seen
         seen |= fresh
         result[row.name] = {
             "parameters": sum(p.numel() for p in fresh),
