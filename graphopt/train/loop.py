@@ -60,7 +60,8 @@ class Phases:
         settings of its groups. What holds on to the earlier ones (a schedule, DDP) has to be made again.
 
         Args:
-            step, steps: where phases begin within epochs, call it before every step: the steps done in the epoch, and those it has.
+            step: steps of the epoch that are done; where phases begin within epochs, call it before every step.
+            steps: those that an epoch has.
             metrics: figures of the epoch before, for triggers that read them.
 
         Raises:
