@@ -1,55 +1,15 @@
-"""Phases in a loop of one's own, and in Lightning's: the same weights as by hand, state by name, and a stop in between changes nothing."""
+"""Phases in a loop of one's own: they begin when triggers say, state goes on by name, and a stop in between changes nothing."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import graphopt
-from graphopt import Phases, Plan
+from graphopt import Phases
 from graphopt.errors import RunError
 from graphopt.passes.freeze import Freeze
-from graphopt.passes.supervise import Supervise
-from tests.support.backbones import Small
-
-torch.manual_seed(0)
-IMAGES, TARGETS = torch.randn(8, 3, 8, 8), torch.arange(8)
-BATCHES = [(IMAGES[:4], TARGETS[:4]), (IMAGES[4:], TARGETS[4:])]
-
-
-def plan(*passes: graphopt.Pass) -> Plan:
-    torch.manual_seed(0)
-    return graphopt.compile(Small(blocks=2, drop=0.0), list(passes), input=(3, 8, 8), batch=4, verify="off", costs=False)
-
-
-def freeze(when: Any, **options: Any) -> Freeze:
-    return Freeze.model_validate({"select": ["stem", "blocks.0"], "when": when, **options})
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
-
-
-def train(phases: Phases, epochs: range, steps: bool = False) -> list[bool]:
-    """Trains; for each call of `begin`, whether a phase began."""
-    began = []
-    for epoch in epochs:
-        for step, (x, target) in enumerate(BATCHES):
-            if steps or not step:
-                began.append(phases.begin(epoch, step, steps=len(BATCHES) if steps else None))
-            assert phases.optimizer is not None
-            phases.module.train()
-            phases.optimizer.zero_grad()
-            nn.functional.cross_entropy(phases.module(x), target).backward()
-            phases.optimizer.step()
-    return began
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+from tests.train.loops import freeze, plan, same, sgd, train
 
 
 def test_phases_begin_as_the_triggers_say_and_momentum_goes_on() -> None:
@@ -110,68 +70,3 @@ def test_what_was_frozen_must_not_have_moved() -> None:
         phases.module.get_parameter("stem.weight").add_(1)
     with pytest.raises(RunError, match=r"frozen, but changed during the phase: .*stem\.weight"):
         phases.begin(1)
-
-
-lightning = pytest.importorskip("lightning")
-
-
-def net(made: Plan, **optimizer: Any) -> Any:
-    class Net(lightning.LightningModule):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.rates = made.module, []
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            x, target = batch
-            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-            if made.needs.targets:
-                output, local = self.net(x, target)
-                return nn.functional.cross_entropy(output, target) + local
-            return nn.functional.cross_entropy(self.net(x), target)
-
-        def configure_optimizers(self) -> Any:
-            made = sgd(self.net)
-            return {"optimizer": made, "lr_scheduler": torch.optim.lr_scheduler.StepLR(made, 1, gamma=0.5)}
-
-    return Net()
-
-
-def fit(module: Any, callback: Any, epochs: int, **options: Any) -> Any:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[callback], **quiet)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, TARGETS), batch_size=4)
-    trainer.fit(module, loader, **options)
-    return trainer
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_trains_the_same_phases() -> None:
-    from graphopt.train.lightning import PhaseCallback
-
-    made = plan(freeze({"epoch": 1}))
-    module, callback = net(made), PhaseCallback(made)
-    start = made.module.get_parameter("stem.weight").detach().clone()
-    fit(module, callback, 3)
-    assert module.rates == [0.05, 0.05, 0.025, 0.025, 0.0125, 0.0125], "the schedule goes on through the phase"
-    assert module.net is callback.phases.module
-
-    own = Phases(plan(freeze({"epoch": 1})), sgd, epochs=3)
-    for epoch, rate in enumerate((0.05, 0.025, 0.0125)):
-        own.begin(epoch)
-        assert own.optimizer is not None
-        own.optimizer.param_groups[0]["lr"] = rate
-        train(own, range(epoch, epoch + 1))
-    assert same(own.plan.export_state(), callback.phases.plan.export_state())
-    assert not torch.equal(start, own.plan.export_state()["stem.weight"])
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_with_local_losses_and_what_cannot_work() -> None:
-    from graphopt.train.lightning import PhaseCallback
-
-    made = plan(Supervise(modules=2))
-    callback = PhaseCallback(made)
-    fit(net(made), callback, 1)
-    assert type(callback.phases.plan.export()) is Small
-    with pytest.raises(RunError, match="'net' is not the plan's module"):
-        fit(net(plan()), PhaseCallback(made), 1)
