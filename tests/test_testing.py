@@ -92,7 +92,7 @@ class _Hidden(nn.Module):
 @pytest.mark.parametrize(
     ("fault", "check", "words"),
     [
-        ("copy", "survives a deep copy", "the loss of a deep copy is"),
+        ("copy", "survives a deep copy", "deep copy"),
         ("export", "exports to the backbone", "computes something else"),
         ("cost", "costs what is forecast", "measured"),
     ],
