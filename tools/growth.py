@@ -31,7 +31,7 @@ from graphopt.compiler.pipeline import match_all
 from graphopt.compiler.plan import compile_phase
 from graphopt.compiler.registry import passes
 from graphopt.cost.partition import best
-from graphopt.diff import diff
+from graphopt.diff import Diff
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError
 
@@ -133,7 +133,7 @@ def measure(kind: str, size: int) -> tuple[int, dict[str, float]]:
         with suppress(GraphoptError):
             found[name], plan = timed(compiled)
             if name == "freeze":
-                found["diff"], _ = timed(lambda plan=plan: diff(plan))
+                found["diff"], _ = timed(lambda plan=plan: Diff.of(plan))
     return len(source.base.nodes), found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.networks import is_weights
 from graphopt.cli.screen import grid, show, show_error, show_json, show_text
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 #: classes in a confusion matrix that is printed as a table
 _WIDEST = 12
-#: names of files that hold weights
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WHAT = "A run's folder or one of its checkpoints, a weights file, or a spec."
 _SPEC = "Of a weights file: the spec that names its backbone and data."
 _EPOCH = "Of a run: the end of this epoch (from 0); default: its best."
@@ -88,7 +87,7 @@ def _network(
     if spec is None and run is not None:
         loaded = load(run, trust=trust, overrides=overrides)
         return _of_run(path, epoch, weights, trust), loaded
-    if path.is_file() and path.suffix.lower() in _WEIGHTS:
+    if is_weights(what):
         return _of_file(path, spec, overrides, trust)
     if spec is not None:
         raise RunError("belongs to a weights file", where="--spec", fix="Leave it out: a run and a spec have their own")
