@@ -130,7 +130,7 @@ class Starting:
                 record = folder.ledger if settings.ledger and strategy.ranks.first else None
                 with (
                     closing(MetricsLog(path, offset=offset, tensorboard=board, step=done)) as metrics,
-                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done)) as ledger,
+                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done, inputs.data.train.repeats)) as ledger,
                 ):
                     log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
                     log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
