@@ -6,7 +6,7 @@ So a run that is resumed within an epoch gets the same batches as an uninterrupt
 import math
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -270,9 +270,9 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
         yield Batch(*loaded)
 
 
-def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Iterator[Batch]:
+def load(samples: Samples, keys: Iterable[Sequence[Key]], workers: int = 0) -> Iterator[Batch]:
     """The batches with these keys."""
-    iterator = _begin(_loader(samples, keys, workers, seed=0))
+    iterator = _begin(_loader(samples, map(list, keys), workers, seed=0))
     try:
         yield from _checked(iterator)
     finally:
