@@ -20,6 +20,7 @@ from graphopt.hashing import hash_parts
 from graphopt.ir.inputs import Input, show, tensors_of
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
+from graphopt.train.distillation import open_teacher
 from graphopt.train.evaluation import check_output, traced_output
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.modules import check_modules
@@ -105,14 +106,15 @@ def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
         check_modules(plan, settings, ranks)
 
 
-def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
-    """Everything for which `train` would refuse a run of this plan before its first step."""
+def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data, *, trust: bool = False) -> Iterator[GraphoptError]:
+    """Everything for which `train` would refuse a run of this plan before its first step; with `trust`, a teacher's code is run."""
     steps = 1
     try:
         inputs = Inputs.open(settings, data, plan.base.input, choose(settings))
         steps = len(inputs.images) // settings.accumulate
         check_outputs(plan, inputs.data.classes)
         inputs.features(Path(), "", {}).check(plan)
+        open_teacher(settings, plan, inputs.data, trust=trust)
     except GraphoptError as error:
         yield error
     try:

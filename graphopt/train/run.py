@@ -31,7 +31,7 @@ from graphopt.hashing import content_digest, hash_parts
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.distillation import open_teacher
-from graphopt.train.evaluation import Meter, evaluate
+from graphopt.train.evaluation import Meter, evaluate, traced_output
 from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
@@ -130,7 +130,7 @@ class Starting:
                 record = folder.ledger if settings.ledger and strategy.ranks.first else None
                 with (
                     closing(MetricsLog(path, offset=offset, tensorboard=board, step=done)) as metrics,
-                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done)) as ledger,
+                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done, inputs.data.train.repeats)) as ledger,
                 ):
                     log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
                     log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
@@ -167,6 +167,8 @@ class Starting:
         inputs = self.inputs
         features = inputs.features(self.folder.features, plan.digest, identity)
         feeds = inputs.images, inputs.evaluation
+        if inputs.mixer is not None:
+            inputs.mixer.score(traced_output(plan).shape[1])
         teacher = open_teacher(self.settings, plan, inputs.data, trust=self.trust)
         if teacher is not None:
             inputs.strategy.to_device(teacher)
