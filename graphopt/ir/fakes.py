@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 _CPU = torch.device("cpu")
-_DEVICE, _VIEW = torch.ops.prim.device.default, torch.ops.aten.view.default
+_DEVICE, _ITEM, _VIEW = torch.ops.prim.device.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.view.default
 #: what an operator returns: new tensors or a view of its first argument, that argument itself, nothing, or anything else
 _NEW, _FIRST, _NOTHING, _OTHER = "new", "first", "nothing", "other"
 #: by operator; and whether it is a for-each operator
@@ -47,6 +47,10 @@ class FakeMode(FakeTensorMode):
         kind, each = _kinds.get(func) or _kinds.setdefault(func, (_kind_of(func), func.name().startswith("aten::_foreach_")))
         if each and len(args[0]) > 1:
             return self._each(func, types, args, kwargs)
+        if _of_constants(func, kind, args):
+            # A counter of an optimizer, whose value torch keeps beside the fake.
+            out = func(*_constants(args), **kwargs)
+            return args[0] if kind is _FIRST else out
         key = self._key(func, args, kwargs) if kind is not _OTHER else None
         known = _results.get(key, _OTHER) if key is not None else _OTHER
         if known is not _OTHER:
@@ -130,6 +134,20 @@ def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
             fake.requires_grad_(tensor.requires_grad)
             fake._is_param = True
     return fake
+
+
+def _of_constants(func: Any, kind: str, args: Any) -> bool:
+    """Whether an operator reads a number from tensors of known values alone, or changes nothing but the value of such a one."""
+    if func is not _ITEM and kind not in (_FIRST, _NOTHING):
+        return False
+    found = list(_tensors(args))
+    return bool(found) and all(getattr(tensor, "constant", None) is not None for tensor in found)
+
+
+def _constants(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_constants, value))
+    return value.constant if isinstance(value, FakeTensor) else value
 
 
 def _contiguous_view(tensor: Tensor, sizes: Sequence[int]) -> Any:
