@@ -225,17 +225,24 @@ class Ledger(TorchDispatchMode):
             self._gathered(func, args, kwargs, outputs)
         if self.inside is not None:
             self.inside(OperatorCall(func, args, kwargs, out, inputs, outputs))
-        read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
-        numbers = [known.index for known in read if known is not None]
-        reads_weight = any([self.weights[number] for number in numbers])
-        if reads_weight and len(numbers) == len(read) and all([self.weights[n] or self.kinds[n] == Kind.BUFFER for n in numbers]):
-            for number, new in registered:
-                self.weights[number] |= new
+        reads_weight = self._follow_weights(inputs, registered)
         flops = operator_flops(facts.packet, args, kwargs, out)
         if flops is not None:
             self.products += sum(flops) if facts.packet not in CONVOLUTIONS else 0
             self.attribution.add(flops.plain, flops.weight, reads_weight=reads_weight)
         return out
+
+    def _follow_weights(self, inputs: list[Tensor], results: list[tuple[int, bool]]) -> bool:
+        """Whether an operator reads a weight. Where it reads weights and buffers alone, its new results are weights, too."""
+        read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
+        numbers = [known.index for known in read if known is not None]
+        weights = [self.weights[number] for number in numbers]
+        if not any(weights):
+            return False
+        if len(numbers) == len(read) and all(w or self.kinds[n] == Kind.BUFFER for w, n in zip(weights, numbers, strict=True)):
+            for number, new in results:
+                self.weights[number] |= new
+        return True
 
     def _gathered(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
         """Records a collective, and which tensors hold whole parameters or messages."""

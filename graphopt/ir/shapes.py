@@ -83,7 +83,7 @@ def update_shapes(module: fx.GraphModule, stale: Collection[fx.Node]) -> bool:
         for node in module.graph.nodes:
             if node in stale or "val" not in node.meta or not renewed.isdisjoint(node.all_input_nodes):
                 old = node.meta.pop("val", None)
-                # The memory that nodes share is told by one copy of the module alone: that of a parameter, and of a leaf that gives its own.
+                # Which nodes share a parameter's memory is told by one copy of the whole module alone.
                 if node.op == "get_attr":
                     return False
                 try:
