@@ -119,7 +119,7 @@ def _noted(mode: FakeTensorMode, elem: Tensor) -> FakeTensor:
     """`FakeTensor(mode, elem, cpu)` of a tensor on the meta device; in a `FakeMode` without setting each attribute anew."""
     if not isinstance(mode, FakeMode):
         return FakeTensor(mode, elem, _CPU)
-    fake: FakeTensor = Tensor._make_subclass(FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=_CPU)  # type: ignore[arg-type]
+    fake: FakeTensor = Tensor._make_subclass(FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=_CPU)
     torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
     vars(fake).update(mode.notes)
     return fake

@@ -55,7 +55,7 @@ class Graph:
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        module: TrainingModule,
         input: Input,
         types: dict[str, str],
         groups: tuple[tuple[str, ...], ...] = (),
@@ -119,7 +119,7 @@ class Graph:
         nodes = fx.Graph()
         for node in self.nodes:
             copies[node] = nodes.node_copy(node, lambda n: copies[n])
-        module = TrainingModule(copy_with(self.module) if weights else alias_copy(self.module), nodes, self.module._get_name())
+        module = TrainingModule(copy_with(self.module) if weights else alias_copy(self.module), nodes, type(self.module).__name__)
         other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.aliases, self.untouched)
         other.sections = [replace(s, nodes=tuple(copies[n] for n in s.nodes)) for s in self.sections]
         return other
