@@ -35,15 +35,20 @@ from graphopt.diff import Diff
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError
 
-SIZES = (1_000, 5_000, 20_000)
+SIZES = (1_000, 4_000)
 #: each pass, as it acts on much of a graph
 PASSES: dict[str, dict[str, Any]] = {
     "freeze": {"select": [{"blocks": True, "first": 0.5}]},
     "checkpoint": {"select": [{"blocks": True}]},
     "drop": {"mode": "bypass", "probability": 0.2},
     "share": {"mode": "mix"},
+    "supervise": {"modules": 4},
+    "adapt": {"rank": 1},
+    "blurpool": {},
+    "factorize": {},
+    "ghost_norm": {},
 }
-WIDTH, SHAPE = 4, (3, 8, 8)
+WIDTH, SHAPE = 4, (3, 16, 16)
 
 
 def conv(inputs: int = WIDTH, outputs: int = WIDTH) -> nn.Module:
@@ -94,7 +99,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {"chain": (Residual, 8),
 class Network(nn.Module):
     def __init__(self, block: Callable[[], nn.Module], blocks: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
+        self.stem = nn.Conv2d(3, WIDTH, 3, stride=2, padding=1)
         self.blocks = nn.Sequential(*(block() for _ in range(blocks)))
         self.head = nn.Linear(WIDTH, 10)
 

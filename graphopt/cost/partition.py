@@ -131,7 +131,10 @@ class _PieceByPiece(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, ledger: Ledger, ends: set[str], active: set[str], *, isolated: bool) -> None:
         super().__init__(module)
         self.ledger, self.ends, self.active, self.isolated = ledger, ends, active, isolated
-        self.parameters = list(module.parameters())
+        #: parameters with a gradient of the piece's backward
+        self.differentiated: list[Tensor] = []
+        for parameter in (p for p in module.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(self.differentiated.append)
         self.records: list[_Record] = []
         self.pending: fx.Node | None = None
         self.flops = 0
@@ -173,10 +176,11 @@ class _PieceByPiece(fx.Interpreter):
                 unit = torch.ones_like(seed)
             torch.autograd.backward(seed, unit)
         work = ledger.work - self.done
-        for parameter in self.parameters:
+        for parameter in self.differentiated:
             if parameter.grad is not None:
                 ledger.set_kind((parameter.grad,), Kind.GRADIENT)
                 parameter.grad = None
+        self.differentiated.clear()
         record = _Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved, work, self.flops - before)
         self.records.append(record)
 

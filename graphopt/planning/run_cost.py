@@ -238,8 +238,7 @@ def _phase_cost(
     cut = plan.needs.features
     if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
         return forecast(plan.module, plan.graph.input, batch, **options), None, 0
-    suffix = emit(plan.graph, start=cut.node)
-    step = forecast(suffix, input_of(suffix), batch, **options)
+    step = forecast(plan.suffix, input_of(plan.suffix), batch, **options)
     old = earlier.needs.features if earlier is not None else None
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:

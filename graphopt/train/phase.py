@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,9 +74,11 @@ class Step(NamedTuple):
 
     def add_to(self, *meters: Meter) -> None:
         """Adds the figures of its samples."""
-        losses = {"loss": self.task.double() * self.samples, "local": (self.total.double() - self.task.double()) * self.samples}
-        for meter in meters if self.samples else ():
-            meter.add(self.samples, **losses, correct=self.correct)
+        if self.samples:
+            task, total = self.task.double(), self.total.double()
+            sums = Meter.sums_of(loss=task * self.samples, local=(total - task) * self.samples, correct=self.correct)
+            for meter in meters:
+                meter.add(self.samples, sums)
 
 
 class AveragedWeights(ModelEmaV3):
@@ -193,21 +196,21 @@ class Phase:
         """One optimizer step after `done` ones, over the next `accumulate` batches on the device."""
         count = self.spec.accumulate
         self.optimizer.zero_grad(set_to_none=True)
-        reseed(self.spec.seed, 3, done)  # of Python and NumPy, which a user's network may draw from
+        reseed(self.spec.seed, 3, done, of_torch=False)  # what a user's network may draw from; torch's generators are set below
         total = task = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
         for number, batch in zip(range(count), batches, strict=False):
             seed = self.spec.seed, done, number
-            set_seeds(mixed_seed(*seed, 4), mixed_seed(*seed, 5, self.strategy.peers.number))
+            set_seeds(partial(mixed_seed, *seed, 4), mixed_seed(*seed, 5, self.strategy.peers.number))
             last = number + 1 == count
             with nullcontext() if last else self.strategy.without_reduction(self._wrapped):
                 with self.strategy.autocast():
                     loss, criterion, output = self._loss(batch)
                 if loss.requires_grad:
                     self.scaler.scale(loss / count).backward()
-            total = total + loss.detach() / count
+            total = _added(total, loss.detach(), count)
             if output is not None:
-                task = task + criterion.detach() / count
+                task = _added(task, criterion.detach(), count)
                 correct = correct + count_correct(output, batch.target)
                 samples += len(batch.target)
         self.strategy.after_backward()
@@ -332,6 +335,11 @@ class Phase:
         self.frozen, self.gradients_checked = dict(state["frozen"]), not state["first"]
         self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)
+
+
+def _added(mean: Tensor, value: Tensor, count: int) -> Tensor:
+    """The mean of `count` values, with one of them added."""
+    return value if count == 1 else mean + value / count
 
 
 def _means(by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
