@@ -77,7 +77,7 @@ class Cost:
     (workspaces) is not included.
 
     Attributes:
-        batch: samples in the step.
+        batch: samples in the step, of all its micro-batches.
         parameters, trainable_parameters: elements; shared ones count once, and those that the forward never reads are included.
         parameter_bytes, buffer_bytes, input_bytes: the model itself; the batch and its targets.
         gradient_bytes, optimizer_bytes: all gradients that reach a parameter's `.grad`; the optimizer's state between steps.

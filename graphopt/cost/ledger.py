@@ -90,9 +90,10 @@ class Ledger(TorchDispatchMode):
         events: storage i allocated: i; freed: ~i.
         phases: (name of a phase, number of events before it).
         saved: (stored tensor, storage, path that saved it).
+        times: how often the work of the current phase counts, which may stand for others that are alike.
         kernels, moved: kernel calls, and the bytes of all that they read and write: what a step's time depends on besides FLOPs.
         products: FLOPs of matrix products and attention, but of no convolution.
-        messages: the collectives that were called: (name of the phase, operator, bytes of the whole message).
+        messages: the collectives that were called: (operator, bytes of the whole message, how often it counts).
         copies_scattered: whether a reduce-scatter works on a copy of its message, as gloo's does inside the operator.
         host: storages that stay on the CPU where the step runs on another device: the optimizer's counters.
         inside: is told each operator, to record what its kernel allocates for itself, and how long it takes on another device.
@@ -108,8 +109,9 @@ class Ledger(TorchDispatchMode):
         self.events: list[int] = []
         self.phases: list[tuple[str, int]] = []
         self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
+        self.times = 1
         self.kernels = self.moved = self.products = 0
-        self.messages: list[tuple[str, str, int]] = []
+        self.messages: list[tuple[str, int, int]] = []
         self.copies_scattered = False
         self.host: set[int] = set()
         self.inside: Callable[[OperatorCall], None] | None = None
@@ -178,8 +180,9 @@ class Ledger(TorchDispatchMode):
             if kind == Kind.PARAMETER:
                 self.weights[number] = True
 
-    def start_phase(self, name: str) -> None:
-        """A phase of the step starts here."""
+    def start_phase(self, name: str, times: int = 1) -> None:
+        """A phase of the step starts here, whose work counts so many times."""
+        self.times = times
         self.phases.append((name, len(self.events)))
 
     @property
@@ -218,8 +221,8 @@ class Ledger(TorchDispatchMode):
             out = _as_real(facts.packet, args, out)
         inputs, outputs = _tensors_of(args, kwargs), tensors_in(out)
         if self._open and not facts.is_view:
-            self.kernels += 1
-            self.moved += sum([t.numel() * t.element_size() for t in (*inputs, *outputs)])
+            self.kernels += self.times
+            self.moved += self.times * sum([t.numel() * t.element_size() for t in (*inputs, *outputs)])
         registered = [self._register(t.untyped_storage()) for t in outputs]
         if facts.namespace in ("fsdp", "c10d"):
             self._gathered(func, args, kwargs, outputs)
@@ -228,8 +231,8 @@ class Ledger(TorchDispatchMode):
         reads_weight = self._follow_weights(inputs, registered)
         flops = operator_flops(facts.packet, args, kwargs, out)
         if flops is not None:
-            self.products += sum(flops) if facts.packet not in CONVOLUTIONS else 0
-            self.attribution.add(flops.plain, flops.weight, reads_weight=reads_weight)
+            self.products += self.times * sum(flops) if facts.packet not in CONVOLUTIONS else 0
+            self.attribution.add(self.times * flops.plain, self.times * flops.weight, reads_weight=reads_weight)
         return out
 
     def _follow_weights(self, inputs: list[Tensor], results: list[tuple[int, bool]]) -> bool:
@@ -256,7 +259,7 @@ class Ledger(TorchDispatchMode):
             whole = max(values, key=lambda tensors: sum(t.nbytes for t in tensors))
             name, size = func.overloadpacket.__name__, sum(t.nbytes for t in whole)
             if self.phases:
-                self.messages.append((self.phases[-1][0], name, size))
+                self.messages.append((name, size, self.times))
             if self.copies_scattered and "scatter" in name:
                 self.events += [len(self.sizes), ~len(self.sizes)]
                 self._append(size, Kind.GATHERED)

@@ -59,8 +59,8 @@ class TimedStep:
     """A training step and the machine that takes it: what passes settle by besides the graph.
 
     Attributes:
-        batch: samples that go through the network at once. measured: gives the rates of the machine, once they are asked for.
-        optimizer, optimizer_options, amp: as in `StepOptions`.
+        batch: samples in the step. measured: gives the rates of the machine, once they are asked for.
+        optimizer, optimizer_options, amp, accumulate: as in `StepOptions`.
     """
 
     batch: int
@@ -68,6 +68,12 @@ class TimedStep:
     optimizer: Optimizer = "sgd"
     optimizer_options: Mapping[str, Any] | None = None
     amp: str | None = None
+    accumulate: int = 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that go through the network at once."""
+        return self.batch // self.accumulate
 
     @property
     def rates(self) -> Rates:
@@ -77,7 +83,11 @@ class TimedStep:
     @property
     def options(self) -> StepOptions:
         """Those of the forecast of such a step."""
-        return {"optimizer": self.optimizer, "optimizer_options": self.optimizer_options, "amp": self.amp}
+        return {"optimizer": self.optimizer, "optimizer_options": self.optimizer_options, "amp": self.amp, "accumulate": self.accumulate}
+
+    def seconds(self, work: Work, update: Update) -> float:
+        """Of the step: forward and backward of one micro-batch, as often as there are, and the update."""
+        return self.accumulate * self.rates.seconds(work) + self.rates.seconds(update.work)
 
     def update(self, parameters: Iterable[Tensor]) -> Update:
         """What the update of these parameters costs."""

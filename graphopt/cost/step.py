@@ -43,6 +43,8 @@ from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 Loss = Callable[[Any, Tensor], Tensor]
 #: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
 BLOCK = 512
+#: micro-batches of a step that are run, at most
+_RUN = 3
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
 
 
@@ -56,7 +58,8 @@ class StepOptions(TypedDict, total=False):
         amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
-        parallel: how the step runs on several ranks; the figures are then those of one rank's step, all micro-batches.
+        accumulate: micro-batches that the step takes one after the other (default 1), whose gradients add up; it divides the batch.
+        parallel: how the step runs on several ranks; the figures are then those of one rank's step.
         inputs: what the module takes, in the place of a batch of samples: plain values, and tensors like these.
         device: of a forecast: take the step with the kernels of this GPU, and forecast its memory there (`Cost.cuda`).
     """
@@ -66,6 +69,7 @@ class StepOptions(TypedDict, total=False):
     optimizer_options: Mapping[str, Any] | None
     amp: str | None
     loss: str | Loss
+    accumulate: int
     parallel: Parallel | None
     inputs: Sequence[Any] | None
     device: Device | None
@@ -81,6 +85,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     Args:
         module: on any device, meta included; not touched. Its `requires_grad` flags say what trains.
         input: one sample's shape, `(C, H, W)`, or that of each input; for a suffix, that of the features it takes.
+        batch: samples in the step, of all its micro-batches.
         per_block: module paths, or regions, to add the step up by (`Cost.blocks`); `Cost.by` does it later, too.
         options: see `StepOptions`.
 
@@ -151,8 +156,8 @@ def _train_once(
     module: nn.Module, input: Input, batch: int, per_block: Sequence[str | Named], ledger: Ledger, options: StepOptions
 ) -> Cost:
     """One step of `module`, a private copy."""
-    if batch < 1:
-        raise CostError(f"a batch has at least one sample, found {batch}")
+    count = options.get("accumulate", 1)
+    size = _micro_batch(batch, count)
     amp, criterion = autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
     parallel = options.get("parallel") or Parallel.alone()
     module.train()
@@ -162,10 +167,10 @@ def _train_once(
             gc.disable()
             stack.callback(gc.enable)
         given = options.get("inputs")
-        labels = partial(torch.zeros, batch, dtype=torch.long, device="cpu")
-        batches = [(_inputs(module, batch, input, given), labels()) for _ in range(parallel.accumulate)]
+        labels = partial(torch.zeros, size, dtype=torch.long, device="cpu")
+        batches = [(_inputs(module, size, input, given), labels()) for _ in range(min(count, _RUN))]
         wrapped = parallel.wrap(module)
-        step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False))
+        step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False), count)
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
         step.warm_up(batches, optimizer)
@@ -181,8 +186,17 @@ def _train_once(
         saved, gradient_bytes = step.run(batches, optimizer)
         ledger.close()
     cost = _cost(module, ledger, saved, gradient_bytes, batch)
-    cost = replace(cost, collectives=collectives(ledger.messages, parallel.accumulate))
+    cost = replace(cost, collectives=collectives(ledger.messages))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
+
+
+def _micro_batch(batch: int, count: int) -> int:
+    """Samples in each of `count` micro-batches. Raises CostError if the batch does not divide."""
+    if batch < 1:
+        raise CostError(f"a batch has at least one sample, found {batch}")
+    if count < 1 or batch % count:
+        raise CostError(f"a batch of {batch} does not divide into {count} micro-batches", fix="Give a multiple of accumulate")
+    return batch // count
 
 
 def _inputs(module: nn.Module, batch: int, input: Input, given: Sequence[Any] | None) -> tuple[Any, ...]:
@@ -227,7 +241,10 @@ def _criterion(loss: str | Loss) -> Loss:
 
 @dataclass
 class _Step:
-    """A step of `module`, which is called as `wrapped`, on one or more micro-batches."""
+    """A step of `module`, which is called as `wrapped`, on one or more micro-batches.
+
+    At most three are run: the first, one that stands for all in the middle, which are alike, and the last.
+    """
 
     ledger: Ledger
     module: nn.Module
@@ -236,6 +253,7 @@ class _Step:
     autocast: AbstractContextManager[Any]
     parallel: Parallel
     targets: bool
+    accumulate: int
 
     def warm_up(self, batches: Sequence[tuple[tuple[Any, ...], Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
         """Steps that do not count. Gradients that stay allocated between steps are gradients from the start."""
@@ -255,24 +273,22 @@ class _Step:
         It uses up `batches` but for the last: a training loop takes one micro-batch at a time, so each counts from its forward to the next
         one's, and the last until the next step's.
         """
-        count, gradient_bytes = len(batches), 0
-        del batches[2:-1]
-        last = len(batches) - 1
+        count, gradient_bytes, last = self.accumulate, 0, len(batches) - 1
         for number in range(last + 1):
             x = target = None
             x, target = batches.pop(0)
             if number == last:
                 batches.append((x, target))
             self.ledger.set_kind(tensors_in((x, target)), Kind.INPUT)
-            part = " between" if 0 < number < last else ""
+            times = count - 2 if 0 < number < last else 1
             with nullcontext() if number == last else self.parallel.without_reduction(self.wrapped):
-                self.ledger.start_phase(f"forward{part}")
+                self.ledger.start_phase("forward", times)
                 with torch.autograd.graph.saved_tensors_hooks(self.ledger.pack, self.ledger.unpack):
                     # The output lives until the next forward, or the step's end, as it does in a training loop.
                     output, loss = self._forward(x, target)
                 saved = self.ledger.saved_now()
                 if loss.requires_grad:
-                    self.ledger.start_phase(f"backward{part}")
+                    self.ledger.start_phase("backward", times)
                     self._differentiate(x, loss / count if count > 1 else loss)
                     if number == last:
                         self.parallel.after_backward()

@@ -80,7 +80,7 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         self, split: Split, limit: int | None, transform: Step, *, deterministic: bool, seed: int, kept: bool = False, repeats: int = 1
     ) -> None:
         self.images, self.chosen = split.images, stratified(split.targets, limit)
-        self.fingerprint = partial(split.fingerprint, self.chosen)
+        self.fingerprint, self.outline = partial(split.fingerprint, self.chosen), partial(split.outline, self.chosen)
         self.transform: Any = transform
         self.deterministic, self.seed, self.kept, self.repeats = deterministic, seed, kept, repeats
 

@@ -170,23 +170,22 @@ def forecast_run(
         RunError: the training set has less than one batch.
         CostError: a step cannot be forecast.
     """
-    batch = train.micro_batch()
+    micro = train.micro_batch()
     options = {**train.forecast_options(), "device": rates.gpu if isinstance(rates, PeakRates) else None}
-    per_epoch = samples // train.batch
-    steps = per_epoch * train.accumulate
+    steps = samples // train.batch
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
     backbone = emit(plan.base)
-    whole = forecast(backbone, plan.base.input, batch, **options)
+    whole = forecast(backbone, plan.base.input, train.batch, **options)
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
     for start, end, due, current in plan.phases(train.epochs, decisions) if phases is None else phases:
-        step, filling, cached = _phase_cost(current, earlier, batch, samples, options) if any(current.effects) else (whole, None, 0)
+        step, filling, cached = _phase_cost(current, earlier, train, samples, options) if any(current.effects) else (whole, None, 0)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
         seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)
-        length = Fraction(step_at(end, per_epoch) - step_at(start, per_epoch), per_epoch)
+        length = Fraction(step_at(end, steps) - step_at(start, steps), steps)
         epochs = int(length) if length.denominator == 1 else float(length)
         phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
@@ -196,8 +195,8 @@ def forecast_run(
         earlier = current if cached else None
     # The last evaluation batch of an epoch counts as the part that it is.
     # The forward of a training step has the same FLOPs; its seconds are others.
-    evaluation = _forward_cost(backbone, plan.base.input, batch, options) if rates else whole
-    batches = math.ceil(train.epochs / train.eval_every) * evaluated / batch
+    evaluation = _forward_cost(backbone, plan.base.input, micro, options) if rates else whole
+    batches = math.ceil(train.epochs / train.eval_every) * evaluated / evaluation.batch
     evaluating = int(batches * evaluation.forward_flops), _seconds(rates, evaluation, batches)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
     totals = _totals([before], *evaluating), _totals(found, *evaluating)
@@ -231,21 +230,21 @@ def _totals(phases: Sequence[PhaseCost], evaluation: int, evaluation_seconds: fl
 
 
 def _phase_cost(
-    plan: Plan, earlier: Plan | None, batch: int, samples: int, options: Mapping[str, Any]
+    plan: Plan, earlier: Plan | None, train: TrainSpec, samples: int, options: Mapping[str, Any]
 ) -> tuple[Cost, tuple[Cost, float] | None, int]:
     """One training step; one batch of filling the feature cache (from that of the phase before), and the number of batches; its size."""
     options = {**options, "targets": plan.needs.targets}
     cut = plan.needs.features
     if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
-        return forecast(plan.module, plan.graph.input, batch, **options), None, 0
-    step = forecast(plan.suffix, input_of(plan.suffix), batch, **options)
+        return forecast(plan.module, plan.graph.input, train.batch, **options), None, 0
+    step = forecast(plan.suffix, input_of(plan.suffix), train.batch, **options)
     old = earlier.needs.features if earlier is not None else None
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:
         return step, None, cached
     prefix = emit(plan.graph, start=start, stop=cut.node)
-    fill = _forward_cost(prefix, input_of(prefix), batch, options)
-    return step, (fill, samples * (cut.options.get("views") or 1) / batch), cached
+    fill = _forward_cost(prefix, input_of(prefix), train.micro_batch(), options)
+    return step, (fill, samples * (cut.options.get("views") or 1) / fill.batch), cached
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -191,10 +191,10 @@ class TrainSpec(Table):
         return self.batch // parts
 
     def forecast_options(self) -> dict[str, Any]:
-        """Options of `graphopt.cost.forecast`, for a training step of this run."""
+        """Options of `graphopt.cost.forecast`, for a training step of this run: one of `batch` samples, where there is one process."""
         optimizer = self.optimizer
         arguments = {"momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay, **optimizer.arguments}
-        return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp}
+        return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp, "accumulate": self.accumulate}
 
 
 class Spec(Table):

@@ -7,6 +7,7 @@ was started is no help: after a failure that only one agent has seen, agents cou
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,32 @@ _PAUSE = 0.02
 def elastic() -> bool:
     """Whether torchrun has started this process, and keeps the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are, as the environment says; (0, 1) where it names no others.
+
+    Raises RunError for variables that do not fit together.
+    """
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if given["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    number, count = (int(value) if value.isdecimal() else -1 for value in given.values())
+    if not 0 <= number < count:
+        found = " and ".join(f"{name} is {value!r}" if value else f"{name} is not set" for name, value in given.items())
+        fix = "Start processes with torchrun or --ranks, which set both; or unset them"
+        raise RunError(f"{found}, which name no process of several", where="the environment", fix=fix)
+    return number, count
+
+
+def reports_first() -> bool:
+    """Whether this process is the one to report an error that it has found before it meets the others, who may find it too."""
+    if elastic():
+        with suppress(RuntimeError, ValueError, KeyError):
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = _distributed.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+            return bool(store.add(f"graphopt/reported/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def meet(part: str, number: int, count: int, timeout: float) -> tuple[Any, bool]:

@@ -18,7 +18,7 @@ from graphopt.data.mixing import Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
 from graphopt.runtime.randomness import set_seeds
-from graphopt.runtime.shards import is_sharded, local, local_like
+from graphopt.runtime.shards import is_sharded, local, local_like, whole_state
 from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
@@ -326,12 +326,12 @@ class Phase:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict()`. Raises RunError if the network that (spec, decisions) gives is not the one that was saved."""
-        self.owned.load(state["model"])
+        self.owned.load(whole_state(state["model"]))
         optimizers.load_optimizer_state(self.optimizer, self.plan.module, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.owned.load(state["ema"] or state["model"], self.ema.module)
+            self.owned.load(whole_state(state["ema"] or state["model"]), self.ema.module)
         self.frozen, self.gradients_checked = dict(state["frozen"]), not state["first"]
         self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)

@@ -58,6 +58,11 @@ class Inputs:
         mixer = Mixer.of(data.augment, opened.classes, smoothing, settings.seed) if isinstance(data, DataSpec) else None
         return cls(strategy, opened, images, evaluation, mixer)
 
+    def outline(self, data: DataSpec | Data) -> str:
+        """A hash of what makes samples of files, of their number and their targets; the files may lie elsewhere on each machine."""
+        made = data.model_dump_json(exclude={"root", "workers", "cache"}) if isinstance(data, DataSpec) else ""
+        return hash_parts(made.encode(), *(samples.outline().encode() for samples in (self.data.train, self.data.evaluation)))
+
     def features(self, folder: Path, digest: str, identity: Mapping[str, Any]) -> FeatureCache:
         """The run's cache of features; it touches no file before a phase needs it."""
         return FeatureCache(self.images, self.strategy, folder=folder, digest=digest, identity=identity, mixed=self.mixer is not None)

@@ -75,7 +75,8 @@ def train(
         # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
         inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
-        ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions("{}'s version")})
+        known = {"the spec": digest, "its settings": settings.model_dump_json(), "the data": inputs.outline(data)}
+        ranks.require_equal(known | versions("{}'s version"))
         if plan is None:
             spec = settled(spec, settings, Path(out), ranks, trust=trust)
             digest = spec.digest
@@ -116,7 +117,7 @@ class Starting:
                 StopSignals() as signals,
                 closing(inputs.images),
                 closing(inputs.evaluation),
-                closing(Checkpointer(folder, text, settings, self.data, strategy.ranks)) as checkpointer,
+                closing(Checkpointer(folder, text, settings, self.data, strategy)) as checkpointer,
             ):
                 saved, message = checkpointer.load(self.digest)
                 plan = self._compiled(weights=saved is None)
@@ -125,15 +126,16 @@ class Starting:
                 context.features.check(plan)
                 checkpointer.begin(self.digest)
                 board = folder.path / "tensorboard" if tensorboard else None
-                offset, path = saved["metrics_offset"] if saved is not None else 0, folder.metrics if strategy.ranks.first else None
-                done = state.progress.total
+                resumed, offset = saved is not None, saved["metrics_offset"] if saved is not None else 0
+                del saved  # the run has its own copy
+                path, done = folder.metrics if strategy.ranks.first else None, state.progress.total
                 record = folder.ledger if settings.ledger and strategy.ranks.first else None
                 with (
                     closing(MetricsLog(path, offset=offset, tensorboard=board, step=done)) as metrics,
                     closing(LedgerFile(record, len(inputs.data.train), settings.batch, done, inputs.data.train.repeats)) as ledger,
                 ):
                     log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                    log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
+                    log.resumed(message) if resumed else log.phase(state.phase.plan.decisions)
                     return Run(context, state, log, checkpointer, signals, ledger).run()
         except Exception:
             if state is not None and not state.progress.total:

@@ -120,6 +120,11 @@ class Strategy:
         """
         return module
 
+    @property
+    def shard(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+        """Makes a tensor of a shape, sharded as parameters are, from this rank's rows of it; None where tensors are whole."""
+        return None
+
     def evaluated(self, wrapped: nn.Module, plan: Plan) -> nn.Module:
         """What an evaluation calls with images; `wrapped` is from `wrap`, and may take features in their place."""
         return plan.module

@@ -110,6 +110,21 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
     assert sum("a batch of 13 does not divide" in "".join(of) for of in said["wrong"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "99"], "a batch of 12 does not divide into 99 processes"),
+        (["--ranks", "0"], "0 is not in the range"),
+        (["--ranks", "2", "--set", "train.strategy=single"], 'strategy = "single" is one process, not 2'),
+    ],
+)
+def test_what_so_many_processes_cannot_do_starts_none(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    (tmp_path / "spec.toml").write_text(SPEC)
+    assert main(["train", str(tmp_path / "spec.toml"), "--out", str(tmp_path / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def _data() -> Data:
     return cases.data(training=26)
 

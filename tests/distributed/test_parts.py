@@ -72,7 +72,8 @@ class _full_disk_on:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by one process, and by two ranks with each kind of checkpoint."""
     folder = tmp_path_factory.mktemp("written")
-    runs.run(folder / "whole", PASSES, **COMMON)
+    for name, epochs in (("whole", 2), ("longer", 3)):
+        runs.run(folder / name, PASSES, **{**COMMON, "epochs": epochs})
     run_ranks(_write, str(folder))
     return folder
 
@@ -149,6 +150,39 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(run: Path, written: 
     for part in ("model", "optimizer", "ema"):
         assert runs.distance(runs.saved(run)[part], runs.saved(written / "whole")[part]) <= runs.EXACT
     assert set(os.listdir(run / FOLDER)) <= {folder_of(path) for path in run.glob("*.pt")}, "only those that are still kept"
+
+
+#: resumed for another epoch: how many ranks, and by which strategy
+RESUMED = {"as before": (2, "fsdp"), "one more": (3, "fsdp"), "replicated": (2, "ddp")}
+
+
+def _resume(rank: int, folder: str, name: str) -> None:
+    changes = {**COMMON, "epochs": 3, "strategy": RESUMED[name][1]}
+    runs.run(Path(folder) / f"rank-{rank}", PASSES, resume=True, **changes)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_rank_reads_its_own_part_alone(written: Path, tmp_path: Path, name: str) -> None:
+    """Each rank finds nothing in its folder but what it has to read."""
+    for rank in range(RESUMED[name][0]):
+        copied = Path(shutil.copytree(written / "parts", tmp_path / f"rank-{rank}"))
+        for path in (*copied.glob("*.pt"), *copied.glob(f"{FOLDER}/*/*")):
+            if not (path.name.startswith(f"shard-{rank + 1:05d}-") or (rank == 0 and path.suffix == ".pt")):
+                path.unlink()
+    run_ranks(_resume, str(tmp_path), name, ranks=RESUMED[name][0])
+    found, expected = (runs.saved(folder) for folder in (tmp_path / "rank-0", written / "longer"))
+    for part in ("model", "optimizer", "ema"):
+        assert runs.distance(found[part], expected[part]) <= runs.EXACT, part
+
+
+def _resume_damaged(_rank: int, folder: str) -> None:
+    runs.run(Path(folder), PASSES, **COMMON, **RUNS["parts"], resume=True)
+
+
+def test_ranks_agree_on_the_checkpoint_before_a_damaged_part(run: Path, written: Path) -> None:
+    _flip(parts_of(run / "last.pt")[1])
+    run_ranks(_resume_damaged, str(run))
+    assert content_digest(runs.saved(run)) == content_digest(load_checkpoint(written / "parts" / "last.pt")["phase"])
 
 
 def test_parts_stay_while_a_checkpoint_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,15 @@ def test_the_batch_found_fits_and_the_next_does_not(search):
     assert with_room.batch < found.batch
 
 
+def test_the_batch_counts_the_gradients_of_micro_batches_before(search):
+    budget, parts = Budget(memory=2**20), Search(loads(SPEC.replace("batch = 64", "batch = 64\naccumulate = 4")), trust=True)
+    found, whole = parts.largest_batch(budget), search.largest_batch(budget)
+    assert found.batch == found.spec.train.batch == found.chosen.cost.batch
+    assert found.batch % 4 == 0
+    assert found.batch // 4 < whole.batch < found.batch
+    assert parts.suggest(budget).backbone.flops == search.backbone.flops
+
+
 def test_the_batch_must_fit_in_every_phase(frozen, search):
     # Later epochs need less; the first ones decide.
     budget = Budget(memory=10 * 2**20)
