@@ -114,7 +114,7 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--ranks", "99"], "a batch of 12 does not divide into 99 processes"),
-        (["--ranks", "0"], "0 is not in the range"),
+        (["--ranks", "0"], "greater than or equal to 1"),
         (["--ranks", "2", "--set", "train.strategy=single"], 'strategy = "single" is one process, not 2'),
     ],
 )

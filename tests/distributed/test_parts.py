@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -152,27 +153,24 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(run: Path, written: 
     assert set(os.listdir(run / FOLDER)) <= {folder_of(path) for path in run.glob("*.pt")}, "only those that are still kept"
 
 
-#: resumed for another epoch: how many ranks, and by which strategy
-RESUMED = {"as before": (2, "fsdp"), "one more": (3, "fsdp"), "replicated": (2, "ddp")}
+def _resume(rank: int, folder: str, strategies: tuple[str, ...]) -> None:
+    for strategy in strategies:
+        runs.run(Path(folder) / strategy / f"{rank}", PASSES, resume=True, **COMMON | {"epochs": 3, "strategy": strategy})
 
 
-def _resume(rank: int, folder: str, name: str) -> None:
-    changes = {**COMMON, "epochs": 3, "strategy": RESUMED[name][1]}
-    runs.run(Path(folder) / f"rank-{rank}", PASSES, resume=True, **changes)
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_rank_reads_its_own_part_alone(written: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("ranks", "strategies"), [(2, ("fsdp", "ddp")), (3, ("fsdp",))])
+def test_each_part_is_read_by_one_rank_alone(written: Path, tmp_path: Path, ranks: int, strategies: tuple[str, ...]) -> None:
     """Each rank finds nothing in its folder but what it has to read."""
-    for rank in range(RESUMED[name][0]):
-        copied = Path(shutil.copytree(written / "parts", tmp_path / f"rank-{rank}"))
+    for strategy, rank in itertools.product(strategies, range(ranks)):
+        copied = Path(shutil.copytree(written / "parts", tmp_path / strategy / f"{rank}"))
         for path in (*copied.glob("*.pt"), *copied.glob(f"{FOLDER}/*/*")):
             if not (path.name.startswith(f"shard-{rank + 1:05d}-") or (rank == 0 and path.suffix == ".pt")):
                 path.unlink()
-    run_ranks(_resume, str(tmp_path), name, ranks=RESUMED[name][0])
-    found, expected = (runs.saved(folder) for folder in (tmp_path / "rank-0", written / "longer"))
-    for part in ("model", "optimizer", "ema"):
-        assert runs.distance(found[part], expected[part]) <= runs.EXACT, part
+    run_ranks(_resume, str(tmp_path), strategies, ranks=ranks)
+    for strategy in strategies:
+        found, expected = (runs.saved(folder) for folder in (tmp_path / strategy / "0", written / "longer"))
+        for part in ("model", "optimizer", "ema"):
+            assert runs.distance(found[part], expected[part]) <= runs.EXACT, (strategy, part)
 
 
 def _resume_damaged(_rank: int, folder: str) -> None:

@@ -76,7 +76,8 @@ def test_the_peak_is_that_of_the_runners_own_step(tmp_path, passes):
     phase.train_mode()
     phase.step(inputs.images.batches(0), 0)
     phase.optimizer.zero_grad(set_to_none=True)
-    ledger, batches = Ledger(Attribution()), inputs.images.batches(1)
+    read = [*inputs.images.batches(1)]  # batches that the loader reads ahead are not the step's
+    ledger, batches = Ledger(Attribution()), (type(batch)(*(tensor.clone() for tensor in batch)) for batch in read)
     ledger.set_kind([*plan.module.parameters(), *plan.module.buffers(), *state_of(phase.optimizer)], Kind.PARAMETER)
     with ledger:
         phase.step(batches, 1)
