@@ -93,6 +93,8 @@ class Killer:
                     self.step = (now - checkpoints[0]) / (steps - 1) if steps > 1 else self.step
                     end = now + part * self.step
             time.sleep(0.001)
+        if self.folder.with_name(chaos_run.ENDED).exists():
+            return
         with suppress(ProcessLookupError):
             os.kill(pids[victim], signal.SIGKILL)
             self.left -= 1

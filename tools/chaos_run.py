@@ -11,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 RANKS = 2
+#: a file beside the run's folder, where its ranks were forked and one has finished
+ENDED = "ended"
 #: five phases, three steps per epoch (two samples are left over), and a checkpoint after each
 SPEC = (
     small_run.SPEC.replace("batch = 5", "batch = 4")
@@ -46,3 +48,5 @@ def rank(folder: str, kind: str) -> None:
     # Forked ranks share the lock of the progress bars that torch.fx makes; one that is killed would never give it back.
     tqdm.set_lock(RLock())
     run(kind).train(Path(folder))
+    # From here on ranks tell the agent of their end under locks that they share with it: one that is killed would never give them back.
+    Path(folder).with_name(ENDED).touch()
