@@ -12,6 +12,9 @@ from graphopt.errors import GraphoptError, RunError, silenced
 
 #: seconds that ranks have after a stop signal to finish their step and write a checkpoint
 STOP_TIMEOUT = 300
+#: statuses of ranks that have said why they end, or that were terminated
+_SAID = (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM)
+_CONTINUE = "The run continues from the last checkpoint with --resume"
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> None:
@@ -49,8 +52,11 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
         killed = {rank: -f.exitcode for rank, f in failed.failures.items() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM}
         if killed:
             which = " and ".join(f"rank {rank} was ended by signal {number}" for rank, number in killed.items())
-            raise RunError(which, fix="The run continues from the last checkpoint with --resume") from None
-        raise _ended(failed.get_first_failure()[1].exitcode) from None
+            raise RunError(which, fix=_CONTINUE) from None
+        rank, first = failed.get_first_failure()
+        if first.exitcode not in _SAID:
+            raise RunError(f"rank {rank} ended by itself, with status {first.exitcode}", fix=_CONTINUE) from None
+        raise _ended(first.exitcode) from None
 
 
 def _ended(exit_code: int) -> GraphoptError:

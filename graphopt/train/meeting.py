@@ -5,6 +5,7 @@ was started is no help: after a failure that only one agent has seen, agents cou
 """
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -45,12 +46,12 @@ def place() -> tuple[int, int]:
 
 def reports_first() -> bool:
     """Whether this process is the one to report an error that it has found before it meets the others, who may find it too."""
-    if elastic():
-        with suppress(RuntimeError, ValueError, KeyError):
-            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = _distributed.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    first = os.environ.get("RANK", "0") == "0"
+    if elastic() or not first:
+        with suppress(RunError):  # a rank 0 that has the error, too, offers no store
+            store = _reached(timedelta(seconds=10), offered=False)
             return bool(store.add(f"graphopt/reported/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1)
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return first
 
 
 def meet(part: str, number: int, count: int, timeout: float) -> tuple[Any, bool]:
@@ -58,18 +59,41 @@ def meet(part: str, number: int, count: int, timeout: float) -> tuple[Any, bool]
 
     `part` is of the store. Raises RunError where ranks are missing after `timeout` seconds.
     """
-    wait = timedelta(seconds=timeout)
     try:
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torch's own would wait for all processes, and not say which are missing.
-        store = _distributed.TCPStore(*where, is_master=number == 0 and not elastic(), wait_for_workers=False, timeout=wait)
-    except (RuntimeError, ValueError, KeyError) as error:
-        what = f"rank {number} of {count} does not reach the others: {first_line(error)[:200]}"
+        store = _reached(timedelta(seconds=timeout), offered=number == 0 and not elastic())
+    except RunError as error:
+        what = f"rank {number} of {count} does not reach the others: {error.what}"
         raise RunError(what, fix="Check that rank 0 runs, and MASTER_ADDR and MASTER_PORT; or raise train.timeout") from error
     store = _distributed.PrefixStore(part, store)
     attempt = _attempt(store, number, count, timeout)
     again = number == 0 and store.add("attempts", 1) > 1
     return _distributed.PrefixStore(attempt, store), again
+
+
+def _reached(wait: timedelta, *, offered: bool) -> Any:
+    """The store that the environment names; `offered` by this process, or by another one. Raises RunError where there is none."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise RunError(f"{' and '.join(missing)} is not set")
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            # torch's own would wait for all processes, and not say which are missing.
+            found.append(_distributed.TCPStore(*where, is_master=offered, wait_for_workers=False, timeout=wait))
+        except (RuntimeError, ValueError) as error:
+            found.append(error)
+
+    # torch waits for ever for the answer of a process that is no store.
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    thread.join(wait.total_seconds() + 1)
+    if not found:
+        raise RunError(f"what listens at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer")
+    if isinstance(found[0], Exception):
+        raise RunError(first_line(found[0])[:200]) from found[0]
+    return found[0]
 
 
 def _attempt(store: Any, number: int, count: int, timeout: float) -> str:

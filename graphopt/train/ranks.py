@@ -221,7 +221,10 @@ class Ranks(Rank):
             return silenced(error)
         if broken:
             error = self._missing() if late else self._disconnected(error)
-        return error.with_location(f"rank {self.number}") if isinstance(error, GraphoptError) else error
+        if isinstance(error, GraphoptError):
+            return error.with_location(f"rank {self.number}")
+        error.add_note(f"rank {self.number}")  # of a user's own code, or an error in graphopt
+        return error
 
     def ask_to_stop(self, signum: int) -> None:
         """Tells all ranks that this one has got a stop signal, without a message to any of them."""

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from graphopt.cli import main
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
 from graphopt.train import preflight, train
-from graphopt.train.meeting import place
+from graphopt.train.meeting import meet, place, reports_first
 from graphopt.train.ranks import Ranks
 from tests.distributed import cases
 from tests.support.ranks import run_ranks
@@ -156,12 +157,43 @@ def test_an_error_before_the_ranks_meet_is_said_by_the_first_that_has_it(monkeyp
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     said = []
-    for restarts, rank in ((0, 1), (0, 0), (1, 0)):
-        for variable, value in {**about, "RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restarts)}.items():
+    for restarts, rank in ((0, 1), (0, 0), (1, 0), (2, 1)):
+        for variable, value in {**about, "RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restarts)}.items():
             monkeypatch.setenv(variable, value)
+        if restarts == 2:  # without torchrun, rank 0 has the store, if it has come so far
+            monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
         assert main(["train", "no_such_spec"]) == 2
         said.append("no_such_spec" in capsys.readouterr().err)
-    assert said == [True, False, True]
+    assert said == [True, False, True, True]
+    monkeypatch.setenv("MASTER_PORT", "")
+    assert not reports_first(), "rank 0 has the same error, or none of them can be told apart"
+    monkeypatch.setenv("RANK", "0")
+    assert reports_first()
+
+
+def test_a_process_that_is_no_store_ends_the_search_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        for number, message in ((1, "rank 1 of 2 does not reach the others: what listens at"), (0, "rank 0 of 2 .*in use")):
+            with pytest.raises(RunError, match=message):
+                meet("part", number, 2, 0.2)
+
+
+def test_an_error_of_other_code_is_said_with_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    store = distributed.HashStore()
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise Ranks(1, 2, _store=store).reported(ValueError("no such layer"))
+
+    monkeypatch.setattr("graphopt.train.train", failing)
+    said = []
+    for _ in range(2):
+        assert main(["train", "quickstart", "--out", "unused"]) == 1
+        said.append(capsys.readouterr().err.partition(". ")[0])
+    assert said == ["error: rank 1: ValueError: no such layer", ""]
 
 
 class _Failing:

@@ -35,6 +35,7 @@ RANKS: dict[str, tuple[str, list[Any]]] = {
     "finished": ("exit 0", [0, None, ""]),
     "refused": ("exit 2", [2, True, ""]),
     "killed": ("[ $RANK = 0 ] && exec sleep 60; kill -9 $$", [2, False, "rank 1 was ended by signal 9"]),
+    "ended": ("[ $RANK = 0 ] && exec sleep 60; exit 7", [2, False, "rank 1 ended by itself, with status 7"]),
     "terminated": ("[ $RANK = 0 ] && kill -TERM $PPID; exec sleep 60", [143, True, ""]),
     "interrupted": ("[ $RANK = 0 ] && kill -INT $PPID; exec sleep 60", [130, True, ""]),
 }
