@@ -74,6 +74,10 @@ def train(
         settings = [argument for value in set_ for argument in ("--set", value)]
         chosen = [flag for flag, given in flags.items() if given]
         return launch(ranks, ["train", spec, "--out", str(folder), *settings, *chosen])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from graphopt.train.launch import end_with_launcher
+
+        end_with_launcher()
     with located_backbone(loaded):
         summary = run(loaded, folder, resume=resume, trust=trust, tensorboard=tensorboard, console=screen)
     if place()[0]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,10 +25,10 @@ from graphopt.cli import main
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
 from graphopt.train import train
-from graphopt.train.launch import launch
+from graphopt.train.launch import end_with_launcher, launch
 from graphopt.train.ledger import check_ledger
 from tests.distributed import cases
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_process, run_ranks
 from tests.train import small
 
 #: what a rank does in the place of graphopt, and how the launcher ends: exit status, silent, message
@@ -109,6 +110,27 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
     assert said["quiet"] == [["", ""], ["", ""]]
     assert ["", ""] in said["wrong"]
     assert sum("a batch of 13 does not divide" in "".join(of) for of in said["wrong"]) == 1
+
+
+def _orphan(told: Path) -> None:
+    """Starts a process that ends with this one, and ends without a word to it."""
+    ready, end = os.pipe()
+    if os.fork():
+        os.read(ready, 1)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: (told.write_text("ended"), os._exit(0)))
+    end_with_launcher()
+    os.write(end, b".")
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells no process of its parent's end")
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
+    assert run_process(_orphan, tmp_path / "told") == 0
+    end = time.monotonic() + 20
+    while not (tmp_path / "told").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (tmp_path / "told").exists()
 
 
 @pytest.mark.parametrize(
