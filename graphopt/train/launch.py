@@ -23,7 +23,8 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
     """Runs `graphopt ARGUMENTS` in `ranks` processes. Raises a silent RunError with the exit status of the first that failed.
 
     The ranks print their own errors. Ctrl-C and SIGTERM reach all of them: they stop after a step, with a checkpoint, and the status is
-    130 or 143. A rank that is killed ends the run (RunError names it); `torchrun --max-restarts` would start all ranks again.
+    130 or 143; a second signal ends them at once. A rank that is killed ends the run (RunError names it); `torchrun --max-restarts` would
+    start all ranks again.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -48,7 +49,12 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "graphopt", *arguments)
     except SignalException as stopped:
-        raise _ended(128 + int(stopped.sigval)) from None
+        status = 128 + int(stopped.sigval)
+        if not isinstance(stopped.__context__, SignalException):
+            raise _ended(status) from None
+        error = RunError("interrupted", fix=_CONTINUE)  # a second time, before the ranks have come to their stop
+        error.exit_code = status
+        raise error from None
     except ChildFailedError as failed:
         # The launcher itself terminates the others.
         killed = {rank: -f.exitcode for rank, f in failed.failures.items() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM}

@@ -39,6 +39,7 @@ RANKS: dict[str, tuple[str, list[Any]]] = {
     "ended": ("[ $RANK = 0 ] && exec sleep 60; exit 7", [2, False, "rank 1 ended by itself, with status 7"]),
     "terminated": ("[ $RANK = 0 ] && kill -TERM $PPID; exec sleep 60", [143, True, ""]),
     "interrupted": ("[ $RANK = 0 ] && kill -INT $PPID; exec sleep 60", [130, True, ""]),
+    "twice": ("trap '' INT; [ $RANK = 0 ] && { kill -INT $PPID; sleep 0.5; kill -INT $PPID; }; exec sleep 3", [130, False, "interrupted"]),
 }
 
 
