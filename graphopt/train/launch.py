@@ -4,7 +4,7 @@ import ctypes
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -50,7 +50,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
         elastic_launch(config, sys.executable)("-m", "graphopt", *arguments)
     except SignalException as stopped:
         status = 128 + int(stopped.sigval)
-        if not isinstance(stopped.__context__, SignalException):
+        if not any(isinstance(earlier, SignalException) for earlier in _contexts(stopped)):
             raise _ended(status) from None
         error = RunError("interrupted", fix=_CONTINUE)  # a second time, before the ranks have come to their stop
         error.exit_code = status
@@ -65,6 +65,13 @@ def launch(ranks: int, arguments: Sequence[str]) -> None:
         if first.exitcode not in _SAID:
             raise RunError(f"rank {rank} ended by itself, with status {first.exitcode}", fix=_CONTINUE) from None
         raise _ended(first.exitcode) from None
+
+
+def _contexts(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions that were being handled when an exception was raised, the last one first."""
+    while error.__context__ is not None:
+        error = error.__context__
+        yield error
 
 
 def end_with_launcher() -> None:

@@ -31,6 +31,15 @@ from tests.distributed import cases
 from tests.support.ranks import run_process, run_ranks
 from tests.train import small
 
+#: rank 0 sends the second signal when the launcher has passed the first one on
+_TWICE = """
+[ $RANK = 1 ] && trap '' INT && touch ${0%/*}/ready && exec sleep 3
+trap 'kill -INT $PPID; exit 130' INT
+until [ -e ${0%/*}/ready ]; do sleep 0.05; done
+kill -INT $PPID
+sleep 5 &
+wait
+"""
 #: what a rank does in the place of graphopt, and how the launcher ends: exit status, silent, message
 RANKS: dict[str, tuple[str, list[Any]]] = {
     "finished": ("exit 0", [0, None, ""]),
@@ -39,7 +48,7 @@ RANKS: dict[str, tuple[str, list[Any]]] = {
     "ended": ("[ $RANK = 0 ] && exec sleep 60; exit 7", [2, False, "rank 1 ended by itself, with status 7"]),
     "terminated": ("[ $RANK = 0 ] && kill -TERM $PPID; exec sleep 60", [143, True, ""]),
     "interrupted": ("[ $RANK = 0 ] && kill -INT $PPID; exec sleep 60", [130, True, ""]),
-    "twice": ("trap '' INT; [ $RANK = 0 ] && { kill -INT $PPID; sleep 0.5; kill -INT $PPID; }; exec sleep 3", [130, False, "interrupted"]),
+    "twice": (_TWICE, [130, False, "interrupted"]),
 }
 
 
