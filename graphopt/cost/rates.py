@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -75,9 +75,9 @@ class TimedStep:
         """Samples that go through the network at once."""
         return self.batch // self.accumulate
 
-    @property
+    @cached_property
     def rates(self) -> Rates:
-        """Of the machine. Raises RunError if it cannot be timed."""
+        """Of the machine, measured once. Raises RunError if it cannot be timed."""
         return self.measured()
 
     @property
