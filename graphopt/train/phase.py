@@ -166,7 +166,9 @@ class Phase:
         self._wrapped = self.strategy.wrap(self._trained, self.plan, self._unused())
         after = self._parameters()
         if any(after[name] is not before[name] for name in before):
-            self._optimize(self.strategy.to_shards(state, after))
+            self._optimize(None)
+            # After the schedule, which begins anew: a checkpoint before the next step has the rates that were reached.
+            optimizers.load_optimizer_state(self.optimizer, self.plan.module, self.strategy.to_shards(state, after))
         if self.ema is not None:
             self.strategy.wrap_average(self.ema.module, self.plan)
         self._call = self.strategy.callable(self._wrapped)

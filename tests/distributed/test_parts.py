@@ -173,6 +173,26 @@ def test_each_part_is_read_by_one_rank_alone(written: Path, tmp_path: Path, rank
             assert runs.distance(found[part], expected[part]) <= runs.EXACT, (strategy, part)
 
 
+def _close_again(_rank: int, folder: str) -> None:
+    """An epoch, and its end once more from the checkpoint after its last step, by processes that have taken none."""
+    settings: dict[str, Any] = {"epochs": 1, "checkpoint_steps": 2, "scheduler": "cosine", **RUNS["parts"]}
+    whole, again = Path(folder) / "whole", Path(folder) / "again"
+    runs.run(whole, PASSES, **settings)
+    if not _rank:
+        shutil.copytree(whole, again)
+        for name in ("last.pt", "best.pt"):
+            (again / name).unlink()
+        (again / "previous.pt").rename(again / "last.pt")
+    runs.run(again, PASSES, resume=True, **settings)
+
+
+def test_the_end_of_an_epoch_is_the_same_without_a_step_before_it(tmp_path: Path) -> None:
+    run_ranks(_close_again, str(tmp_path))
+    whole, again = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "again"))
+    assert whole["progress"]["total"] == load_checkpoint(tmp_path / "whole" / "previous.pt")["progress"]["total"] == 2
+    assert content_digest(whole["phase"]) == content_digest(again["phase"])
+
+
 def _resume_damaged(_rank: int, folder: str) -> None:
     runs.run(Path(folder), PASSES, **COMMON, **RUNS["parts"], resume=True)
 
