@@ -104,6 +104,7 @@ class Adapt(Pass):
         import torch
 
         from graphopt.ir.nodes import leaf
+        from graphopt.ir.paths import is_below
         from graphopt.passes.layers import beside, call_of, low_rank_pair, zero_pair
 
         effects, pairs = Effects(), dict[str, Pair]()
@@ -121,7 +122,9 @@ class Adapt(Pass):
                 edit.redirect(node, total, [u for u in node.users if u is not total])
                 pairs[path] = str(inner.target), str(outer.target)
             if count := len(pairs.keys() & set(match.decision.layers[name])):
-                effects.mark(name, Status.FROZEN, adapted=count, rank=self.rank)
+                paths, trained = match.paths[name], match.decision.trained
+                trains = any(is_below(part, paths) for part in trained) or any(is_below(path, trained) for path in paths)
+                effects.mark(name, Status.REWIRED if trains else Status.FROZEN, adapted=count, rank=self.rank)
         self._freeze(edit, match.decision.trained, backbone, base)
         sizes = [p.numel() for n, p in edit.graph.module.named_parameters() if p.requires_grad and n not in backbone]
         effects.figures = {"layers": len(pairs), "added_parameters": sum(sizes)}
