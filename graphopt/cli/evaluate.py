@@ -11,7 +11,7 @@ import typer
 from graphopt.cli import options
 from graphopt.cli.networks import is_weights
 from graphopt.cli.screen import grid, show, show_error, show_json, show_text
-from graphopt.errors import RunError
+from graphopt.errors import RunError, printable
 from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
@@ -152,10 +152,15 @@ def _show_matrix(scores: "Scores") -> None:
     show(table)
 
 
+def _classes(scores: "Scores") -> list[str]:
+    """The names of the classes, as folders have them, in what a file can hold."""
+    return [printable(name) for name in scores.classes]
+
+
 def _columns(scores: "Scores") -> list[str]:
     """The names of the classes, and of outputs that are no class of the data."""
     width = len((scores.confusion or ((),))[0])
-    return [*scores.classes, *(f"output {number}" for number in range(len(scores.classes), width))]
+    return [*_classes(scores), *(f"output {number}" for number in range(len(scores.classes), width))]
 
 
 def _matrix(scores: "Scores", path: Path) -> str:
@@ -167,5 +172,5 @@ def _matrix(scores: "Scores", path: Path) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class \\ predicted", *names])
-    writer.writerows([name, *row] for name, row in zip(scores.classes, scores.confusion, strict=True))
+    writer.writerows([name, *row] for name, row in zip(_classes(scores), scores.confusion, strict=True))
     return text.getvalue()
