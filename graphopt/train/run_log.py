@@ -205,6 +205,6 @@ class RunLog:
         for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
             if name in figures:
                 parts.append(f"{label} {100 * figures[name]:.2f} %")
-        parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", f"peak {show_size(peak)}"]
+        parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", *([f"peak {show_size(peak)}"] if peak else [])]
         self.screen.say(f"{self.screen.at(record['epoch'])}: {', '.join(parts)}")
         return peak

@@ -1,7 +1,6 @@
 """How a step runs: ranks, device, precision, memory layout and compilation."""
 
 import inspect
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -28,10 +27,14 @@ _deterministic: Any = torch.utils.deterministic
 
 
 def _resident(kind: Literal["RSS", "HWM"]) -> int:
-    """Bytes of this process in memory: now, or the most since the last reset. Outside of Linux, the most ever."""
+    """Bytes of this process in memory: now, or the most since the last reset. Outside of Linux, the most ever; on Windows 0."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(f"Vm{kind}:")).split()[1])
+    try:
+        import resource
+    except ImportError:
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
