@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.step import autocast
+from graphopt.cost.loss import autocast
 from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode

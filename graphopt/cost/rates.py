@@ -60,7 +60,7 @@ class TimedStep:
 
     Attributes:
         batch: samples in the step. measured: gives the rates of the machine, once they are asked for.
-        optimizer, optimizer_options, amp, accumulate: as in `StepOptions`.
+        optimizer, optimizer_options, amp, channels_last, accumulate: as in `StepOptions`.
     """
 
     batch: int
@@ -68,6 +68,7 @@ class TimedStep:
     optimizer: Optimizer = "sgd"
     optimizer_options: Mapping[str, Any] | None = None
     amp: str | None = None
+    channels_last: bool = False
     accumulate: int = 1
 
     @property
@@ -83,7 +84,13 @@ class TimedStep:
     @property
     def options(self) -> StepOptions:
         """Those of the forecast of such a step."""
-        return {"optimizer": self.optimizer, "optimizer_options": self.optimizer_options, "amp": self.amp, "accumulate": self.accumulate}
+        return {
+            "optimizer": self.optimizer,
+            "optimizer_options": self.optimizer_options,
+            "amp": self.amp,
+            "channels_last": self.channels_last,
+            "accumulate": self.accumulate,
+        }
 
     def seconds(self, work: Work, update: Update) -> float:
         """Of the step: forward and backward of one micro-batch, as often as there are, and the update."""

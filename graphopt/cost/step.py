@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -29,6 +28,7 @@ from graphopt.cost.devices import Device
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.kernels import as_on_cuda
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.loss import Loss, autocast, criterion
 from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_step
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
@@ -37,10 +37,8 @@ from graphopt.ir.fakes import FakeMode
 from graphopt.ir.grad_mode import recording
 from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.shapes import tensors_in, uncached
-from graphopt.runtime.dtypes import AUTOCAST_DTYPES
+from graphopt.runtime.memory_format import channels_last
 
-#: a function of the module's output and the labels (N,)
-Loss = Callable[[Any, Tensor], Tensor]
 #: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
 BLOCK = 512
 #: micro-batches of a step that are run, at most
@@ -58,6 +56,7 @@ class StepOptions(TypedDict, total=False):
         amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
+        channels_last: images and the weights of convolutions in NHWC memory format.
         accumulate: micro-batches that the step takes one after the other (default 1), whose gradients add up; it divides the batch.
         parallel: how the step runs on several ranks; the figures are then those of one rank's step.
         inputs: what the module takes, in the place of a batch of samples: plain values, and tensors like these.
@@ -69,6 +68,7 @@ class StepOptions(TypedDict, total=False):
     optimizer_options: Mapping[str, Any] | None
     amp: str | None
     loss: str | Loss
+    channels_last: bool
     accumulate: int
     parallel: Parallel | None
     inputs: Sequence[Any] | None
@@ -96,7 +96,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     # Remembered results would leave out what collectives do.
     mode = FakeTensorMode(allow_non_fake_inputs=True) if parallel else FakeMode()
     with _explained():
-        copied = fake_copy(module, mode)
+        copied = fake_copy(module, mode, _arranged(options))
     attribution = Attribution()
     instrument(copied, attribution)
     with fake_ranks(parallel.ranks) if parallel else nullcontext(), uncached(module), mode, ExitStack() as stack:
@@ -135,13 +135,21 @@ def measure(
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
+    arranged = _arranged(options)
     with _explained():
-        copied = copy_with(module, _own)
+        copied = copy_with(module, lambda tensor: arranged(_own(tensor)))
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
     with uncached(module):
         return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
+
+
+def _arranged(options: StepOptions) -> Callable[[Any], Any]:
+    """What puts an input or a parameter into the memory format of a step."""
+    if not options.get("channels_last"):
+        return lambda value: value
+    return lambda value: channels_last(value) if isinstance(value, Tensor) else value
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ def _train_once(
     """One step of `module`, a private copy."""
     count = options.get("accumulate", 1)
     size = _micro_batch(batch, count)
-    amp, criterion = autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
+    amp, loss = autocast(options.get("amp")), criterion(options.get("loss", "cross_entropy"))
     parallel = options.get("parallel") or Parallel.alone()
     module.train()
     with ExitStack() as stack:
@@ -168,9 +176,10 @@ def _train_once(
             stack.callback(gc.enable)
         given = options.get("inputs")
         labels = partial(torch.zeros, size, dtype=torch.long, device="cpu")
-        batches = [(_inputs(module, size, input, given), labels()) for _ in range(min(count, _RUN))]
+        arranged = _arranged(options)
+        batches = [(tuple(map(arranged, _inputs(module, size, input, given))), labels()) for _ in range(min(count, _RUN))]
         wrapped = parallel.wrap(module)
-        step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False), count)
+        step = _Step(ledger, module, wrapped, loss, amp, parallel, options.get("targets", False), count)
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
         step.warm_up(batches, optimizer)
@@ -205,38 +214,6 @@ def _inputs(module: nn.Module, batch: int, input: Input, given: Sequence[Any] | 
         return samples(input, batch, partial(torch.rand, dtype=dtype_of(module), device="cpu"))
     made = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").zero_() if isinstance(v, Tensor) else v for v in given)
     return tuple(made)
-
-
-def autocast(amp: str | None) -> AbstractContextManager[Any]:
-    """The context of a step on the CPU with this dtype of autocast. Raises CostError for a dtype that there is not."""
-    if amp is not None and amp not in AUTOCAST_DTYPES:
-        raise CostError(f"amp is one of {', '.join(map(repr, AUTOCAST_DTYPES))} or None, found {amp!r}")
-    return torch.autocast("cpu", dtype=AUTOCAST_DTYPES[amp]) if amp else nullcontext()
-
-
-LOSSES: dict[str, Loss] = {
-    # Dense outputs (N, C, ...) take a label per position.
-    "cross_entropy": lambda logits, y: F.cross_entropy(logits, y.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:])),
-    "binary_cross_entropy": lambda logits, _: F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)),
-}
-
-
-def _criterion(loss: str | Loss) -> Loss:
-    """The loss; a named one is added up over every floating-point tensor of an output."""
-    if not isinstance(loss, str):
-        return loss
-    if loss not in LOSSES:
-        raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
-
-    def criterion(output: Any, target: Tensor) -> Tensor:
-        losses = (LOSSES[loss](logits, target) for logits in tensors_in(output) if logits.is_floating_point())
-        first = next(losses, None)
-        if first is None:
-            what = f"the module returns {type(output).__name__}, which holds no tensor to take a loss of"
-            raise CostError(what, fix="Pass `loss=`, a function")
-        return sum(losses, first)
-
-    return criterion
 
 
 @dataclass

@@ -194,7 +194,13 @@ class TrainSpec(Table):
         """Options of `graphopt.cost.forecast`, for a training step of this run: one of `batch` samples, where there is one process."""
         optimizer = self.optimizer
         arguments = {"momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay, **optimizer.arguments}
-        return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp, "accumulate": self.accumulate}
+        return {
+            "optimizer": optimizer.name,
+            "optimizer_options": arguments,
+            "amp": self.amp,
+            "channels_last": self.channels_last,
+            "accumulate": self.accumulate,
+        }
 
 
 class Spec(Table):

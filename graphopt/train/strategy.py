@@ -17,6 +17,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
+from graphopt.runtime.memory_format import channels_last
 from graphopt.runtime.shards import whole_state
 from graphopt.spec import TrainSpec
 from graphopt.train.heap import release_free_memory
@@ -207,9 +208,7 @@ class Strategy:
 
     def move(self, batch: Batch) -> Batch:
         sample, input, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        if self.channels_last and input.ndim == 4:
-            input = input.contiguous(memory_format=torch.channels_last)
-        return Batch(sample, input, target)
+        return Batch(sample, channels_last(input) if self.channels_last else input, target)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()

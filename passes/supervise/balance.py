@@ -14,9 +14,9 @@ from graphopt import Graph, PassError
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.loss import autocast
 from graphopt.cost.partition import BATCH, Table, best, measure, peaks, pieces_of, sums
 from graphopt.cost.rates import TimedStep
-from graphopt.cost.step import autocast
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.inputs import sample_numbers

@@ -413,3 +413,11 @@ def test_errors_say_what_is_wrong(call, says):
     with pytest.raises(CostError) as error:
         call()
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "size"), [("torchvision/resnet18", 64), ("timm/convnext_atto", 64), ("timm/test_vit", 160)])
+def test_channels_last_equals_a_real_step_and_leaves_the_module_as_it_is(name, size):
+    module = build(name)
+    nhwc = forecast(module, (3, size, size), 2, channels_last=True)
+    assert plain(nhwc) == live(measure(module, (3, size, size), 2, channels_last=True))
+    assert all(p.is_contiguous() for p in module.parameters())
