@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from graphopt.cli import main
 from graphopt.diff import Diff
 from graphopt.diff.match import KIND, NAME, RESIZED, SAME, matched
 from tests.diff.passes import Ice, Part
-from tests.diff.plans import plan
+from tests.diff.plans import Copy, plan
 from tests.support.backbones import Residual, Small
-
-
-class Copy(nn.Module):
-    """A user's copy of `Small`: other names, `kind` in the place of the third block's norms, and one block more in front."""
-
-    def __init__(self, norm: Any = nn.BatchNorm2d, more: int = 0) -> None:
-        super().__init__()
-        small = Small()
-        self.begin = small.stem
-        blocks = [Residual(8, 0.3) for _ in range(4 + more)]
-        blocks[2] = Residual(8, 0.3, norm)
-        self.body = nn.ModuleList(blocks)
-        self.classify = small.fc
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.begin(x)
-        for block in self.body:
-            x = block(x)
-        return self.classify(x.mean((2, 3)))
 
 
 def statuses(found: Diff) -> dict[str, tuple[str, ...]]:

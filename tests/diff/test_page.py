@@ -16,7 +16,7 @@ from graphopt.diff import Diff
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.page import to_html
 from tests.diff.passes import Blend, Ice, Part, Say
-from tests.diff.plans import plan
+from tests.diff.plans import Copy, plan
 from tests.support.backbones import Small
 
 pytestmark = pytest.mark.browser
@@ -235,6 +235,18 @@ def test_light_and_dark(browse: Any, small: Path) -> None:
     page.get_by_role("button", name="Light or dark").click()
     assert ground() != light
     assert page.evaluate("getComputedStyle(document.querySelector('.piece .name')).fill") != "rgb(27, 31, 36)"
+
+
+def test_a_block_is_found_under_both_of_its_names(browse: Any, tmp_path: Path) -> None:
+    path = tmp_path / "two.html"
+    path.write_text(to_html(Diff.of(plan(), plan(model=Copy()))))
+    page = browse(path)
+    page.get_by_role("button", name="Blocks", exact=True).click()
+    page.locator("input[type=search]").fill("blocks.1")
+    assert page.locator(".hit-by-search .name").all_text_contents() == ["body.1"]
+    page.locator("input[type=search]").fill("")
+    card(page, "r:body.1").click()
+    assert "in the first of the two: blocks.1" in page.locator("aside").text_content()
 
 
 def test_the_picture_is_saved_as_it_is_shown(browse: Any, small: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@
   // -- search and filter -------------------------------------------------------------------------------------------------------
   function hits(row) {
     if (!query) return false;
-    if (row.name.toLowerCase().includes(query) || row.kind.toLowerCase().includes(query) || row.paths.some((p) => p.toLowerCase().includes(query))) return true;
+    if (row.name.toLowerCase().includes(query) || (row.former || "").toLowerCase().includes(query) || row.kind.toLowerCase().includes(query) || row.paths.some((p) => p.toLowerCase().includes(query))) return true;
     return state.nodes(row).some((n) => n.name.toLowerCase().includes(query) || n.what.toLowerCase().includes(query) || n.path.toLowerCase().includes(query));
   }
 
@@ -128,6 +128,7 @@
     const out = [`<h2>${esc(one ? row.name : rows[0].name + " … " + rows[rows.length - 1].name)}</h2><p>${esc(row.kind)}${one ? "" : ` · ${rows.length} blocks, sums`}</p>`];
     out.push(`<p class="state">${statuses}</p>`);
     if (row.changed && row.was.length && row.was.join() !== "unchanged") out.push(`<p>${esc(words(row))}</p>`);
+    if (row.former) out.push(`<p>in the first of the two: ${esc(one ? row.former : row.former + " …")}</p>`);
     const meaning = row.statuses.map((s) => data.styles[s].meaning).filter(Boolean).join("; ");
     if (meaning) out.push(`<p class="subtitle">${esc(meaning)}</p>`);
     if (facts(row)) out.push(`<p>${esc(facts(row))}</p>`);
