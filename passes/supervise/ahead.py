@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from graphopt import Graph, PassError
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.extract import extracted
+from graphopt.ir.extract import extracted, stands_alone
 from graphopt.ir.regions import Region
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 from graphopt.passes.supervise.options import Lookahead
@@ -29,9 +29,9 @@ Replace = Callable[[Tensor], Tensor]
 
 
 def following(graph: Graph, end: Node) -> tuple[Region, ...]:
-    """The closed blocks of the untouched graph after an activation, in execution order."""
+    """The blocks of the untouched graph after an activation that can stand alone, in execution order."""
     position = graph.order[end]
-    return tuple(b for b in find_blocks(graph) if b.closed and graph.order[b.nodes[0]] > position)
+    return tuple(b for b in find_blocks(graph) if graph.order[b.nodes[0]] > position and stands_alone(b))
 
 
 def depth_of(depth: int, taper: float, index: int, count: int) -> int:
@@ -186,7 +186,7 @@ def ahead_blocks(graph: Graph, end: Node, depth: int) -> tuple[Region, ...]:
     """The blocks that an `ahead` head of that depth is shaped like. Raises PassError if none follow."""
     found = evenly(following(graph, end), depth)
     if not found:
-        raise PassError(f"no closed block follows {end}", fix='Cut earlier, or use head = "pool"')
+        raise PassError(f"no block that can stand alone follows {end}", fix='Cut earlier, or use head = "pool"')
     return found
 
 
@@ -194,5 +194,7 @@ def lookahead_blocks(graph: Graph, end: Node, count: int) -> tuple[Region, ...]:
     """The first blocks after an activation. Raises PassError if fewer follow."""
     found = following(graph, end)[:count]
     if len(found) < count:
-        raise PassError(f"{len(found)} closed blocks follow {end}, and lookahead asks for {count}", fix="Cut earlier, or ask for fewer")
+        raise PassError(
+            f"{len(found)} blocks that can stand alone follow {end}, and lookahead asks for {count}", fix="Cut earlier, or ask for fewer"
+        )
     return found

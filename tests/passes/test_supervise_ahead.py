@@ -58,9 +58,9 @@ def test_depths_and_blocks_are_those_of_the_paper() -> None:
 
 
 def test_what_no_block_follows_is_refused() -> None:
-    with pytest.raises(PassError, match=r"no closed block follows.*Cut"):
+    with pytest.raises(PassError, match=r"no block that can stand alone follows.*Cut"):
         compiled(Small(), Supervise(cuts=("blocks.3",), **AHEAD))
-    with pytest.raises(PassError, match=r"1 closed blocks follow .* asks for 2"):
+    with pytest.raises(PassError, match=r"1 blocks that can stand alone follow .* asks for 2"):
         compiled(Small(), Supervise(cuts=("blocks.2",), decoder="none", lookahead={"blocks": 2}))
 
 
