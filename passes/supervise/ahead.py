@@ -167,11 +167,16 @@ class LookaheadBlocks(nn.Module):
         return mean + copied if self.scale is None else (2 - self.scale) * mean + self.scale * copied
 
     def follow(self, backbone: nn.Module) -> None:
-        """Means are taken of the weights that `backbone` has under the blocks' own names; those it has no more stay as they are."""
+        """Means are taken of the weights that `backbone` has under the blocks' own names.
+
+        Those that it has no more, or in another shape (another pass has factorized it), stay as they are.
+        """
         modules = dict(backbone.named_modules())
-        found = ((part, modules.get(path)) for body in self.mean.bodies() for path, part in body.named_modules())
-        pairs = ((part, source) for part, source in found if source is not None)
-        self._followed = [(part, source, name) for part, source in pairs for name in part._buffers if name in source._parameters]
+        self._followed = []
+        for path, part in (found for body in self.mean.bodies() for found in body.named_modules()):
+            weights = modules[path]._parameters if path in modules else {}
+            same = (name for name, mean in part._buffers.items() if mean is not None and _shape(weights.get(name)) == mean.shape)
+            self._followed += [(part, modules[path], name) for name in same]
 
     @torch.no_grad()
     def update(self, *, first: bool) -> None:
@@ -180,6 +185,10 @@ class LookaheadBlocks(nn.Module):
             mean, weight = part._buffers[name], source._parameters.get(name)
             if mean is not None and weight is not None and not weight.is_meta:
                 mean.lerp_(full(weight).to(mean.dtype), 1.0 if first else 1 - self.decay)
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 def ahead_blocks(graph: Graph, end: Node, depth: int) -> tuple[Region, ...]:

@@ -19,6 +19,7 @@ from graphopt.ir.partition import cut_candidates
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
+from graphopt.passes.factorize import Factorize
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.passes.supervise.ahead import Adapter, ahead_blocks, depth_of, evenly, following
@@ -202,12 +203,13 @@ BESIDE: list[list[Any]] = [
     [Freeze(select=["stem", "blocks.0"])],
     [Freeze(select=["blocks.1"])],
     [Checkpoint(segments=3)],
+    [Factorize(select="blocks.1", rank=2)],
     [Drop(mode="bypass", select=["blocks.2"], probability=0.5)],
 ]
 
 
 @pytest.mark.parametrize("options", [AHEAD, LOOK], ids=["ahead", "lookahead"])
-@pytest.mark.parametrize("others", BESIDE, ids=["freeze a module", "freeze the next", "checkpoint", "bypass"])
+@pytest.mark.parametrize("others", BESIDE, ids=["freeze a module", "freeze the next", "checkpoint", "factorize the next", "bypass"])
 @pytest.mark.parametrize("first", [True, False])
 def test_beside_other_passes(options: Any, others: list[Any], first: bool) -> None:
     own = Supervise(cuts=CUTS, **options)
