@@ -3,6 +3,7 @@
 So a run that is resumed within an epoch gets the same batches as an uninterrupted one, with any number of loader processes.
 """
 
+import copy
 import math
 import signal
 import weakref
@@ -11,20 +12,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from timm.data import Mixup  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from graphopt.data.datasets import Split, open_split
 from graphopt.data.memory import Memory
 from graphopt.data.randomness import mixed_seed, preserved, reseed
-from graphopt.data.transforms import Step, Transform, eval_transform, is_random, rgb, train_transform
+from graphopt.data.transforms import LowFrequency, Step, Transform, eval_transform, is_random, rgb, train_transform
 from graphopt.errors import RunError, first_line
-from graphopt.spec import AugmentSpec, DataSpec
+from graphopt.spec import DataSpec
 
 Key = tuple[int, int]  # epoch, index of the sample
 
@@ -80,6 +80,12 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         self.fingerprint = partial(split.fingerprint, self.chosen)
         self.transform: Any = transform
         self.deterministic, self.seed, self.kept = deterministic, seed, kept
+
+    def prepared(self, transform: Step, *, deterministic: bool) -> "Samples":
+        """The same samples, prepared by another transform."""
+        other = copy.copy(self)
+        other.transform, other.deterministic, other.kept = transform, deterministic, False
+        return other
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -156,12 +162,30 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
         len(train.classes),
     )
-    left = spec.cache
-    for samples in (data.evaluation, data.train):
-        size = len(samples) * math.prod(input)
-        if samples.deterministic and size <= left:
-            samples.kept, left = True, left - size
+    _keep(data, spec.cache, math.prod(input))
     return data
+
+
+def prepared(data: Data, spec: DataSpec, input: tuple[int, ...], low_frequency: tuple[int, int] | None = None) -> Data:
+    """The samples of an opened data set, prepared for a spec with another augmentation, as tensors of shape `input`.
+
+    With `low_frequency`, of their spectrum only so many frequencies are kept, and they have that size. Raises RunError as `open_data`.
+    """
+    transforms = train_transform(spec, input), eval_transform(spec, input)
+    if low_frequency is not None:
+        for transform in transforms:
+            transform.then(LowFrequency(*low_frequency))
+    train = data.train.prepared(transforms[0], deterministic=not is_random(spec.augment))
+    found = Data(train, data.evaluation.prepared(transforms[1], deterministic=True), data.classes)
+    _keep(found, 0 if low_frequency else spec.cache, math.prod(input))
+    return found
+
+
+def _keep(data: Data, left: int, size: int) -> None:
+    """Lets feeds keep the pixels of samples that are the same in every epoch, `size` bytes each, as far as they fit."""
+    for samples in (data.evaluation, data.train):
+        if samples.deterministic and len(samples) * size <= left:
+            samples.kept, left = True, left - len(samples) * size
 
 
 def stratified(targets: Any, limit: int | None) -> list[int]:
@@ -374,28 +398,3 @@ class ImageFeed:
         """Ends the loader processes."""
         _end(self._iterator)
         self._iterator = None
-
-
-class Mixer:
-    """timm's mixup and CutMix, seeded by (seed, epoch, batch number).
-
-    Images are paired within a micro-batch of one process: other than everything else, who is mixed with whom depends on the number of
-    processes, and on `accumulate`.
-    """
-
-    def __init__(self, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> None:
-        self._mixup: Any = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=classes)
-        self._seed = seed
-
-    @classmethod
-    def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Self | None:
-        return cls(augment, classes, smoothing, seed) if augment.mixup or augment.cutmix else None
-
-    def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
-        """The batch, mixed, with soft targets (N, classes). Raises RunError for a batch of odd size, which timm cannot pair."""
-        if len(batch.input) % 2:
-            raise RunError(f"mixup pairs images, the batch has {len(batch.input)}", where="train.batch")
-        with preserved():
-            reseed(self._seed, epoch, number, 1)
-            mixed, target = self._mixup(batch.input.clone(), batch.target)
-        return Batch(batch.sample, mixed, target)

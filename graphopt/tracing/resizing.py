@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+from timm.layers.pos_embed import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from graphopt.errors import TraceError
@@ -44,7 +44,12 @@ def trace_at(backbone: nn.Module, input: tuple[int, int, int], *, compare: bool 
     except TraceError as error:
         raise TraceError(f"at {shape}: {error.what}", where=error.where, fix="Leave resize out, or choose another size") from error
     except Exception as error:  # the library's own checks
-        raise TraceError(f"its library cannot set it to {shape}: {error}", fix="Choose a size that its patches and windows divide") from error
+        raise TraceError(
+            f"its library cannot set it to {shape}: {error}", fix="Choose a size that its patches and windows divide"
+        ) from error
+    if (grid := _grid(resized)) is not None and (patch := _patch(resized)) and (grid[0] * patch[0], grid[1] * patch[1]) != input[1:]:
+        what = f"its patches of {patch[0]}x{patch[1]} do not divide {shape}"
+        raise TraceError(what, fix=f"Choose multiples, such as {grid[0] * patch[0]}x{grid[1] * patch[1]}")
     theirs = dict(backbone.named_parameters())
     own = dict(resized.named_parameters())
     for name in [n for n, p in own.items() if p is not theirs.get(n)]:
@@ -80,7 +85,7 @@ def _set_size(model: Any, size: Grid) -> None:
 
 def _first_blocks(model: Any) -> Iterator[Any]:
     """The first block of each stage that has windows."""
-    for stage in getattr(model, "layers", None) or getattr(model, "stages", ()):
+    for stage in getattr(model, "layers", ()) or getattr(model, "stages", ()):
         block = next(iter(getattr(stage, "blocks", ())), None)
         if hasattr(block, "window_size"):
             yield block
@@ -94,6 +99,12 @@ def _grid(model: Any) -> Grid | None:
     if hasattr(model, "image_size") and hasattr(model, "patch_size") and isinstance(model.patch_size, int):
         return model.image_size // model.patch_size, model.image_size // model.patch_size
     return None
+
+
+def _patch(model: Any) -> Grid | None:
+    """The size of a patch."""
+    size = getattr(getattr(model, "patch_embed", model), "patch_size", None)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) if isinstance(size, tuple) else None
 
 
 def _resample(graph: Graph, name: str, full: nn.Parameter, small: Tensor, grids: tuple[Grid | None, Grid | None], shape: str) -> None:

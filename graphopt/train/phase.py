@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision, step_at
-from graphopt.data.loader import Batch, Feed, ImageFeed, Mixer
+from graphopt.data.loader import Batch, Feed
+from graphopt.data.mixing import Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
 from graphopt.runtime.randomness import set_seeds
@@ -24,6 +25,7 @@ from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
 from graphopt.train.evaluation import Meter, check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.feeds import Feeds
 from graphopt.train.strategy import Strategy
 
 #: weight of an auxiliary classifier's loss where a backbone returns several outputs in training (GoogLeNet, Inception)
@@ -38,8 +40,7 @@ class RunContext:
 
     spec: TrainSpec
     strategy: Strategy
-    images: ImageFeed  # of training
-    evaluation: ImageFeed
+    feeds: Feeds  # of images
     classes: int
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
     features: FeatureCache  # caches what a prefix that has left the graph computes
@@ -95,8 +96,11 @@ class Phase:
             synchronize(plan.module, strategy.device)
         self.owned = strategy.own(plan)
         strategy.to_device(self.owned.module)
-        self.feed: Feed = context.images
-        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
+        context.feeds.use(plan.base.input, plan.needs.images)
+        context.features.use(context.feeds.images)
+        self.feed: Feed = context.feeds.images
+        same = earlier is not None and (earlier.plan.base.input, earlier.plan.needs.images) == (plan.base.input, plan.needs.images)
+        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None and same else {}  # what the feature cache has decided
         self._trained: nn.Module = plan.module
         self._wrapped: nn.Module = self._trained  # as a step calls it on several ranks
         self._call: Callable[..., Any] | None = None

@@ -35,7 +35,7 @@ from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, code, settled, versions
+from graphopt.train.preflight import Inputs, check_images, check_optimizer, check_outputs, check_strategy, code, settled, versions
 from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
@@ -113,8 +113,7 @@ class Starting:
                 strategy.kernels(),
                 kept_heap(),
                 StopSignals() as signals,
-                closing(inputs.images),
-                closing(inputs.evaluation),
+                closing(inputs.feeds),
                 closing(Checkpointer(folder, text, settings, self.data, strategy.ranks)) as checkpointer,
             ):
                 saved, message = checkpointer.load(self.digest)
@@ -153,7 +152,8 @@ class Starting:
             check_folders(plan, trust=self.trust)
         plan.check_phases(settings.epochs)
         check_outputs(plan, self.inputs.data.classes)
-        check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
+        check_optimizer(plan, settings, len(self.inputs.feeds.images) // settings.accumulate)
+        check_images(plan, settings, self.inputs.feeds)
         check_strategy(plan, settings, self.inputs.strategy.ranks.count)
         self.inputs.strategy.check(plan)
         self.inputs.strategy.ranks.require_equal(code(plan.backbone) | {"the initial weights": content_digest(plan.module.state_dict())})
@@ -165,8 +165,7 @@ class Starting:
             identity["data"] = self.data.model_dump(mode="json", exclude={"workers", "cache"})
         inputs = self.inputs
         features = inputs.features(self.folder.features, plan.digest, identity)
-        feeds = inputs.images, inputs.evaluation
-        return RunContext(self.settings, inputs.strategy, *feeds, inputs.data.classes, inputs.mixer, features)
+        return RunContext(self.settings, inputs.strategy, inputs.feeds, inputs.data.classes, inputs.mixer, features)
 
 
 class Stopped(RunError):
@@ -231,7 +230,7 @@ class Run:
         return summary
 
     def _data_digest(self) -> str:
-        feeds = (self.context.images, self.context.evaluation) if self.strategy.ranks.first else ()
+        feeds = (self.context.feeds.images, self.context.feeds.evaluation) if self.strategy.ranks.first else ()
         return hash_parts(*(feed.samples.fingerprint().encode() for feed in feeds))
 
     def _decide(self) -> None:
@@ -332,8 +331,8 @@ class Run:
             self._stop_if_requested(agreed(self.strategy.requested(self.signals.signum or 0)))
 
         for prefix, module in self.state.phase.evaluated().items():
-            self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
-            meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=after_batch)
+            self.log.screen.start("eval", self.progress.epoch, len(self.context.feeds.evaluation))
+            meter = evaluate(module, self.context.feeds.evaluation, self.strategy, self.context.classes, after_batch=after_batch)
             agreed.finish()
             means = {"loss": meter.loss, "accuracy": meter.accuracy, "top5_accuracy": meter.top5_accuracy}
             figures |= {f"{prefix}{name}": value for name, value in means.items()}

@@ -17,7 +17,8 @@ import torch
 from torchvision import datasets
 
 from graphopt import RunError
-from graphopt.data.loader import Batch, ImageFeed, Mixer, Rank, open_data, stratified
+from graphopt.data.loader import Batch, ImageFeed, Rank, open_data, stratified
+from graphopt.data.mixing import Mixer
 from graphopt.spec import AugmentSpec, DataSpec
 from tests.data import formats
 

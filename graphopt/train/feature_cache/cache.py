@@ -84,6 +84,10 @@ class FeatureCache:
         self._exchange: Exchange | None = None
         self._fingerprint = ""  # of every file and target
 
+    def use(self, images: ImageFeed) -> None:
+        """From now on it caches features of these images."""
+        self.images, self.samples = images, images.samples
+
     def check(self, plan: Plan) -> None:
         """Raises RunError, before the first step, if a sample's input is not the same each time or the limit is smaller than a batch."""
         for item in plan.matched:
