@@ -24,8 +24,6 @@ from graphopt.tracing import trace
 from graphopt.tracing.equivalence import compare_modes
 
 Grid = tuple[int, int]
-#: outputs of the resampled graph and of the library's own resizing differ by rounding only
-TOLERANCE = 1e-5
 
 
 def trace_at(backbone: nn.Module, input: tuple[int, int, int], *, compare: bool = True) -> Graph:
