@@ -21,6 +21,10 @@ class Sizes:
         self.full, self._backbone, self._compare = graph.input, backbone, compare
         self._known: dict[Input, tuple[Graph, tuple[Matched, ...]]] = {graph.input: (graph, matched)}
 
+    def with_passes(self, matched: tuple[Matched, ...]) -> "Sizes":
+        """The same backbone with other passes, matched at its own size."""
+        return Sizes(self._backbone, self.whole, matched, compare=self._compare)
+
     @property
     def whole(self) -> Graph:
         """The graph at the backbone's own size."""

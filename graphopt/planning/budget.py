@@ -205,8 +205,9 @@ class Search:
         self.backbone = self._phase_cost(self._plan(()), spec.train.micro_batch())
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
-        matched = match_all(self.plan.base, [PassInstance(value, index) for index, value in enumerate(passes)])
-        return compile_phase(replace(self.plan, matched=matched), verify=verify, costs=False)
+        matched = match_all(self.plan.sizes.whole, [PassInstance(value, index) for index, value in enumerate(passes)])
+        sizes = self.plan.sizes.with_passes(matched)
+        return compile_phase(replace(self.plan, matched=matched, sizes=sizes), verify=verify, costs=False)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
         measure = measure_with(batch, device=self.device, **self.spec.train.forecast_options())

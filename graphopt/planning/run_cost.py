@@ -196,10 +196,9 @@ def forecast_run(
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)
         earlier = current if cached else None
-    times = range(train.eval_every - 1, train.epochs, train.eval_every)
-    epochs = sorted({*times, train.epochs - 1})
-    at_own_size = _evaluating(backbone, plan.sizes.full, len(epochs) * evaluated / batch, batch, options, rates)
-    evaluating = _evaluating_phases(compiled, epochs, evaluated / batch, batch, options, rates)
+    times = sorted({*range(train.eval_every - 1, train.epochs, train.eval_every), train.epochs - 1})
+    at_own_size = _evaluating(backbone, plan.sizes.full, len(times) * evaluated / batch, batch, options, rates)
+    evaluating = _evaluating_phases(compiled, times, evaluated / batch, batch, options, rates)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
     totals = _totals([before], *at_own_size), _totals(found, *evaluating)
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)

@@ -83,10 +83,11 @@ def _set_size(model: Any, size: Grid) -> None:
 
 def _first_blocks(model: Any) -> Iterator[Any]:
     """The first block of each stage that has windows."""
-    for stage in getattr(model, "layers", ()) or getattr(model, "stages", ()):
-        block = next(iter(getattr(stage, "blocks", ())), None)
-        if hasattr(block, "window_size"):
-            yield block
+    for stage in model.children():
+        for part in stage if isinstance(stage, nn.Sequential) else (stage,):
+            block = next(iter(getattr(part, "blocks", ())), None)
+            if hasattr(block, "window_size"):
+                yield block
 
 
 def _grid(model: Any) -> Grid | None:
