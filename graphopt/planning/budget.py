@@ -378,7 +378,7 @@ def ladders(plan: Plan) -> Iterator[tuple[Trial, ...]]:
     found: list[tuple[type[Pass], list[Trial]]] = []
     for kind in sorted(installed().values(), key=lambda kind: (kind.once, _POSITIONS.index(kind.position))):
         current = next((value for value in plan.passes if value.name == kind.name), None)
-        if candidates := [Trial(c.label, (c.value,)) for c in kind.candidates(plan.base, current)]:
+        if candidates := [Trial(c.label, (c.value,)) for c in kind.candidates(plan.sizes.whole, current)]:
             found.append((kind, candidates))
             yield tuple(candidates)
     # Of two passes: the second's middle candidate beside each of the first, or beside its strongest if a plan has one at most.

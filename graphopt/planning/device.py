@@ -33,7 +33,7 @@ def with_memory(plan: Plan, device: Device) -> Plan:
     if report.before is None or report.after is None:
         return plan
     measure = _measure(plan, device)
-    before = measure(emit(plan.base), plan.base, ()).cuda
+    before = measure(emit(plan.sizes.whole), plan.sizes.whole, ()).cuda
     after = _memory(plan, measure) if any(plan.effects) else before
     report = replace(report, before=replace(report.before, cuda=before), after=replace(report.after, cuda=after))
     return replace(plan, report=report)

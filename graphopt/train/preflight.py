@@ -119,7 +119,7 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
     """Everything for which `train` would refuse a run of this plan before its first step."""
     steps = 1
     try:
-        inputs = Inputs.open(settings, data, plan.base.input, choose(settings))
+        inputs = Inputs.open(settings, data, plan.sizes.full, choose(settings))
         steps = len(inputs.feeds.images) // settings.accumulate
         check_outputs(plan, inputs.data.classes)
         inputs.features(Path(), "", {}).check(plan)

@@ -72,7 +72,7 @@ def train(
     ranks = strategy.ranks
     try:
         # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
-        inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
+        inputs = Inputs.open(settings, data, plan.sizes.full if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
         ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions("{}'s version")})
         if plan is None:
@@ -243,7 +243,9 @@ class Run:
         for moment in sorted(reached | ({progress.epoch} if not progress.step else set())):
             due += state.phase.plan.due(moment, state.history, epochs, due)
         if due:
-            state.phase = state.phase.next(due, due[-1].epoch)
+            before, state.phase = state.phase, state.phase.next(due, due[-1].epoch)
+            if state.phase.plan.base.input != before.plan.base.input:
+                progress.best_accuracy = -1.0  # accuracies at two sizes are not compared
             self.strategy.reset_peak_memory()
             state.watch()
             self.log.phase(due)

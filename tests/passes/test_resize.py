@@ -22,7 +22,8 @@ from graphopt.passes.resize import Resize
 from graphopt.passes.supervise import Supervise
 from graphopt.planning.run_cost import forecast_run
 from graphopt.spec import AugmentSpec
-from graphopt.train import Stopped, train
+from graphopt.train import Stopped, run, train
+from graphopt.train.evaluation import SUMS
 from graphopt.train.phase import Phase
 from tests.support.backbones import Small
 from tests.train import small
@@ -193,3 +194,24 @@ def test_weaker_augmentation_comes_with_the_phase(tmp_path: Path) -> None:
     never, weak, strong = (small.weights(tmp_path / name) for name in ("never", "weak", "strong"))
     assert small.same(never, weak)
     assert not small.same(weak, strong)
+
+
+def test_accuracies_at_two_sizes_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first epoch, on small images, is made the best of all."""
+    evaluate, figures = run.evaluate, iter([0.9, 0.2, 0.3])
+
+    def claimed(*arguments: Any, **options: Any) -> Any:
+        meter, accuracy = evaluate(*arguments, **options), next(figures)
+        meter.sums[SUMS.index("correct")] = accuracy * meter.samples
+        return meter
+
+    monkeypatch.setattr(run, "evaluate", claimed)
+    summary = train(small.plan([FIRST]), tmp_path, settings=small.settings(), data=small.DATA)
+    assert (summary.best_epoch, summary.best_accuracy) == (2, 0.3)
+
+
+def test_a_plan_that_begins_at_another_size_trains_on_its_low_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = shapes(monkeypatch)
+    plan = small.plan([Resize(size=4, how="low-frequency")])
+    train(plan, tmp_path, settings=small.settings(epochs=1), data=small.DATA)
+    assert seen == [(3, 4, 4)]
