@@ -184,15 +184,17 @@ def forecast_run(
     earlier: Plan | None = None
     compiled = phases or plan.phases(train.epochs, decisions)
     for start, end, due, current in compiled:
+        length = Fraction(step_at(end, per_epoch) - step_at(start, per_epoch), per_epoch)
         step, filling, cached = _phase_cost(current, earlier, batch, samples, options) if any(current.effects) else (whole, None, 0)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
         seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)
-        length = Fraction(step_at(end, per_epoch) - step_at(start, per_epoch), per_epoch)
         epochs = int(length) if length.denominator == 1 else float(length)
         phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
             cost, batches = filling
+            if every := current.needs.features and current.needs.features.options.get("refresh"):
+                batches += samples / batch * max(0, math.ceil(end) - math.ceil(start) - 1) / every
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)
         earlier = current if cached else None

@@ -151,12 +151,15 @@ class Phase:
     def close(self) -> None:
         check_frozen(self.plan.module, self.frozen)
 
-    def begin(self) -> bool:
-        """Does what needs the phase's weights: caches the features it trains on, and compiles. False where that is done already."""
+    def begin(self, epoch: int = 0) -> bool:
+        """Does what needs the phase's weights: caches the features that it trains on from `epoch` on, and compiles.
+
+        False where that is done already.
+        """
         if self._call is not None:
             return False
         self.strategy.expect(slow=True)
-        self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
+        self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features, epoch)
         before, state = self._parameters(), optimizers.optimizer_state(self.optimizer, self.plan.module)
         self._wrapped = self.strategy.wrap(self._trained, self.plan, self._unused())
         after = self._parameters()

@@ -254,7 +254,7 @@ class Run:
         """Trains up to the next moment at which a trigger may fire. True if that is the end of the epoch."""
         phase, progress, spec = self.state.phase, self.progress, self.spec
         end = phase.end(progress.epoch, progress.total)
-        if phase.begin() and self.context.features.last_decision:
+        if phase.begin(progress.epoch) and self.context.features.last_decision:
             self.log.write("features", **self.context.features.last_decision)
         phase.train_mode()
         self.log.screen.start("train", progress.epoch, phase.steps, progress.step)

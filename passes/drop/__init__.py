@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from graphopt import Editor, Graph
 
-_CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "folder", "force")
+_CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "refresh", "folder", "force")
 #: options that are valid in one mode only
 _OPTIONS = {"prefix": ("upto", *_CACHE_OPTIONS), "bypass": ("select", "probability")}
 
@@ -66,6 +66,8 @@ class Drop(Pass):
         limit: size of the largest cache ("8 GiB"), of all processes together; above it the prefix runs under no_grad instead. Default:
             what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
+        refresh: with random augmentation: cached features are computed anew every so many epochs, a part of them in each epoch (4: a
+            quarter), from an image augmented as in that epoch. The cache is no larger than without augmentation. In RAM only.
         folder: of a cache on disk, to keep it after the run or to put it on another disk; a spec that names one needs --trust.
         force: cache the features even if reading them is slower than computing them.
         select: bypass: the blocks; default: all of them.
@@ -82,6 +84,7 @@ class Drop(Pass):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
+    refresh: Annotated[int, Field(ge=1, strict=True)] | None = None
     folder: str | None = None
     force: StrictBool = False
     select: Selector | None = None
@@ -95,6 +98,8 @@ class Drop(Pass):
             raise ValueError(f"{' and '.join(wrong)}: only valid with mode = {other!r}")
         if self.folder is not None and self.cache != "disk":
             raise ValueError('folder: only valid with cache = "disk"')
+        if self.refresh is not None and (self.views is not None or self.cache != "ram"):
+            raise ValueError('refresh: only valid with cache = "ram", and without views')
         if self.mode == "prefix" and isinstance(self.when, Steps) and self.upto is not None:
             raise ValueError("each step of the schedule has its own upto: leave the pass's out")
         if self.mode == "prefix" and isinstance(self.when, Start | AtEpoch) and self.upto is None:

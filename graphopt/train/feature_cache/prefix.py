@@ -1,7 +1,7 @@
 """Both sides of a cut: the prefix that computes cached features, with their keys, and training on them."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -132,12 +132,14 @@ class FeatureFeed:
 
     def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1, exchange: Exchange | None = None) -> None:
         self.entry, self._images, self._views, self._exchange = entry, images, views, exchange
+        self.refresh: Callable[[int], None] = lambda epoch: None  # noqa: ARG005 (brings the entry to the views of an epoch)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """A sample's views alternate from epoch to epoch."""
+        self.refresh(epoch)
         images = self._images
         rank, size, own = images.rank, images.batch, self.entry.layout.rows // self._views
         order = torch.tensor(epoch_order(len(images.samples), images.seed, epoch))

@@ -78,7 +78,7 @@ class EntryLayout:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A complete entry: `features` (rows, *shape) and `targets` (rows,) int64. Rows must not be written to."""
+    """A complete entry: `features` (rows, *shape) and `targets` (rows,) int64. Nobody but the cache writes to rows."""
 
     layout: EntryLayout
     features: "Tensor | RowFile"
