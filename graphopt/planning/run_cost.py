@@ -26,6 +26,7 @@ from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import Input, input_of
 from graphopt.ir.shapes import SHAPE_BATCH, tensors_in
+from graphopt.runtime.quantized import stored_bytes
 from graphopt.spec import DataSpec, TrainSpec
 
 #: numbers of training and evaluation images of known data sets, so that a forecast does not need the files
@@ -281,8 +282,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 def cache_bytes(cut: fx.Node, options: Mapping[str, Any], samples: int) -> int:
     """Size of a feature cache at `cut`; 0 if that is over its limit, so that the prefix runs in every step instead."""
-    dtype = getattr(torch, options.get("dtype") or "float32")
-    size = int(cut.meta["val"][0].numel()) * dtype.itemsize * samples * (options.get("views") or 1)
+    size = stored_bytes(_shape(cut), options.get("dtype") or "float32") * samples * (options.get("views") or 1)
     limit = options.get("limit")
     return size if limit is None or size <= limit else 0
 

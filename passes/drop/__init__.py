@@ -62,7 +62,8 @@ class Drop(Pass):
         upto: prefix: the part it ends with, at the furthest; for `when = "start"` and `{ epoch = n }`, exactly.
         cache: prefix: where the features are cached: "ram" or "disk" (in the run's folder); "none" runs the prefix every time. Of several
             processes each caches a part, and they exchange what their batches need; no file system has to be shared.
-        dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16).
+        dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16); "int8": a
+            quarter, with a scale per sample and channel; the run's record says how large the error is.
         limit: size of the largest cache ("8 GiB"), of all processes together; above it the prefix runs under no_grad instead. Default:
             what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
@@ -84,7 +85,7 @@ class Drop(Pass):
     mode: Literal["prefix", "bypass"] = "prefix"
     upto: Annotated[str, Field(min_length=1)] | None = None
     cache: Literal["ram", "disk", "none"] = "ram"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
     refresh: Annotated[int, Field(ge=1, strict=True)] | None = None

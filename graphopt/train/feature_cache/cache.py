@@ -25,7 +25,7 @@ from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.hashing import hash_parts, raw_bytes
-from graphopt.runtime.dtypes import DTYPES
+from graphopt.runtime.quantized import stored, stored_bytes, unpack
 from graphopt.train.feature_cache.exchange import Deal, Exchange, owned
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import (
@@ -97,8 +97,8 @@ class FeatureCache:
                 continue
             self._check_inputs(options)
             limit = options.get("limit")
-            values = [region.exits[0].meta["val"][0].numel() for region in item.match.regions]
-            least = self.images.batch * min(values, default=0) * DTYPES[options["dtype"]].itemsize
+            rows = [stored_bytes(tuple(region.exits[0].meta["val"].shape[1:]), options["dtype"]) for region in item.match.regions]
+            least = self.images.batch * min(rows, default=0)
             if limit is not None and limit < least:
                 what = f"limit = {show_size(limit)} is smaller than one batch of features ({show_size(least)} at least)"
                 raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
@@ -160,9 +160,10 @@ class FeatureCache:
             # The next cut starts from the images again.
             return self.images, plan.module, {"cut": cut.node.name, "kept": False, "route": []}
         self.last_decision |= {"kept": True, "bytes": int(self.ranks.sum([self._held.layout.bytes])[0])}
-        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange)
+        shape = tuple(cut.node.meta["val"].shape[1:])
+        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange, shape if cut.options["dtype"] == "int8" else None)
         if (every := cut.options.get("refresh")) and not self.samples.deterministic:
-            whole = Prefix(plan, [Cut(cut.node, self._held.layout)], self.strategy)
+            whole = Prefix(plan, [Cut(cut.node, self._held.layout, shape)], self.strategy)
             feed.refresh = partial(self._refresh, self._held, whole, every)
         return feed, OnFeatures(plan.suffix), {"cut": cut.node.name, "kept": True, "route": route}
 
@@ -225,7 +226,9 @@ class FeatureCache:
             whole = key_of(plan.graph, start, node, whole, (dtype, views, self.strategy.precision, count))
             # Kernels may round differently for another batch size: a rank's own features are those that it computed in its own batches.
             key = hash_parts(whole.encode(), f"{batch} {part}{refreshed}".encode())
-            cuts.append(Cut(node, EntryLayout(key, own * views, tuple(node.meta["val"].shape[1:]), DTYPES[dtype], batch, whole, part)))
+            shape = tuple(node.meta["val"].shape[1:])
+            row, kind = stored(shape, dtype)
+            cuts.append(Cut(node, EntryLayout(key, own * views, row, kind, batch, whole, part), shape))
         return cuts
 
     def _probe(self, views: int) -> list[bytes]:
@@ -295,7 +298,7 @@ class FeatureCache:
                 fill.write(number, chunk[0] if parts else prefix.stored(chunk[0], first=number == 0), chunk[1])
 
         try:
-            with closing(self._chunks(source, fill, parts, options.get("refresh"))) as chunks:
+            with closing(self._chunks(source, fill, parts, options.get("refresh"), cuts[-2].shape if len(cuts) > 1 else ())) as chunks:
                 for number in range(done, done + rounds):
                     self._attempt(lambda: compute(number, next(chunks, None)))  # noqa: B023 (called at once)
                     if number == 0:
@@ -313,6 +316,9 @@ class FeatureCache:
             fill.flush()
             raise
         filled_from = "images" if source is None else "features"
+        if prefix.error is not None:
+            self.last_decision["error"] = prefix.error
+            self.on_message(f"features in 8 bits are off by {100 * prefix.error:.2g} % (root mean square, over the values')")
         self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "parts" if parts else filled_from}
         return entry
 
@@ -322,7 +328,7 @@ class FeatureCache:
         return 0 if self.ranks.largest(fill.done) else max(0, min(TRIAL, fewest - (1 if self.ranks.count == 1 else 2)))
 
     def _chunks(
-        self, source: CacheEntry | None, fill: Fill, parts: Sequence[CacheEntry], every: int | None
+        self, source: CacheEntry | None, fill: Fill, parts: Sequence[CacheEntry], every: int | None, before: tuple[int, ...]
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next.
 
@@ -338,7 +344,9 @@ class FeatureCache:
             deal = Deal(parts, fill.layout.rows // len(own))
             return (deal.rows(chunk) for chunk in keys)
         if source is not None:
-            return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
+            packed = source.features[0:0].dtype == torch.uint8
+            found = ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
+            return ((unpack(rows, before) if packed else rows, targets) for rows, targets in found)
         return ((batch.input, batch.target) for batch in load(self.samples, keys, self.images.workers))
 
     def _check_faster(self, fill: Fill, last: int, computing: float) -> None:
