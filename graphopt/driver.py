@@ -22,7 +22,7 @@ from graphopt.errors import BackboneError, PassError, SpecError, TraceError, Wei
 from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import Input
-from graphopt.models.build import build
+from graphopt.models.build import build, init_head
 from graphopt.spec import BackboneSpec, Spec, WeightsSpec, load
 from graphopt.tracing import trace
 
@@ -151,7 +151,10 @@ def build_backbone(spec: BackboneSpec, *, trust: bool = False, weights: bool = T
     """
     given = spec.weights if weights else None
     options: dict[str, Any] = given.model_dump() if isinstance(given, WeightsSpec) else {"file": given}
-    return build(spec.source, spec.name, spec.arguments, weights=options.pop("file"), **options, trust=trust)
+    model = build(spec.source, spec.name, spec.arguments, weights=options.pop("file"), **options, trust=trust)
+    if spec.head_init is not None:
+        init_head(model, spec.head_init.scale, spec.head_init.bias)
+    return model
 
 
 @contextmanager

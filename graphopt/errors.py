@@ -6,6 +6,7 @@ from typing import Self
 
 #: what a terminal or a viewer obeys instead of showing it: control characters but line ends and tabs, and changes of direction
 _CONTROL = [*(c for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_CONTROL += range(0xD800, 0xE000)  # surrogates: bytes of a file's name that are no UTF-8, which nothing can encode
 _VISIBLE = {c: f"\\u{c:04x}" for c in _CONTROL}
 
 

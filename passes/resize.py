@@ -65,7 +65,7 @@ class Resize(Pass):
         match: Match[None] = Match((replace(region_of(graph, tops), name="input"),))
         if image_of(graph.input) is None:
             match.refuse("input", f"the backbone takes {show(graph.input)}, no image", fix="Leave resize out")
-        if fixed := sorted({"mixup", "cutmix"} & self.augment.keys()):
+        if fixed := sorted(key for key in self.augment if key.startswith(("mixup", "cutmix"))):
             match.refuse("augment", f"{' and '.join(fixed)} cannot change within a run", fix="Set it in [data.augment]")
         if isinstance(self.when, Start):
             match.warn("when", "no epoch trains or is evaluated at the backbone's own size, which is exported")

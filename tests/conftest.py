@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from graphopt.cli import progress
+from tests.support.browser import browse, tab  # noqa: F401  # fixtures
+
+progress.FIRST = 3600.0  # however slow the machine is, commands print the same
 torch.set_num_threads(1)
 settings.register_profile("graphopt", deadline=None, max_examples=40)
 settings.load_profile("graphopt")

@@ -19,6 +19,8 @@ import pytest
 
 from graphopt.cli import main
 from graphopt.spec import loads
+from graphopt.timm_args import OPTIONS
+from tests.support.ranks import serve
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -55,6 +57,8 @@ class Session:
         words = shlex.split(line, comments=True)
         line, _, target = " ".join(map(shlex.quote, words)).partition(" '>' ")
         assert words[0] == "graphopt", line
+        if words[1] == "study":
+            serve()
         status = main(shlex.split(line)[1:])
         out, err = self.capsys.readouterr()
         if target:
@@ -125,6 +129,10 @@ def test_what_is_made_at_build_time_covers_schema_and_names(pages: dict[str, Any
     for name in {*graphopt.__all__} - {"Selector"}:
         assert f".{name}\n" in made["api.md"]
     assert "lean" in pages["manual"]("freeze")
+    options = pages["timm_options"]()
+    for option in OPTIONS.values():
+        assert f"| `{option.name}` |" in options
+        assert all(text.replace("|", "\\|") in options for text in (option.keys, option.refused, option.unused))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CASES = sorted((ROOT / "tests" / "fuzz_cases").glob("*.json"))
 SEED = 20
-DRAWS = 25
+DRAWS = 16
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from graphopt.cli import main
+from graphopt.cost import Rates
 from graphopt.spec import loads
+from tests.support.ranks import serve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,9 +58,12 @@ def commands() -> list[str]:
 @pytest.mark.slow
 def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("graphopt.cost.rates.rates_of", lambda *_: Rates(1e-11, 1e-10, 1e-5, 0.1, "cpu"))  # seconds of timed steps
+    serve()  # the study's processes
     found = [command for command in commands() if not command.startswith("make ")]
-    assert len(found) == 12
+    assert len(found) == 13
     Path("study.toml").write_text(next(text for text in blocks("toml") if "seeds" in text))
+    Path("args.yaml").write_text("model: resnet18\nlr: 0.1\n")
     for command in found:
         run(f"{command} {TINY}" if command.startswith(("graphopt train", "graphopt study")) else command, capsys)
     assert (tmp_path / "model.safetensors").exists()

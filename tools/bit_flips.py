@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import small_run
 import torch
+from parts_run import PartsRun
 from PIL import Image
 
 import graphopt
@@ -30,6 +31,7 @@ from graphopt.spec import DataSpec, load
 from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache.store import CacheDirectory, CacheEntry, EntryLayout
 from graphopt.train.ledger import LedgerFile, check_ledger
+from graphopt.train.parts import FOLDER, folder_of
 
 OUTCOMES = ("refused with the file's name", "computed again", "harmless", "other data", "silent", "unclear")
 
@@ -44,6 +46,7 @@ class Target:
     path: Path
     read: Callable[[], Any]
     proof: bool = True
+    kind: str | None = None  # what it is called in the table, where its name does not say
     content: bytes = field(init=False)
     expected: Any = field(init=False)
 
@@ -92,7 +95,7 @@ def targets(folder: Path) -> list[Target]:
         found.append(Target(folder / name, lambda path=folder / name: content_digest(read_weights(path))))
     saved = graphopt.save(run.plan, folder / "plan.safetensors")
     found.append(Target(saved, lambda: content_digest(read_plan_file(saved, plan=run.plan).module.state_dict())))
-    return [*found, *_features(folder / "features"), *_begun(folder / "begun"), *_data(folder)]
+    return [*found, *_parts(folder / "parts"), *_features(folder / "features"), *_begun(folder / "begun"), *_data(folder)]
 
 
 def _ledger(path: Path, run: small_run.SmallRun) -> list[str]:
@@ -100,6 +103,17 @@ def _ledger(path: Path, run: small_run.SmallRun) -> list[str]:
     steps = run.spec.train.epochs * (len(run.data.train) // run.spec.train.batch)
     LedgerFile(path, len(run.data.train), run.spec.train.batch, steps).close()
     return [str(epoch) for epoch in check_ledger(path, steps)]
+
+
+def _parts(folder: Path) -> list[Target]:
+    """Of the last checkpoint that has its tensors in parts: itself, and each part."""
+    PartsRun().train(folder)
+    last = folder / "last.pt"
+    parts = sorted((folder / FOLDER / str(folder_of(last))).iterdir())
+    return [
+        Target(path, lambda: content_digest(load_checkpoint(last)), kind=kind)
+        for path, kind in ((last, "last.pt of parts"), *((p, "a part") for p in parts))
+    ]
 
 
 LAYOUT = EntryLayout("0" * 32, 20, (4, 8, 8), torch.float32, 5)
@@ -228,6 +242,8 @@ def flip(folder: Path, count: int, seed: int) -> tuple[dict[str, Counter[str]], 
 
 def _kind(target: Target) -> str:
     """What a file is called in the table."""
+    if target.kind is not None:
+        return target.kind
     name, suffix = target.path.name.replace("0" * 32, "<key>"), target.path.suffix
     if target.proof:
         return name

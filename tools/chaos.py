@@ -188,6 +188,7 @@ def main() -> int:
     print(f"seed {options.seed}", flush=True)
     kills, outcomes, draw = list[Kill](), list[list[str]](), random.Random(options.seed)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for all processes
+    os.environ["CHAOS_KINDS"] = json.dumps(options.kinds)
     get_context("forkserver").set_forkserver_preload(["chaos_forked"])
     with work_folder() as folder:
         for kind in options.kinds:

@@ -1,6 +1,9 @@
-"""What the process holds from which ranks are forked: torch, and the compiled runs."""
+"""What the process holds from which ranks are forked: torch, and the compiled runs of the kinds that CHAOS_KINDS names."""
+
+import json
+import os
 
 import chaos_run
 
-for kind in chaos_run.KINDS:
+for kind in json.loads(os.environ["CHAOS_KINDS"]):
     chaos_run.run(kind)

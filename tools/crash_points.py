@@ -22,6 +22,7 @@ from typing import Any
 import small_run
 import system_calls
 import torch
+from parts_run import PartsRun
 from system_calls import Call
 
 from graphopt.train import Stopped
@@ -51,7 +52,7 @@ class Scenario:
     """
 
     name: str
-    run: small_run.SmallRun
+    run: small_run.SmallRun | PartsRun
     prepare: Callable[[Path], None] = lambda _: None
     stop: str | None = None
     start: Path = field(init=False)
@@ -130,7 +131,7 @@ def _plain(call: str) -> str:
     return re.sub(r"(/\.[\w.-]+)\.[a-z0-9_]{8}(?= |$)", r"\1.*", call)
 
 
-def _train(run: small_run.SmallRun, root: Path) -> None:
+def _train(run: small_run.SmallRun | PartsRun, root: Path) -> None:
     signal.alarm(SECONDS)
     torch.set_num_threads(1)  # a forked process makes its pool of threads here, not in two threads of autograd at once
     os.chdir(root)
@@ -138,7 +139,7 @@ def _train(run: small_run.SmallRun, root: Path) -> None:
         run.train(Path("run"))
 
 
-def _resume(run: small_run.SmallRun, root: Path) -> str | None:
+def _resume(run: small_run.SmallRun | PartsRun, root: Path) -> str | None:
     """Goes on to the end, in a process of its own; returns what went wrong."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -199,6 +200,7 @@ def scenarios() -> Iterator[Scenario]:
     yield stopping
     yield Scenario("resumed over a damaged checkpoint", plain, damaged)
     yield Scenario("features in a folder of their own, one checkpoint", small_run.SmallRun(SHARED))
+    yield Scenario("checkpoints in parts", PartsRun())
     yield Scenario("with TensorBoard", small_run.SmallRun(SHORT, tensorboard=True))
 
 

@@ -1,7 +1,8 @@
 """What the documentation site shows besides docs/, made when it is built: references from schema and docstrings, manuals, tables.
 
 A hook of mkdocs (mkdocs.yml names it). In a page, `<!-- manual: freeze -->` stands for what `graphopt passes freeze` prints, and
-`<!-- table: supervise.md -->` for a file of tools/tables with the command that made it. Links to files of the repository lead to the
+`<!-- table: supervise.md -->` for a file of tools/tables with the command that made it, `<!-- options: timm -->` for what becomes of the
+options of timm's script. Links to files of the repository lead to the
 pages that are made from them.
 """
 
@@ -19,6 +20,8 @@ import graphopt
 from graphopt.compiler.registry import passes
 from graphopt.spec import schema
 from graphopt.spec.writing import kind_of, option_texts, toml_value, without_attributes
+from graphopt.timm_args import GROUPS, Option
+from graphopt.timm_args.arguments import shown
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "tools" / "tables").glob("*.md"))
@@ -28,7 +31,7 @@ SOURCES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "chang
 SOURCES |= {"launch.md": "docs/launch", "tables/index.md": "tools/tables"} | {f"tables/{t.name}": f"tools/tables/{t.name}" for t in TABLES}
 
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
-_MARKER = re.compile(r"^<!-- (manual|table): (\S+) -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (manual|table|options): (\S+) -->$", re.MULTILINE)
 
 
 # ---- what mkdocs calls
@@ -74,6 +77,8 @@ def _inserted(found: re.Match[str]) -> str:
     kind, name = found.groups()
     if kind == "manual":
         return manual(name)
+    if kind == "options":
+        return timm_options()
     head, _, rest = (ROOT / "tools" / "tables" / name).read_text(encoding="utf-8").partition("\n")
     assert head.startswith("# "), name
     return rest.strip()
@@ -93,6 +98,21 @@ def manual(use: str) -> str:
     promises.append(("they must not also be", sorted(cls.conflicts_with)))
     lines = [f"- {what}: {', '.join(of)}" for what, of in promises if of]
     return "\n\n".join([*filter(None, texts), _grid(("option", "default", "meaning"), rows), "\n".join(lines)])
+
+
+def timm_options() -> str:
+    """What becomes of each option of timm's training script, by groups."""
+    return "\n\n".join(f"## {title}\n\n{_grid(('option', 'default', 'in the spec'), _rows(group))}" for title, group in GROUPS.items())
+
+
+def _rows(group: tuple[Option, ...]) -> list[tuple[str, ...]]:
+    rows = []
+    for option in group:
+        said = [f"`{option.keys}`" if option.keys.replace("_", "").replace(".", "").isalpha() else option.keys]
+        said += [f"{word}: {why}" for word, why in (("refused", option.refused), ("no effect", option.unused)) if why]
+        default = "" if option.default in (None, "") else f"`{shown(option.default)}`"
+        rows.append((f"`{option.name}`", default, "; ".join(filter(None, said))))
+    return rows
 
 
 def _grid(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -152,7 +172,8 @@ def _spec() -> str:
 def _sections(whole: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     tables = {"top level": whole, "[backbone]": "BackboneSpec", "[backbone.weights]": "WeightsSpec", "[data]": "DataSpec"}
     tables |= {"[data.augment]": "AugmentSpec", "[train]": "TrainSpec", "[train.optimizer]": "OptimizerSpec"}
-    tables |= {"[train.scheduler]": "SchedulerSpec", "[train.fsdp]": "FsdpSpec"}
+    tables |= {"[train.scheduler]": "SchedulerSpec", "[train.loss]": "LossSpec", "[train.distill]": "DistillSpec"}
+    tables |= {"[train.fsdp]": "FsdpSpec", "[backbone.head_init]": "HeadInitSpec"}
     for title, name in tables.items():
         yield title, whole["$defs"][name] if isinstance(name, str) else name
     for branch in whole["properties"]["pass"]["items"]["anyOf"]:

@@ -1,5 +1,6 @@
 """What the fuzzer of passes draws from: small backbones, and passes with selectors, triggers and options."""
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.compiler import registry
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
 from graphopt.ir.partition import cut_candidates
@@ -179,10 +181,8 @@ class Draw:
         return self.random.random() < probability
 
     def case(self) -> Table:
-        uses = self.random.choices(
-            ("freeze", "share", "drop", "supervise", "checkpoint"), (3, 3, 3, 2, 2), k=self.random.choice((1, 2, 2, 3, 3, 4))
-        )
-        passes = [{"use": use, **getattr(self, f"_{use}")()} for use in uses]
+        uses = self.random.choices(registry.names(), k=self.random.choice((1, 2, 2, 3, 3, 4)))
+        passes = [{"use": use, **self.options(use)} for use in uses]
         for table in passes:
             table.update(self._when(table))
         return {"backbone": self.backbone, "seed": self.random.randrange(1000), "pass": passes}
@@ -216,8 +216,35 @@ class Draw:
         """Each option with a value from its tuple, a third of the time."""
         return {name: self.random.choice(values) for name, values in options.items() if self.chance(0.33)}
 
-    def _freeze(self) -> Table:
-        return {"select": self.selector(), **self.some(lean=(True, False))}
+    def options(self, use: str) -> Table:
+        """Of a pass: drawn from its schema, but where options depend on each other."""
+        own: Callable[[], Table] | None = getattr(self, f"_{use}", None)
+        if own is not None:
+            return own()
+        schema = registry.load(use).model_json_schema()
+        required = schema.get("required", ())
+        drawn = ((name, option) for name, option in schema["properties"].items() if name in required or self.chance(0.5))
+        return {name: self.value(option) for name, option in drawn if name != "when"}
+
+    def value(self, schema: Table) -> Any:
+        """A value that the schema of one option allows."""
+        kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+        if any("$ref" in kind for kind in kinds):
+            return self.selector()
+        kind = self.random.choice(kinds)
+        if "enum" in kind or "const" in kind:
+            return self.random.choice(kind.get("enum") or [kind["const"]])
+        low, high = kind.get("minimum", kind.get("exclusiveMinimum", 0)), kind.get("maximum", kind.get("exclusiveMaximum", math.inf))
+        match kind["type"]:
+            case "boolean":
+                return self.chance(0.5)
+            case "integer":
+                return min(low + self.random.choice((0, 1, 2, 6)), high)
+            case "number":
+                return self.random.uniform(low, min(high, low + 1.0)) or kind["maximum"]
+            case "string":
+                return self.path()
+        raise NotImplementedError(f"the fuzzer draws nothing of {kind}")
 
     def _share(self) -> Table:
         options = self.some(
@@ -239,16 +266,26 @@ class Draw:
             head=("norm-pool", "conv", "contrast"), temperature=(0.1,), classes=(10, 5), mean=([0.5, 0.5, 0.5],),
             weights=({"classify": [0.1, 1.0]}, {"reconstruct": [1.0, 0.0]}, {"classify": [0.0, 0.0]}),
         )  # fmt: skip
-        kind = self.random.choice(("modules", "modules", "cuts", "memory", "stage"))
+        kind = self.random.choice(("modules", "modules", "cuts", "memory", "stage", "time"))
         if kind == "cuts":
             return {**options, "cuts": self.random.sample(self.labels, min(len(self.labels), self.random.randint(1, 2)))}
         modules = {"modules": self.random.randint(2, 4)} if kind == "modules" or self.chance(0.5) else {}
         return {**options, **modules, **({"balance": kind} if kind != "modules" else {})}
 
     def _checkpoint(self) -> Table:
-        if self.chance(0.4):
+        kind = self.random.choice(("select", "segments", "blocks", "share", "size"))
+        if kind == "select":
             return {"select": self.selector()}
-        return {"segments": self.random.randint(1, 4), **self.some(balance=("memory",))}
+        if kind == "share":
+            return {"budget": self.random.choice((0.1, 0.35, 0.5, 0.8, 1.0))}
+        if kind == "size":
+            size = self.random.choice(("10 KiB", "200 KiB", "500 KiB", "1 MiB", "4 MiB", "8 GiB"))
+            return {"budget": size, **self.some(device=("L4", "H100"), fraction=(0.2, 0.7))}
+        return (
+            {"segments": "every block"}
+            if kind == "blocks"
+            else {"segments": self.random.randint(1, 4), **self.some(balance=("memory", "blocks"))}
+        )
 
     def _when(self, table: Table) -> Table:
         kind = self.random.choice(("start", "start", "start", "epoch", "until", "score", "own"))
@@ -266,5 +303,5 @@ class Draw:
             table.pop("upto")
             return {"when": steps}
         if kind == "own":
-            return {"when": {"schedule": "freezeout", **self.some(t0=(0.0, 0.25), how=("linear",))}}
+            return {"when": {"schedule": "freezeout", **self.some(t0=(0.0, 0.25), how=("linear",), anneal=(False,), scale=(False,))}}
         return {}

@@ -1,9 +1,10 @@
 """What local supervision saves and costs, one run, one table: end-to-end, activation checkpointing, and K = 2, 3, 4, 8, 16 modules.
 
-    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 6] [--launches 4] [--decoders]
-                                    [--device cpu] [--amp]
+    python tools/supervise_bench.py [--models resnet110 swin_t vit_s resnet50] [--rounds 6] [--launches 4]
+                                    [--compare decoders | heads] [--device cpu] [--amp]
 
-Cuts are `balance = "memory"`, the decoder the default one, unless `--decoders` compares them at K = 4. "Peak" is the forecast
+Cuts are `balance = "memory"`, the decoder the default one, unless `--compare` takes decoders at K = 4, or heads at K = 8 (with even cuts
+and no decoder, InfoPro's aside). "Peak" is the forecast
 `peak_activation_bytes` of one training step over the end-to-end step's, at `--batch` (128; float32). "Auxiliary" is the share of the step's
 FLOPs that heads and decoders take. "Step time" is the median over rounds of forward and backward over the end-to-end step of the same
 round, the variants taking turns in random order, at `--time-batch` (by backbone): on a CPU one thread's processor time, so that a busy
@@ -45,6 +46,7 @@ from graphopt.ir.graph import Graph
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.supervise import Supervise
+from graphopt.passes.supervise.options import Lookahead
 
 #: how to build it, one sample, and the batch its CPU steps are timed at
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -55,8 +57,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-def variants(decoders: bool) -> dict[str, Pass | None]:
-    if not decoders:
+def variants(compared: str | None) -> dict[str, Pass | None]:
+    if compared == "heads":
+        eight: dict[str, Any] = {"modules": 8, "decoder": "none"}
+        return {
+            "end-to-end": None,
+            "pool (greedy)": Supervise(**eight),
+            "dictionary": Supervise(**eight, head="dictionary"),
+            "ahead, depth 1": Supervise(**eight, head="ahead", depth=1),
+            "ahead, depth 2": Supervise(**eight, head="ahead"),
+            "ahead, depth 4": Supervise(**eight, head="ahead", depth=4),
+            "lookahead, block": Supervise(**eight, lookahead=Lookahead(bias="block")),
+            "lookahead, scale": Supervise(**eight, lookahead=Lookahead()),
+            "lookahead, mean alone": Supervise(**eight, lookahead=Lookahead(bias="none")),
+            "image (InfoPro)": Supervise(modules=8, decoder="image", head="conv"),
+        }
+    if compared is None:
         ours = {f"K = {k}": Supervise(modules=k, balance="memory") for k in (2, 3, 4, 8, 16)}
         return {"end-to-end": None, "checkpointing, 8 segments": Checkpoint(segments=8), **ours}
     four: dict[str, Any] = {"modules": 4, "balance": "memory"}
@@ -146,7 +162,7 @@ def _serve(line: Connection, name: str, label: str, options: argparse.Namespace)
     torch.manual_seed(0)
     make, input, _ = MODELS[name]
     backbone = make()
-    module, targets = made(backbone, trace(backbone, input, compare=False), variants(options.decoders)[label])
+    module, targets = made(backbone, trace(backbone, input, compare=False), variants(options.compare)[label])
     variant, batch = Timed(module, targets, "cpu", options.amp), data(name, time_batch(name, options), "cpu")
     for _ in range(2):
         variant.step(*batch)
@@ -156,7 +172,7 @@ def _serve(line: Connection, name: str, label: str, options: argparse.Namespace)
 
 
 def data(name: str, count: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(count, *MODELS[name][1], device=device), torch.randint(0, 10, (count,), device=device)
+    return torch.rand(count, *MODELS[name][1], device=device), torch.randint(0, 10, (count,), device=device)
 
 
 def time_batch(name: str, options: argparse.Namespace) -> int:
@@ -179,7 +195,7 @@ def bench(name: str, options: argparse.Namespace) -> list[str]:
     base = trace(backbone, input, compare=False)
     costs: dict[str, Cost] = {}
     timed: dict[str, Timed] = {}
-    for label, value in variants(options.decoders).items():
+    for label, value in variants(options.compare).items():
         try:
             module, targets = made(backbone, base, value)
         except GraphoptError as error:
@@ -234,7 +250,7 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=4, help="of a process for every variant, on a CPU; 0: all in this one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--decoders", action="store_true", help="compare decoders at K = 4 instead")
+    parser.add_argument("--compare", choices=("decoders", "heads"), help="instead of numbers of modules")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the table there too")
     options = parser.parse_args()

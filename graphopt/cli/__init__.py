@@ -15,6 +15,7 @@ from graphopt.cli.check import check
 from graphopt.cli.diff import diff
 from graphopt.cli.evaluate import eval
 from graphopt.cli.fit import fit
+from graphopt.cli.importing import import_
 from graphopt.cli.inspect import inspect
 from graphopt.cli.installed import passes, schema, specs
 from graphopt.cli.runs import export, report, train
@@ -24,7 +25,7 @@ from graphopt.errors import GraphoptError, printable
 from graphopt.files import reason
 
 #: in the order of `graphopt --help`
-COMMANDS = (inspect, check, apply, diff, fit, train, eval, report, export, study, compare, passes, specs, schema)
+COMMANDS = (inspect, check, apply, diff, fit, train, eval, report, export, study, compare, import_, passes, specs, schema)
 
 app = typer.Typer(
     name="graphopt",
@@ -37,7 +38,7 @@ app = typer.Typer(
     "A SPEC is a TOML file, a folder that apply or train wrote, or the name of an installed spec.",
 )
 for command in COMMANDS:
-    app.command(command.__name__)(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def _version(asked: bool) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from graphopt.cli.device import gpu, show_phases
 from graphopt.cli.options import DataOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, data_overrides
+from graphopt.cli.progress import Doing
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
 from graphopt.cli.timing import RunTime, rates_for
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from graphopt.spec import Spec
 
 
-#: a check of more phases says so before it starts with them
-MANY_PHASES = 20
 #: names of devices that steps can be timed on, as torch has them
 _HERE = ("cpu", "cuda", "mps", "xpu")
 _DEVICE = "The GPU whose memory is forecast (default: A100), with --time its least time, too; or where steps are timed: cpu, cuda."
@@ -80,26 +79,31 @@ def check(
     named = gpu(device) if device is not None and not is_here else None
     here = device if is_here else "cpu" if time and named is None else None
     _check_before_timing(loaded)
-    rates = rates_for(here, loaded.train.amp, named if time else None)
-    gc.freeze()  # the collector need not go through all that was imported again and again
-    source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
-    check_folders(source, trust=trust)
-    gc.freeze()
-    plan = compile_phase(source, verify="fast", costs=False, weights=False)
-    _say_if_long(plan, loaded.train.epochs)
-    phases = plan.phases(loaded.train.epochs, verify="fast")
-    refused = tuple(problems(plan, loaded.train, loaded.data))
-    rows = [_row(item) for item in source.matched]
-    caches = any(item.match.feature_options is not None for item in source.matched)
-    points = drop_points(source.base) if caches else ()
-    samples, work = _forecast(loaded, phases, Path(spec), rates)
-    timed = RunTime(loaded, work, rates) if work is not None and rates is not None else None
-    needs = _forecast_memory(loaded, phases, Path(spec), named or gpu("A100"))
-    parallel: ChainCost | RanksCost | None = None
-    if ranks and strategy == "modules":
-        parallel = _forecast_chain(loaded, plan, Path(spec), ranks, rates)
-    elif ranks:
-        parallel = _forecast_ranks(loaded, plan, Path(spec), ranks, strategy)
+    with Doing() as doing:
+        doing("timing steps")
+        rates = rates_for(here, loaded.train.amp, named if time else None)
+        doing("building and tracing the backbone")
+        gc.freeze()  # the collector need not go through all that was imported again and again
+        source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
+        check_folders(source, trust=trust)
+        gc.freeze()
+        plan = compile_phase(source, verify="fast", costs=False, weights=False)
+        count = len({0, *(decision.epoch for decision in plan.foreseen(loaded.train.epochs))})
+        phases = tuple(doing.each("compiling phase", plan.each_phase(loaded.train.epochs, verify="fast"), count))
+        doing("opening the data, trying the optimizer")
+        refused = tuple(problems(plan, loaded.train, loaded.data))
+        rows = [_row(item) for item in source.matched]
+        caches = any(item.match.feature_options is not None for item in source.matched)
+        points = drop_points(source.base) if caches else ()
+        samples, work = _forecast(loaded, phases, Path(spec), rates, doing)
+        timed = RunTime(loaded, work, rates) if work is not None and rates is not None else None
+        needs = _forecast_memory(loaded, phases, Path(spec), named or gpu("A100"), doing)
+        parallel: ChainCost | RanksCost | None = None
+        doing("forecasting what each rank needs")
+        if ranks and strategy == "modules":
+            parallel = _forecast_chain(loaded, plan, Path(spec), ranks, rates)
+        elif ranks:
+            parallel = _forecast_ranks(loaded, plan, Path(spec), ranks, strategy)
     if as_json:
         opaque = [{"path": path, "reason": reason} for path, reason in source.base.opaque]
         run = {"drop_points": [_point(p, samples) for p in points], **(work.to_dict() if work else {})}
@@ -132,15 +136,8 @@ def _check_before_timing(spec: "Spec") -> None:
         Modular.of(spec.train)
 
 
-def _say_if_long(plan: "Plan", epochs: int) -> None:
-    """A note before work that grows with the number of phases, so that nobody takes it for a standstill."""
-    count = 1 + len({decision.epoch for decision in plan.foreseen(epochs)})
-    if count > MANY_PHASES:
-        show_error(f"the run has {count} phases; each is compiled and forecast, one after the other", "note")
-
-
 def _forecast(
-    spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | PeakRates | None"
+    spec: "Spec", phases: "tuple[Phase, ...]", path: Path, rates: "Rates | PeakRates | None", doing: Doing
 ) -> "tuple[int | None, RunCost | None]":
     """Images per epoch, and the cost of the run; None for what cannot be known here: the rest of the dry run is of use without."""
     from graphopt.errors import CostError, RunError
@@ -148,7 +145,8 @@ def _forecast(
 
     decisions = _decisions(path)
     # A finished run has phases of its own; of any other, those that were compiled already are forecast.
-    given: dict[str, Any] = {"decisions": decisions} if decisions is not None else {"phases": phases}
+    given: dict[str, Any] = {"decisions": decisions} if decisions is not None else {}
+    given = given or {"phases": doing.each("forecasting a step of phase", phases, len(phases))}
     try:
         samples, evaluated = counts(spec.data)
         return samples, forecast_run(phases[0].plan, spec.train, samples=samples, evaluated=evaluated, rates=rates, **given)
@@ -156,14 +154,15 @@ def _forecast(
         return None, None
 
 
-def _forecast_memory(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, device: "Device") -> "tuple[PhaseMemory, ...]":
+def _forecast_memory(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, device: "Device", doing: Doing) -> "tuple[PhaseMemory, ...]":
     """What each phase needs of a GPU; nothing where a step cannot be forecast."""
     from graphopt.errors import CostError
     from graphopt.planning.device import forecast_phases
 
     decisions = _decisions(path)
     try:
-        return forecast_phases(phases if decisions is None else phases[0].plan.phases(spec.train.epochs, decisions), device)
+        known = phases if decisions is None else phases[0].plan.phases(spec.train.epochs, decisions)
+        return forecast_phases(doing.each("forecasting a GPU's memory in phase", known, len(known)), device)
     except CostError:
         return ()
 

@@ -140,16 +140,19 @@ class Plan(Source):
 
         Raises PassError or VerifyError, with the epoch, the pass and its place in the spec, for a phase that cannot be compiled.
         """
+        return tuple(self.each_phase(epochs, decisions, verify=verify))
+
+    def each_phase(self, epochs: int, decisions: Sequence[Decision] | None = None, *, verify: Verify = "off") -> Iterator[Phase]:
+        """The same, each phase compiled when it is asked for."""
         later = [d for d in (self.foreseen(epochs) if decisions is None else decisions) if d.epoch < epochs]
-        plan, found = self, []
+        plan = self
         for start, end in itertools.pairwise(sorted({0, epochs, *(d.epoch for d in later)})):
             due = tuple(d for d in later if d.epoch == start)
             with _from_epoch(start):
                 plan = compile_phase(self, (*plan.decisions, *due), verify=verify, costs=False, weights=False) if due else plan
                 if verify != "off":
                     plan._check_suffix()
-            found.append(Phase(start, end, due, plan))
-        return tuple(found)
+            yield Phase(start, end, due, plan)
 
     def check_phases(self, epochs: int) -> None:
         """Compiles every later phase of a run of `epochs` that can be foreseen, and keeps none.

@@ -186,9 +186,9 @@ def _train_once(
 
 
 def _inputs(module: nn.Module, batch: int, input: Input, given: Sequence[Any] | None) -> tuple[Any, ...]:
-    """Random samples; or zeros with the layouts of the tensors in `given`, plain values as they are."""
+    """Random samples of [0, 1); or zeros with the layouts of the tensors in `given`, plain values as they are."""
     if given is None:
-        return samples(input, batch, partial(torch.randn, dtype=dtype_of(module), device="cpu"))
+        return samples(input, batch, partial(torch.rand, dtype=dtype_of(module), device="cpu"))
     made = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").zero_() if isinstance(v, Tensor) else v for v in given)
     return tuple(made)
 

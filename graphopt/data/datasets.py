@@ -43,7 +43,7 @@ class Split:
         elif hasattr(self.images, "samples"):
             for path, _ in (self.images.samples[number] for number in chosen):
                 found = os.stat(path)
-                digest.update(f"{path.removeprefix(self.images.root)} {found.st_size} {found.st_mtime_ns}\n".encode())
+                digest.update(os.fsencode(f"{path.removeprefix(self.images.root)} {found.st_size} {found.st_mtime_ns}\n"))
         elif hasattr(self.images, "data"):
             digest.update(np.ascontiguousarray(self.images.data).data)
         elif isinstance(self.images, list):

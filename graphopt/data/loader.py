@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from graphopt.data.datasets import Split, open_split
 from graphopt.data.memory import Memory
 from graphopt.data.randomness import mixed_seed, preserved, reseed
-from graphopt.data.transforms import LowFrequency, Step, Transform, eval_transform, is_random, rgb, train_transform
+from graphopt.data.transforms import LowFrequency, Step, Transform, eval_transform, rgb, train_transform
 from graphopt.errors import RunError, first_line
 from graphopt.spec import DataSpec
 
@@ -158,7 +158,7 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
         only = [f"only {split} has {', '.join(extra[:5])}" for split, a, b in pairs if (extra := sorted({*a.classes} - {*b.classes}))]
         raise RunError("; ".join([what, *only]), where="data", fix="Give both the same folders")
     data = Data(
-        Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not is_random(spec.augment), seed=seed),
+        Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not spec.augment.redraws, seed=seed),
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
         len(train.classes),
     )
@@ -175,7 +175,7 @@ def prepared(data: Data, spec: DataSpec, input: tuple[int, ...], low_frequency: 
     if low_frequency is not None:
         for transform in transforms:
             transform.then(LowFrequency(*low_frequency))
-    train = data.train.prepared(transforms[0], deterministic=not is_random(spec.augment))
+    train = data.train.prepared(transforms[0], deterministic=not spec.augment.redraws)
     found = Data(train, data.evaluation.prepared(transforms[1], deterministic=True), data.classes)
     _keep(found, 0 if low_frequency else spec.cache, math.prod(input))
     return found

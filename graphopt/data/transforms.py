@@ -1,6 +1,7 @@
 """From a PIL image to the tensor that the backbone takes, by timm's transforms on any shape and with current Pillow."""
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,11 +100,6 @@ class LowFrequency:
         return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="forward").real
 
 
-def is_random(augment: AugmentSpec) -> bool:
-    """Whether the transform can give one image different tensors; mixup and CutMix, which mix batches, do not count."""
-    return augment.model_copy(update={"mixup": 0.0, "cutmix": 0.0}).random
-
-
 def eval_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
     """PIL image -> (C, H, W): resized so that `crop_pct` of it remains, centre crop, normalised."""
     steps = _geometry(spec, input)
@@ -113,24 +109,27 @@ def eval_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
 def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
     """PIL image -> (C, H, W) with the spec's augmentation by timm; without any, exactly as in evaluation."""
     augment = spec.augment
-    if not is_random(augment):
+    if not augment.redraws and augment.crop == "none":
         return eval_transform(spec, input)
     mean, std = _statistics(spec, input[0])
-    same = augment.model_dump(include={"scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"})
-    options = {**same, "re_prob": augment.erase, "interpolation": spec.interpolation, "mean": mean, "std": std}
+    options = {**_options(augment), "interpolation": augment.interpolation or spec.interpolation, "mean": mean, "std": std}
     try:
         first, second, last = create_transform((input[0], input[1], input[2]), is_training=True, separate=True, **options)
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise RunError(f"timm refused the augmentation: {error}", where="data.augment") from error
-    crop, *flips = first.transforms
-    colors = list(second.transforms) if augment.color_jitter or augment.auto_augment else []
+    count = 2 if augment.crop in ("rkrc", "rkrr") else 1
+    crops, flips = first.transforms[:count], first.transforms[count:]
+    colored = augment.color_jitter or augment.auto_augment or augment.grayscale or augment.blur
+    colors = list(second.transforms) if colored else []
     _fix_posterize(colors)
     # timm's policies take RGB images only: where a backbone takes grey ones, the conversion to grey comes after them.
     decode: Step = rgb if colors else _whole
-    if augment.crop == "resized":
-        steps = [crop]
-        if spec.decode == "draft":
-            decode, steps = DraftedCrop(crop, spec.interpolation, decode), []  # cropped already
+    if augment.crop == "squash":
+        steps = [transforms.Resize(input[1:], transforms.InterpolationMode(spec.interpolation))]
+    elif augment.crop == "resized" and spec.decode == "draft":
+        decode, steps = DraftedCrop(crops[0], decode), []  # cropped already
+    elif augment.crop in ("resized", "rkrc", "rkrr"):
+        steps = crops
     else:
         steps = _geometry(spec, input)
         decode = _decoder(spec, input, decode)
@@ -138,6 +137,15 @@ def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
             steps.append(transforms.RandomCrop(input[1:], padding=max(input[1:]) // 8))
     erase = next((step for step in last.transforms if isinstance(step, RandomErasing)), None)
     return Transform(decode, [*steps, *flips, *colors], mean, std, erase)
+
+
+def _options(augment: AugmentSpec) -> dict[str, Any]:
+    """The options of timm's transform factory that follow from the spec's alone."""
+    names = {"color_jitter_prob": "color_jitter_prob", "grayscale": "grayscale_prob", "blur": "gaussian_blur_prob"}
+    names |= {"erase": "re_prob", "erase_mode": "re_mode", "erase_count": "re_count"}
+    names |= {name: name for name in ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment")}
+    crop = augment.crop if augment.crop in ("rkrc", "rkrr") else None
+    return {"train_crop_mode": crop, **{theirs: getattr(augment, ours) for ours, theirs in names.items()}}
 
 
 def _statistics(spec: DataSpec, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -206,21 +214,22 @@ class DraftedCrop:
     The area is the same as without, up to a pixel; see `Drafted`. An image that is decoded whole gives the same pixels as without.
     """
 
-    def __init__(self, crop: RandomResizedCropAndInterpolation, interpolation: str, decode: Step) -> None:
+    def __init__(self, crop: RandomResizedCropAndInterpolation, decode: Step) -> None:
         self.crop, self.decode = crop, decode
-        self.resample = Image.Resampling[interpolation.upper()]
 
     def __call__(self, image: Any) -> Any:
         size, (height, width) = image.size, self.crop.size
         top, left, h, w = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        modes = self.crop.interpolation
+        mode = random.choice(modes) if isinstance(modes, tuple | list) else modes
         factor = min(h // height, w // width)
         drafted = image.draft("RGB", (size[0] // factor, size[1] // factor)) if factor > 1 else None
         decoded = self.decode(image)
         if drafted is None or decoded.size == size:
-            return functional.resized_crop(decoded, top, left, h, w, self.crop.size, self.crop.interpolation)
+            return functional.resized_crop(decoded, top, left, h, w, self.crop.size, mode)
         x, y = drafted[1][2] / size[0], drafted[1][3] / size[1]  # the last pixels of a row or column may be parts
         box = left * x, top * y, min((left + w) * x, decoded.width), min((top + h) * y, decoded.height)
-        return decoded.resize((width, height), self.resample, box=box)
+        return decoded.resize((width, height), Image.Resampling[mode.value.upper()], box=box)
 
 
 def _mode(image: Any, mode: str) -> Any:

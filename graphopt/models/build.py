@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
@@ -74,6 +75,28 @@ def build(
     if weights:
         load_weights(module, weights, reset=reset, entry=entry)
     return module.train()
+
+
+def classifiers(module: nn.Module) -> list[nn.Module]:
+    """The layers that a backbone of timm names as its classifier: several where distillation has added one, none of another library's."""
+    named = getattr(module, "get_classifier", None)
+    given = named() if named is not None else None
+    return [head for head in (given if isinstance(given, tuple | list) else [given]) if isinstance(head, nn.Module)]
+
+
+@torch.no_grad()
+def init_head(module: nn.Module, scale: float, bias: float | None) -> None:
+    """Multiplies the weights and biases of a timm backbone's classifier, in place; then sets its biases, unless `bias` is None.
+
+    Raises BackboneError for a backbone that names no classifier, or has none.
+    """
+    parameters = [(name, p) for head in classifiers(module) for name, p in head.named_parameters()]
+    if not parameters:
+        raise BackboneError("names no classifier (backbones of timm do)", where="backbone.head_init", fix="Leave head_init out")
+    for name, parameter in parameters:
+        parameter.mul_(scale)
+        if bias is not None and name.endswith("bias"):
+            parameter.fill_(bias)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graphopt.errors import BackboneError, did_you_mean
-from graphopt.models.index import index
+from graphopt.models.index import Preparation, index
 
 SOURCES = ("torchvision", "timm", "cifar", "python")
 
 #: depths of CIFAR ResNets that were published, and CIFAR VGGs; any depth 6n+2 works
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 CIFAR_VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
+_IMAGENET = Preparation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic", 0.875, ())
 
 
 def names(source: str) -> Sequence[str]:
@@ -67,3 +68,9 @@ def _registered(library: str, name: str) -> bool:
     if library == "timm" and library in sys.modules:
         return bool(sys.modules[library].is_model(name))
     return library in sys.modules and name in sys.modules[library].models.list_models()
+
+
+def preparation(name: str) -> Preparation:
+    """How the weights that timm publishes for a backbone expect images; for one without any, as most of ImageNet's do."""
+    known = index("timm")
+    return known.preparations[known.prepared[name]] if name in known.prepared else _IMAGENET

@@ -12,13 +12,23 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphopt.errors import RunError
 from graphopt.files import cache_folder, read_text, sealed, unsealed, write_atomically
 
 #: changes with what an index holds
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+class Preparation(NamedTuple):
+    """How the weights that a library publishes for a backbone expect images, and where their classifier is."""
+
+    mean: Sequence[float]  # per channel, of pixels in 0..1
+    std: Sequence[float]
+    interpolation: str
+    crop_pct: float
+    classifier: Sequence[str]  # paths of modules; several where distillation has added one
 
 
 class Index(NamedTuple):
@@ -26,10 +36,13 @@ class Index(NamedTuple):
 
     Attributes:
         names: those that it lists. inputs: the shape of one sample for each name that it takes, old names and names of weights included.
+        preparations: those that its weights know, each once. prepared: the number of a backbone's own among them.
     """
 
     names: Sequence[str]
     inputs: Mapping[str, Sequence[int]]
+    preparations: Sequence[Preparation] = ()
+    prepared: Mapping[str, int] = {}
 
 
 @cache
@@ -40,12 +53,12 @@ def index(library: str) -> Index:
         path = cache_folder("backbones") / f"{library}-{_stamp(library)}.json"
         with suppress(OSError, ValueError, KeyError):
             record = unsealed(read_text(path))
-            return Index(record["names"], record["inputs"])
+            return Index(record["names"], record["inputs"], [Preparation(*p) for p in record["preparations"]], record["prepared"])
     found = _timm() if library == "timm" else _torchvision()
     with suppress(OSError, RunError):  # a cache that cannot be written costs time only
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, sealed({"names": list(found.names), "inputs": {name: list(s) for name, s in found.inputs.items()}}))
+            write_atomically(path, sealed(found._asdict()))
     return found
 
 
@@ -64,7 +77,16 @@ def _timm() -> Index:
     # Names of models with those that timm renamed, and names with a tag of weights, which can have another input.
     names = sorted({*registry._model_entrypoints, *registry._model_pretrained_cfgs})
     configs = {name: timm.models.get_pretrained_cfg(name) for name in names}
-    return Index(timm.list_models(), {name: config.input_size if config else (3, 224, 224) for name, config in configs.items()})
+    inputs = {name: config.input_size if config else (3, 224, 224) for name, config in configs.items()}
+    prepared = {name: _preparation(config) for name, config in configs.items() if config}
+    numbers = {preparation: number for number, preparation in enumerate(dict.fromkeys(prepared.values()))}
+    return Index(timm.list_models(), inputs, list(numbers), {name: numbers[preparation] for name, preparation in prepared.items()})
+
+
+def _preparation(config: Any) -> Preparation:
+    head = config.classifier or ()
+    names = (head,) if isinstance(head, str) else tuple(head)
+    return Preparation(tuple(config.mean), tuple(config.std), config.interpolation, config.crop_pct, names)
 
 
 def _torchvision() -> Index:

@@ -1,6 +1,6 @@
 """What a plan needs of a GPU, without one: a step before and after, and a step of each phase of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ def with_memory(plan: Plan, device: Device) -> Plan:
     return replace(plan, report=report)
 
 
-def forecast_phases(phases: Sequence[Phase], device: Device) -> tuple[PhaseMemory, ...]:
+def forecast_phases(phases: Iterable[Phase], device: Device) -> tuple[PhaseMemory, ...]:
     """What a step of each phase of a run needs of a GPU. Raises CostError if one cannot be forecast."""
     found = []
     for start, end, _, plan in phases:

@@ -6,7 +6,7 @@ count; seconds need the machine's rates (`graphopt.cost.measure_rates`), or are 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -158,7 +158,7 @@ def forecast_run(
     samples: int,
     evaluated: int,
     decisions: Sequence[Decision] | None = None,
-    phases: Sequence[Phase] | None = None,
+    phases: Iterable[Phase] | None = None,
     rates: Rates | PeakRates | None = None,
 ) -> RunCost:
     """The cost of a run that starts with `plan`, in its first phase.
@@ -183,7 +183,7 @@ def forecast_run(
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
-    compiled = phases or plan.phases(train.epochs, decisions)
+    compiled = tuple(plan.phases(train.epochs, decisions) if phases is None else phases)
     for start, end, due, current in compiled:
         length = Fraction(step_at(end, per_epoch) - step_at(start, per_epoch), per_epoch)
         step, filling, cached = _phase_cost(current, earlier, batch, samples, options) if any(current.effects) else (whole, None, 0)

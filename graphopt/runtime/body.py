@@ -65,6 +65,11 @@ class LocalBackward(nn.Module):
     number: int
     gathered: Callable[..., Any] | None = None
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether it reads weights that another section trains, without a node in the graph that says so."""
+        return False
+
     def parts(self) -> tuple[nn.Module, ...]:
         """The modules that its forward and backward run."""
         raise NotImplementedError

@@ -27,10 +27,16 @@ def local_like(tensor: Tensor, other: Tensor) -> Tensor:
     return local(distribute_tensor(tensor.detach(), sharded.device_mesh, sharded.placements, src_data_rank=None))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole, on the CPU; an ordinary tensor itself. All ranks have to call it, for the same tensors in the same order."""
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on its device; an ordinary one itself. All ranks have to call it, for the same tensors in the same order."""
     sharded: Any = tensor.detach()
-    return sharded.full_tensor().cpu() if is_sharded(tensor) else tensor
+    gathered: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    return gathered
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on the CPU; an ordinary tensor itself. All ranks have to call it, as `full`."""
+    return full(tensor).cpu() if is_sharded(tensor) else tensor
 
 
 def copied(value: Any) -> Any:

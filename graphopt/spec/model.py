@@ -2,95 +2,53 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SerializeAsAny
+from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
 
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import RunError
-from graphopt.ir.sample import check_input
-from graphopt.units import Size
+from graphopt.spec.data import DataSpec
+from graphopt.spec.kinds import (
+    Above0,
+    Arguments,
+    Batch,
+    Count,
+    Deviations,
+    Fraction,
+    FractionAbove0,
+    FractionBelow1,
+    Means,
+    NonNegative,
+    Positive,
+    Shape,
+    Table,
+    as_tuple,
+)
 
 Source = Literal["torchvision", "timm", "python", "cifar"]
 Verify = Literal["full", "fast", "off"]
 
-# The models are frozen, so TOML's arrays become tuples; nothing else is converted (strict).
-_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-# Bounds leave out what no run can mean, and what would overflow or take the machine's memory later.
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Batch = Annotated[int, Field(gt=0, le=2**20)]
-NonNegative = Annotated[float, Field(ge=0, le=1e30)]
-Above0 = Annotated[float, Field(ge=1e-30, le=1e30)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-FractionAbove0 = Annotated[float, Field(gt=0, le=1)]
-FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
-Shape: TypeAlias = Annotated[
-    tuple[Annotated[int, Field(gt=0)], ...], _tuple, Field(min_length=1, max_length=8), AfterValidator(check_input)
-]
-Means: TypeAlias = Annotated[tuple[Annotated[float, Field(ge=-1000, le=1000)], ...], _tuple, Field(min_length=1, max_length=8)]
 
-
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError(f"the first number is the smaller one, found {list(value)!r}")
-    return value
-
-
-def _alpha(value: float) -> float:
-    if 0 < value < 0.001:
-        raise ValueError(f"must be 0 (off) or at least 0.001, found {value!r}")
-    return value
-
-
-def _policy(value: str) -> str:
-    counts = [(key, count) for key, count in re.findall(r"-([nwd])(\d+)", value) if len(count) > 2]
-    if counts:
-        raise ValueError(f"{counts[0][0]} is a number of operations, at most 99, found {counts[0][1]}")
-    return value
-
-
-Moderate = Annotated[float, Field(ge=0.001, le=1000)]
-Deviations: TypeAlias = Annotated[tuple[Moderate, ...], _tuple, Field(min_length=1, max_length=8)]
-Interval: TypeAlias = Annotated[tuple[Moderate, Moderate], _tuple, AfterValidator(_ordered)]
-Alpha: TypeAlias = Annotated[float, Field(ge=0, le=1000), AfterValidator(_alpha)]
-Policy: TypeAlias = Annotated[str, AfterValidator(_policy)]
-
-
-class _Table(BaseModel):
-    """A TOML table. Unknown keys are errors, `"10"` is not a number, and values do not change after parsing."""
-
-    # JSON has no infinity but TOML does: as a constant it survives being written.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False, ser_json_inf_nan="constants"
-    )
-
-
-def _plain(value: Any) -> Any:
-    """Refuses dates and times: they would not be the same when they are written and read."""
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _plain(item)
-    if not isinstance(value, bool | int | float | str | list | tuple | dict):
-        raise ValueError(f"expected a number, text, true or false, an array or a table, found the {type(value).__name__} {value}")
-    return value
-
-
-Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_plain)]
-
-
-class WeightsSpec(_Table):
+class WeightsSpec(Table):
     """`weights = { file = "...", reset = ["fc"] }`: weights that are loaded in part, for fine-tuning."""
 
     file: str = Field(min_length=1, description="safetensors or a torch checkpoint, of which no code is run")
-    reset: Annotated[tuple[str, ...], _tuple] = Field(default=(), description="modules that start anew, by their paths: a new head")
+    reset: Annotated[tuple[str, ...], as_tuple] = Field(default=(), description="modules that start anew, by their paths: a new head")
     entry: str | None = Field(
         default=None, description="the state dict's key in a checkpoint; default: state_dict_ema, model_ema, state_dict or model"
     )
 
 
-class BackboneSpec(_Table):
+class HeadInitSpec(Table):
+    """`head_init = { scale = 0.001, bias = -6.9 }`: how the classifier of a timm backbone begins, whatever its weights come from."""
+
+    scale: NonNegative = Field(default=1.0, description="factor on its weights and biases")
+    bias: Annotated[float, Field(ge=-1e3, le=1e3)] | None = Field(default=None, description="value of all its biases")
+
+
+class BackboneSpec(Table):
     """`[backbone]`: the network, and the shape of one sample."""
 
     source: Source = Field(description="torchvision, timm, cifar (CIFAR ResNets) or python (your factory; --trust)")
@@ -100,63 +58,10 @@ class BackboneSpec(_Table):
     weights: str | WeightsSpec | None = Field(
         default=None, description='safetensors or a torch checkpoint, loaded strictly; { file = "...", reset = ["fc"] } for a new head'
     )
+    head_init: HeadInitSpec | None = Field(default=None, description="how the classifier begins: { scale = 0.001, bias = -6.9 }")
 
 
-class AugmentSpec(_Table):
-    """`[data.augment]`: augmentation of training images, by timm's transform and mixup factories. All off by default."""
-
-    crop: Literal["none", "pad", "resized"] = Field(
-        default="none", description="pad: by an eighth, then a random crop (CIFAR); resized: random resized crop (ImageNet)"
-    )
-    scale: Interval = Field(default=(0.08, 1.0), description='area of the image that crop = "resized" takes')
-    ratio: Interval = Field(default=(0.75, 4 / 3), description='aspect ratio of crop = "resized"')
-    hflip: Fraction = Field(default=0.0, description="probability of a horizontal flip")
-    vflip: Fraction = Field(default=0.0, description="probability of a vertical flip")
-    color_jitter: Annotated[float, Field(ge=0, le=10)] = Field(default=0.0, description="strength of the color jitter")
-    auto_augment: Policy | None = Field(default=None, description='timm\'s policy text, e.g. "rand-m9-mstd0.5-inc1"')
-    erase: Fraction = Field(default=0.0, description="probability of random erasing")
-    mixup: Alpha = Field(default=0.0, description="mixup's alpha; 0 is off; pairs images of one process's micro-batch")
-    cutmix: Alpha = Field(default=0.0, description="CutMix's alpha; 0 is off; pairs as mixup")
-
-    @property
-    def random(self) -> bool:
-        """Whether one image can give different inputs, so that caching one set of features would not do."""
-        # crop, scale and ratio go together; every other field is off where it is false
-        return self.crop != "none" or any(self.model_dump(exclude={"crop", "scale", "ratio"}).values())
-
-
-class DataSpec(_Table):
-    """`[data]`: the data set and how its images are loaded."""
-
-    name: str = Field(
-        default="digits",
-        description="digits (embedded), cifar10, cifar100, mnist, fashion_mnist, kmnist, stl10, svhn, imagenette, imagenet, "
-        '"folder" (one folder of images per class), "webdataset" (tar shards), or "arrow" (Hugging Face\'s save_to_disk)',
-    )
-    root: str | None = Field(default=None, description="folder of the images; digits needs none")
-    train_split: str = Field(default="train", description="the split that is trained on")
-    eval_split: str = Field(default="validation", description="the split that is evaluated on")
-    train_limit: Positive | None = Field(default=None, description="use only so many training images (a fixed, stratified draw)")
-    eval_limit: Positive | None = Field(default=None, description="use only so many evaluation images")
-    mean: Means | None = Field(default=None, description="per channel; default: the data set's or the backbone's")
-    std: Deviations | None = Field(default=None, description="per channel")
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(default="bilinear", description="of resized images")
-    crop_pct: Annotated[float, Field(ge=0.05, le=1)] = Field(default=1.0, description="fraction of the resized image that evaluation uses")
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, description="loader processes; 0 loads in the training process")
-    cache: Size = Field(
-        default=2**30,
-        description="memory of each process for images that are the same in every epoch (of evaluation, and of training without random "
-        "augmentation): decoded once if all of them fit; 0 decodes them each time",
-    )
-    decode: Literal["whole", "draft"] = Field(
-        default="whole",
-        description="draft: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves as many pixels as it is resized to; faster "
-        "for large photos, pixels differ a little",
-    )
-    augment: AugmentSpec = Field(default=AugmentSpec(), description="augmentation of training images; none by default")
-
-
-class OptimizerSpec(_Table):
+class OptimizerSpec(Table):
     """`[train.optimizer]`, or just its name: `optimizer = "adamw"`. timm's optimizer factory makes it."""
 
     name: str = Field(default="sgd", description="timm's name: sgd (Nesterov), momentum, adamw, lamb, ...")
@@ -164,23 +69,55 @@ class OptimizerSpec(_Table):
     momentum: FractionBelow1 = Field(default=0.9, description="of SGD; the betas of Adam are set in arguments")
     weight_decay: NonNegative = Field(default=5e-4, description="not applied to biases, norms and scalars that a pass has added")
     layer_decay: FractionAbove0 | None = Field(default=None, description="learning-rate factor per layer from the head")
+    layer_decay_min: Fraction = Field(default=0.0, description="least of these factors")
     arguments: Arguments = Field(default={}, description="further arguments of that optimizer, e.g. { betas = [0.9, 0.95] }")
 
 
-class SchedulerSpec(_Table):
+class SchedulerSpec(Table):
     """`[train.scheduler]`, or just its name: `scheduler = "step"`. timm's scheduler factory makes it."""
 
-    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly"] = Field(default="cosine", description="timm's name")
+    name: Literal["constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt"] = Field(
+        default="cosine", description="timm's name"
+    )
+    on_updates: bool = Field(default=True, description="a new rate in each optimizer step; false: in each epoch")
+    epochs: Positive | None = Field(default=None, description="length of the decay (of its first cycle); default: train.epochs")
     warmup_epochs: Count = Field(default=0, description="epochs of linear warm-up")
+    warmup_prefix: bool = Field(default=False, description="the decay begins after the warm-up, rather than at epoch 0")
     warmup_lr: NonNegative = Field(default=1e-5, description="learning rate at the first step of the warm-up")
     min_lr: NonNegative = Field(default=0.0, description="learning rate at the end")
-    decay_epochs: Above0 | None = Field(default=None, description="step: epochs between decays")
-    decay_milestones: Annotated[tuple[Positive, ...], _tuple] = Field(default=(), description="multistep: epochs at which it decays")
+    decay_epochs: Above0 | None = Field(default=None, description="step: epochs between decays; wsd, rsqrt: of the decay")
+    decay_milestones: Annotated[tuple[Positive, ...], as_tuple] = Field(default=(), description="multistep: epochs at which it decays")
     decay_rate: Annotated[float, Field(gt=0, le=100)] = Field(default=0.1, description="step: factor of a decay; poly: the power")
     arguments: Arguments = Field(default={}, description="further arguments of timm's create_scheduler_v2")
 
 
-class FsdpSpec(_Table):
+class LossSpec(Table):
+    """`[train.loss]`, or just its name: `loss = "bce"`. The criterion; the local losses of passes have their own."""
+
+    name: Literal["cross_entropy", "bce"] = Field(default="cross_entropy", description="bce: binary cross-entropy, a class at a time")
+    target_threshold: Fraction | None = Field(default=None, description="bce: softened targets above it become 1, others 0")
+    sum: bool = Field(default=False, description="bce: the sum over classes, rather than their mean")
+    pos_weight: Above0 | None = Field(default=None, description="bce: weight of the classes that are there")
+
+
+class DistillSpec(Table):
+    """`[train.distill]`: a teacher, whose outputs are learned with the classes (Hinton et al., arXiv 1503.02531). No forecast counts it."""
+
+    source: Source = Field(default="timm", description="as in [backbone]")
+    name: str = Field(min_length=1, description="as in [backbone]; as many classes as the backbone has")
+    arguments: Arguments = Field(default={}, description="as in [backbone]")
+    weights: str = Field(min_length=1, description="safetensors or a torch checkpoint")
+    mean: Means | None = Field(default=None, description="per channel, of the images that it was trained on; default: those of [data]")
+    std: Deviations | None = Field(default=None, description="per channel, likewise")
+    hard: bool = Field(
+        default=False, description="its best class is learned, rather than its softened outputs (Touvron et al., 2012.12877)"
+    )
+    temperature: Above0 = Field(default=4.0, description="of softened outputs")
+    weight: NonNegative = Field(default=1.0, description="of the teacher's part of the loss")
+    task_weight: NonNegative = Field(default=1.0, description="of the criterion's part of the loss")
+
+
+class FsdpSpec(Table):
     """`[train.fsdp]`: options of `strategy = "fsdp"`, which shards parameters over the processes."""
 
     offload: bool = Field(default=False, description="hold parameters, gradients and optimizer state in the memory of the CPU")
@@ -194,7 +131,7 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class TrainSpec(_Table):
+class TrainSpec(Table):
     """`[train]`: the training run."""
 
     epochs: Positive = Field(default=10, description="passes over the training images")
@@ -202,15 +139,19 @@ class TrainSpec(_Table):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of initial weights, order, and augmentation")
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
+    loss: Annotated[LossSpec, BeforeValidator(_named)] = LossSpec()
+    distill: DistillSpec | None = Field(default=None, description="a teacher; see [train.distill]")
     label_smoothing: FractionBelow1 = Field(default=0.0, description="share of the target that all classes get")
     accumulate: Positive = Field(
         default=1, description="micro-batches per optimizer step, each of batch / (processes x accumulate) samples"
     )
     clip: Above0 | None = Field(default=None, description="gradient clipping; see clip_mode")
     clip_mode: Literal["norm", "module", "value", "agc"] = Field(
-        default="norm", description="by total norm, by the norm of each gradient-isolated module, by value, or adaptive (agc)"
+        default="norm",
+        description="by total norm, by the norm of each gradient-isolated module, by value, or adaptive (agc: all but the head)",
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="decay of the averaged weights")
+    ema_warmup: bool = Field(default=True, description="the decay of the averages grows to its value; false: it has it from the start")
     amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="autocast dtype; default: float32")
     channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     compile: bool = Field(default=False, description="torch.compile, once per phase")
@@ -256,7 +197,7 @@ class TrainSpec(_Table):
         return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp}
 
 
-class Spec(_Table):
+class Spec(Table):
     """A whole spec. Two are equal if their resolved values are, wherever they were read from."""
 
     name: str = Field(default="", description="human-readable; shown in reports")
@@ -327,7 +268,7 @@ class Spec(_Table):
     def digest(self) -> str:
         """Hash of what determines structure: the backbone (not its weights) and the passes in order. 16 hex digits."""
         table = self.resolved()
-        backbone = {key: value for key, value in table["backbone"].items() if key != "weights"}
+        backbone = {key: value for key, value in table["backbone"].items() if key not in ("weights", "head_init")}
         text = json.dumps({"format": 1, "backbone": backbone, "pass": table["pass"]}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

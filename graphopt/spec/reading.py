@@ -196,6 +196,10 @@ def _complete(data: dict[str, Any], folder: Path) -> None:
             data[table] = {**data[table], key: _located(value, folder)}
         elif isinstance(value, Mapping) and isinstance(value.get("file"), str):
             data[table] = {**data[table], key: {**value, "file": _located(value["file"], folder)}}
+    train = data.get("train")
+    teacher = train.get("distill") if isinstance(train, Mapping) else None
+    if isinstance(train, Mapping) and isinstance(teacher, Mapping) and isinstance(teacher.get("weights"), str):
+        data["train"] = {**train, "distill": {**teacher, "weights": _located(teacher["weights"], folder)}}
     backbone = data.get("backbone")
     if isinstance(backbone, Mapping):
         source, name, arguments = (backbone.get(key) for key in ("source", "name", "arguments"))
@@ -254,7 +258,7 @@ def _override(data: dict[str, Any], text: str) -> KeyPath:
                 continue
             path, holder = (*path, part), table
             table = holder.setdefault(part, [] if path == ("pass",) else {})
-            if isinstance(table, str) and path in (("train", "optimizer"), ("train", "scheduler")):
+            if isinstance(table, str) and path in (("train", "optimizer"), ("train", "scheduler"), ("train", "loss")):
                 table = holder[part] = {"name": table}  # the short form becomes a table once an option is set
         final = int(last) if isinstance(table, list) else last
         table[final] = parsed

@@ -114,7 +114,7 @@ def schema() -> dict[str, Any]:
     whole["properties"]["pass"]["items"] = {"anyOf": [*branches, by_file]}
     # `input` may be left out: the default is the model's own.
     shared["BackboneSpec"]["required"] = ["source", "name"]
-    for field in ("optimizer", "scheduler"):
+    for field in ("optimizer", "scheduler", "loss"):
         either = [{"type": "string"}, {"$ref": f"#/$defs/{field.title()}Spec"}]
         shared["TrainSpec"]["properties"][field] = {"anyOf": either, "description": f"its name, or [train.{field}]"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "graphopt spec"}

@@ -54,12 +54,10 @@ def noting_checkpoints(backbone: nn.Module, graph: Callable[[], fx.Graph]) -> It
 
 def _namespaces(backbone: nn.Module) -> list[dict[str, Any]]:
     """Where the forwards of a backbone's modules, and timm's helpers, look names up; Hugging Face's look in the modules themselves."""
-    found = {id(names): names for names in (vars(torch.utils.checkpoint),)}
-    for module in backbone.modules():
-        found[id(vars(module))] = vars(module)
-        for cls in type(module).__mro__:
-            for function in vars(cls).values():
-                names = getattr(inspect.unwrap(function), "__globals__", None) if callable(function) else None
-                if names is not None and str(names.get("__name__", "")).partition(".")[0] != "torch":
-                    found[id(names)] = names
-    return list(found.values())
+    spaces = [vars(torch.utils.checkpoint), *map(vars, backbone.modules())]
+    for cls in {cls for module in backbone.modules() for cls in type(module).__mro__}:
+        for function in vars(cls).values():
+            names = getattr(inspect.unwrap(function), "__globals__", None) if callable(function) else None
+            if names is not None and str(names.get("__name__", "")).partition(".")[0] != "torch":
+                spaces.append(names)
+    return list({id(names): names for names in spaces}.values())

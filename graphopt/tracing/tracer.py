@@ -2,7 +2,8 @@
 
 Every proxy knows the value that its node has on the meta device. What is a Python number then, and does not depend on the batch, is given
 to the backbone's code as that number; so asserts on shapes, padding, loops over sizes, unpacking and `isinstance(x, Tensor)` trace as they
-run. Sizes that depend on the batch stay nodes, and so the batch stays free.
+run. Sizes that depend on the batch stay nodes, and so the batch stays free. So does a tensor's device, which follows the input: a branch
+on it (`if x.is_cuda`) is taken as on the backbone's device now, wherever the graph runs later.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ _UNKNOWN = object()
 #: functions that take sizes one by one, so that torch does not see that one of them is a node
 _FACTORIES: tuple[Any, ...] = (torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.arange, torch.eye)
 #: methods and functions that ask a tensor for a number: what they give is looked at at once, everything else when it is needed
-_QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size"})
-_ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_quantized", "itemsize", "names"})
+_QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size"})
+_QUERIES |= {"is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"}
+_ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_quantized", "layout", "itemsize", "names"})
+#: where a tensor lies: nodes, which follow the input to any device; where Python decides by them, that is decided as on the trace's device
+_DEVICES = frozenset({"device", "get_device", "is_cpu", "is_cuda", "is_hpu", "is_ipu", "is_maia"})
+_DEVICES |= {"is_meta", "is_mps", "is_mtia", "is_vulkan", "is_xla", "is_xpu"}
 _QUERY_FUNCTIONS: tuple[Any, ...] = (torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor)
 
 
@@ -131,6 +136,8 @@ class Tracer(fx.Tracer):
         self.input, self.opaque = input, frozenset(opaque)
         self._registered: tuple[type[nn.Module], ...] = (*_library_leaves(), torch.jit.ScriptModule)
         self._meta = meta
+        #: a tensor on the device that the backbone is on
+        self._here = torch.empty(0)
         #: while a node is evaluated, nothing is recorded
         self._evaluating = False
         #: what each node gives on the meta device
@@ -175,6 +182,8 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.failed = self.drew = None
+        first = next((t for t in (*root.parameters(), *root.buffers()) if not t.is_meta), None)
+        self._here = torch.empty(0, device=None if first is None else first.device)
         before = random.getstate()
         graph = super().trace(root, concrete_args)
         if random.getstate() != before and self.drew is None:
@@ -183,8 +192,8 @@ class Tracer(fx.Tracer):
         for node in reversed(list(graph.nodes)):
             # With this mark, the graph's code would change what fx does in every later trace.
             node.meta.pop("is_wrapped", None)
-            # Sizes that nothing needed, questions about types that were answered, and tensors that were read for those.
-            asked = node.target == "size" or isinstance(self.values.get(node), (bool, torch.dtype))
+            # Sizes that nothing needed, questions about types and devices that were answered, and tensors that were read for those.
+            asked = node.target in ("size", "get_device") or isinstance(self.values.get(node), (bool, str, torch.dtype, torch.device))
             if not node.users and (node.op == "get_attr" or (asked and node.op in ("call_function", "call_method"))):
                 graph.erase_node(node)
         return graph
@@ -225,11 +234,12 @@ class Tracer(fx.Tracer):
         return proxy
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """A comparison of types is answered; types are not given as constants, because a module can be cast after tracing."""
+        """A comparison of types or devices is answered; they are no constants, because a module can be cast or moved after tracing."""
         value, open_ = self.value_of(obj.node), [obj.node]
         while isinstance(value, bool) and open_:
             node = open_.pop()
-            if node.target is getattr and node.args[1] == "dtype":
+            asked = node.args[1] if node.target is getattr else node.target
+            if asked == "dtype" or asked in _DEVICES:
                 continue
             known = self.values[node]
             if not node.all_input_nodes or not isinstance(known, (bool, int, str, torch.dtype)) or _depends_on_batch(known):
@@ -262,7 +272,14 @@ class Tracer(fx.Tracer):
     def _evaluate(self, node: Node) -> Any:
         def fake(argument: Any) -> Any:
             if isinstance(argument, Node):
-                return self.values[argument]
+                known = self.values[argument]
+                if (
+                    getattr(node.target, "__module__", "") == "_operator"
+                    and isinstance(known, (str, torch.device))
+                    and str(known) == "meta"
+                ):
+                    known = self._here.device if isinstance(known, torch.device) else self._here.device.type
+                return known
             return list(argument) if isinstance(argument, list) else argument
 
         if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
@@ -289,7 +306,10 @@ class Tracer(fx.Tracer):
             value = attrgetter(str(node.target))(self.root)
             return value.to("meta") if isinstance(value, Tensor) else value
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            owner = self._here if node.target == "get_device" else args[0]
+            return getattr(owner, str(node.target))(*args[1:], **kwargs)
+        if node.target is getattr and args[1] in _DEVICES - {"device"}:
+            return getattr(self._here, args[1])
         function: Any = node.target
         return function(*args, **kwargs)
 

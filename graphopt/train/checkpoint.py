@@ -93,6 +93,7 @@ class RunFolder:
 
     def _check(self, digest: str, resume: bool) -> None:
         where, fix = str(self.path), "Continue it with --resume, or choose a new folder"
+        check_entries(self.path, links=False)
         names = [entry.name for entry in self.path.iterdir() if not _LEFTOVER.fullmatch(entry.name)]
         self.manifest = read_manifest(self.path) if names else None
         saved = bool(self.checkpoints())
@@ -176,6 +177,27 @@ class RunFolder:
 
 #: temporary files of a process that was killed while it wrote
 _LEFTOVER = re.compile(r"\.(run\.json|spec\.toml|summary\.json|(last|previous|best|epoch-\d+)\.pt)\.(link|[a-z0-9_]{8})")
+
+
+#: the names under which a run has files, and those under which it has folders
+_FILE = re.compile(r"(run|summary)\.json|spec\.toml|metrics\.jsonl|ledger\.bin|(last|previous|best|epoch-\d+)\.pt")
+_FOLDERS = {"features", "parts", "tensorboard"}
+
+
+def check_entries(path: Path, *, links: bool) -> None:
+    """Raises RunError if something in the folder of a run is not what a run has under that name; with `links`, links to files may be there.
+
+    Through a link, a run would write to a file elsewhere.
+    """
+    for entry in sorted(path.iterdir()):
+        folder = entry.name in _FOLDERS
+        if not folder and not _FILE.fullmatch(entry.name):
+            continue
+        if entry.is_dir() if folder else entry.is_file() and (links or not entry.is_symlink()):
+            continue
+        kinds = {"a link": entry.is_symlink(), "a folder": entry.is_dir(), "a file": entry.is_file(), "a pipe or a device": True}
+        what = f"is {next(kind for kind, given in kinds.items() if given)}, where a run has a {'folder' if folder else 'file'}"
+        raise RunError(what, where=str(entry), fix="Move it away; nothing in the folder was changed")
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

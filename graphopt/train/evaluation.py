@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch, ImageFeed
 from graphopt.errors import RunError
 from graphopt.train.ranks import Ranks
@@ -102,6 +103,14 @@ def evaluate(
 
 def _moved(feed: ImageFeed, strategy: Strategy) -> Iterator[Batch]:
     yield from map(strategy.move, feed.batches(0))
+
+
+def traced_output(plan: Plan) -> Any:
+    """What a plan's backbone returned when it was traced, the first of several outputs: scores (N, classes), of a classifier."""
+    output = plan.base.fx.output_node().args[0]
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    value = first.meta["val"] if isinstance(first, torch.fx.Node) else first
+    return value[0] if isinstance(value, tuple | list) and value else value
 
 
 def check_output(output: Any, target: Tensor, classes: int) -> None:

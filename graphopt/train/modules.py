@@ -24,6 +24,7 @@ from graphopt.compiler.parts import Part, isolated_modules, singly, split
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
+from graphopt.runtime.body import LocalBackward
 from graphopt.runtime.randomness import begin_stream
 from graphopt.spec import OptimizerSpec, TrainSpec
 from graphopt.train.assignment import one_chain, runs_of
@@ -292,6 +293,9 @@ def check_modules(plan: Plan, settings: TrainSpec, processes: int) -> None:
         what = f"the plan has {count} gradient-isolated modules for {ranks} processes"
         raise RunError(what, where="train.strategy", fix=f"Start {count * settings.replicas} processes, or let supervise make more modules")
     singly(plan.module)
+    if any(isinstance(part, LocalBackward) and part.reads_others for part in plan.module.modules()):
+        what = "a module's loss follows the weights of the next module (lookahead), which another process trains"
+        raise RunError(what, where="train.strategy", fix='Leave out lookahead, or use strategy = "ddp"')
     if couples_parameters(settings.optimizer):
         what = f"a step of {settings.optimizer.name} on a parameter depends on other parameters, also those of other modules"
         raise RunError(what, where="train.optimizer", fix='Use an optimizer without a common norm (adamw, sgd, ...), or strategy = "ddp"')

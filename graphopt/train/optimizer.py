@@ -18,6 +18,7 @@ from torch import nn
 from graphopt.compiler.learning_rates import LearningRates
 from graphopt.errors import RunError, did_you_mean
 from graphopt.ir.paths import containers, is_below
+from graphopt.models.build import classifiers
 from graphopt.spec import OptimizerSpec, TrainSpec
 
 
@@ -86,16 +87,26 @@ def build_optimizer(
     return optimizer
 
 
-def layer_rates(backbone: nn.Module, decay: float | None) -> dict[str, float] | None:
-    """Learning-rate factor per parameter: 1 at the head, times `decay` for each layer before it. Raises RunError for unknown layers."""
-    if decay is None:
+def layer_rates(backbone: nn.Module, spec: OptimizerSpec) -> dict[str, float] | None:
+    """Learning-rate factor per parameter: 1 at the head, times the spec's decay for each layer before it, down to its least factor.
+
+    None without layer decay. Raises RunError for unknown layers.
+    """
+    if spec.layer_decay is None:
         return None
     if not hasattr(backbone, "group_matcher"):
         what = f"{type(backbone).__name__} does not define its layers (timm's models do)"
         raise RunError(what, where="train.optimizer.layer_decay", fix="Leave layer_decay out")
     layers = group_parameters(backbone, cast(Any, backbone).group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
-    return {name: decay ** (last - layer) for name, layer in layers.items()}
+    return {name: max(spec.layer_decay_min, spec.layer_decay ** (last - layer)) for name, layer in layers.items()}
+
+
+def head_parameters(backbone: nn.Module) -> frozenset[str]:
+    """Names of the parameters of the classifier: the one that a backbone of timm names, otherwise the last linear layer."""
+    heads = classifiers(backbone) or [module for module in backbone.modules() if isinstance(module, nn.Linear)][-1:]
+    inside = {id(p) for head in heads for p in head.parameters()}
+    return frozenset(name for name, p in named_parameters(backbone).items() if id(p) in inside)
 
 
 def _rate_of(path: str, rates: Mapping[str, float]) -> float:
@@ -149,15 +160,18 @@ def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, str
 class Schedule:
     """The learning rates as a function of the optimizer steps done so far, and of nothing else; so there is no state to save.
 
-    A group with `regions` has the rate that passes set for them, every other one that of timm's schedule. (timm's plateau is not
+    A group with `regions` has the rate that passes set for them, every other one that of timm's schedule: in each step, or
+    (`on_updates = false`) in each epoch. (timm's plateau is not
     available: it depends on earlier metrics, and saves none of them.)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, train: TrainSpec, steps: int, regions: LearningRates | None = None) -> None:
         """`steps` are of an epoch; `regions` those that `optimizer` was built with."""
         spec, self._base = train.scheduler, train.optimizer.lr
-        settings = {**spec.model_dump(exclude={"name", "arguments"}), "decay_milestones": list(spec.decay_milestones), **spec.arguments}
-        settings |= {"num_epochs": train.epochs, "step_on_epochs": False, "updates_per_epoch": steps}
+        settings = {**spec.model_dump(exclude={"name", "arguments", "epochs", "on_updates"}), **spec.arguments}
+        settings |= {"num_epochs": spec.epochs or train.epochs, "step_on_epochs": not spec.on_updates, "updates_per_epoch": steps}
+        settings["decay_milestones"] = list(spec.decay_milestones)
+        self._per_epoch = 0 if spec.on_updates else steps
         self._optimizer, self._steps, self._regions = optimizer, train.epochs * steps, regions or LearningRates()
         # timm's scheduler sets the rate of an optimizer; this one has nothing else to do.
         self._run = torch.optim.SGD([torch.zeros(())], lr=self._base)
@@ -187,7 +201,10 @@ class Schedule:
     def _at(self, steps: float) -> float:
         """The run's own rate after `steps`."""
         try:
-            self._scheduler.step_update(cast(int, steps))  # between two steps, too
+            if self._per_epoch:
+                self._scheduler.step(int(steps // self._per_epoch))
+            else:
+                self._scheduler.step_update(cast(int, steps))  # between two steps, too
         except Exception as error:
             what = f"timm's scheduler fails at step {steps:g} with these settings: {error}"
             raise RunError(what, where="train.scheduler", fix="Check train.scheduler.arguments") from error

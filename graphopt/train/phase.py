@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # re-exported without saying so
 from torch import Tensor, nn
 
@@ -23,9 +22,11 @@ from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
 from graphopt.train.checks import check_frozen, check_gradients, fingerprints, not_finite
+from graphopt.train.distillation import Teacher
 from graphopt.train.evaluation import Meter, check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feeds import Feeds
+from graphopt.train.loss import Criterion
 from graphopt.train.strategy import Strategy
 
 #: weight of an auxiliary classifier's loss where a backbone returns several outputs in training (GoogLeNet, Inception)
@@ -44,6 +45,7 @@ class RunContext:
     classes: int
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
     features: FeatureCache  # caches what a prefix that has left the graph computes
+    teacher: Teacher | None = None  # on the device
 
 
 def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: float, state: Mapping[str, Tensor] | None = None) -> Plan:
@@ -108,14 +110,17 @@ class Phase:
         self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
         self._optimize(state["optimizer"] if state is not None else None)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
-        self.ema = AveragedWeights(self.owned.module, decay=spec.ema, use_warmup=True) if spec.ema is not None else None
+        self.ema = AveragedWeights(self.owned.module, decay=spec.ema, use_warmup=spec.ema_warmup) if spec.ema is not None else None
         if self.ema is not None and state is not None and state["ema"] is not None:
             own, earlier_ema = self.owned.state_dict(self.ema.module), state["ema"]
             carried = {k: earlier_ema[k] if k in earlier_ema and earlier_ema[k].shape == v.shape else v for k, v in own.items()}
             self.owned.load(carried, self.ema.module)
+        self.criterion = Criterion(spec).to(strategy.device)
         self.frozen = fingerprints(plan.module)
         # Buffers may hold infinity on purpose, masks for example.
         self._infinite = set(not_finite(dict(self.owned.module.named_buffers())))
+        # Adaptive clipping leaves out the last linear layer (Brock et al., arXiv 2102.06171, section 4.1).
+        self._unclipped = optimizers.head_parameters(plan.backbone) if spec.clip_mode == "agc" else frozenset()
         self.gradients_checked = False
         self._overflows = 0
         self._first_step = strategy.ranks.count > 1  # since this process has begun the phase
@@ -132,7 +137,7 @@ class Phase:
         plan, spec = self.plan, self.spec
         # timm's backbones may exclude parameters from weight decay, too.
         no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
-        rates = optimizers.layer_rates(plan.backbone, spec.optimizer.layer_decay)
+        rates = optimizers.layer_rates(plan.backbone, spec.optimizer)
         owned = None if self.owned.module is plan.module else self._parameters()
         options: dict[str, Any] = {"no_decay": no_decay, "rates": rates, "regions": plan.learning_rates, "owned": owned}
         self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, **options)
@@ -230,7 +235,7 @@ class Phase:
     def _clip(self, limit: float, mode: str) -> None:
         if mode == "module":
             mode, self._modules = "norm", self._modules or parameters_by_module(self.plan.module)
-        parameters = {name: p for name, p in self._parameters().items() if p.grad is not None}
+        parameters = {name: p for name, p in self._parameters().items() if p.grad is not None and name not in self._unclipped}
         for names in self._modules or (parameters,):
             self.strategy.clip([p for name, p in parameters.items() if name in names], limit, mode)
 
@@ -249,12 +254,12 @@ class Phase:
             return local, local, None
         output, *auxiliary = outputs if isinstance(outputs, tuple | list) else [outputs]
         check_output(output, batch.target, self.context.classes)
-        # Mixup has smoothed soft targets already.
-        smoothing = self.spec.label_smoothing if batch.target.ndim == 1 else 0.0
-        loss = F.cross_entropy(output, batch.target, label_smoothing=smoothing)
+        loss = self.criterion(output, batch.target)
         for other in auxiliary:
             if isinstance(other, Tensor):
-                loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other, batch.target, label_smoothing=smoothing)
+                loss = loss + AUXILIARY_WEIGHT * self.criterion(other, batch.target)
+        if self.context.teacher is not None:
+            loss = self.context.teacher.combined(loss, batch.input, output)
         return (loss if local is None else loss + local), loss, output
 
     def _check_gradients_once(self) -> None:

@@ -20,7 +20,7 @@ from graphopt.hashing import hash_parts
 from graphopt.ir.inputs import Input, show, tensors_of
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
-from graphopt.train.evaluation import check_output
+from graphopt.train.evaluation import check_output, traced_output
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feeds import Feeds
 from graphopt.train.modules import check_modules
@@ -63,16 +63,13 @@ class Inputs:
 
 def check_outputs(plan: Plan, classes: int) -> None:
     """Raises RunError unless the backbone is a classifier of at least so many classes."""
-    output = plan.base.fx.output_node().args[0]
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    value = first.meta["val"] if isinstance(first, torch.fx.Node) else first
-    value = value[0] if isinstance(value, tuple | list) and value else value
+    value = traced_output(plan)
     check_output(value, torch.empty(len(value)) if isinstance(value, Tensor) and value.ndim else torch.empty(0), classes)
 
 
 def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
     """Raises RunError unless timm knows the optimizer and the schedule, takes their options, and can step with them."""
-    rates = optimizers.layer_rates(plan.backbone, settings.optimizer.layer_decay)
+    rates = optimizers.layer_rates(plan.backbone, settings.optimizer)
     optimizer = optimizers.build_optimizer(plan.module, settings.optimizer, rates=rates, regions=plan.learning_rates)
     schedule = optimizers.Schedule(optimizer, settings, steps, plan.learning_rates)
     for done in (0, settings.epochs * steps // 2, settings.epochs * steps - 1):

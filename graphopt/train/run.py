@@ -30,6 +30,7 @@ from graphopt.files import sealed, write_atomically
 from graphopt.hashing import content_digest, hash_parts
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
+from graphopt.train.distillation import open_teacher
 from graphopt.train.evaluation import Meter, evaluate
 from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
@@ -165,7 +166,10 @@ class Starting:
             identity["data"] = self.data.model_dump(mode="json", exclude={"workers", "cache"})
         inputs = self.inputs
         features = inputs.features(self.folder.features, plan.digest, identity)
-        return RunContext(self.settings, inputs.strategy, inputs.feeds, inputs.data.classes, inputs.mixer, features)
+        teacher = open_teacher(self.settings, plan, inputs.data, trust=self.trust)
+        if teacher is not None:
+            inputs.strategy.to_device(teacher)
+        return RunContext(self.settings, inputs.strategy, inputs.feeds, inputs.data.classes, inputs.mixer, features, teacher)
 
 
 class Stopped(RunError):

@@ -6,6 +6,11 @@ network's own output and criterion. No gradient crosses a cut.
 
 From: *Local Learning on Transformers via Feature Reconstruction* (arXiv 2212.14215), which rebuilds the module's own input features.
 `decoder = "image"` is InfoPro (ICLR 2021, openreview fAbkE6ant2), which rebuilds the image; `decoder = "none"` is plain greedy training.
+Greedy modules keep only what separates classes at once. Three options let a module work for those that follow, without a decoder:
+
+- `head = "ahead"` (AugLocal, ICLR 2024, openreview Qbf1hy8b7m) classifies through fresh copies of blocks from further on.
+- `lookahead` (MAN, ECCV 2024; MAN++, arXiv 2507.16279) goes through the next block, by a running mean of its weights.
+- `head = "dictionary"` (DCL, ICLR 2024, openreview Gg7cXo3S8l) has an embedding per class, and no auxiliary network at all.
 
     [[pass]]
     use = "supervise"
@@ -14,7 +19,9 @@ From: *Local Learning on Transformers via Feature Reconstruction* (arXiv 2212.14
 
 Preserves the eval output. Training needs the targets: `output, local_loss = module(x, target)`, with class indices (N,) or probabilities
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses
-regions that the graph cannot be cut after, more modules than there are cuts for, and decoders that cannot rebuild the input. On a CPU with
+regions that the graph cannot be cut after, more modules than there are cuts for, decoders that cannot rebuild the input, and heads of
+blocks that follow where none do. An image that leaves [0, 1] once `mean` and `std` are reverted is an error. `lookahead` reads weights of
+the next module, so `strategy = "modules"`, which trains that one in another process, refuses it. On a CPU with
 glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
@@ -23,49 +30,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from graphopt import ActiveMatch, Effects, Match, Pass, PassError, RuntimeNeeds, SelectError, Status
 from graphopt.compiler.pass_base import Candidate, Property
 from graphopt.compiler.triggers import Start
-from graphopt.passes.supervise.options import Difference, HeadKind, Structure
+from graphopt.passes.supervise.options import Difference, HeadKind, Lookahead, Structure, Weighting
 from graphopt.units import Size
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.fx import Node
 
     from graphopt import Editor, Graph
     from graphopt.cost.partition import Table
     from graphopt.cost.rates import TimedStep
     from graphopt.ir.partition import CutCandidate
-    from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
-    from graphopt.passes.supervise.balance import Build
-    from graphopt.passes.supervise.layout import ActivationLayout
+    from graphopt.passes.supervise.building import Builder
 
-#: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
-#: seeds (tools/tables/supervise_accuracy.md)
-FRACTION = 0.125
-
-Ends = tuple[Annotated[float, Field(ge=0, strict=True)], Annotated[float, Field(ge=0, strict=True)]]
 Statistics = tuple[float, ...]
-
-
-class Weighting(pydantic.BaseModel):
-    """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between.
-
-    Attributes:
-        reconstruct: of the decoder's loss.
-        classify: of the auxiliary classifier's.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    reconstruct: Ends = (1.0, 1.0)
-    classify: Ends = (1.0, 1.0)
 
 
 class Cut(NamedTuple):
@@ -96,7 +82,13 @@ class Supervise(Pass):
         head: "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
             (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores; within the micro-batch of one process,
             so it depends on their number).
-        temperature: of the contrast.
+            "dictionary" (mean similarity of positions with one embedding per class, DCL), "ahead" (fresh blocks shaped like some of those
+            that follow, AugLocal; see depth).
+        temperature: divides the similarities of "contrast" (default 0.07) and "dictionary" (1).
+        depth: how many blocks an "ahead" head has, drawn evenly from those that follow, the last one included.
+        taper: of "ahead": the depth falls linearly, in the last auxiliary module to `depth * (1 - taper) + taper`.
+        lookahead: `{ blocks = 1, ema = 0.995, bias = "scale" }`: before head and decoder, the next module's first blocks, with a running
+            mean of their weights, beside a copy that trains: bias = "block" (MAN), "scale" (default, MAN++), "none".
         weights: of the two losses, from the first to the last auxiliary module, linear between.
         mean, std: the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.
         classes: number of classes of the targets. Default: the width of the network's output.
@@ -118,7 +110,10 @@ class Supervise(Pass):
     fraction: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     loss: Difference | None = None
     head: HeadKind = "pool"
-    temperature: Annotated[float, Field(ge=1e-3, le=1e3, strict=True)] = 0.07
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3, strict=True)] | None = None
+    depth: Annotated[int, Field(ge=1, strict=True)] = 2
+    taper: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
+    lookahead: Lookahead | None = None
     weights: Weighting = Weighting()
     mean: Statistics | None = None
     std: Statistics | None = None
@@ -149,7 +144,8 @@ class Supervise(Pass):
         from graphopt.ir.regions import Region
         from graphopt.passes.supervise.local import nodes_between
 
-        self._classes(graph)
+        builder = self._builder(graph)
+        _ = builder.classes  # a PassError here, not in the rewrite
         regions, cuts, start = [], [], graph.placeholder
         for number, candidate in enumerate(self.choose_cuts(graph), start=1):
             end = candidate.node
@@ -160,8 +156,8 @@ class Supervise(Pass):
             start = end
         match = Match(tuple(regions), tuple(cuts))
         for region in regions:
-            source, goal = self._layouts(graph, region.entries[0], region.exits[0])
-            problem = self._incompatibility(source, goal)
+            source, goal = builder.layouts(region.entries[0], region.exits[0])
+            problem = builder.incompatibility(region.exits[0].name, source, goal)
             if problem is not None:
                 fix = 'Use structure = "linear"' if self.structure == "conv" else "Cut elsewhere, or leave it out"
                 match.refuse(region.name, problem, fix)
@@ -190,8 +186,7 @@ class Supervise(Pass):
         assert self.modules is not None
         candidates = cut_candidates(graph)
         require_parts(candidates, self.modules)
-        image = self.decoder == "image"
-        table = predicted_seconds(graph, self._build(graph), step, image=image, limit=self.limit, modules=self.modules)
+        table = predicted_seconds(graph, self._builder(graph), step, limit=self.limit, modules=self.modules)
         return self.model_copy(update={"cuts": tuple(c.label for c in by_largest(candidates, table, self.modules))})
 
     def choose_cuts(self, graph: Graph) -> tuple[CutCandidate, ...]:
@@ -216,42 +211,10 @@ class Supervise(Pass):
         alike = self.model_copy(update={"modules": None, "balance": "memory", "limit": None, "cuts": None, "when": Start()})
         return graph.cached(_Peaks(alike))
 
-    def _build(self, graph: Graph) -> Build:
-        from graphopt.passes.supervise.auxiliary import Weights
+    def _builder(self, graph: Graph) -> Builder:
+        from graphopt.passes.supervise.building import Builder
 
-        def build(output: ActivationLayout, goal: ActivationLayout) -> Auxiliary | None:
-            fits = self._incompatibility(output, goal) is None
-            return self.auxiliary(graph, output, goal, Weights(1.0, 1.0)) if fits else None
-
-        return build
-
-    def _incompatibility(self, source: ActivationLayout, goal: ActivationLayout) -> str | None:
-        from graphopt.passes.supervise import decoders
-
-        if self.head == "conv" and source.grid is None:
-            return f"a convolutional head needs a map, and the graph shows no grid for {source}"
-        if self.decoder == "none":
-            return None
-        return decoders.incompatibility("image" if self.decoder == "image" else self.structure, source, goal)
-
-    def _layouts(self, graph: Graph, start: Node, end: Node) -> tuple[ActivationLayout, ActivationLayout]:
-        """Of a module's output, and of what its decoder rebuilds."""
-        from graphopt.passes.supervise.layout import layout_of
-
-        return layout_of(graph, end), layout_of(graph, graph.placeholder if self.decoder == "image" else start)
-
-    def _classes(self, graph: Graph) -> int:
-        from torch import Tensor, fx
-
-        if self.classes is not None:
-            return self.classes
-        value: Any = fx.node.map_arg(graph.output.args[0], lambda n: n.meta.get("val"))
-        while isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        if not isinstance(value, Tensor) or value.dim() != 2:
-            kind = f"shape (N, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise PassError(f"the network's output has {kind}, which does not show the number of classes", fix="Set classes = ...")
-        return value.shape[1]
+        return Builder(self, graph)
 
     def rewrite(self, edit: Editor, match: ActiveMatch[tuple[Cut, ...]]) -> Effects:
         from graphopt.passes.supervise.auxiliary import Boundary
@@ -266,10 +229,11 @@ class Supervise(Pass):
             raise PassError(what, fix=fix)
         cuts = [cut for cut in match.decision if cut.module in match.names]
         ends = [_resolve(graph, cut) for cut in cuts]
-        layouts = [self._layouts(graph, start, end) for start, end in zip([graph.placeholder, *ends], ends, strict=False)]
+        builder = self._builder(graph)
+        layouts = [builder.layouts(start, end) for start, end in zip([graph.placeholder, *ends], ends, strict=False)]
         graph.placeholder.meta[BOUNDARY] = INPUT
         for i, (cut, end) in enumerate(zip(cuts, ends, strict=True)):
-            auxiliary = self._initialized(graph, i, len(cuts), *layouts[i])
+            auxiliary = builder.initialized(i, len(cuts), cut.node, *layouts[i])
             edit.add_module(f"supervise.{i}", auxiliary)
             path = f"supervise.{i}.boundary"
             boundary = edit.call_module(path, Boundary(), (end,), after=end, like=graph.placeholder)
@@ -290,49 +254,6 @@ class Supervise(Pass):
         effects.note("supervise", f"{len(sizes)} auxiliary parameter tensors, dropped at export")
         effects.figures |= {"cuts": [c.label for c in match.decision], "modules": len(cuts) + 1, "auxiliary_parameters": sum(sizes)}
         return effects
-
-    def _initialized(self, graph: Graph, index: int, count: int, source: ActivationLayout, goal: ActivationLayout) -> Auxiliary:
-        """A module's auxiliary part with initial weights, on the device and in the dtype of the backbone."""
-        import torch
-
-        from graphopt.passes.supervise.auxiliary import Weights
-
-        # A single auxiliary module takes the first's weights, as InfoPro's code does.
-        ends = (self.weights.reconstruct, self.weights.classify)
-        reconstruct, classify = (first + (last - first) * index / max(1, count - 1) for first, last in ends)
-        weights = Weights(0.0 if self.decoder == "none" else reconstruct, classify)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            # Other weights for another seed, without drawing from the stream that the backbone's own randomness comes from.
-            torch.default_generator.manual_seed(torch.initial_seed() + index + 1)
-            auxiliary = self.auxiliary(graph, source, goal, weights)
-        model = next((p for p in graph.module.parameters() if p.is_floating_point()), None)
-        if model is not None:
-            auxiliary.to(device=model.device, dtype=model.dtype)
-        return auxiliary.train(graph.module.training)
-
-    def auxiliary(self, graph: Graph, source: ActivationLayout, goal: ActivationLayout, weights: Weights) -> Auxiliary:
-        """The head and the decoder of a module whose output has the layout `source`."""
-        from graphopt.passes.supervise.auxiliary import Auxiliary, build_head
-
-        classes = self._classes(graph)
-        # The decoder first: a seed's initial weights depend on the order.
-        decoder = self._decoder(source, goal) if weights.reconstruct > 0 and self.decoder != "none" else None
-        head = build_head(self.head, source, classes) if weights.classify > 0 else None
-        if head is None and decoder is None:
-            raise PassError("a module has neither a head nor a decoder: both its weights are 0", fix="Raise one of the weights")
-        difference, temperature = self.loss or ("bce" if self.decoder == "image" else "l1"), self.temperature
-        return Auxiliary(head, decoder, weights, classes, difference, temperature if self.head == "contrast" else None)
-
-    def _decoder(self, source: ActivationLayout, goal: ActivationLayout) -> nn.Module:
-        from graphopt.passes.supervise import decoders
-
-        if self.decoder == "features":
-            return decoders.build(self.structure, source, goal, self.fraction or FRACTION)
-        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-        unknown = (0.5,) * goal.channels
-        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if goal.channels == 3 else (unknown, unknown)
-        return decoders.ImageDecoder(source, goal, self.fraction or 1.0, self.mean or mean, self.std or std)
 
     @classmethod
     def candidates(cls, graph: Graph, current: Pass | None) -> Iterable[Candidate]:
@@ -355,7 +276,7 @@ class _Peaks:
     def __call__(self, graph: Graph) -> Table:
         from graphopt.passes.supervise.balance import predicted_peaks
 
-        return predicted_peaks(graph, self.value._build(graph), image=self.value.decoder == "image")
+        return predicted_peaks(graph, self.value._builder(graph))
 
 
 def _resolve(graph: Graph, cut: Cut) -> Node:

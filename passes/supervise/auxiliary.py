@@ -2,8 +2,9 @@
 
 A head makes class scores, or features to contrast, of the module's output. `pool` is mean over the positions, norm, linear; `norm-pool`
 puts the norm first, over every position, as the transformer papers do (arXiv 2212.14215). `conv` is InfoPro's (ICLR 2021), "1c2f": a 3x3
-convolution with norm and ReLU, global pooling, two linear layers with a ReLU between. The default is `pool`: a head runs in every module
-and every step, and must not cost what the module saves.
+convolution with norm and ReLU, global pooling, two linear layers with a ReLU between. `dictionary` compares each position with a vector
+per class (DCL, ICLR 2024, openreview Gg7cXo3S8l), and `ahead` has blocks of its own (`graphopt.passes.supervise.ahead`). The default is
+`pool`: a head runs in every module and every step, and must not cost what the module saves.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphopt.errors import RunError
+from graphopt.passes.supervise.ahead import LookaheadBlocks
 from graphopt.passes.supervise.decoders import ImageDecoder
 from graphopt.passes.supervise.layout import ActivationLayout
 from graphopt.passes.supervise.options import Difference, HeadKind
@@ -36,6 +39,7 @@ class Auxiliary(nn.Module):
     """Head, decoder and loss weights of one module. Registered at `supervise.<i>`; runs in training only; export drops it.
 
     Attributes:
+        lookahead: what the module's output goes through before the head and the decoder, if anything.
         classes: number of classes of the targets.
         temperature: the head gives features to contrast at this temperature; None: class scores.
         rebuilds_image: the decoder's goal is the network's input, not the module's.
@@ -48,10 +52,17 @@ class Auxiliary(nn.Module):
     clean: Tensor
 
     def __init__(
-        self, head: nn.Module | None, decoder: Any, weights: Weights, classes: int, difference: Difference, temperature: float | None
+        self,
+        head: nn.Module | None,
+        decoder: Any,
+        weights: Weights,
+        classes: int,
+        difference: Difference,
+        temperature: float | None,
+        lookahead: LookaheadBlocks | None = None,
     ) -> None:
         super().__init__()
-        self.head, self.decoder = head, decoder
+        self.head, self.decoder, self.lookahead = head, decoder, lookahead
         self.weights, self.classes, self.temperature = weights, classes, temperature
         self.difference, self.rebuilds_image = difference, isinstance(decoder, ImageDecoder)
         self.register_buffer("scale", torch.tensor(FLOAT16_SCALE))
@@ -64,6 +75,20 @@ class Auxiliary(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.step_index = int(state)
 
+    def begin(self, image: Tensor | None) -> None:
+        """Before a step. Raises RunError if the image that the decoder rebuilds is not one of [0, 1]."""
+        if self.lookahead is not None and self.step_index == 0:
+            self.lookahead.update(first=True)
+        # Looking at values of another device waits for it: wrong statistics show in the first step.
+        if image is not None and (image.device.type == "cpu" or self.step_index == 0) and not isinstance(image, FakeTensor):
+            self.decoder.check(image)
+
+    def end(self) -> None:
+        """After a step."""
+        self.step_index += 1
+        if self.lookahead is not None:
+            self.lookahead.update(first=False)
+
     def forward(self, h: Tensor, x: Tensor | None, target: Tensor, step_index: int = 0) -> Tensor:
         """The local loss, a scalar.
 
@@ -73,6 +98,8 @@ class Auxiliary(nn.Module):
         """
         terms: list[Tensor] = []
         sample_state: Any = None
+        if self.lookahead is not None:
+            h = self.lookahead(h)
         if self.decoder is not None:
             h, sample_state = self.decoder.sample(h, step_index)
         if self.head is not None:
@@ -114,8 +141,13 @@ class Boundary(nn.Module):
 
 def _weighted(loss: Tensor, weight: float) -> Tensor:
     """In float32 or wider. A factor of one is left out: next to a small module, every operation takes a measurable time."""
-    loss = loss if loss.dtype == torch.float64 else loss.float()
+    loss = _wide(loss)
     return loss if weight == 1 else weight * loss
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def _classification(logits: Tensor, target: Tensor) -> Tensor:
@@ -130,10 +162,11 @@ def _contrast(features: Tensor, target: Tensor, temperature: float) -> Tensor:
         features: (N, D), not yet of unit length.
         target: class indices (N,); or probabilities (N, classes), where the similarity of two samples is their probabilities' product.
     """
-    features = F.normalize(features.float(), dim=1)
+    features = F.normalize(_wide(features), dim=1)
     logits = features @ features.T / temperature
     diagonal = torch.eye(len(features), dtype=torch.bool, device=features.device)
-    similar = target.float() @ target.float().T if target.is_floating_point() else (target[:, None] == target[None, :]).float()
+    target = target.to(features.dtype) if target.is_floating_point() else target
+    similar = target @ target.T if target.is_floating_point() else (target[:, None] == target[None, :]).to(features.dtype)
     similar = similar.masked_fill(diagonal, 0.0)
     log_likelihood = logits - torch.logsumexp(logits.masked_fill(diagonal, float("-inf")), dim=1, keepdim=True)
     total = similar.sum(1)
@@ -145,7 +178,7 @@ def _reconstruction(prediction: Tensor, goal: Tensor, kind: Difference) -> Tenso
 
     `"bce"` takes the prediction as logits (InfoPro's sigmoid and binary cross-entropy in one, which autocast allows).
     """
-    prediction = prediction if prediction.dtype == torch.float64 else prediction.float()
+    prediction = _wide(prediction)
     goal = goal.to(prediction.dtype)
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(prediction, goal)
@@ -166,6 +199,23 @@ class PoolHead(nn.Module):
             return self.fc(self.norm(self.layout.tokens(h)).mean(1))
         # The mean of half-precision activations is float32, which weights in half precision do not take.
         return self.fc(self.norm(self.layout.mean(h).to(self.norm.weight.dtype)))
+
+
+class DictionaryHead(nn.Module):
+    """(N, ...) in `layout` -> (N, classes): mean over positions of the inner product with each class's embedding, over `temperature`.
+
+    The embeddings train, from a standard normal distribution. Published is one table for all modules, averaged to each one's width; here
+    each module has a table of its width, so that no parameter is trained by two of them.
+    """
+
+    def __init__(self, layout: ActivationLayout, classes: int, temperature: float) -> None:
+        super().__init__()
+        self.layout, self.temperature = layout, temperature
+        self.embeddings = nn.Parameter(torch.randn(classes, layout.channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        # The mean of inner products is the inner product of the mean: no map of similarities comes into being.
+        return F.linear(self.layout.mean(h).to(self.embeddings.dtype), self.embeddings) / self.temperature
 
 
 class ConvHead(nn.Module):
@@ -200,8 +250,10 @@ def _mlp(inputs: int, hidden: int | None, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-def build_head(kind: HeadKind, layout: ActivationLayout, classes: int) -> nn.Module:
-    """The head of that kind. `"contrast"` ends in 128 features, on the convolutional trunk for maps with channels first."""
+def build_head(kind: HeadKind, layout: ActivationLayout, classes: int, temperature: float) -> nn.Module:
+    """The head of that kind, but for `"ahead"`. `"contrast"` ends in 128 features, on the convolutional trunk for maps, channels first."""
+    if kind == "dictionary":
+        return DictionaryHead(layout, classes, temperature)
     if kind == "conv" or (kind == "contrast" and layout.images):
         return ConvHead(layout, HIDDEN if kind == "contrast" else classes)
     if kind == "contrast":

@@ -22,12 +22,10 @@ from graphopt.ir.fakes import FakeMode
 from graphopt.ir.inputs import sample_numbers
 from graphopt.ir.nodes import parameters_read
 from graphopt.ir.partition import CutCandidate, cut_candidates
-from graphopt.passes.supervise.auxiliary import Auxiliary
+from graphopt.passes.supervise.auxiliary import Auxiliary, Weights
+from graphopt.passes.supervise.building import Builder, Copied
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 from graphopt.units import show_size
-
-#: makes the head and the decoder of a module from the layouts of its output and of what the decoder rebuilds; None if there can be none
-Build = Callable[[ActivationLayout, ActivationLayout], Auxiliary | None]
 
 
 class Part(NamedTuple):
@@ -38,25 +36,33 @@ class Part(NamedTuple):
     work: Work
 
 
-def parts_of(graph: Graph, build: Build, *, image: bool, batch: int, amp: str | None = None) -> Callable[[int, int], Part | None]:
-    """The auxiliary part of a module from its first and last piece; `image` says that its decoder rebuilds the network's input."""
+def parts_of(graph: Graph, builder: Builder, *, batch: int, amp: str | None = None) -> Callable[[int, int], Part | None]:
+    """The auxiliary part of a module from its first and last piece; None if there can be none.
+
+    An `ahead` head is as deep as in the first module: the tables do not know a module's number.
+    """
+    image = builder.value.decoder == "image"
     nodes = [graph.placeholder, *(c.node for c in cut_candidates(graph))]
     layouts = [layout_of(graph, n) for n in nodes]
     shapes = {layout: tuple(n.meta["val"].shape[1:]) for n, layout in zip(nodes, layouts, strict=True)}
 
     @functools.cache
-    def between(entry: ActivationLayout, output: ActivationLayout) -> Part | None:
-        goal = layouts[0] if image else entry
+    def measured(output: ActivationLayout, goal: ActivationLayout, copied: Copied) -> Part:
         with torch.device("meta"):
-            auxiliary = build(output, goal)
-        return None if auxiliary is None else _measured(auxiliary, (batch, *shapes[output]), (batch, *shapes[goal]), amp)
+            auxiliary = builder.part(copied, output, goal, Weights(1.0, 1.0))
+        return _measured(auxiliary, (batch, *shapes[output]), (batch, *shapes[goal]), amp)
 
-    return lambda first, last: between(layouts[first], layouts[last + 1])
+    @functools.cache
+    def between(first: int, last: int) -> Part | None:
+        end, output, goal = nodes[last + 1].name, layouts[last + 1], layouts[0] if image else layouts[first]
+        return None if builder.incompatibility(end, output, goal) else measured(output, goal, builder.copied(end))
+
+    return between
 
 
-def predicted_peaks(graph: Graph, build: Build, *, image: bool) -> Table:
+def predicted_peaks(graph: Graph, builder: Builder) -> Table:
     """The predicted peak of each module's activations, in bytes for `BATCH` samples; infinite where there can be no module."""
-    between = parts_of(graph, build, image=image, batch=BATCH)
+    between = parts_of(graph, builder, batch=BATCH)
 
     def highest(first: int, last: int) -> float:
         part = between(first, last)
@@ -65,13 +71,13 @@ def predicted_peaks(graph: Graph, build: Build, *, image: bool) -> Table:
     return peaks(pieces_of(graph), 4 * BATCH * sample_numbers(graph.input), highest)
 
 
-def predicted_seconds(graph: Graph, build: Build, step: TimedStep, *, image: bool, limit: int | None, modules: int) -> Table:
+def predicted_seconds(graph: Graph, builder: Builder, step: TimedStep, *, limit: int | None, modules: int) -> Table:
     """The predicted seconds of each module's step on the machine: forward, backward and update; infinite where there can be no module.
 
     So it is where a process with the module alone would hold more than `limit` bytes: activations, parameters, gradients and optimizer
     state. Raises PassError if no division into `modules` stays within it.
     """
-    between = parts_of(graph, build, image=image, batch=step.batch, amp=step.amp)
+    between = parts_of(graph, builder, batch=step.batch, amp=step.amp)
     candidates, rates = cut_candidates(graph), step.rates
     first, later = (measure(graph, candidates, batch=step.batch, amp=step.amp, isolated=isolated) for isolated in (True, False))
     updates = [step.update(parameters) for parameters in _parameters(graph, candidates)]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphopt.errors import RunError
 from graphopt.passes.supervise.layout import ActivationLayout
 from graphopt.passes.supervise.options import Structure
 
@@ -27,6 +28,9 @@ POINTWISE_HIDDEN = 128
 HEAD_WIDTH = 32
 #: highest rank of the linear decoder: for wide features, a full matrix (channels by patch) would be larger than the module's own weights
 LINEAR_RANK = 64
+
+#: how far a reverted image may lie outside [0, 1]: normalised in bfloat16, by rounded statistics
+ROUNDING = 0.01
 
 
 def position_at(step_index: int, count: int) -> int:
@@ -228,6 +232,14 @@ class ImageDecoder(nn.Module):
 
     def sample(self, h: Tensor, step_index: int) -> tuple[Tensor, tuple[Tensor, int]]:
         return self.decoder.sample(h, step_index)
+
+    @torch.no_grad()
+    def check(self, image: Tensor) -> None:
+        """Raises RunError if the image (N, C, H, W) leaves [0, 1] once its normalisation is reverted, by more than rounding."""
+        low, high = (image * self.std + self.mean).aminmax()
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            what = f"with mean and std reverted, the image has values from {low:.3g} to {high:.3g}, and the decoder rebuilds [0, 1]"
+            raise RunError(what, where="supervise", fix="Give mean and std as the data is normalised ([data] mean, std)")
 
     def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
         return self.decoder(state, (x * self.std + self.mean).clamp(0, 1))

@@ -74,6 +74,11 @@ class LocalModule(LocalBackward):
         self._options: dict[str, Any] | None = None
         self._compiled: dict[str, Callable[..., Any]] = {}
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether its loss reads weights of the next module."""
+        return self.trains and self.auxiliary.module.lookahead is not None
+
     def parts(self) -> tuple[nn.Module, ...]:
         """The body, and the head and decoder."""
         return self.body.module, self.auxiliary.module
@@ -197,13 +202,14 @@ class _Stage(torch.autograd.Function):
             inputs = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors[:count]]
             auxiliary: Any = module.auxiliary.module
             step = torch.empty(auxiliary.step_index + 2, 0)
+            auxiliary.begin(image)
             output, loss = module.run(stage, step, target, image, *inputs)
-            auxiliary.step_index += 1
             wanted = [(i, t) for i, t in enumerate((*inputs, *tensors[count:])) if isinstance(t, Tensor) and t.requires_grad]
             device = loss.device.type
             half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
             scale = auxiliary.scale
             found = _gradients(loss * scale if half else loss, [t for _, t in wanted], sharded=module.gathered is not None)
+            auxiliary.end()
         stored = [(i, g) for (i, _), g in zip(wanted, found, strict=True) if g is not None]
         if half:
             _unscale([g for _, g in stored], auxiliary)
@@ -288,6 +294,8 @@ class Span:
         trains = any(trainable(self.graph, n) for n in ancestors(self.nodes(), lambda n: n not in active))
         # The auxiliary part of a frozen module is frozen too: it would train for nothing.
         self.auxiliary.requires_grad_(trains)
+        if self.auxiliary.lookahead is not None:
+            self.auxiliary.lookahead.follow(self.graph.module)
         return LocalModule(body, self.auxiliary, str(start.target) if start else INPUT, str(end.target), self.index, trains=trains)
 
     def _ends(self) -> tuple[Node | None, Node]:

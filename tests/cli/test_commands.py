@@ -136,7 +136,7 @@ def test_check_times_no_steps_for_settings_that_are_refused(capsys: pytest.Captu
 
 
 def test_check_forecasts_the_time_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.cost.rates.STEPS", 1)
+    monkeypatch.setattr("graphopt.cost.rates.rates_of", lambda *_: Rates(1e-11, 1e-10, 1e-5, 0.1, "cpu"))
     monkeypatch.setattr("graphopt.cli.timing.measured_loader", lambda _: LoaderRate(10.0, 0))
     out = output(capsys, "check", "s.toml", "--time")
     assert "  time, a forecast: " in out

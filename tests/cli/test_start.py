@@ -57,7 +57,15 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path: Path, monkeypatch
     for number, (old, new, _) in enumerate(MISTAKES):
         assert old in SPEC
         (tmp_path / f"{number}.toml").write_text(SPEC.replace(old, new, 1))
-    calls = [["--version"], ["--help"], ["train", "--help"], ["passes"], ["passes", "freeze"], ["passes", "--json"]]
+    calls = [
+        ["--version"],
+        ["--help"],
+        ["train", "--help"],
+        ["passes"],
+        ["passes", "freeze"],
+        ["passes", "--json"],
+        ["import", "--set", "model=resnet18"],
+    ]
     calls += [["specs"], ["specs", "quickstart"], ["schema"], ["schema", "-o", "s.json"]]
     calls += [[command, "gone.toml"] for command in ("check", "apply", "train", "diff", "inspect")]
     calls += [["fit", "gone.toml", "--memory", "1 GiB"], ["report", "gone"], ["export", "gone", "-o", "x.pt"]]
@@ -77,7 +85,7 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path: Path, monkeypatch
     reports = [json.loads(line) for line in said if line.startswith("[")]
     assert [report[0] for report in reports] == [*calls, *completions]
     assert [report for report in reports if report[2]] == []
-    assert all(status == (0 if number < 10 else 2) for number, (_, status, _) in enumerate(reports[: len(calls)]))
+    assert all(status == (0 if number < 11 else 2) for number, (_, status, _) in enumerate(reports[: len(calls)]))
     for _, _, text in MISTAKES:
         assert text in done.stderr
     for text in ("torchvision/swin_t", "timm/resnet50_gn", "cifar/", "freeze", "quickstart"):

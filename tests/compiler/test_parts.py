@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Make, int, tuple[Pass, ...], Sequence[int]]] = {
     "two runs": (resnet, 8, (Supervise(modules=3),), (2, 1)),
     "an empty run": (resnet, 8, (Supervise(modules=3),), (0, 1, 2)),
     "image decoder": (resnet, 8, (Supervise(modules=3, decoder="image", head="conv"),), (1, 1, 1)),
-    "greedy": (Small, 8, (Supervise(cuts=THREE, decoder="none"),), (1, 1, 1)),
+    "blocks ahead": (Small, 8, (Supervise(cuts=THREE, decoder="none", head="ahead"),), (1, 1, 1)),
     "vit with dropout": (vit, 16, (Supervise(modules=3),), (1, 1, 1)),
     "swin": (swin, 28, (Supervise(balance="stage"),), (1, 1, 1)),
     "frozen, shared, checkpointed": (

@@ -18,6 +18,7 @@ TABLES = {
     "surrogates": [{"use": "share", "every": 2, "mode": "surrogate"}],
     "supervised": [{"use": "supervise", "modules": 3}],
     "supervised, image decoder": [{"use": "supervise", "modules": 2, "decoder": "image"}],
+    "supervised, blocks ahead": [{"use": "supervise", "modules": 3, "decoder": "none", "head": "ahead", "lookahead": {"ema": 0.5}}],
     "supervised and checkpointed": [{"use": "supervise", "modules": 2}, {"use": "checkpoint", "segments": 4}],
     "frozen and checkpointed": [{"use": "freeze", "select": HALF[:3]}, {"use": "checkpoint", "segments": 4}],
 }

@@ -19,6 +19,7 @@ from torchvision import datasets
 from graphopt import RunError
 from graphopt.data.loader import Batch, ImageFeed, Rank, open_data, stratified
 from graphopt.data.mixing import Mixer
+from graphopt.errors import printable
 from graphopt.spec import AugmentSpec, DataSpec
 from tests.data import formats
 
@@ -315,6 +316,22 @@ def test_links_to_folders_elsewhere_are_followed_in_torchvisions_order(tmp_path:
     (one / "0.png").rename(one / "deeper" / "9.png")
     data = opened((3, 32, 32), name="folder", root=str(tmp_path))
     assert data.train.images.samples == datasets.ImageFolder(str(tmp_path / "train")).samples
+
+
+def test_names_that_are_no_utf_8_are_read_and_shown(tmp_path: Path) -> None:
+    formats.folders(tmp_path)
+    folder = tmp_path / "train" / os.fsdecode(b"n\xff")
+    (tmp_path / "train" / "n00000001").rename(folder)
+    (tmp_path / "val" / "n00000001").rename(tmp_path / "val" / folder.name)
+    damaged = folder / os.fsdecode(b"\xfe\x1b[31m.png")
+    (folder / "0.png").rename(damaged)
+    data = opened((3, 32, 32), name="folder", root=str(tmp_path))
+    before = data.train.fingerprint()
+    damaged.write_bytes(b"no image")
+    assert data.train.fingerprint() != before
+    with pytest.raises(RunError, match="the image cannot be read") as caught:
+        [data.train[0, number] for number in range(len(data.train))]
+    assert printable(str(caught.value.where)).encode().endswith(rb"n\udcff/\udcfe\u001b[31m.png")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "broken link", "folder"])

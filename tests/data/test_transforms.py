@@ -67,6 +67,40 @@ def test_training_is_timms(augment: dict[str, Any]) -> None:
             assert torch.equal(mine(photo()), expected)
 
 
+@pytest.mark.parametrize(
+    ("augment", "theirs"),
+    [
+        ({"crop": "rkrc", "scale": (0.5, 1.0), "ratio": (0.9, 1.1)}, {"train_crop_mode": "rkrc"}),
+        ({"crop": "rkrr", "scale": (0.5, 1.0), "ratio": (0.9, 1.1), "hflip": 0.5}, {"train_crop_mode": "rkrr"}),
+        ({"crop": "resized", "interpolation": "random"}, {}),
+        ({"crop": "resized", "grayscale": 0.5, "blur": 0.5}, {"grayscale_prob": 0.5, "gaussian_blur_prob": 0.5}),
+        ({"crop": "resized", "color_jitter": 0.4, "color_jitter_prob": 0.5}, {}),
+        (
+            {"crop": "resized", "erase": 0.9, "erase_mode": "pixel", "erase_count": 3},
+            {"re_prob": 0.9, "re_mode": "pixel", "re_count": 3, "color_jitter": None},
+        ),
+    ],
+    ids=["rkrc", "rkrr", "random interpolation", "grey and blur", "jitter", "erase"],
+)
+def test_timms_switches_are_timms(augment: dict[str, Any], theirs: dict[str, Any]) -> None:
+    same = {key: augment[key] for key in augment.keys() & {"scale", "ratio", "hflip", "interpolation", "color_jitter", "color_jitter_prob"}}
+    options = {"hflip": 0.0, "color_jitter": 0.0, "interpolation": "bilinear", "mean": MEAN, "std": STD, **same, **theirs}
+    reference = create_transform((3, 32, 32), is_training=True, **options)
+    mine = train_transform(spec(augment=AugmentSpec(**augment)), (3, 32, 32))
+    for seed in range(4):
+        with preserved():
+            reseed(seed)
+            expected = reference(photo().convert("RGB"))
+            reseed(seed)
+            assert torch.equal(mine(photo()), expected)
+
+
+def test_squashed_images_are_timms_without_augmentation() -> None:
+    reference = create_transform((3, 32, 24), is_training=True, no_aug=True, interpolation="bicubic", mean=MEAN, std=STD)
+    mine = train_transform(spec(augment=AugmentSpec(crop="squash"), interpolation="bicubic", crop_pct=0.8), (3, 32, 24))
+    assert torch.equal(mine(photo()), reference(photo().convert("RGB")))
+
+
 def test_a_batch_is_normalised_as_its_images() -> None:
     transform = eval_transform(spec(), (3, 20, 20))
     pixels = torch.randint(0, 256, (700, 3, 20, 20), dtype=torch.uint8)

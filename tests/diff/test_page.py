@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 from graphopt.compiler.triggers import AtEpoch
 from graphopt.diff import diff
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.page import to_html
-from tests.diff.browser import opened
 from tests.diff.passes import Blend, Ice, Part, Say
 from tests.diff.plans import plan
 from tests.support.backbones import Small
 
 pytestmark = pytest.mark.browser
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
-
-
-@pytest.fixture(scope="module")
-def browse() -> Iterator[Callable[..., Any]]:
-    with opened() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +111,10 @@ def test_search_finds_blocks_and_operations(browse: Any, small: Path) -> None:
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven phases of many blocks: more than a window is wide."""
     path = tmp_path_factory.mktemp("page") / "long.html"
+    model = Small(blocks=0)
+    model.blocks.extend(nn.Conv2d(8, 8, 1) for _ in range(60))
     passes = [Ice(select=f"blocks.{n}", when=AtEpoch(epoch=n)) for n in range(1, 7)]
-    path.write_text(to_html(phase_diffs(plan(*passes, model=Small(blocks=60), costs=False), epochs=8)))
+    path.write_text(to_html(phase_diffs(plan(*passes, model=model, costs=False), epochs=8)))
     return path
 
 

@@ -14,7 +14,6 @@ from graphopt.diff.render.chain import chain_section
 from graphopt.diff.render.run import charts, is_run, read_run
 from graphopt.files import sealed
 from graphopt.hashing import hash_parts
-from tests.diff.browser import opened
 
 SPEC = """\
 name = "a small <run>"
@@ -139,6 +138,8 @@ def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> N
         (lambda p: write_run(p, ['{"no": "kind"}']), ["metrics.jsonl:1", "not a line of metrics"]),
         (lambda p: write_run(p, 2 * ["[" * 200_000]), ["metrics.jsonl:1", "not a line of metrics"]),
         (lambda p: os.mkfifo(write_run(p, [], finished=False) / "summary.json"), ["summary.json", "a pipe or a device"]),
+        (lambda p: os.mkfifo(write_run(p, [], finished=False) / "ledger.bin"), ["ledger.bin", "a pipe or a device"]),
+        (lambda p: (write_run(p, [], finished=False) / "summary.json").mkdir(), ["summary.json", "a folder"]),
     ],
 )
 def test_a_folder_that_is_no_run_gets_one_error(make: Any, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,34 +153,32 @@ def test_a_folder_that_is_no_run_gets_one_error(make: Any, words: list[str], tmp
 
 @pytest.mark.browser
 @pytest.mark.parametrize("finished", [True, False])
-def test_the_page_opens_clean_and_tells_the_run(finished: bool, tmp_path: Path) -> None:
+def test_the_page_opens_clean_and_tells_the_run(browse: Any, finished: bool, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(), finished=finished)
     assert main(["report", str(folder), "--no-costs"]) == 0
-    with opened() as browse:
-        for width in (1280, 390):
-            page = browse(folder / "report.html", width=width)
-            assert page.locator("h1").text_content() == "a small <run>"
-            assert page.locator(".chart canvas").count() == 4
-            assert page.locator(".phases tbody tr").count() == 2
-            assert "freeze" in page.locator(".phases").text_content()
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert (page.locator(".note").count() == 0) == finished
-            inner = page.frame_locator("iframe")
-            assert inner.locator("[data-id]").count() > 2
-            assert inner.locator(".phases button").count() == 2
-            assert inner.locator("[data-do=theme]").is_hidden(), "the page has that button already"
-            assert "–" not in page.locator(".chart").first.text_content(), "the legend shows the last values"
-            page.locator(".theme").click()
-            assert page.locator(".chart canvas").count() == 4
+    for width in (1280, 390):
+        page = browse(folder / "report.html", width=width)
+        assert page.locator("h1").text_content() == "a small <run>"
+        assert page.locator(".chart canvas").count() == 4
+        assert page.locator(".phases tbody tr").count() == 2
+        assert "freeze" in page.locator(".phases").text_content()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert (page.locator(".note").count() == 0) == finished
+        inner = page.frame_locator("iframe")
+        assert inner.locator("[data-id]").count() > 2
+        assert inner.locator(".phases button").count() == 2
+        assert inner.locator("[data-do=theme]").is_hidden(), "the page has that button already"
+        assert "–" not in page.locator(".chart").first.text_content(), "the legend shows the last values"
+        page.locator(".theme").click()
+        assert page.locator(".chart canvas").count() == 4
 
 
 @pytest.mark.browser
-def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+def test_a_run_that_has_only_begun_has_a_page(browse: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", records(0), finished=False)
     assert main(["report", str(folder), "--no-costs"]) == 0
-    with opened() as browse:
-        page = browse(folder / "report.html")
-        assert page.locator(".empty").count() == 4
+    page = browse(folder / "report.html")
+    assert page.locator(".empty").count() == 4
 
 
 def test_diff_takes_a_run_and_its_own_decisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

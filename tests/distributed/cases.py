@@ -46,27 +46,19 @@ CUTS = ("blocks.0", "blocks.1", "blocks.2")
 ROUGH = 1e-7
 
 PASSES = {
-    "none": Case(),
-    "freeze prefix": Case((FRONT,)),
+    "freeze prefix, averages, clipped": Case((FRONT,), {"ema": 0.9, "clip": 0.5}),
     "freeze lean": Case((BACK,)),
-    "share mix": Case((MIX,), within=ROUGH),
     "share norms": Case((Share(select="blocks.2", norm="mix", scalars="parameter"),), within=ROUGH),
     "share surrogate": Case((Share(select="blocks.2", mode="surrogate"),), within=ROUGH),
-    "drop prefix": Case((Drop(upto="blocks.0", when="start", cache="none"),)),
-    "bypass": Case((Drop(mode="bypass", probability=0.5),)),
-    "supervise": Case((Supervise(modules=2),)),
-    "supervise 4": Case((Supervise(cuts=CUTS, fraction=0.5),)),
+    "drop prefix, micro-batches": Case((Drop(upto="blocks.0", when="start", cache="none"),), {"accumulate": 2}, {"accumulate": 1}),
+    "bypass, clipped adaptively": Case((Drop(mode="bypass", probability=0.5),), {"clip": 0.01, "clip_mode": "agc"}),
+    "supervise 4": Case((Supervise(cuts=CUTS, fraction=0.5, head="ahead", lookahead={"blocks": 1}),)),
     "checkpoint": Case((Checkpoint(segments=3),)),
     "supervise, freeze lean": Case((Supervise(modules=2), BACK)),
     "supervise, share, checkpoint": Case((Supervise(modules=2), MIX, Checkpoint(segments=3)), within=ROUGH),
     "freeze, share": Case((FRONT, MIX), within=ROUGH),
 }
-SETTINGS = {
-    "averages, clipped": Case(settings={"ema": 0.9, "clip": 0.5}),
-    "clipped adaptively": Case(settings={"clip": 0.01, "clip_mode": "agc"}),
-    "micro-batches": Case(settings={"accumulate": 2}, alone={"accumulate": 1}),
-    "bfloat16": Case(settings={"amp": "bfloat16"}, within=1e-2),
-}
+SETTINGS = {"bfloat16": Case(settings={"amp": "bfloat16"}, within=1e-2)}
 _CHANGES: tuple[Pass, ...] = (
     Freeze(select="blocks.2", when={"epoch": 1, "until": 3}),
     Freeze(select="blocks.1", when={"epoch": 2}),

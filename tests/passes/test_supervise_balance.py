@@ -34,8 +34,7 @@ ADAMW = {"optimizer": "adamw", "optimizer_options": {"weight_decay": 0.1}}
 
 
 def table(graph: graphopt.Graph, value: Supervise, step: TimedStep, modules: int = 2) -> Table:
-    image = value.decoder == "image"
-    return predicted_seconds(graph, value._build(graph), step, image=image, limit=value.limit, modules=modules)
+    return predicted_seconds(graph, value._builder(graph), step, limit=value.limit, modules=modules)
 
 
 def vit() -> nn.Module:

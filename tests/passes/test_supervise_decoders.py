@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from graphopt.errors import RunError
 from graphopt.passes.supervise import Supervise
 from graphopt.passes.supervise.decoders import build, incompatibility, position_at
 from graphopt.passes.supervise.layout import ActivationLayout
@@ -192,3 +193,28 @@ def test_the_linear_decoder_of_wide_features_is_of_low_rank(channels: int, full:
     assert size == (channels**2 if full else 2 * 64 * channels)
     prediction, wanted = decoder(decoder.sample(torch.randn(2, channels, 4, 4), 0)[1], torch.randn(2, channels, 4, 4))
     assert prediction.shape == wanted.shape == (2, 4, channels)
+
+
+# -- the image and the contrast -------------------------------------------------------------------------------------------------
+def test_an_image_that_its_statistics_do_not_revert_is_an_error() -> None:
+    value = Supervise(modules=2, decoder="image", mean=(0.5,) * 3, std=(0.25,) * 3)
+    module = compiled(Small(drop=0.0), value, verify="off").module.train()
+    y = torch.arange(4)
+    module(torch.rand(4, 3, 8, 8) * 3.98 - 1.99, y)  # [0, 1] and the rounding of bfloat16
+    for outside, words in ((torch.full((4, 3, 8, 8), 2.1), "from 1.02 to 1.02"), (torch.full((4, 3, 8, 8), -2.1), "from -0.025 to -0.025")):
+        with pytest.raises(RunError, match=f"the image has values {words}.*Give mean and std"):
+            module(outside, y)
+    module.eval()(outside)
+
+
+def test_the_contrast_keeps_the_precision_of_its_input() -> None:
+    module = compiled(Small(drop=0.0), Supervise(modules=2, decoder="none", head="contrast"), verify="off").module.double().train()
+    head, h, y = (
+        module.get_submodule("supervise.0"),
+        torch.rand(4, 8, 8, 8, dtype=torch.float64, requires_grad=True),
+        torch.tensor([0, 0, 1, 1]),
+    )
+    assert head(h, None, y).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda h: head(h, None, y), h[:, :, :2, :2].detach().requires_grad_())
+    soft = F.one_hot(y, 10).double()
+    torch.testing.assert_close(head(h, None, soft), head(h, None, y))

@@ -21,7 +21,6 @@ from graphopt.studies import tables
 from graphopt.studies.comparing import compare
 from graphopt.studies.page import charts, to_page
 from tests.cli.spec import SPEC
-from tests.diff.browser import opened
 
 #: accuracies of each seed
 PLAIN, FROZEN = {0: 0.90, 1: 0.92, 2: 0.97}, {1: 0.90, 2: 0.96, 3: 0.5}
@@ -161,15 +160,14 @@ def test_what_the_charts_draw(runs: Path) -> None:
 
 
 @pytest.mark.browser
-def test_the_page_in_a_browser(runs: Path) -> None:
+def test_the_page_in_a_browser(browse: Any, runs: Path) -> None:
     path = runs.parent / "c.html"
     path.write_text(to_page(compare([str(runs / "plain*"), str(runs / "frozen*")]), costs=False))
-    with opened() as open_page:
-        page = open_page(path)
-        assert page.locator("canvas").count() == 4
-        assert page.locator("iframe").count() == 2
-        assert page.locator("table.figures tbody tr").count() == 2
-        page.click(".theme")
-        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-        narrow = open_page(path, width=390, dark=True)
-        assert narrow.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page = browse(path)
+    assert page.locator("canvas").count() == 4
+    assert page.locator("iframe").count() == 2
+    assert page.locator("table.figures tbody tr").count() == 2
+    page.click(".theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    narrow = browse(path, width=390, dark=True)
+    assert narrow.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -16,6 +16,7 @@ import pytest
 from graphopt.cli import main
 from graphopt.studies.comparing import compare
 from tests.cli.spec import SPEC
+from tests.support.ranks import serve
 
 STUDY = """\
 name = "small study"
@@ -39,6 +40,7 @@ source = "a paper"
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
+    serve()
     Path("s.toml").write_text(SPEC)
     Path("t.toml").write_text(STUDY)
     return tmp_path

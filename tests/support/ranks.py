@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import distributed
 from graphopt.cost import rates
 
 #: what processes of tests use: loaded once, in the process that they are forked from
-PRELOADED = ["tests.distributed.cases", "pytest", "graphopt.train", "sklearn.datasets", "torch._dynamo", "torch.distributed.checkpoint"]
+PRELOADED = ["pytest", "tests.distributed.cases", "torch.distributed.checkpoint", "tests.support.warm"]
 
 
 def loaded() -> ForkServerContext:
@@ -21,6 +21,12 @@ def loaded() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def serve() -> None:
+    """Starts that process now: for tests of code that would start one of its own, in which less is loaded."""
+    loaded()
+    forkserver.ensure_running()
 
 
 def run_process(function: Callable[..., None], *arguments: Any, timeout: float | None = 120) -> int:
@@ -54,7 +60,8 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2, en
     for process in started:
         process.join(120)
         process.kill()
-    assert [process.exitcode for process in started] == [ends] * ranks
+    codes = [process.exitcode for process in started]
+    assert codes == [ends] * ranks, codes
 
 
 def _rank(function: Callable[..., None], rank: int, ranks: int, port: int, group: bool, arguments: tuple[Any, ...]) -> None:

@@ -72,6 +72,18 @@ def made_for_the_batch(x: Tensor) -> Tensor:
     return x * torch.ones(b, 1, 1, 1) + torch.zeros(b, *x.shape[1:], dtype=x.dtype) + torch.arange(b)[:, None, None, None]
 
 
+def devices(x: Tensor) -> Tensor:
+    assert not x.is_cuda
+    assert not x.is_meta
+    assert x.device == torch.device("cpu")
+    assert x.device.type not in ("cuda", "meta")
+    assert x.get_device() == -1
+    assert x.layout == torch.strided
+    assert x.is_cpu
+    assert x.is_signed()
+    return x if x.is_cuda else x + torch.ones(x.shape[1:], device=x.device)
+
+
 def mathematics(x: Tensor) -> Tensor:
     return x / math.sqrt(x.shape[0] * x.shape[1])
 
@@ -85,6 +97,7 @@ def assignment(x: Tensor) -> Tensor:
 
 
 LOOKS = (
+    devices,
     made_for_the_batch,
     mathematics,
     assignment,
@@ -108,6 +121,15 @@ def test_shapes_are_numbers_and_the_batch_stays_free(look: Callable[[Tensor], Te
     for batch in (1, 5):
         x = torch.rand(batch, *SHAPE)
         assert torch.equal(graph.module.eval()(x), model.eval()(x))
+
+
+def test_a_tensor_is_made_where_the_input_lies_and_questions_about_that_leave_nothing() -> None:
+    graph = trace(Net(look=devices), SHAPE)
+    asked = [node.args[1] for node in graph.nodes if node.target is getattr]
+    assert asked == ["device"]
+    with torch.device("meta"):
+        moved = graph.module.to("meta").eval()(torch.rand(2, *SHAPE))
+    assert moved.is_meta
 
 
 def test_elements_that_an_index_tensor_chooses_are_assigned_to_in_a_module_of_its_own() -> None:

@@ -63,7 +63,7 @@ PASSES: dict[str, Any] = {
 
 
 def batch() -> tuple[Tensor, ...]:
-    return samples(INPUT, 4, torch.randn)
+    return samples(INPUT, 4, torch.rand)
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -355,3 +355,35 @@ def test_killed_in_its_first_save_it_gets_all_names_of_that_checkpoint(tmp_path:
         (tmp_path / name).unlink()
     train(small.plan(), tmp_path, settings=small.settings(epochs=2, **chosen), data=small.DATA, resume=True)
     assert {path.name for path in tmp_path.glob("epoch-*.pt")} == {"epoch-0000.pt", "epoch-0001.pt"}
+
+
+def _make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "mine").write_text("x")
+
+
+ODD: dict[str, Callable[[Path], Any]] = {
+    "a folder": _make_folder,
+    "a pipe": os.mkfifo,
+    "a link": lambda path: path.symlink_to(path.parent.parent / "elsewhere"),
+    "a file": lambda path: path.write_text("mine"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "a folder") for name in ("summary.json", "metrics.jsonl", "run.json", "spec.toml", "ledger.bin", "best.pt", "last.pt")),
+        *(("summary.json", "a pipe"), ("last.pt", "a pipe"), ("metrics.jsonl", "a link"), ("best.pt", "a link")),
+        *(("features", "a file"), ("parts", "a pipe")),
+    ],
+)
+def test_what_no_run_has_under_a_name_is_refused_before_anything_changes(name: str, kind: str, run: Path) -> None:
+    (run.parent / "elsewhere").write_text("mine")
+    (run / name).unlink(missing_ok=True)
+    ODD[kind](run / name)
+    before = files(run), {path: path.lstat().st_mode for path in run.rglob("*")}
+    with pytest.raises(RunError, match=rf"{re.escape(name)}: is {kind}.*, where a run has a .*Move it away"):
+        go(run, resume=True)
+    assert (files(run), {path: path.lstat().st_mode for path in run.rglob("*")}) == before
+    assert (run.parent / "elsewhere").read_text() == "mine"

@@ -14,6 +14,7 @@ from graphopt.train.optimizer import (
     Schedule,
     build_optimizer,
     check_groups,
+    head_parameters,
     layer_rates,
     load_optimizer_state,
     named_parameters,
@@ -131,7 +132,7 @@ def test_what_leaves_loses_its_state_and_what_comes_back_starts_afresh() -> None
 
 def test_layers_further_from_the_head_learn_more_slowly() -> None:
     net = timm.create_model("resnet18", num_classes=10)
-    rates = layer_rates(net, 0.5)
+    rates = layer_rates(net, OptimizerSpec(layer_decay=0.5))
     assert rates is not None
     assert rates["fc.weight"] == 1.0 > rates["layer4.1.conv2.weight"] > rates["layer1.0.conv1.weight"] >= rates["conv1.weight"]
     optimizer = build_optimizer(net, OptimizerSpec(lr=1.0), rates=rates)
@@ -143,7 +144,7 @@ def test_layers_further_from_the_head_learn_more_slowly() -> None:
 
 def test_a_backbone_without_layers_refuses_layer_decay() -> None:
     with pytest.raises(RunError, match="does not define its layers"):
-        layer_rates(Small(), 0.5)
+        layer_rates(Small(), OptimizerSpec(layer_decay=0.5))
 
 
 @pytest.mark.parametrize(
@@ -201,3 +202,24 @@ def test_a_schedule_that_cannot_be_computed_is_an_error_of_its_settings(spec: Sc
     schedule = Schedule(optimizer, TrainSpec(scheduler=spec, optimizer={"lr": 0.8}, epochs=10), 10)
     with pytest.raises(RunError, match=r"train\.scheduler: "):
         schedule.set_step(95)
+
+
+def test_a_rate_of_each_epoch_is_timms() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.param_groups[0]["name"] = "decay"
+    spec = SchedulerSpec(on_updates=False, warmup_epochs=1, warmup_prefix=True, epochs=2)
+    schedule = Schedule(optimizer, TrainSpec(epochs=4, scheduler=spec), steps=3)
+    rates = [schedule.set_step(step) for step in range(12)]
+    assert rates == pytest.approx([1e-5] * 3 + [0.1] * 3 + [0.05] * 3 + [0.0] * 3)
+
+
+def test_layer_rates_have_a_least() -> None:
+    net = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, depth=3, embed_dim=12, num_heads=2)
+    rates = layer_rates(net, OptimizerSpec(layer_decay=0.5, layer_decay_min=0.2))
+    assert rates is not None
+    assert sorted({*rates.values()}) == [0.2, 0.25, 0.5, 1.0]
+
+
+def test_the_head_is_the_classifier_or_the_last_linear_layer() -> None:
+    assert head_parameters(timm.create_model("test_resnet")) == {"fc.weight", "fc.bias"}
+    assert head_parameters(Small()) == {"fc.weight", "fc.bias"}

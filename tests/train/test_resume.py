@@ -69,7 +69,7 @@ def test_going_on_ends_where_the_uninterrupted_run_does(tmp_path: Path, whole: P
 
 
 @pytest.mark.slow
-@settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
 @given(stops=strategies.lists(strategies.integers(1, 120), min_size=1, max_size=4))
 def test_however_often_it_is_stopped(tmp_path_factory: pytest.TempPathFactory, whole: Path, stops: list[int]) -> None:
     folder = tmp_path_factory.mktemp("stopped")

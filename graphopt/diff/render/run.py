@@ -14,9 +14,9 @@ from graphopt.diff.render.chain import chain_section
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
 from graphopt.errors import RunError, listed
-from graphopt.files import read_text, unsealed
+from graphopt.files import read_text, reason, unsealed
 from graphopt.hashing import hash_parts
-from graphopt.train.checkpoint import MANIFEST, read_manifest
+from graphopt.train.checkpoint import MANIFEST, check_entries, read_manifest
 from graphopt.train.ledger import EpochCheck, check_ledger
 from graphopt.units import show_count, show_size, show_time
 
@@ -61,6 +61,7 @@ def read_run(path: Path) -> Run:
         raise RunError("no such folder", where=str(path), fix=_FIX)
     if not path.is_dir():
         raise RunError("a file, not the folder of a run", where=str(path), fix=_FIX)
+    check_entries(path, links=True)
     if not (path / "run.json").is_file() or not (path / "spec.toml").is_file():
         raise RunError("no run of graphopt: it has no run.json and spec.toml", where=str(path), fix=_FIX)
     manifest = read_manifest(path)
@@ -106,7 +107,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot be read: {error}", where=str(path)) from error
+        raise RunError(f"cannot be read: {reason(error)}", where=str(path)) from error
 
 
 def to_report(run: Run, plan: Plan) -> str:
