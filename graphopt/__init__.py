@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
     from graphopt.compiler.report import Report
     from graphopt.compiler.triggers import Decision
+    from graphopt.diff.align import Diff
+    from graphopt.diff.notebook import picture
     from graphopt.driver import compile
     from graphopt.errors import BackboneError, GraphoptError, PassError, RunError, SelectError, SpecError, TraceError, VerifyError
     from graphopt.ir.editor import Editor
@@ -26,11 +28,12 @@ if TYPE_CHECKING:
     from graphopt.plan_file import save
     from graphopt.tracing import trace
     from graphopt.train.export import load
+    from graphopt.train.loop import Phases
 
-__all__ = ["ActiveMatch", "Decision", "Diagnostic", "Editor", "Effects", "Filter", "Graph", "Match", "Pass", "Plan", "Region", "Report"]
-__all__ += ["RuntimeNeeds", "Section", "Selector", "Severity", "Status"]
+__all__ = ["ActiveMatch", "Decision", "Diagnostic", "Diff", "Editor", "Effects", "Filter", "Graph", "Match", "Pass", "Phases", "Plan"]
+__all__ += ["Region", "Report", "RuntimeNeeds", "Section", "Selector", "Severity", "Status"]
 __all__ += ["BackboneError", "GraphoptError", "PassError", "RunError", "SelectError", "SpecError", "TraceError", "VerifyError"]
-__all__ += ["compile", "load", "save", "select", "trace"]
+__all__ += ["compile", "load", "picture", "save", "select", "trace"]
 
 _MODULE_OF = {
     "Decision": "compiler.triggers",
@@ -39,9 +42,12 @@ _MODULE_OF = {
     "Editor": "ir.editor",
     "Graph": "ir.graph",
     **{"Region": "ir.regions", "Section": "ir.section"} | dict.fromkeys(("Filter", "Selector"), "ir.selector"),
+    "Diff": "diff.align",
+    "picture": "diff.notebook",
     "compile": "driver",
     "select": "ir.select",
     "load": "train.export",
+    "Phases": "train.loop",
     "save": "plan_file",
     "trace": "tracing",
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
@@ -60,8 +66,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext graphopt`: a notebook shows plans and diffs as pictures."""
-    import_module("graphopt.diff.notebook").register(shell)

@@ -78,7 +78,9 @@ def prepare(
         model, graph = trace_backbone(spec, model=model, input=input, compare=compare, trust=trust)
         spec = _settled(spec, graph)
         instances = _instances(spec)
-        batch, options = batch or spec.train.micro_batch(), spec.train.forecast_options()
+        train = spec.train if batch is None else spec.train.model_copy(update={"batch": batch})
+        train.micro_batch()  # refuses a batch that does not divide
+        batch, options = train.batch, train.forecast_options()
         about: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "spec": spec}
     else:
         passes = (spec,) if isinstance(spec, Pass) else tuple(spec)
@@ -106,7 +108,7 @@ def settle(spec: Spec, *, trust: bool = False) -> Spec:
 
 def _settled(spec: Spec, graph: Graph) -> Spec:
     train = spec.train
-    found = _settled_instances(_instances(spec), graph, train.micro_batch(), train.device, **train.forecast_options())
+    found = _settled_instances(_instances(spec), graph, train.batch, train.device, **train.forecast_options())
     return spec if spec.settled else spec.with_passes(tuple(instance.value for instance in found))
 
 

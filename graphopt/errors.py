@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 #: what a terminal or a viewer obeys instead of showing it: control characters but line ends and tabs, and changes of direction
 _CONTROL = [*(c for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -32,6 +32,9 @@ class GraphoptError(Exception):
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
         super().__init__(what, where, fix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self), *self.args), self.__dict__  # to be sent to other processes
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what

@@ -154,7 +154,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | BINARY, 0o644)
         if fcntl is None:
             return descriptor
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -224,6 +224,28 @@ def sync_file(path: Path) -> None:
     """Brings a file's content to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+#: for `os.open`: bytes stay as they are where text files would have other ends of lines (Windows)
+BINARY = getattr(os, "O_BINARY", 0)
+
+
+def read_at(handle: int, buffer: memoryview, offset: int) -> int:
+    """Reads into `buffer` from a place in an open file; the number of bytes read, 0 at its end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [buffer], offset)
+    os.lseek(handle, offset, os.SEEK_SET)  # Windows, where a file has one reader here
+    data = os.read(handle, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(handle: int, data: memoryview, offset: int) -> int:
+    """Writes at a place in an open file; the number of bytes written."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(handle, data, offset)
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.write(handle, data)
 
 
 def sync_folder(folder: Path) -> None:

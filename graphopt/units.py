@@ -71,6 +71,18 @@ def show_time(seconds: float) -> str:
     return f"{_three(seconds / 86400)} days"
 
 
+def show_change(before: float, after: float) -> str:
+    """`-43 %`, `+2.1 %`, `=`, `≈` (under half a thousandth); from nothing, `new`."""
+    if before == after:
+        return "="
+    if not before:
+        return "new"
+    percent = 100 * (after - before) / before
+    if abs(percent) < 0.05:
+        return "≈"
+    return f"{percent:+.0f} %" if abs(percent) >= 10 or percent == int(percent) else f"{percent:+.1f} %"
+
+
 def _scaled(value: float, base: int) -> tuple[str, str]:
     """A number with about three digits, and its prefix."""
     for prefix in _PREFIXES:

@@ -65,7 +65,7 @@ class Adapt(Pass):
 
     select: Selector = Filter(blocks=True)
     rank: Annotated[int, Field(ge=1, strict=True)] = 8
-    scale: Annotated[float, Field(gt=0)] = 1.0
+    scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     train: Selector | None = None
 
     def match(self, graph: Graph) -> Match[Decision]:
@@ -75,8 +75,8 @@ class Adapt(Pass):
         from graphopt.passes.layers import dense_layers, full_rank
 
         match = Match[Decision](select(self.select, graph))
-        last = next(n for n in reversed(graph.nodes) if any(True for _ in parameters_read(graph.module, n)))
-        trained = (str(last.target),) if self.train is None else tuple(p for r in select(self.train, graph) for p in r.paths)
+        last = [str(n.target) for n in graph.nodes if any(True for _ in parameters_read(graph.module, n))][-1:]
+        trained = tuple(last) if self.train is None else tuple(p for r in select(self.train, graph) for p in r.paths)
         layers = {}
         for region in match.regions:
             found = []
@@ -91,7 +91,9 @@ class Adapt(Pass):
                     match.skip(path, why)
             layers[region.name] = tuple(found)
         if not any(layers.values()):
-            match.refuse(match.regions[0].name, "no selected layer can be adapted", fix="Select linear layers or convolutions")
+            skipped = [f": {d.location}: {d.message}" for d in match.diagnostics][:1]
+            what = f"no selected layer can be adapted{''.join(skipped)}"
+            match.refuse(match.regions[0].name, what, fix="Select other linear layers or convolutions, or lower the rank")
         if (until := getattr(self.when, "until", None)) is not None:
             why = f"it cannot be taken back at epoch {until}: the weights would lose what they have learnt"
             match.refuse(match.regions[0].name, why, fix="Leave `until` out: export adds the products to the weights")
@@ -102,6 +104,7 @@ class Adapt(Pass):
         import torch
 
         from graphopt.ir.nodes import leaf
+        from graphopt.ir.paths import is_below
         from graphopt.passes.layers import beside, call_of, low_rank_pair, zero_pair
 
         effects, pairs = Effects(), dict[str, Pair]()
@@ -119,7 +122,9 @@ class Adapt(Pass):
                 edit.redirect(node, total, [u for u in node.users if u is not total])
                 pairs[path] = str(inner.target), str(outer.target)
             if count := len(pairs.keys() & set(match.decision.layers[name])):
-                effects.mark(name, Status.FROZEN, adapted=count, rank=self.rank)
+                paths, trained = match.paths[name], match.decision.trained
+                trains = any(is_below(part, paths) for part in trained) or any(is_below(path, trained) for path in paths)
+                effects.mark(name, Status.REWIRED if trains else Status.FROZEN, adapted=count, rank=self.rank)
         self._freeze(edit, match.decision.trained, backbone, base)
         sizes = [p.numel() for n, p in edit.graph.module.named_parameters() if p.requires_grad and n not in backbone]
         effects.figures = {"layers": len(pairs), "added_parameters": sum(sizes)}

@@ -7,6 +7,7 @@ passes of one. `<!-- shown only: REASON -->` above a block leaves it out.
 
 from __future__ import annotations
 
+import ast
 import doctest
 import json
 import re
@@ -99,11 +100,18 @@ def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_notebook_runs() -> None:
     cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
     scope: dict[str, Any] = {"__name__": "notebook"}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            assert not cell["outputs"]
-            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), scope)
+    shown = [_shown("".join(cell["source"]), scope) for cell in cells if cell["cell_type"] == "code" and not cell["outputs"]]
     assert len(scope["losses"]) == 8
+    assert [text[:5] for text in shown if text] == ["<img ", "<p><b", "<img "]
+
+
+def _shown(source: str, scope: dict[str, Any]) -> str | None:
+    """Runs a cell; what a notebook shows of the value of its last line, where that has a view of its own."""
+    tree = ast.parse(source, "tutorial.ipynb")
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "tutorial.ipynb", "exec"), scope)
+    value = None if last is None else eval(compile(ast.Expression(last.value), "tutorial.ipynb", "eval"), scope)
+    return value._repr_html_() if hasattr(value, "_repr_html_") else None
 
 
 def test_every_pass_has_a_page_with_its_manual() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tomli
 
+from graphopt.compiler import registry
 from tests.support.ranks import run_process
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,13 @@ def test_a_sample_of_changed_specs_is_read_or_refused(fuzz: ModuleType) -> None:
     assert len(accepted) >= 3
     checked = {name: fuzz.outcome(texts[name], checked=True) for name in accepted[:3]}
     assert set(checked.values()) <= {"ok", "refused"}, checked
+
+
+def test_every_installed_pass_is_in_the_specs_that_are_changed() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import spec_changes
+
+    assert {tomli.loads(text)["use"] for text in spec_changes.PASSES} == set(registry.names())
 
 
 def test_a_case_is_the_same_on_any_machine(fuzz: ModuleType) -> None:

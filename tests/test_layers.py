@@ -23,7 +23,7 @@ LAYERS = (
     ("spec",),
     ("driver",),
     ("passes", "plan_file", "specs"),
-    ("data",),
+    ("data", "testing"),
     ("train",),
     ("planning",),
     ("diff",),

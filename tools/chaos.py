@@ -1,6 +1,6 @@
 """Kills random ranks of runs at random moments; torchrun's own launcher starts all ranks again.
 
-    python tools/chaos.py [--kills 50] [--seed 0] [--kinds ddp modules] [--forked] [--out tools/tables/chaos.md]
+    python tools/chaos.py [--kills 50] [--seed 0] [--kinds ddp modules] [--forked] [--out tools/tables/chaos.md [--append]]
 
 Two ranks train a small network through phases of supervise, drop and freeze, with a checkpoint after each step. One of them gets SIGKILL:
 while it starts, or a random time after a random number of steps. When a run has ended the next begins, until there were enough kills of
@@ -93,6 +93,8 @@ class Killer:
                     self.step = (now - checkpoints[0]) / (steps - 1) if steps > 1 else self.step
                     end = now + part * self.step
             time.sleep(0.001)
+        if self.folder.with_name(chaos_run.ENDED).exists():
+            return
         with suppress(ProcessLookupError):
             os.kill(pids[victim], signal.SIGKILL)
             self.left -= 1
@@ -184,6 +186,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forked", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the table here")
+    parser.add_argument("--append", action="store_true", help="behind the tables that are there")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     kills, outcomes, draw = list[Kill](), list[list[str]](), random.Random(options.seed)
@@ -202,7 +205,8 @@ def main() -> int:
     text = "\n".join([heading("Ranks killed", (__doc__ or "").partition("\n")[0]), about, "", *table(kills)])
     print(text)
     if options.out:
-        options.out.write_text(text + "\n")
+        before = options.out.read_text() + "\n" if options.append and options.out.exists() else ""
+        options.out.write_text(before + text + "\n")
     return int(right < len(outcomes))
 
 

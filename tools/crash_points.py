@@ -200,16 +200,25 @@ def scenarios() -> Iterator[Scenario]:
     yield stopping
     yield Scenario("resumed over a damaged checkpoint", plain, damaged)
     yield Scenario("features in a folder of their own, one checkpoint", small_run.SmallRun(SHARED))
-    yield Scenario("checkpoints in parts", PartsRun())
     yield Scenario("with TensorBoard", small_run.SmallRun(SHORT, tensorboard=True))
+
+
+def in_parts() -> Iterator[Scenario]:
+    """Nothing but three checkpoints in parts, one over the other; and the same, resumed from the first."""
+
+    def first(root: Path) -> None:
+        system_calls.watch(partial(_train, PartsRun(last=3), root), root, lambda *_: 0)
+
+    yield Scenario("three checkpoints in parts", PartsRun())
+    yield Scenario("two more, resumed", PartsRun(), first)
 
 
 _known: list[Scenario] = []
 
 
-def prepared(folder: Path, count: int | None = None) -> list[Scenario]:
+def prepared(folder: Path, count: int | None = None, among: Callable[[], Iterator[Scenario]] = scenarios) -> list[Scenario]:
     """The scenarios, or the first `count`, with their calls counted; `folder` holds their states."""
-    _known[:] = islice(scenarios(), count)
+    _known[:] = islice(among(), count)
     for scenario in _known:
         scenario.enumerate(folder)
     return _known

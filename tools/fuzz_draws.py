@@ -263,7 +263,8 @@ class Draw:
     def _supervise(self) -> Table:
         options = self.some(
             decoder=("image", "none"), structure=("pointwise", "conv", "transformer"), fraction=(0.25, 1.0), loss=("l1", "l2", "bce"),
-            head=("norm-pool", "conv", "contrast"), temperature=(0.1,), classes=(10, 5), mean=([0.5, 0.5, 0.5],),
+            head=("norm-pool", "conv", "contrast", "ahead", "dictionary"), temperature=(0.1,), classes=(10, 5), mean=([0.5, 0.5, 0.5],),
+            depth=(1, 3), lookahead=({"blocks": 1}, {"blocks": 2, "bias": "block"}),
             weights=({"classify": [0.1, 1.0]}, {"reconstruct": [1.0, 0.0]}, {"classify": [0.0, 0.0]}),
         )  # fmt: skip
         kind = self.random.choice(("modules", "modules", "cuts", "memory", "stage", "time"))

@@ -1,6 +1,6 @@
 """Kills runs at every system call that changes their folder, and flips bits of every file that is read.
 
-    python tools/fuzz_files.py [--part crashes | --part flips] [--flips 10000] [--seed 0] [--jobs 2] [--out tools/tables/fuzz_files.md]
+    python tools/fuzz_files.py [--part crashes | parts | flips] [--flips 10000] [--seed 0] [--jobs 2] [--out tools/tables/fuzz_files.md]
 
 Crash points are enumerated: an undisturbed run counts its system calls, then one run for each call is killed before it (so after the call
 before), and one more for each write in its middle. Each is resumed, and must end with the same bits in every checkpoint, the same metrics
@@ -13,6 +13,7 @@ import argparse
 import gc
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,7 +23,7 @@ import crash_points
 import torch
 from machine import heading
 
-PARTS = {"crashes": "Killed", "flips": "Damaged"}
+PARTS = {"crashes": "Killed", "parts": "Killed while it saves in parts", "flips": "Damaged"}
 
 
 _OTHER = "Other data: files of data sets have no digest of what they hold, so damage may also read as other pixels or another class."
@@ -30,9 +31,20 @@ _OTHER = "Other data: files of data sets have no digest of what they hold, so da
 
 def crashes(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The section of the table, and whether a point failed."""
-    known = crash_points.prepared(folder)
+    return _killed(folder, options, crash_points.scenarios, options.every)
+
+
+def parts(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The same of checkpoints in parts, every point of them."""
+    return _killed(folder, options, crash_points.in_parts, 1)
+
+
+def _killed(
+    folder: Path, options: argparse.Namespace, among: Callable[[], Iterator[crash_points.Scenario]], every: int
+) -> tuple[list[str], bool]:
+    known = crash_points.prepared(folder, among=among)
     points = [(i, point) for i, scenario in enumerate(known) for point in scenario.points()]
-    chosen = points[:: options.every]
+    chosen = points[::every]
     print(f"{len(chosen)} of {len(points)} crash points", flush=True)
     found = {}
     for (index, point), wrong in crash_points.check_points(folder, chosen, options.jobs):
@@ -72,7 +84,7 @@ def main() -> int:
         if options.part not in (None, name):
             continue
         with crash_points.work_folder() as folder:
-            section, wrong = {"crashes": crashes, "flips": flips}[name](Path(folder), options)
+            section, wrong = {"crashes": crashes, "parts": parts, "flips": flips}[name](Path(folder), options)
         failed |= wrong
         print("\n".join(section), flush=True)
         if options.out:

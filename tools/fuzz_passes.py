@@ -11,6 +11,7 @@ options are left out while it still fails) and written to tests/fuzz_cases/, whi
 
 import argparse
 import copy
+import datetime
 import json
 import multiprocessing
 import re
@@ -29,6 +30,7 @@ from fuzz_draws import BACKBONES, EPOCHS, Draw, Table, traced
 from machine import heading
 from torch import Tensor, nn
 
+from graphopt.compiler import registry
 from graphopt.compiler.measure import measure_with
 from graphopt.compiler.pass_base import ALL_PROPERTIES, PassInstance, Severity, Status
 from graphopt.compiler.pipeline import located, match_all
@@ -350,7 +352,10 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
             found = [_report(*result) for result in pool.imap_unordered(draw_and_run, tasks)]
     else:
-        found = [_report(*draw_and_run(task)) for task in tasks]
+        for task in tasks:
+            found.append(_report(*draw_and_run(task)))
+            if options.out and len(found) % 20 == 0:  # whoever stops it keeps what was done
+                write_table(options, found)
     violations = [(case, outcome) for case, outcome in found if outcome.status == "violation"]
     for case, outcome in violations:
         write_case(reduced(case, outcome.kind), outcome)
@@ -390,12 +395,16 @@ def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]])
     runs: dict[str, Table] = json.loads(old.rpartition(COMMENT)[2].partition(" -->")[0]) if COMMENT in old else {}
     counts = Counter(outcome.status for _, outcome in found)
     reasons = Counter(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
-    key = f"{options.seed} | {options.first} to {options.first + options.count - 1}"
-    runs[key] = {"counts": [counts[status] for status in STATUSES], "reasons": reasons}
+    about = {"on": str(datetime.date.today()), "passes": len(registry.names())}
+    runs[f"{options.seed} | {options.first}"] = {"counts": [counts[status] for status in STATUSES], "reasons": reasons, **about}
     total = [sum(column) for column in zip(*(run["counts"] for run in runs.values()), strict=True)]
-    lines = [heading("Drawn compositions of passes", __doc__), "| seed | draws | " + " | ".join(STATUSES) + " |", "|---" * 6 + "|"]
-    lines += [f"| {name} | {' | '.join(map(str, run['counts']))} |" for name, run in sorted(runs.items())]
-    lines += [f"| all | {sum(total)} | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
+    lines = [heading("Drawn compositions of passes", __doc__), "Each run has a row; the command is the last one's.", ""]
+    lines += ["| seed | draws | on | of passes | " + " | ".join(STATUSES) + " |", "|---" * 8 + "|"]
+    for name, run in sorted(runs.items()):
+        seed, first = name.split(" | ")
+        draws = f"{first} to {int(first) + sum(run['counts']) - 1}"
+        lines.append(f"| {seed} | {draws} | {run['on']} | {run['passes']} | {' | '.join(map(str, run['counts']))} |")
+    lines += [f"| all | {sum(total)} | | | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
     merged = sum((Counter(run["reasons"]) for run in runs.values()), Counter())
     lines += [f"| {reason} | {count} |" for reason, count in merged.most_common()]
     options.out.write_text("\n".join([*lines, "", f"{COMMENT}{json.dumps(runs)} -->"]) + "\n")

@@ -17,14 +17,17 @@ STEPS, EVERY, BEST = 9, 3, 6
 
 
 class PartsRun:
-    """Stands for a run that only saves: after steps 3, 6 and 9, of which the second is the best."""
+    """Stands for a run that only saves: after steps 3, 6 and 9, or up to `last`; the second is the best."""
+
+    def __init__(self, last: int = STEPS) -> None:
+        self.last = last
 
     def train(self, folder: Path) -> None:
         """Starts or continues in `folder`."""
         run = RunFolder.claim(folder, DIGEST, resume=True)
         done = load_checkpoint(run.last)["progress"]["total"] if run.last.exists() else 0
         run.begin(DIGEST, "")
-        for step in range(done + EVERY, STEPS + 1, EVERY):
+        for step in range(done + EVERY, self.last + 1, EVERY):
             self._save(run, step)
         run.release()
 

@@ -72,10 +72,10 @@ def compare(rank: int, backbone: str, strategy: str, accumulate: int, forecasts:
             way = sharded(plan, train, ranks, "gloo")
         else:
             real = Replicated.of(train).with_ranks(Ranks(rank, ranks))
-            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan), real.without_reduction, accumulate)
+            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan), real.without_reduction)
         options = {**train.forecast_options(), "targets": plan.needs.targets, "parallel": way}
         # A thread of gloo may hold a message a moment longer than it is needed.
-        costs = [measure(trained.module, trained.input, train.micro_batch(ranks), **options) for _ in range(3)]
+        costs = [measure(trained.module, trained.input, train.batch // ranks, **options) for _ in range(3)]
         found = figures(min(costs, key=lambda cost: cost.peak_bytes))
         if rank == 0:
             messages = "; ".join(

@@ -132,7 +132,7 @@ def messages(name: str, options: argparse.Namespace) -> None:
     plan = graphopt.compile(MODELS[name](), [], input=SHAPE, verify="off", costs=False)
     real = Replicated.of(spec).with_ranks(ranks)
     way = Parallel(ranks.count, lambda module: real.wrap(module, plan, plan.report.unused), real.without_reduction)
-    cost = measure(plan.module, plan.graph.input, spec.micro_batch(ranks.count), **spec.forecast_options(), targets=False, parallel=way)
+    cost = measure(plan.module, plan.graph.input, spec.batch // ranks.count, **spec.forecast_options(), targets=False, parallel=way)
     if ranks.first:
         Path(options.folder, "found.json").write_text(json.dumps(sum(message.bytes for message in cost.collectives)))
     ranks.leave()

@@ -55,6 +55,11 @@ PASSES = (
     'use = "supervise"\nmodules = 2\nbalance = "memory"\nweights = { reconstruct = [1.0, 0.5], classify = [0.5, 1.0] }',
     'use = "supervise"\ncuts = ["layer1"]\ndecoder = "image"\nfraction = 0.5\nhead = "contrast"\ntemperature = 0.1',
     'use = "checkpoint"\nsegments = 2',
+    'use = "checkpoint"\nbudget = "2 MiB"\ndevice = "L4"\nfraction = 0.8',
+    'use = "adapt"\nselect = "layer*.0"\nrank = 2\nscale = 0.5\ntrain = ["fc", "layer3.0"]',
+    'use = "factorize"\nselect = { type = "Conv2d", last = 4 }\nrank = 0.25\nwhen = { epoch = 1, until = 3 }',
+    'use = "ghost_norm"\nselect = "layer1.*"\nsamples = 4',
+    'use = "blurpool"\nselect = ["layer2.0", "layer3.0"]\nsize = 3\nconvolutions = true',
     'use = "checkpoint"\nselect = ["layer1", "layer2"]\nwhen = [{ epoch = 1, upto = "layer1" }, { epoch = 2, upto = "layer2" }]',
 )
 NUMBERS = (

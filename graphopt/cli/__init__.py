@@ -76,10 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not error.silent:
                 show_error(str(error))
             return error.exit_code
+        # Of several processes, the one that reports an error has noted its number.
+        rank = "".join(f"{note}: " for note in getattr(error, "__notes__", ()) if note.startswith("rank "))
         if isinstance(error, OSError):
-            show_error(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+            show_error(f"{rank}{error.filename}: {reason(error)}" if error.filename else f"{rank}{reason(error)}")
             return 2
         what = (str(error).strip().splitlines() or [""])[0]
         again = "" if debug else " Run again with --debug for the traceback."
-        show_error(f"{type(error).__name__}: {what}. This is an error in graphopt, or in a pass or backbone that it ran.{again}")
+        show_error(f"{rank}{type(error).__name__}: {what}. This is an error in graphopt, or in a pass or backbone that it ran.{again}")
         return 1

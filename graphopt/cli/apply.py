@@ -63,7 +63,7 @@ def apply(
     card = gpu(device)
 
     from graphopt.cli.report import show_report
-    from graphopt.diff import diff
+    from graphopt.diff import Diff
     from graphopt.diff.phases import phase_diffs
     from graphopt.diff.render.page import to_html
     from graphopt.diff.render.picture import to_svg
@@ -74,7 +74,7 @@ def apply(
     report = plan.report.to_dict()
     if out is not None:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
-        shown = phase_diffs(plan) if epoch is None else diff(plan)  # all phases, or this one alone
+        shown = phase_diffs(plan) if epoch is None else Diff.of(plan)  # all phases, or this one alone
         files = {"spec.toml": dumps(loaded), "report.json": text, "graph.txt": graph_text(plan.graph)}
         _check_folder(out)  # others may have written there meanwhile
         write_folder(out, {**files, "diff.html": to_html(shown), "diff.svg": to_svg(shown)}, FILES)

@@ -91,7 +91,7 @@ def check(
         count = len({0, *(decision.epoch for decision in plan.foreseen(loaded.train.epochs))})
         phases = tuple(doing.each("compiling phase", plan.each_phase(loaded.train.epochs, verify="fast"), count))
         doing("opening the data, trying the optimizer")
-        refused = tuple(problems(plan, loaded.train, loaded.data))
+        refused = tuple(problems(plan, loaded.train, loaded.data, trust=trust))
         rows = [_row(item) for item in source.matched]
         caches = any(item.match.feature_options is not None for item in source.matched)
         points = drop_points(source.base) if caches else ()

@@ -1,13 +1,13 @@
-"""`graphopt diff`: what a spec does to its backbone, or how two plans differ; on the terminal or as a picture."""
+"""`graphopt diff`: what a spec does to its backbone, or how two plans, backbones or files of weights differ; as text or pictures."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.networks import Networks
 from graphopt.cli.screen import console, show, show_json, show_text
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from graphopt.diff import Diff
     from graphopt.diff.phases import PhaseDiff
     from graphopt.diff.render.data import Shown
-    from graphopt.spec import Spec
+
+_WHAT = "A spec, a run, a backbone (timm/resnet50), a checkpoint or a weights file."
+_SPEC = "Of weights files: the spec or the backbone that they belong to; default: the other argument's."
+
+_EXPLORER = "graphs for Google's Model Explorer, FILE.data.json (colours) and FILE.sync.json (which nodes match)"
 
 #: as a file name: print instead
 STDOUT = Path("-")
@@ -32,17 +36,25 @@ def _file(flag: str, what: str) -> Any:
 
 
 def diff(
-    spec: options.SpecArgument,
-    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="A second spec or run to compare with.")] = None,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=_WHAT, autocompletion=options.complete_any)],
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="The same, to compare with.", autocompletion=options.complete_any)
+    ] = None,
     phase: Annotated[list[int], typer.Option("--phase", min=0, help=_PHASE)] = [],  # noqa: B006
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help="The phase that this epoch (from 0) trains in.")] = None,
     html: Annotated[Path | None, _file("--html", "one HTML page, to explore")] = None,
     svg: Annotated[Path | None, _file("--svg", "a picture for a paper or a pull request")] = None,
     png: Annotated[Path | None, _file("--png", "the same as PNG (needs Chromium or CairoSVG)")] = None,
+    pdf: Annotated[Path | None, _file("--pdf", "the same as PDF, for LaTeX (needs Chromium or CairoSVG)")] = None,
     mermaid: Annotated[Path | None, _file("--mermaid", "a Mermaid flowchart; - prints")] = None,
     dot: Annotated[Path | None, _file("--dot", "Graphviz DOT; - prints")] = None,
-    explorer: Annotated[Path | None, _file("--model-explorer", "a graph for Google's Model Explorer, and FILE.data.json")] = None,
+    explorer: Annotated[
+        Path | None,
+        _file("--model-explorer", _EXPLORER),
+    ] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", min=1, help=_RANKS)] = None,
+    spec: Annotated[str | None, typer.Option("--spec", metavar="SPEC", help=_SPEC, autocompletion=options.complete_backbone)] = None,
+    input: options.InputOption = None,
     unfold: Annotated[bool, typer.Option("--unfold", help="One line for every block, equal neighbours too.")] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="The operations of the blocks that changed.")] = False,
     batch: options.BatchOption = None,
@@ -51,7 +63,9 @@ def diff(
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show, block by block, what SPEC changes in its backbone and what that saves; or how two specs, runs or phases differ.
+    """Show, block by block, what a spec changes in its backbone and what that saves; or how any two networks differ.
+
+    Blocks of two different backbones are matched by their structure; two files of weights are compared in numbers, too.
 
     Examples:
 
@@ -62,23 +76,23 @@ def diff(
         graphopt diff spec.toml other.toml
 
         graphopt diff runs/quickstart --phase 0 --phase 1
-    """
-    from graphopt.spec import load
 
-    asked = {"html": html, "svg": svg, "png": png, "json": explorer, "mmd": mermaid, "dot": dot}
+        graphopt diff timm/resnet50 timm/resnet101
+
+        graphopt diff before.safetensors after.safetensors --spec timm/resnet50
+    """
+    asked = {"html": html, "svg": svg, "png": png, "pdf": pdf, "json": explorer, "mmd": mermaid, "dot": dot}
     targets = {suffix: path for suffix, path in asked.items() if path is not None}
     for suffix, path in targets.items():
         if path != STDOUT:
             options.check_target(path, f"diff.{suffix}")
 
-    loaded = {argument: load(argument, trust=trust, overrides=set_) for argument in (spec, other) if argument is not None}
+    networks = Networks(shape=options.parse_shape(input), overrides=set_, batch=batch, costs=costs, ranks=ranks, trust=trust)
+    networks.read([name for name in (what, other) if name is not None], spec)
 
     from graphopt.diff.render.data import main_diff
 
-    def phases_of(argument: str) -> "tuple[PhaseDiff, ...]":
-        return _phases(loaded[argument], options.expanded(argument), epoch, ranks, batch=batch, costs=costs, trust=trust)
-
-    shown = _shown(phases_of, spec, other, phase, epoch)
+    shown = _shown(networks, what, other, phase, epoch)
     written: list[Path] = []
     for suffix, path in targets.items():
         for name, content in _files(shown, suffix, path, unfold).items():
@@ -96,20 +110,23 @@ def diff(
 
 
 def _files(shown: "Shown", suffix: str, path: Path, unfold: bool) -> dict[Path, str | bytes]:
-    """One of the formats: its files (Model Explorer takes two, the graph and the node data that colours it)."""
+    """One of the formats: its files (Model Explorer takes three: graphs, the node data that colours them, and which nodes match)."""
     from graphopt.diff.render.data import main_diff
-    from graphopt.diff.render.explorer import to_model_explorer, to_node_data
+    from graphopt.diff.render.explorer import to_model_explorer, to_node_data, to_sync_navigation
     from graphopt.diff.render.flowchart import to_dot, to_mermaid
     from graphopt.diff.render.page import to_html
-    from graphopt.diff.render.picture import to_png, to_svg
+    from graphopt.diff.render.picture import to_pdf, to_png, to_svg
 
     if suffix == "json":
-        overlay, main = path.with_name(f"{path.stem}.data{path.suffix}"), main_diff(shown)
-        values = {path: to_model_explorer(main), overlay: to_node_data(main)}
+        parts = {"": to_model_explorer, ".data": to_node_data, ".sync": to_sync_navigation}
+        values = {path.with_name(f"{path.stem}{part}{path.suffix}"): make(main_diff(shown)) for part, make in parts.items()}
         return {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in values.items()}
     if suffix in ("mmd", "dot"):
         return {path: (to_dot if suffix == "dot" else to_mermaid)(main_diff(shown), unfold=unfold)}
-    return {path: to_html(shown) if suffix == "html" else to_svg(shown) if suffix == "svg" else to_png(to_svg(shown))}
+    if suffix == "html":
+        return {path: to_html(shown)}
+    svg = to_svg(shown)
+    return {path: to_png(svg) if suffix == "png" else to_pdf(svg) if suffix == "pdf" else svg}
 
 
 def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:
@@ -124,9 +141,7 @@ def _print(shown: "Shown", *, unfold: bool, nodes: bool) -> None:
     out.print(render(main, unfold=unfold, nodes=nodes, unicode="utf" in (out.encoding or "").lower()))
 
 
-def _shown(
-    phases_of: "Callable[[str], tuple[PhaseDiff, ...]]", spec: str, other: str | None, phase: list[int], epoch: int | None
-) -> "Shown":
+def _shown(networks: Networks, what: str, other: str | None, phase: list[int], epoch: int | None) -> "Shown":
     """The diff that was asked for, or all phases of one plan."""
     from graphopt.diff import align
 
@@ -134,26 +149,14 @@ def _shown(
         raise RunError("--phase and --epoch exclude each other", where="--epoch")
     if len(phase) > 2 or (other is not None and len(phase) > 1):
         raise RunError("at most two phases can be compared", where="--phase")
-    phases = phases_of(spec)
+    phases = networks.phases(what, epoch)
     if other is not None:
-        return align(_one(phases, phase, epoch, spec).after, _one(phases_of(other), phase, epoch, other).after)
+        found = align(_one(phases, phase, epoch, what).after, _one(networks.phases(other, epoch), phase, epoch, other).after)
+        return networks.with_weights(found, what, other)
     if len(phase) == 2:
-        before, after = (_one(phases, [number], None, spec) for number in phase)
+        before, after = (_one(phases, [number], None, what) for number in phase)
         return align(before.after, after.after)
-    return _one(phases, phase, epoch, spec) if phase or epoch is not None else phases
-
-
-def _phases(
-    spec: "Spec", path: Path, epoch: int | None, ranks: int | None, *, batch: int | None, costs: bool, trust: bool
-) -> "tuple[PhaseDiff, ...]":
-    """The phases of a spec, or those that a run has gone through."""
-    from graphopt.diff.phases import phase_diffs
-    from graphopt.diff.render.run import is_run, read_run
-
-    options.check_epoch(spec, epoch)
-    decisions = read_run(path).decisions if is_run(path) else None
-    plan = options.seeded_plan(spec, trust=trust, batch=batch, costs=costs)
-    return phase_diffs(plan, decisions, ranks=ranks)
+    return _one(phases, phase, epoch, what) if phase or epoch is not None else phases
 
 
 def _one(phases: "tuple[PhaseDiff, ...]", phase: list[int], epoch: int | None, name: str) -> "Diff":

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import options
+from graphopt.cli.networks import is_weights
 from graphopt.cli.screen import grid, show, show_error, show_json, show_text
-from graphopt.errors import RunError
+from graphopt.errors import RunError, printable
 from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 #: classes in a confusion matrix that is printed as a table
 _WIDEST = 12
-#: names of files that hold weights
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WHAT = "A run's folder or one of its checkpoints, a weights file, or a spec."
 _SPEC = "Of a weights file: the spec that names its backbone and data."
 _EPOCH = "Of a run: the end of this epoch (from 0); default: its best."
@@ -88,7 +87,7 @@ def _network(
     if spec is None and run is not None:
         loaded = load(run, trust=trust, overrides=overrides)
         return _of_run(path, epoch, weights, trust), loaded
-    if path.is_file() and path.suffix.lower() in _WEIGHTS:
+    if is_weights(what):
         return _of_file(path, spec, overrides, trust)
     if spec is not None:
         raise RunError("belongs to a weights file", where="--spec", fix="Leave it out: a run and a spec have their own")
@@ -153,10 +152,15 @@ def _show_matrix(scores: "Scores") -> None:
     show(table)
 
 
+def _classes(scores: "Scores") -> list[str]:
+    """The names of the classes, as folders have them, in what a file can hold."""
+    return [printable(name) for name in scores.classes]
+
+
 def _columns(scores: "Scores") -> list[str]:
     """The names of the classes, and of outputs that are no class of the data."""
     width = len((scores.confusion or ((),))[0])
-    return [*scores.classes, *(f"output {number}" for number in range(len(scores.classes), width))]
+    return [*_classes(scores), *(f"output {number}" for number in range(len(scores.classes), width))]
 
 
 def _matrix(scores: "Scores", path: Path) -> str:
@@ -168,5 +172,5 @@ def _matrix(scores: "Scores", path: Path) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class \\ predicted", *names])
-    writer.writerows([name, *row] for name, row in zip(scores.classes, scores.confusion, strict=True))
+    writer.writerows([name, *row] for name, row in zip(_classes(scores), scores.confusion, strict=True))
     return text.getvalue()

@@ -1,14 +1,13 @@
 """`graphopt inspect`: a backbone's blocks, cut points and shapes, before writing a spec for it."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import JsonOption, SetOption, TrustOption, complete_backbone
+from graphopt.cli.networks import is_backbone
+from graphopt.cli.options import InputOption, JsonOption, SetOption, TrustOption, complete_backbone, parse_shape
 from graphopt.cli.screen import grid, show, show_json
-from graphopt.errors import RunError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +29,7 @@ _KINDS = {
 
 def inspect(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=_WHAT, autocompletion=complete_backbone)],
-    input: Annotated[str | None, typer.Option("--input", metavar="C,H,W", help="One sample's shape; default: the model's.")] = None,
+    input: InputOption = None,
     set_: SetOption = [],  # noqa: B006
     units: Annotated[bool, typer.Option("--units", help="Also what fsdp gathers together: of a SPEC's first phase.")] = False,
     trust: TrustOption = False,
@@ -46,13 +45,11 @@ def inspect(
 
         graphopt inspect python/mypackage.models:small --input 3,64,64 --trust
     """
-    from graphopt.models.catalog import SOURCES
-    from graphopt.spec import installed, load, resolve
+    from graphopt.spec import load, resolve
 
-    shape = None if input is None else _parse_shape(input)
-    source = what.partition("/")[0]
+    shape = parse_shape(input)
     loaded = None
-    if not os.path.exists(what) and what not in installed() and "/" in what and (source in SOURCES or not what.endswith(".toml")):
+    if is_backbone(what):
         backbone = resolve(what, input=shape)
     else:
         loaded = load(what, trust=trust, overrides=set_)
@@ -83,17 +80,6 @@ def _units(model: "nn.Module", passes: "Sequence[Pass]", shape: tuple[int, ...])
 
     plan = compile(model, list(passes), input=shape, verify="off", costs=False)
     return units_of(plan.module, [block.paths for block in find_blocks(plan.graph)]).to_dict()
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    """`"3,224,224"` as (3, 224, 224)."""
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = (0,)
-    if min(shape) < 1:
-        raise RunError(f"expected one sample's shape such as 3,224,224, found {text!r}", where="--input")
-    return shape
 
 
 def _table(backbone: str, graph: "Graph") -> dict[str, Any]:

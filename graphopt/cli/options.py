@@ -64,6 +64,11 @@ def complete_backbone(incomplete: str) -> list[str]:
     return [f"{other}/" for other in SOURCES if other.startswith(incomplete)] + complete_spec(incomplete)
 
 
+def complete_any(incomplete: str) -> list[str]:
+    """Runs, weights files, specs and backbones that begin so, for the shell."""
+    return list(dict.fromkeys([*complete_network(incomplete), *complete_backbone(incomplete)]))
+
+
 SpecArgument = Annotated[
     str, typer.Argument(metavar="SPEC", help="A TOML file, or an installed spec's name.", autocompletion=complete_spec)
 ]
@@ -72,6 +77,7 @@ SetOption = Annotated[
 ]
 _DATA = "Folder of the images: DIR, or NAME=DIR with the data set's name (cifar10, folder, ...; default: the spec's)."
 DataOption = Annotated[str | None, typer.Option("--data", metavar="DIR", help=_DATA)]
+InputOption = Annotated[str | None, typer.Option("--input", metavar="C,H,W", help="One sample's shape; default: the model's.")]
 TrustOption = Annotated[bool, typer.Option("--trust", help="Run the Python code that the spec names.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Samples per step that costs are given for; default: the spec's.")]
@@ -91,6 +97,19 @@ def data_overrides(data: str | None, spec: str, *, trust: bool) -> list[str]:
             name = "folder" if load(spec, trust=trust).data.name == "digits" else ""
     root = json.dumps(str(expanded(folder).absolute()), ensure_ascii=False)
     return [*([f"data.name={json.dumps(name)}"] if name else []), f"data.root={root}"]
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """`"3,224,224"` as (3, 224, 224); raises RunError for a text that is no shape."""
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = (0,)
+    if min(shape) < 1:
+        raise RunError(f"expected one sample's shape such as 3,224,224, found {text!r}", where="--input")
+    return shape
 
 
 def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def show_report(plan: "Plan") -> None:
     """Prints figures before and after, then for each pass its regions, what it saved, what was verified, and its diagnostics."""
-    from graphopt.diff.render.words import common_figures
+    from graphopt.cost.figures import common_figures
 
     report = plan.report
     show(f"{report.name or 'unnamed spec'}  (digest {report.digest}, batch {report.batch})")
@@ -64,7 +64,7 @@ def _show_pass(number: int, item: "PassReport") -> None:
 
 def _savings(before: dict[str, Any], after: dict[str, Any]) -> Table | str:
     """The figures that a pass changed: before, after, and the fraction it saved."""
-    from graphopt.diff.render.words import common_figures
+    from graphopt.cost.figures import common_figures
 
     changed = [row for row in common_figures(before, after) if row[1] != row[2]]
     if not changed:

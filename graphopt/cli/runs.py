@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from graphopt.cli import options
 from graphopt.cli.screen import console, show, show_json
 from graphopt.errors import GraphoptError, RunError, silenced
 from graphopt.files import write_atomically
+
+if TYPE_CHECKING:
+    from graphopt.spec import TrainSpec
 
 _RUN = "The folder that `graphopt train` wrote."
 _SAVED = "A run's folder, or one of its checkpoints."
@@ -53,13 +56,14 @@ def train(
     set_ = [*options.data_overrides(data, spec, trust=trust), *set_]
     with _said_once():
         loaded = load(spec, trust=trust, overrides=set_)
-        if ranks > 1 and "WORLD_SIZE" in os.environ:
-            raise RunError("torchrun has started the processes already", where="--ranks", fix="Leave --ranks out")
+        if ranks > 1:
+            _check_ranks(loaded.train, ranks)
         if not out and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             raise RunError("processes on several machines have to be told the run's folder", where="--out", fix="Name one that all see")
 
     from graphopt.driver import located_backbone
     from graphopt.train import train as run
+    from graphopt.train.meeting import place
     from graphopt.train.ranks import restarted
 
     folder, screen = out or _folder(spec, resume or restarted()), None if quiet or as_json else console()
@@ -70,10 +74,14 @@ def train(
         settings = [argument for value in set_ for argument in ("--set", value)]
         chosen = [flag for flag, given in flags.items() if given]
         return launch(ranks, ["train", spec, "--out", str(folder), *settings, *chosen])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from graphopt.train.launch import end_with_launcher
+
+        end_with_launcher()
     with located_backbone(loaded):
         summary = run(loaded, folder, resume=resume, trust=trust, tensorboard=tensorboard, console=screen)
-    if os.environ.get("RANK", "0") != "0":
-        return
+    if place()[0]:
+        return  # rank 0 speaks
     if as_json:
         show_json(asdict(summary))
     elif not quiet:
@@ -82,14 +90,27 @@ def train(
         show(f"run: {summary.folder}   export it: graphopt export {summary.folder} -o model.safetensors")
 
 
+def _check_ranks(spec: "TrainSpec", ranks: int) -> None:
+    """Raises RunError where so many processes cannot train, before any of them is started."""
+    if "WORLD_SIZE" in os.environ:
+        raise RunError("torchrun has started the processes already", where="--ranks", fix="Leave --ranks out")
+    if spec.strategy == "single":
+        raise RunError(f'strategy = "single" is one process, not {ranks}', where="--ranks", fix='Use strategy = "auto"')
+    if spec.strategy != "modules":
+        spec.micro_batch(ranks)
+
+
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """Silences an error that every process of this machine finds in the same place, but in the first of them."""
+    """Silences an error that another process has reported: of what they do before they meet, all may find it, or one alone."""
     try:
         yield
     except GraphoptError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            silenced(error)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from graphopt.train.meeting import reports_first
+
+            if not reports_first():
+                silenced(error)
         raise
 
 

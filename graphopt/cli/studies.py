@@ -63,11 +63,10 @@ def study(
         _show_members(runs, folder, as_json)
         return
 
-    from graphopt.studies.running import run_study, write_index
+    from graphopt.studies.running import run_study
 
-    write_index(read, runs, folder)
     outcomes = run_study(
-        runs, folder, jobs=jobs or max(1, len(device)), devices=device, trust=trust, say=(lambda _: None) if as_json else show
+        read, runs, folder, jobs=jobs or max(1, len(device)), devices=device, trust=trust, say=(lambda _: None) if as_json else show
     )
     _finish(outcomes, folder, as_json, trust)
 

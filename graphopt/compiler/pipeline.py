@@ -95,7 +95,9 @@ def rewrite(
     effects: list[Effects | None] = []
     edits: list[Edits | None] = []
     reports: list[PassReport] = []
-    module = emit(graph)
+    # Without costs and runs, nobody looks at the module before the first pass: its keys are the graph's.
+    looked_at = verify == "full" or measure or not any(item.active(decisions) for item in matched)
+    module = emit(graph) if looked_at else graph.module
     runs = Runs(module, graph.input, smaller_input(graph.nodes, graph.input))
     first = cost = no_costs = None
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.regions import region_at
 from graphopt.runtime.state_dicts import load_versioned
+
+if TYPE_CHECKING:
+    from graphopt import Diff
 
 
 class Phase(NamedTuple):
@@ -98,6 +101,18 @@ class Plan(Source):
 
     def __repr__(self) -> str:
         return f"Plan({self.name!r}, passes={[p.name for p in self.passes]}, decisions={len(self.decisions)})"
+
+    def diff(self, other: Plan | None = None) -> Diff:
+        """What the plan does to its backbone, block by block; with `other`, how that plan differs from this one."""
+        from graphopt import Diff
+
+        return Diff.of(self, other)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture of what the plan does in its phase."""
+        from graphopt import picture
+
+        return picture(self)
 
     @cached_property
     def needs(self) -> RuntimeNeeds:

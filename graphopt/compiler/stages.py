@@ -12,7 +12,7 @@ from graphopt.compiler.emit import emit
 from graphopt.compiler.parts import Part, isolated_modules, split
 from graphopt.compiler.plan import Plan
 from graphopt.cost import Cost, StepOptions, forecast
-from graphopt.cost.step import autocast
+from graphopt.cost.loss import autocast
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.inputs import Input, dtype_of, input_of, samples

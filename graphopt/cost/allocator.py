@@ -33,6 +33,7 @@ MIN_OWN_SEGMENT = 10 * MIB
 GRANULE = 2 * MIB
 #: bytes of addresses that an expandable segment may grow to
 _ADDRESSES = 2**46
+_ADDRESS_BITS = 64
 
 
 class OutOfMemory(CostError):
@@ -41,7 +42,7 @@ class OutOfMemory(CostError):
 
 def rounded(size: int) -> int:
     """Bytes of the block for a request: a multiple of 512."""
-    return max(MIN_BLOCK, -(-size // MIN_BLOCK) * MIN_BLOCK)
+    return -(-size // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK
 
 
 def segment_size(size: int) -> int:
@@ -77,20 +78,23 @@ class _Pool:
     def __init__(self, stream: int, small: bool) -> None:
         self.stream, self.small = stream, small
         self.page = SMALL_SEGMENT if small else LARGE_SEGMENT
-        self.keys: list[tuple[int, int]] = []
+        #: sizes and, below them, addresses: one number is compared faster than two
+        self.keys: list[int] = []
         self.at: dict[int, Block] = {}
         self.unmapped: list[Block] = []
 
     def add(self, block: Block) -> None:
-        insort(self.keys, (block.size, block.address))
-        self.at[block.address] = block
+        key = block.size << _ADDRESS_BITS | block.address
+        insort(self.keys, key)
+        self.at[key] = block
 
     def remove(self, block: Block) -> None:
-        del self.keys[bisect_left(self.keys, (block.size, block.address))]
-        del self.at[block.address]
+        key = block.size << _ADDRESS_BITS | block.address
+        del self.keys[bisect_left(self.keys, key)]
+        del self.at[key]
 
     def blocks(self) -> list[Block]:
-        return [self.at[address] for _, address in self.keys]
+        return [self.at[key] for key in self.keys]
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ class Allocator:
             raise ValueError(f"a block has at least one byte, found {size}")
         need = rounded(size)
         kind = stream, need <= SMALL
-        pool = self._pools.get(kind) or self._pools.setdefault(kind, _Pool(*kind))
+        pool = self._pools.get(kind)
+        if pool is None:
+            pool = self._pools[kind] = _Pool(*kind)
         block = self._best_fit(pool, need) or self._grow(pool, need)
         if block is None:
             self.release_cached()
@@ -155,8 +161,10 @@ class Allocator:
         block.allocated, block.requested = True, size
         self.requested += size
         self.allocated += block.size
-        self.peak_requested = max(self.peak_requested, self.requested)
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.requested > self.peak_requested:
+            self.peak_requested = self.requested
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
         return block
 
     def free(self, block: Block) -> None:
@@ -209,14 +217,16 @@ class Allocator:
         return address
 
     def _best_fit(self, pool: _Pool, need: int) -> Block | None:
-        at = bisect_left(pool.keys, (need, 0))
+        at = bisect_left(pool.keys, need << _ADDRESS_BITS)
         if at == len(pool.keys):
             return None
-        block = pool.at[pool.keys[at][1]]
+        if not self.expandable:
+            return pool.at.pop(pool.keys.pop(at))
+        block = pool.at[pool.keys[at]]
         # A block that can grow counts as large as it can become: it is taken last.
-        while self.expandable and at + 1 < len(pool.keys):
+        while at + 1 < len(pool.keys):
             at += 1
-            after = pool.at[pool.keys[at][1]]
+            after = pool.at[pool.keys[at]]
             if _growable(after) >= _growable(block):
                 break
             block = after

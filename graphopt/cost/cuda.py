@@ -47,10 +47,11 @@ class Inside:
     def __call__(self, call: OperatorCall) -> None:
         packet, args, outputs = call.function.overloadpacket, call.args, call.outputs
         if not call.function.is_view:
-            self.seconds += operator_seconds(self.device, packet, args, call.kwargs, [*call.inputs, *outputs], call.result)
+            tensors = [*call.inputs, *outputs]
+            self.seconds += self.ledger.times * operator_seconds(self.device, packet, args, call.kwargs, tensors, call.result)
         at = len(self.ledger.events)
         if packet in _PRODUCTS and self.ledger.phases:
-            self.products.setdefault(self.ledger.phases[-1][0].split()[0], at)
+            self.products.setdefault(self.ledger.phases[-1][0], at)
         elif packet is aten.native_dropout:
             self.kept["dropout masks"] += outputs[1].nbytes
         elif packet in _ATTENTION:

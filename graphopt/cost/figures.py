@@ -1,6 +1,6 @@
 """The figures of a training step's cost, whole and per block."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -77,7 +77,7 @@ class Cost:
     (workspaces) is not included.
 
     Attributes:
-        batch: samples in the step.
+        batch: samples in the step, of all its micro-batches.
         parameters, trainable_parameters: elements; shared ones count once, and those that the forward never reads are included.
         parameter_bytes, buffer_bytes, input_bytes: the model itself; the batch and its targets.
         gradient_bytes, optimizer_bytes: all gradients that reach a parameter's `.grad`; the optimizer's state between steps.
@@ -193,3 +193,8 @@ FIGURES = (
 )
 #: names of those that single blocks have too
 BLOCK_FIGURES = tuple(f.name for f in FIGURES if hasattr(BlockCost, f.name))
+
+
+def common_figures(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> list[tuple[Figure, int, int]]:
+    """Every figure that both have, with its two values."""
+    return [(f, before[f.name], after[f.name]) for f in FIGURES if before and after and f.name in before and f.name in after]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -56,6 +57,30 @@ class OperatorCall(NamedTuple):
     outputs: list[Tensor]
 
 
+class _Facts(NamedTuple):
+    """What is known of an operator, which torch works out at each question."""
+
+    namespace: str
+    packet: Any
+    is_view: bool
+
+
+@cache
+def _facts(func: Any) -> _Facts:
+    return _Facts(func.namespace, func.overloadpacket, func.is_view)
+
+
+def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments, in order."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
 class Ledger(TorchDispatchMode):
     """Use as a context around the step. `set_kind` may come before or after an allocation: peaks are computed at the end.
 
@@ -65,9 +90,10 @@ class Ledger(TorchDispatchMode):
         events: storage i allocated: i; freed: ~i.
         phases: (name of a phase, number of events before it).
         saved: (stored tensor, storage, path that saved it).
+        times: how often the work of the current phase counts, which may stand for others that are alike.
         kernels, moved: kernel calls, and the bytes of all that they read and write: what a step's time depends on besides FLOPs.
         products: FLOPs of matrix products and attention, but of no convolution.
-        messages: the collectives that were called: (name of the phase, operator, bytes of the whole message).
+        messages: the collectives that were called: (operator, bytes of the whole message, how often it counts).
         copies_scattered: whether a reduce-scatter works on a copy of its message, as gloo's does inside the operator.
         host: storages that stay on the CPU where the step runs on another device: the optimizer's counters.
         inside: is told each operator, to record what its kernel allocates for itself, and how long it takes on another device.
@@ -83,8 +109,9 @@ class Ledger(TorchDispatchMode):
         self.events: list[int] = []
         self.phases: list[tuple[str, int]] = []
         self.saved: list[tuple[weakref.ref[_Saved], int, str]] = []
+        self.times = 1
         self.kernels = self.moved = self.products = 0
-        self.messages: list[tuple[str, str, int]] = []
+        self.messages: list[tuple[str, int, int]] = []
         self.copies_scattered = False
         self.host: set[int] = set()
         self.inside: Callable[[OperatorCall], None] | None = None
@@ -153,8 +180,9 @@ class Ledger(TorchDispatchMode):
             if kind == Kind.PARAMETER:
                 self.weights[number] = True
 
-    def start_phase(self, name: str) -> None:
-        """A phase of the step starts here."""
+    def start_phase(self, name: str, times: int = 1) -> None:
+        """A phase of the step starts here, whose work counts so many times."""
+        self.times = times
         self.phases.append((name, len(self.events)))
 
     @property
@@ -177,31 +205,47 @@ class Ledger(TorchDispatchMode):
         self._references.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):  # importing the class loads much, for its name alone
-            return NotImplemented  # the operator comes again, with the shards
-        kwargs = kwargs or {}
-        if func.namespace == "prim":  # a fake tensor asked for its device
+        # What is read of tensors here, and what a fake kernel calls, is not the step's: no function mode has to see it.
+        with torch._C.DisableTorchFunction():
+            return self._recorded(func, types, args, kwargs or {})
+
+    def _recorded(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for kind in types:
+            if kind.__name__ == "DTensor":  # importing the class loads much, for its name alone
+                return NotImplemented  # the operator comes again, with the shards
+        facts = _facts(func)
+        if facts.namespace == "prim":  # a fake tensor asked for its device
             return args[0].fake_device if func is torch.ops.prim.device.default else func(*args, **kwargs)
-        out = _as_real(func.overloadpacket, args, func(*args, **kwargs))
-        inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
-        if self._open and not func.is_view:
-            self.kernels += 1
-            self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        out = func(*args, **kwargs)
+        if facts.packet in _DIFFERENT:
+            out = _as_real(facts.packet, args, out)
+        inputs, outputs = _tensors_of(args, kwargs), tensors_in(out)
+        if self._open and not facts.is_view:
+            self.kernels += self.times
+            self.moved += self.times * sum([t.numel() * t.element_size() for t in (*inputs, *outputs)])
         registered = [self._register(t.untyped_storage()) for t in outputs]
-        self._gathered(func, args, kwargs, outputs)
+        if facts.namespace in ("fsdp", "c10d"):
+            self._gathered(func, args, kwargs, outputs)
         if self.inside is not None:
             self.inside(OperatorCall(func, args, kwargs, out, inputs, outputs))
-        read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
-        weights = [known is not None and self.weights[known.index] for known in read]
-        buffers = [known is not None and self.kinds[known.index] == Kind.BUFFER for known in read]
-        if any(weights) and all(w or b for w, b in zip(weights, buffers, strict=True)):
-            for number, new in registered:
-                self.weights[number] |= new
-        flops = operator_flops(func.overloadpacket, args, kwargs, out)
+        reads_weight = self._follow_weights(inputs, registered)
+        flops = operator_flops(facts.packet, args, kwargs, out)
         if flops is not None:
-            self.products += sum(flops) if func.overloadpacket not in CONVOLUTIONS else 0
-            self.attribution.add(flops.plain, flops.weight, reads_weight=any(weights))
+            self.products += self.times * sum(flops) if facts.packet not in CONVOLUTIONS else 0
+            self.attribution.add(self.times * flops.plain, self.times * flops.weight, reads_weight=reads_weight)
         return out
+
+    def _follow_weights(self, inputs: list[Tensor], results: list[tuple[int, bool]]) -> bool:
+        """Whether an operator reads a weight. Where it reads weights and buffers alone, its new results are weights, too."""
+        read = [self._references.get(t.untyped_storage()._cdata) for t in inputs]
+        numbers = [known.index for known in read if known is not None]
+        weights = [self.weights[number] for number in numbers]
+        if not any(weights):
+            return False
+        if len(numbers) == len(read) and all(w or self.kinds[n] == Kind.BUFFER for w, n in zip(weights, numbers, strict=True)):
+            for number, new in results:
+                self.weights[number] |= new
+        return True
 
     def _gathered(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
         """Records a collective, and which tensors hold whole parameters or messages."""
@@ -209,19 +253,17 @@ class Ledger(TorchDispatchMode):
             if func.overloadpacket.__name__ == "chunk_cat":
                 self.set_kind(tensors_in(args[0]), Kind.GRADIENT)
             gathered = tensors_in(kwargs.get("out", [])) or outputs
-        elif func.namespace == "c10d":
+        else:
             values = [tensors_in(value) for value in args]
             # The larger of input and output is the whole message: the other one may be a rank's share.
             whole = max(values, key=lambda tensors: sum(t.nbytes for t in tensors))
             name, size = func.overloadpacket.__name__, sum(t.nbytes for t in whole)
             if self.phases:
-                self.messages.append((self.phases[-1][0], name, size))
+                self.messages.append((name, size, self.times))
             if self.copies_scattered and "scatter" in name:
                 self.events += [len(self.sizes), ~len(self.sizes)]
                 self._append(size, Kind.GATHERED)
             gathered = whole
-        else:
-            return
         self.set_kind(gathered, Kind.GATHERED)
 
     def pack(self, tensor: Tensor) -> _Saved:
@@ -279,7 +321,7 @@ def _as_real(packet: Any, args: tuple[Any, ...], out: Any) -> Any:
     Layout matters for memory: a non-contiguous result is copied by the next operator. Each case was found by `tools/cost_sweep.py`, which
     compares strides and types of every operator's result on fake and on real CPU tensors, and has no effect once torch is fixed.
     """
-    if packet not in _DIFFERENT or not isinstance(out[0], FakeTensor):
+    if not isinstance(out[0], FakeTensor):
         return out
     if packet in (aten.native_group_norm, aten.native_group_norm_backward):
         # The kernel keeps the layout of its input; the fake one gives a contiguous result.

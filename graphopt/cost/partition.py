@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
 from graphopt.cost.ledger import Kind, Ledger
-from graphopt.cost.step import autocast
+from graphopt.cost.loss import autocast
 from graphopt.errors import NeedsValuesError, PassError, first_line
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
@@ -131,7 +131,10 @@ class _PieceByPiece(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, ledger: Ledger, ends: set[str], active: set[str], *, isolated: bool) -> None:
         super().__init__(module)
         self.ledger, self.ends, self.active, self.isolated = ledger, ends, active, isolated
-        self.parameters = list(module.parameters())
+        #: parameters with a gradient of the piece's backward
+        self.differentiated: list[Tensor] = []
+        for parameter in (p for p in module.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(self.differentiated.append)
         self.records: list[_Record] = []
         self.pending: fx.Node | None = None
         self.flops = 0
@@ -173,10 +176,11 @@ class _PieceByPiece(fx.Interpreter):
                 unit = torch.ones_like(seed)
             torch.autograd.backward(seed, unit)
         work = ledger.work - self.done
-        for parameter in self.parameters:
+        for parameter in self.differentiated:
             if parameter.grad is not None:
                 ledger.set_kind((parameter.grad,), Kind.GRADIENT)
                 parameter.grad = None
+        self.differentiated.clear()
         record = _Record(self.begin, turn, len(ledger.events), ledger.index(self.entry), numbers, saved, work, self.flops - before)
         self.records.append(record)
 

@@ -41,7 +41,6 @@ class Parallel:
         ranks: their number.
         wrap: the module that a step calls, from the plain one; called before the optimizer is made.
         without_reduction: the context for all micro-batches of a step but the last.
-        accumulate: micro-batches per step. At most three are run, the first, one in the middle and the last: those between are alike.
         warm_up: steps before the one that counts: DDP assigns its buckets in the second, FSDP allocates in the first.
         after_backward: sums gradients that no backward has summed.
         backend: "gloo" (CPU) or "nccl" (CUDA), which a forecast stands for.
@@ -50,20 +49,19 @@ class Parallel:
     ranks: int
     wrap: Callable[[nn.Module], nn.Module]
     without_reduction: Callable[[nn.Module], AbstractContextManager[Any]] = lambda _: nullcontext()
-    accumulate: int = 1
     warm_up: int = 2
     after_backward: Callable[[], None] = lambda: None
     backend: str = "gloo"
 
     @classmethod
-    def alone(cls, accumulate: int = 1) -> "Parallel":
+    def alone(cls) -> "Parallel":
         """One process, for a measurement too."""
-        return cls(1, lambda module: module, accumulate=accumulate, warm_up=0)
+        return cls(1, lambda module: module, warm_up=0)
 
     @classmethod
-    def replicated(cls, ranks: int, *, accumulate: int = 1, unused: Collection[str] = (), backend: str = "gloo") -> "Parallel":
+    def replicated(cls, ranks: int, *, unused: Collection[str] = (), backend: str = "gloo") -> "Parallel":
         """DistributedDataParallel, for a forecast; `unused` are trainable parameters that no forward reads."""
-        return cls(ranks, lambda module: Replica(module, ranks, unused), _no_sync, accumulate, warm_up=1, backend=backend)
+        return cls(ranks, lambda module: Replica(module, ranks, unused), _no_sync, warm_up=1, backend=backend)
 
 
 def _no_sync(module: nn.Module) -> AbstractContextManager[Any]:
@@ -90,13 +88,13 @@ class Collective:
         return self.bytes * (ranks - 1) * (1 + twice) // ranks
 
 
-def collectives(messages: Iterable[tuple[str, str, int]], accumulate: int = 1) -> tuple[Collective, ...]:
-    """The messages of a step (phase, operator, bytes), added up by collective; those of micro-batches in the middle count for each."""
+def collectives(messages: Iterable[tuple[str, int, int]]) -> tuple[Collective, ...]:
+    """The messages of a step (operator, bytes, how often it counts), added up by collective."""
     calls: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     sizes: dict[str, list[int]] = {}
-    for phase, operator, size in messages:
-        name, times = _COLLECTIVES.get(operator, operator), accumulate - 2 if phase.endswith("between") else 1
+    for operator, size, times in messages:
+        name = _COLLECTIVES.get(operator, operator)
         calls[name] += times
         totals[name] += times * size
         sizes.setdefault(name, []).append(size)

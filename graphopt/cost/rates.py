@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,8 @@ class TimedStep:
     """A training step and the machine that takes it: what passes settle by besides the graph.
 
     Attributes:
-        batch: samples that go through the network at once. measured: gives the rates of the machine, once they are asked for.
-        optimizer, optimizer_options, amp: as in `StepOptions`.
+        batch: samples in the step. measured: gives the rates of the machine, once they are asked for.
+        optimizer, optimizer_options, amp, channels_last, accumulate: as in `StepOptions`.
     """
 
     batch: int
@@ -68,16 +68,33 @@ class TimedStep:
     optimizer: Optimizer = "sgd"
     optimizer_options: Mapping[str, Any] | None = None
     amp: str | None = None
+    channels_last: bool = False
+    accumulate: int = 1
 
     @property
+    def micro_batch(self) -> int:
+        """Samples that go through the network at once."""
+        return self.batch // self.accumulate
+
+    @cached_property
     def rates(self) -> Rates:
-        """Of the machine. Raises RunError if it cannot be timed."""
+        """Of the machine, measured once. Raises RunError if it cannot be timed."""
         return self.measured()
 
     @property
     def options(self) -> StepOptions:
         """Those of the forecast of such a step."""
-        return {"optimizer": self.optimizer, "optimizer_options": self.optimizer_options, "amp": self.amp}
+        return {
+            "optimizer": self.optimizer,
+            "optimizer_options": self.optimizer_options,
+            "amp": self.amp,
+            "channels_last": self.channels_last,
+            "accumulate": self.accumulate,
+        }
+
+    def seconds(self, work: Work, update: Update) -> float:
+        """Of the step: forward and backward of one micro-batch, as often as there are, and the update."""
+        return self.accumulate * self.rates.seconds(work) + self.rates.seconds(update.work)
 
     def update(self, parameters: Iterable[Tensor]) -> Update:
         """What the update of these parameters costs."""

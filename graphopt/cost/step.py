@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -29,6 +28,7 @@ from graphopt.cost.devices import Device
 from graphopt.cost.figures import BlockCost, Cost, Named
 from graphopt.cost.kernels import as_on_cuda
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.loss import Loss, autocast, criterion
 from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_step
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
@@ -37,12 +37,12 @@ from graphopt.ir.fakes import FakeMode
 from graphopt.ir.grad_mode import recording
 from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.shapes import tensors_in, uncached
-from graphopt.runtime.dtypes import AUTOCAST_DTYPES
+from graphopt.runtime.memory_format import channels_last
 
-#: a function of the module's output and the labels (N,)
-Loss = Callable[[Any, Tensor], Tensor]
 #: bytes of the smallest block of CUDA's caching allocator (`kMinBlockSize`); all blocks are multiples of it
 BLOCK = 512
+#: micro-batches of a step that are run, at most
+_RUN = 3
 _NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
 
 
@@ -56,7 +56,9 @@ class StepOptions(TypedDict, total=False):
         amp: `"bfloat16"` or `"float16"` autocast around forward and loss, with the CPU's cast rules. Default None.
         loss: `"cross_entropy"` (default), `"binary_cross_entropy"`, or a function of (output, labels (N,)). The losses of several outputs
             (auxiliary heads) are added.
-        parallel: how the step runs on several ranks; the figures are then those of one rank's step, all micro-batches.
+        channels_last: images and the weights of convolutions in NHWC memory format.
+        accumulate: micro-batches that the step takes one after the other (default 1), whose gradients add up; it divides the batch.
+        parallel: how the step runs on several ranks; the figures are then those of one rank's step.
         inputs: what the module takes, in the place of a batch of samples: plain values, and tensors like these.
         device: of a forecast: take the step with the kernels of this GPU, and forecast its memory there (`Cost.cuda`).
     """
@@ -66,6 +68,8 @@ class StepOptions(TypedDict, total=False):
     optimizer_options: Mapping[str, Any] | None
     amp: str | None
     loss: str | Loss
+    channels_last: bool
+    accumulate: int
     parallel: Parallel | None
     inputs: Sequence[Any] | None
     device: Device | None
@@ -81,6 +85,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     Args:
         module: on any device, meta included; not touched. Its `requires_grad` flags say what trains.
         input: one sample's shape, `(C, H, W)`, or that of each input; for a suffix, that of the features it takes.
+        batch: samples in the step, of all its micro-batches.
         per_block: module paths, or regions, to add the step up by (`Cost.blocks`); `Cost.by` does it later, too.
         options: see `StepOptions`.
 
@@ -91,7 +96,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     # Remembered results would leave out what collectives do.
     mode = FakeTensorMode(allow_non_fake_inputs=True) if parallel else FakeMode()
     with _explained():
-        copied = fake_copy(module, mode)
+        copied = fake_copy(module, mode, _arranged(options))
     attribution = Attribution()
     instrument(copied, attribution)
     with fake_ranks(parallel.ranks) if parallel else nullcontext(), uncached(module), mode, ExitStack() as stack:
@@ -130,13 +135,21 @@ def measure(
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
+    arranged = _arranged(options)
     with _explained():
-        copied = copy_with(module, _own)
+        copied = copy_with(module, lambda tensor: arranged(_own(tensor)))
     attribution = Attribution()
     if attribute:
         instrument(copied, attribution)
     with uncached(module):
         return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
+
+
+def _arranged(options: StepOptions) -> Callable[[Any], Any]:
+    """What puts an input or a parameter into the memory format of a step."""
+    if not options.get("channels_last"):
+        return lambda value: value
+    return lambda value: channels_last(value) if isinstance(value, Tensor) else value
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -151,9 +164,9 @@ def _train_once(
     module: nn.Module, input: Input, batch: int, per_block: Sequence[str | Named], ledger: Ledger, options: StepOptions
 ) -> Cost:
     """One step of `module`, a private copy."""
-    if batch < 1:
-        raise CostError(f"a batch has at least one sample, found {batch}")
-    amp, criterion = autocast(options.get("amp")), _criterion(options.get("loss", "cross_entropy"))
+    count = options.get("accumulate", 1)
+    size = _micro_batch(batch, count)
+    amp, loss = autocast(options.get("amp")), criterion(options.get("loss", "cross_entropy"))
     parallel = options.get("parallel") or Parallel.alone()
     module.train()
     with ExitStack() as stack:
@@ -162,10 +175,11 @@ def _train_once(
             gc.disable()
             stack.callback(gc.enable)
         given = options.get("inputs")
-        labels = partial(torch.zeros, batch, dtype=torch.long, device="cpu")
-        batches = [(_inputs(module, batch, input, given), labels()) for _ in range(parallel.accumulate)]
+        labels = partial(torch.zeros, size, dtype=torch.long, device="cpu")
+        arranged = _arranged(options)
+        batches = [(tuple(map(arranged, _inputs(module, size, input, given))), labels()) for _ in range(min(count, _RUN))]
         wrapped = parallel.wrap(module)
-        step = _Step(ledger, module, wrapped, criterion, amp, parallel, options.get("targets", False))
+        step = _Step(ledger, module, wrapped, loss, amp, parallel, options.get("targets", False), count)
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = make_optimizer(options.get("optimizer", "sgd"), options.get("optimizer_options"), trained)
         step.warm_up(batches, optimizer)
@@ -181,8 +195,17 @@ def _train_once(
         saved, gradient_bytes = step.run(batches, optimizer)
         ledger.close()
     cost = _cost(module, ledger, saved, gradient_bytes, batch)
-    cost = replace(cost, collectives=collectives(ledger.messages, parallel.accumulate))
+    cost = replace(cost, collectives=collectives(ledger.messages))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
+
+
+def _micro_batch(batch: int, count: int) -> int:
+    """Samples in each of `count` micro-batches. Raises CostError if the batch does not divide."""
+    if batch < 1:
+        raise CostError(f"a batch has at least one sample, found {batch}")
+    if count < 1 or batch % count:
+        raise CostError(f"a batch of {batch} does not divide into {count} micro-batches", fix="Give a multiple of accumulate")
+    return batch // count
 
 
 def _inputs(module: nn.Module, batch: int, input: Input, given: Sequence[Any] | None) -> tuple[Any, ...]:
@@ -193,41 +216,12 @@ def _inputs(module: nn.Module, batch: int, input: Input, given: Sequence[Any] | 
     return tuple(made)
 
 
-def autocast(amp: str | None) -> AbstractContextManager[Any]:
-    """The context of a step on the CPU with this dtype of autocast. Raises CostError for a dtype that there is not."""
-    if amp is not None and amp not in AUTOCAST_DTYPES:
-        raise CostError(f"amp is one of {', '.join(map(repr, AUTOCAST_DTYPES))} or None, found {amp!r}")
-    return torch.autocast("cpu", dtype=AUTOCAST_DTYPES[amp]) if amp else nullcontext()
-
-
-LOSSES: dict[str, Loss] = {
-    # Dense outputs (N, C, ...) take a label per position.
-    "cross_entropy": lambda logits, y: F.cross_entropy(logits, y.view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:])),
-    "binary_cross_entropy": lambda logits, _: F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)),
-}
-
-
-def _criterion(loss: str | Loss) -> Loss:
-    """The loss; a named one is added up over every floating-point tensor of an output."""
-    if not isinstance(loss, str):
-        return loss
-    if loss not in LOSSES:
-        raise CostError(f"loss is one of {', '.join(map(repr, LOSSES))} or a function, found {loss!r}")
-
-    def criterion(output: Any, target: Tensor) -> Tensor:
-        losses = (LOSSES[loss](logits, target) for logits in tensors_in(output) if logits.is_floating_point())
-        first = next(losses, None)
-        if first is None:
-            what = f"the module returns {type(output).__name__}, which holds no tensor to take a loss of"
-            raise CostError(what, fix="Pass `loss=`, a function")
-        return sum(losses, first)
-
-    return criterion
-
-
 @dataclass
 class _Step:
-    """A step of `module`, which is called as `wrapped`, on one or more micro-batches."""
+    """A step of `module`, which is called as `wrapped`, on one or more micro-batches.
+
+    At most three are run: the first, one that stands for all in the middle, which are alike, and the last.
+    """
 
     ledger: Ledger
     module: nn.Module
@@ -236,6 +230,7 @@ class _Step:
     autocast: AbstractContextManager[Any]
     parallel: Parallel
     targets: bool
+    accumulate: int
 
     def warm_up(self, batches: Sequence[tuple[tuple[Any, ...], Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
         """Steps that do not count. Gradients that stay allocated between steps are gradients from the start."""
@@ -255,24 +250,22 @@ class _Step:
         It uses up `batches` but for the last: a training loop takes one micro-batch at a time, so each counts from its forward to the next
         one's, and the last until the next step's.
         """
-        count, gradient_bytes = len(batches), 0
-        del batches[2:-1]
-        last = len(batches) - 1
+        count, gradient_bytes, last = self.accumulate, 0, len(batches) - 1
         for number in range(last + 1):
             x = target = None
             x, target = batches.pop(0)
             if number == last:
                 batches.append((x, target))
             self.ledger.set_kind(tensors_in((x, target)), Kind.INPUT)
-            part = " between" if 0 < number < last else ""
+            times = count - 2 if 0 < number < last else 1
             with nullcontext() if number == last else self.parallel.without_reduction(self.wrapped):
-                self.ledger.start_phase(f"forward{part}")
+                self.ledger.start_phase("forward", times)
                 with torch.autograd.graph.saved_tensors_hooks(self.ledger.pack, self.ledger.unpack):
                     # The output lives until the next forward, or the step's end, as it does in a training loop.
                     output, loss = self._forward(x, target)
                 saved = self.ledger.saved_now()
                 if loss.requires_grad:
-                    self.ledger.start_phase(f"backward{part}")
+                    self.ledger.start_phase("backward", times)
                     self._differentiate(x, loss / count if count > 1 else loss)
                     if number == last:
                         self.parallel.after_backward()

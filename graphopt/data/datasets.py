@@ -35,9 +35,13 @@ class Split:
     targets: Sequence[int]
     classes: Sequence[str]
 
+    def outline(self, chosen: Sequence[int]) -> str:
+        """Changes with a target, a class, or what is chosen, and with no file."""
+        return hashlib.sha256(json.dumps([list(self.classes), list(self.targets), list(chosen)]).encode()).hexdigest()
+
     def fingerprint(self, chosen: Sequence[int]) -> str:
         """Changes with a target, a class, and the name, size or time of a chosen image's file; of images in memory, with every pixel."""
-        digest = hashlib.sha256(json.dumps([list(self.classes), list(self.targets), list(chosen)]).encode())
+        digest = hashlib.sha256(self.outline(chosen).encode())
         if hasattr(self.images, "fingerprint"):
             digest.update(self.images.fingerprint())
         elif hasattr(self.images, "samples"):

@@ -7,7 +7,7 @@ import copy
 import math
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from graphopt.data.transforms import LowFrequency, Step, Transform, eval_transfo
 from graphopt.errors import RunError, first_line
 from graphopt.spec import DataSpec
 
-Key = tuple[int, int]  # epoch, index of the sample
+Key = tuple[int, ...]  # epoch, index of the sample; of one that the epoch takes again, how often it has taken it before
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,18 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
 
     Args:
         transform: of this package, or any other from an RGB image to a tensor.
+        repeats: how often an epoch takes a sample in a row, on neighbouring ranks; it is as long as with 1, and takes that part of the
+            samples (Hoffer et al., arXiv 1901.09335).
         kept: whether an `ImageFeed` keeps their pixels in memory; for deterministic ones with a transform of this package.
     """
 
-    def __init__(self, split: Split, limit: int | None, transform: Step, *, deterministic: bool, seed: int, kept: bool = False) -> None:
+    def __init__(
+        self, split: Split, limit: int | None, transform: Step, *, deterministic: bool, seed: int, kept: bool = False, repeats: int = 1
+    ) -> None:
         self.images, self.chosen = split.images, stratified(split.targets, limit)
-        self.fingerprint = partial(split.fingerprint, self.chosen)
+        self.fingerprint, self.outline = partial(split.fingerprint, self.chosen), partial(split.outline, self.chosen)
         self.transform: Any = transform
-        self.deterministic, self.seed, self.kept = deterministic, seed, kept
+        self.deterministic, self.seed, self.kept, self.repeats = deterministic, seed, kept, repeats
 
     def prepared(self, transform: Step, *, deterministic: bool) -> "Samples":
         """The same samples, prepared by another transform."""
@@ -104,12 +108,13 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
     def read(self, keys: list[Key], decode: Step, convert: Step) -> list[tuple[int, Tensor, int] | Unreadable]:
         """Samples whose images are decoded and converted so. Generators are restored once for all of them: that is most of the cost."""
         with nullcontext() if self.deterministic else preserved():
-            return [self._sample(*key, decode, convert) for key in keys]
+            return [self._sample(key, decode, convert) for key in keys]
 
-    def _sample(self, epoch: int, index: int, decode: Step, convert: Step) -> tuple[int, Tensor, int] | Unreadable:
+    def _sample(self, key: Key, decode: Step, convert: Step) -> tuple[int, Tensor, int] | Unreadable:
+        index = key[1]
         number = self.chosen[index]
         if not self.deterministic:
-            reseed(self.seed, epoch, index)
+            reseed(self.seed, *key)
         try:
             image, target = self.images[number]
             image = decode(image)  # some files are only opened before
@@ -157,8 +162,9 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
         pairs = ((spec.train_split, train, evaluation), (spec.eval_split, evaluation, train))
         only = [f"only {split} has {', '.join(extra[:5])}" for split, a, b in pairs if (extra := sorted({*a.classes} - {*b.classes}))]
         raise RunError("; ".join([what, *only]), where="data", fix="Give both the same folders")
+    options: dict[str, Any] = {"deterministic": not spec.augment.redraws, "seed": seed}
     data = Data(
-        Samples(train, spec.train_limit, train_transform(spec, input), deterministic=not spec.augment.redraws, seed=seed),
+        Samples(train, spec.train_limit, train_transform(spec, input), **options, repeats=spec.augment.repeats),
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
         len(train.classes),
     )
@@ -289,9 +295,9 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
         yield Batch(*loaded)
 
 
-def load(samples: Samples, keys: Iterable[list[Key]], workers: int = 0) -> Iterator[Batch]:
+def load(samples: Samples, keys: Iterable[Sequence[Key]], workers: int = 0) -> Iterator[Batch]:
     """The batches with these keys."""
-    iterator = _begin(_loader(samples, keys, workers, seed=0))
+    iterator = _begin(_loader(samples, map(list, keys), workers, seed=0))
     try:
         yield from _checked(iterator)
     finally:
@@ -308,6 +314,7 @@ class _Order:
     batch: int
     batches: int
     rank: Rank
+    repeats: int
     wanted: Callable[[], Iterator[list[Key]]] = lambda: iter(())  # what the loader loads next
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -316,9 +323,10 @@ class _Order:
     def keys(self, epoch: int, start: int) -> Iterator[list[Key]]:
         """Those of an epoch, from its batch number `start` on."""
         order = epoch_order(self.count, self.seed, epoch) if self.shuffle else list(range(self.count))
-        mine = order[self.rank.number :: self.rank.count]
+        taken: list[Key] = [(epoch, index, again)[: 3 if again else 2] for index in order for again in range(self.repeats)]
+        mine = taken[self.rank.number : self.count : self.rank.count]
         for number in range(start, self.batches):
-            yield [(epoch, index) for index in mine[number * self.batch : (number + 1) * self.batch] or order[:1]]
+            yield mine[number * self.batch : (number + 1) * self.batch] or taken[:1]
 
 
 class ImageFeed:
@@ -353,7 +361,7 @@ class ImageFeed:
         self._batches = count // step * accumulate if shuffle else -(-count // (self.batch * rank.count))
         if shuffle and not self._batches:
             raise RunError(f"one training step takes {step} images, the training set has {count}", where="train.batch")
-        self._order = _Order(count, seed, shuffle, self.batch, self._batches, rank)
+        self._order = _Order(count, seed, shuffle, self.batch, self._batches, rank, samples.repeats if shuffle else 1)
         self._iterator: Any = None
         kept = samples.kept and isinstance(samples.transform, Transform)
         self._memory = Memory(count, samples.transform.normalized) if kept else None
@@ -378,7 +386,7 @@ class ImageFeed:
 
     def _remembered(self, memory: Memory, keys: list[list[Key]]) -> Iterator[Batch]:
         """The batches with these keys; what the memory has is not loaded again."""
-        missing = [[(epoch, index) for epoch, index in batch if index not in memory] for batch in keys]
+        missing = [[key for key in batch if key[1] not in memory] for batch in keys]
         wanted = [batch for batch in missing if batch]
         if wanted:
             self._order.wanted = lambda: iter(wanted)
@@ -389,7 +397,7 @@ class ImageFeed:
             for batch, lacking in zip(keys, missing, strict=True):
                 if lacking:
                     memory.put(*next(loaded))
-                found = Batch(*memory.take([index for _, index in batch]))
+                found = Batch(*memory.take([key[1] for key in batch]))
                 yield Batch(*(tensor.pin_memory() for tensor in found)) if self.pin else found
 
         return batches()

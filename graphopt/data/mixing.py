@@ -28,6 +28,10 @@ class Mixer:
     def of(cls, augment: AugmentSpec, classes: int, smoothing: float, seed: int) -> Self | None:
         return cls(augment, classes, smoothing, seed) if augment.mixes else None
 
+    def score(self, outputs: int) -> None:
+        """Makes targets for a network of so many outputs, at least as many as the data has classes."""
+        self._mixup.num_classes = outputs
+
     def __call__(self, batch: Batch, epoch: int, number: int) -> Batch:
         """The batch, mixed, with soft targets (N, classes), which it has in epochs without mixup too.
 

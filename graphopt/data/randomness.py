@@ -13,12 +13,13 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def reseed(*parts: int) -> None:
-    """Seeds every CPU generator that an augmentation may draw from with a function of `parts`."""
+def reseed(*parts: int, of_torch: bool = True) -> None:
+    """Seeds every CPU generator that an augmentation may draw from with a function of `parts`; torch's only with `of_torch`."""
     seed = mixed_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+    if of_torch:
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from graphopt.compiler.plan import Plan
+from graphopt.diff.match import operations, renamed, same_backbone, what_differs
 from graphopt.diff.model import ADDED, DIFFERS, REMOVED, UNCHANGED, ModelView, Row, as_json, ranked
+from graphopt.diff.view import backbone_view, plan_view
 
-FORMAT = "graphopt.diff/3"
+FORMAT = "graphopt.diff/4"
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class RowGroup:
         return group_name([r.name for r in self.rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
     """How one model differs from another.
 
@@ -37,6 +40,24 @@ class Diff:
     edges: tuple[tuple[str, str, str], ...]
     same_backbone: bool
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, before: Plan, after: Plan | None = None) -> "Diff":
+        """What a plan does to its backbone; or, with two plans, how the second differs from the first.
+
+        The plans may be of one backbone (two specs, two phases) or of two: a plan without passes is the backbone itself. Costs appear where
+        the plans were compiled with costs.
+        """
+        return align(backbone_view(before), plan_view(before)) if after is None else align(plan_view(before), plan_view(after))
+
+    def __repr__(self) -> str:
+        return f"Diff({self.before.title!r}, {self.after.title!r}, {self.counts()})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture."""
+        from graphopt import picture
+
+        return picture(self)
 
     def groups(self) -> tuple[RowGroup, ...]:
         """The rows with equal neighbours as one. Two rows stay apart where the gradient stops between them."""
@@ -71,10 +92,12 @@ class Diff:
 def align(before: ModelView, after: ModelView) -> Diff:
     """The diff of two models, whether of one backbone or of two.
 
-    Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, a row is
-    unchanged where name, class, operators and sizes agree, "differs" where only the name does, "removed" or "added" if in one only.
+    Of one backbone, a row has its statuses in both views (`was`, `statuses`), each against the backbone itself. Of two, rows are matched by
+    structure (`graphopt.diff.match`): a row is unchanged where operators and sizes agree, "differs" where its match is like it, "removed"
+    or "added" if it has none.
     """
-    same = before.backbone == after.backbone
+    same = same_backbone(before, after)
+    before = before if same else renamed(before, after)
     old, new = {r.name: r for r in before.rows}, {r.name: r for r in after.rows}
     rows = tuple(_aligned(old.get(name), new.get(name), same) for name in _merged(list(old), list(new)))
     kinds = {e: "both" if e in after.edges else "before" for e in before.edges} | {e: "after" for e in after.edges if e not in before.edges}
@@ -89,23 +112,19 @@ def _aligned(old: Row | None, new: Row | None, same_backbone: bool) -> Row:
         return replace(old, was=old.statuses, statuses=(REMOVED,), passes=(), nodes=nodes, before=old.after, after=None, backward=False)
     if old is None:
         return replace(new, was=(), statuses=new.statuses if same_backbone else ranked({*new.statuses, ADDED}), before=None)
-    statuses = new.statuses if same_backbone or _is_same(old, new) else ranked({*new.statuses, DIFFERS})
-    return replace(new, was=old.statuses, statuses=statuses, before=old.after)
-
-
-def _is_same(one: Row, other: Row) -> bool:
-    inside, others = ([(n.op, n.what, n.parameters) for n in r.nodes if n.changed_by is None] for r in (one, other))
-    shapes, other_shapes = ((r.kind, r.input_shape, r.output_shape) for r in (one, other))
-    return shapes == other_shapes and inside == others
+    if same_backbone or old.structure == new.structure:
+        return replace(new, was=old.statuses, before=old.after, former=old.former)
+    statuses, detail = ranked({*new.statuses, DIFFERS}), what_differs(old, new) | dict(new.detail)
+    return replace(new, was=old.statuses, statuses=statuses, detail=detail, nodes=operations(old, new), before=old.after, former=old.former)
 
 
 def _note(before: ModelView, after: ModelView, rows: Sequence[Row]) -> str:
-    old, new = {r.name for r in before.rows}, {r.name for r in after.rows}
-    differing = sum(DIFFERS in r.statuses for r in rows)
-    return (
-        f"two backbones, {before.backbone} and {after.backbone}: {len(old & new) - differing} rows are the same in both, "
-        f"{differing} differ under one name, {len(old - new)} are only in the first, {len(new - old)} only in the second"
-    )
+    found = Counter(next((s for s in (REMOVED, ADDED, DIFFERS) if s in row.statuses), UNCHANGED) for row in rows)
+    moved = sum(bool(row.former) and REMOVED not in row.statuses for row in rows)
+    counts = {"the same in both": UNCHANGED, "different": DIFFERS, "only in the first": REMOVED, "only in the second": ADDED}
+    words = ", ".join(f"{found[status]} {what}" for what, status in counts.items())
+    names = f"; {moved} under another name in the first" if moved else ""
+    return f"two backbones, {before.backbone} and {after.backbone}; rows: {words}{names}"
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:

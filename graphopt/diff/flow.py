@@ -1,13 +1,16 @@
 """Nodes as the diff shows them, what flows between rows, how far the backward pass comes, and what each row costs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Node
 
 from graphopt.cost.figures import BLOCK_FIGURES, FIGURES, Cost
+from graphopt.diff.locate import RowMap
 from graphopt.diff.model import NodeRow, RowLocation, Shape
+from graphopt.hashing import hash_parts
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import activations, leaf, parameters_read, trainable
 from graphopt.ir.shapes import SHAPE_BATCH
@@ -54,11 +57,15 @@ def figures(cost: Cost | None, rows: Sequence[RowLocation], graph: Graph, nodes:
         found = {b.path: {name: int(getattr(b, name)) for name in BLOCK_FIGURES} for b in cost.by([r for r in rows if r.paths])}
         return {r.name: found.get(r.name, dict.fromkeys(BLOCK_FIGURES, 0)) for r in rows}
     seen: set[nn.Parameter] = set()
+    # Heads with a local loss are added by passes, and called outside of the graph.
+    added = {path: part for path, part in graph.module.named_modules() if path not in graph.types}
     result = {}
     for row, inside in zip(rows, nodes, strict=True):
         # A neighbour's weight that a pass reads here counts at the neighbour.
         own = [n for n in inside if n.op != "get_attr" or "pass" not in n.meta]
-        fresh = {p for n in own for _, p in parameters_read(graph.module, n)} - seen
+        read = {p for n in own for _, p in parameters_read(graph.module, n)}
+        outside = () if inside else [added[path] for path in row.paths if path in added]
+        fresh = read.union(*(part.parameters() for part in outside)) - seen
         seen |= fresh
         result[row.name] = {
             "parameters": sum(p.numel() for p in fresh),
@@ -79,10 +86,36 @@ def describe(graph: Graph, node: Node, statuses: tuple[str, ...]) -> NodeRow:
     sizes, inputs = shape(node, batched=node in activations(graph)), tuple(n.name for n in node.all_input_nodes)
     parameters = sum(p.numel() for _, p in parameters_read(graph.module, node))
     if node.op == "call_module":
-        what = type(leaf(graph, node)).__name__
+        module = leaf(graph, node)
+        what, settings = type(module).__name__, module.extra_repr() if module is not None else ""
     else:
         what = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else str(node.target).rpartition(".")[2]
-    return NodeRow(node.name, node.op, what, path, origin.call, sizes, inputs, statuses, node.meta.get("pass"), parameters)
+        settings = repr(_constants([node.args, node.kwargs]))
+    return NodeRow(node.name, node.op, what, path, origin.call, sizes, inputs, statuses, node.meta.get("pass"), parameters, settings)
+
+
+def _constants(value: Any) -> list[Any]:
+    """The plain values among the arguments of a node, in order."""
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if isinstance(value, (list, tuple)):
+        return [plain for item in value for plain in _constants(item)]
+    return [value] if value is None or isinstance(value, (bool, int, float, str, torch.dtype)) else []
+
+
+def structures(base: Graph) -> dict[str, tuple[str, str]]:
+    """By row, digests of what its nodes compute in a backbone, in order: with shapes, numbers of parameters and settings, and without."""
+    rows = base.cached(RowMap)
+    inside: dict[str, list[NodeRow]] = {}
+    for node in base.nodes:
+        if (index := rows.of(node)) is not None:
+            inside.setdefault(rows.rows[index].name, []).append(describe(base, node, ()))
+    plain = {name: [(n.op, n.what, n.shape, n.parameters, n.settings) for n in nodes] for name, nodes in inside.items()}
+    return {name: (_digest(found), _digest([entry[:2] for entry in found])) for name, found in plain.items()}
+
+
+def _digest(value: object) -> str:
+    return hash_parts(repr(value).encode())
 
 
 def shape(node: Node, *, batched: bool = True) -> Shape | None:

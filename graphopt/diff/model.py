@@ -1,12 +1,14 @@
 """The data behind every rendering: rows (blocks), their operations, what connects them, and what a training step costs."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from graphopt.compiler.pass_base import Status
 
 Shape = tuple[str | int, ...]
+#: of a field that is for comparing, and not written out
+INNER = {"inner": True}
 
 #: statuses that no pass gives: as in the backbone, and what the comparison of two backbones adds
 UNCHANGED, REMOVED, ADDED, DIFFERS = "unchanged", "removed", "added", "differs"
@@ -34,13 +36,13 @@ class StatusStyle(NamedTuple):
 STYLES: dict[str, StatusStyle] = {
     REMOVED: StatusStyle("−", "-", "#b04000", "#ff8f4d", "red", "only in the first of the two"),
     ADDED: StatusStyle("⊕", "&", "#0b7fb5", "#7cc8f2", "bright_cyan", "only in the second of the two"),
-    DIFFERS: StatusStyle("≠", "!", "#a8467f", "#e79bc6", "magenta", "under the same name in both, but not the same"),
+    DIFFERS: StatusStyle("≠", "!", "#a8467f", "#e79bc6", "magenta", "in both of the two, but not the same"),
     Status.DROPPED: StatusStyle("✂", "x", "#c04a00", "#f58a4b", "red", "left the training graph; its output is cached"),
     Status.BYPASSED: StatusStyle("↷", ">", "#a86b00", "#f0b43c", "yellow", "replaced by its shortcut"),
     Status.INSERTED: StatusStyle("+", "+", "#1276a8", "#7cc8f2", "bright_cyan", "added by a pass; not in the exported backbone"),
     Status.SHARED: StatusStyle("⇄", "=", "#00795a", "#35c79b", "green", "its weights are computed from its neighbours'"),
     Status.FROZEN: StatusStyle("❄", "*", "#0072b2", "#5cb3ea", "blue", "its parameters do not train"),
-    Status.ISOLATED: StatusStyle("⊣", "|", "#a8467f", "#e79bc6", "magenta", "no gradient comes back to its output"),
+    Status.ISOLATED: StatusStyle("⊣", "|", "#a8467f", "#e79bc6", "magenta", "trains by its module's local loss: no gradient from behind"),
     Status.CHECKPOINTED: StatusStyle("↻", "@", "#857500", "#e8dc4c", "bright_yellow", "recomputed in the backward pass instead of saved"),
     Status.REWIRED: StatusStyle("~", "~", "#5b5f66", "#b4b9c2", "bright_black", "computes the same with other operators"),
     UNCHANGED: StatusStyle("○", "o", "#7a7f87", "#8d939c", "bright_black", "as in the backbone"),
@@ -61,6 +63,7 @@ class NodeRow:
     Attributes:
         name: unique in its graph, equal in all phases. what: the module's class or the function's name. path, call: its origin.
         shape: of its output; "N" is the batch. changed_by: number (from 0) of the last pass that inserted or changed it.
+        settings: of a module, what its class prints of itself; of a call, its plain arguments.
     """
 
     name: str
@@ -73,6 +76,7 @@ class NodeRow:
     statuses: tuple[str, ...] = (UNCHANGED,)
     changed_by: int | None = None
     parameters: int = 0
+    settings: str = field(default="", metadata=INNER)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Row(RowLocation):
         sources: rows whose parameters it uses. detail: short facts ("a": 0.5).
         section: name of the local module (a part with a loss of its own) it is in. attached_to: of an inserted row, the row it reads.
         backward: whether the backward pass of a training step goes through it. before, after: figures of one training step.
+        structure: digest of the backbone's own operators in it with sizes and settings, operators: without them; "" where it has none.
+        former: of two backbones, the name of the matching row in the first, where it is another.
     """
 
     statuses: tuple[str, ...] = (UNCHANGED,)
@@ -111,6 +117,9 @@ class Row(RowLocation):
     before: Mapping[str, int] | None = None
     after: Mapping[str, int] | None = None
     nodes: tuple[NodeRow, ...] = ()
+    structure: str = field(default="", metadata=INNER)
+    operators: str = field(default="", metadata=INNER)
+    former: str | None = None
 
     @property
     def status(self) -> str:
@@ -196,7 +205,7 @@ class ModelView:
 def as_json(value: Any) -> Any:
     """JSON-ready values, in a fixed order."""
     if isinstance(value, (Row, NodeRow, PassInfo, SectionBox)):
-        return {k: as_json(v) for k, v in asdict(value).items()}
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value) if f.metadata != INNER}
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

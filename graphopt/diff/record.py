@@ -137,9 +137,7 @@ class Records:
     def _add_statuses_and_messages(self) -> None:
         for index, effects, _ in self.done:
             for name, status in effects.statuses.items():
-                rows = self.named(name)
-                # Of a region of several rows, the gradient stops at the last.
-                for row in rows[-1:] if status.status is Status.ISOLATED else rows:
+                for row in self.named(name):
                     row.statuses.add(status.status)
                     row.passes.add(index)
                     row.detail |= status.detail

@@ -10,7 +10,17 @@ from torch.fx import Node
 from graphopt.compiler.pass_base import Status
 from graphopt.compiler.plan import Plan
 from graphopt.cost.figures import Cost
-from graphopt.diff.flow import Edge, describe, edges_between_rows, figures, input_shape, output_shape, reached_by_backward, totals
+from graphopt.diff.flow import (
+    Edge,
+    describe,
+    edges_between_rows,
+    figures,
+    input_shape,
+    output_shape,
+    reached_by_backward,
+    structures,
+    totals,
+)
 from graphopt.diff.model import ModelView, NodeRow, PassInfo, Row, SectionBox, ranked
 from graphopt.diff.record import Records, RowRecord
 from graphopt.ir.graph import Graph
@@ -72,8 +82,9 @@ class _ViewBuilder:
                 boxes.append(SectionBox(section.name, names, section.target, rank))
             if rows and section.target:
                 section_of |= dict.fromkeys(names, section.name)
-                rows[-1].statuses.add(Status.ISOLATED)
-                rows[-1].passes.add(section.author.index)
+                for row in rows:
+                    row.statuses.add(Status.ISOLATED)
+                    row.passes.add(section.author.index)
         if section_of:
             others = tuple(r.name for r in self.records.rows if r.name not in section_of and r.nodes)
             boxes.append(SectionBox(LAST_MODULE, others, True, self.ranks.get(next(local))))
@@ -88,10 +99,13 @@ class _ViewBuilder:
             return set(), None
         order, last = self.graph.order, self.records.of(cut.node)
         gone = [r for r in self.records.rows if r is last or (r.nodes and order[r.nodes[-1]] <= order[cut.node])]
-        passes = {index for index, effects, _ in self.records.done if effects.needs.features is cut}
-        for row in gone:
+        cutting = {index: effects for index, effects, _ in self.records.done if effects.needs.features is cut}
+        dropped = [s for effects in cutting.values() for s in effects.statuses.values() if s.status is Status.DROPPED]
+        detail = {key: value for status in dropped for key, value in status.detail.items()}
+        for row in gone:  # what lies between the regions that the pass names is gone, too
             row.statuses.add(Status.DROPPED)
-            row.passes |= passes
+            row.passes |= cutting.keys()
+            row.detail |= detail
         return {r.name for r in gone}, None if last is None else last.name
 
     def _edges(self, rows: Sequence[Row], section_of: dict[str, str]) -> tuple[tuple[Edge, ...], tuple[Edge, ...]]:
@@ -113,8 +127,9 @@ class _ViewBuilder:
         before = figures(self.plan.report.before, base_rows, self.base, [r.original for r in self.records.rows[: len(base_rows)]])
         after = figures(self.cost, locations, self.graph, [r.nodes for r in self.records.rows])
         reached = reached_by_backward(self.graph)
-        found = []
+        known, found = self.base.cached(structures), []
         for row in self.records.rows:
+            exact, operators = known.get(row.name, ("", ""))
             graph, nodes = (self.graph, row.nodes) if row.nodes else (self.base, row.original)
             hidden = {Status.FROZEN} if row.statuses & {Status.DROPPED, Status.BYPASSED} else set()  # what is out does not train anyway
             found.append(
@@ -133,6 +148,8 @@ class _ViewBuilder:
                     before=before.get(row.name),
                     after=after[row.name],
                     nodes=tuple(self._node_rows(row)),
+                    structure=exact,
+                    operators=operators,
                 )
             )
         return tuple(found)

@@ -29,9 +29,17 @@ _FIXED = frozenset((type(None), bool, int, float, complex, str, bytes, type, ran
 }
 
 
-def fake_copy(module: nn.Module, mode: FakeTensorMode) -> Any:
-    """A copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included."""
-    copied = copy_with(module, lambda tensor: as_fake(tensor, mode))
+def fake_copy(module: nn.Module, mode: FakeTensorMode, arrange: Replace = lambda tensor: tensor) -> Any:
+    """A copy of `module` whose tensors are fakes of `mode`: structure without memory. `module` may be on any device, meta included.
+
+    `arrange` may give a fake another layout.
+    """
+
+    def replaced(tensor: Tensor) -> Tensor:
+        with mode:
+            return arrange(as_fake(tensor, mode))
+
+    copied = copy_with(module, replaced)
     for part in (p for root in (copied, *(body for _, body in bodies(copied))) for p in root.modules()):
         # A norm that averages all batches divides by the value of its counter, which a fake does not have. Any factor costs the same.
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.momentum is None:

@@ -13,12 +13,12 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
-from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import as_fake
 from graphopt.ir.graph import Graph, Origin
 from graphopt.ir.nodes import attribute, storages, writes_in_place
 from graphopt.ir.paths import owner
 from graphopt.ir.section import Author, Section
+from graphopt.ir.shapes import value_of
 
 Nodes = tuple[Node, ...]
 Wrap = Callable[[fx.GraphModule], nn.Module]
@@ -88,7 +88,7 @@ class Editor:
             self._set_sections(replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections)
         self._infer(node)
         self.edits.inserted[node.name] = None
-        self.graph.changed()
+        self.graph.changed([node] if op == "get_attr" else ())
         return node
 
     def _infer(self, node: Node) -> None:
@@ -100,14 +100,7 @@ class Editor:
             value = attribute(self.graph.module, str(node.target))
             node.meta["val"] = as_fake(value, mode).detach() if isinstance(value, torch.Tensor) else value
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        function: Any = node.target
-        if node.op == "call_method":
-            function = getattr(type(args[0]), function)
-        elif node.op == "call_module":
-            function = fake_copy(self.graph.module.get_submodule(function), mode).eval()
-        with mode, torch.no_grad():
-            node.meta["val"] = function(*args, **kwargs)
+        node.meta["val"] = value_of(self.graph.module, node, mode)
 
     def set_call(self, node: Node, target: Any = None, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> None:
         """Another operation, or other inputs, for a node; what is not given stays.
@@ -128,13 +121,13 @@ class Editor:
             if user is not new:
                 user.args, user.kwargs = fx.node.map_aggregate((user.args, user.kwargs), lambda a: new if a is old else a)
                 self.edits.redirected[user.name] = None
-        self.graph.changed()
+                self.graph.changed([user])
 
     def touch(self, node: Node) -> None:
         """Marks a node as changed by this pass instance."""
         node.meta["pass"] = self.author.index
         self.edits.changed[node.name] = None
-        self.graph.changed()
+        self.graph.changed([node])
 
     def erase(self, nodes: Iterable[Node]) -> None:
         """Removes nodes. Nothing outside them may read them any more."""

@@ -17,13 +17,14 @@ def extracted(graph: Graph, region: Region, replace: Replace | None = None) -> f
     Leaves and tensors are copies under the backbone's own paths, with `replace(tensor)` for each tensor (default: a copy); `graph` stays as
     it is. What the region reads that is made of parameters alone belongs to it. A region that writes into its input gets a copy of it.
 
-    Raises PassError if it is not closed, or reads anything else from outside that depends on the network's input (a shape, say).
+    Raises PassError if it cannot stand alone.
     """
-    if not region.closed:
-        raise PassError(
-            f"{region.name} has {len(region.entries)} activations in and {len(region.exits)} out", fix="Name one with one of each"
-        )
-    entry, nodes = region.entries[0], _nodes_of(graph, region)
+    if not stands_alone(region):
+        counts = f"{len(region.entries)} activations in and {len(region.exits)} out"
+        what = f"{region.name} has {counts}, or reads a number that depends on the network's input"
+        raise PassError(what, fix="Choose a region with one activation in and one out, which reads nothing else")
+    inside = {*region.nodes, *_read_outside(region)}
+    entry, nodes = region.entries[0], [n for n in graph.nodes if n in inside]
     body, copies = fx.Graph(), dict[Node, Node]()
     copies[entry] = body.placeholder("x")
     memory = storages(entry)
@@ -39,11 +40,12 @@ def extracted(graph: Graph, region: Region, replace: Replace | None = None) -> f
     return copied
 
 
-def _nodes_of(graph: Graph, region: Region) -> list[Node]:
-    """The region's nodes, and those outside that they read and that depend on no input, in execution order."""
+def stands_alone(region: Region) -> bool:
+    """Whether a region is closed, and reads nothing else from outside that depends on the network's input (the batch's size, say)."""
+    return region.closed and not any(n.op == "placeholder" for n in _read_outside(region))
+
+
+def _read_outside(region: Region) -> set[Node]:
+    """What the nodes of a closed region read from outside but for its entry, and all that leads there."""
     entry, inside = region.entries[0], set(region.nodes)
-    outside = ancestors(region.nodes, lambda n: n is not entry and n not in inside) - inside - {entry}
-    if (fed := next((n for n in graph.nodes if n in outside and n.op == "placeholder"), None)) is not None:
-        what = f"{region.name} reads something else of the input than the activation before it"
-        raise PassError(what, where=str(fed), fix="Such a region cannot stand alone")
-    return [n for n in graph.nodes if n in inside or n in outside]
+    return ancestors(region.nodes, lambda n: n is not entry and n not in inside) - inside

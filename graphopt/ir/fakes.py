@@ -4,18 +4,22 @@ torch's own cache of results looks at every attribute that a tensor of any kind 
 shape, strides, offset and dtype tell what an operator makes of it; all others go torch's way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from math import prod
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 _CPU = torch.device("cpu")
-_DEVICE = torch.ops.prim.device.default
+_DEVICE, _ITEM, _VIEW = torch.ops.prim.device.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.view.default
 #: what an operator returns: new tensors or a view of its first argument, that argument itself, nothing, or anything else
 _NEW, _FIRST, _NOTHING, _OTHER = "new", "first", "nothing", "other"
-_kinds: dict[Any, str] = {}
+#: by operator; and whether it is a for-each operator
+_kinds: dict[Any, tuple[str, bool]] = {}
 #: from an operator and its described arguments to its described result, `_OTHER` where that cannot be described
 _results: dict[Any, Any] = {}
 MOST_RESULTS = 50_000
@@ -30,18 +34,30 @@ class FakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        # What torch would remember is remembered here.
+        self.cache_enabled = False
+        with unset_fake_temporarily():
+            #: what torch notes on a fake CPU tensor of this mode
+            self.notes = dict(vars(FakeTensor(self, torch.empty(0, device="meta"), _CPU)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         kwargs = kwargs or {}
-        if func.name().startswith("aten::_foreach_") and len(args[0]) > 1:
+        kind, each = _kinds.get(func) or _kinds.setdefault(func, (_kind_of(func), func.name().startswith("aten::_foreach_")))
+        if each and len(args[0]) > 1:
             return self._each(func, types, args, kwargs)
-        kind = _kinds.get(func) or _kinds.setdefault(func, _kind_of(func))
+        if _of_constants(func, kind, args):
+            # A counter of an optimizer, whose value torch keeps beside the fake.
+            out = func(*_constants(args), **kwargs)
+            return args[0] if kind is _FIRST else out
         key = self._key(func, args, kwargs) if kind is not _OTHER else None
         known = _results.get(key, _OTHER) if key is not None else _OTHER
         if known is not _OTHER:
             return args[0] if known is _FIRST else None if known is _NOTHING else self._made(known, args)
+        if func is _VIEW and key is not None and (viewed := _contiguous_view(*args)) is not None:
+            _results[key] = viewed
+            return self._made(viewed, args)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if key is not None and key not in _results and len(_results) < MOST_RESULTS:
             if kind is _NEW:
@@ -77,7 +93,7 @@ class FakeMode(FakeTensorMode):
         if isinstance(value, Tensor):
             if type(value) is not FakeTensor or value.fake_mode is not self or value.constant is not None or value.dtype.is_complex:
                 raise _Undescribed
-            return (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
+            return (value.shape, value.stride(), value.storage_offset(), value.dtype, value._fake_device)
         # Equal numbers of different types give results of different types.
         return (type(value), tuple(map(self._described, value)) if isinstance(value, (list, tuple)) else value)
 
@@ -90,14 +106,23 @@ class FakeMode(FakeTensorMode):
 
     def _view(self, base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int) -> FakeTensor:
         view = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-        with in_kernel_invocation_manager(self):
-            view.set_(base.untyped_storage(), offset, shape, strides)
-        return FakeTensor(self, view, _CPU)
+        view.set_(base.untyped_storage(), offset, shape, strides)
+        return _noted(self, view)
 
 
 def new_fake(mode: FakeTensorMode, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
     """A new fake CPU tensor: what `mode` makes of an empty one, without the way through its dispatcher."""
-    return FakeTensor(mode, torch.empty_strided(shape, strides, dtype=dtype, device="meta"), _CPU)
+    return _noted(mode, torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
+
+
+def _noted(mode: FakeTensorMode, elem: Tensor) -> FakeTensor:
+    """`FakeTensor(mode, elem, cpu)` of a tensor on the meta device; in a `FakeMode` without setting each attribute anew."""
+    if not isinstance(mode, FakeMode):
+        return FakeTensor(mode, elem, _CPU)
+    fake: FakeTensor = Tensor._make_subclass(FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=_CPU)
+    torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
+    vars(fake).update(mode.notes)
+    return fake
 
 
 def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -109,6 +134,37 @@ def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
             fake.requires_grad_(tensor.requires_grad)
             fake._is_param = True
     return fake
+
+
+def _of_constants(func: Any, kind: str, args: Any) -> bool:
+    """Whether an operator reads a number from tensors of known values alone, or changes nothing but the value of such a one."""
+    if func is not _ITEM and kind not in (_FIRST, _NOTHING):
+        return False
+    found = list(_tensors(args))
+    return bool(found) and all(getattr(tensor, "constant", None) is not None for tensor in found)
+
+
+def _constants(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_constants, value))
+    return value.constant if isinstance(value, FakeTensor) else value
+
+
+def _contiguous_view(tensor: Tensor, sizes: Sequence[int]) -> Any:
+    """The described result of a view of a tensor that lies in memory row by row; None for any other, or for sizes that do not fit it."""
+    count = tensor.numel()
+    if not count or tensor.stride() != _rows(tensor.shape):
+        return None
+    known = -prod(sizes) if -1 in sizes else prod(sizes)
+    if known <= 0 or count % known or (-1 not in sizes and known != count):
+        return None
+    shape = tuple(count // known if size == -1 else size for size in sizes)
+    return (Tensor, shape, _rows(shape), tensor.dtype, tensor.storage_offset())
+
+
+def _rows(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor that lies in memory row by row."""
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
 
 
 def _kind_of(func: Any) -> str:
@@ -144,8 +200,9 @@ def _described_tensors(value: Any, base: Tensor | None, taken: set[int]) -> Any:
     """`taken` are storages that a new tensor is not in."""
     if value is None:
         return (None,)
-    if type(value) in (list, tuple):
-        return (type(value), *(_described_tensors(item, base, taken) for item in value))
+    if isinstance(value, (list, tuple)):
+        # torch's Python kernels of norms return named tuples, and plain ones from its own cache.
+        return (list if isinstance(value, list) else tuple, *(_described_tensors(item, base, taken) for item in value))
     if type(value) is not FakeTensor or value.constant is not None or value.fake_device != _CPU or value.layout != torch.strided:
         raise _Undescribed
     storage, dtype = value.untyped_storage(), value.dtype

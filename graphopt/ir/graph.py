@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ from graphopt.ir.inputs import Input
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.paths import lineage
 from graphopt.ir.section import Section
-from graphopt.ir.shapes import propagate_shapes
+from graphopt.ir.shapes import propagate_shapes, update_shapes
 
 Result = TypeVar("Result")
 
@@ -55,7 +55,7 @@ class Graph:
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        module: TrainingModule,
         input: Input,
         types: dict[str, str],
         groups: tuple[tuple[str, ...], ...] = (),
@@ -69,6 +69,8 @@ class Graph:
         self.sections: list[Section] = []
         self.untouched = untouched or self
         self._results: dict[Callable[..., Any], Any] = {}
+        #: nodes that compute something else than when their values were worked out
+        self._stale: set[Node] = set()
 
     @property
     def fx(self) -> fx.Graph:
@@ -106,9 +108,10 @@ class Graph:
             self._results[analysis] = analysis(self)
         return self._results[analysis]
 
-    def changed(self) -> None:
-        """Forgets the results of all analyses. The editor calls it after every edit."""
+    def changed(self, nodes: Iterable[Node] = ()) -> None:
+        """Forgets the results of all analyses. The editor calls it after every edit, with the nodes that compute something else now."""
         self._results.clear()
+        self._stale.update(nodes)
 
     def clone(self, *, weights: bool = True) -> Graph:
         """A deep copy, sections included; without `weights`, its tensors share the memory of this graph's."""
@@ -116,7 +119,7 @@ class Graph:
         nodes = fx.Graph()
         for node in self.nodes:
             copies[node] = nodes.node_copy(node, lambda n: copies[n])
-        module = TrainingModule(copy_with(self.module) if weights else alias_copy(self.module), nodes, self.module._get_name())
+        module = TrainingModule(copy_with(self.module) if weights else alias_copy(self.module), nodes, type(self.module).__name__)
         other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.aliases, self.untouched)
         other.sections = [replace(s, nodes=tuple(copies[n] for n in s.nodes)) for s in self.sections]
         return other
@@ -130,7 +133,9 @@ class Graph:
             if "origin" not in node.meta:
                 given = [n.meta["origin"] for n in node.all_input_nodes if "origin" in n.meta]
                 node.meta["origin"] = given[-1] if given else Origin("", 0)
-        propagate_shapes(self.module, self.input)
+        if not update_shapes(self.module, self._stale):
+            propagate_shapes(self.module, self.input)
+        self._stale.clear()
         self.changed()
 
 

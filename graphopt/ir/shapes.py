@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import FunctionType
@@ -66,6 +66,59 @@ def propagate_shapes(module: fx.GraphModule, input: Input, batch: int = SHAPE_BA
             what = f"the graph cannot take an input of shape {show(input)}: {first_line(cause)}"
             fix = "Give the input shape that the backbone was built for ([backbone] input, and its image size argument)"
             raise TraceError(what, where=where, fix=fix) from error
+
+
+def update_shapes(module: fx.GraphModule, stale: Collection[fx.Node]) -> bool:
+    """Works out the values again of nodes that are `stale` or have none, and of all that reads one which looks different now.
+
+    Returns False, with values missing, where that cannot be done node by node: `propagate_shapes` then does it, or says why it cannot.
+    """
+    first = next(iter(module.graph.find_nodes(op="placeholder")))
+    mode = getattr(first.meta.get("val"), "fake_mode", None)
+    if mode is None:
+        return False
+    renewed = set[fx.Node]()
+    taken = set[int]()
+    with uncached(module):
+        for node in module.graph.nodes:
+            if node in stale or "val" not in node.meta or not renewed.isdisjoint(node.all_input_nodes):
+                old = node.meta.pop("val", None)
+                # Which nodes share a parameter's memory is told by one copy of the whole module alone.
+                if node.op == "get_attr":
+                    return False
+                try:
+                    new = value_of(module, node, mode)
+                except Exception:
+                    return False
+                node.meta["val"] = old if (same := _looks_like(new, old, taken)) else new
+                if not same:
+                    renewed.add(node)
+            taken.update(t.untyped_storage()._cdata for t in tensors_in(node.meta["val"]))
+    return True
+
+
+def value_of(module: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+    """What a node gives for the fake values of its inputs, in eval mode and without a gradient. Raises what it raises."""
+    args, kwargs = map(_literal, fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"]))
+    function: Any = node.target
+    if node.op == "output":
+        return args[0]
+    if node.op == "call_method":
+        function = getattr(type(args[0]), function)
+    elif node.op == "call_module":
+        function = fake_copy(module.get_submodule(function), mode).eval()
+    with mode, torch.no_grad():
+        return function(*args, **kwargs)
+
+
+def _looks_like(new: Any, old: Any, taken: set[int]) -> bool:
+    """Whether a value can stay what it was: the same one, or two tensors alike, each in memory of its own (`taken` is that of others)."""
+    if new is old:
+        return True
+    if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
+        return False
+    alike = (new.shape, new.stride(), new.dtype, new.storage_offset()) == (old.shape, old.stride(), old.dtype, old.storage_offset())
+    return alike and taken.isdisjoint((new.untyped_storage()._cdata, old.untyped_storage()._cdata))
 
 
 def is_large(input: Input) -> bool:

@@ -202,7 +202,7 @@ class Search:
     def __init__(self, spec: Spec, *, device: Device | None = None, trust: bool = False) -> None:
         self.spec, self.device, self.trust = spec, device, trust
         self.plan = compile_phase(prepare(None, spec, compare=False, trust=trust), verify="off", costs=False)
-        self.backbone = self._phase_cost(self._plan(()), spec.train.micro_batch())
+        self.backbone = self._phase_cost(self._plan(()), spec.train.batch)
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
         matched = match_all(self.plan.sizes.whole, [PassInstance(value, index) for index, value in enumerate(passes)])
@@ -224,8 +224,9 @@ class Search:
             CostError: one sample does not fit, or the budget limits FLOPs, which are the same per sample at any batch.
         """
         budget.check_for_batch()
-        phases = self.plan.phases(self.spec.train.epochs)
-        batch, cost = largest_batch(lambda size: self.cost(phases, size), budget)
+        phases, count = self.plan.phases(self.spec.train.epochs), self.spec.train.accumulate
+        size, cost = largest_batch(lambda size: self.cost(phases, size * count), budget)
+        batch = size * count
         backbone = self._phase_cost(self._plan(()), batch)
         self._plan(self.plan.passes, verify=self.spec.verify or "full")
         own = Trial("the spec as it is", (), cost, fits=True, best=True, verified=True, untrained=self._untrained(cost))
@@ -240,7 +241,7 @@ class Search:
         shown = tuple(replace(c, fits=self._fits(c, budget)) for c in shown)
         fitting = sorted((c for c in shown if c.fits and c.verified), key=lambda c: c.price)
         chosen = fitting[0] if fitting else None
-        batch = self.spec.train.micro_batch()
+        batch = self.spec.train.batch
         if chosen is None:
             return Fit(budget, batch, self.backbone, shown, None, None)
         return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch), _snippet(self.plan.passes, chosen.added))
@@ -298,7 +299,7 @@ class Search:
     def _costed(self, trial: Trial) -> Trial:
         try:
             phases = self._plan(in_order(self.plan.passes, trial.added)).phases(self.spec.train.epochs)
-            cost = self.cost(phases, self.spec.train.micro_batch())
+            cost = self.cost(phases, self.spec.train.batch)
         except GraphoptError as error:
             return replace(trial, refused=str(error))
         except Exception as error:  # of one pass: reported, and no reason to give up on the others
@@ -320,7 +321,7 @@ class Search:
     def _with(self, added: Sequence[Pass], batch: int) -> Spec:
         table = self.spec.resolved(defaults=False)
         table["pass"] = [value.table() for value in in_order(self.plan.passes, added)]
-        table["train"] = {**table.get("train", {}), "batch": batch * self.spec.train.accumulate}
+        table["train"] = {**table.get("train", {}), "batch": batch}
         return from_table(table, trust=self.trust)
 
 

@@ -4,11 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from graphopt.compiler.emit import emit
-from graphopt.compiler.measure import Measure, measure_with
 from graphopt.compiler.plan import Phase, Plan
+from graphopt.cost import StepOptions, forecast
 from graphopt.cost.devices import Device
 from graphopt.cost.memory import DeviceMemory
+from graphopt.ir.inputs import Input, input_of
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,8 @@ def with_memory(plan: Plan, device: Device) -> Plan:
     report = plan.report
     if report.before is None or report.after is None:
         return plan
-    measure = _measure(plan, device)
-    before = measure(emit(plan.sizes.whole), plan.sizes.whole, ()).cuda
-    after = _memory(plan, measure) if any(plan.effects) else before
+    before = _forecast(plan, emit(plan.sizes.whole), plan.sizes.full, device)
+    after = _memory(plan, device) if any(plan.effects) else before
     report = replace(report, before=replace(report.before, cuda=before), after=replace(report.after, cuda=after))
     return replace(plan, report=report)
 
@@ -43,16 +45,19 @@ def forecast_phases(phases: Iterable[Phase], device: Device) -> tuple[PhaseMemor
     """What a step of each phase of a run needs of a GPU. Raises CostError if one cannot be forecast."""
     found = []
     for start, end, _, plan in phases:
-        found.append(PhaseMemory(start, end - start, _memory(plan, _measure(plan, device))))
+        found.append(PhaseMemory(start, end - start, _memory(plan, device)))
     return tuple(found)
 
 
-def _measure(plan: Plan, device: Device) -> Measure:
-    options = plan.spec.train.forecast_options() if plan.spec is not None else {}
-    return measure_with(plan.batch, device=device, **options)
+def _memory(plan: Plan, device: Device) -> DeviceMemory:
+    """What a step of the plan needs; where it trains on features, a step of what follows them, with the whole network in memory."""
+    features = plan.needs.features is not None
+    module = plan.suffix if features else plan.module
+    return _forecast(plan, module, input_of(module) if features else plan.graph.input, device, targets=plan.needs.targets)
 
 
-def _memory(plan: Plan, measure: Measure) -> DeviceMemory:
-    memory = measure(plan.module, plan.graph, [effects for effects in plan.effects if effects is not None]).cuda
+def _forecast(plan: Plan, module: nn.Module, input: Input, device: Device, *, targets: bool = False) -> DeviceMemory:
+    options: StepOptions = {**(plan.spec.train.forecast_options() if plan.spec is not None else {}), "targets": targets, "device": device}
+    memory = forecast(module, input, plan.batch, **options).cuda
     assert memory is not None
     return memory

@@ -10,7 +10,7 @@ from graphopt.compiler.triggers import Decision
 from graphopt.cost import Cost, Rates
 from graphopt.cost.partition import assign
 from graphopt.spec import TrainSpec
-from graphopt.train.assignment import one_chain, seconds_of, seconds_of_stage, step_of
+from graphopt.train.assignment import one_chain, seconds_of, step_of
 from graphopt.train.link import DEPTH
 from graphopt.train.modules import check_modules
 
@@ -129,7 +129,7 @@ def _rank(stage: Stage, rank: int, train: TrainSpec, rates: Rates) -> ChainRank:
     return ChainRank(
         rank=rank,
         modules=stage.modules,
-        seconds=seconds_of_stage(stage, step, train, rates),
+        seconds=rates.seconds(step),
         step=step,
         messages=train.accumulate * bool(sent),
         sent_bytes=train.accumulate * sent,

@@ -141,24 +141,22 @@ def forecast_ranks(
         CostError: a step cannot be forecast.
     """
     name = _strategy(strategy or train.strategy, ranks)
-    batch, backend = train.micro_batch(ranks), _backend(train.device)
+    micro, backend = train.micro_batch(ranks), _backend(train.device)
     phases = []
     for start, end, _, current in plan.phases(train.epochs, decisions):
         options = {**train.forecast_options(), "targets": current.needs.targets}
-        if train.accumulate > 1:
-            options["parallel"] = Parallel.alone(train.accumulate)
         trained = trained_part(current, samples)
-        alone = forecast(trained.module, trained.input, train.micro_batch(), **options)
+        alone = forecast(trained.module, trained.input, train.batch, **options)
         kept = Kept(_averages(current, train, "single", 1), trained.left_out)
         phase = RankPhase(start, end - start, alone, alone, kept, kept, trained.feature_bytes(samples, 1))
         if name != "single":
             options["parallel"] = _parallel(name, current, trained, train, ranks, backend)
-            step = forecast(trained.module, trained.input, batch, **options)
+            step = forecast(trained.module, trained.input, train.batch // ranks, **options)
             kept = replace(kept, averages=_averages(current, train, name, ranks))
-            exchanged = trained.exchanged(batch, train.accumulate)
+            exchanged = trained.exchanged(micro, train.accumulate)
             phase = replace(phase, step=step, kept=kept, feature_bytes=trained.feature_bytes(samples, ranks), exchanged=exchanged)
         phases.append(phase)
-    return RanksCost(ranks, name, backend, batch, train.accumulate, tuple(phases))
+    return RanksCost(ranks, name, backend, micro, train.accumulate, tuple(phases))
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,7 @@ def _parallel(name: str, plan: Plan, trained: TrainedPart, train: TrainSpec, ran
     if name == "fsdp":
         return sharded(plan, train, ranks, backend)
     unused = [f"suffix.{path}" if trained.row_bytes else path for path in plan.report.unused]
-    return Parallel.replicated(ranks, accumulate=train.accumulate, unused=unused, backend=backend)
+    return Parallel.replicated(ranks, unused=unused, backend=backend)
 
 
 def sharded(plan: Plan, train: TrainSpec, ranks: int, backend: str) -> Parallel:
@@ -255,4 +253,4 @@ def sharded(plan: Plan, train: TrainSpec, ranks: int, backend: str) -> Parallel:
             strategy._mesh = init_device_mesh("cpu", (ranks,))
         return strategy.wrap(module, plan)
 
-    return Parallel(ranks, wrap, strategy.without_reduction, train.accumulate, 1, strategy.after_backward, backend)
+    return Parallel(ranks, wrap, strategy.without_reduction, 1, strategy.after_backward, backend)

@@ -172,36 +172,35 @@ def forecast_run(
         RunError: the training set has less than one batch.
         CostError: a step cannot be forecast.
     """
-    batch = train.micro_batch()
+    micro = train.micro_batch()
     options = {**train.forecast_options(), "device": rates.gpu if isinstance(rates, PeakRates) else None}
-    per_epoch = samples // train.batch
-    steps = per_epoch * train.accumulate
+    steps = samples // train.batch
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
     backbone = emit(plan.sizes.whole)
-    whole = forecast(backbone, plan.sizes.full, batch, **options)
+    whole = forecast(backbone, plan.sizes.full, train.batch, **options)
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
     compiled = tuple(plan.phases(train.epochs, decisions) if phases is None else phases)
     for start, end, due, current in compiled:
-        length = Fraction(step_at(end, per_epoch) - step_at(start, per_epoch), per_epoch)
-        step, filling, cached = _phase_cost(current, earlier, batch, samples, options) if any(current.effects) else (whole, None, 0)
+        step, filling, cached = _phase_cost(current, earlier, train, samples, options) if any(current.effects) else (whole, None, 0)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
         seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)
+        length = Fraction(step_at(end, steps) - step_at(start, steps), steps)
         epochs = int(length) if length.denominator == 1 else float(length)
         phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
             cost, batches = filling
             if every := current.needs.features and current.needs.features.options.get("refresh"):
-                batches += samples / batch * max(0, math.ceil(end) - math.ceil(start) - 1) / every
+                batches += samples / cost.batch * max(0, math.ceil(end) - math.ceil(start) - 1) / every
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)
         earlier = current if cached else None
     times = sorted({*range(train.eval_every - 1, train.epochs, train.eval_every), train.epochs - 1})
-    at_own_size = _evaluating(backbone, plan.sizes.full, len(times) * evaluated / batch, batch, options, rates)
-    evaluating = _evaluating_phases(compiled, times, evaluated / batch, batch, options, rates)
+    at_own_size = _evaluating(backbone, plan.sizes.full, len(times) * evaluated / micro, micro, options, rates)
+    evaluating = _evaluating_phases(compiled, times, evaluated / micro, micro, options, rates)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
     totals = _totals([before], *at_own_size), _totals(found, *evaluating)
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
@@ -255,15 +254,14 @@ def _totals(phases: Sequence[PhaseCost], evaluation: int, evaluation_seconds: fl
 
 
 def _phase_cost(
-    plan: Plan, earlier: Plan | None, batch: int, samples: int, options: Mapping[str, Any]
+    plan: Plan, earlier: Plan | None, train: TrainSpec, samples: int, options: Mapping[str, Any]
 ) -> tuple[Cost, tuple[Cost, float] | None, int]:
     """One training step; one batch of filling the feature cache (from that of the phase before), and the number of batches; its size."""
     options = {**options, "targets": plan.needs.targets}
     cut = plan.needs.features
     if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
-        return forecast(plan.module, plan.graph.input, batch, **options), None, 0
-    suffix = emit(plan.graph, start=cut.node)
-    step = forecast(suffix, input_of(suffix), batch, **options)
+        return forecast(plan.module, plan.graph.input, train.batch, **options), None, 0
+    step = forecast(plan.suffix, input_of(plan.suffix), train.batch, **options)
     old = earlier.needs.features if earlier is not None else None
     if earlier is not None and earlier.base is not plan.base:
         old = None  # features of images of another size
@@ -271,8 +269,8 @@ def _phase_cost(
     if start is cut.node:
         return step, None, cached
     prefix = emit(plan.graph, start=start, stop=cut.node)
-    fill = _forward_cost(prefix, input_of(prefix), batch, options)
-    return step, (fill, samples * (cut.options.get("views") or 1) / batch), cached
+    fill = _forward_cost(prefix, input_of(prefix), train.micro_batch(), options)
+    return step, (fill, samples * (cut.options.get("views") or 1) / fill.batch), cached
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -7,15 +7,19 @@ draws from torch's default generators, as it does anywhere.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
-_shared: int | None = None
+_shared: Callable[[], int] | None = None
 _own: int | None = None
 
 
-def set_seeds(shared: int | None, own: int | None) -> None:
-    """Sets the seeds of the next forward, and begins the stream of its first module; None returns to torch's default generators."""
+def set_seeds(shared: Callable[[], int] | None, own: int | None) -> None:
+    """Sets the seeds of the next forward, and begins the stream of its first module; None returns to torch's default generators.
+
+    The shared one is worked out where something draws from it: few networks do.
+    """
     global _shared, _own
     _shared, _own = shared, own
     begin_stream(0)
@@ -35,7 +39,7 @@ def shared_draw(key: str) -> float:
     """A number in [0, 1): a function of the shared seed and of `key`, the name of what draws. So a repeated forward draws it again."""
     if _shared is None:
         return float(torch.rand(()))
-    return (_mixed(f"{_shared} {key}") >> 10) / 2**53
+    return (_mixed(f"{_shared()} {key}") >> 10) / 2**53
 
 
 def _mixed(text: str) -> int:

@@ -1,8 +1,8 @@
 """`[data]` and `[data.augment]`: the images of a run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graphopt.spec.kinds import Alpha, Count, Deviations, Fraction, Interval, Means, Policy, Positive, Shares, Table
 from graphopt.units import Size
@@ -33,6 +33,11 @@ class AugmentSpec(Table):
         default="const", description="what erased pixels become: the mean, one random color, or a random color each"
     )
     erase_count: Annotated[int, Field(ge=1, le=100)] = Field(default=1, description="rectangles erased at most")
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=1,
+        description="how often an epoch takes an image, with other draws each time, on several processes; it has no more steps, so it "
+        "takes that part of the images",
+    )
     mixup: Alpha = Field(default=0.0, description="mixup's alpha; 0 is off; pairs images of one process's micro-batch")
     cutmix: Alpha = Field(default=0.0, description="CutMix's alpha; 0 is off; pairs as mixup")
     cutmix_minmax: Shares | None = Field(
@@ -42,6 +47,12 @@ class AugmentSpec(Table):
     mixup_switch_prob: Fraction = Field(default=0.5, description="where both are on, the probability of CutMix")
     mixup_mode: Literal["batch", "pair", "elem"] = Field(default="batch", description="one draw for each batch, pair or element")
     mixup_off_epoch: Count = Field(default=0, description="first epoch without mixup and CutMix; 0: they stay on")
+
+    @model_validator(mode="after")
+    def _varied(self) -> Self:
+        if self.repeats > 1 and not self.redraws:
+            raise ValueError("repeats takes an image several times, with other draws: it needs random augmentation, hflip for example")
+        return self
 
     @property
     def redraws(self) -> bool:

@@ -101,7 +101,7 @@ class LossSpec(Table):
 
 
 class DistillSpec(Table):
-    """`[train.distill]`: a teacher, whose outputs are learned with the classes (Hinton et al., arXiv 1503.02531). No forecast counts it."""
+    """`[train.distill]`: a teacher, whose outputs are learned with the classes (Hinton et al., arXiv 1503.02531)."""
 
     source: Source = Field(default="timm", description="as in [backbone]")
     name: str = Field(min_length=1, description="as in [backbone]; as many classes as the backbone has")
@@ -140,7 +140,7 @@ class TrainSpec(Table):
     optimizer: Annotated[OptimizerSpec, BeforeValidator(_named)] = OptimizerSpec()
     scheduler: Annotated[SchedulerSpec, BeforeValidator(_named)] = SchedulerSpec()
     loss: Annotated[LossSpec, BeforeValidator(_named)] = LossSpec()
-    distill: DistillSpec | None = Field(default=None, description="a teacher; see [train.distill]")
+    distill: DistillSpec | None = Field(default=None, description="a teacher; see [train.distill]; forecasts leave it out")
     label_smoothing: FractionBelow1 = Field(default=0.0, description="share of the target that all classes get")
     accumulate: Positive = Field(
         default=1, description="micro-batches per optimizer step, each of batch / (processes x accumulate) samples"
@@ -191,10 +191,16 @@ class TrainSpec(Table):
         return self.batch // parts
 
     def forecast_options(self) -> dict[str, Any]:
-        """Options of `graphopt.cost.forecast`, for a training step of this run."""
+        """Options of `graphopt.cost.forecast`, for a training step of this run: one of `batch` samples, where there is one process."""
         optimizer = self.optimizer
         arguments = {"momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay, **optimizer.arguments}
-        return {"optimizer": optimizer.name, "optimizer_options": arguments, "amp": self.amp}
+        return {
+            "optimizer": optimizer.name,
+            "optimizer_options": arguments,
+            "amp": self.amp,
+            "channels_last": self.channels_last,
+            "accumulate": self.accumulate,
+        }
 
 
 class Spec(Table):

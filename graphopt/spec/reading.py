@@ -79,19 +79,24 @@ def loads(text: str, *, file: str | None = None, folder: Path = Path(), trust: b
     if len(text) > MOST_TEXT:
         what = f"a spec has at most {MOST_TEXT:,} characters, this one has {len(text):,}"
         raise SpecError(what, where=file or "spec", fix="Name the spec's file, not that of weights or data")
-    try:
-        data = _parsed(text)
-    except tomli.TOMLDecodeError as error:
-        message = f"not TOML (line {error.lineno}, column {error.colno}): {error.msg[:1].lower()}{error.msg[1:]}"
-        raise SpecError(message, where=f"{file or 'spec'}:{error.lineno}:{error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise SpecError(str(error), where=file or "spec") from None
+    data = parse(text, file or "spec")
     lines = key_lines(text)
     for override in overrides:
         path = _override(data, override)
         lines = {key: line for key, line in lines.items() if key[: len(path)] != path}
         lines[path] = 0  # it stands on no line; messages name --set instead
     return from_table(data, file=file, lines=lines, folder=folder, trust=trust)
+
+
+def parse(text: str, file: str) -> dict[str, Any]:
+    """TOML as plain values. Raises SpecError, with `file`, for what is none, is nested too deep, or has a number that is too long."""
+    try:
+        return _parsed(text)
+    except tomli.TOMLDecodeError as error:
+        message = f"not TOML (line {error.lineno}, column {error.colno}): {error.msg[:1].lower()}{error.msg[1:]}"
+        raise SpecError(message, where=f"{file}:{error.lineno}:{error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise SpecError(str(error), where=file) from None
 
 
 def _parsed(text: str) -> dict[str, Any]:

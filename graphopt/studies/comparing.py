@@ -244,11 +244,9 @@ def _result(run: Run, metric: str) -> Result:
     steps = _phase_steps(summary)
     costs = [phase.get("forecast") for phase in summary.get("phases", ())]
     known = bool(costs) and all(costs)
-    # A forecast is of one micro-batch.
-    times = train.get("accumulate", 1)
 
     def total(flops: Callable[[Mapping[str, Any]], int]) -> float | None:
-        return times * float(sum(count * flops(cost) for count, cost in zip(steps, costs, strict=True))) if known else None
+        return float(sum(count * flops(cost) for count, cost in zip(steps, costs, strict=True))) if known else None
 
     return Result(
         run=run,

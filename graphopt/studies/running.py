@@ -59,19 +59,16 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_index(study: Study, members: Sequence[Member], out: Path) -> None:
-    """Writes which runs belong to the study: `graphopt compare` reads it."""
+def _write_index(study: Study, members: Sequence[Member], out: Path) -> None:
+    """Writes which runs belong to the study, whose folder is locked: `graphopt compare` reads it."""
     runs = [{"folder": folder_of(m, out).name, "row": m.row, "seed": m.seed, "identity": m.identity, "set": m.changes} for m in members]
     about = {"study": INDEX_VERSION, "name": study.name, "baseline": study.baseline}
     record = {**about, "published": [item.model_dump() for item in study.published], "runs": runs}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot be an output folder: {reason(error)}", where=str(out), fix="Choose another") from error
     write_atomically(out / INDEX, sealed(json.loads(json.dumps(record)), indent=2) + "\n")
 
 
 def run_study(
+    study: Study,
     members: Sequence[Member],
     out: Path,
     *,
@@ -80,21 +77,23 @@ def run_study(
     trust: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Trains what is missing of the runs into folders in `out`, `jobs` at a time, and says how each ended.
+    """Trains what is missing of a study's runs into folders in `out`, `jobs` at a time, and says how each ended.
 
     Ctrl-C and SIGTERM stop the runs after their step, with checkpoints; the next call continues them. Raises RunError if another process
-    is at work in the folder.
+    is at work in the folder, of which nothing changes then, or if there can be no such folder.
 
     Args:
         devices: `train.device` of the runs, in turn; default: what their specs say.
     """
     from graphopt.train.run import StopSignals
 
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(out)
     except BlockingIOError as error:
         raise RunError("another process is running a study in this folder", where=str(out)) from error
+    except OSError as error:
+        raise RunError(f"cannot be an output folder: {reason(error)}", where=str(out), fix="Choose another") from error
     outcomes, pending = [], []
     for member in members:
         folder = folder_of(member, out)
@@ -105,6 +104,7 @@ def run_study(
             pending.append((member, folder))
     say(f"{len(members)} runs: {len(outcomes)} done, {len(pending)} to train")
     try:
+        _write_index(study, members, out)
         with StopSignals() as signals:
             outcomes += _Pool(pending, jobs, devices, trust, say, lambda: signals.signum or 0).run()
     finally:

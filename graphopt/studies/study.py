@@ -11,15 +11,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import tomli
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graphopt.errors import GraphoptError, SpecError, did_you_mean
-from graphopt.files import reason
+from graphopt.files import read_text, reason
 from graphopt.spec import Spec, load
 from graphopt.spec.messages import joined, spec_errors
 from graphopt.spec.model import locate
 from graphopt.spec.positions import key_lines
+from graphopt.spec.reading import parse
 from graphopt.spec.writing import toml_value
 
 #: more are a mistake in the grid
@@ -115,12 +115,10 @@ def read_study(source: str) -> tuple[Study, Path]:
             raise SpecError("no such study file, and no installed study of that name", where=source, fix=" ".join(filter(None, fixes)))
         path = found
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        raise SpecError(f"not TOML (line {error.lineno}, column {error.colno}): {error.msg}", where=f"{path}:{error.lineno}") from error
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot be read: {reason(error)}", where=str(path)) from error
+    data = parse(text, str(path))
     at = partial(locate, str(path), key_lines(text), [])
     try:
         study = Study.model_validate(data)

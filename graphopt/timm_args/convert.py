@@ -16,7 +16,7 @@ from graphopt.timm_args.training import distill_table, loss_table, optimizer_tab
 Table = dict[str, Any]
 
 #: options that a function here decides on, although they set no key
-_DECIDED = ("aug_repeats", "dist_bn", "input_img_mode", "eval_metric", "amp_impl", "model_dtype", "kd_distill_type")
+_DECIDED = ("dist_bn", "input_img_mode", "eval_metric", "amp_impl", "model_dtype", "kd_distill_type")
 _MIXING = ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch")
 #: what no_aug turns off
 _AUGMENTING: tuple[str, ...] = (
@@ -93,7 +93,7 @@ def convert(given: Mapping[str, Any], *, ranks: int = 1, teacher: str | None = N
     table["backbone"] = _backbone(of)
     if of["grad_checkpointing"]:
         table["pass"] = [{"use": "checkpoint", "segments": "every block"}]
-    table["data"] = _data(of)
+    table["data"] = _data(of, ranks)
     table["train"] = _train(of, ranks) | _amp(of) | _averages(of, ranks) | loss_table(of)
     table["train"]["optimizer"] = optimizer_table(of, table["train"]["batch"])
     schedule, table["train"]["epochs"] = schedule_table(of)
@@ -165,7 +165,7 @@ def _weights(of: Arguments, name: str) -> Any:
 # ---- the images
 
 
-def _data(of: Arguments) -> Table:
+def _data(of: Arguments, ranks: int) -> Table:
     ready = preparation(of["model"])
     table: Table = {"name": _data_name(of)}
     if root := of["data_dir"] or of["data"]:
@@ -182,7 +182,7 @@ def _data(of: Arguments) -> Table:
     channels = _shape(of, [3])[0]
     if of["input_img_mode"] not in (None, "RGB" if channels == 3 else "L"):
         of.refuse("input_img_mode")
-    return table | {"workers": of["workers"], "augment": _augment(of)}
+    return table | {"workers": of["workers"], "augment": _augment(of, ranks)}
 
 
 def _data_name(of: Arguments) -> str:
@@ -200,9 +200,16 @@ def _data_name(of: Arguments) -> str:
     return "folder"
 
 
-def _augment(of: Arguments) -> Table:
+def _augment(of: Arguments, ranks: int) -> Table:
     table: Table = {}
     names: dict[str, str] = {}
+    repeats = of["aug_repeats"]
+    if ranks == 1 or of["no_aug"]:  # the script repeats images on several ranks only
+        of.note("aug_repeats")
+    elif repeats:
+        if repeats != int(repeats):
+            of.refuse("aug_repeats")
+        table["repeats"] = int(repeats)
     if of["no_aug"]:
         table["crop"] = "squash"
         of.note(*_AUGMENTING, why="with no_aug")
@@ -252,8 +259,6 @@ def _train(of: Arguments, ranks: int) -> Table:
         table["compile"] = True
     if of["eval_metric"] != "top1":
         of.refuse("eval_metric")
-    if of["aug_repeats"]:
-        of.refuse("aug_repeats") if ranks > 1 else of.note("aug_repeats")
     return table
 
 

@@ -4,9 +4,7 @@ from graphopt.compiler.parts import isolated_modules
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.stages import Stage, every_module, stages
 from graphopt.cost import Cost, Rates
-from graphopt.cost.optimizer import update_of
 from graphopt.cost.partition import assign
-from graphopt.cost.ranks import Parallel
 from graphopt.cost.rates import rates_of
 from graphopt.errors import CostError
 from graphopt.spec import TrainSpec
@@ -32,22 +30,11 @@ def seconds_of(plan: Plan, train: TrainSpec, rates: Rates | None = None) -> list
     runs = every_module(plan)
     try:
         rates, found = rates or rates_of(train.device, train.amp), stages(plan, runs, train.micro_batch(), train.amp)
-        return [seconds_of_stage(stage, step_of(stage, train), train, rates) for stage in found]
+        return [rates.seconds(step_of(stage, train)) for stage in found]
     except CostError:
         return [1.0] * len(runs)
 
 
 def step_of(stage: Stage, train: TrainSpec) -> Cost:
-    """The cost of a stage's step of `train`; of many micro-batches, three are run, as `Parallel.accumulate` says."""
-    options = train.forecast_options()
-    if train.accumulate > 1:
-        options["parallel"] = Parallel.alone(train.accumulate)
-    return stage.forecast(train.micro_batch(), **options)
-
-
-def seconds_of_stage(stage: Stage, step: Cost, train: TrainSpec, rates: Rates) -> float:
-    """The seconds of a stage's step, from `step_of`, all its micro-batches and the update included."""
-    trains = [p for p in stage.part.module.parameters() if p.requires_grad]
-    options = train.forecast_options()
-    update = rates.seconds(update_of(trains, options["optimizer"], options["optimizer_options"]).work) if trains else 0.0
-    return (rates.seconds(step) - update) * train.accumulate / min(train.accumulate, 3) + update
+    """The cost of a stage's step of `train`."""
+    return stage.forecast(train.batch, **train.forecast_options())

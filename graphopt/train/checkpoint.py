@@ -6,8 +6,9 @@ is ever pickled: structure comes from replaying (spec, decisions), and every fil
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -36,16 +37,17 @@ from graphopt.runtime.shards import copied
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train.evaluation import Meter
 from graphopt.train.feature_cache.store import remove_features
+from graphopt.train.parts import Shard, remove_unused, split
 from graphopt.train.parts import read as read_parts
-from graphopt.train.parts import remove_unused, split
 from graphopt.train.parts import write as write_parts
 from graphopt.train.phase import Phase, RunContext
-from graphopt.train.ranks import Ranks
+from graphopt.train.ranks import ALONE, Ranks
 from graphopt.train.state import History, Progress, RunState
+from graphopt.train.strategy import Strategy
 
 MANIFEST = "run.json"
 MANIFEST_VERSION = 2
-FORMAT_VERSION = 5  # of checkpoints
+FORMAT_VERSION = 6  # of checkpoints
 #: settings that no training step depends on, and `epochs`: a longer schedule is a reason to resume
 FREE = {
     "train": {"epochs", "device", "strategy", "fsdp", "replicas", "timeout", "compile", "channels_last", "deterministic"}
@@ -215,8 +217,9 @@ class Checkpointer:
     With `train.checkpoint_async`, a thread writes a copy of the state, one checkpoint after the other.
     """
 
-    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, ranks: Ranks) -> None:
-        self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, ranks
+    def __init__(self, folder: RunFolder, spec: str, train: TrainSpec, data: DataSpec | Data, strategy: Strategy) -> None:
+        self.folder, self.spec, self.keep, self.ranks = folder, spec, train.keep, strategy.ranks
+        self._shard, ranks = strategy.shard, strategy.ranks
         # Of all strategies, only fsdp has tensors in parts; the others' ranks give rank 0 what it does not hold itself.
         self.sharded = train.checkpoint_format == "sharded" and train.strategy == "fsdp" and ranks.count > 1
         self._writing = ranks.apart() if self.sharded else ranks
@@ -289,23 +292,17 @@ class Checkpointer:
     def load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
         """The last whole checkpoint of the run with this digest, or None; and a message if the last one is damaged or the spec has changed.
 
-        Rank 0 reads it for all ranks.
+        All ranks have to call it: rank 0 reads it for all ranks, and each rank some of its parts.
         Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
         """
-        return self.ranks.broadcast(self._load(digest) if self.ranks.first else None)
-
-    def _load(self, digest: str) -> tuple[dict[str, Any] | None, str | None]:
-        paths = self.folder.checkpoints()
-        if not paths:
+        names = self.ranks.broadcast([path.name for path in self.folder.checkpoints()] if self.ranks.first else None)
+        if not names:
             return None, None
         path, message = self.folder.last, None
         try:
-            saved = load_checkpoint(path)
+            saved = self._read(path)
         except RunError as error:
-            whole = {path: content for path in paths if (content := _whole(path)) is not None and content["digest"] == digest}
-            if not whole:
-                raise
-            path, saved = max(whole.items(), key=lambda item: item[1]["progress"]["total"])
+            path, saved = self._newest_whole(names, digest, error)
             progress = Progress(**saved["progress"])
             message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
         check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
@@ -317,6 +314,23 @@ class Checkpointer:
         self.source = path
         self._epoch = saved["progress"]["epoch"] - 1 if not saved["progress"]["step"] else None
         return saved, "; ".join([*([message] if message else []), *allowed]) or None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint, on every rank. Raises RunError on all ranks."""
+        return load_checkpoint(path, self.ranks, self._shard)
+
+    def _newest_whole(self, names: Sequence[str], digest: str, error: RunError) -> tuple[Path, dict[str, Any]]:
+        """Of the run's checkpoints, the newest one that is not damaged; raises `error` where all are."""
+        found: list[tuple[int, str]] = []
+        for name in names if self.ranks.first else ():
+            with suppress(RunError):
+                content = _content(self.folder.path / name)
+                if content["digest"] == digest:
+                    found.append((-content["progress"]["total"], name))
+        for _, name in self.ranks.broadcast(sorted(found, key=lambda item: item[0])):
+            with suppress(RunError):
+                return self.folder.path / name, self._read(self.folder.path / name)
+        raise error
 
     def _changed(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """What of the settings is not as it was in a checkpoint, in words: what steps depend on, and the rest of the spec."""
@@ -367,10 +381,26 @@ def _changes(table: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iter
             yield key, f"{table}.{key} was {was!r} and is {now!r}"
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, onto the CPU. Raises RunError if it is missing, damaged, or of another format."""
+def load_checkpoint(path: Path, ranks: Ranks = ALONE, shard: Shard | None = None) -> dict[str, Any]:
+    """Reads a checkpoint, onto the CPU. Raises RunError if it is missing, damaged, or of another format.
+
+    All `ranks` have to call it: rank 0 reads the file for all, each rank some of its parts, as `graphopt.train.parts.read` says.
+    """
+    state: dict[str, Any] = ranks.broadcast(ranks.together(lambda: _content(path) if ranks.first else {}))
+    if (parts := state.pop("parts")) is not None:
+        read_parts(state, path.parent, parts, ranks.broadcast(_advice(path) if ranks.first else ""), ranks, shard)
+    return state
+
+
+def _advice(path: Path) -> str:
+    """What to do where a checkpoint cannot be used."""
     others = [other.name for other in RunFolder(path.parent).checkpoints() if not path.exists() or not other.samefile(path)]
-    fix = f"Use {' or '.join(others)} in its place" if others else "There is no other checkpoint: start the run again"
+    return f"Use {' or '.join(others)} in its place" if others else "There is no other checkpoint: start the run again"
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The file of a checkpoint, without the tensors in its parts."""
+    fix = _advice(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise RunError("is a pipe or a device, not a checkpoint", where=str(path), fix=fix)
     try:
@@ -386,13 +416,4 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check_version(state["graphopt"], FORMAT_VERSION, str(path))
     if state.pop("checksum", None) != content_digest(state):
         raise RunError("is damaged: its content is not what was written", where=str(path), fix=fix)
-    if (parts := state.pop("parts", None)) is not None:
-        read_parts(state, path.parent, parts, fix)
-    return state
-
-
-def _whole(path: Path) -> dict[str, Any] | None:
-    try:
-        return load_checkpoint(path)
-    except RunError:
-        return None
+    return {"parts": None, **state}

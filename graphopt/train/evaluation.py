@@ -29,11 +29,15 @@ class Meter:
     samples: int = 0
     sums: Tensor | None = None  # one of each of SUMS
 
-    def add(self, samples: int, **sums: Tensor) -> None:
-        """Adds what `samples` samples have as sums (scalars, by the names of SUMS); what is not given is zero."""
+    @staticmethod
+    def sums_of(**sums: Tensor) -> Tensor:
+        """Scalars by the names of SUMS as (4,) float64; what is not given is zero."""
         zero = torch.zeros((), dtype=torch.float64, device=next(iter(sums.values())).device)
-        added = torch.stack([sums[name].detach().double() if name in sums else zero for name in SUMS])
-        self.sums = added if self.sums is None else self.sums + added
+        return torch.stack([sums[name].detach().double() if name in sums else zero for name in SUMS])
+
+    def add(self, samples: int, sums: Tensor) -> None:
+        """Adds the sums over `samples` samples, made by `sums_of`."""
+        self.sums = sums if self.sums is None else self.sums + sums
         self.samples += samples
 
     def over(self, ranks: Ranks) -> "Meter":
@@ -96,7 +100,7 @@ def evaluate(
             if feed.real(number):
                 samples = len(batch.target)
                 correct, top5 = (count_correct(output, batch.target, among) for among in (1, 5))
-                meter.add(samples, loss=loss.double() * samples, correct=correct, top5=top5)
+                meter.add(samples, Meter.sums_of(loss=loss.double() * samples, correct=correct, top5=top5))
             after_batch(output, batch.target)
     return meter.over(strategy.ranks)
 

@@ -15,7 +15,7 @@ from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]  # re-ex
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.units import Units, units_of
@@ -69,6 +69,18 @@ class Sharded(Strategy):
         self._shard(module, emitted, units)
         return module
 
+    @property
+    def shard(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+        return self._from_rows if self.ranks.count > 1 else None
+
+    def _from_rows(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self._known_mesh(), [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def _known_mesh(self) -> DeviceMesh:
+        self._mesh = self._mesh or init_device_mesh(self.device.type, (self.ranks.count,))
+        return self._mesh
+
     def evaluated(self, wrapped: nn.Module, plan: Plan) -> nn.Module:
         # Only the module that was wrapped has its parameters gathered: behind a cut, that is what follows the prefix.
         return nn.Sequential(plan.prefix, wrapped) if hasattr(wrapped, "suffix") else plan.module
@@ -78,13 +90,12 @@ class Sharded(Strategy):
 
     def _shard(self, root: nn.Module, module: nn.Module, units: Units) -> None:
         """Shards the parameters of `module` in place; `root` is what a step calls, `module` itself or one around it."""
-        if self._mesh is None:
-            self._mesh = init_device_mesh(self.device.type, (self.ranks.count,))
+        mesh = self._known_mesh()
         by_name = dict(module.named_parameters(remove_duplicate=False))
         apart = {by_name[name] for name in (*units.replicated, *units.unused)}
         at_root = {by_name[name] for name in units.root}
         precision = getattr(torch, self.options.precision) if self.options.precision is not None else None
-        options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": MixedPrecisionPolicy(precision, torch.float32 if precision else None)}
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(precision, torch.float32 if precision else None)}
         if self.options.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         # FSDP's hook on a view is lost when something writes into the view; it warns of every view.
@@ -201,11 +212,15 @@ def _square(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _like(value: Any, parameter: nn.Parameter | None) -> Any:
-    """A whole tensor, sharded like a parameter of its shape; each rank takes its part, without communication."""
+    """A tensor, whole or sharded by rows, sharded like a parameter of its shape; each rank takes its part, without communication."""
     if parameter is None or not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     sharded: Any = parameter
     device = local(parameter).device
+    if is_sharded(value):
+        mesh, placements = sharded.device_mesh, sharded.placements
+        rows = local(value).to(device)
+        return DTensor.from_local(rows, mesh, placements, run_check=False, shape=value.shape, stride=value.stride())
     return distribute_tensor(value.to(device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 

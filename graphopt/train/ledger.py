@@ -1,9 +1,10 @@
 """The ledger of a run: which samples each optimizer step took, on all ranks; and what it proves of each epoch.
 
-The file begins with a line of JSON: the number of training samples, and how many a step takes. A record per step follows: its number in
-the run, its epoch, how many processes took it, and its samples: sorted, as differences of neighbours, in the narrowest dtype that holds
-them, which is about two bytes a sample. Each record ends with its CRC-32. Rank 0 writes the file; it is on disk whenever a checkpoint is,
-and a run that is resumed cuts it back to the step of its checkpoint.
+The file begins with a line of JSON: the number of training samples, how many a step takes, and how often an epoch takes a sample. That
+is once; with repeated augmentation it is several times, in which case an epoch takes that part of the samples (and the last one less often,
+where its steps end there). A record per step follows: its number in the run, its epoch, how many processes took it, and its samples:
+sorted, as differences of neighbours, in the narrowest dtype that holds them, which is about two bytes a sample. Each record ends with its
+CRC-32. Rank 0 writes the file; it is on disk whenever a checkpoint is, and a resumed run cuts it back to the step of its checkpoint.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 from graphopt.errors import RunError, listed
 from graphopt.files import reason
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: step (from 1), epoch, processes, samples, bytes of each
 _RECORD = struct.Struct("<QIIIB")
 _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -39,7 +40,7 @@ class Step(NamedTuple):
 class LedgerFile:
     """A ledger while a run writes it; without a path it records nothing."""
 
-    def __init__(self, path: Path | None, samples: int, batch: int, step: int = 0) -> None:
+    def __init__(self, path: Path | None, samples: int, batch: int, step: int = 0, repeats: int = 1) -> None:
         """Opens a new ledger, or that of a run that continues after `step` steps.
 
         Raises RunError if the ledger that is there is damaged, does not have these steps, or is of other data.
@@ -47,7 +48,7 @@ class LedgerFile:
         self._path = path
         if path is None:
             return
-        head = {"graphopt": FORMAT_VERSION, "samples": samples, "batch": batch}
+        head = {"graphopt": FORMAT_VERSION, "samples": samples, "batch": batch, "repeats": repeats}
         try:
             if step:
                 self._file: IO[bytes] = path.open("rb+")
@@ -109,24 +110,32 @@ class EpochCheck:
     epoch: int
     steps: int
     samples: int  # of the training set
-    once: int  # how many samples were taken exactly once
+    once: int  # how many samples were taken exactly once, or as often as the run repeats them
     left_out: tuple[int, ...]  # of a finished epoch: samples that no step took
-    repeated: tuple[int, ...]  # samples that were taken more than once
-    remainder: int  # how many a whole epoch leaves out, because they do not fill a step
+    repeated: tuple[int, ...]  # samples that were taken more often
+    remainder: int  # how many a whole epoch leaves out, because they do not fill a step, or others are repeated in their place
     finished: bool
     ranks: tuple[int, ...]  # numbers of processes that took its steps, in order
+    repeats: int = 1
+    rest: int = 0  # of a finished epoch that repeats samples: how often the last step took its last one, where that is less often
 
     @property
     def right(self) -> bool:
-        """Whether no sample was taken twice, and a finished epoch left out no more than its remainder."""
-        return not self.repeated and (not self.finished or len(self.left_out) == self.remainder)
+        """Whether no sample was taken too often, and a finished epoch took as many of them, as often, as it should."""
+        partly = int(self.rest > 0)
+        whole = len(self.left_out) == self.remainder and self.once + partly + self.remainder == self.samples
+        return not self.repeated and (not self.finished or whole)
 
     def __str__(self) -> str:
-        parts = [f"{self.once} of {self.samples} samples exactly once"]
+        often = "once" if self.repeats == 1 else f"{self.repeats} times"
+        parts = [f"{self.once} of {self.samples} samples exactly {often}"]
+        if self.rest:
+            parts.append(f"the last one {self.rest} times")
         if self.repeated:
-            parts.append(f"more than once {listed(map(str, self.repeated))}")
+            parts.append(f"more than {often} {listed(map(str, self.repeated))}")
         if self.left_out:
-            why = "the remainder after the last whole step" if len(self.left_out) == self.remainder else "MISSING"
+            expected = "the remainder after the last whole step" if self.repeats == 1 else f"an epoch takes 1 / {self.repeats} of them"
+            why = expected if len(self.left_out) == self.remainder else "MISSING"
             parts.append(f"not at all {listed(map(str, self.left_out))} ({why})")
         if not self.finished:
             parts.append("not finished")
@@ -144,20 +153,22 @@ def check_ledger(path: Path, steps: int | None = None) -> tuple[EpochCheck, ...]
     try:
         with path.open("rb") as file:
             head = _head(file, path)
-            samples, whole = int(head["samples"]), int(head["samples"]) // int(head["batch"])
+            samples, batch, repeats = int(head["samples"]), int(head["batch"]), int(head["repeats"])
+            whole = samples // batch
             counts, last, ranks = np.zeros(samples, np.int64), 0, list[int]()
 
             def close() -> None:
                 finished = (taken := last - whole * len(found)) == whole
                 left_out = np.flatnonzero(counts == 0) if finished else ()
-                numbers = tuple(map(int, left_out)), tuple(map(int, np.flatnonzero(counts > 1)))
-                remainder = samples - whole * int(head["batch"])
-                once = int((counts == 1).sum())
-                found.append(EpochCheck(len(found), taken, samples, once, *numbers, remainder, finished, tuple(dict.fromkeys(ranks))))
+                numbers = tuple(map(int, left_out)), tuple(map(int, np.flatnonzero(counts > repeats)))
+                remainder = samples - -(-whole * batch // repeats)
+                rest = whole * batch % repeats if finished else 0
+                figures = int((counts == repeats).sum()), *numbers, remainder, finished, tuple(dict.fromkeys(ranks))
+                found.append(EpochCheck(len(found), taken, samples, *figures, repeats, rest))
                 counts[:] = 0
                 ranks.clear()
 
-            for record in _records(file, path, int(head["batch"]), torn=steps is None):
+            for record in _records(file, path, batch, torn=steps is None):
                 if record.epoch != (record.step - 1) // whole or record.samples.max(initial=0) >= samples:
                     raise RunError(f"the ledger is damaged: the record of step {record.step} is impossible", where=str(path), fix=fix)
                 if record.epoch > len(found):
@@ -177,7 +188,7 @@ def check_ledger(path: Path, steps: int | None = None) -> tuple[EpochCheck, ...]
 def _head(file: IO[bytes], path: Path | None) -> dict[str, Any]:
     try:
         head = json.loads(file.readline(1000))
-        if head["graphopt"] == FORMAT_VERSION and 0 < head["batch"] <= head["samples"] < 2**31:
+        if head["graphopt"] == FORMAT_VERSION and 0 < head["batch"] <= head["samples"] < 2**31 and head["repeats"] > 0:
             return dict(head)
     except (ValueError, TypeError, KeyError):
         pass

@@ -5,11 +5,11 @@ else, the folder's name and the digest of each file, and is written last: parts 
 """
 
 import hashlib
+import math
 import re
 import shutil
 import time
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
@@ -21,9 +21,11 @@ from torch import Tensor
 from graphopt.errors import RunError, listed
 from graphopt.files import reason, remove_if_empty, sync_file, sync_folder
 from graphopt.runtime.shards import is_sharded
-from graphopt.train.ranks import NOTICE, Ranks
+from graphopt.train.ranks import ALONE, NOTICE, Ranks
 
 FOLDER = "parts"
+#: bytes of tensors that ranks give each other at once
+_TOGETHER = 2**26
 _NAME = re.compile(r"step-\d{8}(-\d+)?")
 _ROOM = "Make room; the checkpoint before it is whole"
 _SHARED = 'Let all ranks share the folder, or use checkpoint_format = "whole"'
@@ -70,7 +72,8 @@ def write(run: Path, step: int, tensors: Mapping[tuple[str, ...], Tensor], ranks
         if ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    return {"folder": name, "ranks": ranks.count, "files": files, "tensors": [list(keys) for keys in tensors]}
+    about = [(list(keys), list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for keys, tensor in tensors.items()]
+    return {"folder": name, "files": files, "tensors": about}
 
 
 def _free_name(root: Path, step: int) -> str:
@@ -79,8 +82,8 @@ def _free_name(root: Path, step: int) -> str:
     return next(name for name in names if not (root / name).exists())
 
 
-def _digests(folder: Path, ranks: Ranks) -> dict[str, str]:
-    """The digest of every rank's file, which is on disk then."""
+def _digests(folder: Path, ranks: Ranks) -> list[dict[str, str]]:
+    """Per rank, its files, which are on disk then, and their digests."""
     own, why = {}, ""
     try:
         for path in folder.glob(f"shard-{ranks.number + 1:05d}-*"):
@@ -94,8 +97,8 @@ def _digests(folder: Path, ranks: Ranks) -> dict[str, str]:
     for rank, (_, failed) in enumerate(told):
         if failed:
             raise RunError(f"the part of rank {rank} could not be written: {failed}", where=str(folder), fix=_ROOM)
-    files = {name: digest for found, _ in told for name, digest in found.items()}
-    missing = ranks.broadcast(_missing(folder, files, NOTICE) if ranks.first else None)
+    files = [found for found, _ in told]
+    missing = ranks.broadcast(_missing(folder, list(chain(*files)), NOTICE) if ranks.first else None)
     if missing:
         what = f"rank 0 does not see the parts that other ranks have written ({listed(missing)})"
         raise RunError(what, where=str(folder), fix=_SHARED)
@@ -116,37 +119,86 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def read(state: dict[str, Any], run: Path, record: Mapping[str, Any], fix: str) -> None:
-    """Puts the tensors that `split` has taken out of `state` back, whole, on the CPU; one process, whatever ranks wrote them.
+#: a tensor of which this rank holds these rows, from them and the whole one's shape
+Shard = Callable[[Tensor, Sequence[int]], Tensor]
 
-    Raises RunError, which names the file, if a part is missing, damaged or one too many; `fix` is its advice.
+
+def read(state: dict[str, Any], run: Path, record: Mapping[str, Any], fix: str, ranks: Ranks = ALONE, shard: Shard | None = None) -> None:
+    """Puts the tensors that `split` has taken out of `state` back, on the CPU; all ranks have to call it.
+
+    Each part is read and checked by one rank, its own by a rank of as many. Tensors become whole on every rank, or sharded with `shard`:
+    where as many ranks have written them, nothing but the parts' digests is exchanged then.
+
+    Raises RunError on every rank, which names the file, if a part is missing, damaged or one too many; `fix` is its advice.
     """
-    library = _library()
     folder, files = run / FOLDER / record["folder"], record["files"]
-    if missing := _missing(folder, files):
-        what = f"{len(missing)} of the {len(files)} parts that {record['ranks']} ranks wrote are missing: {listed(missing)}"
+    mine = range(ranks.number, len(files), ranks.count)
+    missing = ranks.gather(_missing(folder, [name for number in mine for name in files[number]]))
+    if names := list(chain(*missing)):
+        what = f"{len(names)} of the {sum(map(len, files))} parts that {len(files)} ranks wrote are missing: {listed(names)}"
         raise RunError(what, where=str(folder), fix=fix)
-    if more := sorted({path.name for path in folder.glob("*.safetensors")} - files.keys()):
+    rows = ranks.together(lambda: _own_rows(folder, files, mine, fix, others=ranks.first))
+    if shard is not None and ranks.count == len(files):
+        for keys, shape, dtype in record["tensors"]:
+            none = torch.empty(0, *shape[1:], dtype=getattr(torch, dtype))
+            _put(state, keys, shard(rows[ranks.number].pop("/".join(keys), none), shape))
+        return
+    for group in _groups(record["tensors"]):
+        names = ["/".join(keys) for keys, *_ in group]
+        given = ranks.gather({name: {number: rows[number].pop(name) for number in mine if name in rows[number]} for name in names})
+        for name, (keys, shape, _) in zip(names, group, strict=True):
+            pieces = {number: piece for of in given for number, piece in of[name].items()}
+            whole = torch.cat([pieces[number] for number in sorted(pieces)])
+            if list(whole.shape) != shape:
+                raise RunError(f"the parts of {name} do not make up a tensor of shape {tuple(shape)}", where=str(folder), fix=fix)
+            _put(state, keys, shard(_rows_of(whole, ranks), shape) if shard is not None else whole)
+
+
+def _own_rows(
+    folder: Path, files: Sequence[Mapping[str, str]], mine: Sequence[int], fix: str, *, others: bool
+) -> dict[int, dict[str, Tensor]]:
+    """The tensors in the parts of the ranks `mine`, by the name in the file; with `others`, files that are no parts are looked for."""
+    from safetensors.torch import load
+
+    if others and (more := sorted({path.name for path in folder.glob("*.safetensors")} - set(chain(*files)))):
         raise RunError(f"files that are no parts of the checkpoint: {listed(more)}", where=str(folder), fix="Remove them")
-    for name, digest in files.items():
-        try:
-            found = file_digest(folder / name)
-        except OSError as error:
-            raise RunError(f"cannot be read: {reason(error)}", where=str(folder / name), fix=fix) from error
-        if found != digest:
-            raise RunError("is damaged: its content is not what was written", where=str(folder / name), fix=fix)
-    reader = library.HuggingFaceStorageReader(str(folder))
-    known = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in known.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist says
-        library.load(tensors, storage_reader=reader, no_dist=True)
-    for keys in record["tensors"]:
-        *path, last = keys
-        place = state
-        for key in path:
-            place = place[key]
-        place[last] = tensors["/".join(keys)]
+    found: dict[int, dict[str, Tensor]] = {number: {} for number in mine}
+    for number in mine:
+        for name, digest in files[number].items():
+            try:
+                content = (folder / name).read_bytes()
+            except OSError as error:
+                raise RunError(f"cannot be read: {reason(error)}", where=str(folder / name), fix=fix) from error
+            if hashlib.blake2b(content, digest_size=16).hexdigest() != digest:
+                raise RunError("is damaged: its content is not what was written", where=str(folder / name), fix=fix)
+            found[number] |= load(content)
+    return found
+
+
+def _groups(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """Consecutive tensors of a record, of a limited number of bytes each time."""
+    group: list[Any] = []
+    size = 0
+    for about in tensors:
+        group.append(about)
+        size += math.prod(about[1]) * getattr(torch, about[2]).itemsize
+        if size >= _TOGETHER:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+def _rows_of(whole: Tensor, ranks: Ranks) -> Tensor:
+    """A rank's rows of a tensor, as `torch.chunk` and sharding divide it."""
+    each = -(-len(whole) // ranks.count)
+    return whole[each * ranks.number : each * (ranks.number + 1)].clone()
+
+
+def _put(state: Any, keys: Sequence[str], value: Tensor) -> None:
+    *path, last = keys
+    for key in path:
+        state = state[key]
+    state[last] = value
 
 
 def folder_of(checkpoint: Path) -> str | None:

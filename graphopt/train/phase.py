@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from graphopt.data.mixing import Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
 from graphopt.runtime.randomness import set_seeds
-from graphopt.runtime.shards import is_sharded, local, local_like
+from graphopt.runtime.shards import is_sharded, local, local_like, whole_state
 from graphopt.runtime.sync_norm import synchronize
 from graphopt.spec import TrainSpec
 from graphopt.train import optimizer as optimizers
@@ -73,9 +74,11 @@ class Step(NamedTuple):
 
     def add_to(self, *meters: Meter) -> None:
         """Adds the figures of its samples."""
-        losses = {"loss": self.task.double() * self.samples, "local": (self.total.double() - self.task.double()) * self.samples}
-        for meter in meters if self.samples else ():
-            meter.add(self.samples, **losses, correct=self.correct)
+        if self.samples:
+            task, total = self.task.double(), self.total.double()
+            sums = Meter.sums_of(loss=task * self.samples, local=(total - task) * self.samples, correct=self.correct)
+            for meter in meters:
+                meter.add(self.samples, sums)
 
 
 class AveragedWeights(ModelEmaV3):
@@ -169,7 +172,9 @@ class Phase:
         self._wrapped = self.strategy.wrap(self._trained, self.plan, self._unused())
         after = self._parameters()
         if any(after[name] is not before[name] for name in before):
-            self._optimize(self.strategy.to_shards(state, after))
+            self._optimize(None)
+            # After the schedule, which begins anew: a checkpoint before the next step has the rates that were reached.
+            optimizers.load_optimizer_state(self.optimizer, self.plan.module, self.strategy.to_shards(state, after))
         if self.ema is not None:
             self.strategy.wrap_average(self.ema.module, self.plan)
         self._call = self.strategy.callable(self._wrapped)
@@ -199,21 +204,21 @@ class Phase:
         """One optimizer step after `done` ones, over the next `accumulate` batches on the device."""
         count = self.spec.accumulate
         self.optimizer.zero_grad(set_to_none=True)
-        reseed(self.spec.seed, 3, done)  # of Python and NumPy, which a user's network may draw from
+        reseed(self.spec.seed, 3, done, of_torch=False)  # what a user's network may draw from; torch's generators are set below
         total = task = correct = torch.zeros((), device=self.strategy.device)
         samples = 0
         for number, batch in zip(range(count), batches, strict=False):
             seed = self.spec.seed, done, number
-            set_seeds(mixed_seed(*seed, 4), mixed_seed(*seed, 5, self.strategy.peers.number))
+            set_seeds(partial(mixed_seed, *seed, 4), mixed_seed(*seed, 5, self.strategy.peers.number))
             last = number + 1 == count
             with nullcontext() if last else self.strategy.without_reduction(self._wrapped):
                 with self.strategy.autocast():
                     loss, criterion, output = self._loss(batch)
                 if loss.requires_grad:
                     self.scaler.scale(loss / count).backward()
-            total = total + loss.detach() / count
+            total = _added(total, loss.detach(), count)
             if output is not None:
-                task = task + criterion.detach() / count
+                task = _added(task, criterion.detach(), count)
                 correct = correct + count_correct(output, batch.target)
                 samples += len(batch.target)
         self.strategy.after_backward()
@@ -329,15 +334,20 @@ class Phase:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict()`. Raises RunError if the network that (spec, decisions) gives is not the one that was saved."""
-        self.owned.load(state["model"])
+        self.owned.load(whole_state(state["model"]))
         optimizers.load_optimizer_state(self.optimizer, self.plan.module, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.owned.load(state["ema"] or state["model"], self.ema.module)
+            self.owned.load(whole_state(state["ema"] or state["model"]), self.ema.module)
         self.frozen, self.gradients_checked = dict(state["frozen"]), not state["first"]
         self.features = dict(state.get("features", {}))
         check_frozen(self.plan.module, self.frozen)
+
+
+def _added(mean: Tensor, value: Tensor, count: int) -> Tensor:
+    """The mean of `count` values, with one of them added."""
+    return value if count == 1 else mean + value / count
 
 
 def _means(by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

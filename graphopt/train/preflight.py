@@ -20,6 +20,7 @@ from graphopt.hashing import hash_parts
 from graphopt.ir.inputs import Input, show, tensors_of
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps, load, loads
 from graphopt.train import optimizer as optimizers
+from graphopt.train.distillation import open_teacher
 from graphopt.train.evaluation import check_output, traced_output
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feeds import Feeds
@@ -55,6 +56,11 @@ class Inputs:
         smoothing = settings.label_smoothing
         mixer = Mixer.of(data.augment, opened.classes, smoothing, settings.seed) if isinstance(data, DataSpec) else None
         return cls(strategy, opened, feeds, mixer)
+
+    def outline(self, data: DataSpec | Data) -> str:
+        """A hash of what makes samples of files, of their number and their targets; the files may lie elsewhere on each machine."""
+        made = data.model_dump_json(exclude={"root", "workers", "cache"}) if isinstance(data, DataSpec) else ""
+        return hash_parts(made.encode(), *(samples.outline().encode() for samples in (self.data.train, self.data.evaluation)))
 
     def features(self, folder: Path, digest: str, identity: Mapping[str, Any]) -> FeatureCache:
         """The run's cache of features; it touches no file before a phase needs it."""
@@ -112,8 +118,8 @@ def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
         check_modules(plan, settings, ranks)
 
 
-def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator[GraphoptError]:
-    """Everything for which `train` would refuse a run of this plan before its first step."""
+def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data, *, trust: bool = False) -> Iterator[GraphoptError]:
+    """Everything for which `train` would refuse a run of this plan before its first step; with `trust`, a teacher's code is run."""
     steps = 1
     try:
         inputs = Inputs.open(settings, data, plan.sizes.full, choose(settings))
@@ -121,6 +127,7 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data) -> Iterator
         check_outputs(plan, inputs.data.classes)
         inputs.features(Path(), "", {}).check(plan)
         check_images(plan, settings, inputs.feeds)
+        open_teacher(settings, plan, inputs.data, trust=trust)
     except GraphoptError as error:
         yield error
     try:

@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count as numbers
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
 from graphopt.data.loader import Rank
 from graphopt.errors import GraphoptError, RunError, first_line, listed, silenced
-from graphopt.train.meeting import elastic, meet
+from graphopt.train.meeting import elastic, meet, place
 
 _distributed: Any = distributed  # torch does not declare all of its names
 
@@ -27,6 +27,7 @@ _distributed: Any = distributed  # torch does not declare all of its names
 SLOW = 6
 #: seconds in which ranks notice that a collective has failed
 NOTICE = 5.0
+Result = TypeVar("Result")
 _joins = numbers()  # the same on all ranks: each run of a process has its own part of the store
 
 
@@ -53,13 +54,12 @@ class Ranks(Rank):
         """Meets the processes that torchrun has started (or those of a process group that exists); alone, there is one rank.
 
         They can say who reports an error; for all else comes `connected`. Raises RunError, which names the ranks that are missing, if not
-        all have come within `timeout` seconds.
+        all have come within `timeout` seconds; and for an environment that is not torchrun's.
         """
         exists, again = distributed.is_available() and distributed.is_initialized(), restarted()
-        count = distributed.get_world_size() if exists else int(os.environ.get("WORLD_SIZE", "1"))
+        number, count = (distributed.get_rank(), distributed.get_world_size()) if exists else place()
         if count == 1 and (exists or not elastic()):
             return cls(again=again)
-        number = distributed.get_rank() if exists else int(os.environ["RANK"])
         part = f"graphopt/{next(_joins)}"
         if exists:
             store = _distributed.PrefixStore(part, distributed.distributed_c10d._get_default_store())
@@ -151,6 +151,19 @@ class Ranks(Rank):
         distributed.all_gather_object(values, value, group=self._group)
         return values
 
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives on this rank; raises the RunError of the first rank that has one on every rank, so that all go on as one."""
+        value: Result | None = None
+        error: RunError | None = None
+        try:
+            value = work()
+        except RunError as raised:
+            error = raised
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+        return cast(Result, value)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over ranks, in float64."""
         return self._reduced(values, distributed.ReduceOp.SUM)
@@ -208,7 +221,10 @@ class Ranks(Rank):
             return silenced(error)
         if broken:
             error = self._missing() if late else self._disconnected(error)
-        return error.with_location(f"rank {self.number}") if isinstance(error, GraphoptError) else error
+        if isinstance(error, GraphoptError):
+            return error.with_location(f"rank {self.number}")
+        error.add_note(f"rank {self.number}")  # of a user's own code, or an error in graphopt
+        return error
 
     def ask_to_stop(self, signum: int) -> None:
         """Tells all ranks that this one has got a stop signal, without a message to any of them."""

@@ -31,7 +31,7 @@ from graphopt.hashing import content_digest, hash_parts
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
 from graphopt.train.checkpoint import Checkpointer, RunFolder
 from graphopt.train.distillation import open_teacher
-from graphopt.train.evaluation import Meter, evaluate
+from graphopt.train.evaluation import Meter, evaluate, traced_output
 from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
@@ -75,7 +75,8 @@ def train(
         # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
         inputs = Inputs.open(settings, data, plan.sizes.full if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
-        ranks.require_equal({"the spec": digest, "its settings": settings.model_dump_json(), **versions("{}'s version")})
+        known = {"the spec": digest, "its settings": settings.model_dump_json(), "the data": inputs.outline(data)}
+        ranks.require_equal(known | versions("{}'s version"))
         if plan is None:
             spec = settled(spec, settings, Path(out), ranks, trust=trust)
             digest = spec.digest
@@ -115,7 +116,7 @@ class Starting:
                 kept_heap(),
                 StopSignals() as signals,
                 closing(inputs.feeds),
-                closing(Checkpointer(folder, text, settings, self.data, strategy.ranks)) as checkpointer,
+                closing(Checkpointer(folder, text, settings, self.data, strategy)) as checkpointer,
             ):
                 saved, message = checkpointer.load(self.digest)
                 plan = self._compiled(weights=saved is None)
@@ -124,15 +125,16 @@ class Starting:
                 context.features.check(plan)
                 checkpointer.begin(self.digest)
                 board = folder.path / "tensorboard" if tensorboard else None
-                offset, path = saved["metrics_offset"] if saved is not None else 0, folder.metrics if strategy.ranks.first else None
-                done = state.progress.total
+                resumed, offset = saved is not None, saved["metrics_offset"] if saved is not None else 0
+                del saved  # the run has its own copy
+                path, done = folder.metrics if strategy.ranks.first else None, state.progress.total
                 record = folder.ledger if settings.ledger and strategy.ranks.first else None
                 with (
                     closing(MetricsLog(path, offset=offset, tensorboard=board, step=done)) as metrics,
-                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done)) as ledger,
+                    closing(LedgerFile(record, len(inputs.data.train), settings.batch, done, inputs.data.train.repeats)) as ledger,
                 ):
                     log = RunLog(state, metrics, Screen(console, settings.epochs), strategy)
-                    log.resumed(message) if saved is not None else log.phase(state.phase.plan.decisions)
+                    log.resumed(message) if resumed else log.phase(state.phase.plan.decisions)
                     return Run(context, state, log, checkpointer, signals, ledger).run()
         except Exception:
             if state is not None and not state.progress.total:
@@ -166,6 +168,8 @@ class Starting:
             identity["data"] = self.data.model_dump(mode="json", exclude={"workers", "cache"})
         inputs = self.inputs
         features = inputs.features(self.folder.features, plan.digest, identity)
+        if inputs.mixer is not None:
+            inputs.mixer.score(traced_output(plan).shape[1])
         teacher = open_teacher(self.settings, plan, inputs.data, trust=self.trust)
         if teacher is not None:
             inputs.strategy.to_device(teacher)
@@ -242,13 +246,12 @@ class Run:
         state, progress, epochs = self.state, self.progress, self.spec.epochs
         if not progress.total or progress.step == state.phase.steps:  # the end of the epoch comes before what follows it
             return
-        reached = {moment for moment, step in state.phase.moments() if step == progress.total}
-        due: tuple[Decision, ...] = ()
+        due, reached = tuple[Decision, ...](), {moment for moment, step in state.phase.moments() if step == progress.total}
         for moment in sorted(reached | ({progress.epoch} if not progress.step else set())):
             due += state.phase.plan.due(moment, state.history, epochs, due)
         if due:
-            before, state.phase = state.phase, state.phase.next(due, due[-1].epoch)
-            if state.phase.plan.base.input != before.plan.base.input:
+            size, state.phase = state.phase.plan.base.input, state.phase.next(due, due[-1].epoch)
+            if state.phase.plan.base.input != size:
                 progress.best_accuracy = -1.0  # accuracies at two sizes are not compared
             self.strategy.reset_peak_memory()
             state.watch()

@@ -91,6 +91,8 @@ class Screen:
             disable=console is None or not console.is_terminal,
         )
         self._task = self.progress.add_task("", total=None, note="", visible=False)
+        #: steps that the bar has not been told of, and when it will be
+        self._untold, self._next = 0, 0.0
 
     def at(self, epoch: int) -> str:
         """Epochs are counted as in a spec, from 0: the last of four is `epoch 3/3`."""
@@ -101,12 +103,16 @@ class Screen:
             self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, what: str, epoch: int, total: int, done: int = 0) -> None:
-        description = f"{self.at(epoch)} {what}"
+        description, self._untold = f"{self.at(epoch)} {what}", 0
         self.progress.reset(self._task, total=total, completed=done, description=description, note="", visible=True)
 
     def step(self, note: str = "") -> None:
-        fields: dict[str, Any] = {"note": note} if note else {}
-        self.progress.update(self._task, advance=1, **fields)
+        """One step more; the bar is drawn ten times a second, and is told no oftener."""
+        self._untold += 1
+        if note or time.monotonic() >= self._next:
+            fields: dict[str, Any] = {"note": note} if note else {}
+            self.progress.update(self._task, advance=self._untold, **fields)
+            self._untold, self._next = 0, time.monotonic() + 0.1
 
 
 class RunLog:
@@ -199,6 +205,6 @@ class RunLog:
         for name, label in (("accuracy", "accuracy"), ("ema_accuracy", "averaged weights")):
             if name in figures:
                 parts.append(f"{label} {100 * figures[name]:.2f} %")
-        parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", f"peak {show_size(peak)}"]
+        parts += [f"{seconds:.1f} s", f"{speed:.0f} images/s", *([f"peak {show_size(peak)}"] if peak else [])]
         self.screen.say(f"{self.screen.at(record['epoch'])}: {', '.join(parts)}")
         return peak

@@ -1,7 +1,6 @@
 """How a step runs: ranks, device, precision, memory layout and compilation."""
 
 import inspect
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,6 +17,7 @@ from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES, dtype_name
+from graphopt.runtime.memory_format import channels_last
 from graphopt.runtime.shards import whole_state
 from graphopt.spec import TrainSpec
 from graphopt.train.heap import release_free_memory
@@ -28,10 +28,14 @@ _deterministic: Any = torch.utils.deterministic
 
 
 def _resident(kind: Literal["RSS", "HWM"]) -> int:
-    """Bytes of this process in memory: now, or the most since the last reset. Outside of Linux, the most ever."""
+    """Bytes of this process in memory: now, or the most since the last reset. Outside of Linux, the most ever; on Windows 0."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(f"Vm{kind}:")).split()[1])
+    try:
+        import resource
+    except ImportError:
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -120,6 +124,11 @@ class Strategy:
         """
         return module
 
+    @property
+    def shard(self) -> Callable[[Tensor, Sequence[int]], Tensor] | None:
+        """Makes a tensor of a shape, sharded as parameters are, from this rank's rows of it; None where tensors are whole."""
+        return None
+
     def evaluated(self, wrapped: nn.Module, plan: Plan) -> nn.Module:
         """What an evaluation calls with images; `wrapped` is from `wrap`, and may take features in their place."""
         return plan.module
@@ -199,9 +208,7 @@ class Strategy:
 
     def move(self, batch: Batch) -> Batch:
         sample, input, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        if self.channels_last and input.ndim == 4:
-            input = input.contiguous(memory_format=torch.channels_last)
-        return Batch(sample, input, target)
+        return Batch(sample, channels_last(input) if self.channels_last else input, target)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()

@@ -21,8 +21,8 @@ Preserves the eval output. Training needs the targets: `output, local_loss = mod
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses
 regions that the graph cannot be cut after, more modules than there are cuts for, decoders that cannot rebuild the input, and heads of
 blocks that follow where none do. An image that leaves [0, 1] once `mean` and `std` are reverted is an error. `lookahead` reads weights of
-the next module, so `strategy = "modules"`, which trains that one in another process, refuses it. On a CPU with
-glibc, training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
+the next module, so `strategy = "modules"`, which trains that one in another process, refuses it. On a CPU with glibc, training lets the
+process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ class Supervise(Pass):
         loss: of the decoder: "l1" (default), "l2", "bce" (default for images; what is rebuilt must lie in [0, 1]).
         head: "pool" (default: mean over positions, norm, linear), "norm-pool" (norm first, as published for transformers), "conv"
             (InfoPro's), "contrast" (supervised contrast of 128 features instead of class scores; within the micro-batch of one process,
-            so it depends on their number).
-            "dictionary" (mean similarity of positions with one embedding per class, DCL), "ahead" (fresh blocks shaped like some of those
-            that follow, AugLocal; see depth).
+            so it depends on their number), "dictionary" (mean similarity of positions with one embedding per class, DCL), "ahead" (fresh
+            blocks shaped like some of those that follow, AugLocal; see depth).
         temperature: divides the similarities of "contrast" (default 0.07) and "dictionary" (1).
         depth: how many blocks an "ahead" head has, drawn evenly from those that follow, the last one included.
         taper: of "ahead": the depth falls linearly, in the last auxiliary module to `depth * (1 - taper) + taper`.

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from graphopt import Graph, PassError
 from graphopt.ir.blocks import find_blocks
-from graphopt.ir.extract import extracted
+from graphopt.ir.extract import extracted, stands_alone
 from graphopt.ir.regions import Region
 from graphopt.passes.supervise.layout import ActivationLayout, layout_of
 from graphopt.passes.supervise.options import Lookahead
@@ -29,9 +29,9 @@ Replace = Callable[[Tensor], Tensor]
 
 
 def following(graph: Graph, end: Node) -> tuple[Region, ...]:
-    """The closed blocks of the untouched graph after an activation, in execution order."""
+    """The blocks of the untouched graph after an activation that can stand alone, in execution order."""
     position = graph.order[end]
-    return tuple(b for b in find_blocks(graph) if b.closed and graph.order[b.nodes[0]] > position)
+    return tuple(b for b in find_blocks(graph) if graph.order[b.nodes[0]] > position and stands_alone(b))
 
 
 def depth_of(depth: int, taper: float, index: int, count: int) -> int:
@@ -167,11 +167,16 @@ class LookaheadBlocks(nn.Module):
         return mean + copied if self.scale is None else (2 - self.scale) * mean + self.scale * copied
 
     def follow(self, backbone: nn.Module) -> None:
-        """Means are taken of the weights that `backbone` has under the blocks' own names; those it has no more stay as they are."""
+        """Means are taken of the weights that `backbone` has under the blocks' own names.
+
+        Those that it has no more, or in another shape (another pass has factorized it), stay as they are.
+        """
         modules = dict(backbone.named_modules())
-        found = ((part, modules.get(path)) for body in self.mean.bodies() for path, part in body.named_modules())
-        pairs = ((part, source) for part, source in found if source is not None)
-        self._followed = [(part, source, name) for part, source in pairs for name in part._buffers if name in source._parameters]
+        self._followed = []
+        for path, part in (found for body in self.mean.bodies() for found in body.named_modules()):
+            weights = modules[path]._parameters if path in modules else {}
+            same = (name for name, mean in part._buffers.items() if mean is not None and _shape(weights.get(name)) == mean.shape)
+            self._followed += [(part, modules[path], name) for name in same]
 
     @torch.no_grad()
     def update(self, *, first: bool) -> None:
@@ -182,11 +187,15 @@ class LookaheadBlocks(nn.Module):
                 mean.lerp_(full(weight).to(mean.dtype), 1.0 if first else 1 - self.decay)
 
 
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
 def ahead_blocks(graph: Graph, end: Node, depth: int) -> tuple[Region, ...]:
     """The blocks that an `ahead` head of that depth is shaped like. Raises PassError if none follow."""
     found = evenly(following(graph, end), depth)
     if not found:
-        raise PassError(f"no closed block follows {end}", fix='Cut earlier, or use head = "pool"')
+        raise PassError(f"no block that can stand alone follows {end}", fix='Cut earlier, or use head = "pool"')
     return found
 
 
@@ -194,5 +203,7 @@ def lookahead_blocks(graph: Graph, end: Node, count: int) -> tuple[Region, ...]:
     """The first blocks after an activation. Raises PassError if fewer follow."""
     found = following(graph, end)[:count]
     if len(found) < count:
-        raise PassError(f"{len(found)} closed blocks follow {end}, and lookahead asks for {count}", fix="Cut earlier, or ask for fewer")
+        raise PassError(
+            f"{len(found)} blocks that can stand alone follow {end}, and lookahead asks for {count}", fix="Cut earlier, or ask for fewer"
+        )
     return found

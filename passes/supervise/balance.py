@@ -14,9 +14,9 @@ from graphopt import Graph, PassError
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
 from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.loss import autocast
 from graphopt.cost.partition import BATCH, Table, best, measure, peaks, pieces_of, sums
 from graphopt.cost.rates import TimedStep
-from graphopt.cost.step import autocast
 from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.inputs import sample_numbers
@@ -77,24 +77,24 @@ def predicted_seconds(graph: Graph, builder: Builder, step: TimedStep, *, limit:
     So it is where a process with the module alone would hold more than `limit` bytes: activations, parameters, gradients and optimizer
     state. Raises PassError if no division into `modules` stays within it.
     """
-    between = parts_of(graph, builder, batch=step.batch, amp=step.amp)
-    candidates, rates = cut_candidates(graph), step.rates
-    first, later = (measure(graph, candidates, batch=step.batch, amp=step.amp, isolated=isolated) for isolated in (True, False))
+    between = parts_of(graph, builder, batch=step.micro_batch, amp=step.amp)
+    candidates = cut_candidates(graph)
+    first, later = (measure(graph, candidates, batch=step.micro_batch, amp=step.amp, isolated=isolated) for isolated in (True, False))
     updates = [step.update(parameters) for parameters in _parameters(graph, candidates)]
-    isolated, inner = ([rates.seconds(p.work + u.work) for p, u in zip(pieces, updates, strict=True)] for pieces in (first, later))
+    isolated, inner = ([step.seconds(p.work, u) for p, u in zip(pieces, updates, strict=True)] for pieces in (first, later))
     seconds = sums(inner, isolated, [p.has_parameters for p in later])
 
     def highest(first: int, last: int) -> float:
         part = between(first, last)
         return math.inf if part is None else part.peak
 
-    held = sums([u.bytes for u in updates]) + peaks(later, 4 * step.batch * sample_numbers(graph.input), highest)
+    held = sums([u.bytes for u in updates]) + peaks(later, 4 * step.micro_batch * sample_numbers(graph.input), highest)
     update_of = functools.cache(lambda auxiliary: step.update(auxiliary.parameters()))
     for i, j in np.argwhere(np.isfinite(held[:, :-1])).tolist():
         part = between(i, j)
         assert part is not None
         update = update_of(part.auxiliary)
-        seconds[i, j] += rates.seconds(part.work + update.work)
+        seconds[i, j] += step.seconds(part.work, update)
         held[i, j] += update.bytes
     if limit is not None and (lowest := best(held, modules)[0]) > limit:
         what = f"no {modules} modules keep their steps of {step.batch} samples within {show_size(limit)}"

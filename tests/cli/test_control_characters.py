@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from graphopt.cli import main
-from graphopt.diff import diff
+from graphopt.diff import Diff
 from graphopt.diff.render.flowchart import to_dot, to_mermaid
 from graphopt.diff.render.page import to_html
 from graphopt.diff.render.picture import to_svg
@@ -77,7 +77,7 @@ def test_warnings_are_one_harmless_line(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_no_picture_holds_control_characters() -> None:
-    shown = diff(plan(Ice(select="stem"), Say(select="fc", status="frozen", detail={EVIL: EVIL}), costs=False), None)
+    shown = Diff.of(plan(Ice(select="stem"), Say(select="fc", status="frozen", detail={EVIL: EVIL}), costs=False), None)
     for text in (to_dot(shown), to_mermaid(shown), to_html(shown), to_svg(shown)):
         assert "owned" in text
         assert not CONTROL.findall(re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from graphopt.cli import main
 from graphopt.train.export import load_run
@@ -104,3 +106,13 @@ def test_what_cannot_be_scored(
     Path("w.safetensors").touch()
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_of_classes_that_are_no_utf_8_are_written() -> None:
+    for split in ("train", "val"):
+        for name in (b"a", b"\xff"):
+            folder = Path(f"images/{split}", os.fsdecode(name))
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8)).save(folder / "0.png")
+    assert main(["eval", "s.toml", "--data", "folder=images", "--set", "train.batch=1", "--confusion", "c.csv"]) == 0
+    assert rb"\udcff" in Path("c.csv").read_bytes()

@@ -13,14 +13,13 @@ import graphopt
 from graphopt import Pass
 from graphopt.compiler.stages import every_module, stages
 from graphopt.cost import Cost, measure
-from graphopt.cost.ranks import Parallel
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 
 ADAMW: dict[str, Any] = {"optimizer": "adamw"}
-MICRO: dict[str, Any] = {"parallel": Parallel(1, lambda module: module, accumulate=4, warm_up=0)}
+MICRO: dict[str, Any] = {"accumulate": 4}
 
 
 def vit() -> nn.Module:
@@ -49,10 +48,10 @@ def figures(cost: Cost) -> dict[str, int]:
 def test_the_forecast_of_a_stage_is_what_its_step_holds(name: str) -> None:
     make, input, passes, training = CASES[name]
     plan = graphopt.compile(make(), passes, input=input, verify="off", costs=False)
-    found = stages(plan, every_module(plan), 4, training.get("amp"))
+    found, batch = stages(plan, every_module(plan), 4, training.get("amp")), 4 * training.get("accumulate", 1)
     for stage in found:
-        real = measure(stage.module, (), 4, **{**training, **stage.options})
-        assert figures(stage.forecast(4, **training)) == figures(real), stage.modules
+        real = measure(stage.module, (), batch, **{**training, **stage.options})
+        assert figures(stage.forecast(batch, **training)) == figures(real), stage.modules
     assert [s.sent_bytes for s in found[:-1]] == [s.received_bytes for s in found[1:]]
     assert found[-1].outgoing == ()
 

@@ -50,10 +50,15 @@ def replicated(module):
     return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def parallel(kind, ranks, accumulate):
+def parallel(kind, ranks):
     if kind == "fsdp":
-        return Parallel(ranks, partial(sharded, ranks=ranks), kept_gradients, accumulate)
-    return Parallel(ranks, replicated, DistributedDataParallel.no_sync, accumulate)
+        return Parallel(ranks, partial(sharded, ranks=ranks), kept_gradients)
+    return Parallel(ranks, replicated, DistributedDataParallel.no_sync)
+
+
+def options(accumulate, way):
+    """Of a step with two samples in each micro-batch."""
+    return {"batch": 2 * accumulate, "accumulate": accumulate, "optimizer": "adamw", "parallel": way}
 
 
 def figures(cost):
@@ -69,9 +74,9 @@ CASES = [(kind, frozen, accumulate) for kind in ("ddp", "fsdp") for frozen, accu
 
 def check(rank, forecasts):
     for (kind, frozen, accumulate), expected in forecasts.items():
-        way = parallel(kind, distributed.get_world_size(), accumulate)
+        way = parallel(kind, distributed.get_world_size())
         # A thread of gloo may hold a message a moment longer than it is needed: one of three steps shows what is.
-        found = [figures(measure(network(frozen=frozen), INPUT, 2, optimizer="adamw", parallel=way)) for _ in range(3)]
+        found = [figures(measure(network(frozen=frozen), INPUT, **options(accumulate, way))) for _ in range(3)]
         if rank == 0:  # whose shards are the largest
             assert expected in found, (kind, frozen, accumulate)
 
@@ -80,15 +85,9 @@ def test_equals_a_step_of_real_ranks():
     ranks = 3  # which divides no size
     forecasts = {}
     for kind, frozen, accumulate in CASES:
-        way = Parallel.replicated(ranks, accumulate=accumulate) if kind == "ddp" else parallel(kind, ranks, accumulate)
-        forecasts[kind, frozen, accumulate] = figures(forecast(network(frozen=frozen), INPUT, 2, optimizer="adamw", parallel=way))
+        way = Parallel.replicated(ranks) if kind == "ddp" else parallel(kind, ranks)
+        forecasts[kind, frozen, accumulate] = figures(forecast(network(frozen=frozen), INPUT, **options(accumulate, way)))
     run_ranks(check, forecasts, ranks=ranks)
-
-
-def test_one_micro_batch_is_there_at_a_time_and_the_gradients_of_those_before():
-    one, many = (forecast(network(), INPUT, 2, optimizer=None, parallel=Parallel.alone(count)) for count in (1, 4))
-    assert many.input_bytes == one.input_bytes
-    assert one.peak_bytes < many.peak_bytes <= one.peak_bytes + one.gradient_bytes
 
 
 def test_a_ring_sends_what_is_not_a_ranks_own():

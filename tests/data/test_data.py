@@ -17,7 +17,7 @@ import torch
 from torchvision import datasets
 
 from graphopt import RunError
-from graphopt.data.loader import Batch, ImageFeed, Rank, open_data, stratified
+from graphopt.data.loader import Batch, ImageFeed, Rank, epoch_order, open_data, stratified
 from graphopt.data.mixing import Mixer
 from graphopt.errors import printable
 from graphopt.spec import AugmentSpec, DataSpec
@@ -372,3 +372,22 @@ def test_names_and_roots_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="digits has no split 'test2'"):
         opened(eval_split="test2")
     assert len(opened(name="Digits").train) == 1442
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_repeated_images_come_in_a_row_with_other_draws(ranks: int) -> None:
+    """The order is that of timm's sampler, on all ranks together: each image `repeats` times, as many entries as there are images."""
+    spec = DataSpec(name="digits", train_limit=20, eval_limit=10, augment=AugmentSpec(crop="resized", hflip=0.5, repeats=3))
+    data = open_data(spec, (1, 8, 8), seed=0)
+    feeds = [ImageFeed(data.train, 4, seed=5, rank=Rank(number, ranks)) for number in range(ranks)]
+    batches = [list(feed.batches(1)) for feed in feeds]
+    taken = [rank[number].sample[place].item() for number in range(5) for place in range(4 // ranks) for rank in batches]
+    assert taken == [index for index in epoch_order(20, 5, 1) for _ in range(3)][:20]
+    images = [image.numpy().tobytes() for rank in batches for batch in rank for image in batch.input]
+    assert len({*images}) == len(images)
+    assert torch.equal(next(iter(feeds[0].batches(1, start=2))).input, batches[0][2].input)
+
+
+def test_images_are_not_repeated_without_other_draws() -> None:
+    with pytest.raises(ValueError, match="needs random augmentation"):
+        AugmentSpec(repeats=2)

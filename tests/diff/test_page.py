@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import timm
@@ -11,11 +12,11 @@ import torch
 from torch import nn
 
 from graphopt.compiler.triggers import AtEpoch
-from graphopt.diff import diff
+from graphopt.diff import Diff
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.page import to_html
 from tests.diff.passes import Blend, Ice, Part, Say
-from tests.diff.plans import plan
+from tests.diff.plans import Copy, plan
 from tests.support.backbones import Small
 
 pytestmark = pytest.mark.browser
@@ -28,7 +29,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "small.html"
     evil = Say(select="fc", status="frozen", detail={"why": EVIL})
     passes = [Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.3"), evil]
-    path.write_text(to_html(diff(plan(*passes, model=Small(blocks=6), costs=False))))
+    path.write_text(to_html(Diff.of(plan(*passes, model=Small(blocks=6), costs=False))))
     return path
 
 
@@ -48,7 +49,7 @@ def card(page: Any, name: str) -> Any:
 def test_it_opens_and_shows_blocks_from_input_to_output(browse: Any, small: Path) -> None:
     page = browse(small)
     names = page.locator("[data-id] .name").all_text_contents()
-    assert names == ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "aux.0", "blocks.4-5 ×2", "head"]
+    assert names == ["stem", "blocks.0", "blocks.1", "blocks.2-3 ×2", "aux.0", "blocks.4-5 ×2", "head"]
     assert page.locator(".arc").count() == 2
     assert page.locator(".box.local").count() >= 2
     assert "backward stops" in page.locator(".layer-marks").text_content()
@@ -236,11 +237,47 @@ def test_light_and_dark(browse: Any, small: Path) -> None:
     assert page.evaluate("getComputedStyle(document.querySelector('.piece .name')).fill") != "rgb(27, 31, 36)"
 
 
+def test_a_block_is_found_under_both_of_its_names(browse: Any, tmp_path: Path) -> None:
+    path = tmp_path / "two.html"
+    path.write_text(to_html(Diff.of(plan(), plan(model=Copy()))))
+    page = browse(path)
+    page.get_by_role("button", name="Blocks", exact=True).click()
+    page.locator("input[type=search]").fill("blocks.1")
+    assert page.locator(".hit-by-search .name").all_text_contents() == ["body.1"]
+    page.locator("input[type=search]").fill("")
+    card(page, "r:body.1").click()
+    assert "in the first of the two: blocks.1" in page.locator("aside").text_content()
+
+
+def test_the_picture_is_saved_as_it_is_shown(browse: Any, small: Path, tmp_path: Path) -> None:
+    page = browse(small)
+    page.get_by_role("button", name="Blocks", exact=True).click()
+    found = {}
+    for kind in ("SVG", "PNG"):
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name=kind, exact=True).click()
+        assert waiting.value.suggested_filename == f"Small-rewritten.{kind.lower()}"
+        waiting.value.save_as(tmp_path / kind)
+        found[kind] = (tmp_path / kind).read_bytes()
+    names = [e.text for e in ElementTree.fromstring(found["SVG"]).iter("{http://www.w3.org/2000/svg}text") if e.get("class") == "name"]
+    assert "blocks.3" in names
+    assert b"var(" not in found["SVG"]
+    assert found["PNG"].startswith(b"\x89PNG\r\n")
+
+
+def test_an_operation_has_the_colour_of_its_own_status(browse: Any, small: Path) -> None:
+    page = browse(small)
+    page.get_by_role("button", name="Operations").click()
+    colour = "e => getComputedStyle(e).fill"
+    inside = page.locator(".piece.s-frozen .op.s-unchanged > .sign").first
+    assert inside.evaluate(colour) == "rgb(122, 127, 135)", "not that of the block around it"
+
+
 @pytest.mark.slow
 def test_a_large_graph_opens_soon_and_stays_usable(browse: Any, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = timm.create_model("swin_large_patch4_window7_224", num_classes=10)
-    found = diff(plan(Ice(select=("patch_embed", "layers.0", "layers.1")), model=model, input=(3, 224, 224)))
+    found = Diff.of(plan(Ice(select=("patch_embed", "layers.0", "layers.1")), model=model, input=(3, 224, 224)))
     assert sum(len(r.nodes) for r in found.rows) > 1300
     path = tmp_path / "large.html"
     path.write_text(to_html(found))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +15,7 @@ import pytest
 from torch import nn
 
 from graphopt.cli import main
-from graphopt.diff import diff
+from graphopt.diff import Diff
 from graphopt.diff.align import group_name
 from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render import picture as pictures
@@ -52,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def picture() -> str:
     strange = Say(select="fc", status="frozen", detail={"why": EVIL})
-    return to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
+    return to_svg(Diff.of(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
 
 
 def test_local_modules_have_the_colour_and_the_number_of_their_rank() -> None:
@@ -81,7 +83,7 @@ def test_svg_needs_no_style_variables_and_is_deterministic() -> None:
 
 
 def test_operations_have_a_place_each() -> None:
-    root = ElementTree.fromstring(to_svg(diff(plan(Ice(select=("stem", "blocks.0")), Skip(select="blocks.1"))), level="operations"))
+    root = ElementTree.fromstring(to_svg(Diff.of(plan(Ice(select=("stem", "blocks.0")), Skip(select="blocks.1"))), level="operations"))
     for piece in root.iter("{http://www.w3.org/2000/svg}g"):
         places = [op.get("transform") for op in piece.findall("{http://www.w3.org/2000/svg}g[@transform]")]
         assert len(places) == len(set(places))
@@ -91,7 +93,7 @@ def test_what_is_too_long_is_cut_where_it_tells_least_and_no_figure_is_cut() -> 
     layers = {f"encoder_layer_{n}": Residual(8) for n in range(4)}
     net = nn.Sequential(OrderedDict(backbone=nn.Sequential(OrderedDict(transformer_encoder=nn.Sequential(OrderedDict(layers))))))
     frozen = Ice(select=[f"backbone.transformer_encoder.encoder_layer_{n}" for n in (1, 2)])
-    root = ElementTree.fromstring(to_svg(diff(plan(frozen, model=net, input=(8, 8, 8), costs=True))))
+    root = ElementTree.fromstring(to_svg(Diff.of(plan(frozen, model=net, input=(8, 8, 8), costs=True))))
     found = {c: [t.text or "" for t in root.iter() if t.get("class", "").startswith(c)] for c in ("name", "small", "big", "cost", "what")}
     assert found["name"] == [f"encoder_layer_{n}" for n in range(4)]
     assert group_name([f"encoder.layers.encoder_layer_{n}" for n in range(3)]) == "encoder.layers.encoder_layer_0-2 ×3"
@@ -113,17 +115,33 @@ def test_without_any_engine_the_error_says_what_to_install(monkeypatch: pytest.M
         picture()
 
 
-def test_png_without_browser_and_cairo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draw", [pictures.to_png, pictures.to_pdf])
+def test_without_browser_and_cairo_it_says_what_to_install(draw: Callable[[str], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cairosvg", None)
     monkeypatch.setattr(pictures, "browser", lambda: None)
     with pytest.raises(RunError, match="Install chromium"):
-        pictures.to_png("<svg/>")
+        draw("<svg/>")
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(pictures.browser() is None, reason="there is no Chromium")
-def test_png_by_chromium() -> None:
-    assert pictures.to_png(picture(), scale=1).startswith(b"\x89PNG\r\n")
+def test_png_and_pdf_by_chromium() -> None:
+    svg = picture()
+    assert pictures.to_png(svg, scale=1).startswith(b"\x89PNG\r\n")
+    made = pictures.to_pdf(svg)
+    assert made.startswith(b"%PDF-")
+    assert made.count(b"/Type /Page\n") == 1, "one page, of the picture's size"
+    width, height = (float(n) * 4 / 3 for n in re.search(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", made).groups())
+    size = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
+    assert abs(width - float(size[1])) < 2
+    assert abs(height - float(size[2])) < 2
+
+
+def test_a_file_has_a_key_of_its_arrows_and_no_buttons() -> None:
+    text = picture().split("</style>")[1]
+    for meaning in ("gradients come back", "no gradient comes back", "into a local loss", "weights"):
+        assert f">{meaning}</text>" in text
+    assert "data-fold" not in text
 
 
 def test_diff_of_a_spec_shows_the_phase_that_changes_most(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +173,7 @@ def test_diff_of_two_specs_and_of_two_phases(capsys: pytest.CaptureFixture[str])
 def test_every_picture_is_written_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {"--html": "d.html", "--svg": "d.svg", "--mermaid": "d.mmd", "--dot": "d.dot", "--model-explorer": "d.json"}
     assert main(["diff", "s.toml", "--no-costs", *(word for pair in flags.items() for word in pair)]) == 0
-    assert {p.name for p in folder.iterdir()} == {"s.toml", "t.toml", "d.data.json", *flags.values()}
+    assert {p.name for p in folder.iterdir()} == {"s.toml", "t.toml", "d.data.json", "d.sync.json", *flags.values()}
     assert Path("d.html").read_text().startswith("<!doctype html>")
     assert Path("d.mmd").read_text().startswith("flowchart")
     assert Path("d.dot").read_text().startswith("digraph")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import os
 import re
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from graphopt.cli import main
 from graphopt.diff.render.chain import chain_section
+from graphopt.diff.render.page import escaped
 from graphopt.diff.render.run import charts, is_run, read_run
 from graphopt.files import sealed
 from graphopt.hashing import hash_parts
@@ -149,6 +153,34 @@ def test_a_folder_that_is_no_run_gets_one_error(make: Any, words: list[str], tmp
     assert error.count("error: ") == 1
     assert all(word in error for word in words)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_the_page_says_what_the_run_was_trained_with(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records())
+    summary = {"versions": {"torch": "2.14.1", "timm": "<1>"}, "data": "0123abcd", "device": "cpu"}
+    (folder / "summary.json").write_text(sealed(summary))
+    assert main(["report", str(folder), "--no-costs"]) == 0
+    page = (folder / "report.html").read_text().partition("<iframe")[0]
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page))
+    expected = {"train.epochs": "3", "train.batch": "8", "train.optimizer.name": "sgd", "train.seed": "0", "data.name": "digits"}
+    assert {key: rows[key] for key in expected} == expected
+    assert {key: rows[key] for key in ("torch", "timm", "digest of the data")} == {
+        "torch": "2.14.1",
+        "timm": "&lt;1&gt;",
+        "digest of the data": "0123abcd",
+    }
+    assert "train.clip" not in rows, "neither a main setting nor another value than usual"
+    assert escaped(SPEC) in page
+
+
+def test_the_page_holds_its_figures_as_csv(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", records())
+    assert main(["report", str(folder), "--no-costs"]) == 0
+    links = re.findall(r'<a download="(\w+).csv" href="data:text/csv;charset=utf-8;base64,([^"]*)"', (folder / "report.html").read_text())
+    tables = {name: list(csv.DictReader(io.StringIO(base64.b64decode(data).decode()))) for name, data in links}
+    assert [row["epoch"] for row in tables["epochs"]] == ["0", "1", "2"]
+    assert [row["step"] for row in tables["steps"]] == ["2", "4", "6", "8", "10", "12"]
+    assert float(tables["epochs"][2]["accuracy"]) == 0.2
 
 
 @pytest.mark.browser

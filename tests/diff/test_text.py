@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 
 from graphopt import Status
-from graphopt.diff import Diff, diff
+from graphopt.diff import Diff
 from graphopt.diff.model import STYLES
-from graphopt.diff.render.explorer import to_model_explorer, to_node_data
 from graphopt.diff.render.flowchart import to_dot, to_mermaid
 from graphopt.diff.render.text import render
 from tests.diff.passes import Blend, Ice, Part, Say, Skip, Store
@@ -25,7 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def everything() -> Diff:
     """Frozen stem, a mix, a local module with its head, and a name that wants to be code."""
     strange = Say(select="fc", status="frozen", detail={"why": '"<b>#1</b>"'})
-    return diff(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange))
+    return Diff.of(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange))
 
 
 def to_text(diff: Diff, *, unfold: bool = False, nodes: bool = False, colour: bool = False, unicode: bool = True) -> str:
@@ -40,8 +39,8 @@ CASES = {
     "plan.nodes.txt": lambda: to_text(everything(), nodes=True, unfold=True, unicode=False),
     "plan.mmd": lambda: to_mermaid(everything()),
     "plan.json": lambda: json.dumps(everything().to_dict(), indent=1, ensure_ascii=False) + "\n",
-    "two.txt": lambda: to_text(diff(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0")))),
-    "two.mmd": lambda: to_mermaid(diff(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0"))), unfold=True),
+    "two.txt": lambda: to_text(Diff.of(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0")))),
+    "two.mmd": lambda: to_mermaid(Diff.of(plan(Skip(select="blocks.2")), plan(Store(select="blocks.0"))), unfold=True),
 }
 
 
@@ -80,14 +79,3 @@ def test_mermaid_and_dot_keep_strange_names_as_text() -> None:
     assert "<b>#1" not in mermaid
     assert '\\"<b>#1</b>\\"' in dot
     assert dot.count("{") == dot.count("}")
-
-
-def test_model_explorer_edges_end_at_nodes_and_every_node_has_a_colour() -> None:
-    found = everything()
-    (graph,) = to_model_explorer(found)["graphs"]
-    ids = [n["id"] for n in graph["nodes"]]
-    assert len(ids) == len(set(ids)) == len(to_node_data(found)["diff"]["results"])
-    assert "aux.0" in ids
-    assert all(e["sourceNodeId"] in ids for n in graph["nodes"] for e in n["incomingEdges"])
-    assert {n["namespace"] for n in graph["nodes"]} >= {"blocks/0/conv1", "blocks/3"}
-    assert to_node_data(found)["diff"]["results"]["stem"]["value"] == "❄ frozen"

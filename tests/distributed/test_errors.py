@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 import graphopt
-from graphopt import GraphoptError, Plan
+from graphopt import GraphoptError, Plan, RunError
+from graphopt.cli import main
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
 from graphopt.train import preflight, train
+from graphopt.train.meeting import meet, place, reports_first
 from graphopt.train.ranks import Ranks
 from tests.distributed import cases
 from tests.support.ranks import run_ranks
@@ -92,11 +95,12 @@ def _refused(rank: int, folder: Path) -> None:
         _refuse(rank, folder, name, make(rank, folder), settings)
     with mock.patch.object(preflight, "version", lambda name: f"1.{rank}" if name == "timm" else "1"):
         _refuse(rank, folder, "version", cases.plan(), {})
+    _refuse(rank, folder, "data", cases.plan(), {}, training=24 + 12 * rank)
 
 
-def _refuse(rank: int, folder: Path, name: str, plan: Plan, changes: dict[str, Any]) -> None:
+def _refuse(rank: int, folder: Path, name: str, plan: Plan, changes: dict[str, Any], training: int = 24) -> None:
     with pytest.raises(GraphoptError) as refused:
-        train(plan, folder / name, settings=small.settings(**{"batch": 12, **changes}), data=cases.data())
+        train(plan, folder / name, settings=small.settings(**{"batch": 12, **changes}), data=cases.data(training))
     _tell(folder, name, rank, refused.value)
 
 
@@ -114,7 +118,8 @@ def _told(folder: Path, name: str, ranks: Sequence[int] = (0, 1)) -> tuple[str, 
 def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
     run_ranks(_refused, tmp_path)
     expected = {name: message for name, (*_, message) in (REFUSED | PLANS).items()} | {
-        "version": "timm's version: rank 1 differs from rank 0"
+        "version": "timm's version: rank 1 differs from rank 0",
+        "data": "the data: rank 1 differs from rank 0",
     }
     for name, part in expected.items():
         message, codes = _told(tmp_path, name)
@@ -122,6 +127,73 @@ def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
         assert message.startswith("rank "), message
         assert codes == [2, 2]
         assert not (tmp_path / name).exists()
+
+
+ENVIRONMENTS = {
+    "no rank": ({"WORLD_SIZE": "2"}, "RANK is not set and WORLD_SIZE is '2', which name no process of several"),
+    "too high": ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is '2' and WORLD_SIZE is '2'"),
+    "a word": ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
+    "none": ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0'"),
+    "alone": ({"RANK": "3"}, ""),
+    "one": ({"WORLD_SIZE": "1"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_an_environment_that_names_no_process_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    given, message = ENVIRONMENTS[name]
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    if not message:
+        assert place() == (0, 1)
+        return
+    with pytest.raises(RunError, match=message):
+        Ranks.join(1)
+
+
+def test_an_error_before_the_ranks_meet_is_said_by_the_first_that_has_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    said = []
+    for restarts, rank in ((0, 1), (0, 0), (1, 0), (2, 1)):
+        for variable, value in {**about, "RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(restarts)}.items():
+            monkeypatch.setenv(variable, value)
+        if restarts == 2:  # without torchrun, rank 0 has the store, if it has come so far
+            monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+        assert main(["train", "no_such_spec"]) == 2
+        said.append("no_such_spec" in capsys.readouterr().err)
+    assert said == [True, False, True, True]
+    monkeypatch.setenv("MASTER_PORT", "")
+    assert not reports_first(), "rank 0 has the same error, or none of them can be told apart"
+    monkeypatch.setenv("RANK", "0")
+    assert reports_first()
+
+
+def test_a_process_that_is_no_store_ends_the_search_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        for number, message in ((1, "rank 1 of 2 does not reach the others: what listens at"), (0, "rank 0 of 2 .*in use")):
+            with pytest.raises(RunError, match=message):
+                meet("part", number, 2, 0.2)
+
+
+def test_an_error_of_other_code_is_said_with_its_rank(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    store = distributed.HashStore()
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise Ranks(1, 2, _store=store).reported(ValueError("no such layer"))
+
+    monkeypatch.setattr("graphopt.train.train", failing)
+    said = []
+    for _ in range(2):
+        assert main(["train", "quickstart", "--out", "unused"]) == 1
+        said.append(capsys.readouterr().err.partition(". ")[0])
+    assert said == ["error: rank 1: ValueError: no such layer", ""]
 
 
 class _Failing:

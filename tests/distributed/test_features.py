@@ -214,6 +214,19 @@ def test_another_number_of_ranks_deals_cached_features_again(tmp_path):
     assert _prepared(tmp_path / "seen")[0]["filled_from"] == "images"
 
 
+def _train_averaged(_rank: int, folder: str, strategy: str) -> None:
+    settings = TRAIN.model_copy(update={"strategy": strategy, "epochs": 2, "ema": 0.9})
+    train(_plan(when={"epoch": 1}, upto="blocks.0"), folder, settings=settings, data=DATA)
+
+
+def test_averages_of_a_network_in_parts_behind_cached_features(tmp_path):
+    _train_averaged(0, str(tmp_path / "single"), "single")
+    run_ranks(_train_averaged, str(tmp_path / "parts"), "fsdp")
+    found, expected = (load_checkpoint(tmp_path / name / "last.pt")["phase"]["ema"] for name in ("parts", "single"))
+    assert all(torch.allclose(found[name].double(), expected[name].double(), atol=2e-5) for name in expected)
+    assert [r["kept"] for r in _features(tmp_path / "parts")] == [True]
+
+
 def _damaged(rank: int, folder: str) -> None:
     """The rank whose file is overwritten names it; no rank takes the step."""
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,19 +25,30 @@ from graphopt.cli import main
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
 from graphopt.train import train
-from graphopt.train.launch import launch
+from graphopt.train.launch import end_with_launcher, launch
 from graphopt.train.ledger import check_ledger
 from tests.distributed import cases
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_process, run_ranks
 from tests.train import small
 
+#: rank 0 sends the second signal when the launcher has passed the first one on
+_TWICE = """
+[ $RANK = 1 ] && trap '' INT && touch ${0%/*}/ready && exec sleep 3
+trap 'kill -INT $PPID; exit 130' INT
+until [ -e ${0%/*}/ready ]; do sleep 0.05; done
+kill -INT $PPID
+sleep 5 &
+wait
+"""
 #: what a rank does in the place of graphopt, and how the launcher ends: exit status, silent, message
 RANKS: dict[str, tuple[str, list[Any]]] = {
     "finished": ("exit 0", [0, None, ""]),
     "refused": ("exit 2", [2, True, ""]),
     "killed": ("[ $RANK = 0 ] && exec sleep 60; kill -9 $$", [2, False, "rank 1 was ended by signal 9"]),
+    "ended": ("[ $RANK = 0 ] && exec sleep 60; exit 7", [2, False, "rank 1 ended by itself, with status 7"]),
     "terminated": ("[ $RANK = 0 ] && kill -TERM $PPID; exec sleep 60", [143, True, ""]),
     "interrupted": ("[ $RANK = 0 ] && kill -INT $PPID; exec sleep 60", [130, True, ""]),
+    "twice": (_TWICE, [130, False, "interrupted"]),
 }
 
 
@@ -108,6 +120,42 @@ def test_one_rank_speaks(tmp_path: Path) -> None:
     assert said["quiet"] == [["", ""], ["", ""]]
     assert ["", ""] in said["wrong"]
     assert sum("a batch of 13 does not divide" in "".join(of) for of in said["wrong"]) == 1
+
+
+def _orphan(told: Path) -> None:
+    """Starts a process that ends with this one, and ends without a word to it."""
+    ready, end = os.pipe()
+    if os.fork():
+        os.read(ready, 1)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: (told.write_text("ended"), os._exit(0)))
+    end_with_launcher()
+    os.write(end, b".")
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells no process of its parent's end")
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
+    assert run_process(_orphan, tmp_path / "told") == 0
+    end = time.monotonic() + 20
+    while not (tmp_path / "told").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (tmp_path / "told").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "99"], "a batch of 12 does not divide into 99 processes"),
+        (["--ranks", "0"], "greater than or equal to 1"),
+        (["--ranks", "2", "--set", "train.strategy=single"], 'strategy = "single" is one process, not 2'),
+    ],
+)
+def test_what_so_many_processes_cannot_do_starts_none(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    (tmp_path / "spec.toml").write_text(SPEC)
+    assert main(["train", str(tmp_path / "spec.toml"), "--out", str(tmp_path / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def _data() -> Data:

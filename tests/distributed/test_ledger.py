@@ -11,7 +11,7 @@ import torch
 
 from graphopt import RunError
 from graphopt.cli import main
-from graphopt.spec import from_table
+from graphopt.spec import AugmentSpec, from_table
 from graphopt.train import Stopped, train
 from graphopt.train.ledger import LedgerFile, check_ledger
 from graphopt.train.run import Run
@@ -112,6 +112,23 @@ def test_a_sample_taken_twice_is_found(tmp_path):
     assert (epoch.repeated, epoch.left_out, epoch.right) == ((1,), (5,), False)
     assert "more than once 1" in str(epoch)
     assert "5 (MISSING)" in str(epoch)
+
+
+def test_an_epoch_of_repeated_images_is_proved(tmp_path):
+    data = small.DATA.model_copy(update={"augment": AugmentSpec(crop="pad", repeats=4)})
+    train(small.plan(), tmp_path / "run", settings=small.settings(epochs=2, batch=18), data=data)
+    epochs = check_ledger(tmp_path / "run" / "ledger.bin", 10)
+    assert [(e.once, e.rest, e.remainder, e.right) for e in epochs] == [(22, 2, 73, True)] * 2
+    assert str(epochs[1]).startswith("epoch 1: 22 of 96 samples exactly 4 times; the last one 2 times; not at all ")
+
+
+@pytest.mark.parametrize("steps", [[[0, 0, 1], [2, 2, 0]], [[0, 0, 1], [1, 2, 3]]], ids=["too often", "not often enough"])
+def test_repeats_that_are_not_even_are_found(tmp_path, steps):
+    ledger = LedgerFile(tmp_path / "ledger.bin", 6, 3, repeats=2)
+    for step, samples in enumerate(steps, start=1):
+        ledger.add(step, 0, torch.tensor([samples]))
+    ledger.close()
+    assert not check_ledger(tmp_path / "ledger.bin")[0].right
 
 
 def test_the_report_says_it_and_fails_where_it_is_not_so(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -72,7 +73,8 @@ class _full_disk_on:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by one process, and by two ranks with each kind of checkpoint."""
     folder = tmp_path_factory.mktemp("written")
-    runs.run(folder / "whole", PASSES, **COMMON)
+    for name, epochs in (("whole", 2), ("longer", 3)):
+        runs.run(folder / name, PASSES, **{**COMMON, "epochs": epochs})
     run_ranks(_write, str(folder))
     return folder
 
@@ -149,6 +151,56 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken(run: Path, written: 
     for part in ("model", "optimizer", "ema"):
         assert runs.distance(runs.saved(run)[part], runs.saved(written / "whole")[part]) <= runs.EXACT
     assert set(os.listdir(run / FOLDER)) <= {folder_of(path) for path in run.glob("*.pt")}, "only those that are still kept"
+
+
+def _resume(rank: int, folder: str, strategies: tuple[str, ...]) -> None:
+    for strategy in strategies:
+        runs.run(Path(folder) / strategy / f"{rank}", PASSES, resume=True, **COMMON | {"epochs": 3, "strategy": strategy})
+
+
+@pytest.mark.parametrize(("ranks", "strategies"), [(2, ("fsdp", "ddp")), (3, ("fsdp",))])
+def test_each_part_is_read_by_one_rank_alone(written: Path, tmp_path: Path, ranks: int, strategies: tuple[str, ...]) -> None:
+    """Each rank finds nothing in its folder but what it has to read."""
+    for strategy, rank in itertools.product(strategies, range(ranks)):
+        copied = Path(shutil.copytree(written / "parts", tmp_path / strategy / f"{rank}"))
+        for path in (*copied.glob("*.pt"), *copied.glob(f"{FOLDER}/*/*")):
+            if not (path.name.startswith(f"shard-{rank + 1:05d}-") or (rank == 0 and path.suffix == ".pt")):
+                path.unlink()
+    run_ranks(_resume, str(tmp_path), strategies, ranks=ranks)
+    for strategy in strategies:
+        found, expected = (runs.saved(folder) for folder in (tmp_path / strategy / "0", written / "longer"))
+        for part in ("model", "optimizer", "ema"):
+            assert runs.distance(found[part], expected[part]) <= runs.EXACT, (strategy, part)
+
+
+def _close_again(_rank: int, folder: str) -> None:
+    """An epoch, and its end once more from the checkpoint after its last step, by processes that have taken none."""
+    settings: dict[str, Any] = {"epochs": 1, "checkpoint_steps": 2, "scheduler": "cosine", **RUNS["parts"]}
+    whole, again = Path(folder) / "whole", Path(folder) / "again"
+    runs.run(whole, PASSES, **settings)
+    if not _rank:
+        shutil.copytree(whole, again)
+        for name in ("last.pt", "best.pt"):
+            (again / name).unlink()
+        (again / "previous.pt").rename(again / "last.pt")
+    runs.run(again, PASSES, resume=True, **settings)
+
+
+def test_the_end_of_an_epoch_is_the_same_without_a_step_before_it(tmp_path: Path) -> None:
+    run_ranks(_close_again, str(tmp_path))
+    whole, again = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "again"))
+    assert whole["progress"]["total"] == load_checkpoint(tmp_path / "whole" / "previous.pt")["progress"]["total"] == 2
+    assert content_digest(whole["phase"]) == content_digest(again["phase"])
+
+
+def _resume_damaged(_rank: int, folder: str) -> None:
+    runs.run(Path(folder), PASSES, **COMMON, **RUNS["parts"], resume=True)
+
+
+def test_ranks_agree_on_the_checkpoint_before_a_damaged_part(run: Path, written: Path) -> None:
+    _flip(parts_of(run / "last.pt")[1])
+    run_ranks(_resume_damaged, str(run))
+    assert content_digest(runs.saved(run)) == content_digest(load_checkpoint(written / "parts" / "last.pt")["phase"])
 
 
 def test_parts_stay_while_a_checkpoint_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import PassError
-from graphopt.ir.extract import extracted
+from graphopt.ir.extract import extracted, stands_alone
 from graphopt.ir.regions import region_at
 from tests.support.backbones import Small
 
@@ -61,8 +61,30 @@ def test_tensors_are_what_replace_makes_of_them() -> None:
     assert any(t.any() for t in graph.module.state_dict().values())
 
 
-def test_a_region_that_is_not_closed_is_refused() -> None:
-    graph = graphopt.trace(timm.create_model("densenet121", growth_rate=4, block_config=(2, 2)), (3, 32, 32), compare=False)
-    inner = next(p for p in graph.paths if len(region_at(graph, p).entries) > 1)
-    with pytest.raises(PassError, match="activations in and"):
-        extracted(graph, region_at(graph, inner))
+class ByBatch(nn.Module):
+    """Its block reads the size of the batch."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, batch: int) -> Tensor:
+            return self.fc(x).reshape(batch, -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.fc = nn.Linear(8, 4), ByBatch.Block(), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.block(self.stem(x), x.shape[0]))
+
+
+@pytest.mark.parametrize(("make", "input", "path"), [(ByBatch, (8,), "block"), (Small, (3, 8, 8), "blocks.0.bn2")])
+def test_what_cannot_stand_alone_is_refused(make: Any, input: tuple[int, ...], path: str) -> None:
+    graph = graphopt.trace(make(), input, compare=False)
+    region = region_at(graph, path)
+    assert stands_alone(region) == (path != "block")
+    if path == "block":
+        with pytest.raises(PassError, match="or reads a number that depends on the network's input"):
+            extracted(graph, region)

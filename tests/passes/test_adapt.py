@@ -61,13 +61,21 @@ def test_what_it_adds_is_small_and_scaled() -> None:
         ({"select": "bn1"}, "no selected layer can be adapted"),
         ({"select": "fc"}, "no selected layer can be adapted"),
         ({"when": {"epoch": 1, "until": 2}}, "cannot be taken back"),
-        ({"rank": 500}, "no selected layer can be adapted"),
+        ({"rank": 500}, r"no selected layer can be adapted: \S+: its own rank is no more than 500"),
+        ({"train": "*"}, r"no selected layer can be adapted: \S+: it trains fully"),
     ],
 )
 def test_what_is_refused(options: dict[str, object], says: str) -> None:
     model, input = BACKBONES["resnet"]()
     with pytest.raises(PassError, match=says):
         graphopt.compile(model, Adapt(**options), input=input, costs=False)
+
+
+def test_a_factor_beyond_reason_and_a_network_without_parameters_are_errors() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 1000000"):
+        Adapt(scale=1e308)
+    with pytest.raises(PassError, match="no selected layer can be adapted"):
+        graphopt.compile(torch.nn.Sequential(torch.nn.ReLU()), Adapt(select="0"), input=(3,), costs=False)
 
 
 def test_another_seed_gives_other_additions_and_leaves_the_stream_alone() -> None:

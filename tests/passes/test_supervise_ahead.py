@@ -19,6 +19,7 @@ from graphopt.ir.partition import cut_candidates
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
+from graphopt.passes.factorize import Factorize
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.passes.supervise.ahead import Adapter, ahead_blocks, depth_of, evenly, following
@@ -58,9 +59,9 @@ def test_depths_and_blocks_are_those_of_the_paper() -> None:
 
 
 def test_what_no_block_follows_is_refused() -> None:
-    with pytest.raises(PassError, match=r"no closed block follows.*Cut"):
+    with pytest.raises(PassError, match=r"no block that can stand alone follows.*Cut"):
         compiled(Small(), Supervise(cuts=("blocks.3",), **AHEAD))
-    with pytest.raises(PassError, match=r"1 closed blocks follow .* asks for 2"):
+    with pytest.raises(PassError, match=r"1 blocks that can stand alone follow .* asks for 2"):
         compiled(Small(), Supervise(cuts=("blocks.2",), decoder="none", lookahead={"blocks": 2}))
 
 
@@ -202,12 +203,13 @@ BESIDE: list[list[Any]] = [
     [Freeze(select=["stem", "blocks.0"])],
     [Freeze(select=["blocks.1"])],
     [Checkpoint(segments=3)],
+    [Factorize(select="blocks.1", rank=2)],
     [Drop(mode="bypass", select=["blocks.2"], probability=0.5)],
 ]
 
 
 @pytest.mark.parametrize("options", [AHEAD, LOOK], ids=["ahead", "lookahead"])
-@pytest.mark.parametrize("others", BESIDE, ids=["freeze a module", "freeze the next", "checkpoint", "bypass"])
+@pytest.mark.parametrize("others", BESIDE, ids=["freeze a module", "freeze the next", "checkpoint", "factorize the next", "bypass"])
 @pytest.mark.parametrize("first", [True, False])
 def test_beside_other_passes(options: Any, others: list[Any], first: bool) -> None:
     own = Supervise(cuts=CUTS, **options)

@@ -67,6 +67,15 @@ def test_the_batch_found_fits_and_the_next_does_not(search):
     assert with_room.batch < found.batch
 
 
+def test_the_batch_counts_the_gradients_of_micro_batches_before(search):
+    parts = Search(loads(SPEC.replace("batch = 64", "batch = 64\naccumulate = 4")), trust=True)
+    budget = Budget(memory=search.cost(search.plan.phases(1), 8).peak_bytes)
+    found = parts.largest_batch(budget)
+    assert search.largest_batch(budget).batch == 8
+    assert found.batch == found.spec.train.batch == found.chosen.cost.batch == 4 * 7
+    assert parts.backbone.flops == search.backbone.flops
+
+
 def test_the_batch_must_fit_in_every_phase(frozen, search):
     # Later epochs need less; the first ones decide.
     budget = Budget(memory=10 * 2**20)

@@ -118,7 +118,7 @@ def check(rank, forecasts):
         trained = trained_part(plan, None)
         options = {**SHARDED.forecast_options(), "targets": plan.needs.targets, "parallel": sharded(plan, SHARDED, 2, "gloo")}
         # A thread of gloo may hold a message a moment longer than it is needed: one of three steps shows what is.
-        found = [figures(measure(trained.module, trained.input, SHARDED.micro_batch(2), **options)) for _ in range(3)]
+        found = [figures(measure(trained.module, trained.input, SHARDED.batch // 2, **options)) for _ in range(3)]
         assert rank or figures(expected.step) in found, name  # rank 0 has the largest parts
         averages = copy.deepcopy(plan.module)
         Sharded.of(SHARDED).with_ranks(ranks).wrap_average(averages, plan)

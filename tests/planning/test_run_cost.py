@@ -10,14 +10,22 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt.cost import Rates, forecast
+from graphopt.cost.attribution import Attribution
+from graphopt.cost.ledger import Kind, Ledger
+from graphopt.cost.optimizer import state_of
 from graphopt.diff.render.run import read_run
 from graphopt.driver import build_backbone as build
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
+from graphopt.passes.supervise import Supervise
 from graphopt.planning.run_cost import counts, drop_points, forecast_run
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
+from graphopt.train.phase import Phase, RunContext
+from graphopt.train.preflight import Inputs
+from graphopt.train.strategy import Strategy
 from tests.support.backbones import Small
+from tests.train import small
 
 TRAIN = TrainSpec(epochs=10, batch=10)
 
@@ -55,6 +63,30 @@ def test_time_and_peak_are_the_steps():
     assert dropped.run.seconds < plain.run.seconds
     assert dropped.run.peak_bytes == step.peak_bytes, "the first phase's is the largest"
     assert dropped.phases[1].step.peak_bytes < step.peak_bytes
+
+
+@pytest.mark.parametrize("passes", [(), (Supervise(modules=2),)], ids=["end to end", "supervised"])
+def test_the_peak_is_that_of_the_runners_own_step(tmp_path, passes):
+    spec = small.settings(epochs=1, batch=24, accumulate=3, optimizer={"name": "adamw", "lr": 0.01})
+    plan = small.plan(passes)
+    inputs = Inputs.open(spec, small.DATA, plan.base.input, Strategy.of(spec))
+    features = inputs.features(tmp_path, "", {})
+    phase = Phase(plan, RunContext(spec, inputs.strategy, inputs.images, inputs.evaluation, inputs.data.classes, None, features))
+    phase.begin()
+    phase.train_mode()
+    phase.step(inputs.images.batches(0), 0)
+    phase.optimizer.zero_grad(set_to_none=True)
+    read = [*inputs.images.batches(1)]  # batches that the loader reads ahead are not the step's
+    ledger, batches = Ledger(Attribution()), (type(batch)(*(tensor.clone() for tensor in batch)) for batch in read)
+    ledger.set_kind([*plan.module.parameters(), *plan.module.buffers(), *state_of(phase.optimizer)], Kind.PARAMETER)
+    with ledger:
+        phase.step(batches, 1)
+    ledger.close()
+    run = forecast_run(plan, spec, samples=96, evaluated=40)
+    single = forecast_run(plan, spec.model_copy(update={"batch": 8, "accumulate": 1}), samples=96, evaluated=40)
+    assert run.run.training_forward_flops == single.run.training_forward_flops
+    assert ledger.peak()[0] == pytest.approx(run.run.peak_bytes, abs=500)
+    assert run.run.peak_bytes > single.run.peak_bytes + 1000
 
 
 def test_a_dropped_prefix_is_computed_once_and_trained_no_more():

@@ -31,7 +31,7 @@ def write(folder: Path, seed: int, accuracy: float, *overrides: str, **changes: 
     folder.mkdir(parents=True)
     source = folder.parent / "s.toml"
     source.write_text(SPEC)
-    spec = load(source, overrides=[f"train.seed={seed}", *overrides])
+    spec = load(source, overrides=[f"train.seed={seed}", "train.accumulate=2", *overrides])
     text = dumps(spec)
     (folder / "spec.toml").write_text(text)
     (folder / "run.json").write_text(sealed({"graphopt": 2, "digest": spec.digest, "spec": hash_parts(text.encode())}))

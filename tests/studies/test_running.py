@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from graphopt.cli import main
+from graphopt.files import lock_folder, unlock_folder
 from graphopt.studies.comparing import compare
 from tests.cli.spec import SPEC
 from tests.support.ranks import serve
@@ -129,3 +130,22 @@ def _output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     out, err = capsys.readouterr()
     assert status == 0, err
     return out
+
+
+def test_a_second_study_in_a_folder_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/study.json").write_text("of the first")
+    lock = lock_folder(Path("out"))
+    try:
+        assert main(["study", "t.toml", "-o", "out"]) == 2
+    finally:
+        unlock_folder(lock)
+    assert "another process is running a study in this folder" in capsys.readouterr().err
+    assert Path("out/study.json").read_text() == "of the first"
+
+
+@pytest.mark.parametrize("text", ["x = " + 2000 * "[", "x = 1" + 5000 * "0", "x = ["])
+def test_a_study_that_is_no_toml_is_one_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.toml").write_text(text)
+    assert main(["study", "t.toml", "--list"]) == 2
+    assert capsys.readouterr().err.startswith("error: t.toml:")

@@ -43,18 +43,20 @@ BASE = {
 }
 VIT = {"model": "vit_tiny_patch16_224", "model_kwargs": {"img_size": 16, "depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4}}
 RUNS = {
-    "no augmentation": {"no_aug": True, "opt": "momentum", "weight_decay": 0.1, "smoothing": 0.0},
+    "no augmentation": {"no_aug": True, "opt": "momentum", "weight_decay": 0.1},
     "augmented": {
         "reprob": 0.5,
         "color_jitter": 0.4,
         "recount": 2,
+        "mixup": 0.2,
         "opt": "sgd",
         "clip_grad": 0.01,
         "clip_mode": "agc",
         "grad_accum_steps": 2,
     },
-    "mixed, bce": {
+    "mixed, bce, taught, more classes than the data": {
         **VIT,
+        "num_classes": 6,
         "no_aug": True,
         "mixup": 0.4,
         "cutmix": 1.0,
@@ -149,7 +151,7 @@ def by_timm(args: SimpleNamespace) -> tuple[list[float], dict[str, Tensor], dict
 
 def _teacher() -> nn.Module:
     torch.manual_seed(9)
-    return create_model("test_resnet", num_classes=4)
+    return create_model("test_resnet", num_classes=6)
 
 
 def _task(args: SimpleNamespace, model: nn.Module, mixed: bool) -> nn.Module:

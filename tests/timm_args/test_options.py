@@ -95,6 +95,7 @@ MAPPED: dict[str, tuple[dict[str, Any], str, Any]] = {
     "grayscale_prob": ({"grayscale_prob": 0.1}, "data.augment.grayscale", 0.1),
     "gaussian_blur_prob": ({"gaussian_blur_prob": 0.1}, "data.augment.blur", 0.1),
     "aa": ({"aa": "rand-m7"}, "data.augment.auto_augment", "rand-m7"),
+    "aug_repeats": ({"aug_repeats": 3}, "data.augment.repeats", 3),
     "bce_loss": ({"bce_loss": True}, "train.loss.name", "bce"),
     "bce_sum": ({"bce_loss": True, "bce_sum": True}, "train.loss.sum", True),
     "bce_target_thresh": ({"bce_loss": True, "bce_target_thresh": 0.2}, "train.loss.target_threshold", 0.2),
@@ -155,7 +156,7 @@ def test_every_option_that_sets_a_key_is_tried() -> None:
 @pytest.mark.parametrize("name", MAPPED)
 def test_an_option_becomes_its_key(name: str) -> None:
     given, path, value = MAPPED[name]
-    made = convert(given, ranks=2 if name.startswith(("batch", "lr_base")) else 1, teacher="t.safetensors")
+    made = convert(given, ranks=2 if name.startswith(("batch", "lr_base", "aug_")) else 1, teacher="t.safetensors")
     assert at(made.spec.resolved(), path) == pytest.approx(value)
     assert loads(made.text) == made.spec
     assert name not in made.notes

@@ -125,7 +125,7 @@ def test_another_format(tmp_path: Path) -> None:
 
 def test_another_version_of_the_format_is_named(tmp_path: Path) -> None:
     torch.save({"graphopt": 7}, tmp_path / "last.pt")
-    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 5"):
+    with pytest.raises(RunError, match="has format 7, this version of graphopt reads format 6"):
         load_checkpoint(tmp_path / "last.pt")
 
 

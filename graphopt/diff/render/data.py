@@ -109,9 +109,9 @@ def _labelled(diff: Diff) -> list[tuple[str, str]]:
 
 def subtitle(diff: Diff) -> str:
     """The backbones, the passes and the batch."""
-    other = "" if diff.same_backbone else f" / {diff.before.backbone}"
-    passes = ", ".join(p.name for p in diff.after.passes) or "no pass"
-    return f"{diff.after.backbone}{other} · {passes} · batch {diff.after.batch}"
+    other = "" if diff.same_backbone else f"{diff.before.backbone} / "
+    passes = ", ".join(p.name for p in diff.after.passes) or ("no pass" if diff.same_backbone else "")
+    return f"{other}{diff.after.backbone}{passes and f' · {passes}'} · batch {diff.after.batch}"
 
 
 def _main_metric(diff: Diff) -> str:

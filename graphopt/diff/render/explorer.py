@@ -1,46 +1,114 @@
-"""The diff for Google's Model Explorer: a graph collection, and node data that colours it by status.
+"""The diff for Google's Model Explorer: graphs, node data that colours them by status, and the data for comparing two of them.
 
-Format: github.com/google-ai-edge/model-explorer, "Develop adapter extension" (GraphCollection) and "Node data" (a results map by node id
-with gradient or threshold). Every operation is a node; its namespace is its module path, so stages and blocks fold there too.
+Formats: github.com/google-ai-edge/model-explorer, `input_graph.ts` (GraphCollection), `types.ts` (NodeDataProviderData) and
+`sync_navigation.ts` (SyncNavigationData). Every operation is a node; its namespace is its module path, so stages and blocks fold there too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from graphopt.compiler.pass_base import Status
 from graphopt.diff.align import Diff
-from graphopt.diff.model import STYLES, UNCHANGED, NodeRow, Row
+from graphopt.diff.match import matched_operations
+from graphopt.diff.model import ADDED, REMOVED, STYLES, UNCHANGED, NodeRow, Row
 from graphopt.diff.render.words import glyphs, passes_of, shape
 
 
 def to_model_explorer(diff: Diff) -> dict[str, Any]:
-    """`{"graphs": [...]}`: one graph with all nodes of both models."""
-    known = {name for row in diff.rows for name in ([n.name for n in row.nodes] or [row.name])}
-    rows = {row.name: row for row in diff.rows}
-    nodes = []
-    for row in diff.rows:
-        nodes += [_node(diff, row, node, known) for node in row.nodes]
-        if not row.nodes:  # a module that runs outside the flat graph: an auxiliary head
-            attached = rows[row.attached_to].nodes[-1:] if row.attached_to else ()
-            head = {"id": row.name, "label": row.kind or row.name, "namespace": row.stage, "attrs": _attributes(diff, row)}
-            nodes.append({**head, "incomingEdges": _edges((n.name for n in attached), known)})
-    return {"label": diff.after.title, "graphs": [{"id": "diff", "nodes": nodes}]}
+    """A GraphCollection of three graphs: "diff" with the nodes of both models, "before" and "after" for two panes side by side."""
+    graphs = [{"id": name, "nodes": list(_nodes(diff, rows))} for name, rows in _rows(diff).items()]
+    return {"label": diff.after.title, "graphs": graphs, "graphSorting": "name_desc"}  # the diff is shown first
 
 
 def to_node_data(diff: Diff) -> dict[str, Any]:
-    """Node id -> status, with one colour per status, to load along with the graph."""
-    results = {}
-    for row in diff.rows:
-        for name, statuses in [(n.name, n.statuses) for n in row.nodes] or [(row.name, row.statuses)]:
-            main = next((s for s in (*statuses, *row.statuses) if s != UNCHANGED), UNCHANGED)
-            results[name] = {"value": f"{glyphs([main])} {main}", "bgColor": _tint(STYLES[main].light)}
-    return {"diff": {"results": results}}
+    """NodeDataProviderData: in each graph, node id -> status, with one colour per status."""
+    found = {}
+    for graph, rows in _rows(diff).items():
+        results = {}
+        for row in rows:
+            for name, statuses in _entries(row):
+                main = next((s for s in (*statuses, *row.statuses) if s != UNCHANGED), UNCHANGED)
+                results[name] = {"value": f"{glyphs([main])} {main}", "bgColor": _tint(STYLES[main].light)}
+        found[graph] = {"name": "status", "results": results}
+    return found
+
+
+def to_sync_navigation(diff: Diff) -> dict[str, Any]:
+    """SyncNavigationData for "before" on the left and "after" on the right: what is selected on one side is found on the other.
+
+    A node is in one entry at most. One that is in none is only in one of the models, and gets a border there.
+    """
+    old, new = ({row.name: row for row in view.rows} for view in (diff.before, diff.after))
+    entries = []
+    for name in new:
+        if name in old:
+            pairs = _pairs(old[name], new[name], diff.same_backbone)
+            entries += [{"leftNodeIds": [left], "rightNodeIds": [right]} for left, right in pairs]
+    return {
+        "type": "sync_navigation",
+        "mappingEntries": entries,
+        "disableMappingFallback": True,
+        "showDiffHighlights": True,
+        "deletedNodesBorderColor": STYLES[REMOVED].light,
+        "deletedNodesBorderWidth": 3,
+        "newNodesBorderColor": STYLES[ADDED].light,
+        "newNodesBorderWidth": 3,
+        "relatedNodesBorderColor": STYLES[Status.ISOLATED].light,
+        "relatedNodesBorderWidth": 2,
+    }
+
+
+def _rows(diff: Diff) -> dict[str, list[Row]]:
+    """The rows of each graph, all with their statuses in the diff; those of one model without the operations that it does not have."""
+    shown = {row.name: row for row in diff.rows}
+    after = [replace(shown[row.name], nodes=_own(shown[row.name])) for row in diff.after.rows]
+    before = []
+    for row in diff.before.rows:
+        statuses = {node.name: node.statuses for node in shown[row.name].nodes}
+        nodes = tuple(replace(node, statuses=statuses.get(node.name, node.statuses)) for node in _own(row))
+        before.append(replace(row, statuses=shown[row.name].statuses, passes=shown[row.name].passes, nodes=nodes))
+    return {"diff": list(diff.rows), "before": before, "after": after}
+
+
+def _own(row: Row) -> tuple[NodeRow, ...]:
+    """The operations that a row has, without those that are gone."""
+    return tuple(node for node in row.nodes if not {Status.BYPASSED, REMOVED} & set(node.statuses))
+
+
+def _pairs(old: Row, new: Row, same_backbone: bool) -> list[tuple[str, str]]:
+    """Which operations of two matching rows are each other's."""
+    if not old.nodes and not new.nodes:
+        return [(one, other) for (one, _), (other, _) in zip(_entries(old), _entries(new), strict=False)]
+    before, after = _own(old), _own(new)
+    if same_backbone:
+        known = {node.name for node in after}
+        return [(node.name, node.name) for node in before if node.name in known]
+    return [(one.name, other.name) for one, other in matched_operations(before, after)]
+
+
+def _entries(row: Row) -> list[tuple[str, tuple[str, ...]]]:
+    """Identifier and statuses of each node of a row: its operations, or itself, for a module that runs outside of the flat graph."""
+    alone = [(row.name, row.statuses)] if row.attached_to and not row.nodes else []
+    return [(node.name, node.statuses) for node in row.nodes] or alone
+
+
+def _nodes(diff: Diff, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    known = {name for row in rows for name, _ in _entries(row)}
+    by_name = {row.name: row for row in rows}
+    for row in rows:
+        yield from (_node(diff, row, node, known) for node in row.nodes)
+        if row.attached_to and not row.nodes:
+            sources = [node.name for node in by_name[row.attached_to].nodes[-1:]]
+            place = {"namespace": row.stage.replace(".", "/"), "incomingEdges": _edges(sources, known)}
+            yield {"id": row.name, "label": row.kind or row.name, **place, "attrs": _attributes(diff, row)}
 
 
 def _node(diff: Diff, row: Row, node: NodeRow, known: set[str]) -> dict[str, Any]:
     return {
         "id": node.name,
         "label": node.what,
-        "namespace": node.path.replace(".", "/"),
+        "namespace": (node.path or row.name).replace(".", "/"),
         "incomingEdges": _edges(node.inputs, known),
         "attrs": [{"key": "status", "value": ", ".join(node.statuses)}, *_attributes(diff, row)],
         "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": shape(node.shape)}]}],

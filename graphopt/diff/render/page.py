@@ -17,8 +17,12 @@ SCRIPTS = ("vendor/dagre.min.js", "layout.js", "scene.js")
 
 def to_html(shown: Shown) -> str:
     """The page of one diff, or of several phases."""
-    data = page_data(shown)
-    values = {"TITLE": escaped(data["title"]), "STYLE": for_page("picture.css", "page.css"), "DATA": as_script(data)}
+    data = {**page_data(shown), "style": for_file()}
+    values = {
+        "TITLE": escaped(data["title"]),
+        "STYLE": for_page("picture.css", "page.css"),
+        "DATA": as_script(data),
+    }
     return filled(web("page.html"), {**values, "SCRIPTS": scripts(*SCRIPTS, "app.js")})
 
 
@@ -68,7 +72,7 @@ def _statuses(dark: bool, prefix: str = "", html: bool = True) -> str:
     for name, style in STYLES.items():
         colour = style.dark if dark else style.light
         at = f"{prefix}.s-{name}"
-        rules.append(f"{at} .flag,{at} .glyph,{at} .status,{at} .sign{{fill:{colour}}}")
+        rules.append(f"{at} .flag,{at} .glyph,{at} .status,{at}.op > .sign{{fill:{colour}}}")
         if html:
             rules.append(f"{at} .tint{{color:{colour}}}{at}.ink{{background:{colour}}}")
         if name != UNCHANGED:

@@ -1,12 +1,14 @@
-"""The diff as an SVG, by the page's own layout and drawing in a JavaScript engine, and as a PNG, by Chromium or CairoSVG."""
+"""The diff as an SVG, by the page's own layout and drawing in a JavaScript engine, and as PNG and PDF, by Chromium or CairoSVG."""
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from graphopt.diff.render.data import Shown, page_data
 from graphopt.diff.render.page import SCRIPTS, for_file, web
@@ -27,10 +29,10 @@ def to_svg(shown: Shown, *, width: int = 1200, height: int = 760, level: str = "
     Raises:
         RunError: there is no JavaScript engine (neither the mini-racer package nor Node).
     """
-    data, options = page_data(shown), {"width": width, "height": height, "level": level, "metric": metric}
+    data, options = page_data(shown), {"width": width, "height": height, "level": level, "metric": metric, "style": for_file()}
     call = f"graphoptScene.file(data, data.phases[data.show], {json.dumps(options)})"
     code = "\n".join([*map(web, SCRIPTS), f"(() => {{ const data = JSON.parse({json.dumps(json.dumps(data))});", f"return {call}; }})()"])
-    return _run(code).replace("/*STYLE*/", for_file())
+    return _run(code)
 
 
 def _run(code: str) -> str:
@@ -74,29 +76,51 @@ def to_png(svg: str, *, scale: float = 2.0) -> bytes:
         RunError: there is neither a Chromium nor CairoSVG, or drawing failed.
     """
     if chromium := browser():
-        return _by_chromium(chromium, svg, scale)
+        width, height = _size(svg)
+        return _by_chromium(chromium, svg, [f"--force-device-scale-factor={scale:g}", f"--window-size={width},{height}"], "screenshot")
+    return bytes(_cairo("PNG").svg2png(bytestring=svg.encode(), scale=scale))
+
+
+def to_pdf(svg: str) -> bytes:
+    """The PDF of a picture: one page of its size, text and lines as such; raises as `to_png`.
+
+    Args:
+        svg: of `to_svg`.
+    """
+    if chromium := browser():
+        return _by_chromium(chromium, svg, ["--no-pdf-header-footer"], "print-to-pdf")
+    return bytes(_cairo("PDF").svg2pdf(bytestring=svg.encode()))
+
+
+def _cairo(what: str) -> Any:
     try:
         import cairosvg
     except (ImportError, OSError) as error:
         fix = "Install chromium (or set GRAPHOPT_BROWSER), or `pip install cairosvg`, or take --svg"
-        raise RunError("a PNG needs Chromium or CairoSVG, and neither is installed", fix=fix) from error
-    return bytes(cairosvg.svg2png(bytestring=svg.encode(), scale=scale))
+        raise RunError(f"a {what} needs Chromium or CairoSVG, and neither is installed", fix=fix) from error
+    return cairosvg
 
 
-def _by_chromium(chromium: str, svg: str, scale: float) -> bytes:
+def _size(svg: str) -> tuple[int, int]:
+    """Width and height of a picture in whole pixels that hold it."""
     size = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
-    width, height = (round(float(v) + 0.49) for v in size.groups()) if size else (1200, 800)
+    return (math.ceil(float(size[1])), math.ceil(float(size[2]))) if size else (1200, 800)
+
+
+def _by_chromium(chromium: str, svg: str, options: list[str], action: str) -> bytes:
+    """What a headless browser makes of a picture by one of its options `--screenshot=FILE` and `--print-to-pdf=FILE`."""
+    width, height = _size(svg)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        page, image = Path(folder) / "picture.html", Path(folder) / "picture.png"
-        head = '<!doctype html><meta charset="utf-8"><style>html,body{margin:0}svg{display:block}</style>'
-        page.write_text(head + svg, encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile"]
-        options += [f"--force-device-scale-factor={scale:g}", f"--window-size={width},{height}", f"--screenshot={image}"]
+        page, made = Path(folder) / "picture.html", Path(folder) / f"picture.{'png' if action == 'screenshot' else 'pdf'}"
+        style = f"@page{{size:{width}px {height}px;margin:0}}html,body{{margin:0}}svg{{display:block}}"
+        page.write_text(f'<!doctype html><meta charset="utf-8"><style>{style}</style>{svg}', encoding="utf-8")
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile"]
+        command += [*options, f"--{action}={made}", page.as_uri()]
         try:
-            done = subprocess.run([chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=PATIENCE, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise RunError(f"could not draw the PNG: {error}", where=chromium, fix="Take --svg") from error
-        if not image.exists():
+            raise RunError(f"could not draw the picture: {error}", where=chromium, fix="Take --svg") from error
+        if not made.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RunError(f"could not draw the PNG: {last}", where=chromium, fix="Take --svg")
-        return image.read_bytes()
+            raise RunError(f"could not draw the picture: {last}", where=chromium, fix="Take --svg")
+        return made.read_bytes()

@@ -13,6 +13,7 @@ from graphopt.diff.phases import phase_diffs
 from graphopt.diff.render.chain import chain_section
 from graphopt.diff.render.data import as_script
 from graphopt.diff.render.page import escaped, filled, for_page, scripts, to_html, web
+from graphopt.diff.render.settings import csv_links, settings_section
 from graphopt.errors import RunError, listed
 from graphopt.files import read_text, reason, unsealed
 from graphopt.hashing import hash_parts
@@ -129,6 +130,8 @@ def to_report(run: Run, plan: Plan) -> str:
         "PHASES": "".join(_phase_row(p) for p in run.phases) or "<tr><td>0</td><td>nothing yet</td><td></td><td></td></tr>",
         "CHAIN": chain_section(run.epochs),
         "LEDGER": "".join(f"<li>{escaped(str(epoch))}</li>" for epoch in run.ledger) or "<li>not recorded (train.ledger = true does)</li>",
+        "SETTINGS": settings_section(spec, _text(run.path / "spec.toml"), run.summary),
+        "CSV": csv_links(run.epochs, run.steps),
         "DIFF": html.escape(to_html(phases)),
         "DATA": as_script({"phases": lines, "charts": charts(run, forecast), "until": max(1, len(run.epochs))}),
         "SCRIPTS": scripts("vendor/uPlot.iife.min.js", "report.js"),

@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from graphopt.cost.figures import FIGURES
-from graphopt.diff.align import Diff, RowGroup
+from graphopt.cost.figures import FIGURES, common_figures
+from graphopt.diff.align import Diff, RowGroup, group_name
 from graphopt.diff.model import STYLES, UNCHANGED, NodeRow, Row
-from graphopt.diff.render.words import change, common_figures, facts, glyphs, groups, passes_of, shape, status_words, title, total
+from graphopt.diff.render.words import facts, glyphs, groups, passes_of, shape, status_words, title, total
+from graphopt.units import show_change
 
 _FIGURE = {f.name: f for f in FIGURES}
 #: what the end of a line may say: the one that changes most, the first of equals
@@ -50,7 +51,7 @@ class _Tree:
                 table.add_column(head, justify="right")
             for figure, before, after in figures:
                 style = "green" if after < before else "yellow" if after > before else "dim"
-                table.add_row(figure.title, figure.text(before), figure.text(after), Text(change(before, after), style=style))
+                table.add_row(figure.title, figure.text(before), figure.text(after), Text(show_change(before, after), style=style))
             yield table
 
     def _add(self, branch: Tree, group: RowGroup) -> None:
@@ -87,6 +88,8 @@ class _Tree:
                 line.append(self._text(f" {words}"))
             if passes := passes_of(self.diff, row):
                 line.append(f"  {passes}", style="dim")
+        if row.former:
+            line.append(self._text(f"  {group_name([r.former or r.name for r in group.rows])} in the first", "dim italic"))
         return line.append(self._text(_figure_words(group), "cyan"))
 
     def _node(self, node: NodeRow) -> Text:
@@ -114,6 +117,6 @@ def _figure_words(group: RowGroup) -> str:
     if changes:
         name = max(changes, key=lambda k: abs(changes[k][1] - changes[k][0]) / max(changes[k]))
         figure, (old, new) = _FIGURE[name], changes[name]
-        return f"  {figure.short} {figure.text(old)} → {figure.text(new)} ({change(old, new)})"
+        return f"  {figure.short} {figure.text(old)} → {figure.text(new)} ({show_change(old, new)})"
     added = total(group.rows, "parameters", "after") if group.rows[0].attached_to else None
     return f"  {_FIGURE['parameters'].text(added)} parameters" if added else ""

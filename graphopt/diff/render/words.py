@@ -1,23 +1,10 @@
 """Phrases that all renderings share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from graphopt.cost.figures import FIGURES, Figure
 from graphopt.diff.align import Diff, RowGroup
 from graphopt.diff.model import STYLES, UNCHANGED, Row, Shape
-
-
-def change(before: int, after: int) -> str:
-    """`-43 %`, `+2.1 %`, `=`, `≈` (under half a thousandth); from nothing, `new`."""
-    if before == after:
-        return "="
-    if not before:
-        return "new"
-    percent = 100 * (after - before) / before
-    if abs(percent) < 0.05:
-        return "≈"
-    return f"{percent:+.0f} %" if abs(percent) >= 10 or percent == int(percent) else f"{percent:+.1f} %"
 
 
 def total(rows: Sequence[Row], figure: str, when: Literal["before", "after"]) -> int | None:
@@ -52,17 +39,13 @@ def passes_of(diff: Diff, row: Row) -> str:
 
 def title(diff: Diff) -> str:
     """What is compared."""
-    return f"{diff.before.title} → {diff.after.title if diff.after.title != diff.before.title else 'rewritten'}"
+    rewritten = diff.same_backbone and diff.after.title == diff.before.title
+    return f"{diff.before.title} → {'rewritten' if rewritten else diff.after.title}"
 
 
 def glyphs(statuses: Iterable[str], *, unicode: bool = True) -> str:
     """One sign per status, most important first."""
     return "".join(STYLES[s].glyph if unicode else STYLES[s].ascii for s in statuses)
-
-
-def common_figures(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> list[tuple[Figure, int, int]]:
-    """Every figure that both have, with its two values."""
-    return [(f, before[f.name], after[f.name]) for f in FIGURES if before and after and f.name in before and f.name in after]
 
 
 def groups(diff: Diff, *, unfold: bool) -> tuple[RowGroup, ...]:

@@ -107,6 +107,9 @@ class FeatureCache:
         if self.mixed:
             what = "mixup and CutMix make new inputs from every batch, so features of them cannot be cached"
             raise RunError(what, where="data.augment", fix='Leave them out, or run the prefix in every step (cache = "none")')
+        if self.samples.repeats > 1:
+            fix = 'Leave repeats out, or run the prefix in every step (cache = "none")'
+            raise RunError("images that an epoch repeats have no features that could be cached", where="data.augment.repeats", fix=fix)
         if not self.samples.deterministic and not options.get("views") and not options.get("refresh"):
             what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
             fix = 'Compute a part of them anew in each epoch (refresh = 4), or run the prefix in every step (cache = "none")'

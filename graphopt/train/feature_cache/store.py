@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import RunError
-from graphopt.files import exclusive, read_text, reason, remove_if_empty, sealed, unsealed, write_atomically
+from graphopt.files import BINARY, exclusive, read_at, read_text, reason, remove_if_empty, sealed, unsealed, write_at, write_atomically
 from graphopt.hashing import raw_bytes
 
 FORMAT_VERSION = 2
@@ -92,7 +92,7 @@ class RowFile:
 
     def __init__(self, path: Path, layout: EntryLayout) -> None:
         self._path, self._layout = path, layout
-        self._handle = os.open(path, os.O_RDONLY)
+        self._handle = os.open(path, os.O_RDONLY | BINARY)
         weakref.finalize(self, os.close, self._handle)
         self._opened = self._stamp()
 
@@ -113,7 +113,7 @@ class RowFile:
         view, size, complete = raw_bytes(found), rows * self._layout.row_bytes, True
         for number, start in enumerate(starts):
             part, offset = view[number * size : (number + 1) * size], start * self._layout.row_bytes
-            while part and (count := os.preadv(self._handle, [part], offset)):
+            while part and (count := read_at(self._handle, part, offset)):
                 part, offset = part[count:], offset + count
             complete &= not part
         if not complete or self._stamp() != self._opened:
@@ -263,7 +263,7 @@ class FileFill(Fill):
         if layout.describes(progress) and self._part.exists():
             self._resume(progress)
         self.done = len(self.sums)
-        self.handle = os.open(self._part, os.O_CREAT | os.O_RDWR, 0o644)
+        self.handle = os.open(self._part, os.O_CREAT | os.O_RDWR | BINARY, 0o644)
         self._unrecorded = 0
         try:
             # All of the room at once: a full disk shows before the first forward pass.
@@ -359,7 +359,7 @@ def reserve(handle: int, size: int) -> None:
 
 def _write(handle: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(handle, data, offset)
+        written = write_at(handle, data, offset)
         data, offset = data[written:], offset + written
 
 

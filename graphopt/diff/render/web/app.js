@@ -97,7 +97,7 @@
   // -- search and filter -------------------------------------------------------------------------------------------------------
   function hits(row) {
     if (!query) return false;
-    if (row.name.toLowerCase().includes(query) || row.kind.toLowerCase().includes(query) || row.paths.some((p) => p.toLowerCase().includes(query))) return true;
+    if (row.name.toLowerCase().includes(query) || (row.former || "").toLowerCase().includes(query) || row.kind.toLowerCase().includes(query) || row.paths.some((p) => p.toLowerCase().includes(query))) return true;
     return state.nodes(row).some((n) => n.name.toLowerCase().includes(query) || n.what.toLowerCase().includes(query) || n.path.toLowerCase().includes(query));
   }
 
@@ -128,6 +128,7 @@
     const out = [`<h2>${esc(one ? row.name : rows[0].name + " … " + rows[rows.length - 1].name)}</h2><p>${esc(row.kind)}${one ? "" : ` · ${rows.length} blocks, sums`}</p>`];
     out.push(`<p class="state">${statuses}</p>`);
     if (row.changed && row.was.length && row.was.join() !== "unchanged") out.push(`<p>${esc(words(row))}</p>`);
+    if (row.former) out.push(`<p>in the first of the two: ${esc(one ? row.former : row.former + " …")}</p>`);
     const meaning = row.statuses.map((s) => data.styles[s].meaning).filter(Boolean).join("; ");
     if (meaning) out.push(`<p class="subtitle">${esc(meaning)}</p>`);
     if (facts(row)) out.push(`<p>${esc(facts(row))}</p>`);
@@ -229,11 +230,13 @@
     $(".filters").innerHTML = Object.entries(counts).map(([s, c]) => `<button class="s-${esc(s)}" data-status="${esc(s)}" aria-pressed="${filter.has(s)}" title="${esc(data.styles[s].meaning || s)}"><b class="tint">${esc(data.styles[s].glyph)}</b>${esc(s)} ${c}</button>`).join("");
   }
 
-  /** The strip scrolls where it is wider than the window: its ends fade where there is more. */
+  /** Rows that scroll where they are wider than the window: their ends fade where there is more. */
   function fadeEnds() {
-    const host = $(".phases"), left = host.scrollLeft, most = host.scrollWidth - host.clientWidth;
-    host.classList.toggle("more-left", left > 2);
-    host.classList.toggle("more-right", left < most - 2);
+    for (const host of document.querySelectorAll(".phases, .tiles, .tools")) {
+      const left = host.scrollLeft, most = host.scrollWidth - host.clientWidth;
+      host.classList.toggle("more-left", left > 2);
+      host.classList.toggle("more-right", left < most - 2);
+    }
   }
 
   function showPhase() {
@@ -250,11 +253,9 @@
     host.innerHTML = data.phases.map((f, i) => {
       const before = i ? new Map(data.phases[i - 1].rows.map((r) => [r.name, r.statuses.join()])) : new Map();
       const strip = `<span class="strip${f.rows.length > 40 ? " dense" : ""}">${f.rows.map((r) => `<i class="s-${esc(r.statuses[0])}${r.statuses[0] === "unchanged" ? "" : " ink"}${i && before.get(r.name) === r.statuses.join() ? " same" : ""}"></i>`).join("")}</span>`;
-      return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${f.epoch}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
+      return `<button data-phase="${i}" aria-pressed="${i === at}" title="${esc(f.label)}"><span class="when">epoch ${Number(f.epoch.toFixed(2))}</span>${strip}<span class="what">${esc(f.label)}</span></button>`;
     }).join("");
     host.addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) setPhase(Number(b.dataset.phase)); });
-    host.addEventListener("scroll", fadeEnds);
-    addEventListener("resize", fadeEnds);
     showPhase();
   }
 
@@ -285,7 +286,36 @@
     root.dataset.theme = dark ? "light" : "dark";
   }
   if (window.frameElement) document.querySelector("[data-do=theme]").hidden = true; // the page around it has that button
-  const actions = { in: () => zoom(1.25), out: () => zoom(0.8), fit, theme };
+
+  // -- saving ------------------------------------------------------------------------------------------------------------------
+  /** The picture as it is opened and folded now, as a file: light, with a heading and a legend. */
+  function picture() {
+    return globalThis.graphoptScene.file(data, phase(), { level: state.level, metric: state.metric, open: state.open, closed: state.closed, style: data.style });
+  }
+
+  function save(blob, ending) {
+    const a = document.createElement("a");
+    a.href = URL.createObjectURL(blob);
+    a.download = data.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 80) + "." + ending;
+    a.click();
+    setTimeout(() => URL.revokeObjectURL(a.href), 10000);
+  }
+
+  function saveSvg() { save(new Blob([picture()], { type: "image/svg+xml" }), "svg"); }
+
+  function savePng() {
+    const image = new Image();
+    image.onload = () => {
+      const canvas = document.createElement("canvas");
+      canvas.width = 2 * image.width; canvas.height = 2 * image.height;
+      canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob((blob) => save(blob, "png"), "image/png");
+    };
+    image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(picture());
+  }
+  addEventListener("beforeprint", fit);
+
+  const actions = { svg: saveSvg, png: savePng, in: () => zoom(1.25), out: () => zoom(0.8), fit, theme };
   $(".view").addEventListener("click", (event) => { const b = event.target.closest("button"); if (b) actions[b.dataset.do](); });
   $("aside .close").addEventListener("click", hide);
 
@@ -346,6 +376,8 @@
   let width = innerWidth;
   new ResizeObserver(() => { if (current && (Math.abs(innerWidth - width) > 4 || !view.touched)) { width = innerWidth; draw(false); } }).observe(svg);
 
-  tiles(); filters(); phaseButtons(); setLevel("folded");
+  addEventListener("resize", fadeEnds);
+  document.addEventListener("scroll", fadeEnds, true);
+  tiles(); filters(); phaseButtons(); setLevel("folded"); fadeEnds();
   document.documentElement.dataset.ready = "1";
 })();

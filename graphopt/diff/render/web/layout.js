@@ -123,10 +123,11 @@
       if (group.local) number += 1;
       const own = group.rows.filter((r) => !r.attached_to);
       const range = own.length ? own[0].name + (own.length > 1 ? " … " + own[own.length - 1].name : "") : "";
-      group.title = group.local ? (group.section === "last module" ? "last module" : "local module " + number) + (group.rank === null ? "" : " · rank " + group.rank) + (range ? ": " + range : "") : group.stage;
+      group.title = group.local ? (group.section === "last module" ? "last module" : "local module " + number) + (group.rank === null ? "" : " · rank " + group.rank) : group.stage;
+      group.range = group.local ? range : "";
       const shut = group.rows.length > 1 && (state.closed.has(group.key) || (state.level === "stages" && !state.open.has(group.key)));
       if (shut) {
-        group.cards = [{ id: "g:" + group.key, type: "group", name: group.title, rows: group.rows, group: group.key, open: false, nodes: [] }];
+        group.cards = [{ id: "g:" + group.key, type: "group", name: group.title + (group.range ? ": " + group.range : ""), rows: group.rows, group: group.key, open: false, nodes: [] }];
         continue;
       }
       group.cards = [];
@@ -283,7 +284,7 @@
     columns.forEach((parts, c) => {
       for (const part of parts) {
         const x = row.at["c" + c].x + stacks[c].at[part.id].x, y = stacks[c].at[part.id].y; // columns start at the top: that is where one reads on
-        boxes.push({ id: part.id, key: part.group.key, x, y, width: part.width, height: part.height, title: (part.continued ? "↳ " : "") + part.group.title, local: part.group.local, group: part.group, column: c });
+        boxes.push({ id: part.id, key: part.group.key, x, y, width: part.width, height: part.height, title: (part.continued ? "↳ " : "") + part.group.title, range: part.group.range, local: part.group.local, group: part.group, column: c });
         const dx = x + SIDE, dy = y + headOf(part.group) + PAD;
         for (const card of part.cards) cards.set(card.id, { ...card, x: dx + part.plan.at[card.id].x, y: dy + part.plan.at[card.id].y, column: c, box: part.id });
         for (const id of ["input", "output"]) if (part.plan.at[id]) cards.set(id, { id, type: "end", rows: [], x: dx + part.plan.at[id].x, y: dy + part.plan.at[id].y, width: 170, height: 26, column: c, box: part.id });

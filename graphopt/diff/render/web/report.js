@@ -28,6 +28,12 @@
     if (u.legend.idx === null || u.legend.idx === undefined) u.setLegend({ idx: u.data[0].length - 1 });
   }
 
+  /** In the legend: the value there, or the last one before, where a curve has fewer points than others. */
+  function shown(u, value, series, at) {
+    while (at > 0 && (value === null || value === undefined)) { at -= 1; value = u.data[series][at]; }
+    return value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString();
+  }
+
   const palette = [["after", []], ["features", [6, 4]], ["good", [2, 3]], ["stop", [8, 3, 2, 3]]];
 
   function draw() {
@@ -49,7 +55,7 @@
           y: chart.log ? { distr: 3, range: (u, low, high) => [low / 1.3, high * 2] } : { range: (u, low, high) => { const pad = (chart.zero ? high : high - low) || Math.abs(high) || 1; return [chart.zero ? 0 : low - 0.06 * pad, high + 0.2 * pad]; } },
         },
         axes: [{ ...axis, label: "epochs trained", size: 28, labelSize: 16, labelGap: 0, labelFont: "11px Helvetica, Arial, sans-serif" }, { ...axis, size: 52 }],
-        series: [{ label: "epochs trained", value: (u, v) => (v === null ? "–" : v.toFixed(2)) }, ...chart.series.map((s, i) => ({ label: s.name, stroke: colour(palette[i % palette.length][0]), width: 2, dash: palette[i % palette.length][1], spanGaps: true, points: { show: s.points, size: 6, fill: colour(palette[i % palette.length][0]) }, value: (u, v) => (v === null || v === undefined ? "–" : Number(v.toPrecision(4)).toString()) }))],
+        series: [{ label: "epochs trained", value: (u, v) => (v === null ? "–" : v.toFixed(2)) }, ...chart.series.map((s, i) => ({ label: s.name, stroke: colour(palette[i % palette.length][0]), width: 2, dash: palette[i % palette.length][1], spanGaps: true, points: { show: s.points, size: 6, fill: colour(palette[i % palette.length][0]) }, value: shown }))],
         hooks: { draw: [phases], ready: [latest], setLegend: [latest] },
         cursor: { sync: { key: "run" } },
         legend: { live: true },

@@ -23,19 +23,15 @@
     return size * Array.from(String(text)).reduce((sum, sign) => sum + FACES[face](sign), 0);
   }
 
-  /** Cuts text so that it fits `width` pixels at `size` pixels: its end, its start, or what stands between a few words and the last path. */
+  /** Cuts text so that it fits `width` pixels at `size` pixels: its end, or its start. */
   function fit(text, width, size, face = "mono", cut = "end") {
     if (extent(text, size, face) <= width) return String(text);
     const signs = Array.from(String(text));
-    if (cut === "middle") {
-      const head = Array.from(/^[^:]*: |/.exec(String(text))[0]), room = width - extent(head.join(""), size, face);
-      return head.join("") + fit(signs.slice(head.length).join(""), room, size, face, "start").replace(/^….* … /, "… ");
-    }
     if (cut === "start") signs.reverse();
     let left = width - extent("…", size, face), most = 0;
     while (most < signs.length && (left -= size * FACES[face](signs[most])) >= 0) most += 1;
     const rest = signs.slice(0, Math.max(1, most));
-    return cut === "start" ? "…" + rest.reverse().join("").replace(/^[ …]+/, "").replace(/^\w*\.(?=\w)/, "") : rest.join("").replace(/[ …]+$/, "") + "…";
+    return cut === "start" ? "…" + rest.reverse().join("").replace(/^[ …]+/, "").replace(/^\w*\.(?=\w)/, "") : rest.join("").replace(/[ ,…]+$/, "") + "…";
   }
 
   /** What figures are set in, so that none of them is cut: smaller type where there is little room. */
@@ -112,7 +108,7 @@
     const sign = c.type === "group" ? style.glyph : glyphs(data.styles, row);
     out.push(`<text class="glyph" x="16" y="20">${esc(sign)}</text>`);
     const start = 20 + Math.max(1, Array.from(sign).length) * 13;
-    const canOpen = c.type !== "row" || c.nodes.length > 0;
+    const canOpen = !state.still && (c.type !== "row" || c.nodes.length > 0);
     const space = w - start - (canOpen ? 26 : 10);
     const name = extent(c.name, 12.5) <= space ? c.name : fit(c.short || c.name, space, 12.5, "mono", "start");
     out.push(`<text class="name" x="${start}" y="19.5">${esc(name)}</text>`);
@@ -188,7 +184,9 @@
     let scale = 1;
     for (const c of picture.cards.values()) if (c.type !== "end") for (const when of ["before", "after"]) scale = Math.max(scale, sum(c.rows, state.metric, when) || 0);
     for (const b of picture.boxes) {
-      const single = b.group.rows.length === 1, title = fit(b.title, 1.25 * (b.width - 30), 12, "bold", "middle");
+      // Which blocks it has stands on the cards: where there is no room for it, the title leaves it out.
+      const single = b.group.rows.length === 1, whole = b.title + (b.range ? ": " + b.range : "");
+      const title = extent(whole, 12, "bold") <= 1.1 * (b.width - 30) ? whole : fit(b.title, 1.25 * (b.width - 30), 12, "bold", "start");
       pieces.push({ key: "box:" + b.id, layer: "boxes", x: b.x, y: b.y, cls: (b.local ? "box local" : "box") + (b.group.rank === null ? "" : " rank" + (b.group.rank % 4)), html: `<rect width="${n(b.width)}" height="${n(b.height)}" rx="12"/>` + (single && !b.local ? "" : `<g class="title" data-group="${esc(b.key)}" role="button" tabindex="-1"><rect class="hit" width="${n(b.width)}" height="28"/><text x="16" y="20"${sized(title, b.width - 30, 12, "bold")}>${esc(title)}</text></g>`) });
     }
     for (const r of picture.routes) {
@@ -221,10 +219,23 @@
 
   const MARKERS = '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerUnits="userSpaceOnUse" markerWidth="10" markerHeight="10" orient="auto"><path class="tip" d="M0 0.5 L7.5 4 L0 7.5 Z"/></marker><marker id="arc" viewBox="0 0 8 8" refX="7" refY="4" markerUnits="userSpaceOnUse" markerWidth="10" markerHeight="10" orient="auto"><path class="arctip" d="M0 0.5 L7.5 4 L0 7.5 Z"/></marker></defs>';
 
-  /** A whole picture as one SVG file, with a heading and a legend. */
+  /** The kinds of arrow that are there, and what each means. */
+  function arrowKey(pieces) {
+    const there = (test) => pieces.some((p) => p.d && test(p.cls.split(" ")));
+    const kinds = [
+      ["edge live", "gradients come back", (c) => c.includes("live")],
+      ["edge", "no gradient comes back", (c) => c.length === 1 && c[0] === "edge"],
+      ["edge attached", "into a local loss", (c) => c.includes("attached")],
+      ["edge gone", "before only", (c) => c.includes("gone")],
+      ["arc", "weights", (c) => c.includes("arc")],
+    ];
+    return kinds.filter(([, , test]) => there(test));
+  }
+
+  /** A whole picture as one SVG file, with a heading and a legend; options.style is its style sheet. */
   function file(data, phase, options) {
     const nodes = (row) => data.pool[row.nodes];
-    const state = { labelled: [], open: new Set(), closed: new Set(), level: options.level || "folded", metric: options.metric || data.metric, uniform: false, nodes };
+    const state = { labelled: [], open: options.open || new Set(), closed: options.closed || new Set(), level: options.level || "folded", metric: options.metric || data.metric, uniform: false, still: true, nodes };
     const width = options.width || 1200, s = scene(data, phase, state, width - 40, options.height || 760);
     const left = 20, over = s.pieces.some((p) => p.d && p.d.includes("-14")) ? 16 : 0;
     const out = [], full = Math.max(s.width + 2 * left, 680);
@@ -237,9 +248,13 @@
     const tiles = phase.totals && data.before ? data.tiles.filter((k) => k in data.before && k in phase.totals) : [];
     if (tiles.length) {
       const each = Math.min(210, (full - 2 * left - 10 * (tiles.length - 1)) / tiles.length);
+      // One size for all: that of the longest.
+      const longest = (texts, size) => texts.reduce((a, b) => (extent(a, size, "plain") >= extent(b, size, "plain") ? a : b));
+      const titled = sized(longest(tiles.map((k) => data.figures[k]), 11), each - 16, 11, "plain");
+      const written = sized(longest(tiles.map((k) => change(k, data.before[k], phase.totals[k])), 10.5), each - 16, 10.5, "plain");
       tiles.forEach((k, i) => {
         const b = data.before[k], a = phase.totals[k], figures = change(k, b, a);
-        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17"${sized(data.figures[k], each - 16, 11, "plain")}>${esc(data.figures[k])}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51"${sized(figures, each - 16, 10.5, "plain")}>${esc(figures)}</text></g>`);
+        out.push(`<g class="tile" transform="translate(${n(left + i * (each + 10))} ${y + 6})"><rect width="${n(each)}" height="60" rx="8"/><text class="what" x="10" y="17"${titled}>${esc(data.figures[k])}</text><text class="big${a < 0.9995 * b ? " good" : ""}" x="10" y="36">${esc(percent(b, a))}</text><text class="small" x="10" y="51"${written}>${esc(figures)}</text></g>`);
       });
       y += 76;
     }
@@ -255,10 +270,17 @@
       x += wide;
     }
     const label = "bars: " + data.figures[state.metric] + ", before (pale) and after";
-    if (x + label.length * 6.2 > full - left) { x = left; y += 20; }
+    if (x + extent(label, 11.5, "plain") > full - left) { x = left; y += 20; }
     out.push(`<text class="legend pale" x="${n(x)}" y="${y}">${esc(label)}</text>`);
+    x = left; y += 20;
+    for (const [cls, meaning] of arrowKey(s.pieces)) {
+      const space = extent(meaning, 11.5, "plain") + 52;
+      if (x + space > full - left) { x = left; y += 20; }
+      out.push(`<path class="${cls}" d="M${n(x)} ${y - 4} H${n(x + 28)}" marker-end="url(#${cls === "arc" ? "arc" : "tip"})"/><text class="legend pale" x="${n(x + 35)}" y="${y}">${esc(meaning)}</text>`);
+      x += space;
+    }
     const total = y + 18;
-    return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${n(full)} ${n(total)}" width="${n(full)}" height="${n(total)}" class="graphopt" role="img"><title>${esc(data.title)}</title><style>/*STYLE*/</style><rect class="ground" width="100%" height="100%"/>${MARKERS}${out.join("")}</svg>\n`;
+    return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${n(full)} ${n(total)}" width="${n(full)}" height="${n(total)}" class="graphopt" role="img"><title>${esc(data.title)}</title><style>${options.style}</style><rect class="ground" width="100%" height="100%"/>${MARKERS}${out.join("")}</svg>\n`;
   }
 
   root.graphoptScene = { scene, file, text, esc, amount, change, percent, sum, words, facts, LAYERS, MARKERS, mainOf };

@@ -1,0 +1,149 @@
+"""The phases of a plan in a training loop that is not the built-in one."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import Decision, step_at
+from graphopt.errors import RunError
+from graphopt.plan_file import load_strictly
+from graphopt.train.checks import check_frozen, fingerprints
+from graphopt.train.optimizer import named_parameters
+from graphopt.train.phase import advance
+from graphopt.train.state import History
+
+
+class Phases:
+    """Takes a plan from phase to phase in a training loop of your own.
+
+        phases = graphopt.Phases(plan, lambda module: torch.optim.SGD(module.parameters(), lr=0.1), epochs=10)
+        for epoch in range(10):
+            phases.begin(epoch)
+            for x, target in batches:
+                loss = criterion(phases.module(x), target)
+                ...
+        backbone = phases.plan.export()
+
+    Attributes:
+        plan: in its current phase, with the weights as they are. optimizer: of its module; None where no function makes one.
+        epochs: length of the run, which some triggers go by.
+    """
+
+    def __init__(
+        self, plan: Plan, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None, *, epochs: int, seed: int = 0
+    ) -> None:
+        """`make_optimizer` is called with the module of each phase; `seed` is of what passes initialise in later phases.
+
+        Raises RunError where a pass sets learning rates: only the built-in runner follows those.
+        """
+        if plan.learning_rates.regions:
+            what = f"a pass sets the learning rate of {plan.learning_rates.regions[0].name}, which only the built-in runner follows"
+            raise RunError(what, fix="Train with `graphopt train`, or with `graphopt.train.train`")
+        self.plan, self.epochs = plan, epochs
+        self._make, self._seed = make_optimizer, seed
+        self.optimizer = make_optimizer(plan.module) if make_optimizer is not None else None
+        self._history, self._frozen = History(), fingerprints(plan.module)
+        self._within = any(moment != int(moment) for moment in plan.moments(epochs))
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains in the current phase."""
+        return self.plan.module
+
+    def begin(self, epoch: int, step: int = 0, *, steps: int | None = None, metrics: Mapping[str, float] | None = None) -> bool:
+        """Begins the phase that `epoch` (from 0) trains in, before its first step; True where it is a new one.
+
+        Then `plan`, `module` and `optimizer` are others: weights are carried over by name, and so are the optimizer's state and the
+        settings of its groups. What holds on to the earlier ones (a schedule, DDP) has to be made again.
+
+        Args:
+            step: steps of the epoch that are done; where phases begin within epochs, call it before every step.
+            steps: those that an epoch has.
+            metrics: figures of the epoch before, for triggers that read them.
+
+        Raises:
+            RunError: frozen tensors have changed, or a phase begins within an epoch and `steps` was not given.
+        """
+        if self._within and steps is None:
+            fix = "Call begin(epoch, step, steps=len(batches)) before every step"
+            raise RunError("a phase of this plan begins within an epoch", where=f"epoch {epoch}", fix=fix)
+        if not step:
+            self._end_epoch(epoch - 1, metrics or {})
+        due: tuple[Decision, ...] = ()
+        for moment in self._reached(epoch, step, steps):
+            due += self.plan.due(moment, self._history, self.epochs, due)
+        if due:
+            check_frozen(self.module, self._frozen)
+            self._take(advance(self.plan, due, self._seed, due[-1].epoch))
+        return bool(due)
+
+    def _reached(self, epoch: int, step: int, steps: int | None) -> Iterable[float]:
+        moments = {float(epoch)} if not step else set()
+        if steps is not None:
+            moments |= {m for m in self.plan.moments(self.epochs) if step_at(m, steps) == epoch * steps + step}
+        return sorted(moments)
+
+    def _end_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Measures what triggers by score read, once for each epoch that has ended."""
+        parameters, scored = named_parameters(self.module), self.plan.scored
+        if epoch >= 0 and (not self._history.records or self._history.records[-1].epoch < epoch):
+            self._history.close(epoch, metrics, scored, parameters)
+        self._history.watch(scored, parameters)
+
+    def _take(self, plan: Plan) -> None:
+        earlier, self.plan = self.plan, plan
+        if self._make is not None and self.optimizer is not None:
+            old, self.optimizer = self.optimizer, self._make(plan.module)
+            carry_over(old, earlier.module, self.optimizer, plan.module)
+        self._frozen = fingerprints(plan.module)
+        self._history.watch(plan.scored, named_parameters(plan.module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a loop goes on from: decisions, weights, the optimizer's state by name, and what triggers have measured."""
+        optimizer = None if self.optimizer is None else _by_name(self.optimizer, self.module)
+        decisions = [decision.model_dump(mode="json") for decision in self.plan.decisions]
+        return {"decisions": decisions, "module": self.module.state_dict(), "optimizer": optimizer, "history": self._history.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, also from another phase. Raises RunError if the weights are not those of this plan."""
+        decisions = tuple(Decision.model_validate(decision) for decision in state["decisions"])
+        if decisions != self.plan.decisions:
+            self._take(self.plan.advance_to(decisions, verify="off"))
+        load_strictly(self.module, state["module"])
+        if self.optimizer is not None and state["optimizer"] is not None:
+            _load_by_name(self.optimizer, self.module, state["optimizer"])
+        self._frozen, self._history = fingerprints(self.module), History.from_state_dict(state["history"])
+
+
+def carry_over(old: torch.optim.Optimizer, before: nn.Module, new: torch.optim.Optimizer, after: nn.Module) -> None:
+    """Gives an optimizer the state of another by the names of parameters, and the settings of groups where there are as many of them."""
+    _load_by_name(new, after, _by_name(old, before))
+
+
+def _by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+    names = {id(parameter): name for name, parameter in named_parameters(module).items()}
+    state = {names[id(p)]: values for p, values in optimizer.state.items() if id(p) in names}
+    return {"state": state, "groups": [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]}
+
+
+def _load_by_name(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """State of a parameter whose shape is another one by now is dropped."""
+    if len(saved["groups"]) == len(optimizer.param_groups):
+        for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update(settings)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in named_parameters(module).items():
+        values = saved["state"].get(name)
+        if values is not None and id(parameter) in held and all(_fits(value, parameter) for value in values.values()):
+            optimizer.state[parameter] = {key: _on(value, parameter) for key, value in values.items()}
+
+
+def _fits(value: Any, parameter: nn.Parameter) -> bool:
+    return not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == parameter.shape
+
+
+def _on(value: Any, parameter: nn.Parameter) -> Any:
+    return value.to(parameter.device) if isinstance(value, torch.Tensor) and value.ndim else value
