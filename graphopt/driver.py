@@ -15,6 +15,7 @@ from graphopt.compiler.measure import measure_with
 from graphopt.compiler.pass_base import Pass, PassInstance
 from graphopt.compiler.pipeline import Verify, located, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
+from graphopt.compiler.sizes import Sizes
 from graphopt.compiler.triggers import Decision
 from graphopt.cost.rates import TimedStep, rates_of
 from graphopt.errors import BackboneError, PassError, SpecError, TraceError, WeightsError
@@ -90,7 +91,8 @@ def prepare(
         instances = _settled_instances([PassInstance(value, index) for index, value in enumerate(passes)], graph, batch)
         about = {"name": type(model).__name__, "digest": digest_of([i.value for i in instances], model, graph.input)}
     matched = match_all(graph, instances)
-    return Source(backbone=model, base=graph, matched=matched, batch=batch, measure=measure_with(batch, **options), **about)
+    sizes = Sizes(model, graph, matched, compare=compare)
+    return Source(backbone=model, base=graph, matched=matched, sizes=sizes, batch=batch, measure=measure_with(batch, **options), **about)
 
 
 def settle(spec: Spec, *, trust: bool = False) -> Spec:

@@ -35,6 +35,7 @@ from graphopt.compiler.measure import measure_with
 from graphopt.compiler.pass_base import ALL_PROPERTIES, PassInstance, Severity, Status
 from graphopt.compiler.pipeline import located, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
+from graphopt.compiler.sizes import Sizes
 from graphopt.compiler.triggers import Decision
 from graphopt.cost.rates import Rates, TimedStep
 from graphopt.errors import CostError, GraphoptError, VerifyError
@@ -86,9 +87,8 @@ def run(case: Table) -> Outcome:
         about = {"source": "python", "name": f"fuzz:{case['backbone']}", "input": list(input)}
         spec = from_table({"backbone": about, "pass": copy.deepcopy(case["pass"]), "train": {"epochs": EPOCHS}})
         matched = match_all(graph, [settled(PassInstance(value, i), graph) for i, value in enumerate(spec.passes)])
-        source = Source(
-            backbone=model, base=graph, matched=matched, name="", digest=spec.digest, spec=spec, batch=2, measure=measure_with(2)
-        )
+        own = {"backbone": model, "base": graph, "matched": matched, "sizes": Sizes(model, graph, matched, compare=True)}
+        source = Source(**own, name="", digest=spec.digest, spec=spec, batch=2, measure=measure_with(2))
         torch.manual_seed(case["seed"])
         plan = compile_phase(source, verify="full", costs=case["seed"] % 8 == 0)
         stage = "refused later"

@@ -133,7 +133,7 @@ def measure(kind: str, size: int) -> tuple[int, dict[str, float]]:
 
         def compiled(value: graphopt.Pass = value) -> graphopt.Plan:
             matched = match_all(source.base, [PassInstance(value, 0)])
-            return compile_phase(replace(source, matched=matched), verify="off", costs=False)
+            return compile_phase(replace(source, matched=matched, sizes=source.sizes.with_passes(matched)), verify="off", costs=False)
 
         with suppress(GraphoptError):
             found[name], plan = timed(compiled)

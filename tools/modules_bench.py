@@ -125,7 +125,7 @@ class Trainer:
         data = DataSpec(train_limit=8 * model.batch)
         inputs = Inputs.open(settings, data, model.input, self.strategy)
         features = inputs.features(folder, plan.digest, {})
-        context = RunContext(settings, self.strategy, inputs.images, inputs.evaluation, 10, None, features)
+        context = RunContext(settings, self.strategy, inputs.feeds, 10, None, features)
         self.phase = Phase(plan, context)
         self.phase.begin()
         self.phase.train_mode()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.cost.rates import TimedStep
     from graphopt.ir.editor import Editor
     from graphopt.ir.graph import Graph
+    from graphopt.ir.inputs import Input
     from graphopt.ir.regions import Region
 
 #: the properties that a pass can declare and the compiler can check
@@ -135,17 +136,33 @@ class FeatureCut:
 
 
 @dataclass(frozen=True)
+class ImageNeeds:
+    """How the images of a phase differ from those of the data's settings; their size is that of the phase's input.
+
+    Attributes:
+        low_frequency: they are prepared at the backbone's own size, and of their spectrum the low frequencies are kept; else they are
+            prepared at the phase's size.
+        augment: keys of `[data.augment]` that have other values in this phase.
+    """
+
+    low_frequency: bool = False
+    augment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RuntimeNeeds:
     """What a pass needs at run time; the runner reads these and no pass's name.
 
     Attributes:
         targets: training calls `module(x, target)` and gets `(output, local_loss)`.
         features: the cut behind which training runs on cached features.
+        images: how the images of this phase differ from those of the data's settings.
         scores: regions whose parameters the runner must watch for score triggers.
     """
 
     targets: bool = False
     features: FeatureCut | None = None
+    images: ImageNeeds | None = None
     scores: tuple[str, ...] = ()
 
     @staticmethod
@@ -153,7 +170,9 @@ class RuntimeNeeds:
         """What several passes need together."""
         needs = [effect.needs for effect in effects]
         features = next((n.features for n in reversed(needs) if n.features), None)
-        return RuntimeNeeds(any(n.targets for n in needs), features, tuple(dict.fromkeys(name for n in needs for name in n.scores)))
+        images = next((n.images for n in reversed(needs) if n.images), None)
+        scores = tuple(dict.fromkeys(name for n in needs for name in n.scores))
+        return RuntimeNeeds(any(n.targets for n in needs), features, images, scores)
 
 
 class Status(StrEnum):
@@ -275,6 +294,10 @@ class Pass(pydantic.BaseModel):
     def rewrite(self, edit: Editor, match: ActiveMatch[Any]) -> Effects:
         """Does what was decided, through the editor. Raises PassError if an earlier pass has changed what this one needs."""
         raise NotImplementedError
+
+    def input(self, input: Input) -> Input:
+        """The input that the network takes while this pass is applied, given what it takes otherwise: `(3, 128, 128)`."""
+        return input
 
     def learning_rates(self, names: tuple[str, ...]) -> Mapping[str, LearningRate]:
         """The learning rate of each region whose rate it sets, over the whole run; those of its trigger, where it freezes them.

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from graphopt.compiler.measure import Measure
 from graphopt.compiler.pass_base import Effects, Pass, PassInstance, RuntimeNeeds
 from graphopt.compiler.pipeline import Matched, Verify, rewrite
 from graphopt.compiler.report import Report
+from graphopt.compiler.sizes import Sizes
 from graphopt.compiler.triggers import Decision
 from graphopt.errors import GraphoptError, PassError
 from graphopt.ir.editor import Edits
@@ -47,8 +48,10 @@ class Source:
     """What all phases of a plan have in common.
 
     Attributes:
-        backbone: the user's model, as it was. base: its graph before any rewrite. spec: the spec it came from, if any.
+        backbone: the user's model, as it was. base: its graph before any rewrite; of a plan, at the size of the phase's input.
+        spec: the spec it came from, if any.
         matched: the passes in order, with what each decided on that graph.
+        sizes: the backbone at other sizes of its input, for phases that ask for one.
         name, digest: of the spec; the digest identifies spec and backbone, and checkpoints carry it.
         batch: samples in the training step that costs are of. measure: the cost model; None where costs were not asked for.
     """
@@ -56,6 +59,7 @@ class Source:
     backbone: nn.Module
     base: Graph
     matched: tuple[Matched, ...]
+    sizes: Sizes
     name: str
     digest: str
     batch: int
@@ -333,10 +337,19 @@ def compile_phase(
 
     Raises PassError or VerifyError with the pass and its place in the spec.
     """
-    base = source.base
-    made = rewrite(base, source.matched, decisions, verify=verify, measure=source.measure if costs else None, weights=weights)
-    costs_around = (made.before, made.after)
+    base, matched = source.sizes.after(decisions)
+    measure, whole = source.measure if costs else None, source.sizes.whole
+    made = rewrite(base, matched, decisions, verify=verify, measure=measure, weights=weights)
+    before = made.before
+    if measure is not None and before is not None and base is not whole:
+        before = measure(emit(whole), whole, ())
+    costs_around = (before, made.after)
+    if (asked := source.sizes.asked(decisions)) is not None:
+        number = asked.instance.index
+        reports = (*made.reports[:number], replace(made.reports[number], before=before, after=made.before), *made.reports[number + 1 :])
+        made = replace(made, reports=reports)
     report = Report(source.name, source.digest, source.batch, *costs_around, made.reports, base.opaque, base.unused, made.no_costs)
     shared: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
+    shared |= {"base": base, "matched": matched}
     own: dict[str, Any] = {"graph": made.graph, "effects": made.effects, "edits": made.edits, "module": made.module}
     return Plan(**shared, decisions=decisions, **own, report=report)

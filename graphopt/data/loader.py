@@ -3,6 +3,7 @@
 So a run that is resumed within an epoch gets the same batches as an uninterrupted one, with any number of loader processes.
 """
 
+import copy
 import math
 import signal
 import weakref
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from graphopt.data.datasets import Split, open_split
 from graphopt.data.memory import Memory
 from graphopt.data.randomness import mixed_seed, preserved, reseed
-from graphopt.data.transforms import Step, Transform, eval_transform, rgb, train_transform
+from graphopt.data.transforms import LowFrequency, Step, Transform, eval_transform, rgb, train_transform
 from graphopt.errors import RunError, first_line
 from graphopt.spec import DataSpec
 
@@ -83,6 +84,12 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         self.fingerprint, self.outline = partial(split.fingerprint, self.chosen), partial(split.outline, self.chosen)
         self.transform: Any = transform
         self.deterministic, self.seed, self.kept, self.repeats = deterministic, seed, kept, repeats
+
+    def prepared(self, transform: Step, *, deterministic: bool) -> "Samples":
+        """The same samples, prepared by another transform."""
+        other = copy.copy(self)
+        other.transform, other.deterministic, other.kept = transform, deterministic, False
+        return other
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -161,12 +168,30 @@ def open_data(spec: DataSpec, input: tuple[int, ...], seed: int) -> Data:
         Samples(evaluation, spec.eval_limit, eval_transform(spec, input), deterministic=True, seed=seed),
         len(train.classes),
     )
-    left = spec.cache
-    for samples in (data.evaluation, data.train):
-        size = len(samples) * math.prod(input)
-        if samples.deterministic and size <= left:
-            samples.kept, left = True, left - size
+    _keep(data, spec.cache, math.prod(input))
     return data
+
+
+def prepared(data: Data, spec: DataSpec, input: tuple[int, ...], low_frequency: tuple[int, int] | None = None) -> Data:
+    """The samples of an opened data set, prepared for a spec with another augmentation, as tensors of shape `input`.
+
+    With `low_frequency`, of their spectrum only so many frequencies are kept, and they have that size. Raises RunError as `open_data`.
+    """
+    transforms = train_transform(spec, input), eval_transform(spec, input)
+    if low_frequency is not None:
+        for transform in transforms:
+            transform.then(LowFrequency(*low_frequency))
+    train = data.train.prepared(transforms[0], deterministic=not spec.augment.redraws)
+    found = Data(train, data.evaluation.prepared(transforms[1], deterministic=True), data.classes)
+    _keep(found, 0 if low_frequency else spec.cache, math.prod(input))
+    return found
+
+
+def _keep(data: Data, left: int, size: int) -> None:
+    """Lets feeds keep the pixels of samples that are the same in every epoch, `size` bytes each, as far as they fit."""
+    for samples in (data.evaluation, data.train):
+        if samples.deterministic and len(samples) * size <= left:
+            samples.kept, left = True, left - len(samples) * size
 
 
 def stratified(targets: Any, limit: int | None) -> list[int]:

@@ -42,6 +42,11 @@ class Transform:
         self.decode, self.steps, self.erase = decode, steps, erase
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
+    def then(self, step: Callable[[Tensor], Tensor]) -> None:
+        """Applies a further step to the tensor, after all others."""
+        before = self.erase
+        self.erase = step if before is None else _Both(before, step)
+
     def pixels(self, image: Any) -> Tensor:
         """(C, H, W) uint8 of a decoded image: all but normalisation."""
         for step in self.steps:
@@ -66,6 +71,33 @@ class Transform:
 
     def __call__(self, image: Any) -> Tensor:
         return self.tensor(self.decode(image))
+
+
+class _Both:
+    """One step after another."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.second(self.first(image))
+
+
+class LowFrequency:
+    """An image's lowest frequencies, as an image of their number: (C, H, W) to (C, height, width), with the same mean.
+
+    EfficientTrain's low-frequency cropping (arXiv 2211.09703, section 4.1): the centre of the shifted spectrum, transformed back.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self.size = height, width
+
+    def __call__(self, image: Tensor) -> Tensor:
+        spectrum = torch.fft.fftshift(torch.fft.fft2(image, norm="forward"), dim=(-2, -1))
+        for dim, kept in zip((-2, -1), self.size, strict=True):
+            # The frequency 0 stands at half the length, before and after.
+            spectrum = spectrum.narrow(dim, spectrum.shape[dim] // 2 - kept // 2, kept)
+        return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="forward").real
 
 
 def eval_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:

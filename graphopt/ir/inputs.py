@@ -29,6 +29,12 @@ def tensors_of(input: Input) -> tuple[tuple[Shape, torch.dtype | None], ...]:
     return tuple(item if _has_dtype(item) else (item, None) for item in items)
 
 
+def image_of(input: Input) -> tuple[int, int, int] | None:
+    """The shape (C, H, W) of one sample, where a forward takes one image; else None."""
+    (shape, dtype), *others = tensors_of(input)
+    return (shape[0], shape[1], shape[2]) if len(shape) == 3 and dtype is None and not others else None
+
+
 def samples(input: Input, batch: int, make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """A batch of each tensor. `make(*sizes)` gives those in the backbone's dtype; whole numbers and booleans alternate between 0 and 1.
 

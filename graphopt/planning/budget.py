@@ -205,8 +205,9 @@ class Search:
         self.backbone = self._phase_cost(self._plan(()), spec.train.batch)
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
-        matched = match_all(self.plan.base, [PassInstance(value, index) for index, value in enumerate(passes)])
-        return compile_phase(replace(self.plan, matched=matched), verify=verify, costs=False)
+        matched = match_all(self.plan.sizes.whole, [PassInstance(value, index) for index, value in enumerate(passes)])
+        sizes = self.plan.sizes.with_passes(matched)
+        return compile_phase(replace(self.plan, matched=matched, sizes=sizes), verify=verify, costs=False)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
         measure = measure_with(batch, device=self.device, **self.spec.train.forecast_options())
@@ -378,7 +379,7 @@ def ladders(plan: Plan) -> Iterator[tuple[Trial, ...]]:
     found: list[tuple[type[Pass], list[Trial]]] = []
     for kind in sorted(installed().values(), key=lambda kind: (kind.once, _POSITIONS.index(kind.position))):
         current = next((value for value in plan.passes if value.name == kind.name), None)
-        if candidates := [Trial(c.label, (c.value,)) for c in kind.candidates(plan.base, current)]:
+        if candidates := [Trial(c.label, (c.value,)) for c in kind.candidates(plan.sizes.whole, current)]:
             found.append((kind, candidates))
             yield tuple(candidates)
     # Of two passes: the second's middle candidate beside each of the first, or beside its strongest if a plan has one at most.

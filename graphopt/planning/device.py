@@ -35,7 +35,7 @@ def with_memory(plan: Plan, device: Device) -> Plan:
     report = plan.report
     if report.before is None or report.after is None:
         return plan
-    before = _forecast(plan, emit(plan.base), plan.base.input, device)
+    before = _forecast(plan, emit(plan.sizes.whole), plan.sizes.full, device)
     after = _memory(plan, device) if any(plan.effects) else before
     report = replace(report, before=replace(report.before, cuda=before), after=replace(report.after, cuda=after))
     return replace(plan, report=report)

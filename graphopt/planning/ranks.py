@@ -19,7 +19,7 @@ from graphopt.errors import RunError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.inputs import Input
 from graphopt.planning.run_cost import cache_bytes
-from graphopt.runtime.dtypes import DTYPES
+from graphopt.runtime.quantized import stored_bytes
 from graphopt.spec import TrainSpec
 
 StrategyName = Literal["auto", "single", "ddp", "fsdp"]
@@ -195,7 +195,7 @@ def trained_part(plan: Plan, samples: int | None) -> TrainedPart:
     suffix, value = OnFeatures(emit(plan.graph, start=cut.node)), cut.node.meta["val"]
     behind = {id(tensor) for tensor in _tensors(suffix)}
     left_out = sum(tensor.nbytes for tensor in _tensors(plan.module) if id(tensor) not in behind)
-    row_bytes = value[0].numel() * DTYPES[cut.options["dtype"]].itemsize
+    row_bytes = stored_bytes(tuple(value.shape[1:]), cut.options["dtype"])
     return TrainedPart(suffix, tuple(value.shape[1:]), row_bytes, cut.options.get("views") or 1, left_out)
 
 

@@ -5,6 +5,7 @@ count; seconds need the machine's rates (`graphopt.cost.measure_rates`), or are 
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -25,6 +26,7 @@ from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
 from graphopt.ir.inputs import Input, input_of
 from graphopt.ir.shapes import SHAPE_BATCH, tensors_in
+from graphopt.runtime.quantized import stored_bytes
 from graphopt.spec import DataSpec, TrainSpec
 
 #: numbers of training and evaluation images of known data sets, so that a forecast does not need the files
@@ -175,12 +177,13 @@ def forecast_run(
     steps = samples // train.batch
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
-    backbone = emit(plan.base)
-    whole = forecast(backbone, plan.base.input, train.batch, **options)
+    backbone = emit(plan.sizes.whole)
+    whole = forecast(backbone, plan.sizes.full, train.batch, **options)
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
-    for start, end, due, current in plan.phases(train.epochs, decisions) if phases is None else phases:
+    compiled = tuple(plan.phases(train.epochs, decisions) if phases is None else phases)
+    for start, end, due, current in compiled:
         step, filling, cached = _phase_cost(current, earlier, train, samples, options) if any(current.effects) else (whole, None, 0)
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
@@ -190,17 +193,38 @@ def forecast_run(
         phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
             cost, batches = filling
+            if every := current.needs.features and current.needs.features.options.get("refresh"):
+                batches += samples / cost.batch * max(0, math.ceil(end) - math.ceil(start) - 1) / every
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)
         earlier = current if cached else None
-    # The last evaluation batch of an epoch counts as the part that it is.
-    # The forward of a training step has the same FLOPs; its seconds are others.
-    evaluation = _forward_cost(backbone, plan.base.input, micro, options) if rates else whole
-    batches = math.ceil(train.epochs / train.eval_every) * evaluated / evaluation.batch
-    evaluating = int(batches * evaluation.forward_flops), _seconds(rates, evaluation, batches)
+    times = sorted({*range(train.eval_every - 1, train.epochs, train.eval_every), train.epochs - 1})
+    at_own_size = _evaluating(backbone, plan.sizes.full, len(times) * evaluated / micro, micro, options, rates)
+    evaluating = _evaluating_phases(compiled, times, evaluated / micro, micro, options, rates)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
-    totals = _totals([before], *evaluating), _totals(found, *evaluating)
+    totals = _totals([before], *at_own_size), _totals(found, *evaluating)
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
+
+
+def _evaluating(
+    backbone: nn.Module, input: Input, batches: float, batch: int, options: Mapping[str, Any], rates: Rates | PeakRates | None
+) -> tuple[int, float | None]:
+    """FLOPs and seconds of so many batches of an evaluation. The last one of an epoch counts as the part that it is."""
+    cost = _forward_cost(backbone, input, batch, options)
+    return int(batches * cost.forward_flops), _seconds(rates, cost, batches)
+
+
+def _evaluating_phases(
+    phases: Sequence[Phase], epochs: Sequence[int], batches: float, batch: int, options: Mapping[str, Any], rates: Rates | PeakRates | None
+) -> tuple[int, float | None]:
+    """The same over a run that is evaluated after `epochs`, each time at the size of the phase that the epoch ends in."""
+    count: Counter[Input] = Counter()
+    graphs = {phase.plan.base.input: phase.plan.base for phase in phases}
+    for epoch in epochs:
+        count[next(p.plan.base.input for p in phases if p.start < epoch + 1 <= p.end)] += 1
+    found = [_evaluating(emit(graphs[i]), i, n * batches, batch, options, rates) for i, n in count.items()]
+    seconds = [each for _, each in found if each is not None]
+    return sum(flops for flops, _ in found), sum(seconds) if rates else None
 
 
 def _times(flops: int, epochs: float) -> int:
@@ -239,6 +263,8 @@ def _phase_cost(
         return forecast(plan.module, plan.graph.input, train.batch, **options), None, 0
     step = forecast(plan.suffix, input_of(plan.suffix), train.batch, **options)
     old = earlier.needs.features if earlier is not None else None
+    if earlier is not None and earlier.base is not plan.base:
+        old = None  # features of images of another size
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:
         return step, None, cached
@@ -254,8 +280,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 def cache_bytes(cut: fx.Node, options: Mapping[str, Any], samples: int) -> int:
     """Size of a feature cache at `cut`; 0 if that is over its limit, so that the prefix runs in every step instead."""
-    dtype = getattr(torch, options.get("dtype") or "float32")
-    size = int(cut.meta["val"][0].numel()) * dtype.itemsize * samples * (options.get("views") or 1)
+    size = stored_bytes(_shape(cut), options.get("dtype") or "float32") * samples * (options.get("views") or 1)
     limit = options.get("limit")
     return size if limit is None or size <= limit else 0
 

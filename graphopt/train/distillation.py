@@ -65,6 +65,8 @@ def open_teacher(settings: TrainSpec, plan: Plan, data: Data, *, trust: bool = F
     if any(item.match.feature_options is not None for item in plan.matched):
         fix = 'Let the prefix run in every step (cache = "none")'
         raise RunError("a teacher takes images, which a step on cached features does not have", where=_WHERE, fix=fix)
+    if any(item.instance.value.input(plan.sizes.full) != plan.sizes.full for item in plan.matched):
+        raise RunError("a teacher takes images of one size, and a pass changes theirs", where=_WHERE, fix="Leave resize or distill out")
     with preserved():
         network = build(spec.source, spec.name, spec.arguments, weights=spec.weights, trust=trust)
     teacher = Teacher(network, spec, *_conversion(spec, data.train.transform))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision, step_at
-from graphopt.data.loader import Batch, Feed, ImageFeed
+from graphopt.data.loader import Batch, Feed
 from graphopt.data.mixing import Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
@@ -26,6 +26,7 @@ from graphopt.train.checks import check_frozen, check_gradients, fingerprints, n
 from graphopt.train.distillation import Teacher
 from graphopt.train.evaluation import Meter, check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.feeds import Feeds
 from graphopt.train.loss import Criterion
 from graphopt.train.strategy import Strategy
 
@@ -41,8 +42,7 @@ class RunContext:
 
     spec: TrainSpec
     strategy: Strategy
-    images: ImageFeed  # of training
-    evaluation: ImageFeed
+    feeds: Feeds  # of images
     classes: int
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
     features: FeatureCache  # caches what a prefix that has left the graph computes
@@ -101,8 +101,11 @@ class Phase:
             synchronize(plan.module, strategy.device)
         self.owned = strategy.own(plan)
         strategy.to_device(self.owned.module)
-        self.feed: Feed = context.images
-        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None else {}  # what the feature cache has decided
+        context.feeds.use(plan.base.input, plan.needs.images)
+        context.features.use(context.feeds.images)
+        self.feed: Feed = context.feeds.images
+        same = earlier is not None and (earlier.plan.base.input, earlier.plan.needs.images) == (plan.base.input, plan.needs.images)
+        self.features: dict[str, Any] = dict(earlier.features) if earlier is not None and same else {}  # what the feature cache has decided
         self._trained: nn.Module = plan.module
         self._wrapped: nn.Module = self._trained  # as a step calls it on several ranks
         self._call: Callable[..., Any] | None = None
@@ -156,12 +159,15 @@ class Phase:
     def close(self) -> None:
         check_frozen(self.plan.module, self.frozen)
 
-    def begin(self) -> bool:
-        """Does what needs the phase's weights: caches the features it trains on, and compiles. False where that is done already."""
+    def begin(self, epoch: int = 0) -> bool:
+        """Does what needs the phase's weights: caches the features that it trains on from `epoch` on, and compiles.
+
+        False where that is done already.
+        """
         if self._call is not None:
             return False
         self.strategy.expect(slow=True)
-        self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features)
+        self.feed, self._trained, self.features = self.context.features.prepare(self.plan, self.features, epoch)
         before, state = self._parameters(), optimizers.optimizer_state(self.optimizer, self.plan.module)
         self._wrapped = self.strategy.wrap(self._trained, self.plan, self._unused())
         after = self._parameters()

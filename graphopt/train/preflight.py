@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
-from graphopt.data.loader import Data, ImageFeed, open_data
+from graphopt.data.loader import Data, open_data
 from graphopt.data.mixing import Mixer
 from graphopt.driver import settle
 from graphopt.errors import GraphoptError, RunError
@@ -23,6 +23,7 @@ from graphopt.train import optimizer as optimizers
 from graphopt.train.distillation import open_teacher
 from graphopt.train.evaluation import check_output, traced_output
 from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.feeds import Feeds
 from graphopt.train.modules import check_modules
 from graphopt.train.ranks import Ranks
 from graphopt.train.strategies import choose
@@ -35,8 +36,7 @@ class Inputs:
 
     strategy: Strategy
     data: Data
-    images: ImageFeed  # of training
-    evaluation: ImageFeed
+    feeds: Feeds
     mixer: Mixer | None  # mixup and CutMix, if the spec asks for them
 
     @classmethod
@@ -52,11 +52,10 @@ class Inputs:
             raise RunError("there are no evaluation images", where="data")
         loading: dict[str, Any] = {"workers": data.workers if isinstance(data, DataSpec) else 0, "pin": strategy.device.type == "cuda"}
         loading |= {"rank": strategy.peers, "accumulate": settings.accumulate}
-        images = ImageFeed(opened.train, settings.batch, seed=settings.seed, **loading)
-        evaluation = ImageFeed(opened.evaluation, settings.batch, shuffle=False, **loading)
+        feeds = Feeds(settings, opened, data if isinstance(data, DataSpec) else None, shape, loading)
         smoothing = settings.label_smoothing
         mixer = Mixer.of(data.augment, opened.classes, smoothing, settings.seed) if isinstance(data, DataSpec) else None
-        return cls(strategy, opened, images, evaluation, mixer)
+        return cls(strategy, opened, feeds, mixer)
 
     def outline(self, data: DataSpec | Data) -> str:
         """A hash of what makes samples of files, of their number and their targets; the files may lie elsewhere on each machine."""
@@ -65,7 +64,7 @@ class Inputs:
 
     def features(self, folder: Path, digest: str, identity: Mapping[str, Any]) -> FeatureCache:
         """The run's cache of features; it touches no file before a phase needs it."""
-        return FeatureCache(self.images, self.strategy, folder=folder, digest=digest, identity=identity, mixed=self.mixer is not None)
+        return FeatureCache(self.feeds.images, self.strategy, folder=folder, digest=digest, identity=identity, mixed=self.mixer is not None)
 
 
 def check_outputs(plan: Plan, classes: int) -> None:
@@ -105,6 +104,14 @@ def code(backbone: nn.Module) -> dict[str, str]:
     return {f"the code of {name}": hash_parts(Path(file).read_bytes()) for name, file in files.items() if file and Path(file).is_file()}
 
 
+def check_images(plan: Plan, settings: TrainSpec, feeds: Feeds) -> None:
+    """Raises RunError unless images can be prepared as every phase that is foreseen needs them."""
+    asked = [item for item in plan.matched if item.instance.value.input(plan.sizes.full) != plan.sizes.full]
+    if asked:
+        for phase in plan.phases(settings.epochs):
+            feeds.check(phase.plan.base.input, phase.plan.needs.images)
+
+
 def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
     """Raises GraphoptError unless so many processes can train the plan by the strategy that the settings name."""
     if settings.strategy == "modules":
@@ -115,10 +122,11 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data, *, trust: b
     """Everything for which `train` would refuse a run of this plan before its first step; with `trust`, a teacher's code is run."""
     steps = 1
     try:
-        inputs = Inputs.open(settings, data, plan.base.input, choose(settings))
-        steps = len(inputs.images) // settings.accumulate
+        inputs = Inputs.open(settings, data, plan.sizes.full, choose(settings))
+        steps = len(inputs.feeds.images) // settings.accumulate
         check_outputs(plan, inputs.data.classes)
         inputs.features(Path(), "", {}).check(plan)
+        check_images(plan, settings, inputs.feeds)
         open_teacher(settings, plan, inputs.data, trust=trust)
     except GraphoptError as error:
         yield error

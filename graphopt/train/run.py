@@ -36,7 +36,7 @@ from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters
 from graphopt.train.phase import RunContext
-from graphopt.train.preflight import Inputs, check_optimizer, check_outputs, check_strategy, code, settled, versions
+from graphopt.train.preflight import Inputs, check_images, check_optimizer, check_outputs, check_strategy, code, settled, versions
 from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
 from graphopt.train.state import RunState, Summary
@@ -73,7 +73,7 @@ def train(
     ranks = strategy.ranks
     try:
         # Missing files are the most common mistake: the data is opened before a folder is made or anything is compiled.
-        inputs = Inputs.open(settings, data, plan.base.input if plan is not None else spec.backbone.input, strategy)
+        inputs = Inputs.open(settings, data, plan.sizes.full if plan is not None else spec.backbone.input, strategy)
         digest = what.digest
         known = {"the spec": digest, "its settings": settings.model_dump_json(), "the data": inputs.outline(data)}
         ranks.require_equal(known | versions("{}'s version"))
@@ -115,8 +115,7 @@ class Starting:
                 strategy.kernels(),
                 kept_heap(),
                 StopSignals() as signals,
-                closing(inputs.images),
-                closing(inputs.evaluation),
+                closing(inputs.feeds),
                 closing(Checkpointer(folder, text, settings, self.data, strategy)) as checkpointer,
             ):
                 saved, message = checkpointer.load(self.digest)
@@ -156,7 +155,8 @@ class Starting:
             check_folders(plan, trust=self.trust)
         plan.check_phases(settings.epochs)
         check_outputs(plan, self.inputs.data.classes)
-        check_optimizer(plan, settings, len(self.inputs.images) // settings.accumulate)
+        check_optimizer(plan, settings, len(self.inputs.feeds.images) // settings.accumulate)
+        check_images(plan, settings, self.inputs.feeds)
         check_strategy(plan, settings, self.inputs.strategy.ranks.count)
         self.inputs.strategy.check(plan)
         self.inputs.strategy.ranks.require_equal(code(plan.backbone) | {"the initial weights": content_digest(plan.module.state_dict())})
@@ -168,13 +168,12 @@ class Starting:
             identity["data"] = self.data.model_dump(mode="json", exclude={"workers", "cache"})
         inputs = self.inputs
         features = inputs.features(self.folder.features, plan.digest, identity)
-        feeds = inputs.images, inputs.evaluation
         if inputs.mixer is not None:
             inputs.mixer.score(traced_output(plan).shape[1])
         teacher = open_teacher(self.settings, plan, inputs.data, trust=self.trust)
         if teacher is not None:
             inputs.strategy.to_device(teacher)
-        return RunContext(self.settings, inputs.strategy, *feeds, inputs.data.classes, inputs.mixer, features, teacher)
+        return RunContext(self.settings, inputs.strategy, inputs.feeds, inputs.data.classes, inputs.mixer, features, teacher)
 
 
 class Stopped(RunError):
@@ -239,7 +238,7 @@ class Run:
         return summary
 
     def _data_digest(self) -> str:
-        feeds = (self.context.images, self.context.evaluation) if self.strategy.ranks.first else ()
+        feeds = (self.context.feeds.images, self.context.feeds.evaluation) if self.strategy.ranks.first else ()
         return hash_parts(*(feed.samples.fingerprint().encode() for feed in feeds))
 
     def _decide(self) -> None:
@@ -247,12 +246,13 @@ class Run:
         state, progress, epochs = self.state, self.progress, self.spec.epochs
         if not progress.total or progress.step == state.phase.steps:  # the end of the epoch comes before what follows it
             return
-        reached = {moment for moment, step in state.phase.moments() if step == progress.total}
-        due: tuple[Decision, ...] = ()
+        due, reached = tuple[Decision, ...](), {moment for moment, step in state.phase.moments() if step == progress.total}
         for moment in sorted(reached | ({progress.epoch} if not progress.step else set())):
             due += state.phase.plan.due(moment, state.history, epochs, due)
         if due:
-            state.phase = state.phase.next(due, due[-1].epoch)
+            size, state.phase = state.phase.plan.base.input, state.phase.next(due, due[-1].epoch)
+            if state.phase.plan.base.input != size:
+                progress.best_accuracy = -1.0  # accuracies at two sizes are not compared
             self.strategy.reset_peak_memory()
             state.watch()
             self.log.phase(due)
@@ -261,7 +261,7 @@ class Run:
         """Trains up to the next moment at which a trigger may fire. True if that is the end of the epoch."""
         phase, progress, spec = self.state.phase, self.progress, self.spec
         end = phase.end(progress.epoch, progress.total)
-        if phase.begin() and self.context.features.last_decision:
+        if phase.begin(progress.epoch) and self.context.features.last_decision:
             self.log.write("features", **self.context.features.last_decision)
         phase.train_mode()
         self.log.screen.start("train", progress.epoch, phase.steps, progress.step)
@@ -340,8 +340,8 @@ class Run:
             self._stop_if_requested(agreed(self.strategy.requested(self.signals.signum or 0)))
 
         for prefix, module in self.state.phase.evaluated().items():
-            self.log.screen.start("eval", self.progress.epoch, len(self.context.evaluation))
-            meter = evaluate(module, self.context.evaluation, self.strategy, self.context.classes, after_batch=after_batch)
+            self.log.screen.start("eval", self.progress.epoch, len(self.context.feeds.evaluation))
+            meter = evaluate(module, self.context.feeds.evaluation, self.strategy, self.context.classes, after_batch=after_batch)
             agreed.finish()
             means = {"loss": meter.loss, "accuracy": meter.accuracy, "top5_accuracy": meter.top5_accuracy}
             figures |= {f"{prefix}{name}": value for name, value in means.items()}

@@ -41,6 +41,10 @@ class History:
         """The region's change per epoch, oldest first; epochs in which it was not scored are left out."""
         return [record.change[region] for record in self.records if region in record.change]
 
+    def figures(self, name: str) -> list[float]:
+        """A figure per epoch (`"loss"` is that of the evaluation data), oldest first; epochs without it are left out."""
+        return [record.metrics[name] for record in self.records if name in record.metrics]
+
     def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:
         """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed."""
         wanted = {name for names in regions.values() for name in names if name in parameters}

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
     from graphopt import Editor, Graph
 
-_CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "folder", "force")
+_CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "refresh", "folder", "force")
 #: options that are valid in one mode only
-_OPTIONS = {"prefix": ("upto", *_CACHE_OPTIONS), "bypass": ("select", "probability")}
+_OPTIONS = {"prefix": ("upto", *_CACHE_OPTIONS), "bypass": ("select", "probability", "distribution", "per")}
 
 
 class Drop(Pass):
@@ -62,14 +62,20 @@ class Drop(Pass):
         upto: prefix: the part it ends with, at the furthest; for `when = "start"` and `{ epoch = n }`, exactly.
         cache: prefix: where the features are cached: "ram" or "disk" (in the run's folder); "none" runs the prefix every time. Of several
             processes each caches a part, and they exchange what their batches need; no file system has to be shared.
-        dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16).
+        dtype: of the cached features: half the bytes, and half the reading, at about three digits (float16) or two (bfloat16); "int8": a
+            quarter, with a scale per sample and channel; the run's record says how large the error is.
         limit: size of the largest cache ("8 GiB"), of all processes together; above it the prefix runs under no_grad instead. Default:
             what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
+        refresh: with random augmentation: cached features are computed anew every so many epochs, a part of them in each epoch (4: a
+            quarter), from an image augmented as in that epoch. The cache is no larger than without augmentation. In RAM only.
         folder: of a cache on disk, to keep it after the run or to put it on another disk; a spec that names one needs --trust.
         force: cache the features even if reading them is slower than computing them.
         select: bypass: the blocks; default: all of them.
         probability: bypass: of leaving the deepest block out of a training step; None leaves all of them out for good.
+        distribution: bypass: "linear": the probability grows with the depth; "uniform": it is the same for all blocks.
+        per: bypass: "batch": a block is left out for all samples of a step, which saves its cost; "sample": for each sample by itself,
+            which regularises and saves nothing.
     """
 
     name: ClassVar[str] = "drop"
@@ -79,13 +85,16 @@ class Drop(Pass):
     mode: Literal["prefix", "bypass"] = "prefix"
     upto: Annotated[str, Field(min_length=1)] | None = None
     cache: Literal["ram", "disk", "none"] = "ram"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
+    refresh: Annotated[int, Field(ge=1, strict=True)] | None = None
     folder: str | None = None
     force: StrictBool = False
     select: Selector | None = None
     probability: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    distribution: Literal["linear", "uniform"] = "linear"
+    per: Literal["batch", "sample"] = "batch"
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -95,10 +104,14 @@ class Drop(Pass):
             raise ValueError(f"{' and '.join(wrong)}: only valid with mode = {other!r}")
         if self.folder is not None and self.cache != "disk":
             raise ValueError('folder: only valid with cache = "disk"')
+        if self.refresh is not None and (self.views is not None or self.cache != "ram"):
+            raise ValueError('refresh: only valid with cache = "ram", and without views')
         if self.mode == "prefix" and isinstance(self.when, Steps) and self.upto is not None:
             raise ValueError("each step of the schedule has its own upto: leave the pass's out")
         if self.mode == "prefix" and isinstance(self.when, Start | AtEpoch) and self.upto is None:
             raise ValueError('say where the prefix ends: upto = "layer2"')
+        if self.probability is None and (self.distribution, self.per) != ("linear", "batch"):
+            raise ValueError("distribution and per are of blocks that are left out at random: give a probability")
         if isinstance(self.when, Progressive) and self.probability is None:
             raise ValueError("progressive layer dropping skips at random: give a probability")
         return self
@@ -189,7 +202,8 @@ class Drop(Pass):
             match.refuse(first.location, f"no selected block can be bypassed: {first.message}", fix="Select other blocks")
         if self.probability is not None:
             # It grows with the depth among all blocks of the pass, whichever of them a trigger has taken so far.
-            match.decision = {name: self.probability * depth / len(found) for depth, name in enumerate(found, start=1)}
+            shares = {name: depth / len(found) if self.distribution == "linear" else 1.0 for depth, name in enumerate(found, start=1)}
+            match.decision = {name: self.probability * share for name, share in shares.items()}
         return match
 
     def _bypass(self, edit: Editor, match: ActiveMatch[dict[str, float]]) -> Effects:
@@ -198,15 +212,19 @@ class Drop(Pass):
         from graphopt.ir.flow import ancestors
         from graphopt.ir.nodes import parameters_read
         from graphopt.ir.patterns import residuals
-        from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random
+        from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random, skip_samples
 
         effects = Effects()
         if self.probability is not None:
             for name, sums in find_each(residuals, match.regions, edit.graph, effects).items():
                 probability = match.decision[name]
-                for residual in sums:
-                    skip_at_random(edit, name, residual, probability)
-                effects.mark(name, Status.BYPASSED, skip_probability=probability, probability=round(probability, 4))
+                for number, residual in enumerate(sums):
+                    if self.per == "sample":
+                        skip_samples(edit, f"bypass.{name.replace('.', '_')}_{number}", residual, probability)
+                    else:
+                        skip_at_random(edit, name, residual, probability)
+                saved = probability if self.per == "batch" else 0.0
+                effects.mark(name, Status.BYPASSED, skip_probability=saved, probability=round(probability, 4))
             return effects
         found = find_each(removal, match.regions, edit.graph, effects)
         # From the last on: the shortcut of a later sum can be an earlier sum.

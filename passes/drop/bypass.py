@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.fx import Node
+from torchvision.ops import StochasticDepth
 
 from graphopt import Editor, Graph, PassError, Region
 from graphopt.compiler.pass_base import Diagnostics
@@ -127,3 +128,9 @@ def skip_at_random(edit: Editor, block: str, residual: Residual, probability: fl
     if len(edit.outline(residual.nodes, wrap, f"bypass_{block.replace('.', '_')}")) != 1:
         what = "an earlier pass divides the block's branch, so it cannot be skipped as a whole"
         raise PassError(what, where=block, fix="Let drop come before that pass, or select other blocks")
+
+
+def skip_samples(edit: Editor, path: str, residual: Residual, probability: float) -> None:
+    """Leaves a branch out for each sample of a training step by itself, by a new leaf at `path`; the others are scaled to the same mean."""
+    skipped = edit.call_module(path, StochasticDepth(probability, "row"), (residual.branch,), after=residual.branch)
+    edit.redirect(residual.branch, skipped, (residual.sum,))

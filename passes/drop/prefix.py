@@ -21,6 +21,7 @@ from graphopt.ir.regions import region_at
 from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
 from graphopt.runtime.body import NoGrad
 from graphopt.runtime.by_mode import always_eval, depends_on_mode, is_random
+from graphopt.runtime.quantized import stored_bytes
 
 
 def possible_cuts(graph: Graph) -> tuple[Node, ...]:
@@ -99,7 +100,7 @@ def parts_between(graph: Graph, cuts: Mapping[str, Node]) -> tuple[Region, ...]:
 
 def bytes_per_sample(cut: Node, dtype: str) -> int:
     """Bytes of one sample's features in a dtype of torch, by its name."""
-    return int(cut.meta["val"][0].numel() * getattr(torch, dtype).itemsize)
+    return stored_bytes(tuple(cut.meta["val"].shape[1:]), dtype)
 
 
 def _end_of(graph: Graph, region: Region) -> Node | None:

@@ -45,6 +45,7 @@ def fired(trigger, epochs: int, record: History | None = None, names=NAMES) -> d
         ([{"epoch": 3, "upto": "b"}, {"epoch": 5, "upto": "c"}], Steps),
         ({"score": "change", "below": 0.02, "patience": 2}, Score),
         ({"score": ["change", "continuation"], "below": [0.1, 0.5]}, Score),
+        ({"score": "update", "percentile": 50.0, "thaw": 0.1}, Score),
         ({"schedule": "freezeout", "t0": 0.5}, FreezeOut),
         ({"schedule": "progressive"}, Progressive),
     ],
@@ -61,7 +62,8 @@ def test_spec_forms_read_and_write_back(written, kind):
         ([{"epoch": 3, "upto": "b"}, {"epoch": 3, "upto": "c"}], "epochs must rise"),
         ([], "at least 1"),
         ({"score": ["change", "slope"], "below": [0.1]}, "1 thresholds for 2 scores"),
-        ({"score": "changes"}, "'change', 'continuation' or 'slope'"),
+        ({"score": "changes"}, "'change', 'continuation', 'slope' or 'update'"),
+        ({"score": "update", "below": 0.1, "percentile": 50.0}, "one of below and percentile"),
         ({"schedule": "freezout"}, "'freezeout' or 'progressive'"),
         ({"schedule": "freezeout", "keep": 0.5}, "keep"),
         ({"epoch": 1, "until": 1}, "must come after"),
@@ -136,6 +138,27 @@ def test_scores_are_shares(series):
     assert 0 <= triggers.continuation(series, 3) <= 1
     assert triggers.slope(series, 3) >= 0
     assert triggers.change(series, 3) == series[-1]
+
+
+def test_autofreeze_takes_regions_in_order_while_they_are_among_the_steadiest():
+    """Scores before epoch 2: a 0.1, b 0.2, c 0.9, d 0.05. The median is 0.15: b stops, and d waits for b."""
+    series = {name: [1.0, 1.0 - score, 1.0 - score] for name, score in zip(NAMES, (0.1, 0.2, 0.9, 0.05), strict=True)}
+    trigger = Score(score="update", percentile=50.0, patience=1, warmup=1)
+    assert fired(trigger, 3, history(**series)) == {2: ("a",)}
+    assert triggers.update([1.0], 3) == math.inf
+    assert triggers.update([0.5, 0.4], 3) == pytest.approx(0.2)
+
+
+def test_a_rising_loss_thaws_until_it_is_back():
+    changes, losses = [0.5, 0.01, 0.01, 0.0, 0.01, 0.01, 0.01, 0.01], [2.0, 1.0, 1.0, 1.2, 1.3, 1.05, 1.0, 0.9]
+    records = [EpochRecord(e, {"loss": loss}, {"a": change}) for e, (change, loss) in enumerate(zip(changes, losses, strict=True))]
+    trigger, active, found = Score(score="change", below=0.02, patience=2, thaw=0.1), (), {}
+    for epoch in range(9):
+        for action, regions in trigger.fire(("a",), active, epoch, 9, History(records[:epoch])):
+            active = ("a",) if action == "apply" else ()
+            found[epoch] = action, regions
+    # Frozen before 3, undone before 4 at 1.2; at 1.3 nothing is left to undo; the zero of epoch 3 does not count as converged.
+    assert found == {3: ("apply", ("a",)), 4: ("undo", None), 6: ("apply", ("a",))}
 
 
 def test_slope_of_a_straight_line():

@@ -7,8 +7,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+import graphopt
+from graphopt.passes.freeze import Freeze
+from graphopt.passes.resize import Resize
+from graphopt.train import train
 from tests.distributed import cases
+from tests.support.backbones import Small
 from tests.support.ranks import run_ranks
 from tests.train import small
 
@@ -55,3 +61,18 @@ def test_ranks_train_what_one_process_trains(tmp_path: Path, alone: Callable[[st
         for figure in ("loss", "accuracy", "train_loss", "train_accuracy"):
             assert told[figure] == pytest.approx(expected[figure], rel=max(case.within, 1e-9)), (name, figure)
     assert not wrong
+
+
+def _resized(_rank: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    passes = [Resize(size=4, when={"epoch": 0, "until": 1}), Freeze(select="blocks.0", when={"schedule": "freezeout", "t0": 0.8})]
+    made = graphopt.compile(Small(drop=0.0, norm=cases.GROUPS), passes, input=small.SHAPE, verify="off", costs=False)
+    train(made, folder, settings=small.settings(epochs=2), data=small.DATA)
+
+
+def test_images_follow_the_size_of_the_phase_on_every_rank(tmp_path: Path) -> None:
+    run_ranks(_resized, tmp_path / "many")
+    _resized(0, tmp_path / "one")
+    many, one = small.weights(tmp_path / "many"), small.weights(tmp_path / "one")
+    assert max(float((many[name] - one[name]).abs().max()) for name in one) < 1e-5
+    assert [p["step"] for p in small.records(tmp_path / "many", "phase")] == [0, 6, 7]

@@ -15,6 +15,7 @@ from graphopt.errors import RunError
 from graphopt.passes.drop import Drop
 from graphopt.spec import AugmentSpec
 from graphopt.train.feature_cache import store as feature_store
+from graphopt.train.feature_cache.cache import view_of
 from graphopt.train.feature_cache.prefix import FeatureFeed, Prefix
 from graphopt.train.feature_cache.store import MemoryFill
 from graphopt.train.phase import Phase
@@ -244,7 +245,7 @@ AUGMENTED = DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5
 
 
 def test_random_augmentation_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(RunError, match="views = 4"):
+    with pytest.raises(RunError, match="refresh = 4"):
         run(tmp_path, data=AUGMENTED)
     assert not (tmp_path / "run" / "last.pt").exists()
 
@@ -313,3 +314,46 @@ def test_values_beyond_float16_are_not_kept_as_infinity(tmp_path):
     cache.on_message = messages.append
     assert cache.prepare(plan, {})[2]["kept"] is False
     assert "beyond float16" in messages[0]
+
+
+AUGMENTED = DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5)})
+
+
+def test_features_that_are_refreshed_in_every_epoch_train_what_a_running_prefix_trains(tmp_path):
+    plain = run(tmp_path, "plain", data=AUGMENTED, cache="none")
+    fresh = run(tmp_path, "fresh", data=AUGMENTED, refresh=1)
+    assert equal(weights(plain), weights(fresh))
+    assert [r["filled_from"] for r in features_of(fresh)] == ["images", "features"]
+    assert features_of(fresh)[0]["bytes"] == 80 * 8 * 8 * 8 * 4, "as much as without augmentation"
+
+
+@pytest.mark.parametrize("stop", [7, 12, 17])
+def test_a_run_goes_on_with_the_views_that_its_features_had(tmp_path, monkeypatch, stop):
+    whole = run(tmp_path, "whole", data=AUGMENTED, refresh=2)
+    step = Phase.step
+
+    def stopping(phase, batches, done):
+        if done == stop:
+            raise KeyboardInterrupt
+        return step(phase, batches, done)
+
+    monkeypatch.setattr(Phase, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "stopped", data=AUGMENTED, refresh=2)
+    monkeypatch.undo()
+    assert equal(weights(run(tmp_path, "stopped", data=AUGMENTED, refresh=2, resume=True)), weights(whole))
+
+
+def test_each_chunk_has_its_turn_and_keeps_its_view_until_then():
+    views = [[view_of(chunk, epoch, 3) for chunk in range(4)] for epoch in range(5)]
+    assert views == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 2, 0], [3, 1, 2, 3], [3, 4, 2, 3]]
+
+
+def test_without_random_augmentation_nothing_is_computed_anew(tmp_path, reference):
+    assert equal(weights(run(tmp_path, refresh=2)), reference)
+
+
+@pytest.mark.parametrize("options", [{"views": 2}, {"cache": "disk"}, {"cache": "none"}])
+def test_only_one_view_in_memory_can_be_refreshed(options):
+    with pytest.raises(ValueError, match='refresh: only valid with cache = "ram"'):
+        Drop(upto="blocks.0", refresh=2, **options)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.train import History
+from graphopt.passes.freeze import Freeze
+from graphopt.train import History, run, train
+from graphopt.train.evaluation import SUMS
 from tests.train import small
 
 REGIONS = {"one": ("one.weight", "one.bias"), "two": ("two.weight",)}
@@ -89,3 +91,19 @@ def test_regions_of_triggers_that_measure_are_watched(tmp_path: Path, monkeypatc
     assert set(small.records(tmp_path, "epoch")[0]["change"]) == {f"blocks.{i}" for i in range(4)}
     decided = small.records(tmp_path, "phase")[-1]["decisions"]
     assert decided[0]["regions"] == ["blocks.0"]
+
+
+def test_a_run_thaws_when_its_loss_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 0.9, 1.2, 0.9, 0.8])
+    evaluate = run.evaluate
+
+    def claimed(*arguments: Any, **options: Any) -> Any:
+        meter = evaluate(*arguments, **options)
+        meter.sums[SUMS.index("loss")] = next(losses) * meter.samples
+        return meter
+
+    monkeypatch.setattr(run, "evaluate", claimed)
+    when = {"score": "change", "below": 10.0, "patience": 1, "thaw": 0.1}
+    train(small.plan([Freeze(select="blocks.0", when=when)]), tmp_path, settings=small.settings(epochs=5), data=small.DATA)
+    decided = [(p["epoch"], [d["action"] for d in p["decisions"]]) for p in small.records(tmp_path, "phase")]
+    assert decided == [(0, []), (1, ["apply"]), (3, ["undo"]), (4, ["apply"])]

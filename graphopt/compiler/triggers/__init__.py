@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from graphopt.compiler.triggers.base import BaseTrigger, Decision, Fired, LearningRate, RunSchedule, step_at
 from graphopt.compiler.triggers.epochs import AtEpoch, Start, Step, Steps
 from graphopt.compiler.triggers.schedules import SCHEDULES, FreezeOut, Progressive
-from graphopt.compiler.triggers.scores import MEASURES, Score, change, continuation, slope
+from graphopt.compiler.triggers.scores import MEASURES, Score, change, continuation, slope, update
 
 __all__ = [
     "MEASURES",
@@ -32,6 +32,7 @@ __all__ = [
     "continuation",
     "slope",
     "step_at",
+    "update",
 ]
 
 

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from graphopt.compiler.triggers.base import BaseTrigger, Fired, From0, From1, Share, Threshold, apply_missing
 
-ScoreName = Literal["change", "continuation", "slope"]
-_BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05}
+ScoreName = Literal["change", "continuation", "slope", "update"]
+_BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05, "update": 0.1}
 
 
 def change(series: Sequence[float], _window: int) -> float:
@@ -41,9 +41,34 @@ def slope(series: Sequence[float], window: int) -> float:
     return abs(rise / sum((i - middle) ** 2 for i in range(window))) / largest
 
 
+def update(series: Sequence[float], _window: int) -> float:
+    """How much the size of an epoch's update differs from that of the epoch before, relative to it; infinite in the first epoch.
+
+    AutoFreeze (arXiv 2102.01386, section 4.1) takes the gradients that an interval has accumulated; this takes what the optimizer made of
+    them, the change of the weights, which without momentum is the same up to the learning rate.
+    """
+    if len(series) < 2:
+        return float("inf")
+    before, last = series[-2:]
+    return abs(last - before) / before if before > 0 else 0.0 if last == 0 else float("inf")
+
+
 #: scores of convergence, from a region's changes of weights per epoch (oldest first) and a window in epochs. Learn&Drop (arXiv
-#: 2604.23403) names them, but publishes neither formulas nor thresholds; those here are our own.
-MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {"change": change, "continuation": continuation, "slope": slope}
+#: 2604.23403) names the first three, but publishes neither formulas nor thresholds; those here are our own.
+MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {
+    "change": change,
+    "continuation": continuation,
+    "slope": slope,
+    "update": update,
+}
+
+
+def percentile_of(values: Sequence[float], percent: float) -> float:
+    """The value below which so many percent of `values` lie, interpolated linearly."""
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    low, part = ordered[int(place)], place - int(place)
+    return low if part == 0 else low + part * (ordered[int(place) + 1] - low)
 
 
 class Score(BaseTrigger):
@@ -52,9 +77,15 @@ class Score(BaseTrigger):
     A region fires once it and all regions before it have been under every threshold for `patience` checks in a row, so regions fire in
     order from the input on. Weights are equal on all ranks, and so are the scores.
 
+    With a `percentile` in the place of thresholds, a region is under it if its score is among the lowest of those that still train:
+    `{ score = "update", percentile = 50, patience = 1 }` is AutoFreeze's criterion.
+
     Attributes:
-        score: `"change"`, `"continuation"`, `"slope"`, or several, all of which must be under theirs.
-        below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05.
+        score: `"change"`, `"continuation"`, `"slope"`, `"update"`, or several, all of which must be under theirs.
+        below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05, update 0.1.
+        percentile: of the scores of all regions that still train; a region must be below it.
+        thaw: once the loss on the evaluation data is above its lowest so far by more than this share (0.05: 5 %), the pass is undone on
+            all regions, and applied to none until the loss is back below that bound.
         patience: checks in a row.
         every: epochs between checks.
         warmup: epochs at the start without checks (they still count for the largest change).
@@ -65,6 +96,8 @@ class Score(BaseTrigger):
 
     score: ScoreName | Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     below: Threshold | tuple[Threshold, ...] | None = None
+    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] | None = None
+    thaw: Annotated[float, Field(ge=0, strict=True)] | None = None
     patience: From1 = 2
     every: From1 = 1
     warmup: From0 = 0
@@ -76,6 +109,8 @@ class Score(BaseTrigger):
     def _one_threshold_each(self) -> Score:
         if isinstance(self.below, tuple) and len(self.below) != len(self.scores):
             raise ValueError(f"below has {len(self.below)} thresholds for {len(self.scores)} scores")
+        if self.percentile is not None and self.below is not None:
+            raise ValueError("give one of below and percentile")
         return self
 
     @property
@@ -100,6 +135,20 @@ class Score(BaseTrigger):
         scores = (MEASURES[name](series, self.window) for name in self.scores)
         return bool(series) and all(score < below for score, below in zip(scores, self.thresholds, strict=True))
 
+    def under(self, series: list[float], check: int, training: Sequence[list[float]]) -> bool:
+        """Whether a region was under every threshold before epoch `check`, or under the percentile of `training`, all that still train."""
+        if self.thaw is not None and series[check - 1 : check] == [0.0]:
+            return False  # it did not train then
+        if self.percentile is None:
+            return self.converged(series[:check])
+        measured = [MEASURES[name] for name in self.scores]
+        limits = (percentile_of([score(s[:check], self.window) for s in training], self.percentile) for score in measured)
+        return all(score(series[:check], self.window) < limit for score, limit in zip(measured, limits, strict=True))
+
+    def rose(self, losses: Sequence[float]) -> bool:
+        """Whether the last loss is above the bound that `thaw` sets."""
+        return self.thaw is not None and bool(losses) and losses[-1] > (1 + self.thaw) * min(losses)
+
     def cap(self, count: int, epoch: float, epochs: int | None) -> int:
         """How many of `count` regions may have fired before `epoch`."""
         most = count if self.most is None else self.most if isinstance(self.most, int) else int(self.most * count + 1e-9)
@@ -112,16 +161,19 @@ class Score(BaseTrigger):
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         if history is None or epoch % self.every:  # within an epoch, too
             return []
+        if self.thaw is not None and self.rose(history.figures("loss")):
+            return [("undo", None)] if active else []
         epoch = int(epoch)
         checks = range(epoch, epoch - self.patience * self.every, -self.every)
         if min(checks) <= self.warmup:
             return []
         found: list[str] = []
+        # A region that has not been measured for that long cannot have converged.
+        training = [s for name in names if name not in active and len(s := history.change(name)) >= epoch]
         for name in names[: self.cap(len(names), epoch, epochs)]:
             if name not in active:
                 series = history.change(name)
-                # A region that has not been measured for that long cannot have converged.
-                if len(series) < epoch or not all(self.converged(series[:check]) for check in checks):
+                if len(series) < epoch or not all(self.under(series, check, training) for check in checks):
                     break
             found.append(name)
         return apply_missing(tuple(found), active)

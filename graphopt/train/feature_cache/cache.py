@@ -25,7 +25,7 @@ from graphopt.data.loader import Feed, ImageFeed, load
 from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.hashing import hash_parts, raw_bytes
-from graphopt.runtime.dtypes import DTYPES
+from graphopt.runtime.quantized import stored, stored_bytes, unpack
 from graphopt.train.feature_cache.exchange import Deal, Exchange, owned
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import (
@@ -81,8 +81,13 @@ class FeatureCache:
         self.on_message: Callable[[str], None] = lambda text: None  # noqa: ARG005
         self.last_decision: dict[str, Any] = {}
         self._held: CacheEntry | None = None
+        self._epoch = 0  # of which the held entry has the views, where they are refreshed
         self._exchange: Exchange | None = None
         self._fingerprint = ""  # of every file and target
+
+    def use(self, images: ImageFeed) -> None:
+        """From now on it caches features of these images."""
+        self.images, self.samples = images, images.samples
 
     def check(self, plan: Plan) -> None:
         """Raises RunError, before the first step, if a sample's input is not the same each time or the limit is smaller than a batch."""
@@ -92,8 +97,8 @@ class FeatureCache:
                 continue
             self._check_inputs(options)
             limit = options.get("limit")
-            values = [region.exits[0].meta["val"][0].numel() for region in item.match.regions]
-            least = self.images.batch * min(values, default=0) * DTYPES[options["dtype"]].itemsize
+            rows = [stored_bytes(tuple(region.exits[0].meta["val"].shape[1:]), options["dtype"]) for region in item.match.regions]
+            least = self.images.batch * min(rows, default=0)
             if limit is not None and limit < least:
                 what = f"limit = {show_size(limit)} is smaller than one batch of features ({show_size(least)} at least)"
                 raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
@@ -105,9 +110,9 @@ class FeatureCache:
         if self.samples.repeats > 1:
             fix = 'Leave repeats out, or run the prefix in every step (cache = "none")'
             raise RunError("images that an epoch repeats have no features that could be cached", where="data.augment.repeats", fix=fix)
-        if not self.samples.deterministic and not options.get("views"):
+        if not self.samples.deterministic and not options.get("views") and not options.get("refresh"):
             what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
-            fix = 'Cache fixed views of each sample (views = 4), or run the prefix in every step (cache = "none")'
+            fix = 'Compute a part of them anew in each epoch (refresh = 4), or run the prefix in every step (cache = "none")'
             raise RunError(what, where="data.augment", fix=fix)
         for view in range(_views(options)):
             once, again = (self.samples[(view, 0)][1] for _ in range(2))
@@ -115,8 +120,8 @@ class FeatureCache:
                 what = "the transform gives another input each time for the same view of a sample"
                 raise RunError(what, where="data", fix="Let it draw from torch's, numpy's or Python's own generators only")
 
-    def prepare(self, plan: Plan, record: Mapping[str, Any]) -> tuple[Feed, nn.Module, dict[str, Any]]:
-        """The feed and the module that a phase trains with, and a record of that for its checkpoints.
+    def prepare(self, plan: Plan, record: Mapping[str, Any], epoch: int = 0) -> tuple[Feed, nn.Module, dict[str, Any]]:
+        """The feed and the module that a phase trains with from `epoch` on, and a record of that for its checkpoints.
 
         `record` is of the phase before, or, when a run is resumed, of this very phase (then its choice stands). Where features cannot or
         should not be cached, the whole module runs on images, its prefix under no_grad; that costs time and nothing else.
@@ -127,7 +132,7 @@ class FeatureCache:
             return self.images, plan.module, {}
         if not self.strategy.feeds:
             return self._followed(plan)
-        found = self._prepared(plan, record)
+        found = self._prepared(plan, record, epoch)
         self.strategy.announce((found[-1], self.last_decision))
         return found
 
@@ -139,7 +144,7 @@ class FeatureCache:
         record, self.last_decision = found
         return self.images, OnFeatures(plan.suffix) if record["kept"] else plan.module, record
 
-    def _prepared(self, plan: Plan, record: Mapping[str, Any]) -> tuple[Feed, nn.Module, dict[str, Any]]:
+    def _prepared(self, plan: Plan, record: Mapping[str, Any], epoch: int) -> tuple[Feed, nn.Module, dict[str, Any]]:
         cut = plan.needs.features
         assert cut is not None
         self.last_decision["cut"] = cut.region
@@ -148,6 +153,8 @@ class FeatureCache:
         declined = "it was decided so before" if resumed and not record["kept"] else None
         if self._exchange is None and self.ranks.count > 1:
             self._exchange = Exchange(self.ranks)
+        if self._held is None:
+            self._epoch = epoch
         why = declined or self._try_to_hold(plan, route, trial=not resumed)
         if why is not None or self._held is None:
             self._held = None
@@ -156,13 +163,29 @@ class FeatureCache:
             # The next cut starts from the images again.
             return self.images, plan.module, {"cut": cut.node.name, "kept": False, "route": []}
         self.last_decision |= {"kept": True, "bytes": int(self.ranks.sum([self._held.layout.bytes])[0])}
-        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange)
+        shape = tuple(cut.node.meta["val"].shape[1:])
+        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange, shape if cut.options["dtype"] == "int8" else None)
+        if (every := cut.options.get("refresh")) and not self.samples.deterministic:
+            whole = Prefix(plan, [Cut(cut.node, self._held.layout, shape)], self.strategy)
+            feed.refresh = partial(self._refresh, self._held, whole, every)
         return feed, OnFeatures(plan.suffix), {"cut": cut.node.name, "kept": True, "route": route}
 
     def close(self) -> None:
         """Removes what the run has cached; a folder that the pass names stays, for the next run."""
         self._held = None
         remove_features(self.folder)
+
+    def _refresh(self, entry: CacheEntry, prefix: Prefix, every: int, epoch: int) -> None:
+        """Brings an entry to the views of `epoch`: of every `every` chunks, one has a new view in each epoch."""
+        assert isinstance(entry.features, Tensor)
+        layout, own = entry.layout, owned(self.ranks, len(self.samples))
+        # Whole chunks, so that what is computed anew has the bits that it has in an entry that is filled in that epoch.
+        due = [c for c in range(layout.chunks) if view_of(c, epoch, every) != view_of(c, self._epoch, every)]
+        keys = ([(view_of(c, epoch, every), own[row]) for row in range(*layout.span(c))] for c in due)
+        for chunk, batch in zip(due, load(self.samples, keys, self.images.workers), strict=True):
+            first, end = layout.span(chunk)
+            entry.features[first:end] = prefix.stored(batch.input, first=False)
+        self._epoch = epoch
 
     def _try_to_hold(self, plan: Plan, route: Sequence[str], trial: bool) -> str | None:
         """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
@@ -197,6 +220,7 @@ class FeatureCache:
         self._fingerprint = self._fingerprint or self._attempt(self.samples.fingerprint)
         identity = json.dumps([self.identity, self._fingerprint], sort_keys=True, default=str)
         whole = hash_parts(identity.encode(), *self._probe(views))
+        refreshed = f" refresh {every}" if (every := options.get("refresh")) else ""
         own, part = len(owned(self.ranks, count)), (self.ranks.number, self.ranks.count)
         cuts: list[Cut] = []
         for name in route:
@@ -204,8 +228,10 @@ class FeatureCache:
             start = cuts[-1].node if cuts else None
             whole = key_of(plan.graph, start, node, whole, (dtype, views, self.strategy.precision, count))
             # Kernels may round differently for another batch size: a rank's own features are those that it computed in its own batches.
-            key = hash_parts(whole.encode(), f"{batch} {part}".encode())
-            cuts.append(Cut(node, EntryLayout(key, own * views, tuple(node.meta["val"].shape[1:]), DTYPES[dtype], batch, whole, part)))
+            key = hash_parts(whole.encode(), f"{batch} {part}{refreshed}".encode())
+            shape = tuple(node.meta["val"].shape[1:])
+            row, kind = stored(shape, dtype)
+            cuts.append(Cut(node, EntryLayout(key, own * views, row, kind, batch, whole, part), shape))
         return cuts
 
     def _probe(self, views: int) -> list[bytes]:
@@ -275,7 +301,7 @@ class FeatureCache:
                 fill.write(number, chunk[0] if parts else prefix.stored(chunk[0], first=number == 0), chunk[1])
 
         try:
-            with closing(self._chunks(source, fill, parts)) as chunks:
+            with closing(self._chunks(source, fill, parts, options.get("refresh"), cuts[-2].shape if len(cuts) > 1 else ())) as chunks:
                 for number in range(done, done + rounds):
                     self._attempt(lambda: compute(number, next(chunks, None)))  # noqa: B023 (called at once)
                     if number == 0:
@@ -293,6 +319,9 @@ class FeatureCache:
             fill.flush()
             raise
         filled_from = "images" if source is None else "features"
+        if prefix.error is not None:
+            self.last_decision["error"] = prefix.error
+            self.on_message(f"features in 8 bits are off by {100 * prefix.error:.2g} % (root mean square, over the values')")
         self.last_decision |= {"fill_seconds": perf_counter() - began, "filled_from": "parts" if parts else filled_from}
         return entry
 
@@ -301,18 +330,26 @@ class FeatureCache:
         fewest = int(-self.ranks.largest(-fill.layout.chunks))
         return 0 if self.ranks.largest(fill.done) else max(0, min(TRIAL, fewest - (1 if self.ranks.count == 1 else 2)))
 
-    def _chunks(self, source: CacheEntry | None, fill: Fill, parts: Sequence[CacheEntry]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _chunks(
+        self, source: CacheEntry | None, fill: Fill, parts: Sequence[CacheEntry], every: int | None, before: tuple[int, ...]
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Inputs and targets of the missing chunks, in order: features of an earlier cut, or images, all of one view before the next.
 
-        From `parts`, the features themselves.
+        From `parts`, the features themselves. Of an entry that is refreshed every so many epochs, each chunk has the view that it has now.
         """
         own = owned(self.ranks, len(self.samples))
-        keys = ([(row // len(own), own[row % len(own)]) for row in range(*span)] for span in fill.missing)
+        if every is None:
+            keys = ([(row // len(own), own[row % len(own)]) for row in range(*span)] for span in fill.missing)
+        else:
+            chunk, now = fill.layout.chunk, self._epoch
+            keys = ([(view_of(span[0] // chunk, now, every), own[row]) for row in range(*span)] for span in fill.missing)
         if parts:
             deal = Deal(parts, fill.layout.rows // len(own))
             return (deal.rows(chunk) for chunk in keys)
         if source is not None:
-            return ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
+            packed = source.features[0:0].dtype == torch.uint8
+            found = ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
+            return ((unpack(rows, before) if packed else rows, targets) for rows, targets in found)
         return ((batch.input, batch.target) for batch in load(self.samples, keys, self.images.workers))
 
     def _check_faster(self, fill: Fill, last: int, computing: float) -> None:
@@ -330,6 +367,11 @@ class FeatureCache:
         if reading >= computing:
             times = f"reading them takes {1e6 * reading:.0f} us a sample, computing them {1e6 * computing:.0f} us"
             raise Declined(f"{times} (force = true caches them nevertheless)")
+
+
+def view_of(chunk: int, epoch: int, every: int) -> int:
+    """The epoch whose augmentation a chunk of a refreshed entry has: the last one in which it was its turn, or the first of the run."""
+    return max(0, epoch - (epoch - chunk) % every)
 
 
 def _views(options: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """Both sides of a cut: the prefix that computes cached features, with their keys, and training on them."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
+from graphopt.runtime.quantized import pack, unpack
 from graphopt.train.feature_cache.exchange import Exchange
 from graphopt.train.feature_cache.store import CacheEntry, EntryLayout
 from graphopt.train.strategy import Strategy
@@ -33,10 +34,11 @@ class Declined(Exception):
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut of a plan, and the layout of its features."""
+    """A cut of a plan, the layout of its features as they are stored, and the shape that they have for one sample."""
 
     node: Node
     layout: EntryLayout
+    shape: tuple[int, ...]
 
 
 def computing(start: Node | None, stop: Node) -> set[Node]:
@@ -78,7 +80,8 @@ class Prefix:
         training = next((name for n in nodes for name, p in parameters_read(plan.graph.module, n) if p.requires_grad), None)
         if training is not None:
             raise RunError(f"the prefix still trains ({training}): its features cannot be cached", where="features")
-        self.layout, self._strategy = cuts[-1].layout, strategy
+        self.layout, self._shape, self._strategy = cuts[-1].layout, cuts[-1].shape, strategy
+        self._squares = 0.0, 0.0  # of errors, and of values, where they are stored in eight bits
         self._module = emit(plan.graph, start=cuts[-2].node if len(cuts) > 1 else None, stop=cuts[-1].node)
         strategy.to_device(self._module)
 
@@ -107,10 +110,21 @@ class Prefix:
     def convert(self, features: Tensor) -> Tensor:
         """Features as they are stored. Raises Declined if a value is too large for the dtype."""
         dtype = self.layout.dtype
+        if dtype == torch.uint8:
+            packed, values = pack(features), features.double()
+            errors, sums = (unpack(packed, self._shape) - values).square().sum(), values.square().sum()
+            self._squares = self._squares[0] + float(errors), self._squares[1] + float(sums)
+            return packed.cpu()
         stored = features.to(dtype)
         if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(features).all()):
             raise Declined(f"their values go beyond {dtype_name(dtype)}")
         return stored.cpu()
+
+    @property
+    def error(self) -> float | None:
+        """Root mean square of the error that eight bits have made so far, over that of the values; None for other dtypes."""
+        errors, values = self._squares
+        return (errors / values) ** 0.5 if values else None
 
 
 class OnFeatures(nn.Module):
@@ -130,14 +144,25 @@ class FeatureFeed:
     On several ranks the entry has the samples that this rank owns, and the thread exchanges features with the other ranks.
     """
 
-    def __init__(self, entry: CacheEntry, images: ImageFeed, views: int = 1, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self,
+        entry: CacheEntry,
+        images: ImageFeed,
+        views: int = 1,
+        exchange: Exchange | None = None,
+        packed: tuple[int, ...] | None = None,
+    ) -> None:
+        """`packed` is the shape of one sample's features where the entry has them in eight bits."""
+        self._packed = packed
         self.entry, self._images, self._views, self._exchange = entry, images, views, exchange
+        self.refresh: Callable[[int], None] = lambda epoch: None  # noqa: ARG005 (brings the entry to the views of an epoch)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """A sample's views alternate from epoch to epoch."""
+        self.refresh(epoch)
         images = self._images
         rank, size, own = images.rank, images.batch, self.entry.layout.rows // self._views
         order = torch.tensor(epoch_order(len(images.samples), images.seed, epoch))
@@ -161,6 +186,8 @@ class FeatureFeed:
             features, targets = self.entry.features.index_select(0, rows), self.entry.targets[rows]
             if self._exchange is not None:
                 features, targets = self._exchange.batch(wanted, features, targets)
+            if self._packed is not None:
+                features = unpack(features, self._packed)
             return Batch(wanted[rank.number], features.pin_memory() if images.pin else features, targets)
 
         with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:

@@ -22,7 +22,6 @@ from torch import Tensor
 from graphopt.errors import RunError
 from graphopt.files import BINARY, exclusive, read_at, read_text, reason, remove_if_empty, sealed, unsealed, write_at, write_atomically
 from graphopt.hashing import raw_bytes
-from graphopt.runtime.dtypes import DTYPES
 
 FORMAT_VERSION = 2
 MANIFEST = "features.json"
@@ -49,8 +48,8 @@ class EntryLayout:
     def from_table(cls, table: Mapping[str, Any]) -> Self:
         """The inverse of `table`. Raises KeyError or TypeError for what is not one."""
         values = {field.name: table[field.name] for field in fields(cls)}
-        values |= {"shape": tuple(table["shape"]), "part": tuple(table["part"]), "dtype": DTYPES[table["dtype"].removeprefix("torch.")]}
-        return cls(**values)
+        values |= {"shape": tuple(table["shape"]), "part": tuple(table["part"])}
+        return cls(**{**values, "dtype": getattr(torch, table["dtype"].removeprefix("torch."))})
 
     @property
     def row_bytes(self) -> int:
@@ -78,7 +77,7 @@ class EntryLayout:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A complete entry: `features` (rows, *shape) and `targets` (rows,) int64. Rows must not be written to."""
+    """A complete entry: `features` (rows, *shape) and `targets` (rows,) int64. Nobody but the cache writes to rows."""
 
     layout: EntryLayout
     features: "Tensor | RowFile"

@@ -215,3 +215,31 @@ def test_compiled_it_draws_in_every_step_and_is_compiled_once() -> None:
     assert backend.frame_count >= 9 + 1
     for one, other in zip(eager.parameters(), module.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_the_same_probability_for_all_blocks():
+    options = {"mode": "bypass", "probability": 0.4, "distribution": "uniform"}
+    plan = graphopt.compile(Small(drop=0.0), [Drop(**options)], input=(3, 8, 8), verify="full", costs=False)
+    assert [s.probability for s in plan.module.get_submodule("sections").children()] == [0.4] * 4
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vit"])
+def test_samples_are_left_out_one_by_one(name):
+    model = Small(drop=0.0) if name == "resnet8" else torchvision.models.VisionTransformer(8, 4, 2, 1, 8, 8, num_classes=3)
+    options = {"mode": "bypass", "probability": 0.9, "distribution": "uniform", "per": "sample"}
+    plan = graphopt.compile(model, [Drop(**options)], input=(3, 8, 8), verify="full", batch=2)
+    assert plan.module.state_dict().keys() == model.state_dict().keys()
+    x = torch.rand(6, 3, 8, 8)
+    assert torch.equal(plan.module.eval()(x), model.eval()(x))
+    depths = [m for m in plan.module.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+    assert [d.p for d in depths] == [0.9] * 4
+    torch.manual_seed(0)
+    branch = depths[0].train()(torch.ones(200, 2, 2))
+    assert branch.unique().tolist() == pytest.approx([0.0, 10.0])
+    assert all(len(sample.unique()) == 1 for sample in branch), "a sample as a whole"
+    assert plan.report.after.forward_flops >= plan.report.before.forward_flops, "it saves nothing"
+
+
+def test_options_of_random_bypass_need_a_probability():
+    with pytest.raises(ValueError, match="give a probability"):
+        Drop(mode="bypass", per="sample")

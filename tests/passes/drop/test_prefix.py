@@ -149,7 +149,7 @@ def test_a_misspelt_part_shows_the_nearest():
         ({"upto": "a", "folder": "x"}, 'folder: only valid with cache = "disk"'),
         ({"upto": "a", "when": [{"epoch": 1, "upto": "b"}]}, "its own upto"),
         ({"mode": "bypass", "when": {"schedule": "progressive"}}, "give a probability"),
-        ({"upto": "a", "dtype": "int8"}, "float32"),
+        ({"upto": "a", "dtype": "int4"}, "float32"),
         ({"upto": "a", "views": 0}, "greater than or equal to 1"),
     ],
 )
