@@ -1,9 +1,9 @@
 """Planning for time: the schedules of passes with which a run takes as little time as asked, by the forecast of the whole run.
 
-Every installed pass offers schedules of its own (`Pass.schedules`), mildest first: a ladder. So do pairs of passes, and all of them together,
-rung by rung. Of each ladder the mildest rung that is fast enough is found by bisection; of those, the one that takes least away from
-training is chosen (see `Quicker.price`), verified, and written as a spec. With `hold`, its triggers undo themselves in the run when
-held-out accuracy falls too far.
+Every installed pass offers schedules of its own (`Pass.schedules`), mildest first: a ladder. So do passes that go together, rung by rung.
+Of each ladder the mildest rung that is fast enough is found by bisection; of those, the one that takes least away from training is chosen
+(see `Quicker.price`), verified, and written as a spec. With `hold`, its triggers undo themselves in the run when held-out accuracy falls
+too far.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from graphopt.cost.roofline import PeakRates
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError
 from graphopt.ir.inputs import image_of
-from graphopt.planning.budget import in_order
+from graphopt.planning.budget import in_order, snippet
 from graphopt.planning.run_cost import RunCost, counts, forecast_run
 from graphopt.spec import Spec, from_table
 from graphopt.train.preflight import problems
@@ -68,11 +68,18 @@ class SpeedPlan:
     tried: tuple[Quicker, ...]
     chosen: Quicker | None
     spec: Spec | None = field(repr=False)
+    snippet: str = field(default="", repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         tried = [trial.to_dict() for trial in self.tried]
-        return {"limit_seconds": self.limit, "own": self.own.to_dict(), "tried": tried, "chosen": self.chosen and self.chosen.name}
+        return {
+            "limit_seconds": self.limit,
+            "own": self.own.to_dict(),
+            "tried": tried,
+            "chosen": self.chosen and self.chosen.name,
+            "snippet": self.snippet,
+        }
 
 
 class SpeedSearch:
@@ -99,7 +106,8 @@ class SpeedSearch:
             checked = self._checked(trial)
             self._tried[checked.name] = checked
             if checked.refused is None:
-                return SpeedPlan(limit, self.own, tuple(self._tried.values()), checked, self._with(checked.added))
+                text = snippet(self.plan.passes, checked.added)
+                return SpeedPlan(limit, self.own, tuple(self._tried.values()), checked, self._with(checked.added), text)
         return SpeedPlan(limit, self.own, tuple(self._tried.values()), None, None)
 
     def ladders(self) -> Iterator[tuple[Quicker, ...]]:
