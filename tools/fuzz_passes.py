@@ -11,26 +11,23 @@ options are left out while it still fails) and written to tests/fuzz_cases/, whi
 
 import argparse
 import copy
-import datetime
 import json
 import multiprocessing
-import re
 import sys
 import tempfile
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fuzz_draws import BACKBONES, EPOCHS, Draw, Table, traced
-from machine import heading
+from fuzz_table import Outcome, write_table
 from torch import Tensor, nn
 
-from graphopt.compiler import registry
 from graphopt.compiler.measure import measure_with
 from graphopt.compiler.pass_base import ALL_PROPERTIES, PassInstance, Severity, Status
 from graphopt.compiler.pipeline import located, match_all
@@ -49,10 +46,6 @@ ROOT = Path(__file__).parents[1]
 CASES = ROOT / "tests" / "fuzz_cases"
 #: samples of a training step
 BATCH = 5
-#: what a table's own data follow
-COMMENT = "<!-- runs: "
-#: what can become of a case
-STATUSES = ("accepted", "refused", "refused later", "violation")
 
 
 class Violation(Exception):
@@ -61,15 +54,6 @@ class Violation(Exception):
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(f"{kind}: {text}")
         self.kind = kind
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a case, one of `STATUSES`; why; and what kind of violation it is."""
-
-    status: str
-    reason: str = ""
-    kind: str = ""
 
 
 def require(holds: bool, kind: str, text: str) -> None:
@@ -355,14 +339,14 @@ def main() -> int:
         for task in tasks:
             found.append(_report(*draw_and_run(task)))
             if options.out and len(found) % 20 == 0:  # whoever stops it keeps what was done
-                write_table(options, found)
+                write_table(options, found, __doc__)
     violations = [(case, outcome) for case, outcome in found if outcome.status == "violation"]
     for case, outcome in violations:
         write_case(reduced(case, outcome.kind), outcome)
     counts = Counter(outcome.status for _, outcome in found)
     print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
     if options.out:
-        write_table(options, found)
+        write_table(options, found, __doc__)
     return int(bool(violations))
 
 
@@ -381,33 +365,6 @@ def write_case(case: Table, outcome: Outcome) -> None:
     path = CASES / f"{name}-{len(taken) + 1}.json" if taken else CASES / f"{name}.json"
     path.write_text(json.dumps({"found": outcome.reason, **case}, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}", flush=True)
-
-
-def plain(reason: str) -> str:
-    """A reason without the names and numbers of one case, so that equal ones can be counted."""
-    named = re.sub(r"'[^']*'|\b[a-z_]+(\.[\w-]+)+\b", "...", reason.replace("|", "/"))
-    return " ".join(re.sub(r"\d+", "N", named).partition(":")[0].split())[:110]
-
-
-def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]]) -> None:
-    """Adds one run to the table, or takes the place of an earlier one of the same draws. A comment in it holds what it is made from."""
-    old = options.out.read_text() if options.out.exists() else ""
-    runs: dict[str, Table] = json.loads(old.rpartition(COMMENT)[2].partition(" -->")[0]) if COMMENT in old else {}
-    counts = Counter(outcome.status for _, outcome in found)
-    reasons = Counter(plain(outcome.reason) for _, outcome in found if outcome.status.startswith("refused"))
-    about = {"on": str(datetime.date.today()), "passes": len(registry.names())}
-    runs[f"{options.seed} | {options.first}"] = {"counts": [counts[status] for status in STATUSES], "reasons": reasons, **about}
-    total = [sum(column) for column in zip(*(run["counts"] for run in runs.values()), strict=True)]
-    lines = [heading("Drawn compositions of passes", __doc__), "Each run has a row; the command is the last one's.", ""]
-    lines += ["| seed | draws | on | of passes | " + " | ".join(STATUSES) + " |", "|---" * 8 + "|"]
-    for name, run in sorted(runs.items()):
-        seed, first = name.split(" | ")
-        draws = f"{first} to {int(first) + sum(run['counts']) - 1}"
-        lines.append(f"| {seed} | {draws} | {run['on']} | {run['passes']} | {' | '.join(map(str, run['counts']))} |")
-    lines += [f"| all | {sum(total)} | | | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
-    merged = sum((Counter(run["reasons"]) for run in runs.values()), Counter())
-    lines += [f"| {reason} | {count} |" for reason, count in merged.most_common()]
-    options.out.write_text("\n".join([*lines, "", f"{COMMENT}{json.dumps(runs)} -->"]) + "\n")
 
 
 if __name__ == "__main__":

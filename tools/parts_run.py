@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from graphopt.train.checkpoint import FORMAT_VERSION, RunFolder, load_checkpoint
+from graphopt.train.checkpoint import FORMAT_VERSION, load_checkpoint
+from graphopt.train.folder import RunFolder
 from graphopt.train.parts import write
 from graphopt.train.ranks import Ranks
 

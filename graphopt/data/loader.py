@@ -5,13 +5,10 @@ So a run that is resumed within an epoch gets the same batches as an uninterrupt
 
 import copy
 import math
-import signal
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -23,6 +20,7 @@ from graphopt.data.datasets import Split, open_split
 from graphopt.data.memory import Memory
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.data.transforms import LowFrequency, Step, Transform, eval_transform, rgb, train_transform
+from graphopt.data.workers import begin, end, ignore_stop
 from graphopt.errors import RunError, first_line
 from graphopt.spec import DataSpec
 
@@ -226,49 +224,6 @@ class _Collate:
         return numbers, images if self.normalized is None else self.normalized(images), targets
 
 
-#: sent to the whole process group by terminals and schedulers; the training process stops on them, and ends its loader processes itself
-_STOP = (signal.SIGINT, signal.SIGTERM)
-
-
-def _ignore_stop(_: int) -> None:
-    for number in _STOP:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
-
-
-def _begin(loader: DataLoader[Any]) -> Any:
-    """An iterator over a loader. Its processes are born with stop signals blocked, so that none dies before it ignores them."""
-    if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):
-        return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-    try:
-        iterator: Any = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if iterator not in _iterators:
-        _iterators.add(iterator)
-        for worker in iterator._workers:
-            worker._popen.terminate = worker._popen.kill  # torch and the interpreter terminate what hangs, and wait for it
-        # What nobody has ended by then ends before the interpreter's own exit, which would wait for it.
-        Finalize(None, lambda known: _end(known()), (weakref.ref(iterator),), exitpriority=1)
-    return iterator
-
-
-_iterators: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _end(iterator: Any) -> None:
-    """Ends the processes of an iterator; left to the interpreter's exit, they end with a traceback. One that hangs is killed."""
-    workers = getattr(iterator, "_workers", ())
-    if workers:
-        iterator._shutdown_workers()
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
-
-
 def _loader(
     samples: Samples, order: Iterable[list[Key]], workers: int, seed: int, *, kept: bool = False, **options: Any
 ) -> DataLoader[Any]:
@@ -281,7 +236,7 @@ def _loader(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_ignore_stop,
+        worker_init_fn=ignore_stop,
         # Its own generator: by default the loader draws from the global one, which belongs to the model.
         generator=torch.Generator().manual_seed(mixed_seed(seed)),
         **options,
@@ -297,11 +252,11 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
 
 def load(samples: Samples, keys: Iterable[Sequence[Key]], workers: int = 0) -> Iterator[Batch]:
     """The batches with these keys."""
-    iterator = _begin(_loader(samples, map(list, keys), workers, seed=0))
+    iterator = begin(_loader(samples, map(list, keys), workers, seed=0))
     try:
         yield from _checked(iterator)
     finally:
-        _end(iterator)
+        end(iterator)
 
 
 @dataclass
@@ -381,7 +336,7 @@ class ImageFeed:
         if self._memory is not None:
             return self._remembered(self._memory, list(self._order.keys(epoch, start)))
         self._order.wanted = partial(self._order.keys, epoch, start)
-        self._iterator = _begin(self._loader)
+        self._iterator = begin(self._loader)
         return _checked(self._iterator)
 
     def _remembered(self, memory: Memory, keys: list[list[Key]]) -> Iterator[Batch]:
@@ -390,7 +345,7 @@ class ImageFeed:
         wanted = [batch for batch in missing if batch]
         if wanted:
             self._order.wanted = lambda: iter(wanted)
-            self._iterator = _begin(self._loader)
+            self._iterator = begin(self._loader)
         loaded = _checked(self._iterator if wanted else ())
 
         def batches() -> Iterator[Batch]:
@@ -412,5 +367,5 @@ class ImageFeed:
 
     def close(self) -> None:
         """Ends the loader processes."""
-        _end(self._iterator)
+        end(self._iterator)
         self._iterator = None

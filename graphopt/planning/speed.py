@@ -163,8 +163,8 @@ class SpeedSearch:
 
     def _forecast(self, passes: Sequence[Pass]) -> tuple[tuple[Phase, ...], RunCost]:
         phases = self._phases(passes)
-        numbers = {"samples": self.samples, "evaluated": self.evaluated}
-        return phases, forecast_run(phases[0].plan, self.spec.train, phases=phases, rates=self.rates, **numbers)
+        of = forecast_run(phases[0].plan, self.spec.train, samples=self.samples, evaluated=self.evaluated, phases=phases, rates=self.rates)
+        return phases, of
 
     def _costed(self, trial: Quicker, cost: RunCost, phases: Sequence[Phase] = ()) -> Quicker:
         updates, whole = (sum(p.epochs * p.step.trainable_parameters for p in c.phases) for c in (cost, self._whole))

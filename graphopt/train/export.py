@@ -12,7 +12,8 @@ from graphopt.compiler.plan import Plan
 from graphopt.errors import PassError, RunError
 from graphopt.models.weights import to_safetensors
 from graphopt.plan_file import TORCH, packed, read_plan_file, restore, write_model
-from graphopt.train.checkpoint import RunFolder, load_checkpoint
+from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.folder import RunFolder
 
 StrPath = str | os.PathLike[str]
 Which = Literal["best", "last"]

@@ -29,9 +29,10 @@ from graphopt.errors import RunError, listed
 from graphopt.files import sealed, write_atomically
 from graphopt.hashing import content_digest, hash_parts
 from graphopt.spec import DataSpec, Spec, TrainSpec, dumps
-from graphopt.train.checkpoint import Checkpointer, RunFolder
+from graphopt.train.checkpoint import Checkpointer
 from graphopt.train.distillation import open_teacher
 from graphopt.train.evaluation import Meter, evaluate, traced_output
+from graphopt.train.folder import RunFolder
 from graphopt.train.heap import kept_heap
 from graphopt.train.ledger import LedgerFile
 from graphopt.train.optimizer import named_parameters

@@ -12,7 +12,8 @@ import pytest
 from graphopt import RunError
 from graphopt.hashing import content_digest
 from graphopt.train import Stopped, Summary, train
-from graphopt.train.checkpoint import RunFolder, load_checkpoint
+from graphopt.train.checkpoint import load_checkpoint
+from graphopt.train.folder import RunFolder
 from graphopt.train.phase import Phase
 from tests.train import small
 

@@ -10,7 +10,8 @@ import torch
 
 from graphopt import RunError
 from graphopt.train import train
-from graphopt.train.checkpoint import FORMAT_VERSION, RunFolder, load_checkpoint
+from graphopt.train.checkpoint import FORMAT_VERSION, load_checkpoint
+from graphopt.train.folder import RunFolder
 from tests.support.ranks import run_process
 from tests.train import small
 

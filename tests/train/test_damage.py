@@ -16,8 +16,9 @@ import torch
 from graphopt import GraphoptError, RunError
 from graphopt.spec import Spec, from_table
 from graphopt.train import Stopped, Summary, export_run, train
-from graphopt.train.checkpoint import RunFolder, load_checkpoint
+from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.evaluation import Meter
+from graphopt.train.folder import RunFolder
 from graphopt.train.phase import Phase
 from tests.train import small
 from tests.train.passes import Hold

@@ -20,7 +20,7 @@ from graphopt.passes.drop import Drop
 from graphopt.spec import DataSpec
 from graphopt.train import Stopped, train
 from graphopt.train import preflight as runner
-from graphopt.train.checkpoint import RunFolder
+from graphopt.train.folder import RunFolder
 from tests.support.ranks import run_process
 from tests.train import small
 

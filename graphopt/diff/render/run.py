@@ -17,7 +17,7 @@ from graphopt.diff.render.settings import csv_links, settings_section
 from graphopt.errors import RunError, listed
 from graphopt.files import read_text, reason, unsealed
 from graphopt.hashing import hash_parts
-from graphopt.train.checkpoint import MANIFEST, check_entries, read_manifest
+from graphopt.train.folder import MANIFEST, check_entries, read_manifest
 from graphopt.train.ledger import EpochCheck, check_ledger
 from graphopt.units import show_count, show_size, show_time
 
