@@ -63,6 +63,18 @@ def show_count(count: float) -> str:
     return f"{sign}{number} {prefix}"
 
 
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(s|sec|seconds?|m|min|minutes?|h|hours?|d|days?)\s*", re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_time(text: str) -> float:
+    """Seconds in a text such as `"30 min"`, `"1.5 h"`, `"90 s"` or `"2 days"`; raises ValueError if it is no time."""
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise ValueError(f'expected a time such as "30 min", "1.5 h" or "90 s", found {text!r}')
+    return float(found[1]) * _SECONDS[found[2][0].casefold()]
+
+
 def show_time(seconds: float) -> str:
     """A duration with about three digits: `"0.31 s"`, `"42.0 s"`, `"7.50 min"`, `"31.2 h"`, `"4.02 days"`."""
     for unit, length, upto in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from graphopt import Editor, Effects, Graph, Region, Selector, select
 from graphopt.ir.nodes import leaf, parameter_readers
+from graphopt.ir.paths import owner
 from graphopt.ir.regions import region_at
 
 Dense = nn.Linear | nn.Conv2d
@@ -61,9 +62,9 @@ def call_of(edit: Editor, path: str, effects: Effects) -> Node | None:
 
 def beside(graph: Graph, path: str, word: str) -> str:
     """A free path for a new layer next to a leaf, in the block that it belongs to: `layer1.0.conv1_blur`."""
-    taken = {name for name, _ in graph.module.named_modules()}
+    taken = graph.module.get_submodule(owner(path))._modules
     names = itertools.chain([f"{path}_{word}"], (f"{path}_{word}{number}" for number in itertools.count(2)))
-    return next(name for name in names if name not in taken)
+    return next(name for name in names if name.rpartition(".")[2] not in taken)
 
 
 def full_rank(weight: Tensor) -> int:

@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from graphopt import ActiveMatch, Effects, Match, Pass, PassError, RuntimeNeeds
-from graphopt.compiler.pass_base import ImageNeeds, Property
-from graphopt.compiler.triggers import Start
+from graphopt.compiler.pass_base import Candidate, ImageNeeds, Property
+from graphopt.compiler.triggers import AtEpoch, Start
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from graphopt import Editor, Graph
     from graphopt.ir.inputs import Input
 
@@ -88,3 +90,19 @@ class Resize(Pass):
         needs = ImageNeeds(low_frequency=self.how == "low-frequency", augment=self.augment)
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         return Effects(needs=RuntimeNeeds(images=needs), figures={"height": height, "width": width})
+
+    @classmethod
+    def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:
+        from graphopt.ir.inputs import image_of
+
+        image = image_of(graph.input)
+        if image is None:
+            return
+        # Sides that strides and patches divide; a size that a backbone does not take even so is refused when it is tried.
+        multiple = 32 if min(image[1:]) >= 128 else 4
+        for share, part in ((0.8, 0.4), (0.8, 0.7), (0.65, 0.5), (0.65, 0.7), (0.5, 0.6), (0.5, 0.8), (0.5, 0.9)):
+            height, width = (max(multiple, round(share * side / multiple) * multiple) for side in image[1:])
+            until = round(part * epochs)
+            if height < image[1] and width < image[2] and 0 < until < epochs:
+                size = height if height == width else (height, width)
+                yield Candidate(f"{height}x{width} pixels for {until} epochs", cls(size=size, when=AtEpoch(epoch=0, until=until)))

@@ -5,5 +5,5 @@ import os
 
 import chaos_run
 
-for kind in json.loads(os.environ["CHAOS_KINDS"]):
+for kind in json.loads(os.environ.get("CHAOS_KINDS", "[]")):
     chaos_run.run(kind)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.device import gpu, show_phases
+from graphopt.cli.device import gpu, is_here, show_phases
 from graphopt.cli.options import DataOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, data_overrides
 from graphopt.cli.progress import Doing
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 #: names of devices that steps can be timed on, as torch has them
-_HERE = ("cpu", "cuda", "mps", "xpu")
 _DEVICE = "The GPU whose memory is forecast (default: A100), with --time its least time, too; or where steps are timed: cpu, cuda."
 _TIME = "Forecast how long the run takes, from a few seconds of steps timed here, and whether the step or the image loader binds."
 
@@ -63,7 +62,7 @@ def check(
     from graphopt.spec import load
 
     rate = parse_link(link)
-    is_here = device is not None and device.partition(":")[0] in _HERE
+    here_named = device is not None and is_here(device)
     if strategy:
         check_choice("--strategy", strategy, ("auto", "single", "ddp", "fsdp", "modules"))
     loaded = load(spec, trust=trust, overrides=[*data_overrides(data, spec, trust=trust), *set_])
@@ -76,8 +75,8 @@ def check(
     from graphopt.planning.run_cost import drop_points
     from graphopt.train.preflight import problems
 
-    named = gpu(device) if device is not None and not is_here else None
-    here = device if is_here else "cpu" if time and named is None else None
+    named = gpu(device) if device is not None and not here_named else None
+    here = device if here_named else "cpu" if time and named is None else None
     _check_before_timing(loaded)
     with Doing() as doing:
         doing("timing steps")

@@ -15,6 +15,15 @@ _HELP = "The GPU whose memory is forecast: A100, H100, H200, RTX 4090 or L4; non
 DeviceOption = Annotated[str, typer.Option("--device", help=_HELP)]
 
 
+#: kinds of devices that this machine may have, as torch names them
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def is_here(name: str) -> bool:
+    """Whether a device is one of this machine's, as torch names it, and no GPU of the table."""
+    return name.partition(":")[0] in _KINDS
+
+
 def gpu(name: str) -> "Device":
     """The device of that name. Raises CostError, with the option's name, if the table has none."""
     from graphopt.cost.devices import find_device

@@ -1,4 +1,4 @@
-"""`graphopt fit`: the batch, or the passes, that fit a budget."""
+"""`graphopt fit`: the batch, or the passes, that fit a budget of memory, FLOPs or time."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +13,14 @@ from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
     from graphopt.planning.budget import Budget, Fit
+    from graphopt.planning.speed import SpeedPlan
+    from graphopt.spec import Spec
 
 _ALLOWANCE = "Memory of a process per byte that is forecast: 1.09 to 1.35 in measured CPU processes, so 1.45 is safe there."
 _DEVICE = "Fit the memory of this GPU as its allocator needs it: A100, H100, H200, RTX 4090 or L4; none is needed."
+_TIME = 'Time of the whole run, without loading: "30 min". Schedules of passes are searched.'
+_SPEEDUP = "As --time: the run as it is, divided by this."
+_HOLD = "Points of held-out accuracy that the passes of --time or --speedup may cost; in the run, they are undone beyond it."
 _FLOPS = "FLOPs of a step, as a fraction of the backbone's; with --suggest."
 
 
@@ -24,6 +29,9 @@ def fit(
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help='Peak memory of a step: "8 GiB".')] = None,
     device: Annotated[str | None, typer.Option("--device", help=_DEVICE)] = None,
     flops: Annotated[float | None, typer.Option("--flops", help=_FLOPS)] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="TIME", help=_TIME)] = None,
+    speedup: Annotated[float | None, typer.Option("--speedup", metavar="FACTOR", help=_SPEEDUP)] = None,
+    hold: Annotated[float, typer.Option("--hold", metavar="POINTS", min=0.01, max=100, help=_HOLD)] = 1.0,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
     allowance: Annotated[float, typer.Option("--allowance", help=_ALLOWANCE)] = 1.0,
     everything: Annotated[bool, typer.Option("--all", help="With --suggest: try all candidates, not only what the choice takes.")] = False,
@@ -33,7 +41,7 @@ def fit(
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the largest batch that fits a budget, or the cheapest passes that do.
+    """Find the largest batch that fits a budget, or the cheapest passes that do; or schedules of passes for a run of a given time.
 
     Candidates are forecast; nothing trains. Memory means live bytes: leave room for the allocator. With --device it means what the
     allocator of that GPU must be able to get, by default all that the driver leaves. Examples:
@@ -45,6 +53,8 @@ def fit(
         graphopt fit spec.toml --device "RTX 4090" --suggest
 
         graphopt fit spec.toml --flops 0.5 --suggest
+
+        graphopt fit spec.toml --speedup 2 -o faster.toml
     """
     from graphopt.spec import dumps, load
     from graphopt.units import parse_size
@@ -56,6 +66,13 @@ def fit(
     if out is not None and out.exists():
         raise RunError("the file exists", where=str(out), fix="Choose another name, or remove it")
     loaded = load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])])
+
+    if time is not None or speedup is not None:
+        others = {"--memory": memory, "--flops": flops, "--suggest": suggest, "--all": everything}
+        if given := [name for name, value in others.items() if value] + (["--time"] if time and speedup else []):
+            raise RunError(f"a search for time has no use for {' and '.join(given)}", fix="Leave that out")
+        _fit_time(loaded, time, speedup, hold, device, trust, out, as_json)
+        return
 
     from graphopt.planning.budget import Budget, Search
 
@@ -75,6 +92,59 @@ def fit(
             show(f"\nwritten: {out}")
     if found.chosen is None:
         raise RunError("nothing that was tried fits the budget", fix="Give more, or a smaller batch (--batch)")
+
+
+def _fit_time(
+    spec: "Spec", time: str | None, speedup: float | None, hold: float, device: str | None, trust: bool, out: Path | None, as_json: bool
+) -> None:
+    from graphopt.cli.device import is_here
+    from graphopt.cli.timing import rates_for
+    from graphopt.planning.speed import SpeedSearch
+    from graphopt.spec import dumps
+    from graphopt.units import parse_time
+
+    if speedup is not None and not 1 < speedup < 1000:
+        raise RunError(f"a speed-up is a factor above 1, found {speedup:g}", where="--speedup")
+    try:
+        limit = parse_time(time) if time is not None else None
+    except ValueError as error:
+        raise RunError(str(error), where="--time") from error
+    here = device is None or is_here(device)
+    rates = rates_for(device or "cpu" if here else None, spec.train.amp, None if here else gpu(str(device)))
+    assert rates is not None
+    search = SpeedSearch(spec, rates, hold=hold, trust=trust)
+    own = search.own.seconds
+    assert own is not None
+    found = search.suggest(limit if limit is not None else own / (speedup or 1))
+    if out is not None and found.spec is not None:
+        write_atomically(out, dumps(found.spec, defaults=False))
+    if as_json:
+        show_json(found.to_dict())
+    else:
+        _show_speed(found, own, f"on {rates.device}" if here else f"at the peak rates of an NVIDIA {rates.device}")
+        if out is not None and found.spec is not None:
+            show(f"\nwritten: {out}")
+    if found.chosen is None:
+        raise RunError("nothing that was tried is quick enough", fix="Give more time, fewer epochs, or a smaller backbone")
+
+
+def _show_speed(found: "SpeedPlan", own: float, where: str) -> None:
+    from graphopt.units import show_time
+
+    show(f"the run as it is: {show_time(own)} {where}, without loading; asked for: at most {show_time(found.limit)}")
+    table = grid("", "schedules", "run", "times as fast", "updates kept", "pixels kept", right=(2, 3, 4, 5))
+    for trial in sorted(found.tried, key=lambda trial: trial.seconds or 0.0):
+        if trial.seconds is not None and trial.refused is None:
+            mark = ">" if trial is found.chosen else ""
+            kept = (f"{100 * share:.0f} %" for share in (trial.updates, trial.pixels))
+            table.add_row(mark, trial.name, show_time(trial.seconds), f"{own / trial.seconds:.2f}", *kept)
+    show(table)
+    for trial in found.tried:
+        if trial.refused is not None:
+            show(f"left out {trial.name}: {trial.refused}")
+    show("> chosen: of those that are quick enough, the least taken from training (squares of the shares of updates and pixels that go)")
+    if found.snippet:
+        show(f"\nto paste into the spec:\n\n{found.snippet}")
 
 
 def _limits(budget: "Budget") -> list[str]:

@@ -53,7 +53,11 @@ class RunTime:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         loader = self.loader
-        found = None if loader is None else {"images_per_second": loader.images_per_second, "workers": loader.workers}
+        found = (
+            None
+            if loader is None
+            else {"images_per_second": loader.images_per_second, "later_images_per_second": loader.kept, "workers": loader.workers}
+        )
         about = {"device": self.rates.device, "measured": self.measured, "loader": found}
         return {**about, "phases": [phase.to_dict() for phase in self.phases]}
 
@@ -64,6 +68,8 @@ class RunTime:
         speed = "not measured: the images are not here" if loader is None else f"{loader.images_per_second:.0f} images/s, measured here"
         processes = f" with {loader.workers} processes" if loader is not None and loader.workers else ""
         show(f"an epoch; steps {where}; loader {speed}{processes}")
+        if loader is not None and loader.kept is not None:
+            show(f"  that is the first epoch, which decodes; the images stay in memory: {loader.kept:.0f} images/s later, as in the table")
         _show_phases(self.phases, "" if self.measured else "at least ")
         if loader is None:
             show("  without loading data")

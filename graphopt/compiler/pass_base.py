@@ -315,6 +315,14 @@ class Pass(pydantic.BaseModel):
         """
         return ()
 
+    @classmethod
+    def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:
+        """Values of this pass, with triggers, that make a run of `epochs` cheaper, mildest first; none by default.
+
+        The search for a speed-up tries them, alone and beside those of other passes.
+        """
+        return ()
+
     def table(self) -> dict[str, Any]:
         """The TOML table it was written as: `use` and the fields that were given."""
         return {"use": self.name, **self.model_dump(mode="json", exclude_unset=True, exclude_none=True)}

@@ -320,11 +320,13 @@ def _from_epoch(epoch: float) -> Iterator[None]:
 def _due(
     matched: Iterable[Matched], decisions: tuple[Decision, ...], epoch: float, history: Any, epochs: int | None
 ) -> tuple[Decision, ...]:
-    return tuple(
-        Decision(index=item.instance.index, epoch=epoch, action=action, regions=regions)
-        for item in matched
-        for action, regions in item.instance.value.when.fire(item.match.names, item.active(decisions), epoch, epochs, history)
-    )
+    found = []
+    for item in matched:
+        index, trigger = item.instance.index, item.instance.value.when
+        since = next((d.epoch for d in decisions if d.index == index and d.action == "apply"), None)
+        fired = trigger.decide(item.match.names, item.active(decisions), epoch, epochs, history, since)
+        found += [Decision(index=index, epoch=epoch, action=action, regions=regions) for action, regions in fired]
+    return tuple(found)
 
 
 @recording()

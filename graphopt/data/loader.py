@@ -402,6 +402,14 @@ class ImageFeed:
 
         return batches()
 
+    def remembered(self, epoch: int) -> Iterator[Batch]:
+        """Those of the epoch's batches whose samples are all kept already; nothing is loaded. None where this feed keeps no samples."""
+        if self._memory is not None:
+            for batch in self._order.keys(epoch, 0):
+                numbers = [index for _, index in batch]
+                if all(number in self._memory for number in numbers):
+                    yield Batch(*self._memory.take(numbers))
+
     def close(self) -> None:
         """Ends the loader processes."""
         _end(self._iterator)

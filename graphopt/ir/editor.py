@@ -60,6 +60,10 @@ class Editor:
     def __init__(self, graph: Graph, author: Author) -> None:
         self.graph, self.author, self.edits = graph, author, Edits()
         self._held: dict[Node, list[tuple[int, Section]]] | None = None
+        #: by path of a leaf, the nodes that have called it
+        self._callers: dict[str, list[Node]] = {}
+        for node in graph.fx.find_nodes(op="call_module"):
+            self._called(node)
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, **place: Unpack[Place]) -> Node:
         """A new call of a function, or of a tensor method by name."""
@@ -87,6 +91,7 @@ class Editor:
         if self._sections_with((model,)):
             self._set_sections(replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections)
         self._infer(node)
+        self._called(node)
         self.edits.inserted[node.name] = None
         self.graph.changed([node] if op == "get_attr" else ())
         return node
@@ -111,6 +116,7 @@ class Editor:
             node.op, node.target = "call_function", target
         elif target is not None:
             node.op, node.target = "call_module" if node.op == "call_module" else "call_method", target
+        self._called(node)
         node.args = node.args if args is None else args
         node.kwargs = node.kwargs if kwargs is None else kwargs
         self.touch(node)
@@ -151,7 +157,12 @@ class Editor:
 
     def calls(self, path: str) -> Nodes:
         """The nodes that call the leaf at `path`."""
-        return tuple(self.graph.fx.find_nodes(op="call_module", target=path))
+        calls = {n for n in self._callers.get(path, ()) if n.target == path and not n._erased}
+        return tuple(sorted(calls))
+
+    def _called(self, node: Node) -> None:
+        if node.op == "call_module":
+            self._callers.setdefault(str(node.target), []).append(node)
 
     def add_module(self, path: str, module: nn.Module) -> None:
         """Registers a new module."""

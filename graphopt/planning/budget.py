@@ -244,7 +244,7 @@ class Search:
         batch = self.spec.train.batch
         if chosen is None:
             return Fit(budget, batch, self.backbone, shown, None, None)
-        return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch), _snippet(self.plan.passes, chosen.added))
+        return Fit(budget, batch, self.backbone, shown, chosen, self._with(chosen.added, batch), snippet(self.plan.passes, chosen.added))
 
     def _fits(self, trial: Trial, budget: Budget) -> bool:
         return trial.cost is not None and budget.holds(trial.cost, self.backbone)
@@ -348,7 +348,7 @@ def in_order(own: Sequence[Pass], added: Sequence[Pass]) -> list[Pass]:
     return [*first, *(value for value in own if value.name not in replaced), *anywhere, *last]
 
 
-def _snippet(own: Sequence[Pass], added: Sequence[Pass]) -> str:
+def snippet(own: Sequence[Pass], added: Sequence[Pass]) -> str:
     """The added passes as TOML, each with a comment on where it belongs."""
     parts = []
     for value in added:

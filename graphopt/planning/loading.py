@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graphopt.data.loader import ImageFeed, open_data
+from graphopt.data.loader import Batch, ImageFeed, open_data
 from graphopt.planning.run_cost import RunCost
 from graphopt.spec import Spec
 
@@ -18,10 +18,20 @@ FEWEST = 2
 
 @dataclass(frozen=True)
 class LoaderRate:
-    """Images per second that the loader gives here, with so many processes of its own (0: the training process loads)."""
+    """Images per second that the loader gives here.
+
+    Attributes:
+        images_per_second: where it decodes them. workers: its processes (0: the training process loads).
+        kept: from the second epoch on, of images that stay decoded in memory after the first; None where each epoch decodes.
+    """
 
     images_per_second: float
     workers: int
+    kept: float | None = None
+
+    def of_phase(self, epoch: float, epochs: float) -> float:
+        """Images per second in most epochs of a phase: only the first epoch of a run decodes what is kept."""
+        return self.images_per_second if self.kept is None or epoch + epochs <= 1 else self.kept
 
 
 @dataclass(frozen=True)
@@ -57,25 +67,27 @@ def loader_rate(spec: Spec, *, seconds: float = TIMED, now: Callable[[], float] 
     """
     workers, train = spec.data.workers, spec.train
     feed = ImageFeed(open_data(spec.data, tuple(spec.backbone.input), train.seed).train, train.batch, seed=train.seed, workers=workers)
-    batches = _endless(feed)
+    # Only the first epoch decodes what is kept.
+    batches = feed.batches(0) if feed.samples.kept else (batch for epoch in itertools.count() for batch in feed.batches(epoch))
     try:
         # What loader processes have prepared while they started would come at once.
-        for _ in range(1 + 2 * workers):
+        for _ in range(min(1 + 2 * workers, len(feed) - 1) if feed.samples.kept else 1 + 2 * workers):
             next(batches)
-        start, images = now(), 0
-        for number in itertools.count(1):
-            images += len(next(batches).target)
-            if number >= FEWEST and now() - start >= seconds:
-                break
-        taken = now() - start
+        decoded = _rate(batches, seconds, now)
+        kept = (batch for _ in itertools.count() for batch in feed.remembered(0)) if next(feed.remembered(0), None) is not None else None
+        return LoaderRate(decoded, workers, _rate(kept, seconds, now) if kept is not None else None)
     finally:
         feed.close()
-    return LoaderRate(images / taken, workers)
 
 
-def _endless(feed: ImageFeed) -> Iterator[Any]:
-    for epoch in itertools.count():
-        yield from feed.batches(epoch)
+def _rate(batches: Iterator[Batch], seconds: float, now: Callable[[], float]) -> float:
+    """Images per second, of so many seconds or until there are no more."""
+    start, images = now(), 0
+    for number, batch in enumerate(batches, 1):
+        images += len(batch.target)
+        if number >= FEWEST and now() - start >= seconds:
+            break
+    return images / (now() - start)
 
 
 def phase_times(cost: RunCost, batch: int, loader: LoaderRate | None) -> tuple[PhaseTime, ...]:
@@ -84,7 +96,7 @@ def phase_times(cost: RunCost, batch: int, loader: LoaderRate | None) -> tuple[P
     found = []
     for phase in cost.phases:
         assert phase.seconds is not None
-        loading = 0.0 if phase.feature_bytes else images / loader.images_per_second if loader is not None else None
+        loading = 0.0 if phase.feature_bytes else images / loader.of_phase(phase.epoch, phase.epochs) if loader is not None else None
         longer = max(phase.seconds, loading or 0.0)
         length = longer if loader is not None and loader.workers else phase.seconds + (loading or 0.0)
         binds = None if loading is None else "loader" if loading > phase.seconds else "step"

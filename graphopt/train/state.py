@@ -45,6 +45,16 @@ class History:
         """A figure per epoch (`"loss"` is that of the evaluation data), oldest first; epochs without it are left out."""
         return [record.metrics[name] for record in self.records if name in record.metrics]
 
+    def fell(self, by: float, since: float) -> bool:
+        """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it."""
+        best = -math.inf
+        for record in self.records:
+            found = [record.metrics[name] for name in ("accuracy", "ema_accuracy") if name in record.metrics]
+            if found and record.epoch >= since and max(found) < best - by:
+                return True
+            best = max([best, *found])
+        return False
+
     def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:
         """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed."""
         wanted = {name for names in regions.values() for name in names if name in parameters}

@@ -33,15 +33,15 @@ which no block can be bypassed; overlap with freeze, share or another drop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import Field, StrictBool
 
 from graphopt import ActiveMatch, Effects, Filter, Match, Pass, PassError, RuntimeNeeds, Selector, Status
-from graphopt.compiler.pass_base import FeatureCut, Property
-from graphopt.compiler.triggers import AtEpoch, LearningRate, Progressive, Start, Steps
+from graphopt.compiler.pass_base import Candidate, FeatureCut, Property
+from graphopt.compiler.triggers import AtEpoch, LearningRate, Progressive, Start, Steps, rising_steps
 from graphopt.units import Size, show_size
 
 if TYPE_CHECKING:
@@ -239,3 +239,13 @@ class Drop(Pass):
         zeros = [name for item in found.values() for name in item.zeros]
         effects.to_original_state = lambda state: state | {name: torch.zeros_like(state[name]) for name in zeros}
         return effects
+
+    @classmethod
+    def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:
+        from graphopt.ir.blocks import disjoint_parts
+        from graphopt.ir.flow import cut_points
+
+        cuts = set(cut_points(graph))
+        names = [r.name for r in disjoint_parts(graph)[:-1] if r.parameters and r.exits and r.exits[-1] in cuts]
+        for when in rising_steps(names, epochs):
+            yield Candidate(f"drop up to {when.steps[-1].upto} from epoch {when.steps[0].epoch} on", cls(when=when))

@@ -112,3 +112,14 @@ class Freeze(Pass):
             prefix = tuple(names[: max(1, round(share * len(names)))])
             if len(prefix) < len(names):
                 yield Candidate(f"freeze up to {prefix[-1]}", cls(select=prefix))
+
+    @classmethod
+    def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:
+        from graphopt.compiler.triggers import rising_steps
+        from graphopt.ir.blocks import disjoint_parts
+
+        names = [r.name for r in disjoint_parts(graph) if r.parameters]
+        for when in rising_steps(names[:-1], epochs):
+            last = when.steps[-1].upto
+            selected = tuple(names[: names.index(last) + 1])
+            yield Candidate(f"freeze up to {last} from epoch {when.steps[0].epoch} on", cls(select=selected, when=when))

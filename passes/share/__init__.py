@@ -21,7 +21,7 @@ alone, with the reason in the report (`neighbours.py` has the rule, with its exc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn
 
@@ -29,6 +29,7 @@ import pydantic
 from pydantic import Field, StrictBool, StrictFloat
 
 from graphopt import ActiveMatch, Effects, Filter, Match, Pass, PassError, SelectError, Selector, Status
+from graphopt.compiler.pass_base import Candidate
 from graphopt.passes.share.options import Boundary, Mode, Part
 
 if TYPE_CHECKING:
@@ -148,6 +149,13 @@ class Share(Pass):
             effects.to_original_state = partial(_refuse_export, path=owner(owner(mixtures[0].scalars[0])))
             effects.from_original_state = partial(_without, gone=keys - set(module.state_dict()), narrowed=narrowed)
         return effects
+
+    @classmethod
+    def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:
+        for every in (4, 3, 2):
+            yield Candidate(
+                f"share: a light operator for every {every}th block, which the backbone cannot express", cls(every=every, mode="surrogate")
+            )
 
 
 def _is_frozen(graph: Graph, block: SharedBlock) -> bool:

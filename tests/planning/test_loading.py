@@ -32,9 +32,23 @@ RATES = Rates(flop=1e-9, byte=1e-9, kernel=1e-4, error=0.0, device="cpu")
 
 def test_the_loader_is_timed_on_the_specs_own_images():
     ticks = itertools.count()
-    found = loader_rate(loads(SPEC), seconds=3.0, now=lambda: float(next(ticks)))
+    found = loader_rate(loads(SPEC + "[data.augment]\nhflip = 0.5\n"), seconds=3.0, now=lambda: float(next(ticks)))
     # The clock is read when it starts, after the second, third and fourth batch, and at the end.
     assert found == LoaderRate(4 * 16 / 4, 0)
+
+
+def test_images_that_stay_in_memory_are_timed_in_the_first_epoch_and_in_later_ones():
+    ticks = itertools.count()
+    found = loader_rate(loads(SPEC), seconds=3.0, now=lambda: float(next(ticks)))
+    # Of the two batches of the first epoch the second is timed; then four that are there already.
+    assert found == LoaderRate(16 / 1, 0, kept=4 * 16 / 4)
+
+
+def test_only_the_first_epoch_of_a_run_decodes_what_is_kept(run):
+    _, cost = run
+    first, _ = phase_times(cost, 10, LoaderRate(1.0, 0, kept=50.0))
+    assert first.loading == pytest.approx(100 / 50.0)
+    assert LoaderRate(1.0, 0, kept=50.0).of_phase(0, 1) == 1.0
 
 
 def test_images_that_are_not_here_cannot_be_timed(tmp_path):

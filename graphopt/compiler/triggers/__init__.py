@@ -8,7 +8,7 @@ import pydantic
 from pydantic import BeforeValidator, PlainSerializer
 
 from graphopt.compiler.triggers.base import BaseTrigger, Decision, Fired, LearningRate, RunSchedule, step_at
-from graphopt.compiler.triggers.epochs import AtEpoch, Start, Step, Steps
+from graphopt.compiler.triggers.epochs import AtEpoch, Start, Step, Steps, rising_steps
 from graphopt.compiler.triggers.schedules import SCHEDULES, FreezeOut, Progressive
 from graphopt.compiler.triggers.scores import MEASURES, Score, change, continuation, slope, update
 
@@ -30,6 +30,7 @@ __all__ = [
     "active_regions",
     "change",
     "continuation",
+    "rising_steps",
     "slope",
     "step_at",
     "update",
@@ -60,7 +61,7 @@ def _to_short(trigger: BaseTrigger) -> Any:
     if isinstance(trigger, Start):
         return "start"
     table = trigger.model_dump(mode="json", exclude_none=True)
-    return table["steps"] if isinstance(trigger, Steps) else table
+    return table["steps"] if table.keys() == {"steps"} else table
 
 
 #: the key by which a spec says which trigger it means

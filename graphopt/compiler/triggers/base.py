@@ -21,6 +21,7 @@ LearningRate = Callable[[float, RunSchedule], float]
 From0 = Annotated[int, Field(ge=0, strict=True)]
 From1 = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+Points = Annotated[float, Field(gt=0, le=100, strict=True)]
 
 
 class Frozen(pydantic.BaseModel):
@@ -42,7 +43,22 @@ class Decision(Frozen):
 
 
 class BaseTrigger(Frozen):
-    """A rule that decides, before each epoch, to which regions a pass is applied, or undone."""
+    """A rule that decides, before each epoch, to which regions a pass is applied, or undone.
+
+    Attributes:
+        hold: percentage points of held-out accuracy that the pass may cost. Once an evaluation with the pass applied is further below the
+            best one before it, the pass is undone, and stays so. Forecasts take it that this does not happen.
+    """
+
+    hold: Points | None = None
+
+    def decide(
+        self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any, since: float | None
+    ) -> list[Fired]:
+        """As `fire`, but where `hold` is broken the pass is undone. `since` is when it was applied first, None if it has not been."""
+        if self.hold is not None and since is not None and history is not None and history.fell(self.hold / 100, since):
+            return [("undo", None)] if active else []
+        return self.fire(names, active, epoch, epochs, history)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         """What fires before `epoch`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import pydantic
@@ -15,6 +16,13 @@ from graphopt.errors import PassError, did_you_mean
 
 class Start(BaseTrigger):
     """From the first step to the last: `when = "start"`."""
+
+    @pydantic.field_validator("hold")
+    @classmethod
+    def _nothing_to_undo(cls, value: float | None) -> float | None:
+        if value is not None:
+            raise ValueError("hold undoes what is applied at an epoch; give that too, as in { epoch = 1, hold = 1.0 }")
+        return value
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         return []  # such a pass is active from the start
@@ -89,3 +97,21 @@ class Steps(BaseTrigger):
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         due = [s.upto for s in self.steps if s.epoch <= epoch]
         return apply_missing(names[: names.index(due[-1]) + 1], active) if due else []
+
+
+def rising_steps(names: Sequence[str], epochs: int) -> Iterator[Steps]:
+    """Schedules over regions in execution order, mildest first: each begins earlier in a run of `epochs` and reaches further.
+
+    A schedule takes its regions in three steps, spread evenly over what is left of the run.
+    """
+    found: list[Steps] = []
+    for begin, reach in ((0.75, 0.5), (0.6, 0.6), (0.5, 0.75), (0.4, 0.9), (0.25, 1.0)):
+        reached: dict[int, int] = {}
+        for part in range(3):
+            epoch = max(1, round(epochs * (begin + part * (1 - begin) / 3)))
+            reached[epoch] = math.ceil(reach * len(names) * (part + 1) / 3)
+        rising = {count: epoch for epoch, count in sorted(reached.items(), reverse=True) if 0 < count <= len(names) and epoch < epochs}
+        steps = tuple(Step(epoch=epoch, upto=names[count - 1]) for count, epoch in sorted(rising.items()))
+        if steps and (schedule := Steps(steps=steps)) not in found:
+            found.append(schedule)
+    yield from found

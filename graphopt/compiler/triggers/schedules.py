@@ -55,6 +55,12 @@ class FreezeOut(_Published):
     anneal: StrictBool = True
     scale: StrictBool = True
 
+    @pydantic.model_validator(mode="after")
+    def _trains_again(self) -> FreezeOut:
+        if self.hold is not None and self.anneal:
+            raise ValueError("what is undone has no learning rate left to train with; give anneal = false beside hold")
+        return self
+
     def end(self, i: int, count: int) -> float:
         """t_i, as a share of the run."""
         return (self.t0 + (1 - self.t0) * i / count) ** _POWERS[self.how]

@@ -1,0 +1,134 @@
+"""The search for a speed-up: what it proposes is quick enough by the forecast of a run, and starts."""
+
+import json
+
+import pytest
+
+from graphopt.cli import main
+from graphopt.compiler.triggers import Steps, rising_steps
+from graphopt.cost.rates import Rates
+from graphopt.diff.render.run import read_run
+from graphopt.errors import SpecError
+from graphopt.planning.speed import SpeedSearch
+from graphopt.spec import load, loads
+from graphopt.train import train
+
+SPEC = """
+[backbone]
+source = "cifar"
+name = "resnet20"
+input = [1, 16, 16]
+arguments = {{ in_chans = 1 }}
+
+{passes}
+[data]
+name = "digits"
+train_limit = 96
+eval_limit = 32
+
+[train]
+epochs = 6
+batch = 32
+"""
+RATES = Rates(1e-11, 1e-10, 1e-6, 0.0, "cpu")
+
+
+@pytest.fixture(scope="module")
+def search():
+    return SpeedSearch(loads(SPEC.format(passes="")), RATES, hold=5.0)
+
+
+@pytest.mark.parametrize("factor", [2.0])
+def test_what_is_proposed_is_quick_enough_and_keeps_most(search, factor):
+    found = search.suggest(search.own.seconds / factor)
+    assert found.chosen.seconds <= found.limit
+    assert found.spec.passes == found.chosen.added
+    fitting = [trial for trial in found.tried if trial.refused is None and trial.seconds <= found.limit]
+    assert found.chosen.price == min(trial.price for trial in fitting)
+    assert SpeedSearch(found.spec, RATES).own.seconds == pytest.approx(found.chosen.seconds)
+
+
+def test_a_spec_that_is_quick_enough_gets_nothing(search):
+    found = search.suggest(search.own.seconds)
+    assert found.chosen is search.own
+    assert found.spec.passes == ()
+
+
+def test_more_than_all_passes_together_can_do_is_refused(search):
+    assert search.suggest(search.own.seconds / 500).chosen is None
+
+
+def test_the_command_writes_a_spec_that_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("graphopt.cli.timing.rates_for", lambda *_: RATES)
+    (tmp_path / "spec.toml").write_text(SPEC.format(passes=""))
+    assert main(["fit", str(tmp_path / "spec.toml"), "--speedup", "1.5", "--json", "-o", str(tmp_path / "fast.toml")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["chosen"] != "the spec as it is"
+    train(load(tmp_path / "fast.toml"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--speedup", "1"], "a speed-up is a factor above 1"),
+        (["--time", "soon"], 'expected a time such as "30 min"'),
+        (["--speedup", "2", "--suggest"], "no use for --suggest"),
+        (["--speedup", "2", "--time", "1 h"], "no use for --time"),
+    ],
+)
+def test_bad_options_are_one_clear_error(options, says, tmp_path, capsys):
+    (tmp_path / "spec.toml").write_text(SPEC.format(passes=""))
+    assert main(["fit", str(tmp_path / "spec.toml"), *options]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 7, 100])
+def test_schedules_rise_and_end_within_the_run(epochs):
+    names = [f"block{i}" for i in range(9)]
+    found = list(rising_steps(names, epochs))
+    assert found
+    for schedule in found:
+        schedule.check(tuple(names))
+        assert all(0 < step.epoch < epochs for step in schedule.steps)
+
+
+HELD = """
+[[pass]]
+use = "freeze"
+select = ["conv1", "bn1", "layer1"]
+when = {{ epoch = 1, hold = {hold} }}
+"""
+
+
+def _accuracies(values):
+    """History of evaluations, as triggers read it."""
+    from graphopt.train.state import EpochRecord, History
+
+    return History([EpochRecord(number, {"accuracy": value}, {}) for number, value in enumerate(values)])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "undone"),
+    [([0.5, 0.6], False), ([0.6, 0.55], True), ([0.6, 0.585], False), ([0.6, 0.7, 0.65], True), ([0.6, 0.5, 0.9], True)],
+)
+def test_a_pass_is_undone_once_it_costs_too_much_and_stays_so(accuracies, undone):
+    steps = Steps.model_validate({"steps": ({"epoch": 1, "upto": "a"},), "hold": 2.0})
+    history = _accuracies(accuracies)
+    fired = steps.decide(("a", "b"), ("a",), len(accuracies), 9, history, since=1)
+    assert fired == ([("undo", None)] if undone else [])
+    assert steps.decide(("a", "b"), (), len(accuracies) + 1, 9, history, since=1) == ([] if undone else [("apply", ("a",))])
+
+
+def test_a_run_thaws_what_is_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr("graphopt.train.state.History.fell", lambda self, by, since: len(self.records) > 2)
+    spec = loads(SPEC.format(passes=HELD.format(hold=0.5)))
+    train(spec, tmp_path / "run")
+    decisions = read_run(tmp_path / "run").decisions
+    assert [(d.epoch, d.action) for d in decisions] == [(1, "apply"), (3, "undo")]
+
+
+@pytest.mark.parametrize("when", ["{ hold = 1.0 }", '{ schedule = "freezeout", hold = 1.0 }', "{ epoch = 1, hold = 0.0 }"])
+def test_a_bound_that_could_not_be_held_is_refused(when):
+    with pytest.raises(SpecError, match="hold"):
+        loads(SPEC.format(passes=f'[[pass]]\nuse = "freeze"\nselect = ["layer1"]\nwhen = {when}'))
