@@ -163,7 +163,7 @@ class SpeedSearch:
 
     def _forecast(self, passes: Sequence[Pass]) -> tuple[tuple[Phase, ...], RunCost]:
         phases = self._phases(passes)
-        numbers = {"samples": self.samples, "evaluated": self.evaluated}
+        numbers: dict[str, Any] = {"samples": self.samples, "evaluated": self.evaluated}
         return phases, forecast_run(phases[0].plan, self.spec.train, phases=phases, rates=self.rates, **numbers)
 
     def _costed(self, trial: Quicker, cost: RunCost, phases: Sequence[Phase] = ()) -> Quicker:
