@@ -71,12 +71,12 @@ def test_the_peak_is_that_of_the_runners_own_step(tmp_path, passes):
     plan = small.plan(passes)
     inputs = Inputs.open(spec, small.DATA, plan.base.input, Strategy.of(spec))
     features = inputs.features(tmp_path, "", {})
-    phase = Phase(plan, RunContext(spec, inputs.strategy, inputs.images, inputs.evaluation, inputs.data.classes, None, features))
+    phase = Phase(plan, RunContext(spec, inputs.strategy, inputs.feeds, inputs.data.classes, None, features))
     phase.begin()
     phase.train_mode()
-    phase.step(inputs.images.batches(0), 0)
+    phase.step(inputs.feeds.images.batches(0), 0)
     phase.optimizer.zero_grad(set_to_none=True)
-    read = [*inputs.images.batches(1)]  # batches that the loader reads ahead are not the step's
+    read = [*inputs.feeds.images.batches(1)]  # batches that the loader reads ahead are not the step's
     ledger, batches = Ledger(Attribution()), (type(batch)(*(tensor.clone() for tensor in batch)) for batch in read)
     ledger.set_kind([*plan.module.parameters(), *plan.module.buffers(), *state_of(phase.optimizer)], Kind.PARAMETER)
     with ledger:
