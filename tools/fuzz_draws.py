@@ -260,6 +260,9 @@ class Draw:
         options = self.some(cache=("disk", "none"), dtype=("float16", "bfloat16"), limit=("1 KiB", "1 GiB"), views=(1, 2), force=(True,))
         return {"upto": self.random.choice((self.path(), self.random.choice(self.labels))), **options}
 
+    def _resize(self) -> Table:
+        return {"size": self.random.choice((8, 12, 16, 24, [8, 12])), **self.some(how=("low-frequency",))}
+
     def _supervise(self) -> Table:
         options = self.some(
             decoder=("image", "none"), structure=("pointwise", "conv", "transformer"), fraction=(0.25, 1.0), loss=("l1", "l2", "bce"),

@@ -58,6 +58,7 @@ PASSES = (
     'use = "checkpoint"\nbudget = "2 MiB"\ndevice = "L4"\nfraction = 0.8',
     'use = "adapt"\nselect = "layer*.0"\nrank = 2\nscale = 0.5\ntrain = ["fc", "layer3.0"]',
     'use = "factorize"\nselect = { type = "Conv2d", last = 4 }\nrank = 0.25\nwhen = { epoch = 1, until = 3 }',
+    'use = "resize"\nsize = [6, 4]\nhow = "low-frequency"\naugment = { hflip = 0.5 }\nwhen = { epoch = 0, until = 2 }',
     'use = "ghost_norm"\nselect = "layer1.*"\nsamples = 4',
     'use = "blurpool"\nselect = ["layer2.0", "layer3.0"]\nsize = 3\nconvolutions = true',
     'use = "checkpoint"\nselect = ["layer1", "layer2"]\nwhen = [{ epoch = 1, upto = "layer1" }, { epoch = 2, upto = "layer2" }]',

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from graphopt.errors import TraceError
@@ -69,6 +68,8 @@ def _set_size(model: Any, size: Grid) -> None:
             options = {"window_size": windows, "always_partition": True} if windows else {}
         model.set_input_size(img_size=size, **options)
     elif isinstance(getattr(model, "encoder", None), nn.Module) and hasattr(model, "image_size"):  # torchvision's ViT
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
         if size[0] != size[1]:
             raise ValueError("torchvision's ViT takes square images only")
         embedding, before = model.encoder.pos_embedding, _grid(model)
@@ -108,6 +109,8 @@ def _patch(model: Any) -> Grid | None:
 
 def _resample(graph: Graph, name: str, full: nn.Parameter, small: Tensor, grids: tuple[Grid | None, Grid | None], shape: str) -> None:
     """Lets the graph read a position embedding at its own size, and resample it."""
+    from timm.layers.pos_embed import resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+
     before, after = grids
     reads = graph.fx.find_nodes(op="get_attr", target=name)
     if before is None or after is None or not reads or full.shape[0] != 1 or full.shape[-1] != small.shape[-1]:

@@ -16,8 +16,8 @@ from graphopt.train import train
 SPEC = """
 [backbone]
 source = "cifar"
-name = "resnet20"
-input = [1, 16, 16]
+name = "resnet8"
+input = [1, 8, 8]
 arguments = {{ in_chans = 1 }}
 
 {passes}
@@ -27,7 +27,7 @@ train_limit = 96
 eval_limit = 32
 
 [train]
-epochs = 6
+epochs = 4
 batch = 32
 """
 RATES = Rates(1e-11, 1e-10, 1e-6, 0.0, "cpu")
@@ -65,7 +65,7 @@ def test_the_command_writes_a_spec_that_trains(tmp_path, monkeypatch, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["chosen"] != "the spec as it is"
     train(load(tmp_path / "fast.toml"), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 6
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 4
 
 
 @pytest.mark.parametrize(
