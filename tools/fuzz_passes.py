@@ -117,7 +117,7 @@ def phases(plan: Plan) -> Iterator[Plan]:
                 due.append(Decision(index=progress.instance.index, epoch=epoch, regions=taken))
         if due:
             earlier, plan = plan, plan.advance_to((*plan.decisions, *due), verify="full")
-            changed = {plan.passes[d.index] for d in due}
+            changed = [plan.passes[index] for index in {d.index for d in due}]
             same = earlier.base.input == plan.base.input and all("eval output" in value.preserved_properties() for value in changed)
             if same and _exports(earlier) and _exports(plan):
                 require(
