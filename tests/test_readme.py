@@ -61,7 +61,7 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("graphopt.cost.rates.rates_of", lambda *_: Rates(1e-11, 1e-10, 1e-5, 0.1, "cpu"))  # seconds of timed steps
     serve()  # the study's processes
     found = [command for command in commands() if not command.startswith("make ")]
-    assert len(found) == 13
+    assert len(found) == 14
     Path("study.toml").write_text(next(text for text in blocks("toml") if "seeds" in text))
     Path("args.yaml").write_text("model: resnet18\nlr: 0.1\n")
     for command in found:

@@ -153,9 +153,7 @@ class Share(Pass):
     @classmethod
     def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:
         for every in (4, 3, 2):
-            yield Candidate(
-                f"share: a light operator for every {every}th block, which the backbone cannot express", cls(every=every, mode="surrogate")
-            )
+            yield Candidate(f"surrogates, every = {every}", cls(every=every, mode="surrogate"))
 
 
 def _is_frozen(graph: Graph, block: SharedBlock) -> bool:
