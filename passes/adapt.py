@@ -97,6 +97,8 @@ class Adapt(Pass):
         if (until := getattr(self.when, "until", None)) is not None:
             why = f"it cannot be taken back at epoch {until}: the weights would lose what they have learnt"
             match.refuse(match.regions[0].name, why, fix="Leave `until` out: export adds the products to the weights")
+        # A trigger that takes one region after the other must find something to train in the first.
+        match.regions = tuple(region for region in match.regions if layers[region.name])
         match.decision = Decision(layers, trained)
         return match
 

@@ -90,7 +90,7 @@ class Phases:
         """Measures what triggers by score read, once for each epoch that has ended."""
         parameters, scored = named_parameters(self.module), self.plan.scored
         if epoch >= 0 and (not self._history.records or self._history.records[-1].epoch < epoch):
-            self._history.close(epoch, metrics, scored, parameters)
+            self._history.close(epoch, metrics, scored, parameters, str(self.plan.base.input))
         self._history.watch(scored, parameters)
 
     def _take(self, plan: Plan) -> None:

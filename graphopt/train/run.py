@@ -315,11 +315,10 @@ class Run:
         figures: dict[str, float] = {"train_loss": meter.loss, "train_accuracy": meter.accuracy}
         if plan.needs.targets:
             figures["train_local_loss"] = meter.local_loss
-        if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs:
-            figures |= self._evaluate()
+        figures |= self._evaluate() if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs else {}
         # Triggers get only what a resumed run measures the same: no times.
         state.phase.share_scored()
-        change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module)).change
+        change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module), str(plan.base.input)).change
         self._update_clock()
         peak = self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began, chain)
         progress.peak_bytes = max(progress.peak_bytes, peak)

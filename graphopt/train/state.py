@@ -25,6 +25,7 @@ class EpochRecord:
     metrics: dict[str, float]  # figures of metrics.jsonl (`train_loss`, `accuracy`, ...), numbers only
     #: of scored regions, `|w_e - w_(e-1)| / |w_(e-1)|` over all parameters, in float64; from zero, `inf` once they change, 0.0 before
     change: dict[str, float]
+    size: str = ""  # of the network's input; accuracies at two sizes are not compared
 
 
 @dataclass
@@ -46,9 +47,10 @@ class History:
         return [record.metrics[name] for record in self.records if name in record.metrics]
 
     def fell(self, by: float, since: float) -> bool:
-        """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it."""
-        best = -math.inf
+        """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it at that size."""
+        best, size = -math.inf, ""
         for record in self.records:
+            best, size = best if record.size == size else -math.inf, record.size
             found = [record.metrics[name] for name in ("accuracy", "ema_accuracy") if name in record.metrics]
             if found and record.epoch >= since and max(found) < best - by:
                 return True
@@ -62,12 +64,14 @@ class History:
         copies = {name: whole(parameters[name]).detach().to("cpu", copy=True) for name in missing}
         self.snapshot = {name: self.snapshot[name] if name in self.snapshot else copies[name] for name in sorted(wanted)}
 
-    def close(self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor]) -> EpochRecord:
+    def close(
+        self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor], size: str = ""
+    ) -> EpochRecord:
         """Appends the record of `epoch`, measured from the last snapshot, and takes the next snapshot."""
         known = self.snapshot.keys() & parameters.keys()
         pairs = {region: [(self.snapshot[name], parameters[name]) for name in names if name in known] for region, names in regions.items()}
         change = {region: _relative_change(found) for region, found in pairs.items() if found}
-        record = EpochRecord(epoch, dict(metrics), change)
+        record = EpochRecord(epoch, dict(metrics), change, size)
         self.records.append(record)
         self.snapshot = {}
         self.watch(regions, parameters)

@@ -101,11 +101,11 @@ when = {{ epoch = 1, hold = {hold} }}
 """
 
 
-def _accuracies(values):
+def _accuracies(values, sizes=""):
     """History of evaluations, as triggers read it."""
     from graphopt.train.state import EpochRecord, History
 
-    return History([EpochRecord(number, {"accuracy": value}, {}) for number, value in enumerate(values)])
+    return History([EpochRecord(number, {"accuracy": value}, {}, sizes[number : number + 1]) for number, value in enumerate(values)])
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,11 @@ def test_a_pass_is_undone_once_it_costs_too_much_and_stays_so(accuracies, undone
     fired = steps.decide(("a", "b"), ("a",), len(accuracies), 9, history, since=1)
     assert fired == ([("undo", None)] if undone else [])
     assert steps.decide(("a", "b"), (), len(accuracies) + 1, 9, history, since=1) == ([] if undone else [("apply", ("a",))])
+
+
+@pytest.mark.parametrize(("accuracies", "sizes", "fell"), [([0.8, 0.6], "ab", False), ([0.8, 0.6, 0.5], "abb", True)])
+def test_accuracies_at_two_sizes_are_not_compared(accuracies, sizes, fell):
+    assert _accuracies(accuracies, sizes).fell(0.02, 0) is fell
 
 
 def test_a_run_thaws_what_is_undone(tmp_path, monkeypatch):
