@@ -88,7 +88,8 @@ def low_rank_pair(layer: Dense, first: Tensor, second: Tensor) -> tuple[Dense, D
         inner = nn.Conv2d(layer.in_channels, rank, **same, bias=False, device="meta")
         outer = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device="meta")
     for made, weight in ((inner, first), (outer, second)):
-        made.weight = nn.Parameter(weight.to(layer.weight.device, layer.weight.dtype))
+        # As layers are made: sharded parameters have to be contiguous.
+        made.weight = nn.Parameter(weight.to(layer.weight.device, layer.weight.dtype).contiguous())
         made.train(layer.training)
     return inner, outer
 

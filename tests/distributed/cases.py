@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
+from graphopt.passes.adapt import Adapt
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
+from graphopt.passes.factorize import Factorize
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
@@ -57,6 +59,8 @@ PASSES = {
     "supervise, freeze lean": Case((Supervise(modules=2), BACK)),
     "supervise, share, checkpoint": Case((Supervise(modules=2), MIX, Checkpoint(segments=3)), within=ROUGH),
     "freeze, share": Case((FRONT, MIX), within=ROUGH),
+    "adapt": Case((Adapt(select=["blocks.0", "blocks.1"], rank=2),)),
+    "factorize": Case((Factorize(select="blocks.1", rank=0.5),)),
 }
 SETTINGS = {"bfloat16": Case(settings={"amp": "bfloat16"}, within=1e-2)}
 _CHANGES: tuple[Pass, ...] = (

@@ -63,15 +63,16 @@ def test_ranks_train_what_one_process_trains(tmp_path: Path, alone: Callable[[st
     assert not wrong
 
 
-def _resized(_rank: int, folder: Path) -> None:
+def _resized(_rank: int, folder: Path, strategy: str = "auto") -> None:
     torch.manual_seed(0)
     passes = [Resize(size=4, when={"epoch": 0, "until": 1}), Freeze(select="blocks.0", when={"schedule": "freezeout", "t0": 0.8})]
     made = graphopt.compile(Small(drop=0.0, norm=cases.GROUPS), passes, input=small.SHAPE, verify="off", costs=False)
-    train(made, folder, settings=small.settings(epochs=2), data=small.DATA)
+    train(made, folder, settings=small.settings(epochs=2, strategy=strategy), data=small.DATA)
 
 
-def test_images_follow_the_size_of_the_phase_on_every_rank(tmp_path: Path) -> None:
-    run_ranks(_resized, tmp_path / "many")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_images_follow_the_size_of_the_phase_on_every_rank(tmp_path: Path, strategy: str) -> None:
+    run_ranks(_resized, tmp_path / "many", strategy)
     _resized(0, tmp_path / "one")
     many, one = small.weights(tmp_path / "many"), small.weights(tmp_path / "one")
     assert max(float((many[name] - one[name]).abs().max()) for name in one) < 1e-5

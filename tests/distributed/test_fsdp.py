@@ -12,8 +12,10 @@ from torch import distributed
 
 import graphopt
 from graphopt import Pass, RunError
+from graphopt.passes.adapt import Adapt
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
+from graphopt.passes.factorize import Factorize
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
@@ -42,6 +44,8 @@ PLAIN: dict[str, Case] = {
     "checkpoint": ([Checkpoint(segments=2)], {"accumulate": 3, "clip": 0.1, "ema": 0.9, **ADAMW}, EXACT),
     "freezeout": ([FREEZEOUT], {"epochs": 2, **ADAMW}, EXACT),
     "phases": (CHANGES, {"epochs": 3, "ema": 0.9, **ADAMW}, EXACT),
+    "adapt": ([Adapt(select=("blocks.0", "blocks.1"), rank=2)], {}, EXACT),
+    "factorize": ([Factorize(select=("blocks.1",), rank=0.5)], ADAMW, EXACT),
 }
 SUPERVISED: dict[str, Case] = {
     "supervise": ([Supervise(modules=2)], {"fsdp": {"offload": True}}, EXACT),
