@@ -24,6 +24,7 @@ from torch.fx import Node
 from graphopt.errors import TraceError
 from graphopt.ir.inputs import Input, dtype_of, samples, tensors_of
 from graphopt.runtime.loaded import loaded
+from graphopt.tracing.autocast import Contexts, counted
 
 #: containers of torch.nn that only call their children, so that blocks can be found inside
 _TRACED_CONTAINERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
@@ -144,6 +145,7 @@ class Tracer(fx.Tracer):
         self.values: dict[Node, Any] = {}
         #: nodes made under `torch.no_grad()`
         self._without_gradient: set[Node] = set()
+        self._autocasts = Contexts(lambda: not self._evaluating)
         #: path of the innermost module whose forward raised, after a failed trace.
         self.failed: str | None = None
         #: path of the innermost module whose forward drew from Python's generator
@@ -182,10 +184,12 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.failed = self.drew = None
+        self._autocasts.open = 0
         first = next((t for t in (*root.parameters(), *root.buffers()) if not t.is_meta), None)
         self._here = torch.empty(0, device=None if first is None else first.device)
         before = random.getstate()
-        graph = super().trace(root, concrete_args)
+        with counted(self._autocasts):
+            graph = super().trace(root, concrete_args)
         if random.getstate() != before and self.drew is None:
             self.drew = ""
         self._detach_what_has_no_gradient(graph)
@@ -219,6 +223,8 @@ class Tracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         node = proxy.node
         computes = kind in ("call_function", "call_method", "call_module")
+        if computes and self._autocasts.open:
+            raise TypeError("its forward sets autocast, and a graph has no such context")
         if computes and not torch.is_grad_enabled() and isinstance(value := self.value_of(node), Tensor) and value.is_floating_point():
             self._without_gradient.add(node)
         if not (kind == "call_method" and target in _QUERIES) and not (kind == "call_function" and target in _QUERY_FUNCTIONS):

@@ -73,10 +73,19 @@ class Averages(Counts):
         return self.conv(x)
 
 
+class Casts(ByValue):
+    """Keeps its own arithmetic out of autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.conv(x) + x
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
         (ByValue, "control flow"),
+        (Casts, "sets autocast"),
         (AnyValue, "control flow"),
         (Drawing, "draws from Python's random generator"),
         (Counts, "assigns to its own buffers"),
