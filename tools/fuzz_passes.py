@@ -184,7 +184,8 @@ def check_phase(start: Plan, plan: Plan, build: Callable[[], nn.Module], input: 
             require(bool(gradient.isfinite().all()), "gradients", f"that of {name} is not finite")
             require(copied is not None and torch.equal(gradient, copied), "deep copy", f"the gradient of {name} differs")
     held = _held(plan)
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    # Small: with frozen norms that have seen no image, a fresh network's gradients are large.
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
     optimizer.step()
     step(plan, module, x, seed=seed + 1)
     optimizer.step()
