@@ -49,12 +49,14 @@ def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None
 
 
 def call_of(edit: Editor, path: str, effects: Effects) -> Node | None:
-    """The call of a leaf that `match` chose; None, and a note in `effects`, where earlier passes have removed or frozen it."""
-    nodes = edit.calls(path)
+    """The call of a leaf that `match` chose; None, and a note in `effects`, where earlier passes have removed, frozen or shared it."""
+    nodes, readers = edit.calls(path), parameter_readers(edit.graph)
     if not nodes:
         effects.skip(path, "an earlier pass has removed it")
     elif not all(p.requires_grad for p in edit.graph.module.get_submodule(path).parameters()):
         effects.skip(path, "an earlier pass has frozen it")
+    elif any(node not in nodes for p in edit.graph.module.get_submodule(path).parameters() for node in readers.get(id(p), ())):
+        effects.skip(path, "an earlier pass uses its weights elsewhere")
     else:
         return nodes[0]
     return None
