@@ -55,11 +55,11 @@ def run(options: Mapping[str, Any] | None, seed: int, root: str, limit: int) -> 
             close(self)
             stamps.append(time.process_time())
 
-        Run._close_epoch = noted  # type: ignore[method-assign]
+        Run._close_epoch = noted  # type: ignore[method-assign]  # watched for this tool
         try:
             summary = train(from_table(table), Path(folder) / "run")
         finally:
-            Run._close_epoch = close  # type: ignore[method-assign]
+            Run._close_epoch = close  # type: ignore[method-assign]  # watched for this tool
         lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
         size = sum(line.get("bytes", 0) for line in lines if line["kind"] == "features")
     return {"accuracy": 100 * summary.accuracy, "bytes": size, "seconds": stamps[-1] - stamps[CUT - 1]}

@@ -38,7 +38,7 @@ def apply(
     batch: BatchOption = None,
     device: DeviceOption = "A100",
     verify: Annotated[str | None, typer.Option("--verify", help="full, fast or off; default: the spec's.")] = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006  # never changed
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -40,7 +40,7 @@ def check(
     strategy: Annotated[str, typer.Option("--strategy", help="Of --ranks: single, ddp, fsdp, modules, auto (default: the spec's).")] = "",
     link: Annotated[str | None, typer.Option("--link", help='Rate between ranks, for seconds: "10 GB/s", "100 Gbit/s".')] = None,
     data: DataOption = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006  # never changed
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

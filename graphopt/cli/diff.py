@@ -40,7 +40,7 @@ def diff(
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="The same, to compare with.", autocompletion=options.complete_any)
     ] = None,
-    phase: Annotated[list[int], typer.Option("--phase", min=0, help=_PHASE)] = [],  # noqa: B006
+    phase: Annotated[list[int], typer.Option("--phase", min=0, help=_PHASE)] = [],  # noqa: B006  # never changed
     epoch: Annotated[int | None, typer.Option("--epoch", min=0, help="The phase that this epoch (from 0) trains in.")] = None,
     html: Annotated[Path | None, _file("--html", "one HTML page, to explore")] = None,
     svg: Annotated[Path | None, _file("--svg", "a picture for a paper or a pull request")] = None,
@@ -59,7 +59,7 @@ def diff(
     nodes: Annotated[bool, typer.Option("--nodes", help="The operations of the blocks that changed.")] = False,
     batch: options.BatchOption = None,
     costs: options.CostsOption = True,
-    set_: options.SetOption = [],  # noqa: B006
+    set_: options.SetOption = [],  # noqa: B006  # never changed
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:

@@ -38,7 +38,7 @@ def eval(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images at once; default: the spec's batch.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; default: the spec's.")] = None,
     confusion: Annotated[Path | None, typer.Option("--confusion", metavar="FILE", parser=options.expanded, help=_CONFUSION)] = None,
-    set_: options.SetOption = [],  # noqa: B006
+    set_: options.SetOption = [],  # noqa: B006  # never changed
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:

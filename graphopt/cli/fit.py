@@ -20,7 +20,7 @@ _ALLOWANCE = "Memory of a process per byte that is forecast: 1.09 to 1.35 in mea
 _DEVICE = "Fit the memory of this GPU as its allocator needs it: A100, H100, H200, RTX 4090 or L4; none is needed."
 _TIME = 'Time of the whole run, without loading: "30 min". Schedules of passes are searched.'
 _SPEEDUP = "As --time: the run as it is, divided by this."
-_HOLD = "Points of held-out accuracy that the passes of --time or --speedup may cost; in the run, they are undone beyond it."
+_HOLD = "Points of held-out accuracy that the passes of --time or --speedup may cost (default: 1); in the run, they are undone beyond it."
 _FLOPS = "FLOPs of a step, as a fraction of the backbone's; with --suggest."
 
 
@@ -31,13 +31,13 @@ def fit(
     flops: Annotated[float | None, typer.Option("--flops", help=_FLOPS)] = None,
     time: Annotated[str | None, typer.Option("--time", metavar="TIME", help=_TIME)] = None,
     speedup: Annotated[float | None, typer.Option("--speedup", metavar="FACTOR", help=_SPEEDUP)] = None,
-    hold: Annotated[float, typer.Option("--hold", metavar="POINTS", min=0.01, max=100, help=_HOLD)] = 1.0,
+    hold: Annotated[float | None, typer.Option("--hold", metavar="POINTS", min=0.01, max=100, help=_HOLD)] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
     allowance: Annotated[float, typer.Option("--allowance", help=_ALLOWANCE)] = 1.0,
     everything: Annotated[bool, typer.Option("--all", help="With --suggest: try all candidates, not only what the choice takes.")] = False,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Batch for --suggest; default: the spec's.")] = None,
     out: Annotated[Path | None, out_option("Write the chosen spec there.")] = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006  # never changed
     trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -68,11 +68,11 @@ def fit(
     loaded = load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])])
 
     if time is not None or speedup is not None:
-        others = {"--memory": memory, "--flops": flops, "--suggest": suggest, "--all": everything}
-        if given := [name for name, value in others.items() if value] + (["--time"] if time and speedup else []):
-            raise RunError(f"a search for time has no use for {' and '.join(given)}", fix="Leave that out")
-        _fit_time(loaded, time, speedup, hold, device, trust, out, as_json)
+        others = {"--memory": memory, "--flops": flops, "--suggest": suggest, "--all": everything, "--allowance": allowance != 1.0}
+        _refuse({**others, "--time": time is not None and speedup is not None}, "a search for time has no use for it")
+        _fit_time(loaded, time, speedup, 1.0 if hold is None else hold, device, trust, out, as_json)
         return
+    _refuse({"--hold": hold}, "it belongs to a search for time (--time, --speedup)")
 
     from graphopt.planning.budget import Budget, Search
 
@@ -92,6 +92,12 @@ def fit(
             show(f"\nwritten: {out}")
     if found.chosen is None:
         raise RunError("nothing that was tried fits the budget", fix="Give more, or a smaller batch (--batch)")
+
+
+def _refuse(options: dict[str, object], why: str) -> None:
+    """Raises RunError for options that were given and mean nothing here."""
+    if given := [name for name, value in options.items() if value]:
+        raise RunError(why, where=" and ".join(given), fix="Leave that out")
 
 
 def _fit_time(

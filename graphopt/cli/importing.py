@@ -17,7 +17,7 @@ def import_(
     out: Annotated[Path | None, out_option("Write the spec there; default: print it.")] = None,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="OPTION=VALUE", help="Set one option of the script: lr=0.1, model=resnet18.")
-    ] = [],  # noqa: B006
+    ] = [],  # noqa: B006  # never changed
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes of that run: the script's batch is of each of them.")] = 1,
     teacher: Annotated[Path | None, typer.Option("--teacher", metavar="FILE", parser=expanded, help="Weights of kd_model_name.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the spec, and the notes on options without effect.")] = False,

@@ -30,7 +30,7 @@ _KINDS = {
 def inspect(
     what: Annotated[str, typer.Argument(metavar="WHAT", help=_WHAT, autocompletion=complete_backbone)],
     input: InputOption = None,
-    set_: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006  # never changed
     units: Annotated[bool, typer.Option("--units", help="Also what fsdp gathers together: of a SPEC's first phase.")] = False,
     trust: TrustOption = False,
     as_json: JsonOption = False,

@@ -26,7 +26,7 @@ def train(
     out: Annotated[Path | None, options.out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     data: options.DataOption = None,
-    set_: options.SetOption = [],  # noqa: B006
+    set_: options.SetOption = [],  # noqa: B006  # never changed
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes on this machine; on CUDA, each takes a GPU.")] = 1,

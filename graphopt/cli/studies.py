@@ -33,10 +33,10 @@ def study(
     study: Annotated[str, typer.Argument(metavar="STUDY", help=_STUDY, autocompletion=complete_study)],
     out: Annotated[Path | None, options.out_option("The study's folder; default: runs/<study>.", "DIR")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time; default: one, or one for each device.")] = None,
-    device: Annotated[list[str], typer.Option("--device", help=_DEVICE)] = [],  # noqa: B006
+    device: Annotated[list[str], typer.Option("--device", help=_DEVICE)] = [],  # noqa: B006  # never changed
     only_list: Annotated[bool, typer.Option("--list", help="List the runs and what is done; train nothing.")] = False,
     data: options.DataOption = None,
-    set_: options.SetOption = [],  # noqa: B006
+    set_: options.SetOption = [],  # noqa: B006  # never changed
     trust: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:

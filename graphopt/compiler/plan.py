@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from graphopt.compiler.emit import emit
 from graphopt.compiler.learning_rates import LearningRates
 from graphopt.compiler.measure import Measure
 from graphopt.compiler.pass_base import Effects, Pass, PassInstance, RuntimeNeeds
-from graphopt.compiler.pipeline import Matched, Verify, rewrite
+from graphopt.compiler.pipeline import Matched, Verify, match_all, rewrite
 from graphopt.compiler.report import Report
 from graphopt.compiler.sizes import Sizes
 from graphopt.compiler.triggers import Decision
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Phase(NamedTuple):
-    """A stretch of a run with one graph: when it starts and ends, in epochs, what began it, its plan."""
+    """A part of a run with one graph: when it starts and ends, in epochs, what began it, its plan."""
 
     start: float
     end: float
@@ -70,6 +70,11 @@ class Source:
     def passes(self) -> tuple[Pass, ...]:
         """The passes, in order."""
         return tuple(item.instance.value for item in self.matched)
+
+    def with_passes(self, passes: Sequence[Pass]) -> Self:
+        """The same backbone with other passes, matched anew. Raises as `Pass.match`."""
+        matched = match_all(self.sizes.whole, [PassInstance(value, index) for index, value in enumerate(passes)])
+        return replace(self, matched=matched, sizes=self.sizes.with_passes(matched))
 
 
 class Progress(NamedTuple):

@@ -15,8 +15,8 @@ from itertools import combinations, groupby
 from typing import Any
 
 from graphopt.compiler.measure import measure_with
-from graphopt.compiler.pass_base import ALL_PROPERTIES, Pass, PassInstance
-from graphopt.compiler.pipeline import Verify, match_all
+from graphopt.compiler.pass_base import ALL_PROPERTIES, Pass
+from graphopt.compiler.pipeline import Verify
 from graphopt.compiler.plan import Phase, Plan, compile_phase
 from graphopt.compiler.registry import passes as installed
 from graphopt.cost import Cost, CostError
@@ -205,9 +205,7 @@ class Search:
         self.backbone = self._phase_cost(self._plan(()), spec.train.batch)
 
     def _plan(self, passes: Sequence[Pass], verify: Verify = "off") -> Plan:
-        matched = match_all(self.plan.sizes.whole, [PassInstance(value, index) for index, value in enumerate(passes)])
-        sizes = self.plan.sizes.with_passes(matched)
-        return compile_phase(replace(self.plan, matched=matched, sizes=sizes), verify=verify, costs=False)
+        return compile_phase(self.plan.with_passes(passes), verify=verify, costs=False)
 
     def _phase_cost(self, plan: Plan, batch: int) -> Cost:
         measure = measure_with(batch, device=self.device, **self.spec.train.forecast_options())

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, zip_longest
 from typing import Any
 
-from graphopt.compiler.pass_base import Pass, PassInstance
-from graphopt.compiler.pipeline import match_all
+from graphopt.compiler.pass_base import Pass
 from graphopt.compiler.plan import Phase, Plan, compile_phase
 from graphopt.compiler.registry import passes as installed
 from graphopt.compiler.triggers import Start
@@ -46,7 +45,7 @@ class Quicker:
 
     @property
     def price(self) -> float:
-        """What training loses: the squares of the shares of updates and of pixels, so that a little of both costs less than much of one."""
+        """What training loses: the squares of the lost shares of updates and of pixels: a little of both costs less than much of one."""
         return (1 - self.updates) ** 2 + (1 - self.pixels) ** 2
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class SpeedSearch:
         return SpeedPlan(limit, self.own, tuple(self._tried.values()), None, None)
 
     def ladders(self) -> Iterator[tuple[Quicker, ...]]:
-        """Schedules of each pass that the spec does not have yet; then those of two passes, and of all, rung by rung."""
+        """Schedules of each pass that the spec does not have yet; then those of passes that go together, rung by rung."""
         own = {value.name for value in self.plan.passes}
         kinds = [kind for name, kind in sorted(installed().items()) if name not in own]
         offers = [list(kind.schedules(self.plan.base, self.spec.train.epochs)) for kind in kinds]
@@ -156,9 +155,7 @@ class SpeedSearch:
         return self._tried[trial.name]
 
     def _phases(self, passes: Sequence[Pass], **options: Any) -> tuple[Phase, ...]:
-        matched = match_all(self.plan.sizes.whole, [PassInstance(value, index) for index, value in enumerate(passes)])
-        source = replace(self.plan, matched=matched, sizes=self.plan.sizes.with_passes(matched))
-        plan = compile_phase(source, verify="off", costs=False, weights=False)
+        plan = compile_phase(self.plan.with_passes(passes), verify="off", costs=False, weights=False)
         return plan.phases(self.spec.train.epochs, **options)
 
     def _forecast(self, passes: Sequence[Pass]) -> tuple[tuple[Phase, ...], RunCost]:

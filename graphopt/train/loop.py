@@ -11,7 +11,7 @@ from graphopt.compiler.triggers import Decision, step_at
 from graphopt.errors import RunError
 from graphopt.plan_file import load_strictly
 from graphopt.train.checks import check_frozen, fingerprints
-from graphopt.train.optimizer import named_parameters
+from graphopt.train.optimizer import load_optimizer_state, named_parameters, optimizer_state
 from graphopt.train.phase import advance
 from graphopt.train.state import History
 
@@ -103,7 +103,7 @@ class Phases:
 
     def state_dict(self) -> dict[str, Any]:
         """What a loop goes on from: decisions, weights, the optimizer's state by name, and what triggers have measured."""
-        optimizer = None if self.optimizer is None else _by_name(self.optimizer, self.module)
+        optimizer = None if self.optimizer is None else optimizer_state(self.optimizer, self.module)
         decisions = [decision.model_dump(mode="json") for decision in self.plan.decisions]
         return {"decisions": decisions, "module": self.module.state_dict(), "optimizer": optimizer, "history": self._history.state_dict()}
 
@@ -114,36 +114,10 @@ class Phases:
             self._take(self.plan.advance_to(decisions, verify="off"))
         load_strictly(self.module, state["module"])
         if self.optimizer is not None and state["optimizer"] is not None:
-            _load_by_name(self.optimizer, self.module, state["optimizer"])
+            load_optimizer_state(self.optimizer, self.module, state["optimizer"])
         self._frozen, self._history = fingerprints(self.module), History.from_state_dict(state["history"])
 
 
 def carry_over(old: torch.optim.Optimizer, before: nn.Module, new: torch.optim.Optimizer, after: nn.Module) -> None:
     """Gives an optimizer the state of another by the names of parameters, and the settings of groups where there are as many of them."""
-    _load_by_name(new, after, _by_name(old, before))
-
-
-def _by_name(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
-    names = {id(parameter): name for name, parameter in named_parameters(module).items()}
-    state = {names[id(p)]: values for p, values in optimizer.state.items() if id(p) in names}
-    return {"state": state, "groups": [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]}
-
-
-def _load_by_name(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """State of a parameter whose shape is another one by now is dropped."""
-    if len(saved["groups"]) == len(optimizer.param_groups):
-        for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
-            group.update(settings)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in named_parameters(module).items():
-        values = saved["state"].get(name)
-        if values is not None and id(parameter) in held and all(_fits(value, parameter) for value in values.values()):
-            optimizer.state[parameter] = {key: _on(value, parameter) for key, value in values.items()}
-
-
-def _fits(value: Any, parameter: nn.Parameter) -> bool:
-    return not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == parameter.shape
-
-
-def _on(value: Any, parameter: nn.Parameter) -> Any:
-    return value.to(parameter.device) if isinstance(value, torch.Tensor) and value.ndim else value
+    load_optimizer_state(new, after, optimizer_state(old, before), named_parameters(before))

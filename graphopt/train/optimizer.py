@@ -13,7 +13,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]  # re-exported without saying so
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # re-exported without saying so
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.compiler.learning_rates import LearningRates
 from graphopt.errors import RunError, did_you_mean
@@ -136,33 +136,49 @@ def check_groups(optimizer: torch.optim.Optimizer, module: nn.Module, owned: Col
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
-    """`{"state": {parameter name: its state}, "groups": {group name: its settings}}`, plain values and tensors (no copies)."""
+    """`{"state": {parameter name: its state}, "groups": {group name: its settings}}`, plain values and tensors (no copies).
+
+    A group without a name is known by its place among all of them. Parameters that are not the module's are left out.
+    """
     packed, names = optimizer.state_dict(), _names(optimizer, module)
-    groups = {g["name"]: {k: v for k, v in g.items() if k not in ("params", "name")} for g in packed["param_groups"] if g["params"]}
-    return {"state": {names[index]: state for index, state in packed["state"].items()}, "groups": groups}
+    groups = {n: {k: v for k, v in g.items() if k not in ("params", "name")} for n, g in _groups(packed).items() if g["params"]}
+    return {"state": {names[index]: state for index, state in packed["state"].items() if index in names}, "groups": groups}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Loads the settings of groups, and the state of parameters that have some, by name; the rest of `saved` is dropped."""
-    packed = optimizer.state_dict()
-    for group in packed["param_groups"]:
-        group.update(saved["groups"].get(group["name"], {}))
-    packed["state"] = {i: saved["state"][name] for i, name in _names(optimizer, module).items() if name in saved["state"]}
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Any], earlier: Mapping[str, Tensor] | None = None
+) -> None:
+    """Loads the settings of groups, and the state of parameters that have some, by name; the rest of `saved` is dropped.
+
+    `earlier` are the tensors that `saved` was the state of: a parameter that has another shape by now starts without.
+    """
+    packed, parameters = optimizer.state_dict(), named_parameters(module)
+    for name, group in _groups(packed).items():
+        group.update(saved["groups"].get(name, {}))
+    other = {name for name, tensor in (earlier or {}).items() if name in parameters and tensor.shape != parameters[name].shape}
+    kept = saved["state"].keys() - other
+    packed["state"] = {i: saved["state"][name] for i, name in _names(optimizer, module).items() if name in kept}
     optimizer.load_state_dict(packed)
+
+
+def _groups(packed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The groups of an optimizer's state dict by name; without one, by their place and number, so that other groupings do not match."""
+    groups = packed["param_groups"]
+    return {group.get("name", f"{i} of {len(groups)}"): group for i, group in enumerate(groups)}
 
 
 def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, str]:
     """The name of each parameter by its position in the optimizer's state dict."""
     names = {parameter: name for name, parameter in named_parameters(module).items()}
-    return dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
+    held = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    return {index: names[p] for index, p in held if p in names}
 
 
 class Schedule:
     """The learning rates as a function of the optimizer steps done so far, and of nothing else; so there is no state to save.
 
     A group with `regions` has the rate that passes set for them, every other one that of timm's schedule: in each step, or
-    (`on_updates = false`) in each epoch. (timm's plateau is not
-    available: it depends on earlier metrics, and saves none of them.)
+    (`on_updates = false`) in each epoch. (timm's plateau is not available: it depends on earlier metrics, and saves none of them.)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, train: TrainSpec, steps: int, regions: LearningRates | None = None) -> None:

@@ -111,7 +111,7 @@ class Phase:
         self._call: Callable[..., Any] | None = None
         self._modules: tuple[frozenset[str], ...] = ()  # names of each module's parameters, where each is clipped by its own norm
         self.steps = len(self.feed) // spec.accumulate  # of the optimizer, per epoch
-        self._optimize(state["optimizer"] if state is not None else None)
+        self._optimize(state)
         self.scaler: torch.amp.GradScaler = earlier.scaler if earlier is not None else strategy.scaler()
         self.ema = AveragedWeights(self.owned.module, decay=spec.ema, use_warmup=spec.ema_warmup) if spec.ema is not None else None
         if self.ema is not None and state is not None and state["ema"] is not None:
@@ -136,7 +136,7 @@ class Phase:
         return Phase(advance(self.plan, decisions, self.spec.seed, epoch, state["model"]), self.context, earlier=self, state=state)
 
     def _optimize(self, state: Mapping[str, Any] | None) -> None:
-        """Makes the optimizer of the parameters that there are now, and its schedule; `state` is by name."""
+        """Makes the optimizer of the parameters that there are now, and its schedule; `state` is the earlier phase's."""
         plan, spec = self.plan, self.spec
         # timm's backbones may exclude parameters from weight decay, too.
         no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
@@ -145,7 +145,7 @@ class Phase:
         options: dict[str, Any] = {"no_decay": no_decay, "rates": rates, "regions": plan.learning_rates, "owned": owned}
         self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, **options)
         if state is not None:
-            optimizers.load_optimizer_state(self.optimizer, plan.module, state)
+            optimizers.load_optimizer_state(self.optimizer, plan.module, state["optimizer"], state["model"])
         self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps, plan.learning_rates)
 
     def moments(self) -> list[tuple[float, int]]:

@@ -91,7 +91,7 @@ class Screen:
             disable=console is None or not console.is_terminal,
         )
         self._task = self.progress.add_task("", total=None, note="", visible=False)
-        #: steps that the bar has not been told of, and when it will be
+        #: steps that the bar does not show yet, and when it will
         self._untold, self._next = 0, 0.0
 
     def at(self, epoch: int) -> str:

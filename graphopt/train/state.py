@@ -1,5 +1,6 @@
 """What changes while a run goes on, what triggers measure of it, and what it amounts to at the end."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -43,8 +44,9 @@ class History:
         return [record.change[region] for record in self.records if region in record.change]
 
     def figures(self, name: str) -> list[float]:
-        """A figure per epoch (`"loss"` is that of the evaluation data), oldest first; epochs without it are left out."""
-        return [record.metrics[name] for record in self.records if name in record.metrics]
+        """A figure per epoch at the present size, oldest first; `"loss"` is that of the evaluation data. Epochs without it are left out."""
+        same = itertools.takewhile(lambda record: record.size == self.records[-1].size, reversed(self.records))
+        return [record.metrics[name] for record in same if name in record.metrics][::-1]
 
     def fell(self, by: float, since: float) -> bool:
         """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it at that size."""

@@ -154,11 +154,20 @@ def test_a_rising_loss_thaws_until_it_is_back():
     records = [EpochRecord(e, {"loss": loss}, {"a": change}) for e, (change, loss) in enumerate(zip(changes, losses, strict=True))]
     trigger, active, found = Score(score="change", below=0.02, patience=2, thaw=0.1), (), {}
     for epoch in range(9):
-        for action, regions in trigger.fire(("a",), active, epoch, 9, History(records[:epoch])):
+        for action, regions in trigger.decide(("a",), active, epoch, 9, History(records[:epoch]), None):
             active = ("a",) if action == "apply" else ()
             found[epoch] = action, regions
     # Frozen before 3, undone before 4 at 1.2; at 1.3 nothing is left to undo; the zero of epoch 3 does not count as converged.
     assert found == {3: ("apply", ("a",)), 4: ("undo", None), 6: ("apply", ("a",))}
+
+
+def test_a_rising_loss_undoes_what_an_epoch_applied_until_it_is_back():
+    records = [EpochRecord(e, {"loss": loss}, {}) for e, loss in enumerate([1.0, 1.2, 1.0])]
+    trigger = AtEpoch(epoch=1, thaw=0.1)
+    assert trigger.decide(("a",), ("a",), 2, 9, History(records[:2]), 1) == [("undo", None)]
+    assert trigger.decide(("a",), (), 3, 9, History(records), 1) == [("apply", None)]
+    larger = [*records, EpochRecord(3, {"loss": 1.5}, {}, "(3, 32, 32)")]
+    assert trigger.decide(("a",), ("a",), 4, 9, History(larger), 1) == []
 
 
 def test_slope_of_a_straight_line():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,9 @@ import graphopt
 from graphopt.errors import PassError
 from graphopt.passes.factorize import Factorize
 from graphopt.passes.layers import divide, full_rank, multiply
+from graphopt.train import train
 from tests.support.steps import BACKBONES, trained
+from tests.train import small
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (8, 3, 3, 3), (3, 8, 1, 1)])
@@ -53,6 +57,14 @@ def test_a_layer_of_low_rank_computes_what_it_did() -> None:
     plan = graphopt.compile(model, Factorize(select="0", rank=2), input=(4, 8, 8), costs=False)
     torch.testing.assert_close(plan.module(x), model(x), atol=1e-5, rtol=1e-5)
     assert [tuple(p.shape) for n, p in plan.module.named_parameters() if "weight" in n][:2] == [(8, 2, 1, 1), (3, 128)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_a_run_goes_on_where_weights_get_other_shapes(name: str, tmp_path: Path) -> None:
+    """What the optimizer has of the rest stays; of a divided weight it begins anew, there and back."""
+    plan = small.plan([Factorize(select="blocks.1", rank=0.5, when={"epoch": 1, "until": 2})])
+    train(plan, tmp_path, settings=small.settings(epochs=3, optimizer={"name": name, "lr": 0.01}), data=small.DATA)
+    assert [phase["epoch"] for phase in small.records(tmp_path, "phase")] == [0, 1, 2]
 
 
 def test_later_and_back() -> None:

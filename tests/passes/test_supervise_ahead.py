@@ -164,15 +164,15 @@ def test_a_copy_and_a_loaded_state_go_on_as_the_module_does() -> None:
     plan = compiled(Small(drop=0.0), Supervise(cuts=CUTS, **LOOK))
     module = plan.module.train()
     backward(module)
-    twin, loaded = copy.deepcopy(module), copy.deepcopy(compiled(Small(drop=0.0), Supervise(cuts=CUTS, **LOOK)).module).train()
+    copied, loaded = copy.deepcopy(module), copy.deepcopy(compiled(Small(drop=0.0), Supervise(cuts=CUTS, **LOOK)).module).train()
     loaded.load_state_dict(module.state_dict())
     with torch.no_grad():
-        for one in (module, twin, loaded):
+        for one in (module, copied, loaded):
             one.get_parameter("blocks.1.conv1.weight").mul_(2)
-    for one in (module, twin, loaded):
+    for one in (module, copied, loaded):
         torch.manual_seed(2)
         backward(one)
-    for other in (twin, loaded):
+    for other in (copied, loaded):
         for (name, a), b in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
 

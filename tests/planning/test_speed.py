@@ -73,8 +73,10 @@ def test_the_command_writes_a_spec_that_trains(tmp_path, monkeypatch, capsys):
     [
         (["--speedup", "1"], "a speed-up is a factor above 1"),
         (["--time", "soon"], 'expected a time such as "30 min"'),
-        (["--speedup", "2", "--suggest"], "no use for --suggest"),
-        (["--speedup", "2", "--time", "1 h"], "no use for --time"),
+        (["--speedup", "2", "--suggest"], "--suggest: a search for time has no use for it"),
+        (["--speedup", "2", "--time", "1 h"], "--time: a search for time has no use for it"),
+        (["--speedup", "2", "--allowance", "1.4"], "--allowance: a search for time"),
+        (["--memory", "1 GiB", "--hold", "1"], "--hold: it belongs to a search for time"),
     ],
 )
 def test_bad_options_are_one_clear_error(options, says, tmp_path, capsys):

@@ -19,7 +19,7 @@ PhaseCallback = pytest.importorskip("graphopt.train.lightning").PhaseCallback
 
 
 def net(made: Plan) -> Any:
-    class Net(lightning.LightningModule):  # type: ignore[name-defined, misc]
+    class Net(lightning.LightningModule):  # type: ignore[name-defined, misc]  # the package may be missing
         def __init__(self) -> None:
             super().__init__()
             self.net, self.rates = made.module, []

@@ -47,18 +47,30 @@ class BaseTrigger(Frozen):
 
     Attributes:
         hold: percentage points of held-out accuracy that the pass may cost. Once an evaluation with the pass applied is further below the
-            best one before it, the pass is undone, and stays so. Forecasts take it that this does not happen.
+            best one before it, the pass is undone, and stays so.
+        thaw: once the held-out loss is above its lowest so far by more than this share (0.05: 5 %), the pass is undone on all regions, and
+            applied to none until the loss is back below that bound.
+
+    Figures are compared at one size of the network's input only. Forecasts take it that neither bound is broken.
     """
 
     hold: Points | None = None
+    thaw: Annotated[float, Field(ge=0, strict=True)] | None = None
 
     def decide(
         self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any, since: float | None
     ) -> list[Fired]:
-        """As `fire`, but where `hold` is broken the pass is undone. `since` is when it was applied first, None if it has not been."""
-        if self.hold is not None and since is not None and history is not None and history.fell(self.hold / 100, since):
+        """As `fire`, but where a bound is broken the pass is undone. `since` is when it was applied first, None if it has not been."""
+        if history is not None and (self._holds_no_more(history, since) or self._rose(history)):
             return [("undo", None)] if active else []
         return self.fire(names, active, epoch, epochs, history)
+
+    def _holds_no_more(self, history: Any, since: float | None) -> bool:
+        return self.hold is not None and since is not None and bool(history.fell(self.hold / 100, since))
+
+    def _rose(self, history: Any) -> bool:
+        losses = [] if self.thaw is None else history.figures("loss")
+        return self.thaw is not None and bool(losses) and losses[-1] > (1 + self.thaw) * min(losses)
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         """What fires before `epoch`.

@@ -17,12 +17,11 @@ from graphopt.errors import PassError, did_you_mean
 class Start(BaseTrigger):
     """From the first step to the last: `when = "start"`."""
 
-    @pydantic.field_validator("hold")
-    @classmethod
-    def _nothing_to_undo(cls, value: float | None) -> float | None:
-        if value is not None:
-            raise ValueError("hold undoes what is applied at an epoch; give that too, as in { epoch = 1, hold = 1.0 }")
-        return value
+    @pydantic.model_validator(mode="after")
+    def _nothing_to_undo(self) -> Start:
+        if self.hold is not None or self.thaw is not None:
+            raise ValueError("hold and thaw undo what is applied at an epoch; give that too, as in { epoch = 1, hold = 1.0 }")
+        return self
 
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         return []  # such a pass is active from the start

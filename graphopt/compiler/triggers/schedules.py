@@ -57,8 +57,8 @@ class FreezeOut(_Published):
 
     @pydantic.model_validator(mode="after")
     def _trains_again(self) -> FreezeOut:
-        if self.hold is not None and self.anneal:
-            raise ValueError("what is undone has no learning rate left to train with; give anneal = false beside hold")
+        if self.anneal and (self.hold is not None or self.thaw is not None):
+            raise ValueError("what hold or thaw undoes has no learning rate left to train with; give anneal = false, too")
         return self
 
     def end(self, i: int, count: int) -> float:

@@ -63,14 +63,6 @@ MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {
 }
 
 
-def percentile_of(values: Sequence[float], percent: float) -> float:
-    """The value below which so many percent of `values` lie, interpolated linearly."""
-    ordered = sorted(values)
-    place = percent / 100 * (len(ordered) - 1)
-    low, part = ordered[int(place)], place - int(place)
-    return low if part == 0 else low + part * (ordered[int(place) + 1] - low)
-
-
 class Score(BaseTrigger):
     """When the weights have converged, by measurement: `when = { score = "change", below = 0.02, patience = 2 }`.
 
@@ -84,8 +76,6 @@ class Score(BaseTrigger):
         score: `"change"`, `"continuation"`, `"slope"`, `"update"`, or several, all of which must be under theirs.
         below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05, update 0.1.
         percentile: of the scores of all regions that still train; a region must be below it.
-        thaw: once the loss on the evaluation data is above its lowest so far by more than this share (0.05: 5 %), the pass is undone on
-            all regions, and applied to none until the loss is back below that bound.
         patience: checks in a row.
         every: epochs between checks.
         warmup: epochs at the start without checks (they still count for the largest change).
@@ -97,7 +87,6 @@ class Score(BaseTrigger):
     score: ScoreName | Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     below: Threshold | tuple[Threshold, ...] | None = None
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] | None = None
-    thaw: Annotated[float, Field(ge=0, strict=True)] | None = None
     patience: From1 = 2
     every: From1 = 1
     warmup: From0 = 0
@@ -141,13 +130,12 @@ class Score(BaseTrigger):
             return False  # it did not train then
         if self.percentile is None:
             return self.converged(series[:check])
-        measured = [MEASURES[name] for name in self.scores]
-        limits = (percentile_of([score(s[:check], self.window) for s in training], self.percentile) for score in measured)
-        return all(score(series[:check], self.window) < limit for score, limit in zip(measured, limits, strict=True))
+        import numpy as np
 
-    def rose(self, losses: Sequence[float]) -> bool:
-        """Whether the last loss is above the bound that `thaw` sets."""
-        return self.thaw is not None and bool(losses) and losses[-1] > (1 + self.thaw) * min(losses)
+        measured = [MEASURES[name] for name in self.scores]
+        with np.errstate(invalid="ignore"):  # scores are infinite at first
+            limits = [np.percentile([score(s[:check], self.window) for s in training], self.percentile) for score in measured]
+        return all(score(series[:check], self.window) < limit for score, limit in zip(measured, limits, strict=True))
 
     def cap(self, count: int, epoch: float, epochs: int | None) -> int:
         """How many of `count` regions may have fired before `epoch`."""
@@ -161,8 +149,6 @@ class Score(BaseTrigger):
     def fire(self, names: tuple[str, ...], active: tuple[str, ...], epoch: float, epochs: int | None, history: Any) -> list[Fired]:
         if history is None or epoch % self.every:  # within an epoch, too
             return []
-        if self.thaw is not None and self.rose(history.figures("loss")):
-            return [("undo", None)] if active else []
         epoch = int(epoch)
         checks = range(epoch, epoch - self.patience * self.every, -self.every)
         if min(checks) <= self.warmup:
