@@ -45,7 +45,7 @@ class Transform:
     def then(self, step: Callable[[Tensor], Tensor]) -> None:
         """Applies a further step to the tensor, after all others."""
         before = self.erase
-        self.erase = step if before is None else _Both(before, step)
+        self.erase = step if before is None else transforms.Compose([before, step])
 
     def pixels(self, image: Any) -> Tensor:
         """(C, H, W) uint8 of a decoded image: all but normalisation."""
@@ -71,16 +71,6 @@ class Transform:
 
     def __call__(self, image: Any) -> Tensor:
         return self.tensor(self.decode(image))
-
-
-class _Both:
-    """One step after another."""
-
-    def __init__(self, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> None:
-        self.first, self.second = first, second
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.second(self.first(image))
 
 
 class LowFrequency:

@@ -93,7 +93,7 @@ class FakeMode(FakeTensorMode):
         if isinstance(value, Tensor):
             if type(value) is not FakeTensor or value.fake_mode is not self or value.constant is not None or value.dtype.is_complex:
                 raise _Undescribed
-            return (value.shape, value.stride(), value.storage_offset(), value.dtype, value._fake_device)
+            return (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
         # Equal numbers of different types give results of different types.
         return (type(value), tuple(map(self._described, value)) if isinstance(value, (list, tuple)) else value)
 

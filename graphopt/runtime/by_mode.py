@@ -1,6 +1,7 @@
 """Modules that do one thing in train mode and another in eval mode, and leaves that stay in eval mode, whatever `train()` says."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -45,13 +46,16 @@ class OutputByMode(nn.Module):
         return train if self.training else eval
 
 
-class Slot(int):
-    """Position of a run-time value among a `ByMode`'s inputs."""
+@dataclass(frozen=True)
+class Slot:
+    """A run-time value among a `ByMode`'s inputs, by its position."""
+
+    index: int
 
 
 def _fill(template: Any, values: tuple[Any, ...]) -> Any:
     if isinstance(template, Slot):
-        return values[template]
+        return values[template.index]
     if isinstance(template, tuple) and hasattr(template, "_fields"):
         return type(template)(*(_fill(t, values) for t in template))
     if isinstance(template, (list, tuple)):
