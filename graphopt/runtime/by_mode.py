@@ -29,10 +29,15 @@ class ByMode(nn.Module):
         self.function, self.train_arguments, self.eval_arguments = function, train, eval
 
     def forward(self, *values: Any) -> Any:
-        args, kwargs = _fill(self.train_arguments if self.training else self.eval_arguments, values)
+        args, kwargs = self.arguments(values, self.training)
         if isinstance(self.function, str):
             return getattr(args[0], self.function)(*args[1:], **kwargs)
         return self.function(*args, **kwargs)
+
+    def arguments(self, values: tuple[Any, ...], training: bool) -> tuple[Any, Any]:
+        """`(args, kwargs)` of the call in one mode, where the run-time values are `values` (tensors, or nodes of a graph)."""
+        filled: tuple[Any, Any] = _fill(self.train_arguments if training else self.eval_arguments, values)
+        return filled
 
     def extra_repr(self) -> str:
         name = self.function if isinstance(self.function, str) else getattr(self.function, "__name__", str(self.function))

@@ -16,7 +16,7 @@ from graphopt.ir.paths import containers, is_below
 from graphopt.passes.freeze import activations as lean_activations
 from graphopt.passes.freeze.lean import FUNCTIONS, METHODS, NORM_FUNCTIONS, frozen_form, original_class
 from graphopt.runtime.body import NoGrad
-from graphopt.runtime.by_mode import ByMode, Slot
+from graphopt.runtime.by_mode import ByMode
 
 PREFIX = "frozen_prefix"
 Pairs = tuple[tuple[str, str], ...]
@@ -147,18 +147,13 @@ def freeze_norms(edit: Editor, nodes: Iterable[Node], lean: set[Node]) -> int:
         module = leaf(edit.graph, node)
         if isinstance(module, ByMode) and module.function in NORM_FUNCTIONS:
             # It was traced with `training=self.training`: the call of eval mode serves both modes.
-            count += _freeze_norm_call(edit, node, module.function, *_eval_arguments(node, module), node in lean)
+            count += _freeze_norm_call(edit, node, module.function, *module.arguments(node.args, training=False), node in lean)
         elif module is not None and (form := frozen_form(module, lean=False)) is not None:
             edit.replace_leaf(node, form)
             count += sum(1 for m in form.modules() if getattr(m, "running_mean", None) is not None)
         elif node.op == "call_function" and node.target in NORM_FUNCTIONS:
             count += _freeze_norm_call(edit, node, node.target, node.args, node.kwargs, node in lean)
     return count
-
-
-def _eval_arguments(node: Node, module: ByMode) -> tuple[Any, Any]:
-    inputs = node.args
-    return fx.node.map_aggregate(module.eval_arguments, lambda a: inputs[a] if isinstance(a, Slot) else a)
 
 
 def _freeze_norm_call(edit: Editor, node: Node, norm: Any, args: Any, kwargs: Any, lean: bool) -> bool:
