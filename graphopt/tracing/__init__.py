@@ -124,7 +124,6 @@ def _trace_once(backbone: nn.Module, input: Input, meta: Callable[[], nn.Module]
     for node in nodes:
         node.meta["origin"] = _origin_of(node)
         node.meta.pop("nn_module_stack", None)
-    module.recompile()
     propagate_shapes(module, input)
     used = {n.target for n in nodes if n.op == "get_attr"}
     called = tuple(f"{n.target}." for n in nodes if n.op == "call_module")

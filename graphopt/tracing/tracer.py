@@ -12,12 +12,14 @@ import copy
 import functools
 import inspect
 import math
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
@@ -36,6 +38,13 @@ _FORWARDS_THAT_KEEP_SHAPE = {
         *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
     )
 }
+#: functions of which the same is true of their first argument
+_FUNCTIONS_THAT_KEEP_SHAPE = {
+    *(F.relu, F.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.dropout, F.dropout2d),
+    *(F.batch_norm, F.layer_norm, F.group_norm, torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
+}
+#: functions of which it is true where both arguments are alike
+_SUMS = {operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add, torch.mul}
 #: samples in the values that proxies carry; a size that is a multiple of this prime depends on the batch
 _BATCH = 1009
 _UNKNOWN = object()
@@ -265,14 +274,16 @@ class Tracer(fx.Tracer):
 
     def value_of(self, node: Node) -> Any:
         """What a node gives on the meta device; `_UNKNOWN` where that takes real ones. Evaluates what leads to it, each node once."""
-        stack = [] if node in self.values else [node]
-        while stack:
-            missing = [i for i in stack[-1].all_input_nodes if i not in self.values]
-            if missing:
-                stack += missing
-            else:
-                done = stack.pop()
-                self.values[done] = self._evaluate(done)
+        if node not in self.values:
+            state, stack = random.getstate(), [node]
+            while stack:
+                missing = [i for i in stack[-1].all_input_nodes if i not in self.values]
+                if missing:
+                    stack += missing
+                else:
+                    done = stack.pop()
+                    self.values[done] = self._evaluate(done)
+            random.setstate(state)
         return self.values[node]
 
     def _evaluate(self, node: Node) -> Any:
@@ -291,7 +302,6 @@ class Tracer(fx.Tracer):
         if any(self.values[i] is _UNKNOWN for i in node.all_input_nodes):
             return _UNKNOWN
         self._evaluating = True
-        state = random.getstate()
         try:
             with torch.device("meta"), torch.no_grad():
                 return self._run(node, *fx.node.map_aggregate((node.args, node.kwargs), fake))
@@ -299,7 +309,6 @@ class Tracer(fx.Tracer):
             return _UNKNOWN
         finally:
             self._evaluating = False
-            random.setstate(state)
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
@@ -317,7 +326,16 @@ class Tracer(fx.Tracer):
         if node.target is getattr and args[1] in _DEVICES - {"device"}:
             return getattr(self._here, args[1])
         function: Any = node.target
-        return function(*args, **kwargs)
+        return args[0] if _keeps_shape(function, args) else function(*args, **kwargs)
+
+
+def _keeps_shape(function: Any, args: Any) -> bool:
+    """Whether the result of a function surely has the shape and the dtype of its first argument."""
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    if function in _SUMS and len(args) == 2 and isinstance(args[1], Tensor):
+        return args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
+    return function in _FUNCTIONS_THAT_KEEP_SHAPE
 
 
 def meta_copy(root: nn.Module) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-import graphopt
 from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
 from graphopt.passes.adapt import Adapt
@@ -24,6 +24,7 @@ from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec
 from graphopt.train import train
 from tests.support.backbones import Small
+from tests.support.plans import compiled
 from tests.train import small
 
 GROUPS = partial(nn.GroupNorm, 2)
@@ -88,8 +89,12 @@ CASES = PASSES | SETTINGS | PHASES | SYNC
 
 
 def plan(passes: tuple[Pass, ...] = (), *, seed: int = 0, norm: Any = GROUPS, drop: float = 0.0) -> Plan:
-    torch.manual_seed(seed)
-    return graphopt.compile(Small(drop=drop, norm=norm).double(), list(passes), input=small.SHAPE, verify="off", costs=False)
+    return compiled(_network(norm, drop), passes, small.SHAPE, seed=seed)
+
+
+@cache
+def _network(norm: Any, drop: float) -> Callable[[], nn.Module]:
+    return lambda: Small(drop=drop, norm=norm).double()
 
 
 def data(training: int = 24, evaluation: int = 13) -> Data:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import graphopt
 from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
+from tests.support.plans import compiled
 
 SHAPE = (3, 8, 8)
 #: how far float64 results may be apart that are summed in another order
@@ -58,8 +58,11 @@ class Double:
 
 
 def plan(passes: Sequence[Pass]) -> Plan:
-    torch.manual_seed(0)
-    return graphopt.compile(Net().double(), list(passes), input=SHAPE, verify="off", costs=False)
+    return compiled(_network, passes, SHAPE)
+
+
+def _network() -> nn.Module:
+    return Net().double()
 
 
 def data() -> Data:

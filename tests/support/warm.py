@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,3 +17,8 @@ torch.ones(1, requires_grad=True).sum().backward()
 torch.set_num_threads(1)
 with TemporaryDirectory() as folder:
     runs.run(Path(folder) / "run")
+
+# What is loaded stays: the collector of a forked process need not go through it, and so leaves its memory shared.
+gc.collect()
+gc.freeze()
+gc.set_threshold(20_000, 10, 10)

@@ -11,6 +11,7 @@ import graphopt
 from graphopt import Phases, Plan
 from graphopt.passes.freeze import Freeze
 from tests.support.backbones import Small
+from tests.support.plans import compiled
 
 torch.manual_seed(0)
 IMAGES, TARGETS = torch.randn(8, 3, 8, 8), torch.arange(8)
@@ -18,8 +19,11 @@ BATCHES = [(IMAGES[:4], TARGETS[:4]), (IMAGES[4:], TARGETS[4:])]
 
 
 def plan(*passes: graphopt.Pass) -> Plan:
-    torch.manual_seed(0)
-    return graphopt.compile(Small(blocks=2, drop=0.0), list(passes), input=(3, 8, 8), batch=4, verify="off", costs=False)
+    return compiled(_network, passes, (3, 8, 8))
+
+
+def _network() -> nn.Module:
+    return Small(blocks=2, drop=0.0)
 
 
 def freeze(when: Any, **options: Any) -> Freeze:

@@ -6,25 +6,30 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import graphopt
 from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
 from graphopt.spec import DataSpec, TrainSpec
 from tests.support.backbones import Small
+from tests.support.plans import compiled
 
 SHAPE = (3, 8, 8)
 DATA = DataSpec(name="digits", train_limit=96, eval_limit=40)
 
 
 def plan(passes: Sequence[Pass] = (), *, seed: int = 0, drop: float = 0.3) -> Plan:
-    torch.manual_seed(seed)
-    return graphopt.compile(Small(drop=drop), list(passes), input=SHAPE, verify="off", costs=False)
+    return compiled(_network(drop), passes, SHAPE, seed=seed)
+
+
+@cache
+def _network(drop: float) -> Callable[[], nn.Module]:
+    return partial(Small, drop=drop)
 
 
 def settings(**changes: Any) -> TrainSpec:
