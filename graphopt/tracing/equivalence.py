@@ -2,7 +2,7 @@
 
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphopt.ir.copying import fake_copy
+from graphopt.ir.fakes import FakeMode
 from graphopt.ir.graph import Graph
-from graphopt.ir.inputs import Input, samples
+from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.regions import region_of
 from graphopt.ir.shapes import is_large, smaller_input, tensors_in
 
@@ -55,22 +57,34 @@ def _equal_on(backbone: nn.Module, graph: Graph, x: Samples) -> bool:
 
 
 def without_gradient(graph: Graph) -> tuple[str, ...]:
-    """Trainable parameters that the graph reads, but that no training step gives a gradient, as far as two random inputs tell.
+    """Trainable parameters that the graph reads, but that no training step gives a gradient.
 
-    The forward of an opaque module may not use them, or detaches what it makes of them. One that branches on values is given some of
-    either sign.
+    The forward of an opaque module may not use them, or detaches what it makes of them. Shapes tell, without memory for activations; of
+    one that branches on values, two random inputs tell, one of either sign.
     """
     module = graph.module.train()
     names = [n for n, p in module.named_parameters() if p.requires_grad and n not in graph.unused]
-    parameters = [module.get_parameter(n) for n in names]
-    reached: set[str] = set()
-    with untouched(module), torch.enable_grad():
-        for sign in (1, -1):
-            given = (sign * t if t.is_floating_point() else t for t in _sample(module, graph.input))
-            outputs = [t.sum() for t in tensors_in(module(*given)) if t.requires_grad]
-            found = torch.autograd.grad(outputs, parameters, allow_unused=True) if outputs and names else ()
-            reached |= {name for name, gradient in zip(names, found, strict=False) if gradient is not None}
+    try:
+        mode = FakeMode()
+        with mode, torch.enable_grad():
+            fake = fake_copy(module, mode)
+            reached = _reached(fake, names, samples(graph.input, 2, partial(torch.empty, dtype=dtype_of(fake))))
+    except Exception:  # it needs values
+        reached = set()
+        with untouched(module), torch.enable_grad():
+            for sign in (1, -1):
+                given = (sign * t if t.is_floating_point() else t for t in _sample(module, graph.input))
+                reached |= _reached(module, names, given)
     return tuple(name for name in names if name not in reached)
+
+
+def _reached(module: nn.Module, names: Sequence[str], given: Iterable[torch.Tensor]) -> set[str]:
+    """Which parameters a step on such an input gives a gradient."""
+    outputs = [t.sum() for t in tensors_in(module(*given)) if t.requires_grad]
+    if not outputs or not names:
+        return set()
+    found = torch.autograd.grad(outputs, [module.get_parameter(n) for n in names], allow_unused=True)
+    return {name for name, gradient in zip(names, found, strict=True) if gradient is not None}
 
 
 def _sample(module: nn.Module, input: Input, batch: int = 2) -> Samples:

@@ -24,7 +24,7 @@ from graphopt.passes.supervise import Supervise
 from graphopt.spec import DataSpec
 from graphopt.train import train
 from tests.support.backbones import Small
-from tests.support.plans import compiled
+from tests.support.plans import compiled_anew
 from tests.train import small
 
 GROUPS = partial(nn.GroupNorm, 2)
@@ -89,7 +89,7 @@ CASES = PASSES | SETTINGS | PHASES | SYNC
 
 
 def plan(passes: tuple[Pass, ...] = (), *, seed: int = 0, norm: Any = GROUPS, drop: float = 0.0) -> Plan:
-    return compiled(_network(norm, drop), passes, small.SHAPE, seed=seed)
+    return compiled_anew(_network(norm, drop), passes, small.SHAPE, seed=seed)
 
 
 @cache

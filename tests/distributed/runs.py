@@ -15,7 +15,7 @@ from graphopt.data.loader import Data, open_data
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
-from tests.support.plans import compiled
+from tests.support.plans import compiled_anew
 
 SHAPE = (3, 8, 8)
 #: how far float64 results may be apart that are summed in another order
@@ -58,7 +58,7 @@ class Double:
 
 
 def plan(passes: Sequence[Pass]) -> Plan:
-    return compiled(_network, passes, SHAPE)
+    return compiled_anew(_network, passes, SHAPE)
 
 
 def _network() -> nn.Module:

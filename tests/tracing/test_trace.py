@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import graphopt
 from graphopt import TraceError, trace
@@ -160,6 +161,22 @@ def test_inputs_beyond_memory_are_refused_before_memory_is_taken() -> None:
     wide = nn.Sequential(nn.Conv2d(1, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
     with pytest.raises(TraceError, match="on two samples takes"):
         trace(wide, (1, 8000, 8000))
+
+
+def test_parameters_without_a_gradient_are_found_without_activations() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.one(x).sigmoid().detach() * self.two(x).sigmoid()).mean((2, 3))
+
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        assert set(trace(Detached(), (3, 8, 8)).unused) == {"one.weight", "one.bias"}
+    assert saved
+    assert all(isinstance(t, FakeTensor) for t in saved)
 
 
 def test_tracing_takes_no_memory_for_activations_and_leaves_torch_as_it_was() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import graphopt
 from graphopt.data.loader import ImageFeed, open_data
 from graphopt.passes.drop import Drop
 from graphopt.spec import DataSpec, TrainSpec
@@ -16,7 +15,7 @@ from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.strategy import Strategy
-from tests.support.backbones import Small
+from tests.train import small
 
 DATA = DataSpec(name="digits", train_limit=80, eval_limit=20)
 TRAIN = TrainSpec(epochs=5, batch=16, device="cpu", optimizer={"name": "sgd", "lr": 0.05}, checkpoint_steps=2)
@@ -24,9 +23,7 @@ SCHEDULE = [{"epoch": 1, "upto": "blocks.0"}, {"epoch": 3, "upto": "blocks.2"}]
 
 
 def plan_of(**options):
-    torch.manual_seed(0)
-    options = {"when": SCHEDULE, "force": True, **options}
-    return graphopt.compile(Small(drop=0.2), [Drop(**options)], input=(3, 8, 8), verify="off", costs=False)
+    return small.plan([Drop(**{"when": SCHEDULE, "force": True, **options})], drop=0.2)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

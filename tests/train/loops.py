@@ -11,7 +11,7 @@ import graphopt
 from graphopt import Phases, Plan
 from graphopt.passes.freeze import Freeze
 from tests.support.backbones import Small
-from tests.support.plans import compiled
+from tests.support.plans import compiled_anew
 
 torch.manual_seed(0)
 IMAGES, TARGETS = torch.randn(8, 3, 8, 8), torch.arange(8)
@@ -19,7 +19,7 @@ BATCHES = [(IMAGES[:4], TARGETS[:4]), (IMAGES[4:], TARGETS[4:])]
 
 
 def plan(*passes: graphopt.Pass) -> Plan:
-    return compiled(_network, passes, (3, 8, 8))
+    return compiled_anew(_network, passes, (3, 8, 8))
 
 
 def _network() -> nn.Module:

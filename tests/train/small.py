@@ -17,14 +17,14 @@ from graphopt import Pass, Plan
 from graphopt.data.loader import Data, open_data
 from graphopt.spec import DataSpec, TrainSpec
 from tests.support.backbones import Small
-from tests.support.plans import compiled
+from tests.support.plans import compiled_anew
 
 SHAPE = (3, 8, 8)
 DATA = DataSpec(name="digits", train_limit=96, eval_limit=40)
 
 
 def plan(passes: Sequence[Pass] = (), *, seed: int = 0, drop: float = 0.3) -> Plan:
-    return compiled(_network(drop), passes, SHAPE, seed=seed)
+    return compiled_anew(_network(drop), passes, SHAPE, seed=seed)
 
 
 @cache

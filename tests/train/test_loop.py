@@ -246,7 +246,8 @@ def test_measured_memory_is_what_the_run_adds_and_each_phase_is_measured_anew() 
     strategy.begin_memory(module)
     block = torch.ones(2**26)  # 256 MiB
     first = strategy.peak_memory()
-    assert 2**28 + 2**24 <= first < 2**28 + 2**26
+    # Memory that the process gave back meanwhile is not in the difference.
+    assert 2**28 + 2**23 <= first < 2**28 + 2**26
     del block
     strategy.reset_peak_memory()
     assert strategy.peak_memory() < first - 2**27

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-import graphopt
 from graphopt import Plan
 from graphopt.compiler.pipeline import Verify
 from graphopt.models.cifar_resnet import CifarResNet
 from graphopt.passes.share import Share
 from graphopt.passes.share.neighbours import SharedBlock
+from tests.support import plans
 
 
 class Difficult(nn.Module):
@@ -114,7 +114,7 @@ def compiled(
     model: nn.Module, input: tuple[int, ...] = (3, 8, 8), *, verify: Verify = "fast", costs: bool = False, batch: int = 32, **options: Any
 ) -> Plan:
     """A plan with one share pass."""
-    return graphopt.compile(model, Share(**options), input=input, verify=verify, costs=costs, batch=batch)
+    return plans.compiled(model, [Share(**options)], input, verify=verify, costs=costs, batch=batch)
 
 
 @cache
