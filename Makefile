@@ -54,10 +54,9 @@ lint: .venv/.installed-test
 	MYPYPATH=build/types $(BIN)/mypy -p graphopt
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py
 
-# Every classification backbone of torchvision and one per timm file: traced bit for bit, and forecast equal to a real CPU step.
+# Every classification backbone of torchvision and one per timm file, at its own size: traced bit for bit.
 sweep: .venv/.installed
-	$(BIN)/python tools/trace_sweep.py
-	$(BIN)/python tools/cost_sweep.py --out tools/tables/cost_sweep.md
+	$(BIN)/python tools/trace_sweep.py --out tools/tables/trace_sweep.md
 
 # Every published figure of the four systems beside ours, each with its spec and its command. Some minutes.
 replicate: .venv/.installed

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torchvision
-from cost_sweep import SIZES
 from coverage_huggingface import hugging_face
 from oddities import ODDITIES
 from torch import nn
@@ -21,6 +20,9 @@ from torch import nn
 from graphopt.cost import forecast
 from graphopt.errors import NeedsValuesError
 from graphopt.ir.inputs import Input
+
+#: side lengths of square images, of which a backbone gets the smallest that it takes
+SIZES = (64, 96, 128, 224, 256, 299, 384)
 
 
 class Candidate(NamedTuple):

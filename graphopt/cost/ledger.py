@@ -318,8 +318,8 @@ _DIFFERENT = (
 def _as_real(packet: Any, args: tuple[Any, ...], out: Any) -> Any:
     """An operator's result with the layout and types that its real kernel gives it, where torch's fake kernel differs.
 
-    Layout matters for memory: a non-contiguous result is copied by the next operator. Each case was found by `tools/cost_sweep.py`, which
-    compares strides and types of every operator's result on fake and on real CPU tensors, and has no effect once torch is fixed.
+    Layout matters for memory: a non-contiguous result is copied by the next operator. Each case was found by `tools/coverage.py`, which
+    compares every forecast with a real step on the CPU, and has no effect once torch is fixed.
     """
     if not isinstance(out[0], FakeTensor):
         return out
