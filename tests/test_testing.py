@@ -57,7 +57,7 @@ class _Broken(graphopt.Pass):
     def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
         effects = Effects()
         leaf = next(n for n in match.regions[0].nodes if str(n.target) == "blocks.0.conv1")
-        makers = {"copy": lambda: _Counting(_Counting.calls), "export": lambda: _Doubled(), "cost": lambda: _Hidden()}
+        makers = {"copy": _Counting, "checkpoint": _Remembering, "export": _Doubled, "cost": _Hidden}
         if self.fault in makers:
             edit.redirect(leaf, edit.call_module("blocks.0.extra", makers[self.fault](), (leaf,), after=leaf))
         return effects
@@ -68,13 +68,21 @@ class _Counting(nn.Module):
 
     calls: ClassVar[list[int]] = [0]
 
-    def __init__(self, calls: list[int]) -> None:
-        super().__init__()
-
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.calls[0] += 1
         return x * (1 + 0.01 * self.calls[0]) if self.training else x
+
+
+class _Remembering(nn.Module):
+    """Its output depends on how often it has run, which no state dict says."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x * (1 + 0.01 * self.calls) if self.training else x
 
 
 class _Doubled(nn.Module):
@@ -95,6 +103,7 @@ class _Hidden(nn.Module):
     ("fault", "check", "words"),
     [
         ("copy", "survives a deep copy", "deep copy"),
+        ("checkpoint", "goes on from a checkpoint", "a run from the checkpoint"),
         ("export", "exports to the backbone", "computes something else"),
         ("cost", "costs what is forecast", "measured"),
     ],
