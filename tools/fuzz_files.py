@@ -2,8 +2,8 @@
 
     python tools/fuzz_files.py [--part crashes | parts | flips] [--flips 10000] [--seed 0] [--jobs 2] [--out tools/tables/fuzz_files.md]
 
-Crash points are enumerated: an undisturbed run counts its system calls, then one run for each call is killed before it (so after the call
-before), and one more for each write in its middle. Each is resumed, and must end with the same bits in every checkpoint, the same metrics
+Crash points are enumerated: an undisturbed run counts its system calls; it may be killed before each of them (so after the call before),
+and in the middle of each write. From what is left a run is resumed, and must end with the same bits in every checkpoint, the same metrics
 and summary, no file of its own left over and none of somebody else's removed. `--every n` takes each n-th point only.
 """
 
@@ -31,28 +31,34 @@ _OTHER = "Other data: files of data sets have no digest of what they hold, so da
 
 def crashes(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The section of the table, and whether a point failed."""
-    return _killed(folder, options, crash_points.scenarios, options.every)
+    about = "At each, what SIGKILL would leave is copied, and one more process goes on from there to the end; equal copies once."
+    return _killed(folder, options, crash_points.scenarios, crash_points.visit_points, options.every, about)
 
 
 def parts(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The same of checkpoints in parts, every point of them."""
-    return _killed(folder, options, crash_points.in_parts, 1)
+    about = "SIGKILL, then one more process goes on to the end."
+    return _killed(folder, options, crash_points.in_parts, crash_points.check_points, 1, about)
 
 
 def _killed(
-    folder: Path, options: argparse.Namespace, among: Callable[[], Iterator[crash_points.Scenario]], every: int
+    folder: Path,
+    options: argparse.Namespace,
+    among: Callable[[], Iterator[crash_points.Scenario]],
+    check: Callable[..., Iterator[tuple[tuple[int, crash_points.Point], list[str]]]],
+    every: int,
+    how: str,
 ) -> tuple[list[str], bool]:
     known = crash_points.prepared(folder, among=among)
     points = [(i, point) for i, scenario in enumerate(known) for point in scenario.points()]
     chosen = points[::every]
     print(f"{len(chosen)} of {len(points)} crash points", flush=True)
     found = {}
-    for (index, point), wrong in crash_points.check_points(folder, chosen, options.jobs):
+    for (index, point), wrong in check(folder, chosen, options.jobs):
         found[index, point] = wrong
         if wrong:
             print(f"{known[index].name}: {point}: {wrong}", flush=True)
-    about = f"{len(chosen):,} of {len(points):,} points. SIGKILL, then one more process goes on to the end."
-    return [about, "", *crash_points.table(found)], any(found.values())
+    return [f"{len(chosen):,} of {len(points):,} points. {how}", "", *crash_points.table(found)], any(found.values())
 
 
 def flips(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:

@@ -3,10 +3,10 @@
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +155,7 @@ class Checks:
             self.run.update(phases)
         expected, found = (phases.state_dict() for phases in (self.run.phases, resumed))
         require_equal(found["module"], expected["module"], "a run from the checkpoint has another value")
-        states = [{f"{n}.{k}": v for n, of in state["optimizer"]["state"].items() for k, v in of.items()} for state in (found, expected)]
-        require_equal(*states, "a run from the checkpoint has another optimizer state")
+        require_equal(_flat(found), _flat(expected), "a run from the checkpoint has another optimizer state")
 
     def costs_as_forecast(self) -> str:
         """The forecast of a training step is what a real one takes."""
@@ -179,7 +178,7 @@ class Checks:
         backbone = copy.deepcopy(plan.backbone)
         backbone.load_state_dict(state, strict=True)
         mine = outputs(plan, plan.module)
-        if plan.base.input == self.run.start.base.input:  # at another size, the plan's network is not the one that is exported
+        if plan.base.input == plan.sizes.whole.input:  # at another size, the plan's network is not the one that is exported
             require_close(outputs(plan, backbone), mine, "the exported backbone computes something else")
         again = self._reread
         again.load_backbone(state)
@@ -202,6 +201,12 @@ class Checks:
         require(found == loss, f"the loss behind cached features is {found}, not {loss}")
         own = gradients(other.suffix)
         require_equal(own, {name: expected[name] for name in own}, "behind cached features, another gradient")
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The optimizer's tensors in a checkpoint of phases, by the names of parameters."""
+    named = ((f"{name}.{key}", value) for name, of in state["optimizer"]["state"].items() for key, value in of.items())
+    return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 def _expressible(plan: Plan) -> bool:
