@@ -90,7 +90,7 @@ class Scenario:
     def points(self) -> list[Point]:
         """Where to kill: before each call (after the one before it), after the last, and in the middle of each write."""
         seen, found = Counter[str](), []
-        for call in map(_plain, self.calls):
+        for call in map(plain, self.calls):
             found += [(call, seen[call], half) for half in (False, True) if not half or call.split()[0] in WRITES]
             seen[call] += 1
         return [*found, ("the end", 0, False)]
@@ -98,20 +98,7 @@ class Scenario:
     def kill(self, root: Path, point: Point) -> None:
         """Brings `root` to the first state, and kills the sitting at a point."""
         copied(self.start, root)
-        call, left, half = point
-
-        def decide(_: int, now: Call) -> int:
-            nonlocal left
-            if _plain(str(now)) != call:
-                return 0
-            left -= 1
-            if left >= 0:
-                return 0
-            if half:
-                now.do_half()
-            return signal.SIGKILL
-
-        self.sit(root, decide)
+        self.sit(root, killing(point))
 
     def check(self, root: Path, point: Point) -> list[str]:
         """Kills the sitting at a point, and resumes; what is then not as in the undisturbed run."""
@@ -139,11 +126,11 @@ class Scenario:
             found[point] = known[state]
 
         def decide(_: int, call: Call) -> int:
-            plain = _plain(str(call))
-            look((plain, seen[plain], False))
+            text = plain(str(call))
+            look((text, seen[text], False))
             if call.name in WRITES:
-                look((plain, seen[plain], True), call)
-            seen[plain] += 1
+                look((text, seen[text], True), call)
+            seen[text] += 1
             return 0
 
         self.sit(root, decide, seconds=0)
@@ -166,7 +153,25 @@ class Scenario:
         return gone + small_run.differences(root, self.expected)
 
 
-def _plain(call: str) -> str:
+def killing(point: Point) -> Callable[[int, Call], int]:
+    """What to decide of each call, so that the process is killed at a point."""
+    call, left, half = point
+
+    def decide(_: int, now: Call) -> int:
+        nonlocal left
+        if plain(str(now)) != call:
+            return 0
+        left -= 1
+        if left >= 0:
+            return 0
+        if half:
+            now.do_half()
+        return signal.SIGKILL
+
+    return decide
+
+
+def plain(call: str) -> str:
     """A call without what is drawn at random."""
     return re.sub(r"(/\.[\w.-]+)\.[a-z0-9_]{8}(?= |$)", r"\1.*", call)
 
@@ -174,8 +179,8 @@ def _plain(call: str) -> str:
 def _content(root: Path) -> str:
     """A digest of all files under a folder: their names, without what is drawn at random, modes, links and bytes, but not their times."""
     digest, names = hashlib.blake2b(), dict[int, str]()
-    for path in sorted(root.rglob("*"), key=lambda path: _plain(str(path))):
-        name, status = _plain(str(path.relative_to(root))), path.lstat()
+    for path in sorted(root.rglob("*"), key=lambda path: plain(str(path))):
+        name, status = plain(str(path.relative_to(root))), path.lstat()
         first = names.setdefault(status.st_ino, name)
         content = path.read_bytes() if path.is_file() else b""
         digest.update(repr((name, first, status.st_mode, len(content))).encode() + content)

@@ -1,6 +1,6 @@
 """Kills runs at every system call that changes their folder, and flips bits of every file that is read.
 
-    python tools/fuzz_files.py [--part crashes | parts | flips] [--flips 10000] [--seed 0] [--jobs 2] [--out tools/tables/fuzz_files.md]
+    python tools/fuzz_files.py [--part crashes | parts | ranks | flips] [--flips 10000] [--jobs 2] [--out tools/tables/fuzz_files.md]
 
 Crash points are enumerated: an undisturbed run counts its system calls; it may be killed before each of them (so after the call before),
 and in the middle of each write. From what is left a run is resumed, and must end with the same bits in every checkpoint, the same metrics
@@ -20,10 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bit_flips
 import crash_points
+import rank_points
 import torch
 from machine import heading
 
-PARTS = {"crashes": "Killed", "parts": "Killed while it saves in parts", "flips": "Damaged"}
+PARTS = {
+    "crashes": "Killed",
+    "parts": "Killed while it saves in parts",
+    "ranks": "One of two ranks killed while they save in parts",
+    "flips": "Damaged",
+}
 
 
 _OTHER = "Other data: files of data sets have no digest of what they hold, so damage may also read as other pixels or another class."
@@ -61,6 +67,18 @@ def _killed(
     return [f"{len(chosen):,} of {len(points):,} points. {how}", "", *crash_points.table(found)], any(found.values())
 
 
+def ranks(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The same of one of two ranks, in a save that has a checkpoint before it."""
+    both, found = rank_points.Ranks(folder), {}
+    points = list(both.points())
+    for point in points[:: options.every]:
+        found[point] = both.check(point)
+        if found[point]:
+            print(f"{point}: {found[point]}", flush=True)
+    about = f"{len(found)} of {len(points)} points. One rank gets SIGKILL, the other ends by itself, then both go on to the end."
+    return [about, "", *rank_points.table(both.calls, found)], any(found.values())
+
+
 def flips(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The section of the table, and whether damage was taken for good."""
     gc.enable()
@@ -90,7 +108,7 @@ def main() -> int:
         if options.part not in (None, name):
             continue
         with crash_points.work_folder() as folder:
-            section, wrong = {"crashes": crashes, "parts": parts, "flips": flips}[name](Path(folder), options)
+            section, wrong = {"crashes": crashes, "parts": parts, "ranks": ranks, "flips": flips}[name](Path(folder), options)
         failed |= wrong
         print("\n".join(section), flush=True)
         if options.out:
