@@ -21,8 +21,9 @@ from tests.support.backbones import Small
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SMALL = {"small": (Small(blocks=2, drop=0.0), (3, 8, 8))}
-CHECKS = ["keeps what it declares", "leaves the model as it was", "survives a deep copy", "trains two steps"]
-CHECKS += ["costs what is forecast", "exports to the backbone", "goes through a file"]
+CHECKS = ["keeps what it declares", "computes as the backbone", "trains 2 steps", "leaves the model as it was"]
+CHECKS += ["leaves what is frozen as it was", "survives a deep copy", "goes through a file", "goes on from a checkpoint"]
+CHECKS += ["costs what is forecast", "exports to the backbone"]
 
 
 def test_the_pass_of_the_readme_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,11 +37,12 @@ def test_the_pass_of_the_readme_keeps_everything(tmp_path: Path, monkeypatch: py
     assert "eval output" in str(report)
 
 
-def test_passes_together_are_checked_in_the_last_phase_too() -> None:
+def test_passes_together_are_checked_in_every_phase() -> None:
     late = Freeze.model_validate({"select": {"blocks": True, "first": 1}, "when": {"epoch": 2}})
     report = check_pass([late, Supervise(modules=2)], SMALL)
-    assert [(f.epoch, f.check) for f in report.findings] == [(epoch, check) for epoch in (0, 2) for check in CHECKS]
-    assert "small, from epoch 2: trains two steps: ok" in str(report)
+    later = [CHECKS[0], "carries the weights over", *CHECKS[1:]]
+    assert [(f.epoch, f.check) for f in report.findings] == [*((0, check) for check in CHECKS), *((2, check) for check in later)]
+    assert "small, from epoch 2: trains 2 steps: ok" in str(report)
 
 
 class _Broken(graphopt.Pass):
@@ -55,7 +57,7 @@ class _Broken(graphopt.Pass):
     def rewrite(self, edit: Editor, match: ActiveMatch[None]) -> Effects:
         effects = Effects()
         leaf = next(n for n in match.regions[0].nodes if str(n.target) == "blocks.0.conv1")
-        makers = {"copy": lambda: _Counting(_Counting.calls), "export": lambda: _Doubled(), "cost": lambda: _Hidden()}
+        makers = {"copy": _Counting, "checkpoint": _Remembering, "export": _Doubled, "cost": _Hidden}
         if self.fault in makers:
             edit.redirect(leaf, edit.call_module("blocks.0.extra", makers[self.fault](), (leaf,), after=leaf))
         return effects
@@ -66,13 +68,21 @@ class _Counting(nn.Module):
 
     calls: ClassVar[list[int]] = [0]
 
-    def __init__(self, calls: list[int]) -> None:
-        super().__init__()
-
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.calls[0] += 1
         return x * (1 + 0.01 * self.calls[0]) if self.training else x
+
+
+class _Remembering(nn.Module):
+    """Its output depends on how often it has run, which no state dict says."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x * (1 + 0.01 * self.calls) if self.training else x
 
 
 class _Doubled(nn.Module):
@@ -93,6 +103,7 @@ class _Hidden(nn.Module):
     ("fault", "check", "words"),
     [
         ("copy", "survives a deep copy", "deep copy"),
+        ("checkpoint", "goes on from a checkpoint", "a run from the checkpoint"),
         ("export", "exports to the backbone", "computes something else"),
         ("cost", "costs what is forecast", "measured"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import re
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -37,6 +38,8 @@ FOREIGN = {
 }
 LEFTOVERS = ("run/.last.pt.ab12_x9z", "run/.epoch-0003.pt.link", "run/.spec.toml.12345678")
 SECONDS = 120
+#: points that are visited in one sitting
+TOGETHER = 100
 WRITES = {"write", "pwrite64"}
 #: a call, how many like it come before, and whether in its middle (some take one write more or less: times have more digits or fewer)
 Point = tuple[str, int, bool]
@@ -71,8 +74,8 @@ class Scenario:
         self.expected = small_run.result(root)
         shutil.rmtree(root)
 
-    def sit(self, root: Path, decide: Callable[[int, Call], int]) -> int:
-        """The sitting; returns the process' status."""
+    def sit(self, root: Path, decide: Callable[[int, Call], int], seconds: int = SECONDS) -> int:
+        """The sitting, which may take so many seconds (0: any); returns the process' status."""
         asked = False
 
         def decided(number: int, call: Call) -> int:
@@ -82,12 +85,12 @@ class Scenario:
                 asked, sent = True, signal.SIGTERM
             return sent
 
-        return system_calls.watch(partial(_train, self.run, root), root, decided)
+        return system_calls.watch(partial(_train, self.run, root, seconds), root, decided)
 
     def points(self) -> list[Point]:
         """Where to kill: before each call (after the one before it), after the last, and in the middle of each write."""
         seen, found = Counter[str](), []
-        for call in map(_plain, self.calls):
+        for call in map(plain, self.calls):
             found += [(call, seen[call], half) for half in (False, True) if not half or call.split()[0] in WRITES]
             seen[call] += 1
         return [*found, ("the end", 0, False)]
@@ -95,24 +98,48 @@ class Scenario:
     def kill(self, root: Path, point: Point) -> None:
         """Brings `root` to the first state, and kills the sitting at a point."""
         copied(self.start, root)
-        call, left, half = point
-
-        def decide(_: int, now: Call) -> int:
-            nonlocal left
-            if _plain(str(now)) != call:
-                return 0
-            left -= 1
-            if left >= 0:
-                return 0
-            if half:
-                now.do_half()
-            return signal.SIGKILL
-
-        self.sit(root, decide)
+        self.sit(root, killing(point))
 
     def check(self, root: Path, point: Point) -> list[str]:
         """Kills the sitting at a point, and resumes; what is then not as in the undisturbed run."""
         self.kill(root, point)
+        return self._finish(root)
+
+    def visit(self, root: Path, chosen: Collection[Point]) -> dict[Point, list[str]]:
+        """`check` of many points in one sitting, which waits at each: what SIGKILL would leave is copied, and the run resumed there.
+
+        Points that leave the same files are resumed once.
+        """
+        copied(self.start, root)
+        left, seen = root.with_name(f"{root.name}-left"), Counter[str]()
+        found, known = dict[Point, list[str]](), dict[str, list[str]]()
+
+        def look(point: Point, halved: Call | None = None) -> None:
+            if point not in chosen:
+                return
+            copied(root, left)
+            if halved is not None:
+                halved.do_half(left)
+            state = _content(left)
+            if state not in known:
+                known[state] = self._finish(left)
+            found[point] = known[state]
+
+        def decide(_: int, call: Call) -> int:
+            text = plain(str(call))
+            look((text, seen[text], False))
+            if call.name in WRITES:
+                look((text, seen[text], True), call)
+            seen[text] += 1
+            return 0
+
+        self.sit(root, decide, seconds=0)
+        for point in set(chosen) - found.keys():  # the end; and calls that did not come this time
+            look(point)
+        return found
+
+    def _finish(self, root: Path) -> list[str]:
+        """Resumes what a killed sitting has left, next to files of others; what is then not as in the undisturbed run."""
         foreign = [name for name, own in FOREIGN.items() if (root / own).exists()]
         for name in foreign:
             (root / name).parent.mkdir(exist_ok=True)
@@ -126,13 +153,42 @@ class Scenario:
         return gone + small_run.differences(root, self.expected)
 
 
-def _plain(call: str) -> str:
+def killing(point: Point) -> Callable[[int, Call], int]:
+    """What to decide of each call, so that the process is killed at a point."""
+    call, left, half = point
+
+    def decide(_: int, now: Call) -> int:
+        nonlocal left
+        if plain(str(now)) != call:
+            return 0
+        left -= 1
+        if left >= 0:
+            return 0
+        if half:
+            now.do_half()
+        return signal.SIGKILL
+
+    return decide
+
+
+def plain(call: str) -> str:
     """A call without what is drawn at random."""
     return re.sub(r"(/\.[\w.-]+)\.[a-z0-9_]{8}(?= |$)", r"\1.*", call)
 
 
-def _train(run: small_run.SmallRun | PartsRun, root: Path) -> None:
-    signal.alarm(SECONDS)
+def _content(root: Path) -> str:
+    """A digest of all files under a folder: their names, without what is drawn at random, modes, links and bytes, but not their times."""
+    digest, names = hashlib.blake2b(), dict[int, str]()
+    for path in sorted(root.rglob("*"), key=lambda path: plain(str(path))):
+        name, status = plain(str(path.relative_to(root))), path.lstat()
+        first = names.setdefault(status.st_ino, name)
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(repr((name, first, status.st_mode, len(content))).encode() + content)
+    return digest.hexdigest()
+
+
+def _train(run: small_run.SmallRun | PartsRun, root: Path, seconds: int = SECONDS) -> None:
+    signal.alarm(seconds)
     torch.set_num_threads(1)  # a forked process makes its pool of threads here, not in two threads of autograd at once
     os.chdir(root)
     with contextlib.suppress(Stopped):
@@ -231,6 +287,19 @@ def check_points(folder: Path, points: Sequence[tuple[int, Point]], jobs: int = 
         return
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap_unordered(partial(_check, folder), points)
+
+
+def visit_points(folder: Path, points: Sequence[tuple[int, Point]], jobs: int = 1) -> Iterator[tuple[tuple[int, Point], list[str]]]:
+    """As `check_points`, with several points in one sitting."""
+    of = {index: [point for number, point in points if number == index] for index in dict.fromkeys(index for index, _ in points)}
+    tasks = [(index, mine[first : first + TOGETHER]) for index, mine in of.items() for first in range(0, len(mine), TOGETHER)]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for index, found in pool.imap_unordered(partial(_visit, folder), tasks):
+            yield from (((index, point), wrong) for point, wrong in found.items())
+
+
+def _visit(folder: Path, task: tuple[int, list[Point]]) -> tuple[int, dict[Point, list[str]]]:
+    return task[0], _known[task[0]].visit(folder / f"sitting-{os.getpid()}", task[1])
 
 
 def _check(folder: Path, task: tuple[int, Point]) -> tuple[tuple[int, Point], list[str]]:

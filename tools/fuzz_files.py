@@ -1,9 +1,9 @@
 """Kills runs at every system call that changes their folder, and flips bits of every file that is read.
 
-    python tools/fuzz_files.py [--part crashes | parts | flips] [--flips 10000] [--seed 0] [--jobs 2] [--out tools/tables/fuzz_files.md]
+    python tools/fuzz_files.py [--part crashes | parts | ranks | flips] [--flips 10000] [--jobs 2] [--out tools/tables/fuzz_files.md]
 
-Crash points are enumerated: an undisturbed run counts its system calls, then one run for each call is killed before it (so after the call
-before), and one more for each write in its middle. Each is resumed, and must end with the same bits in every checkpoint, the same metrics
+Crash points are enumerated: an undisturbed run counts its system calls; it may be killed before each of them (so after the call before),
+and in the middle of each write. From what is left a run is resumed, and must end with the same bits in every checkpoint, the same metrics
 and summary, no file of its own left over and none of somebody else's removed. `--every n` takes each n-th point only.
 """
 
@@ -20,10 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bit_flips
 import crash_points
+import rank_points
 import torch
 from machine import heading
 
-PARTS = {"crashes": "Killed", "parts": "Killed while it saves in parts", "flips": "Damaged"}
+PARTS = {
+    "crashes": "Killed",
+    "parts": "Killed while it saves in parts",
+    "ranks": "One of two ranks killed while they save in parts",
+    "flips": "Damaged",
+}
 
 
 _OTHER = "Other data: files of data sets have no digest of what they hold, so damage may also read as other pixels or another class."
@@ -31,28 +37,46 @@ _OTHER = "Other data: files of data sets have no digest of what they hold, so da
 
 def crashes(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The section of the table, and whether a point failed."""
-    return _killed(folder, options, crash_points.scenarios, options.every)
+    about = "At each, what SIGKILL would leave is copied, and one more process goes on from there to the end; equal copies once."
+    return _killed(folder, options, crash_points.scenarios, crash_points.visit_points, options.every, about)
 
 
 def parts(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The same of checkpoints in parts, every point of them."""
-    return _killed(folder, options, crash_points.in_parts, 1)
+    about = "SIGKILL, then one more process goes on to the end."
+    return _killed(folder, options, crash_points.in_parts, crash_points.check_points, 1, about)
 
 
 def _killed(
-    folder: Path, options: argparse.Namespace, among: Callable[[], Iterator[crash_points.Scenario]], every: int
+    folder: Path,
+    options: argparse.Namespace,
+    among: Callable[[], Iterator[crash_points.Scenario]],
+    check: Callable[..., Iterator[tuple[tuple[int, crash_points.Point], list[str]]]],
+    every: int,
+    how: str,
 ) -> tuple[list[str], bool]:
     known = crash_points.prepared(folder, among=among)
     points = [(i, point) for i, scenario in enumerate(known) for point in scenario.points()]
     chosen = points[::every]
     print(f"{len(chosen)} of {len(points)} crash points", flush=True)
     found = {}
-    for (index, point), wrong in crash_points.check_points(folder, chosen, options.jobs):
+    for (index, point), wrong in check(folder, chosen, options.jobs):
         found[index, point] = wrong
         if wrong:
             print(f"{known[index].name}: {point}: {wrong}", flush=True)
-    about = f"{len(chosen):,} of {len(points):,} points. SIGKILL, then one more process goes on to the end."
-    return [about, "", *crash_points.table(found)], any(found.values())
+    return [f"{len(chosen):,} of {len(points):,} points. {how}", "", *crash_points.table(found)], any(found.values())
+
+
+def ranks(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The same of one of two ranks, in a save that has a checkpoint before it."""
+    both, found = rank_points.Ranks(folder), {}
+    points = list(both.points())
+    for point in points[:: options.every]:
+        found[point] = both.check(point)
+        if found[point]:
+            print(f"{point}: {found[point]}", flush=True)
+    about = f"{len(found)} of {len(points)} points. One rank gets SIGKILL, the other ends by itself, then both go on to the end."
+    return [about, "", *rank_points.table(both.calls, found)], any(found.values())
 
 
 def flips(folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
@@ -84,7 +108,7 @@ def main() -> int:
         if options.part not in (None, name):
             continue
         with crash_points.work_folder() as folder:
-            section, wrong = {"crashes": crashes, "parts": parts, "flips": flips}[name](Path(folder), options)
+            section, wrong = {"crashes": crashes, "parts": parts, "ranks": ranks, "flips": flips}[name](Path(folder), options)
         failed |= wrong
         print("\n".join(section), flush=True)
         if options.out:

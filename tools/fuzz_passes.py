@@ -3,10 +3,9 @@
     python tools/fuzz_passes.py --count 200 --seed 1 --jobs 2 --out tools/tables/fuzz.md
 
 A draw takes a backbone and one to four passes with selectors, triggers and options. It must be refused by a GraphoptError that names the
-cause, or else, in every phase of a short run: compile and verify fully, train two steps with finite gradients on everything trainable and
-on nothing else, leave what is frozen as it was, survive a deep copy, give its state to a fresh plan (by state dict and by file), export
-weights that compute the same in the untouched backbone, and take them back. Anything else is a violation. It is reduced (passes and
-options are left out while it still fails) and written to tests/fuzz_cases/, which the test suite replays.
+cause, or else pass every check of `graphopt.testing` in every phase of a short run, in which the runner's optimizer goes from phase to
+phase. Anything else is a violation. It is reduced (passes and options are left out while it still fails) and written to
+tests/fuzz_cases/, which the test suite replays.
 """
 
 import argparse
@@ -14,22 +13,19 @@ import copy
 import json
 import multiprocessing
 import sys
-import tempfile
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from fuzz_draws import BACKBONES, EPOCHS, Draw, Table, traced
 from fuzz_table import Outcome, write_table
-from torch import Tensor, nn
 
 from graphopt.compiler.measure import measure_with
-from graphopt.compiler.pass_base import ALL_PROPERTIES, PassInstance, Severity, Status
+from graphopt.compiler.pass_base import PassInstance
 from graphopt.compiler.pipeline import located, match_all
 from graphopt.compiler.plan import Plan, Source, compile_phase
 from graphopt.compiler.sizes import Sizes
@@ -37,36 +33,20 @@ from graphopt.compiler.triggers import Decision
 from graphopt.cost.rates import Rates, TimedStep
 from graphopt.errors import CostError, GraphoptError, VerifyError
 from graphopt.ir.graph import Graph
-from graphopt.ir.paths import is_below
-from graphopt.ir.shapes import tensors_in
-from graphopt.plan_file import packed, read_plan_file
 from graphopt.spec import from_table
+from graphopt.testing import Untouched, check_run
+from graphopt.testing.checks import INEXPRESSIBLE
+from graphopt.testing.steps import BATCH
 
 ROOT = Path(__file__).parents[1]
 CASES = ROOT / "tests" / "fuzz_cases"
-#: samples of a training step
-BATCH = 5
-
-
-class Violation(Exception):
-    """A promise that was not kept: of what kind, and how."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(f"{kind}: {text}")
-        self.kind = kind
-
-
-def require(holds: bool, kind: str, text: str) -> None:
-    if not holds:
-        raise Violation(kind, text)
 
 
 def run(case: Table) -> Outcome:
     """Compiles a case and checks every phase of it."""
-    build, input = BACKBONES[case["backbone"]]
+    input = BACKBONES[case["backbone"]][1]
     model, graph = traced(case["backbone"])
-    before, text = {k: v.clone() for k, v in model.state_dict().items()}, str(graph.fx)
-    stage = "refused"
+    untouched, stage = Untouched.of(model, str(graph.fx)), "refused"
     try:
         about = {"source": "python", "name": f"fuzz:{case['backbone']}", "input": list(input)}
         spec = from_table({"backbone": about, "pass": copy.deepcopy(case["pass"]), "train": {"epochs": EPOCHS}})
@@ -74,17 +54,14 @@ def run(case: Table) -> Outcome:
         own = {"backbone": model, "base": graph, "matched": matched, "sizes": Sizes(model, graph, matched, compare=True)}
         source = Source(**own, name="", digest=spec.digest, spec=spec, batch=2, measure=measure_with(2))
         torch.manual_seed(case["seed"])
-        plan = compile_phase(source, verify="full", costs=case["seed"] % 8 == 0)
+        costs = case["seed"] % 8 == 0  # they take as long as all the rest
+        plan = compile_phase(source, verify="full", costs=costs)
         stage = "refused later"
-        for phase in phases(plan):
-            check_phase(plan, phase, build, input, case["seed"])
-        state = model.state_dict()
-        require(state.keys() == before.keys(), "model changed", "its keys")
-        moved = [k for k, v in before.items() if not torch.equal(torch.nan_to_num(v), torch.nan_to_num(state[k]))]
-        require(not moved, "model changed", ", ".join(moved[:3]))
-        require(str(graph.fx) == text, "model changed", "its graph")
-    except Violation as violation:
-        return Outcome("violation", str(violation), violation.kind)
+        for finding in check_run(case["backbone"], plan, untouched, epochs=EPOCHS, decide=decide, costs=costs):
+            if finding.problem is not None:
+                return Outcome("violation", f"{finding.check}: {finding.problem} (from epoch {finding.epoch:g})", finding.check)
+            if finding.note.startswith(INEXPRESSIBLE) and not inexpressible(plan):
+                return Outcome("violation", f"{finding.check}: {finding.note}", finding.check)
     except VerifyError as error:
         return Outcome("violation", f"verify: {error}", "verify")
     except GraphoptError as error:
@@ -105,177 +82,20 @@ def settled(instance: PassInstance, graph: Graph) -> PassInstance:
         return replace(instance, value=instance.value.settle(graph, TimedStep(BATCH, lambda: rates)))
 
 
-def phases(plan: Plan) -> Iterator[Plan]:
-    """The plan in each phase of a run, trained in between by whoever takes it; measured triggers take a region more in each epoch."""
-    yield plan
-    for epoch in sorted({*range(EPOCHS), *plan.moments(EPOCHS)}):
-        due = list(plan.due(epoch, None, EPOCHS))
-        for progress in plan.progress():
-            measured = not progress.instance.value.when.foreseeable and epoch in range(1, EPOCHS)
-            if measured and len(progress.active) < len(progress.names):
-                taken = progress.names[len(progress.active) : len(progress.active) + 1 + int(epoch) % 2]
-                due.append(Decision(index=progress.instance.index, epoch=epoch, regions=taken))
-        if due:
-            earlier, plan = plan, plan.advance_to((*plan.decisions, *due), verify="full")
-            changed = [plan.passes[index] for index in {d.index for d in due}]
-            same = earlier.base.input == plan.base.input and all("eval output" in value.preserved_properties() for value in changed)
-            if same and _exports(earlier) and _exports(plan):
-                require(
-                    _close(_evaluate(earlier, plan), 1e-4), "weights carried over", f"at epoch {epoch} the network computes something else"
-                )
-            yield plan
+def decide(plan: Plan, epoch: int) -> list[Decision]:
+    """Lets triggers that measure take a region or two more in each epoch: short runs give them no reason to."""
+    found = []
+    for progress in plan.progress():
+        measured = not progress.instance.value.when.foreseeable and epoch > 0
+        if measured and len(progress.active) < len(progress.names):
+            taken = progress.names[len(progress.active) : len(progress.active) + 1 + epoch % 2]
+            found.append(Decision(index=progress.instance.index, epoch=epoch, regions=taken))
+    return found
 
 
-def _evaluate(*plans: Plan) -> list[list[Tensor]]:
-    x = torch.rand(2, *plans[0].base.input, generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        return [[t.clone() for t in tensors_in(copy.deepcopy(plan.module).eval()(x))] for plan in plans]
-
-
-def _close(pair: list[list[Tensor]], tolerance: float) -> bool:
-    one, other = pair
-    distances = [((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item() for a, b in zip(one, other, strict=True)]
-    return all(d <= tolerance for d in distances)
-
-
-def _exports(plan: Plan) -> bool:
-    """Whether the backbone's architecture can express the plan: not with surrogates or blurs in it."""
-    kinds = ((getattr(value, "mode", value.name), effect) for value, effect in zip(plan.passes, plan.effects, strict=True))
-    return not any(kind in ("surrogate", "blurpool") and effect is not None and effect.regions for kind, effect in kinds)
-
-
-def step(plan: Plan, module: nn.Module, x: Tensor, *, seed: int) -> float:
-    """One forward and backward in train mode; gradients are replaced."""
-    module.train()
-    for parameter in module.parameters():
-        parameter.grad = None
-    torch.manual_seed(seed)
-    loss = torch.zeros(())
-    if plan.needs.targets:
-        classes = next(m.classes for m in module.modules() if type(m).__name__ == "Auxiliary")
-        output, loss = module(x, torch.arange(len(x)) % classes)
-    else:
-        output = module(x)
-    for tensor in tensors_in(output):
-        if tensor.requires_grad:
-            loss = loss + F.log_softmax(tensor.float().flatten(1), 1).square().mean()
-    require(bool(loss.isfinite()), "loss", f"the loss is {loss.item()}")
-    require(loss.requires_grad, "gradients", "the loss depends on nothing that trains")
-    loss.backward()
-    return loss.item()
-
-
-def check_phase(start: Plan, plan: Plan, build: Callable[[], nn.Module], input: tuple[int, ...], seed: int) -> None:
-    """One phase keeps every promise. Trains it by two steps."""
-    json.dumps(plan.report.to_dict())
-    x = torch.rand(BATCH, *plan.base.input, generator=torch.Generator().manual_seed(seed))
-    _check_as_backbone(plan, x, seed)
-    module, other = plan.module, copy.deepcopy(plan.module)
-    losses = [step(plan, m, x, seed=seed) for m in (module, other)]
-    require(losses[0] == losses[1], "deep copy", f"the loss is {losses[1]}, not {losses[0]}")
-    copies = dict(other.named_parameters())
-    for name, parameter in module.named_parameters():
-        gradient, copied = parameter.grad, copies[name].grad
-        if not parameter.requires_grad:
-            require(gradient is None, "gradients", f"{name} does not train and has one")
-        elif name not in plan.graph.unused:
-            require(gradient is not None, "gradients", f"{name} trains and has none")
-        if gradient is not None:
-            require(bool(gradient.isfinite().all()), "gradients", f"that of {name} is not finite")
-            require(copied is not None and torch.equal(gradient, copied), "deep copy", f"the gradient of {name} differs")
-    held = _held(plan)
-    # Small: with frozen norms that have seen no image, a fresh network's gradients are large.
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
-    optimizer.step()
-    step(plan, module, x, seed=seed + 1)
-    optimizer.step()
-    after = _state(plan)
-    for name, value in held.items():
-        require(torch.equal(value, after[name].cpu()), "frozen", f"{name} moved")
-    fresh = _check_file(start, plan, x, seed)
-    _check_export(plan, fresh, build, input)
-    if plan.needs.features is not None:
-        _check_features(plan, x)
-
-
-def _check_as_backbone(plan: Plan, x: Tensor, seed: int) -> None:
-    """Where all passes preserve everything, a training step is the backbone's own, buffers included."""
-    if any(e is not None and value.preserved_properties() != ALL_PROPERTIES for value, e in zip(plan.passes, plan.effects, strict=True)):
-        return
-    one, other = copy.deepcopy(plan.module), plan.export()
-    losses = [step(plan, module, x, seed=seed) for module in (one, other)]
-    require(losses[0] == losses[1], "as the backbone", f"the loss is {losses[0]}, not {losses[1]}")
-    for name, value in (*other.named_buffers(), *((n, p.grad) for n, p in other.named_parameters() if p.grad is not None)):
-        mine = one.get_parameter(name).grad if name not in dict(one.named_buffers()) else one.get_buffer(name)
-        require(mine is not None and torch.equal(value, mine), "as the backbone", f"{name} or its gradient differs after a step")
-
-
-def _state(plan: Plan) -> dict[str, Tensor]:
-    """What the plan's module holds, and what it no longer has of the backbone."""
-    return {**(plan.export_state() if _exports(plan) else {}), **plan.module.state_dict()}
-
-
-def _held(plan: Plan) -> dict[str, Tensor]:
-    """What must stay as it is: all that does not train, and everything in regions that were frozen or dropped."""
-    state = _state(plan)
-    names = {n for n, p in plan.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    reports = (d for report in plan.report.passes for d in report.diagnostics if d.severity is Severity.WARNING)
-    moving = {d.location for d in reports if "is not frozen" in d.message}
-    excused = [p for m in plan.matched for region in m.match.regions if region.name in moving for p in region.paths]
-    for matched, effect in zip(plan.matched, plan.effects, strict=True):
-        for region in matched.match.regions:
-            status = effect.statuses.get(region.name) if effect is not None else None
-            if status is not None and status.status in (Status.FROZEN, Status.DROPPED):
-                names |= {n for n in plan.base.module.state_dict() if any(n.startswith(f"{p}.") for p in region.paths)}
-    return {n: state[n].cpu().clone() for n in names if n in state and not is_below(n, excused)}
-
-
-def _check_file(start: Plan, plan: Plan, x: Tensor, seed: int) -> Plan:
-    """The plan that a file gives goes on as this one does; also from another phase of it, and through its state dict."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.safetensors"
-        file.write_bytes(packed(plan))
-        reread = read_plan_file(file, plan=start)
-    taken = copy.deepcopy(plan.module)
-    expected, found = (step(plan, module, x, seed=seed) for module in (taken, reread.module))
-    require(found == expected, "plan file", f"the loss is {found}, not {expected}")
-    reread.module.load_state_dict(taken.state_dict(), strict=True)
-    return reread
-
-
-def _check_export(plan: Plan, fresh: Plan, build: Callable[[], nn.Module], input: tuple[int, ...]) -> None:
-    if not _exports(plan):
-        try:
-            plan.export()
-        except GraphoptError:
-            return
-        raise Violation("export", "what the backbone has not was exported")
-    state = plan.export_state()
-    backbone = build()
-    backbone.load_state_dict(state, strict=True)
-    if plan.base.input == input:  # at another size, the plan's network is not the one that is exported
-        x = torch.rand(2, *input, generator=torch.Generator().manual_seed(4))
-        with torch.no_grad():
-            exported = tensors_in(backbone.eval()(x))
-        require(_close([exported, *_evaluate(plan)], 1e-4), "export", "the backbone computes something else")
-    fresh.load_backbone(state)
-    # The scalars of mixes are fitted to the exported weights, in float32; everything else is read back as it is.
-    mixed = any(value.name == "share" and effect is not None for value, effect in zip(plan.passes, plan.effects, strict=True))
-    require(_close(_evaluate(plan, fresh), 1e-2 if mixed else 1e-4), "reload", "the plan computes something else with its own export")
-
-
-def _check_features(plan: Plan, x: Tensor) -> None:
-    """Prefix and suffix, one after the other, are the whole."""
-    whole = copy.deepcopy(plan.module)
-    expected = step(plan, whole, x, seed=7)
-    gradients = {n: p.grad for n, p in whole.named_parameters()}
-    other = plan.advance_to(plan.decisions, verify="off")
-    found = step(plan, other.suffix, other.prefix(x), seed=7)
-    require(found == expected, "features", f"the loss is {found}, not {expected}")
-    for name, parameter in other.suffix.named_parameters():
-        gradient = gradients[name]
-        same = parameter.grad is None if gradient is None else parameter.grad is not None and torch.equal(gradient, parameter.grad)
-        require(same, "features", f"the gradient of {name} differs")
+def inexpressible(plan: Plan) -> bool:
+    """Whether the backbone's architecture may have no place for a phase of the plan: surrogates or blurs."""
+    return any(getattr(value, "mode", value.name) in ("surrogate", "blurpool") for value in plan.passes)
 
 
 # -- reducing -----------------------------------------------------------------------------------------------------------------

@@ -100,8 +100,11 @@ class Call:
     def __str__(self) -> str:
         return f"{self.name} {' '.join(self.paths)}"
 
-    def do_half(self) -> None:
-        """Writes the first half of what `write` or `pwrite64` is about to write: a process may be killed in the middle of one."""
+    def do_half(self, copy: Path | None = None) -> None:
+        """Writes the first half of what `write` or `pwrite64` is about to write: a process may be killed in the middle of one.
+
+        With `copy`, into that copy of the watched folder, if the file has not been removed.
+        """
         descriptor, pointer, size, offset = self.arguments[:4]
         data = _memory(self.process, pointer, size // 2)
         if self.name == "write":
@@ -109,7 +112,9 @@ class Call:
                 fields = dict(line.split(":", 1) for line in file)
             appends = int(fields["flags"], 8) & os.O_APPEND
             offset = os.stat(f"/proc/{self.process}/fd/{descriptor}").st_size if appends else int(fields["pos"])
-        target = os.open(f"/proc/{self.process}/fd/{descriptor}", os.O_WRONLY)
+        if copy is not None and not (copy / self.paths[0]).exists():
+            return
+        target = os.open(f"/proc/{self.process}/fd/{descriptor}" if copy is None else copy / self.paths[0], os.O_WRONLY)
         try:
             os.pwrite(target, data, offset)
         finally:

@@ -20,10 +20,10 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from graphopt.errors import RunError, first_line, listed
-from graphopt.files import cache_folder, write_atomically
+from graphopt.files import cache_folder, read_text, sealed, unsealed, write_atomically
 
 #: changes with what an index holds
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BLOCK = 512  # bytes, of which tar files are made
 
 Sample = tuple[str, int, int, int]  # image member, its first byte in the file, bytes, class
@@ -98,14 +98,17 @@ def _check_numbers(shards: Iterable[Path]) -> None:
 
 def _index(shard: Path) -> list[Sample]:
     """What a shard holds; from the cache if it has not changed since it was indexed."""
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, *_stamp(shard)]).encode()).hexdigest()[:32]
-    cache = cache_folder("shards") / f"{key}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return [(str(member), int(offset), int(size), int(label)) for member, offset, size, label in json.loads(cache.read_bytes())]
+    # The last time is of any change, also by a tool that gives a file the size and the time of another.
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, *_stamp(shard), shard.stat().st_ctime_ns]).encode()).hexdigest()[:32]
+    cache = None
+    with suppress(OSError, ValueError, KeyError, RuntimeError):  # there is no home, no index yet, or a damaged one
+        cache = cache_folder("shards") / f"{key}.json"
+        return [(member, offset, size, label) for member, offset, size, label in unsealed(read_text(cache))["samples"]]
     samples = _scan(shard)
     with suppress(OSError, RunError):  # a cache that cannot be written costs time only
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps(samples))
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, sealed({"samples": samples}))
     return samples
 
 

@@ -1,11 +1,12 @@
 """The phases of a plan in a training loop that is not the built-in one."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from graphopt.compiler.pipeline import Verify
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision, step_at
 from graphopt.errors import RunError
@@ -33,17 +34,31 @@ class Phases:
     """
 
     def __init__(
-        self, plan: Plan, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None, *, epochs: int, seed: int = 0
+        self,
+        plan: Plan,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        *,
+        epochs: int,
+        seed: int = 0,
+        verify: Verify = "fast",
+        sets_rates: bool = False,
     ) -> None:
-        """`make_optimizer` is called with the module of each phase; `seed` is of what passes initialise in later phases.
+        """Begins with the plan as it is.
 
-        Raises RunError where a pass sets learning rates: only the built-in runner follows those.
+        Args:
+            make_optimizer: called with the module of each phase.
+            seed: of what passes initialise in later phases.
+            verify: how much is checked when a later phase is compiled, as in `graphopt.compile`.
+            sets_rates: the loop itself sets the learning rates that passes ask for (`plan.learning_rates`).
+
+        Raises:
+            RunError: a pass sets learning rates, and `sets_rates` is not given.
         """
-        if plan.learning_rates.regions:
+        if plan.learning_rates.regions and not sets_rates:
             what = f"a pass sets the learning rate of {plan.learning_rates.regions[0].name}, which only the built-in runner follows"
             raise RunError(what, fix="Train with `graphopt train`, or with `graphopt.train.train`")
         self.plan, self.epochs = plan, epochs
-        self._make, self._seed = make_optimizer, seed
+        self._make, self._seed, self._verify = make_optimizer, seed, verify
         self.optimizer = make_optimizer(plan.module) if make_optimizer is not None else None
         self._history, self._frozen = History(), fingerprints(plan.module)
         self._within = any(moment != int(moment) for moment in plan.moments(epochs))
@@ -53,7 +68,15 @@ class Phases:
         """What trains in the current phase."""
         return self.plan.module
 
-    def begin(self, epoch: int, step: int = 0, *, steps: int | None = None, metrics: Mapping[str, float] | None = None) -> bool:
+    def begin(
+        self,
+        epoch: int,
+        step: int = 0,
+        *,
+        steps: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        decisions: Sequence[Decision] = (),
+    ) -> bool:
         """Begins the phase that `epoch` (from 0) trains in, before its first step; True where it is a new one.
 
         Then `plan`, `module` and `optimizer` are others: weights are carried over by name, and so are the optimizer's state and the
@@ -63,6 +86,7 @@ class Phases:
             step: steps of the epoch that are done; where phases begin within epochs, call it before every step.
             steps: those that an epoch has.
             metrics: figures of the epoch before, for triggers that read them.
+            decisions: what you decide yourself, next to the triggers.
 
         Raises:
             RunError: frozen tensors have changed, or a phase begins within an epoch and `steps` was not given.
@@ -72,12 +96,12 @@ class Phases:
             raise RunError("a phase of this plan begins within an epoch", where=f"epoch {epoch}", fix=fix)
         if not step:
             self._end_epoch(epoch - 1, metrics or {})
-        due: tuple[Decision, ...] = ()
+        due = tuple(decisions)
         for moment in self._reached(epoch, step, steps):
             due += self.plan.due(moment, self._history, self.epochs, due)
         if due:
             check_frozen(self.module, self._frozen)
-            self._take(advance(self.plan, due, self._seed, due[-1].epoch))
+            self._take(advance(self.plan, due, self._seed, due[-1].epoch, verify=self._verify))
         return bool(due)
 
     def _reached(self, epoch: int, step: int, steps: int | None) -> Iterable[float]:

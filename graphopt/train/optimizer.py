@@ -16,6 +16,7 @@ from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # 
 from torch import Tensor, nn
 
 from graphopt.compiler.learning_rates import LearningRates
+from graphopt.compiler.plan import Plan
 from graphopt.errors import RunError, did_you_mean
 from graphopt.ir.paths import containers, is_below
 from graphopt.models.build import classifiers
@@ -85,6 +86,17 @@ def build_optimizer(
         raise RunError(f"{spec.name} could not be built: {error}", where="train.optimizer") from error
     check_groups(optimizer, module, owned)
     return optimizer
+
+
+def optimizer_of(plan: Plan, spec: OptimizerSpec, owned: Collection[str] | None = None) -> torch.optim.Optimizer:
+    """A plan's optimizer in its phase, with the weight decay and the learning rates that its backbone and passes ask for.
+
+    `owned` and errors are as in `build_optimizer`.
+    """
+    # timm's backbones may exclude parameters from weight decay, too.
+    no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
+    rates = layer_rates(plan.backbone, spec)
+    return build_optimizer(plan.module, spec, no_decay=no_decay, rates=rates, regions=plan.learning_rates, owned=owned)
 
 
 def layer_rates(backbone: nn.Module, spec: OptimizerSpec) -> dict[str, float] | None:

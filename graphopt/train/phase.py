@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]  # re-exported w
 from torch import Tensor, nn
 
 from graphopt.compiler.parts import parameters_by_module
+from graphopt.compiler.pipeline import Verify
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision, step_at
 from graphopt.data.loader import Batch, Feed
@@ -49,14 +50,22 @@ class RunContext:
     teacher: Teacher | None = None  # on the device
 
 
-def advance(plan: Plan, decisions: Sequence[Decision], seed: int, epoch: float, state: Mapping[str, Tensor] | None = None) -> Plan:
+def advance(
+    plan: Plan,
+    decisions: Sequence[Decision],
+    seed: int,
+    epoch: float,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    verify: Verify = "fast",
+) -> Plan:
     """The plan after further decisions. What passes initialise is a function of (seed, epoch), so that a resumed run does the same.
 
     `state` is the module's, where ranks hold parts of it.
     """
     with preserved():
         reseed(seed, int(epoch), 2, *([] if epoch == int(epoch) else float(epoch).as_integer_ratio()))
-        return plan.advance_to((*plan.decisions, *decisions), state=state)
+        return plan.advance_to((*plan.decisions, *decisions), state=state, verify=verify)
 
 
 class Step(NamedTuple):
@@ -138,12 +147,8 @@ class Phase:
     def _optimize(self, state: Mapping[str, Any] | None) -> None:
         """Makes the optimizer of the parameters that there are now, and its schedule; `state` is the earlier phase's."""
         plan, spec = self.plan, self.spec
-        # timm's backbones may exclude parameters from weight decay, too.
-        no_decay = plan.no_decay | set(getattr(plan.backbone, "no_weight_decay", set)())
-        rates = optimizers.layer_rates(plan.backbone, spec.optimizer)
         owned = None if self.owned.module is plan.module else self._parameters()
-        options: dict[str, Any] = {"no_decay": no_decay, "rates": rates, "regions": plan.learning_rates, "owned": owned}
-        self.optimizer = optimizers.build_optimizer(plan.module, spec.optimizer, **options)
+        self.optimizer = optimizers.optimizer_of(plan, spec.optimizer, owned)
         if state is not None:
             optimizers.load_optimizer_state(self.optimizer, plan.module, state["optimizer"], state["model"])
         self.schedule = optimizers.Schedule(self.optimizer, spec, self.steps, plan.learning_rates)

@@ -60,11 +60,16 @@ class History:
         return False
 
     def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:
-        """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed."""
-        wanted = {name for names in regions.values() for name in names if name in parameters}
-        missing = sorted(wanted - self.snapshot.keys())
+        """Takes missing snapshots (at the start of a run, or of regions that a new phase scores) and drops those not needed.
+
+        Weights to which a phase has given another shape are measured from there on.
+        """
+        wanted = sorted({name for names in regions.values() for name in names if name in parameters})
+        kept = {name: self.snapshot[name] for name in wanted if name in self.snapshot}
+        kept = {name: snapshot for name, snapshot in kept.items() if snapshot.shape == parameters[name].shape}
+        missing = [name for name in wanted if name not in kept]
         copies = {name: whole(parameters[name]).detach().to("cpu", copy=True) for name in missing}
-        self.snapshot = {name: self.snapshot[name] if name in self.snapshot else copies[name] for name in sorted(wanted)}
+        self.snapshot = {name: kept[name] if name in kept else copies[name] for name in wanted}
 
     def close(
         self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor], size: str = ""

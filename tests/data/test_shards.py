@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 import tarfile
@@ -119,6 +120,47 @@ def _write(path: Path, members: list[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+def _pair(root: Path, label: bytes = b"1") -> Path:
+    """A shard of two samples."""
+    _write(root / "train-000.tar", [("a.png", _png()), ("a.cls", label), ("b.png", _png()), ("b.cls", b"0")])
+    return root
+
+
+def classes(root: Path) -> list[int]:
+    return shards.open_shards(root, ["train"])[1]
+
+
+@pytest.mark.parametrize("change", ["1]]", "[]", "{}", "null", "\ufffd", "{" * 2000])
+def test_a_damaged_index_is_made_anew(tmp_path, cache, change):
+    _pair(tmp_path)
+    assert classes(tmp_path) == [1, 0]
+    for file in (cache / "graphopt" / "shards").iterdir():
+        text = file.read_text()
+        file.write_text(text.replace(", 1]", ", 0]") if change == "1]]" else change)
+        assert file.read_text() != text
+    assert classes(tmp_path) == [1, 0]
+
+
+def test_a_shard_that_was_replaced_with_its_size_and_time_is_indexed_anew(tmp_path):
+    shard = _pair(tmp_path) / "train-000.tar"
+    assert classes(tmp_path) == [1, 0]
+    status = shard.stat()
+    _pair(tmp_path, label=b"0")
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert shard.stat().st_size == status.st_size
+    assert classes(tmp_path) == [0, 0]
+
+
+def test_without_a_home_shards_are_indexed_each_time(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(shards, "cache_folder", _homeless)
+    assert classes(_pair(tmp_path)) == [1, 0]
+
+
+def _homeless(_: str) -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.mark.parametrize(

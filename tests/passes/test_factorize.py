@@ -67,6 +67,13 @@ def test_a_run_goes_on_where_weights_get_other_shapes(name: str, tmp_path: Path)
     assert [phase["epoch"] for phase in small.records(tmp_path, "phase")] == [0, 1, 2]
 
 
+def test_a_run_measures_weights_that_get_other_shapes(tmp_path: Path) -> None:
+    """From then on, change is that of the factors."""
+    passes = [Factorize(select="blocks", rank=0.5, when={"score": "change", "below": 1e9, "patience": 1, "most": 1})]
+    train(small.plan(passes), tmp_path, settings=small.settings(epochs=4), data=small.DATA)
+    assert [phase["epoch"] for phase in small.records(tmp_path, "phase")][:2] == [0, 1]
+
+
 def test_later_and_back() -> None:
     model, input = BACKBONES["resnet"]()
     plan = graphopt.compile(model, Factorize(select="layer3", rank=4, when={"epoch": 1, "until": 2}), input=input, costs=False)
