@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,12 @@ from graphopt.runtime.body import LocalBackward
 from graphopt.runtime.randomness import begin_stream
 from graphopt.spec import OptimizerSpec, TrainSpec
 from graphopt.train.assignment import one_chain, runs_of
-from graphopt.train.link import Inlet, Message, Outlet
+from graphopt.train.link import Inlet, Message, Outlet, Wire
 from graphopt.train.optimizer import build_optimizer
 from graphopt.train.owned import Owned
 from graphopt.train.ranks import ALONE, SLOW, Agreement, Ranks
 from graphopt.train.strategy import Strategy, replicated
+from graphopt.train.transport import Transport
 
 #: seconds between two looks for a stop signal that another rank has got
 LOOK = 0.5
@@ -42,10 +43,12 @@ LOOK = 0.5
 class Modular(Strategy):
     """A chain of ranks, each with consecutive gradient-isolated modules."""
 
+    shares_devices: ClassVar[bool] = True
     spec: TrainSpec = field(default_factory=TrainSpec)
     runs: tuple[range, ...] = field(default=(), init=False)  # the modules of each stage in this phase
     _inlet: Inlet | None = field(default=None, init=False, repr=False)
     _outlet: Outlet | None = field(default=None, init=False, repr=False)
+    _transport: Transport = field(default=Transport(), init=False, repr=False)
     _own: Part | None = field(default=None, init=False, repr=False)  # of the whole network
     _trained: Part | None = field(default=None, init=False, repr=False)  # of what is left to train
     _slow: bool = field(default=True, init=False, repr=False)
@@ -87,17 +90,30 @@ class Modular(Strategy):
             what = f"{ranks.count} processes are no chains of two or more, {replicas} of them side by side"
             fix = f'Start {max(2, -(-ranks.count // replicas)) * replicas} processes, or use strategy = "ddp"'
             raise RunError(what, where="train.replicas", fix=fix)
-        # A thread receives on one group while the step sends on the other.
-        groups = [ranks.new_group() for _ in range(2)]
-        if not strategy.feeds:
-            strategy._inlet = Inlet(groups[strategy.stage % 2], ranks.number + replicas, strategy._patience, strategy.device)
-        if strategy.stage + 1 < strategy.stages:
-            strategy._outlet = Outlet(groups[(strategy.stage + 1) % 2], ranks.number - replicas, strategy._patience)
+        strategy._transport = Transport.of(strategy.device, ranks)
+        strategy._join_links()
         first = ranks.number - ranks.number % replicas
         strategy._peers = ranks.among(range(first, first + replicas))
-        strategy._gradients = strategy._peers.new_group(None) if replicas > 1 else None
+        shared = strategy.device.type == "cuda" and strategy._transport.backend is None  # by ranks that NCCL does not connect
+        strategy._gradients = strategy._peers.new_group("gloo" if shared else None) if replicas > 1 else None
         strategy._stop = Agreement(strategy._peers, lambda _: None)
         return strategy
+
+    def _join_links(self) -> None:
+        """Makes this rank's ends of the links to its neighbours. All ranks have to call it."""
+        transport = self._transport
+        # A thread receives in one group while the step sends in the other.
+        heads = [self.ranks.new_group() for _ in range(2)]
+        tensors = [self.ranks.new_group(transport.backend) for _ in range(2)] if transport.backend is not None else None
+
+        def wires(stage: int, peer: int) -> tuple[Wire, Wire]:
+            head = Wire(heads[stage % 2], peer, self._patience)
+            return head, Wire(tensors[stage % 2], peer, self._patience, transport.device) if tensors is not None else head
+
+        if not self.feeds:
+            self._inlet = Inlet(*wires(self.stage, self.ranks.number + self.spec.replicas), self.device)
+        if self.stage + 1 < self.stages:
+            self._outlet = Outlet(*wires(self.stage + 1, self.ranks.number - self.spec.replicas))
 
     @property
     def stage(self) -> int:
@@ -157,7 +173,7 @@ class Modular(Strategy):
             self._began = time.perf_counter()
             for end in (self._inlet, self._outlet):
                 if end is not None:
-                    end.waited, end.bytes = 0.0, 0
+                    end.reset()
         self._message = Message(())
         if self._inlet is None:
             yield from source
@@ -255,7 +271,7 @@ class Modular(Strategy):
                 parameters[name].copy_(value)
 
     def describe(self) -> str:
-        return f"{super().describe()}, {self.ranks.count} ranks (modules)"
+        return ", ".join(filter(None, (super().describe(), f"{self.ranks.count} ranks (modules)", self._transport.describe())))
 
 
 def _on_cpu(value: Any) -> Any:

@@ -17,6 +17,7 @@ from graphopt.passes.drop import Drop
 from graphopt.passes.supervise import Supervise
 from graphopt.train import Stopped, modules
 from graphopt.train.phase import Phase
+from graphopt.train.transport import Transport
 from tests.support.backbones import Small
 from tests.support.ranks import run_process
 
@@ -43,7 +44,13 @@ def _compare(folder: Path, ranks: tuple[int, ...], names: list[str], steps: int)
 
 def _backbones(folder: Path) -> None:
     _compare(folder, (2, 3), [RESNET], 8)
+
+
+def _device_transport(folder: Path) -> None:
+    """Tensors travel in groups of their own, as by NCCL, but on the CPU."""
+    Transport.of = lambda device, ranks: Transport(device, "gloo")  # type: ignore[method-assign]  # of this process, for one test
     _compare(folder, (3,), [VIT, SWIN], 8)
+    assert "activations by gloo" in (folder / "(3,)" / "3" / VIT / "summary.json").read_text()
 
 
 def _phases(folder: Path) -> None:
@@ -51,7 +58,7 @@ def _phases(folder: Path) -> None:
     _compare(folder, (3,), [SCORED], 6)
 
 
-@pytest.mark.parametrize("function", [_backbones, _phases])
+@pytest.mark.parametrize("function", [_backbones, _device_transport, _phases])
 def test_a_chain_trains_what_one_process_trains(tmp_path: Path, function: Callable[[Path], None]) -> None:
     in_process(function, tmp_path)
 
