@@ -211,7 +211,7 @@ class Inlet:
             ahead.put(error)
 
     def receive(self) -> Message:
-        """Waits for the next message."""
+        """Waits for the next message, in this thread."""
         length = int.from_bytes(_bytes_of(self._heads.receive(8)), "little")
         layouts, size, inside, stop, last = pickle.loads(_bytes_of(self._heads.receive(length)))
         small = self._tensors.receive(size) if inside is None and size else _tensor_of(inside or b"")

@@ -24,10 +24,10 @@ from graphopt.compiler.parts import Part, isolated_modules, singly, split
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
-from graphopt.runtime.body import LocalBackward
 from graphopt.runtime.randomness import begin_stream
 from graphopt.spec import OptimizerSpec, TrainSpec
 from graphopt.train.assignment import one_chain, runs_of
+from graphopt.train.following import FollowedWeights, followed_weights
 from graphopt.train.link import Inlet, Message, Outlet, Wire
 from graphopt.train.optimizer import build_optimizer
 from graphopt.train.owned import Owned
@@ -50,6 +50,8 @@ class Modular(Strategy):
     _outlet: Outlet | None = field(default=None, init=False, repr=False)
     _transport: Transport = field(default=Transport(), init=False, repr=False)
     _own: Part | None = field(default=None, init=False, repr=False)  # of the whole network
+    _followed: FollowedWeights | None = field(default=None, init=False, repr=False)  # in this phase
+    _back: Any = field(default=None, init=False, repr=False)  # the group in which they travel
     _trained: Part | None = field(default=None, init=False, repr=False)  # of what is left to train
     _slow: bool = field(default=True, init=False, repr=False)
     _left: int = field(default=0, init=False, repr=False)  # messages of this epoch that the first stage has not sent yet
@@ -144,10 +146,19 @@ class Modular(Strategy):
     def own(self, plan: Plan) -> Owned:
         """Assigns the modules of a phase to the ranks; returns this rank's. All ranks have to call it."""
         self.runs = self.ranks.broadcast(runs_of(plan, one_chain(self.spec), self.stages) if self.ranks.first else None)
-        self._own = split(plan.module, self.runs)[self.stage]
+        parts = split(plan.module, self.runs)
+        self._own, self._followed = parts[self.stage], None
+        if followed_weights(parts):
+            self._back = self._back or self.ranks.new_group()
+            self._followed = FollowedWeights(parts, self.stage, self._wire_back)
         if self.device.type != "cpu":
             plan.module.cpu()  # of the others' modules, this rank keeps the weights of the phase's beginning
         return Owned.of(plan.module, self._own.module)
+
+    def _wire_back(self, stage: int) -> Wire:
+        """Between this rank and the one of its chain that has this stage."""
+        replicas = self.spec.replicas
+        return Wire(self._back, (self.stages - 1 - stage) * replicas + self.ranks.number % replicas, self._patience)
 
     def wrap(self, module: nn.Module, plan: Plan, unused: Sequence[str] = ()) -> nn.Module:
         assert self._own is not None
@@ -158,6 +169,10 @@ class Modular(Strategy):
         if self._gradients is None or not any(p.requires_grad for p in part.parameters()):
             return part
         return replicated(part, self.device, [name for name in unused if name in dict(part.named_parameters())], self._gradients)
+
+    def after_step(self) -> None:
+        if self._followed is not None:
+            self._followed.after_step()
 
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
         return module.no_sync() if isinstance(module, DistributedDataParallel) else super().without_reduction(module)
@@ -171,7 +186,7 @@ class Modular(Strategy):
         self._left, self._training = count, training
         if training:
             self._began = time.perf_counter()
-            for end in (self._inlet, self._outlet):
+            for end in (self._inlet, self._outlet, self._followed):
                 if end is not None:
                     end.reset()
         self._message = Message(())
@@ -196,6 +211,8 @@ class Modular(Strategy):
         if part.last:
             return result if targets else (result, None)
         self._hand_on(batch, result)
+        if self._followed is not None:
+            self._followed.catch_up()
         losses = [result[i] for i in part.losses]
         return None, torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
@@ -236,10 +253,11 @@ class Modular(Strategy):
 
     def times(self) -> list[dict[str, Any]]:
         """Numbers of the first module and of the one after the last; seconds of work, and of waiting for either neighbour; bytes sent."""
-        receiving, sending = (end.waited if end is not None else 0.0 for end in (self._inlet, self._outlet))
-        work = time.perf_counter() - self._began - receiving - sending
-        run, sent = self.runs[self.stage], self._outlet.bytes if self._outlet is not None else 0
-        own = {"modules": [run.start, run.stop], "work_seconds": work, "receive_seconds": receiving, "send_seconds": sending, "bytes": sent}
+        receiving, sending, back = (end.waited if end is not None else 0.0 for end in (self._inlet, self._outlet, self._followed))
+        work = time.perf_counter() - self._began - receiving - sending - back
+        run, sent = self.runs[self.stage], sum(end.bytes for end in (self._outlet, self._followed) if end is not None)
+        own: dict[str, Any] = {"modules": [run.start, run.stop], "work_seconds": work}
+        own |= {"receive_seconds": receiving + back, "send_seconds": sending, "bytes": sent}
         return self.ranks.gather(own)
 
     def stopping(self) -> int:
@@ -252,6 +270,8 @@ class Modular(Strategy):
         return self.ranks.broadcast(None, self.ranks.count - 1)
 
     def gathered(self, state: Mapping[str, Any], module: nn.Module, *, keep: bool, everywhere: bool) -> dict[str, Any] | None:
+        if self._followed is not None:
+            self._followed.receive()  # of the step that has just ended: every rank is as far
         own = _on_cpu(state) if self._peers.first else None
         found = self.ranks.gather(own) if everywhere else self.ranks.collect(own)
         return _merged([of for of in found if of is not None], module.state_dict()) if found is not None else None
@@ -309,9 +329,6 @@ def check_modules(plan: Plan, settings: TrainSpec, processes: int) -> None:
         what = f"the plan has {count} gradient-isolated modules for {ranks} processes"
         raise RunError(what, where="train.strategy", fix=f"Start {count * settings.replicas} processes, or let supervise make more modules")
     singly(plan.module)
-    if any(isinstance(part, LocalBackward) and part.reads_others for part in plan.module.modules()):
-        what = "a module's loss follows the weights of the next module (lookahead), which another process trains"
-        raise RunError(what, where="train.strategy", fix='Leave out lookahead, or use strategy = "ddp"')
     if couples_parameters(settings.optimizer):
         what = f"a step of {settings.optimizer.name} on a parameter depends on other parameters, also those of other modules"
         raise RunError(what, where="train.optimizer", fix='Use an optimizer without a common norm (adamw, sgd, ...), or strategy = "ddp"')

@@ -209,6 +209,9 @@ class Strategy:
     def after_backward(self) -> None:
         """Reduces the gradients over ranks that no backward pass has reduced."""
 
+    def after_step(self) -> None:
+        """The optimizer has updated this rank's parameters."""
+
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
         """Clips gradients, by timm's modes."""
         dispatch_clip_grad(parameters, limit, mode=mode)

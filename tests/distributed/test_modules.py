@@ -14,6 +14,7 @@ import torch
 
 from graphopt import Plan, RunError
 from graphopt.passes.drop import Drop
+from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.train import Stopped, modules
 from graphopt.train.phase import Phase
@@ -58,7 +59,24 @@ def _phases(folder: Path) -> None:
     _compare(folder, (3,), [SCORED], 6)
 
 
-@pytest.mark.parametrize("function", [_backbones, _device_transport, _phases])
+#: running means of blocks that another rank trains, also of the rank after the next, while one of them rests
+FOLLOWED = "running means of the next module's weights"
+LOOKAHEAD = modules_equal.Case(
+    Small,
+    (
+        Supervise(cuts=("stem", "blocks.0", "blocks.1"), decoder="none", lookahead={"blocks": 2, "ema": 0.75}),
+        Freeze(select="stem", when={"epoch": 1, "until": 2}),
+    ),
+    {"epochs": 3, "ema": 0.9, "accumulate": 2, "optimizer": modules_equal.ADAMW, "checkpoint_steps": 1},
+)
+
+
+def _followed(folder: Path) -> None:
+    for name, found in modules_equal.compare({FOLLOWED: LOOKAHEAD}, folder, (2, 3), 6):
+        assert found.differing == {2: [], 3: []}, name
+
+
+@pytest.mark.parametrize("function", [_backbones, _device_transport, _phases, _followed])
 def test_a_chain_trains_what_one_process_trains(tmp_path: Path, function: Callable[[Path], None]) -> None:
     in_process(function, tmp_path)
 
