@@ -43,9 +43,11 @@ class FollowedWeights:
         self._inlets: list[tuple[Inlet, Sequence[nn.Parameter]]] = []
         for (owner, follower), parameters in sorted(followed_weights(parts).items(), key=lambda item: item[0]):
             if stage == owner:
-                self._outlets.append((Outlet(*[wire(follower)] * 2), parameters))
+                there = wire(follower)
+                self._outlets.append((Outlet(there, there), parameters))
             elif stage == follower:
-                self._inlets.append((Inlet(*[wire(owner)] * 2, torch.device("cpu")), parameters))
+                here = wire(owner)
+                self._inlets.append((Inlet(here, here, torch.device("cpu")), parameters))
         coming = {id(p) for _, parameters in self._inlets for p in parameters}
         self._waiting: list[LocalBackward] = []
         for section in _sections(parts[stage]):

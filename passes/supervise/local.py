@@ -78,8 +78,7 @@ class LocalModule(LocalBackward):
     @property
     def _lookahead(self) -> LookaheadBlocks | None:
         """What follows weights of the next module, if this one has a loss that needs it."""
-        found: LookaheadBlocks | None = self.auxiliary.module.lookahead if self.trains else None
-        return found
+        return cast(Auxiliary, self.auxiliary.module).lookahead if self.trains else None
 
     def followed(self) -> Sequence[nn.Parameter]:
         """The weights of the next module whose running means the look-ahead has."""
