@@ -80,8 +80,8 @@ chaos: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python tools/bench.py --out tools/tables/bench.md
 
-# On a machine with a GPU, its kind in GPU: what the allocator did in real steps beside its simulation, and every pass measured beside its
-# forecast, in less than ten minutes. It takes Python's own packages, with torch and timm, and build/gpu-packages if that is there.
+# On a machine with a GPU, its kind in GPU: what the allocator did in real steps beside its simulation, every pass measured beside its
+# forecast, and a chain of two ranks beside one process. It takes Python's own packages, with torch and timm, and build/gpu-packages if that is there.
 GPU ?= H100
 RUN_GPU := PYTHONPATH=build/gpu:build/gpu-packages:tools $(PYTHON)
 
@@ -90,6 +90,7 @@ gpu:
 	ln -s $(CURDIR)/graphopt/* $(CURDIR)/passes $(CURDIR)/specs build/gpu/graphopt/
 	$(RUN_GPU) tools/gpu_passes.py --device "$(GPU)" --out tools/tables/gpu_passes.md
 	$(RUN_GPU) tools/gpu_checks.py --device "$(GPU)" --out tools/tables/gpu_checks.md --recordings build/recordings
+	$(RUN_GPU) tools/gpu_modules.py --out tools/tables/gpu_modules.md
 
 # What such a machine may lack, for Python 3.12 on x86-64, to be taken there in build/gpu-packages.
 gpu-packages:

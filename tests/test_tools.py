@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.passes.supervise import Supervise
+from tests.support.ranks import run_process
 
 TOOLS = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))
 
@@ -29,3 +30,13 @@ def test_the_gpu_s_table_runs_dry(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "nothing was measured" in title
     assert plain.startswith("| resnet20 | 4 | none | - | - |")
     assert supervised.count("|") == 1 + len(gpu_passes.COLUMNS)
+
+
+def test_the_gpu_s_chain_runs_dry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import gpu_modules  # type: ignore[import-not-found]  # a script, found by the path above
+
+    assert run_process(gpu_modules.main, ["--dry", "--out", str(tmp_path / "table.md")]) == 0
+    title, *_, alone, second, first = (tmp_path / "table.md").read_text().splitlines()
+    assert "nothing was measured" in title
+    assert [row.split(" | ")[4:6] for row in (alone, second, first)] == [["0", "one process"], ["0", "1"], ["0", "0"]]

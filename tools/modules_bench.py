@@ -159,7 +159,7 @@ def work(rank: int, port: int, name: str, cuts: dict[str | None, tuple[str, ...]
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) >= RANKS:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
-    ranks, model = Ranks.join(600).connected("cpu"), MODELS[name]
+    ranks, model = Ranks.join(600).connected(torch.device("cpu")), MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
         own = [v for v in VARIANTS if rank == 0 or v.strategy != "single"]
         trainers = {v: Trainer(model, v, plan_of(model, cuts[v.balance]), ranks, Path(folder) / str(v)) for v in own}

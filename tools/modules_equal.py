@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,6 +50,8 @@ BATCH = 4
 RANKS = (1, 2, 3)
 #: seconds until ranks that hang are killed
 PATIENCE = 300
+#: of every machine, where it does not matter which modules a rank has
+RATES = rates.Rates(1e-11, 1e-10, 1e-5, 0.0, "cpu")
 
 
 class Case(NamedTuple):
@@ -134,13 +137,16 @@ def run_all(plans: Mapping[str, Plan], cases: Mapping[str, Case], folder: Path, 
             raise RuntimeError(name) from error
 
 
-def in_ranks(count: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """Calls `function(*arguments)` in so many ranks that are forked from this process; their exit statuses."""
+def in_ranks(count: int, function: Callable[..., None], *arguments: Any, fork: bool = True, group: bool = True) -> list[int | None]:
+    """Calls `function(*arguments)` in so many ranks, forked from this process or new ones; their exit statuses.
+
+    Without `group` each run joins them by itself, as it does under torchrun.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = get_context("fork")
-    started = [context.Process(target=_rank, args=(rank, count, port, function, arguments)) for rank in range(count)]
+    context: Any = get_context("fork" if fork else "spawn")
+    started = [context.Process(target=_rank, args=(rank, count, port, group, function, arguments)) for rank in range(count)]
     for process in started:
         process.start()
     for process in started:
@@ -150,18 +156,18 @@ def in_ranks(count: int, function: Callable[..., None], *arguments: Any) -> list
     return [process.exitcode for process in started]
 
 
-def _rank(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank(rank: int, count: int, port: int, group: bool, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     # Autograd's threads would do this at once, each by itself, and abort where they meet.
     torch.set_num_threads(1)
     # Forked ranks share the lock of the progress bars that torch.fx makes; one that is killed would never give it back.
     tqdm.set_lock(RLock())
     # Which modules a rank has changes no bit, and to measure what they take would take longer than the run.
-    rates.measure_rates = lambda device, **_: rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)
-    if count > 1:
+    rates.measure_rates = lambda device, **_: replace(RATES, device=device)
+    if count > 1 and group:
         distributed.init_process_group("gloo", rank=rank, world_size=count)  # for several runs, one after the other
     function(*arguments)
-    if count > 1:
+    if count > 1 and group:
         distributed.destroy_process_group()
 
 
@@ -179,7 +185,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def content(folder: Path) -> dict[str, Any]:
     """All that a run has left but for what depends on the clock and on the number of ranks."""
-    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     parts = {part: saved[part] for part in ("phase", "history", "decisions", "meter", "buffers", "progress")}
     parts["progress"] = {name: value for name, value in parts["progress"].items() if name not in small_run.TIMES | {"seconds"}}
     for kind, figures in (("step", ("loss", "accuracy", "lr")), ("epoch", ("loss", "accuracy", "train_loss", "train_accuracy"))):

@@ -128,7 +128,7 @@ def rank(name: str, options: argparse.Namespace) -> None:
 def messages(name: str, options: argparse.Namespace) -> None:
     """The bytes of all messages of a step, counted on real ranks."""
     torch.manual_seed(0)
-    spec, ranks = settings(options), Ranks.join(60).connected("cpu")
+    spec, ranks = settings(options), Ranks.join(60).connected(torch.device("cpu"))
     plan = graphopt.compile(MODELS[name](), [], input=SHAPE, verify="off", costs=False)
     real = Replicated.of(spec).with_ranks(ranks)
     way = Parallel(ranks.count, lambda module: real.wrap(module, plan, plan.report.unused), real.without_reduction)

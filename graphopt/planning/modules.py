@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.compiler.parts import split
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.stages import Stage, stages
 from graphopt.compiler.triggers import Decision
@@ -11,6 +12,7 @@ from graphopt.cost import Cost, Rates
 from graphopt.cost.partition import assign
 from graphopt.spec import TrainSpec
 from graphopt.train.assignment import one_chain, seconds_of, step_of
+from graphopt.train.following import followed_weights
 from graphopt.train.link import DEPTH
 from graphopt.train.modules import check_modules
 
@@ -25,7 +27,8 @@ class ChainRank:
     Attributes:
         rank: its number; the chain begins at the highest. modules: those that it trains, from 0.
         seconds: of a step, all micro-batches, forward to update. step: its cost, link aside.
-        messages, sent_bytes: that it sends in a step to the next rank; the heads of messages are not counted.
+        messages, sent_bytes: that it sends in a step, to the next rank, and of weights that earlier modules follow (lookahead) to theirs;
+            the heads of messages are not counted.
         link_bytes: the most that lies in messages which wait to be taken, here or by the next rank.
     """
 
@@ -119,10 +122,14 @@ def forecast_chain(plan: Plan, train: TrainSpec, *, ranks: int, rates: Rates, de
 
 def _chain(plan: Plan, runs: Sequence[range], train: TrainSpec, rates: Rates) -> tuple[ChainRank, ...]:
     found = stages(plan, runs, train.micro_batch(), train.amp)
-    return tuple(_rank(stage, len(runs) - 1 - place, train, rates) for place, stage in enumerate(found))
+    back: list[list[int]] = [[] for _ in found]
+    for (owner, _), weights in followed_weights(split(plan.module, runs)).items():
+        back[owner].append(sum(w.nbytes for w in weights))
+    return tuple(_rank(stage, len(runs) - 1 - place, back[place], train, rates) for place, stage in enumerate(found))
 
 
-def _rank(stage: Stage, rank: int, train: TrainSpec, rates: Rates) -> ChainRank:
+def _rank(stage: Stage, rank: int, back: Sequence[int], train: TrainSpec, rates: Rates) -> ChainRank:
+    """`back` are the bytes of weights that go to each rank with modules that follow this one's."""
     step, also = step_of(stage, train), SAMPLE * train.micro_batch()
     sent = 0 if stage.part.last else stage.sent_bytes + also
     received = 0 if stage.first else stage.received_bytes + also
@@ -131,8 +138,8 @@ def _rank(stage: Stage, rank: int, train: TrainSpec, rates: Rates) -> ChainRank:
         modules=stage.modules,
         seconds=rates.seconds(step),
         step=step,
-        messages=train.accumulate * bool(sent),
-        sent_bytes=train.accumulate * sent,
+        messages=train.accumulate * bool(sent) + len(back),
+        sent_bytes=train.accumulate * sent + sum(back),
         # A message that this step has sent, or computes with, is counted in the step.
         link_bytes=DEPTH * received + (DEPTH - 1) * sent,
         accumulate=train.accumulate,

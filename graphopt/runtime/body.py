@@ -1,6 +1,6 @@
 """Modules that run the sections of an emitted network."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -65,10 +65,15 @@ class LocalBackward(nn.Module):
     number: int
     gathered: Callable[..., Any] | None = None
 
-    @property
-    def reads_others(self) -> bool:
-        """Whether it reads weights that another section trains, without a node in the graph that says so."""
-        return False
+    def followed(self) -> Sequence[nn.Parameter]:
+        """Weights that others train, and whose values it takes after each forward in training; no node in the graph says so."""
+        return ()
+
+    def follow_later(self, later: bool) -> None:
+        """Whether it takes those values only when `catch_up` is called after its forward."""
+
+    def catch_up(self) -> None:
+        """Takes the values, if a forward has left that to do."""
 
     def parts(self) -> tuple[nn.Module, ...]:
         """The modules that its forward and backward run."""

@@ -1,8 +1,12 @@
 """One-way messages between two processes: tensors of any dtype and memory format, and plain values, in order and without waiting.
 
-A message is a length, a head, and the bytes of each large tensor as they lie in memory. The head has the flags, the layout of every
-tensor, and the values of small ones. The sender goes on at once, and waits only if `DEPTH` messages are still under way; a thread of the
-receiver reads as many ahead. Tensors on a GPU pass through the host's memory.
+A message is a head, and the bytes of its tensors as they lie in memory. The head goes from host to host, so that no process waits for its
+device to read it: it has the flags and the layout of every tensor, by which the receiver has buffers ready before it takes the tensors
+themselves. Those follow in one fixed order, over the wire that `Transport` names: from device to device, or through the hosts' memory.
+
+The sender goes on at once, and waits only if `DEPTH` messages are still under way; a thread of the receiver reads as many ahead. A
+message is sent only after its head, and received only after that: so what is received is always on its way, and no two processes wait for
+each other.
 """
 
 import pickle
@@ -10,7 +14,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,8 +24,11 @@ from torch import Tensor, distributed
 
 #: messages under way on each side of a link
 DEPTH = 2
-#: bytes up to which a tensor travels in the head
+#: bytes up to which tensors travel together
 SMALL = 4096
+#: where each of them begins: at a multiple of so many bytes, which suits elements of any dtype
+_ALIGNED = 16
+_HOST = torch.device("cpu")
 
 
 class Message(NamedTuple):
@@ -36,29 +44,88 @@ class Message(NamedTuple):
     last: bool = False
 
 
-class _Layout(NamedTuple):
-    """A tensor without its elements, or with them where they are few."""
+class Wire:
+    """Bytes between this process and another one, on one device, in the order in which they are sent.
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    content: bytes | None
+    On CUDA, sending begins after what the current stream has to do by then, and receiving has a stream of its own, so that neither waits
+    for work that it does not depend on.
+
+    Args:
+        group: one with both processes: gloo, or NCCL for a CUDA device. No other wire uses it in the other direction.
+        peer: the other one's rank. patience: how long a transfer may take, now. device: where the bytes lie on both sides.
+
+    Attributes:
+        bytes: how many were sent or received.
+    """
+
+    def __init__(self, group: Any, peer: int, patience: Callable[[], timedelta], device: torch.device = _HOST) -> None:
+        self._group, self._peer, self._patience, self.device = group, peer, patience, device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.bytes = 0
+
+    def send(self, content: Tensor) -> Any:
+        """Begins to send bytes, which must stay as they are until `finish` has returned for what this returns."""
+        self.bytes += content.nbytes
+        return distributed.isend(content, self._peer, group=self._group)
+
+    def receive(self, count: int) -> Tensor:
+        """Waits for so many bytes."""
+        with self._apart():
+            into = torch.empty(count, dtype=torch.uint8, device=self.device)
+            work = distributed.irecv(into, self._peer, group=self._group)
+        self.finish(work)
+        self.bytes += into.nbytes
+        return into
+
+    def finish(self, work: Any) -> None:
+        """Makes the host wait until something has been sent or received; what the current stream has to do may take longer."""
+        with self._apart():
+            work.wait(self._patience())
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def borrow(self, content: Tensor) -> None:
+        """The current stream reads bytes that were received: their memory is not used again before it has."""
+        if self._stream is not None:
+            content.record_stream(torch.cuda.current_stream(self.device))
+
+    def moment(self) -> Any:
+        """All that the current stream has been given to do; None where work is done at once."""
+        return torch.cuda.current_stream(self.device).record_event() if self._stream is not None else None
+
+    @staticmethod
+    def wait_for(moment: Any) -> None:
+        """Makes the host wait until that is done."""
+        if moment is not None:
+            moment.synchronize()
+
+    def _apart(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
 
 class Outlet:
     """The sending end of a link.
 
     Args:
-        group: a gloo group with both processes. peer: the other one's rank. patience: how long a message may take, now.
+        heads: a wire between the hosts. tensors: the wire of the tensors; `heads` itself where they pass through the hosts' memory.
 
     Attributes:
-        waited: seconds spent waiting for the receiver. bytes: how many were sent.
+        waited: seconds spent waiting for the receiver.
     """
 
-    def __init__(self, group: Any, peer: int, patience: Callable[[], timedelta]) -> None:
-        self._group, self._peer, self._patience = group, peer, patience
-        self._under_way: deque[list[tuple[Any, Tensor]]] = deque()
-        self.waited, self.bytes = 0.0, 0
+    def __init__(self, heads: Wire, tensors: Wire) -> None:
+        self._heads, self._tensors = heads, tensors
+        self._under_way: deque[list[tuple[Wire, Any, Tensor]]] = deque()
+        self.waited = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """How many were sent since `reset`."""
+        return _bytes_over(self._heads, self._tensors)
+
+    def reset(self) -> None:
+        """Begins to count seconds and bytes anew."""
+        self.waited = self._heads.bytes = self._tensors.bytes = 0
 
     def send(self, message: Message) -> None:
         """Sends a message; its tensors must not be written to afterwards."""
@@ -66,12 +133,13 @@ class Outlet:
         while len(self._under_way) >= DEPTH:
             self._finish()
         self.waited += time.perf_counter() - began
-        large: list[Tensor] = []
-        values = [pack(value, large) for value in message.values]
-        head = _bytes_of(pickle.dumps((values, message.stop, message.last)))
-        tensors = [torch.tensor([len(head)]), head, *large]
-        self.bytes += sum(t.nbytes for t in tensors)
-        self._under_way.append([(distributed.isend(t, self._peer, group=self._group), t) for t in tensors])
+        layouts, small, large = pack(message.values, self._tensors.device)
+        inside = bytes(small.numpy()) if self._tensors is self._heads else None
+        head = _tensor_of(pickle.dumps((layouts, small.numel(), inside, message.stop, message.last)))
+        length = _tensor_of(head.numel().to_bytes(8, "little"))
+        tensors = large if inside is not None or not small.numel() else [small, *large]
+        sent = [(self._heads, content) for content in (length, head)] + [(self._tensors, content) for content in tensors]
+        self._under_way.append([(wire, wire.send(content), content) for wire, content in sent])
 
     def flush(self) -> None:
         """Waits until all messages have been taken."""
@@ -81,27 +149,41 @@ class Outlet:
         self.waited += time.perf_counter() - began
 
     def _finish(self) -> None:
-        for work, _ in self._under_way[0]:
-            work.wait(self._patience())
+        for wire, work, _ in self._under_way[0]:
+            wire.finish(work)
         self._under_way.popleft()
 
 
 class Inlet:
-    """The receiving end of a link; arguments as for `Outlet`.
+    """The receiving end of a link; arguments as for `Outlet`, and the device on which the tensors are wanted.
 
     Attributes:
-        waited: seconds spent waiting for the sender. bytes: how many were received.
+        waited: seconds spent waiting for the sender.
     """
 
-    def __init__(self, group: Any, peer: int, patience: Callable[[], timedelta], device: torch.device) -> None:
-        self._group, self._peer, self._patience, self._device = group, peer, patience, device
-        self.waited, self.bytes = 0.0, 0
+    def __init__(self, heads: Wire, tensors: Wire, device: torch.device) -> None:
+        self._heads, self._tensors, self._device = heads, tensors, device
+        self.waited = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """How many were received since `reset`."""
+        return _bytes_over(self._heads, self._tensors)
+
+    def reset(self) -> None:
+        """Begins to count seconds and bytes anew."""
+        self.waited = self._heads.bytes = self._tensors.bytes = 0
 
     def messages(self) -> Iterator[Message]:
-        """The messages up to the one that is the last of its epoch; a thread receives the next ones meanwhile."""
-        # One message is being received, the others lie here.
-        ahead: queue.Queue[Message | BaseException] = queue.Queue(DEPTH - 1)
-        threading.Thread(target=self._receive_all, args=(ahead,), name="link", daemon=True).start()
+        """The messages up to the one that is the last of its epoch; a thread receives the next ones meanwhile.
+
+        Besides the one that is being worked on, `DEPTH` are in memory: each gets its room when the work on an earlier one is done, also
+        on a device that is behind its host.
+        """
+        ahead, done = queue.Queue[Message | BaseException](), queue.Queue[Any]()
+        for _ in range(DEPTH + 1):
+            done.put(None)
+        threading.Thread(target=self._receive_all, args=(ahead, done), name="link", daemon=True).start()
         last = False
         while not last:
             began = time.perf_counter()
@@ -109,57 +191,90 @@ class Inlet:
             self.waited += time.perf_counter() - began
             if isinstance(message, BaseException):
                 raise message
+            for tensor in (value for value in message.values if isinstance(value, Tensor)):
+                self._tensors.borrow(tensor)
             last = message.last
             yield message
+            del message
+            done.put(self._tensors.moment())
 
-    def _receive_all(self, ahead: "queue.Queue[Message | BaseException]") -> None:
+    def _receive_all(self, ahead: "queue.Queue[Message | BaseException]", done: "queue.Queue[Any]") -> None:
         try:
-            message = None
-            while message is None or not message.last:
-                message = self._receive()
+            last = False
+            while not last:
+                self._tensors.wait_for(done.get())
+                message = self.receive()
+                last = message.last
                 ahead.put(message)
+                del message
         except BaseException as error:
             ahead.put(error)
 
-    def _receive(self) -> Message:
-        length = self._take(torch.empty(1, dtype=torch.int64))
-        head = self._take(torch.empty(int(length), dtype=torch.uint8))
-        values, stop, last = pickle.loads(head.numpy().tobytes())
-        values = (unpack(value, self._take) for value in values)
+    def receive(self) -> Message:
+        """Waits for the next message, in this thread."""
+        length = int.from_bytes(_bytes_of(self._heads.receive(8)), "little")
+        layouts, size, inside, stop, last = pickle.loads(_bytes_of(self._heads.receive(length)))
+        small = self._tensors.receive(size) if inside is None and size else _tensor_of(inside or b"")
+        values = unpack(layouts, small, self._tensors.receive)
         return Message(tuple(v.to(self._device) if isinstance(v, Tensor) else v for v in values), stop, last)
 
-    def _take(self, into: Tensor) -> Tensor:
-        work: Any = distributed.irecv(into, self._peer, group=self._group)
-        work.wait(self._patience())
-        self.bytes += into.nbytes
-        return into
+
+def _bytes_over(heads: Wire, tensors: Wire) -> int:
+    return heads.bytes + (tensors.bytes if tensors is not heads else 0)
 
 
-def pack(value: Any, large: list[Tensor]) -> Any:
-    """A plain value itself, of a tensor the layout; the elements of a large one are added to `large`, as bytes."""
-    if not isinstance(value, Tensor):
-        return value
-    tensor = value.detach().cpu()
-    if not _is_dense(tensor):
-        tensor = tensor.contiguous()
-    content = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    small = content.numel() <= SMALL
-    if not small:
-        large.append(content)
-    return _Layout(tensor.dtype, tuple(tensor.shape), tensor.stride(), content.numpy().tobytes() if small else None)
+class _Layout(NamedTuple):
+    """A tensor without its elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def unpack(value: Any, fill: Callable[[Tensor], object]) -> Any:
-    """The inverse of `pack`: `fill` writes the elements of a large tensor, as bytes, into what it is given."""
-    if not isinstance(value, _Layout):
-        return value
-    elements = torch.empty(torch.Size(value.shape).numel(), dtype=value.dtype)
-    content = elements.view(torch.uint8)
-    if value.content is None:
-        fill(content)
-    else:
-        content.copy_(_bytes_of(value.content))
-    return elements.as_strided(value.shape, value.stride)
+def pack(values: Sequence[Any], device: torch.device = _HOST) -> tuple[list[Any], Tensor, list[Tensor]]:
+    """Plain values as they are, with layouts in the place of tensors; the bytes of all small tensors; those of each large one."""
+    layouts: list[Any] = []
+    small: list[Tensor] = []
+    large: list[Tensor] = []
+    for value in values:
+        if not isinstance(value, Tensor):
+            layouts.append(value)
+            continue
+        tensor = value.detach().to(device)
+        if not _is_dense(tensor):
+            tensor = tensor.contiguous()
+        layout = _Layout(tensor.dtype, tuple(tensor.shape), tensor.stride())
+        content = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        layouts.append(layout)
+        if layout.nbytes > SMALL:
+            large.append(content)
+        else:
+            small += [content, content.new_zeros(_room(layout) - layout.nbytes)]
+    return layouts, torch.cat(small) if small else torch.empty(0, dtype=torch.uint8, device=device), large
+
+
+def unpack(layouts: Sequence[Any], small: Tensor, take: Callable[[int], Tensor]) -> list[Any]:
+    """The inverse of `pack`; `take` gives the bytes of the large tensors one after the other, by their number."""
+    values, at = list[Any](), 0
+    for layout in layouts:
+        if not isinstance(layout, _Layout):
+            values.append(layout)
+            continue
+        if layout.nbytes > SMALL:
+            content = take(layout.nbytes)
+        else:
+            content = small[at : at + layout.nbytes]
+            at += _room(layout)
+        values.append(content.view(layout.dtype).as_strided(layout.shape, layout.stride))
+    return values
+
+
+def _room(layout: _Layout) -> int:
+    return -(-layout.nbytes // _ALIGNED) * _ALIGNED
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -172,5 +287,9 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _bytes_of(content: bytes) -> Tensor:
+def _tensor_of(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes_of(content: Tensor) -> bytes:
+    return bytes(content.numpy())

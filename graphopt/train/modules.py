@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,16 @@ from graphopt.compiler.parts import Part, isolated_modules, singly, split
 from graphopt.compiler.plan import Plan
 from graphopt.data.loader import Batch
 from graphopt.errors import RunError
-from graphopt.runtime.body import LocalBackward
 from graphopt.runtime.randomness import begin_stream
 from graphopt.spec import OptimizerSpec, TrainSpec
 from graphopt.train.assignment import one_chain, runs_of
-from graphopt.train.link import Inlet, Message, Outlet
+from graphopt.train.following import FollowedWeights, followed_weights
+from graphopt.train.link import Inlet, Message, Outlet, Wire
 from graphopt.train.optimizer import build_optimizer
 from graphopt.train.owned import Owned
 from graphopt.train.ranks import ALONE, SLOW, Agreement, Ranks
 from graphopt.train.strategy import Strategy, replicated
+from graphopt.train.transport import Transport
 
 #: seconds between two looks for a stop signal that another rank has got
 LOOK = 0.5
@@ -42,11 +43,15 @@ LOOK = 0.5
 class Modular(Strategy):
     """A chain of ranks, each with consecutive gradient-isolated modules."""
 
+    shares_devices: ClassVar[bool] = True
     spec: TrainSpec = field(default_factory=TrainSpec)
     runs: tuple[range, ...] = field(default=(), init=False)  # the modules of each stage in this phase
     _inlet: Inlet | None = field(default=None, init=False, repr=False)
     _outlet: Outlet | None = field(default=None, init=False, repr=False)
+    _transport: Transport = field(default=Transport(), init=False, repr=False)
     _own: Part | None = field(default=None, init=False, repr=False)  # of the whole network
+    _followed: FollowedWeights | None = field(default=None, init=False, repr=False)  # in this phase
+    _back: Any = field(default=None, init=False, repr=False)  # the group in which they travel
     _trained: Part | None = field(default=None, init=False, repr=False)  # of what is left to train
     _slow: bool = field(default=True, init=False, repr=False)
     _left: int = field(default=0, init=False, repr=False)  # messages of this epoch that the first stage has not sent yet
@@ -87,17 +92,30 @@ class Modular(Strategy):
             what = f"{ranks.count} processes are no chains of two or more, {replicas} of them side by side"
             fix = f'Start {max(2, -(-ranks.count // replicas)) * replicas} processes, or use strategy = "ddp"'
             raise RunError(what, where="train.replicas", fix=fix)
-        # A thread receives on one group while the step sends on the other.
-        groups = [ranks.new_group() for _ in range(2)]
-        if not strategy.feeds:
-            strategy._inlet = Inlet(groups[strategy.stage % 2], ranks.number + replicas, strategy._patience, strategy.device)
-        if strategy.stage + 1 < strategy.stages:
-            strategy._outlet = Outlet(groups[(strategy.stage + 1) % 2], ranks.number - replicas, strategy._patience)
+        strategy._transport = Transport.of(strategy.device, ranks)
+        strategy._join_links()
         first = ranks.number - ranks.number % replicas
         strategy._peers = ranks.among(range(first, first + replicas))
-        strategy._gradients = strategy._peers.new_group(None) if replicas > 1 else None
+        shared = strategy.device.type == "cuda" and strategy._transport.backend is None  # by ranks that NCCL does not connect
+        strategy._gradients = strategy._peers.new_group("gloo" if shared else None) if replicas > 1 else None
         strategy._stop = Agreement(strategy._peers, lambda _: None)
         return strategy
+
+    def _join_links(self) -> None:
+        """Makes this rank's ends of the links to its neighbours. All ranks have to call it."""
+        transport = self._transport
+        # A thread receives in one group while the step sends in the other.
+        heads = [self.ranks.new_group() for _ in range(2)]
+        tensors = [self.ranks.new_group(transport.backend) for _ in range(2)] if transport.backend is not None else None
+
+        def wires(stage: int, peer: int) -> tuple[Wire, Wire]:
+            head = Wire(heads[stage % 2], peer, self._patience)
+            return head, Wire(tensors[stage % 2], peer, self._patience, transport.device) if tensors is not None else head
+
+        if not self.feeds:
+            self._inlet = Inlet(*wires(self.stage, self.ranks.number + self.spec.replicas), self.device)
+        if self.stage + 1 < self.stages:
+            self._outlet = Outlet(*wires(self.stage + 1, self.ranks.number - self.spec.replicas))
 
     @property
     def stage(self) -> int:
@@ -128,10 +146,19 @@ class Modular(Strategy):
     def own(self, plan: Plan) -> Owned:
         """Assigns the modules of a phase to the ranks; returns this rank's. All ranks have to call it."""
         self.runs = self.ranks.broadcast(runs_of(plan, one_chain(self.spec), self.stages) if self.ranks.first else None)
-        self._own = split(plan.module, self.runs)[self.stage]
+        parts = split(plan.module, self.runs)
+        self._own, self._followed = parts[self.stage], None
+        if followed_weights(parts):
+            self._back = self._back or self.ranks.new_group()
+            self._followed = FollowedWeights(parts, self.stage, self._wire_back)
         if self.device.type != "cpu":
             plan.module.cpu()  # of the others' modules, this rank keeps the weights of the phase's beginning
         return Owned.of(plan.module, self._own.module)
+
+    def _wire_back(self, stage: int) -> Wire:
+        """Between this rank and the one of its chain that has this stage."""
+        replicas = self.spec.replicas
+        return Wire(self._back, (self.stages - 1 - stage) * replicas + self.ranks.number % replicas, self._patience)
 
     def wrap(self, module: nn.Module, plan: Plan, unused: Sequence[str] = ()) -> nn.Module:
         assert self._own is not None
@@ -142,6 +169,10 @@ class Modular(Strategy):
         if self._gradients is None or not any(p.requires_grad for p in part.parameters()):
             return part
         return replicated(part, self.device, [name for name in unused if name in dict(part.named_parameters())], self._gradients)
+
+    def after_step(self) -> None:
+        if self._followed is not None:
+            self._followed.after_step()
 
     def without_reduction(self, module: nn.Module) -> AbstractContextManager[Any]:
         return module.no_sync() if isinstance(module, DistributedDataParallel) else super().without_reduction(module)
@@ -155,9 +186,9 @@ class Modular(Strategy):
         self._left, self._training = count, training
         if training:
             self._began = time.perf_counter()
-            for end in (self._inlet, self._outlet):
+            for end in (self._inlet, self._outlet, self._followed):
                 if end is not None:
-                    end.waited, end.bytes = 0.0, 0
+                    end.reset()
         self._message = Message(())
         if self._inlet is None:
             yield from source
@@ -180,6 +211,8 @@ class Modular(Strategy):
         if part.last:
             return result if targets else (result, None)
         self._hand_on(batch, result)
+        if self._followed is not None:
+            self._followed.catch_up()
         losses = [result[i] for i in part.losses]
         return None, torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
@@ -220,10 +253,11 @@ class Modular(Strategy):
 
     def times(self) -> list[dict[str, Any]]:
         """Numbers of the first module and of the one after the last; seconds of work, and of waiting for either neighbour; bytes sent."""
-        receiving, sending = (end.waited if end is not None else 0.0 for end in (self._inlet, self._outlet))
-        work = time.perf_counter() - self._began - receiving - sending
-        run, sent = self.runs[self.stage], self._outlet.bytes if self._outlet is not None else 0
-        own = {"modules": [run.start, run.stop], "work_seconds": work, "receive_seconds": receiving, "send_seconds": sending, "bytes": sent}
+        receiving, sending, back = (end.waited if end is not None else 0.0 for end in (self._inlet, self._outlet, self._followed))
+        work = time.perf_counter() - self._began - receiving - sending - back
+        run, sent = self.runs[self.stage], sum(end.bytes for end in (self._outlet, self._followed) if end is not None)
+        own: dict[str, Any] = {"modules": [run.start, run.stop], "work_seconds": work}
+        own |= {"receive_seconds": receiving + back, "send_seconds": sending, "bytes": sent}
         return self.ranks.gather(own)
 
     def stopping(self) -> int:
@@ -236,6 +270,8 @@ class Modular(Strategy):
         return self.ranks.broadcast(None, self.ranks.count - 1)
 
     def gathered(self, state: Mapping[str, Any], module: nn.Module, *, keep: bool, everywhere: bool) -> dict[str, Any] | None:
+        if self._followed is not None:
+            self._followed.receive()  # of the step that has just ended: every rank is as far
         own = _on_cpu(state) if self._peers.first else None
         found = self.ranks.gather(own) if everywhere else self.ranks.collect(own)
         return _merged([of for of in found if of is not None], module.state_dict()) if found is not None else None
@@ -255,7 +291,7 @@ class Modular(Strategy):
                 parameters[name].copy_(value)
 
     def describe(self) -> str:
-        return f"{super().describe()}, {self.ranks.count} ranks (modules)"
+        return ", ".join(filter(None, (super().describe(), f"{self.ranks.count} ranks (modules)", self._transport.describe())))
 
 
 def _on_cpu(value: Any) -> Any:
@@ -293,9 +329,6 @@ def check_modules(plan: Plan, settings: TrainSpec, processes: int) -> None:
         what = f"the plan has {count} gradient-isolated modules for {ranks} processes"
         raise RunError(what, where="train.strategy", fix=f"Start {count * settings.replicas} processes, or let supervise make more modules")
     singly(plan.module)
-    if any(isinstance(part, LocalBackward) and part.reads_others for part in plan.module.modules()):
-        what = "a module's loss follows the weights of the next module (lookahead), which another process trains"
-        raise RunError(what, where="train.strategy", fix='Leave out lookahead, or use strategy = "ddp"')
     if couples_parameters(settings.optimizer):
         what = f"a step of {settings.optimizer.name} on a parameter depends on other parameters, also those of other modules"
         raise RunError(what, where="train.optimizer", fix='Use an optimizer without a common norm (adamw, sgd, ...), or strategy = "ddp"')

@@ -233,6 +233,7 @@ class Phase:
             self._clip(self.spec.clip, self.spec.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.strategy.after_step()
         set_seeds(None, None)
         if self.ema is not None:
             self.ema.update(self.owned.module, step=done + 1)

@@ -36,7 +36,7 @@ class Ranks(Rank):
     """This process among those that train together; with `count` 1, nothing here communicates.
 
     Attributes:
-        local: the number among the processes of this machine, which is also the number of its GPU.
+        local: the number among the processes of this machine, by which it gets its GPU.
         again: whether ranks were there before and have ended, so that the run continues from its last checkpoint; rank 0 knows it.
         members: of some of a run's ranks, their numbers in the run; empty where these are all.
     """
@@ -67,15 +67,15 @@ class Ranks(Rank):
             store, again = meet(part, number, count, timeout)
         return cls(number, count, int(os.environ.get("LOCAL_RANK", number)), timeout, again, store)
 
-    def connected(self, device: str) -> Self:
-        """The same ranks with the groups that they communicate in; `device` is "cpu" (gloo) or "cuda" (NCCL)."""
+    def connected(self, device: torch.device) -> Self:
+        """The same ranks with the groups that they communicate in: gloo for a CPU, and NCCL for this rank's CUDA device."""
         if self.count == 1:
             return self
         owner = not distributed.is_initialized()
         if owner:
-            if device == "cuda":
-                torch.cuda.set_device(self.local)
-            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(backend, store=self._store, rank=self.number, world_size=self.count)
         ranks = replace(self, _group=distributed.new_group(backend="gloo"), _owner=owner)
         ranks.expect(slow=True)

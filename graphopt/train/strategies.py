@@ -28,6 +28,6 @@ def choose(spec: TrainSpec) -> Strategy:
         if spec.strategy == "single":
             fix = 'Start one process, or use strategy = "auto"'
             raise RunError(f'strategy = "single" is one process, {ranks.count} were started', where="train.strategy", fix=fix)
-        return several.with_ranks(ranks.connected(several.device.type))
+        return several.with_ranks(ranks.connected(several.device_of(ranks)))
     except Exception as error:
         raise ranks.reported(error) from error.__cause__

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]  # re-exported without saying so
@@ -46,8 +46,13 @@ def _no_signal() -> int:
 
 @dataclass
 class Strategy:
-    """One process on one device, alone. What several processes do otherwise, subclasses say."""
+    """One process on one device, alone. What several processes do otherwise, subclasses say.
 
+    Attributes:
+        shares_devices: whether several of its processes may have one CUDA device.
+    """
+
+    shares_devices: ClassVar[bool] = False
     device: torch.device
     precision: torch.dtype | None = None  # of autocast; None is float32, float16 scales its loss
     channels_last: bool = False  # NHWC memory format for images and convolution weights
@@ -71,10 +76,19 @@ class Strategy:
             raise RunError(f"torch finds no device {name}", where="train.device", fix="Use auto or cpu")
         return cls(device, AUTOCAST_DTYPES[spec.amp] if spec.amp else None, spec.channels_last, spec.compile, spec.deterministic)
 
+    def device_of(self, ranks: Ranks) -> torch.device:
+        """The device of this rank among `ranks`: on CUDA, that of its local number. Raises RunError where there are not as many."""
+        if self.device.type != "cuda" or ranks.count == 1:
+            return self.device
+        count = torch.cuda.device_count()
+        if ranks.local >= count and not self.shares_devices:
+            what = f"{ranks.local + 1} processes or more on this machine, which has {count} CUDA devices"
+            raise RunError(what, where="train.device", fix=f"Start {count}, one per device")
+        return torch.device("cuda", ranks.local % count)
+
     def with_ranks(self, ranks: Ranks) -> Self:
-        """The same strategy among `ranks`; on CUDA, each takes the device of its local number."""
-        device = torch.device("cuda", ranks.local) if self.device.type == "cuda" and ranks.count > 1 else self.device
-        return replace(self, device=device, ranks=ranks)
+        """The same strategy among `ranks`, on this one's device."""
+        return replace(self, device=self.device_of(ranks), ranks=ranks)
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
@@ -194,6 +208,9 @@ class Strategy:
 
     def after_backward(self) -> None:
         """Reduces the gradients over ranks that no backward pass has reduced."""
+
+    def after_step(self) -> None:
+        """The optimizer has updated this rank's parameters."""
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
         """Clips gradients, by timm's modes."""

@@ -20,9 +20,9 @@ Greedy modules keep only what separates classes at once. Three options let a mod
 Preserves the eval output. Training needs the targets: `output, local_loss = module(x, target)`, with class indices (N,) or probabilities
 (N, classes); the caller adds `local_loss` to its own criterion. Adds parameters under `supervise.<i>`, which export drops. Refuses
 regions that the graph cannot be cut after, more modules than there are cuts for, decoders that cannot rebuild the input, and heads of
-blocks that follow where none do. An image that leaves [0, 1] once `mean` and `std` are reverted is an error. `lookahead` reads weights of
-the next module, so `strategy = "modules"`, which trains that one in another process, refuses it. On a CPU with glibc, training lets the
-process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
+blocks that follow where none do. An image that leaves [0, 1] once `mean` and `std` are reverted is an error. `lookahead` follows weights of
+the next module: `strategy = "modules"`, which trains that one in another process, sends them back after each step. On a CPU with glibc,
+training lets the process hold up to 64 MiB of freed memory, so that a module reuses what the one before it freed.
 """
 
 from __future__ import annotations

@@ -139,6 +139,9 @@ class AheadHead(nn.Sequential):
 class LookaheadBlocks(nn.Module):
     """The next module's first blocks twice: with a running mean of their weights, `mean`, and as a copy that trains, `copied`.
 
+    Attributes:
+        later: after a step the means wait for `catch_up`: weights that they follow are on their way from another process.
+
     The output is `mean(h) + copied(h)` (MAN); with the bias "scale" `(2 - s) * mean(h) + s * copied(h)`, where the factor s trains (MAN++);
     with "none" `mean(h)`. The running means are buffers: saved with the state, and seen by no optimizer. Norms use the batch's statistics.
     """
@@ -158,6 +161,7 @@ class LookaheadBlocks(nn.Module):
         self.layout = self.mean.layout
         #: what holds a mean, what holds the weight that it is the mean of, and the name of both
         self._followed: list[tuple[nn.Module, nn.Module, str]] = []
+        self.later, self._behind = False, False
 
     def forward(self, h: Tensor) -> Tensor:
         mean = self.mean(h)
@@ -178,13 +182,30 @@ class LookaheadBlocks(nn.Module):
             same = (name for name, mean in part._buffers.items() if mean is not None and _shape(weights.get(name)) == mean.shape)
             self._followed += [(part, modules[path], name) for name in same]
 
+    def followed(self) -> list[nn.Parameter]:
+        """The weights that the means are of."""
+        return [weight for _, source, name in self._followed if (weight := source._parameters.get(name)) is not None]
+
+    def end(self) -> None:
+        """After a step."""
+        if self.later:
+            self._behind = True
+        else:
+            self.update(first=False)
+
+    def catch_up(self) -> None:
+        """What the last step has put off."""
+        if self._behind:
+            self._behind = False
+            self.update(first=False)
+
     @torch.no_grad()
     def update(self, *, first: bool) -> None:
         """Moves the means toward the weights, or, the first time, onto them. With sharded weights all ranks have to call it."""
         for part, source, name in self._followed:
             mean, weight = part._buffers[name], source._parameters.get(name)
             if mean is not None and weight is not None and not weight.is_meta:
-                mean.lerp_(full(weight).to(mean.dtype), 1.0 if first else 1 - self.decay)
+                mean.lerp_(full(weight).to(mean), 1.0 if first else 1 - self.decay)
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

@@ -87,7 +87,7 @@ class Auxiliary(nn.Module):
         """After a step."""
         self.step_index += 1
         if self.lookahead is not None:
-            self.lookahead.update(first=False)
+            self.lookahead.end()
 
     def forward(self, h: Tensor, x: Tensor | None, target: Tensor, step_index: int = 0) -> Tensor:
         """The local loss, a scalar.

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from graphopt import Graph, PassError, RunError
 from graphopt.ir.flow import ancestors, descendants
 from graphopt.ir.nodes import activations, trainable
+from graphopt.passes.supervise.ahead import LookaheadBlocks
 from graphopt.passes.supervise.auxiliary import Auxiliary
 from graphopt.runtime.body import Body, LocalBackward
 from graphopt.runtime.compiled import outside
@@ -75,9 +76,23 @@ class LocalModule(LocalBackward):
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     @property
-    def reads_others(self) -> bool:
-        """Whether its loss reads weights of the next module."""
-        return self.trains and self.auxiliary.module.lookahead is not None
+    def _lookahead(self) -> LookaheadBlocks | None:
+        """What follows weights of the next module, if this one has a loss that needs it."""
+        return cast(Auxiliary, self.auxiliary.module).lookahead if self.trains else None
+
+    def followed(self) -> Sequence[nn.Parameter]:
+        """The weights of the next module whose running means the look-ahead has."""
+        return self._lookahead.followed() if self._lookahead is not None else ()
+
+    def follow_later(self, later: bool) -> None:
+        """Whether the means wait for `catch_up`."""
+        if self._lookahead is not None:
+            self._lookahead.later = later
+
+    def catch_up(self) -> None:
+        """Moves the running means, if a forward has left that to do."""
+        if self._lookahead is not None:
+            self._lookahead.catch_up()
 
     def parts(self) -> tuple[nn.Module, ...]:
         """The body, and the head and decoder."""

@@ -291,7 +291,7 @@ def _join(rank: int, port: int, attempt: int) -> None:
     """Meets the other ranks at a store that outlives all, and dies without a farewell. Not all agents have counted the failure."""
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt * rank)}
     os.environ.update({**agent, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    ranks = Ranks.join(20).connected("cpu")
+    ranks = Ranks.join(20).connected(torch.device("cpu"))
     known = ranks.gather((rank, ranks.again))
     os._exit(9 if known == [(number, not number and attempt > 0) for number in range(ranks.count)] else 1)
 

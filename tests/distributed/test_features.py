@@ -113,7 +113,7 @@ def _feeds(rank: int, folder: str, views: int) -> None:
     """The batches of features are those that the prefix makes of the batches of images; then decisions that one rank makes alone."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    ranks = Ranks.join(60).connected("cpu")
+    ranks = Ranks.join(60).connected(torch.device("cpu"))
     plan = _plan(when="start", upto="blocks.0", views=views, dtype="bfloat16")
     plan = plan.advance_to(plan.due(0, None, 1)) if not plan.decisions and plan.needs.features is None else plan
     images = ImageFeed(open_data(DATA, (3, 8, 8), 0).train, 12, rank=ranks)
@@ -178,7 +178,7 @@ def _prepared(folder: Path, ranks: Ranks = ALONE) -> tuple[dict, list[Tensor]]:
 
 def _deal(rank: int, folder: str) -> None:
     """Deals what one process has left, which rank 1 does not see in the second folder, and has to compute."""
-    ranks, compute, parts = Ranks.join(60).connected("cpu"), Prefix.compute, CacheDirectory.parts
+    ranks, compute, parts = Ranks.join(60).connected(torch.device("cpu")), Prefix.compute, CacheDirectory.parts
     for name in ("seen", "not by all"):
         images = ImageFeed(open_data(DATA, (3, 8, 8), 0).train, 12, rank=ranks)
         expected = [t for epoch in range(2) for batch in images.batches(epoch) for t in (batch.input, batch.target)]

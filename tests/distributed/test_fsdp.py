@@ -101,7 +101,7 @@ def resume_with(_rank: int, folder: str, strategy: str, epochs: int) -> None:
 def train_on_features(rank: int) -> None:
     torch.manual_seed(0)
     made = graphopt.compile(runs.Net(), [Drop(upto="blocks.1")], input=runs.SHAPE, verify="off", costs=False)
-    images, ranks = torch.rand(2, *runs.SHAPE), Ranks.join(60).connected("cpu")
+    images, ranks = torch.rand(2, *runs.SHAPE), Ranks.join(60).connected(torch.device("cpu"))
     strategy = Sharded.of(runs.settings(strategy="fsdp")).with_ranks(ranks)
     expected = made.module.eval()(images)
     features = made.prefix(images).detach()

@@ -13,10 +13,17 @@ import pytest
 import torch
 
 from graphopt import Plan, RunError
+from graphopt.passes.adapt import Adapt
+from graphopt.passes.blurpool import BlurPool
 from graphopt.passes.drop import Drop
+from graphopt.passes.factorize import Factorize
+from graphopt.passes.freeze import Freeze
+from graphopt.passes.ghost_norm import GhostNorm
+from graphopt.passes.resize import Resize
 from graphopt.passes.supervise import Supervise
 from graphopt.train import Stopped, modules
 from graphopt.train.phase import Phase
+from graphopt.train.transport import Transport
 from tests.support.backbones import Small
 from tests.support.ranks import run_process
 
@@ -43,7 +50,13 @@ def _compare(folder: Path, ranks: tuple[int, ...], names: list[str], steps: int)
 
 def _backbones(folder: Path) -> None:
     _compare(folder, (2, 3), [RESNET], 8)
+
+
+def _device_transport(folder: Path) -> None:
+    """Tensors travel in groups of their own, as by NCCL, but on the CPU."""
+    Transport.of = lambda device, ranks: Transport(device, "gloo")  # type: ignore[method-assign]  # of this process, for one test
     _compare(folder, (3,), [VIT, SWIN], 8)
+    assert "activations by gloo" in (folder / "(3,)" / "3" / VIT / "summary.json").read_text()
 
 
 def _phases(folder: Path) -> None:
@@ -51,14 +64,53 @@ def _phases(folder: Path) -> None:
     _compare(folder, (3,), [SCORED], 6)
 
 
-@pytest.mark.parametrize("function", [_backbones, _phases])
+#: running means of blocks that another rank trains, also of the rank after the next, while one of them rests
+FOLLOWED = "running means of the next module's weights"
+LOOKAHEAD = modules_equal.Case(
+    Small,
+    (
+        Supervise(cuts=("stem", "blocks.0"), decoder="none", lookahead={"blocks": 2, "ema": 0.75}),
+        Freeze(select="stem", when={"epoch": 1}),
+    ),
+    {"epochs": 2, "accumulate": 2, "checkpoint_steps": 1},
+)
+
+
+def _followed(folder: Path) -> None:
+    for name, found in modules_equal.compare({FOLLOWED: LOOKAHEAD}, folder, (3,), 6):
+        assert found.differing == {3: []}, name
+
+
+#: phases of three sizes of images, and passes that change layers of several modules
+COMPOSED = modules_equal.Case(
+    modules_equal.RESNET,
+    (
+        Supervise(modules=3),
+        Resize(size=8, when={"epoch": 0, "until": 1}),
+        Resize(size=12, how="low-frequency", when={"epoch": 1, "until": 2}),
+        BlurPool(),
+        GhostNorm(samples=2),
+        Factorize(select="layer2", rank=0.5, when={"epoch": 1}),
+        Adapt(select="layer3.0", rank=2, when={"epoch": 2}),
+    ),
+    {"epochs": 3, "ema": 0.9},
+    (3, 16, 16),
+)
+
+
+def _composed(folder: Path) -> None:
+    for name, found in modules_equal.compare({"sizes": COMPOSED}, folder, (2,), 6):
+        assert found.differing == {2: []}, name
+
+
+@pytest.mark.parametrize("function", [_backbones, _device_transport, _phases, _followed, _composed])
 def test_a_chain_trains_what_one_process_trains(tmp_path: Path, function: Callable[[Path], None]) -> None:
     in_process(function, tmp_path)
 
 
 STOPPED = modules_equal.Case(
     modules_equal.small_run.backbone,
-    (Supervise(cuts=("stem", "two"), decoder="none"),),
+    (Supervise(cuts=("stem", "one"), decoder="none", lookahead={"blocks": 1, "ema": 0.5}),),
     {"epochs": 2, "ema": 0.9, "checkpoint_steps": 2, "optimizer": modules_equal.ADAMW},
     modules_equal.GRAY,
 )

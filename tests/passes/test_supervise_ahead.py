@@ -14,7 +14,7 @@ from torch import nn
 import graphopt
 from graphopt.cost import forecast
 from graphopt.cost.partition import BATCH
-from graphopt.errors import PassError, RunError
+from graphopt.errors import PassError
 from graphopt.ir.partition import cut_candidates
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.checkpoint import Checkpoint
@@ -24,8 +24,6 @@ from graphopt.passes.freeze import Freeze
 from graphopt.passes.supervise import Supervise
 from graphopt.passes.supervise.ahead import Adapter, ahead_blocks, depth_of, evenly, following
 from graphopt.passes.supervise.layout import ActivationLayout
-from graphopt.spec import TrainSpec
-from graphopt.train.modules import check_modules
 from tests.passes.supervise_backbones import BACKBONES
 from tests.passes.supervise_steps import compiled, step
 from tests.support.backbones import Residual, Small
@@ -189,13 +187,6 @@ def test_the_output_is_the_mean_and_the_copy(bias: Any) -> None:
             lookahead.scale.fill_(0.5)
     torch.testing.assert_close(lookahead.train()(h), out * (1 if bias == "none" else 2))
     assert {n for n, _ in lookahead.named_parameters()} >= ({"scale"} if bias == "scale" else set())
-
-
-def test_one_process_a_module_cannot_follow_the_next() -> None:
-    plan = compiled(Small(), Supervise(cuts=CUTS, **LOOK))
-    with pytest.raises(RunError, match=r"follows the weights of the next module .*lookahead.*ddp"):
-        check_modules(plan, TrainSpec(strategy="modules"), 2)
-    check_modules(compiled(Small(), Supervise(cuts=CUTS, **AHEAD)), TrainSpec(strategy="modules"), 2)
 
 
 # -- beside other passes --------------------------------------------------------------------------------------------------------

@@ -88,3 +88,13 @@ def test_one_rank_is_one_process(plan: graphopt.Plan) -> None:
 def test_more_ranks_than_modules_are_refused(plan: graphopt.Plan) -> None:
     with pytest.raises(RunError, match="3 gradient-isolated modules for 4 processes"):
         forecast_chain(plan, TRAIN, ranks=4, rates=RATES)
+
+
+def test_weights_that_an_earlier_module_follows_are_sent_back() -> None:
+    passes = [Supervise(cuts=["blocks.0"], decoder="none", lookahead={"blocks": 1})]
+    plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 8, 8), verify="off", costs=False)
+    train = TRAIN.model_copy(update={"epochs": 1, "accumulate": 2})
+    first, last = forecast_chain(plan, train, ranks=2, rates=RATES).phases[0].ranks
+    followed = sum(p.nbytes for name, p in plan.module.named_parameters() if name.startswith("blocks.1."))
+    assert (last.messages, last.sent_bytes) == (1, followed)
+    assert first.messages == 2

@@ -112,7 +112,7 @@ def exchanged_sizes(plan, ranks):
 
 
 def check(rank, forecasts):
-    ranks = Ranks.join(60).connected("cpu")
+    ranks = Ranks.join(60).connected(torch.device("cpu"))
     for name, expected in forecasts.items():
         plan = plan_of(name)
         trained = trained_part(plan, None)

@@ -1,12 +1,10 @@
-"""What a chain of ranks refuses before it starts, how modules are assigned, and what travels over a link."""
+"""What a chain of ranks refuses before it starts, and how modules are assigned."""
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import pytest
-import torch
 
 from graphopt import GraphoptError, Pass
 from graphopt.cost import Rates
@@ -15,7 +13,6 @@ from graphopt.passes.share import Share
 from graphopt.passes.supervise import Supervise
 from graphopt.spec import OptimizerSpec
 from graphopt.train.assignment import seconds_of
-from graphopt.train.link import SMALL, pack, unpack
 from graphopt.train.modules import Modular, check_modules, couples_parameters
 from graphopt.train.ranks import Ranks
 from tests.train import small
@@ -79,29 +76,3 @@ def test_what_rests_costs_less() -> None:
     training, frozen_first = (seconds_of(small.plan(p), small.settings(), rates) for p in (passes, passes + frozen))
     assert 0 < frozen_first[0] < training[0] / 2
     assert frozen_first[1:] == training[1:]
-
-
-@pytest.mark.parametrize(
-    ("value", "dense"),
-    [
-        (torch.randn(64, 8, 5, 5).to(memory_format=torch.channels_last), True),
-        (torch.randn(40, 50).t(), True),
-        (torch.randn(30, 1, 100)[:, :, ::2], False),
-        (torch.randn(4000).to(torch.bfloat16), True),
-        (torch.tensor(True), True),
-        (torch.zeros(0, 3), True),
-        (torch.ones(1).expand(5000), False),
-    ],
-    ids=["channels last", "transposed", "with gaps", "bfloat16", "scalar", "empty", "repeated"],
-)
-def test_a_tensor_travels_as_its_bytes(value: torch.Tensor, dense: bool) -> None:
-    large: list[torch.Tensor] = []
-    found = unpack(pickle.loads(pickle.dumps(pack(value, large))), lambda content: content.copy_(large[0]))
-    assert found.dtype == value.dtype
-    assert torch.equal(found, value)
-    assert dense is (found.stride() == value.stride())
-    assert bool(large) is (value.untyped_storage().nbytes() > SMALL or not dense)
-
-
-def test_plain_values_travel_as_they_are() -> None:
-    assert [unpack(pack(value, []), torch.Tensor.zero_) for value in (None, 7, 2.5)] == [None, 7, 2.5]
