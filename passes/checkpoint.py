@@ -80,19 +80,19 @@ class Checkpoint(Pass):
         return self.model_copy(update={"fraction": fraction_within(graph, self, self.budget, step, self.device)})
 
     def match(self, graph: Graph) -> Match[Runs]:
-        from graphopt.cost.recomputation import in_segments, within
+        from graphopt.cost.recomputation import Run, in_segments, within
         from graphopt.ir.blocks import find_blocks
         from graphopt.ir.select import select
 
         if not self.settled:
             raise PassError("a budget in bytes depends on the step", fix="Settle the pass (graphopt.compile does), or give fraction")
         regions = find_blocks(graph) if self.select is None else select(self.select, graph)
-        runs: Runs = tuple((region.name,) for region in regions)
+        runs: Runs = tuple(Run((region.name,)) for region in regions)
         if self.segments is not None:
             runs = in_segments(graph, self.segments, by_memory=self.balance != "blocks")
         elif share := self.fraction or self.budget:
             runs = within(graph, share)
-        match = Match(tuple(region for region in regions if any(region.name in run for run in runs)), runs)
+        match = Match(tuple(region for region in regions if any(region.name in run.blocks for run in runs)), runs)
         if not runs:
             match.skip("the backbone", "its activations are within the budget already")
         return match
