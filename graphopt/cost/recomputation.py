@@ -1,7 +1,7 @@
-"""Which parts of a graph to run again in the backward: so that activations stay within a share of their peak at the fewest FLOPs, or in segments.
+"""Which parts of a graph run again in the backward: so that activations stay within a share of their peak, or in segments.
 
 What runs again saves its inputs only. With a share, runs of whole blocks and spans of operations inside blocks are chosen together
-(`graphopt.cost.spans`), exactly for the prediction. Choices for all shares are found from the highest peak down, each below the one
+(`graphopt.cost.spans`). Choices for all shares are found from the highest peak down, each below the one
 before. A smaller share therefore never has the higher predicted peak.
 """
 

@@ -91,10 +91,17 @@ class Retention:
         end = self.operations[place]
         return flops[place] - flops[first] + end.flops_again, moved[place] - moved[first] + end.moved_again
 
+    @cached_property
+    def _sources(self) -> list[list[tuple[int, Storages]]]:
+        """For each operation, where what it reads comes from, and its storages."""
+        place = self.position
+        known = ([place[n] for n in operation.node.all_input_nodes if n in place] for operation in self.operations)
+        return [[(k, self.operations[k].outputs) for k in places if self.operations[k].outputs] for places in known]
+
     def inputs(self, first: int, last: int) -> Storages:
         """Storages of activations that the operations from `first` to `last` read from before them."""
-        outside = {n for o in self.operations[first : last + 1] for n in o.node.all_input_nodes if self.position.get(n, first) < first}
-        return frozenset[int]().union(*(self.operations[self.position[n]].outputs for n in outside))
+        found = {k: outputs for sources in self._sources[first : last + 1] for k, outputs in sources if k < first}
+        return frozenset[int]().union(*found.values())
 
 
 @recording()

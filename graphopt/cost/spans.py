@@ -5,12 +5,13 @@ in the backward; or a run of whole segments does. A span that runs again keeps w
 with what its last operation saves: PyTorch stops a run in the backward there, so the last operation's own FLOPs do not count.
 
 Two dynamic programmes choose, one over the operations of a segment, one over the segments. Both go forward through the step, with the bytes
-that are held so far, and which of the storages that are read later are among them.
+that are held so far, and which of the storages that are read later are among them. Their answer is the best one for the prediction, but for
+what `GRAIN` and `CHOICES` leave out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -49,6 +50,44 @@ class Way(NamedTuple):
     known: Storages = frozenset()
 
 
+@dataclass(frozen=True)
+class _Rerun:
+    """A span that runs again.
+
+    Attributes:
+        levels: the most bytes live in each of its operations, first in the forward, then in the backward, nothing being held before.
+        first: by storage that is among them, from which operation on.
+    """
+
+    price: float
+    inputs: Storages
+    levels: NDArray[np.int64]
+    first: Mapping[int, int]
+
+    @classmethod
+    def of(cls, retention: Retention, first: int, last: int) -> _Rerun:
+        """What running these operations again takes."""
+        inputs, operations = retention.inputs(first, last), retention.operations[first : last + 1]
+        since = dict.fromkeys(inputs, 0)
+        live, levels, entry = retention.bytes(inputs), [], operations[-1].entry
+        for place, operation in enumerate(operations):
+            new = [number for number in operation.saved if number not in since]
+            since.update(dict.fromkeys(new, place))
+            live += sum(retention.sizes[number] for number in new)
+            levels.append((live + operation.forward + entry, live + operation.backward))
+        flops, moved = retention.again(first, last)
+        return cls(flops + BYTE * moved, inputs, np.array(levels, np.int64).T, since)
+
+    def bytes(self, known: Storages, sizes: Sequence[int]) -> tuple[int, int]:
+        """Bytes that it holds, and its peak, besides those of the storages that are held before."""
+        shared = known & self.first.keys()
+        less = np.zeros(self.levels.shape[1], np.int64)
+        for number in shared:
+            less[self.first[number]] += sizes[number]
+        held = sum(sizes[number] for number in self.inputs - shared)
+        return held, max(held, int((self.levels - np.cumsum(less)).max()))
+
+
 #: from a place, with what is known there: the ways on, each with the place where it ends
 Moves = Callable[[int, Storages], Sequence[tuple[int, Way]]]
 
@@ -84,17 +123,16 @@ class Spans:
 
     def again(self, first: int, last: int, known: Storages) -> Way:
         """A span that runs again."""
-        operations, sizes = self.retention.operations, self.retention.sizes
-        inputs = self.retention.inputs(first, last) - known
-        seen = known | inputs
-        held = self.retention.bytes(inputs)
-        peak, live, entry = held, held, operations[last].entry
-        for operation in operations[first : last + 1]:
-            live += sum(sizes[number] for number in operation.saved - seen)
-            seen |= operation.saved
-            peak = max(peak, live + operation.forward + entry, live + operation.backward)
-        flops, moved = self.retention.again(first, last)
-        return Way(flops + BYTE * moved, held, peak, ((first, last),), (known | inputs) & self._later[last + 1])
+        if (first, last) not in self._runs:
+            self._runs[first, last] = _Rerun.of(self.retention, first, last)
+        run = self._runs[first, last]
+        held, peak = run.bytes(known, self.retention.sizes)
+        return Way(run.price, held, peak, ((first, last),), (known | run.inputs) & self._later[last + 1])
+
+    @cached_property
+    def _runs(self) -> dict[Span, _Rerun]:
+        """The spans that were looked at."""
+        return {}
 
     @cached_property
     def _ends(self) -> dict[int, list[int]]:
@@ -106,11 +144,16 @@ class Spans:
                     found[start] = [end for end in range(start + 1, last + 1) if self._useful(start, end)]
         return found
 
+    @cached_property
+    def _written(self) -> dict[int, int]:
+        """The last operation that writes into each storage in place."""
+        return {number: place for place, operation in enumerate(self.retention.operations) for number in operation.written}
+
     def _useful(self, first: int, last: int) -> bool:
         """Whether a span ends with something saved, and nothing from its start on writes into what it reads from before it."""
-        operations = self.retention.operations
-        inputs = self.retention.inputs(first, last) if operations[last].saved else frozenset[int]()
-        return bool(operations[last].saved) and all(inputs.isdisjoint(o.written) for o in operations[first:])
+        if not self.retention.operations[last].saved:
+            return False
+        return all(self._written.get(number, -1) < first for number in self.retention.inputs(first, last))
 
     def _inside(self, place: int, known: Storages) -> list[tuple[int, Way]]:
         ends = self._ends.get(place, ())
