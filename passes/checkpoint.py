@@ -4,8 +4,9 @@ Activation checkpointing (Chen et al., arXiv 1604.06174), by `torch.utils.checkp
 dropout draws the same masks again, and norms count every batch once (`torch.utils.checkpoint` alone moves their statistics twice).
 
 While a segment runs again its activations are live, so the peak is about the inputs of all segments plus the activations of the largest.
-The last one runs again only where that lowers the peak. With a budget, those runs of blocks are recomputed that meet it at the fewest
-FLOPs: a share is one of the predicted peak of activations, a size is all that a step with this pass alone needs.
+The last one runs again only where that lowers the peak. With a budget, those runs of blocks, and those operations inside blocks, are
+recomputed that meet it at the fewest FLOPs: norms, activations and concatenations first, whose results take memory and no FLOPs. A share
+is one of the predicted peak of activations, a size is all that a step with this pass alone needs.
 
     [[pass]]
     use = "checkpoint"
