@@ -4,8 +4,9 @@ Activation checkpointing (Chen et al., arXiv 1604.06174), by `torch.utils.checkp
 dropout draws the same masks again, and norms count every batch once (`torch.utils.checkpoint` alone moves their statistics twice).
 
 While a segment runs again its activations are live, so the peak is about the inputs of all segments plus the activations of the largest.
-The last one runs again only where that lowers the peak. With a budget, those runs of blocks are recomputed that meet it at the fewest
-FLOPs: a share is one of the predicted peak of activations, a size is all that a step with this pass alone needs.
+The last one runs again only where that lowers the peak. With a budget, those runs of blocks, and those operations inside blocks, are
+recomputed that meet it at the fewest FLOPs: norms, activations and concatenations first, whose results take memory and no FLOPs. A share
+is one of the predicted peak of activations, a size is all that a step with this pass alone needs.
 
     [[pass]]
     use = "checkpoint"
@@ -80,19 +81,19 @@ class Checkpoint(Pass):
         return self.model_copy(update={"fraction": fraction_within(graph, self, self.budget, step, self.device)})
 
     def match(self, graph: Graph) -> Match[Runs]:
-        from graphopt.cost.recomputation import in_segments, within
+        from graphopt.cost.recomputation import Run, in_segments, within
         from graphopt.ir.blocks import find_blocks
         from graphopt.ir.select import select
 
         if not self.settled:
             raise PassError("a budget in bytes depends on the step", fix="Settle the pass (graphopt.compile does), or give fraction")
         regions = find_blocks(graph) if self.select is None else select(self.select, graph)
-        runs: Runs = tuple((region.name,) for region in regions)
+        runs: Runs = tuple(Run((region.name,)) for region in regions)
         if self.segments is not None:
             runs = in_segments(graph, self.segments, by_memory=self.balance != "blocks")
         elif share := self.fraction or self.budget:
             runs = within(graph, share)
-        match = Match(tuple(region for region in regions if any(region.name in run for run in runs)), runs)
+        match = Match(tuple(region for region in regions if any(region.name in run.blocks for run in runs)), runs)
         if not runs:
             match.skip("the backbone", "its activations are within the budget already")
         return match

@@ -19,8 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.compiler.pass_base import PassInstance
+from graphopt.compiler.pipeline import match_all, rewrite
 from graphopt.cost import Cost, forecast
 from graphopt.errors import PassError
+from graphopt.ir.graph import Graph
 from graphopt.passes.checkpoint import Checkpoint
 
 BUDGETS = (0.8, 0.6, 0.5, 0.4, 0.3)
@@ -56,19 +59,20 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all((one[k] is None and other[k] is None) or torch.equal(one[k], other[k]) for k in one)
 
 
-def step(module: nn.Module, passes: Any, size: int) -> tuple[Cost, dict[str, torch.Tensor | None]]:
-    plan = graphopt.compile(module, passes, input=(3, size, size), verify="off", costs=False)
-    return forecast(plan.module, (3, size, size), 8, optimizer=None), gradients(plan.module, size)
+def step(graph: Graph, passes: list[Checkpoint], size: int) -> tuple[Cost, dict[str, torch.Tensor | None]]:
+    matched = match_all(graph, [PassInstance(each, 0) for each in passes])
+    module = rewrite(graph, matched, (), verify="off", measure=None).module
+    return forecast(module, (3, size, size), 8, optimizer=None), gradients(module, size)
 
 
 def row(name: str, size: int) -> tuple[str, bool]:
     torch.manual_seed(0)
-    module = build(name)
-    plain, expected = step(module, [], size)
+    graph = graphopt.trace(build(name), (3, size, size))
+    plain, expected = step(graph, [], size)
     cells, peaks, same = [], [1.0], True
     for budget in BUDGETS:
         try:
-            cost, found = step(module, Checkpoint(budget=budget), size)
+            cost, found = step(graph, [Checkpoint(budget=budget)], size)
         except PassError as error:
             if "no choice of blocks" not in error.what:
                 raise

@@ -172,7 +172,7 @@ class _PieceByPiece(fx.Interpreter):
         trained = [t for t in outputs if t.requires_grad]
         if trained:
             with ledger.uncounted():
-                seed = _Seed.apply(ledger, *trained)
+                seed = Seed.apply(ledger, *trained)
                 unit = torch.ones_like(seed)
             torch.autograd.backward(seed, unit)
         work = ledger.work - self.done
@@ -208,7 +208,7 @@ class _PieceByPiece(fx.Interpreter):
         return found
 
 
-class _Seed(torch.autograd.Function):
+class Seed(torch.autograd.Function):
     """Sends a gradient of each input's shape into it, which nothing but autograd holds, as in a longer chain."""
 
     @staticmethod

@@ -1,95 +1,35 @@
-"""Which blocks to run again in the backward: so that activations stay within a share of their peak at the fewest FLOPs, or in segments.
+"""Which parts of a graph run again in the backward: so that activations stay within a share of their peak, or in segments.
 
-The blocks are a chain. Each is kept (its activations are saved), or is part of a run of blocks that saves its input only and is run again
-in the backward. When the backward reaches a run, what is held is: of every kept block before it, what it saves; of every run before it, its
-input; and the run's own activations. So the peak of any choice follows by addition from one measurement of the blocks, and a dynamic
-programme over the chain finds the cheapest one below a limit, exactly for the prediction.
-
-Choices for all limits are found from the highest down, each limit just below the peak of the choice before. A smaller share therefore
-never has the higher predicted peak.
+What runs again saves its inputs only. With a share, runs of whole blocks and spans of operations inside blocks are chosen together
+(`graphopt.cost.spans`). Choices for all shares are found from the highest peak down, each below the one
+before. A smaller share therefore never has the higher predicted peak.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
-from typing import Literal
+from functools import partial
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from graphopt.cost.partition import Piece, Table, best_recomputed, measure, peaks
+from graphopt.cost.retention import Retention, retention
+from graphopt.cost.spans import Span, Spans
 from graphopt.errors import NeedsValuesError, PassError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.graph import Graph
 from graphopt.ir.partition import cut_candidates
 from graphopt.ir.regions import Region
 
-#: each limit is lower than the peak before it by this factor: peaks that are closer are taken as one
-STEP = 0.995
 
-#: names of the blocks in each run of blocks that runs again
-Runs = tuple[tuple[str, ...], ...]
+class Run(NamedTuple):
+    """What runs again together: names of blocks, with what lies between them; or only some `nodes` of them, by name."""
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What is run again in the chain up to some piece.
-
-    Attributes:
-        flops: of what is run again. held: bytes that are held from then on. peak: the highest so far, in bytes.
-        runs: first and last piece of each run of pieces that is run again.
-    """
-
-    flops: int = 0
-    held: float = 0.0
-    peak: float = 0.0
-    runs: tuple[tuple[int, int], ...] = ()
+    blocks: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
 
 
-def cheapest(pieces: Sequence[Piece], table: Table, free: Sequence[bool], limit: float) -> Choice | None:
-    """The choice with the fewest FLOPs whose predicted peak is at most `limit` bytes; None if there is none.
-
-    Args:
-        table: `peaks` of the pieces. free: whether a piece may be run again.
-    """
-    fronts: list[list[Choice]] = [[Choice()], *([] for _ in pieces)]
-    flops = [0, *accumulate(piece.flops for piece in pieces)]
-    for first, piece in enumerate(pieces):
-        size = piece.input[1]
-        for way in _best(fronts[first]):
-            for last, again in _spans(first, free):
-                # The table's peaks include the input, which stays from here on.
-                peak = max(way.peak, way.held + float(table[first, last]))
-                if peak > limit:
-                    continue
-                held, more = (0, flops[last + 1] - flops[first]) if again else (piece.saved, 0)
-                runs = (*way.runs, (first, last)) if again else way.runs
-                fronts[last + 1].append(Choice(way.flops + more, way.held + size + held, peak, runs))
-    return min(fronts[-1], key=lambda way: (way.flops, way.peak), default=None)
-
-
-def _spans(first: int, free: Sequence[bool]) -> Iterator[tuple[int, bool]]:
-    """The last pieces of the spans that start at a piece, and whether they are run again."""
-    yield first, False
-    for last in range(first, len(free)):
-        if not free[last]:
-            return
-        yield last, True
-
-
-def _best(ways: list[Choice]) -> list[Choice]:
-    """Those that no other one beats in FLOPs and in what is held."""
-    found: list[Choice] = []
-    for way in sorted(ways, key=lambda w: (w.flops, w.held, w.peak)):
-        if not found or way.held < found[-1].held:
-            found.append(way)
-    return found
-
-
-def choices(pieces: Sequence[Piece], table: Table, free: Sequence[bool]) -> Iterator[Choice]:
-    """The cheapest choices, from the one that runs nothing again to the one with the lowest peak. Arguments as in `cheapest`."""
-    limit = float("inf")
-    while (found := cheapest(pieces, table, free, limit)) is not None:
-        yield found
-        limit = STEP * found.peak
+Runs = tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -111,19 +51,13 @@ class Chain:
         """The pieces that are blocks; what comes after the last block belongs to the last one that is no piece of its own."""
         return range(self.before, self.before + len(self.ends) + (self.ends[-1] != len(self.blocks) - 1))
 
-    def runs(self, choice: Choice) -> Runs:
-        """The names of the blocks in each run of a choice."""
-        starts = [0, *(end + 1 for end in self.ends)]
-        spans = ((starts[first - self.before], self.ends[last - self.before] + 1) for first, last in choice.runs)
-        return tuple(tuple(block.name for block in self.blocks[a:b]) for a, b in spans)
-
     def peak(self, runs: Runs) -> float | None:
         """The predicted peak of activations with these blocks run again, in bytes; None if one of the runs does not end at pieces' ends."""
         number = {self.blocks[end].name: self.before + place for place, end in enumerate(self.ends)}
         starts = {self.blocks[block].name: self.before + place for place, block in enumerate([0, *(end + 1 for end in self.ends[:-1])])}
-        if any(run[0] not in starts or run[-1] not in number for run in runs):
+        if any(run.blocks[0] not in starts or run.blocks[-1] not in number for run in runs):
             return None
-        again = {starts[run[0]]: number[run[-1]] for run in runs}
+        again = {starts[run.blocks[0]]: number[run.blocks[-1]] for run in runs}
         first, held, peak = 0, 0.0, 0.0
         while first < len(self.pieces):
             last = again.get(first, first)
@@ -152,7 +86,7 @@ def _chain_of(graph: Graph) -> Chain | None:
 
 
 def shares(graph: Graph) -> tuple[tuple[float, Runs], ...]:
-    """The cheapest ways to stay below every limit: the predicted peak as a share of the plain one, and the blocks of each run.
+    """The cheapest ways to stay below every limit: the predicted peak as a share of the plain one, and what runs again.
 
     From the one that runs nothing again to the one with the lowest peak.
     """
@@ -160,16 +94,34 @@ def shares(graph: Graph) -> tuple[tuple[float, Runs], ...]:
 
 
 def _shares(graph: Graph) -> tuple[tuple[float, Runs], ...]:
-    chain = chain_of(graph)
-    if chain is None:
+    blocks, at = find_blocks(graph), {candidate.node for candidate in cut_candidates(graph)}
+    ends = [number for number, block in enumerate(blocks) if len(block.exits) == 1 and block.exits[0] in at]
+    if not ends:
         raise PassError("no block ends where the backbone can be cut", fix='Select regions, or use segments = "every block"')
-    free = [chain.before <= number < chain.before + len(chain.ends) for number in range(len(chain.pieces))]
-    found = list(choices(chain.pieces, chain.table, free))
-    return tuple((choice.peak / found[0].peak, chain.runs(choice)) for choice in found)
+    measured = retention(graph)
+    edges = [measured.position[blocks[0].nodes[0]], *(measured.position[blocks[end].exits[0]] + 1 for end in ends)]
+    every = [0, *edges, len(measured.operations)]
+    segments = tuple((a, b - 1) for a, b in pairwise(every))
+    free = (False, *(True for _ in ends), False)
+    kept = [number for number, (first, last) in enumerate(segments) if first <= last]
+    spans = Spans(measured, tuple(segments[k] for k in kept), tuple(free[k] for k in kept))
+    name = partial(_named, measured, blocks, set(edges))
+    found = list(spans.choices())
+    return tuple((choice.peak / found[0].peak, tuple(map(name, choice.spans))) for choice in found)
+
+
+def _named(measured: Retention, blocks: Sequence[Region], edges: set[int], span: Span) -> Run:
+    """The names of what is in a span; of its nodes, where it is not made of whole segments."""
+    first, last = span
+    nodes = [operation.node for operation in measured.operations[first : last + 1]]
+    inside = tuple(block.name for block in blocks if not set(nodes).isdisjoint(block.nodes))
+    if not inside:  # it lies between blocks, and belongs to the one that comes next
+        inside = tuple(block.name for block in blocks if measured.position[block.nodes[0]] > last)[:1]
+    return Run(inside, () if {first, last + 1} <= edges else tuple(node.name for node in nodes))
 
 
 def within(graph: Graph, share: float) -> Runs:
-    """The blocks of each run to run again, so that the predicted peak of activations is at most `share` of that without.
+    """What to run again, so that the predicted peak of activations is at most `share` of that without.
 
     Raises PassError if no choice is that low; says the lowest share.
     """
@@ -206,4 +158,4 @@ def in_segments(graph: Graph, segments: int | Literal["every block"], *, by_memo
 
 
 def _runs(names: Sequence[str], edges: Sequence[int]) -> Runs:
-    return tuple(tuple(names[a:b]) for a, b in pairwise(edges) if a < b)
+    return tuple(Run(tuple(names[a:b])) for a, b in pairwise(edges) if a < b)

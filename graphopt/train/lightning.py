@@ -7,6 +7,7 @@ import lightning
 from torch import nn
 
 from graphopt.compiler.plan import Plan
+from graphopt.compiler.triggers import RunSchedule
 from graphopt.errors import RunError
 from graphopt.train.loop import Phases, carry_over
 
@@ -23,10 +24,10 @@ class PhaseCallback(lightning.Callback):
 
     phases: Phases
 
-    def __init__(self, plan: Plan, attribute: str = "net") -> None:
-        """`attribute` of the LightningModule holds `plan.module`."""
+    def __init__(self, plan: Plan, attribute: str = "net", *, schedule: RunSchedule | None = None) -> None:
+        """`attribute` of the LightningModule holds `plan.module`; `schedule` is as in `Phases`, in the place of the LightningModule's."""
         super().__init__()
-        self._plan, self._attribute = plan, attribute
+        self._plan, self._attribute, self._schedule = plan, attribute, schedule
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Checks the module and the trainer; raises RunError for what cannot work."""
@@ -38,10 +39,17 @@ class PhaseCallback(lightning.Callback):
         if getattr(pl_module, self._attribute, None) is not self._plan.module:
             fix = f"Set self.{self._attribute} = plan.module, or name the attribute: PhaseCallback(plan, attribute=...)"
             raise RunError(f"the LightningModule's {self._attribute!r} is not the plan's module", where="PhaseCallback", fix=fix)
-        self.phases = Phases(self._plan, epochs=epochs)
+        self.phases = Phases(self._plan, epochs=epochs, schedule=self._schedule)
         if trainer.world_size > 1 and (self._plan.moments(epochs) or self._plan.scored):
             what = "in several processes a phase cannot replace the module that Lightning has wrapped"
             raise RunError(what, where="PhaseCallback", fix="Call trainer.fit once per phase, or use `graphopt train`")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Takes over the learning rates, if there is a schedule. Raises RunError if the LightningModule has one, too."""
+        if self._schedule is not None and trainer.lr_scheduler_configs:
+            fix = "Leave the schedule out of configure_optimizers"
+            raise RunError("the LightningModule has a schedule of its own", where="PhaseCallback(schedule=...)", fix=fix)
+        self.phases.follow(trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begins the phase of the epoch."""
@@ -63,10 +71,12 @@ class PhaseCallback(lightning.Callback):
         setattr(pl_module, self._attribute, after.to(pl_module.device).train())
         optimizers, schedules = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
         trainer.strategy.setup_optimizers(trainer)
+        self.phases.follow(trainer.optimizers)
         for old, new in zip(optimizers, trainer.optimizers, strict=True):
             carry_over(old, before, new, after)
         for schedule, config in zip(schedules, trainer.lr_scheduler_configs, strict=True):
             config.scheduler.load_state_dict(schedule.state_dict())
+        self.phases.set_rates(trainer.current_epoch, step, steps)
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoints: the decisions, to know a checkpoint of another phase."""

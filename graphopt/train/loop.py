@@ -8,12 +8,13 @@ from torch import nn
 
 from graphopt.compiler.pipeline import Verify
 from graphopt.compiler.plan import Plan
-from graphopt.compiler.triggers import Decision, step_at
+from graphopt.compiler.triggers import Decision, RunSchedule, step_at
 from graphopt.errors import RunError
 from graphopt.plan_file import load_strictly
 from graphopt.train.checks import check_frozen, fingerprints
 from graphopt.train.optimizer import load_optimizer_state, named_parameters, optimizer_state
 from graphopt.train.phase import advance
+from graphopt.train.region_rates import RegionRates
 from graphopt.train.state import History
 
 
@@ -30,7 +31,7 @@ class Phases:
 
     Attributes:
         plan: in its current phase, with the weights as they are. optimizer: of its module; None where no function makes one.
-        epochs: length of the run, which some triggers go by.
+        epochs: length of the run, which some triggers go by. schedule: of the learning rate, where `begin` sets it.
     """
 
     def __init__(
@@ -41,32 +42,49 @@ class Phases:
         epochs: int,
         seed: int = 0,
         verify: Verify = "fast",
+        schedule: RunSchedule | None = None,
         sets_rates: bool = False,
     ) -> None:
         """Begins with the plan as it is.
 
         Args:
             make_optimizer: called with the module of each phase.
-            seed: of what passes initialise in later phases.
+            epochs: length of the run. seed: of what passes initialise in later phases.
             verify: how much is checked when a later phase is compiled, as in `graphopt.compile`.
+            schedule: the run's learning rate after a share of the run (0 to 1), as a factor of what the optimizer was made with. `begin`
+                then sets the rates of all groups before every step, those that passes set for their regions, too.
             sets_rates: the loop itself sets the learning rates that passes ask for (`plan.learning_rates`).
 
         Raises:
-            RunError: a pass sets learning rates, and `sets_rates` is not given.
+            RunError: a pass sets learning rates, and neither `schedule`, which they are relative to, nor `sets_rates` is given.
         """
-        if plan.learning_rates.regions and not sets_rates:
-            what = f"a pass sets the learning rate of {plan.learning_rates.regions[0].name}, which only the built-in runner follows"
-            raise RunError(what, fix="Train with `graphopt train`, or with `graphopt.train.train`")
-        self.plan, self.epochs = plan, epochs
+        if plan.learning_rates.regions and schedule is None and not sets_rates:
+            what = f"a pass sets the learning rate of {plan.learning_rates.regions[0].name}, relative to the run's own schedule"
+            raise RunError(what, where="Phases", fix="Give schedule=..., a function of the share of the run that is over")
+        self.plan, self.epochs, self.schedule = plan, epochs, schedule
         self._make, self._seed, self._verify = make_optimizer, seed, verify
-        self.optimizer = make_optimizer(plan.module) if make_optimizer is not None else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._rates: list[RegionRates] = []
+        if make_optimizer is not None:
+            self.optimizer = make_optimizer(plan.module)
+            self.follow([self.optimizer])
         self._history, self._frozen = History(), fingerprints(plan.module)
-        self._within = any(moment != int(moment) for moment in plan.moments(epochs))
+        self._within = schedule is not None or any(moment != int(moment) for moment in plan.moments(epochs))
 
     @property
     def module(self) -> nn.Module:
         """What trains in the current phase."""
         return self.plan.module
+
+    def follow(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Lets `begin` set the rates of these optimizers of `module`, if there is a schedule; their groups are divided by region."""
+        if self.schedule is not None:
+            self._rates = [RegionRates(each, self.module, self.plan.learning_rates, self.schedule) for each in optimizers]
+
+    def set_rates(self, epoch: int, step: int, steps: int) -> None:
+        """Sets the learning rates of the step that comes next, if there is a schedule. `begin` does it."""
+        for rates in self._rates:
+            rates.set((epoch * steps + step) / (self.epochs * steps))
 
     def begin(
         self,
@@ -83,17 +101,18 @@ class Phases:
         settings of its groups. What holds on to the earlier ones (a schedule, DDP) has to be made again.
 
         Args:
-            step: steps of the epoch that are done; where phases begin within epochs, call it before every step.
+            step: steps of the epoch that are done; where phases begin within epochs, or with a schedule, call it before every step.
             steps: those that an epoch has.
             metrics: figures of the epoch before, for triggers that read them.
             decisions: what you decide yourself, next to the triggers.
 
         Raises:
-            RunError: frozen tensors have changed, or a phase begins within an epoch and `steps` was not given.
+            RunError: frozen tensors have changed; or `steps` was not given, but a phase begins within an epoch or there is a schedule.
         """
         if self._within and steps is None:
             fix = "Call begin(epoch, step, steps=len(batches)) before every step"
-            raise RunError("a phase of this plan begins within an epoch", where=f"epoch {epoch}", fix=fix)
+            what = "the learning rate follows a schedule" if self.schedule is not None else "a phase of this plan begins within an epoch"
+            raise RunError(what, where=f"epoch {epoch}", fix=fix)
         if not step:
             self._end_epoch(epoch - 1, metrics or {})
         due = tuple(decisions)
@@ -102,6 +121,8 @@ class Phases:
         if due:
             check_frozen(self.module, self._frozen)
             self._take(advance(self.plan, due, self._seed, due[-1].epoch, verify=self._verify))
+        if steps is not None:
+            self.set_rates(epoch, step, steps)
         return bool(due)
 
     def _reached(self, epoch: int, step: int, steps: int | None) -> Iterable[float]:
@@ -121,6 +142,7 @@ class Phases:
         earlier, self.plan = self.plan, plan
         if self._make is not None and self.optimizer is not None:
             old, self.optimizer = self.optimizer, self._make(plan.module)
+            self.follow([self.optimizer])
             carry_over(old, earlier.module, self.optimizer, plan.module)
         self._frozen = fingerprints(plan.module)
         self._history.watch(plan.scored, named_parameters(plan.module))

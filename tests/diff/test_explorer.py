@@ -24,7 +24,9 @@ FIELDS: dict[str, dict[str, tuple[Any, bool]]] = {
         "incomingEdges": (list, False),
         "outputsMetadata": (list, False),
     },
-    "IncomingEdge": {"sourceNodeId": (str, True), "sourceNodeOutputId": (str, False), "targetNodeInputId": (str, False)},
+    "IncomingEdge": {"sourceNodeId": (str, True), "sourceNodeOutputId": (str, True), "targetNodeInputId": (str, True)},
+    "KeyValue": {"key": (str, True), "value": (str, True)},
+    "MetadataItem": {"id": (str, True), "attrs": (list, True)},
     "NodeDataProviderGraphData": {"name": (str, False), "results": (dict, True)},
     "NodeDataProviderResultData": {"value": (str, True), "bgColor": (str, False)},
     "SyncNavigationData": {
@@ -62,6 +64,7 @@ def test_every_field_is_one_that_the_formats_have(name: str) -> None:
     found = DIFFS[name]()
     collection = to_model_explorer(found)
     check("GraphCollection", collection)
+    assert collection["graphSorting"] in ("node_count_asc", "node_count_desc", "name_asc", "name_desc")
     assert [graph["id"] for graph in collection["graphs"]] == ["diff", "before", "after"]
     for graph in collection["graphs"]:
         check("Graph", graph)
@@ -70,6 +73,10 @@ def test_every_field_is_one_that_the_formats_have(name: str) -> None:
         for node in graph["nodes"]:
             check("GraphNode", node)
             assert node["namespace"], "no node lies loose at the top level"
+            for output in node.get("outputsMetadata", ()):
+                check("MetadataItem", output)
+            for pair in (*node["attrs"], *(pair for output in node.get("outputsMetadata", ()) for pair in output["attrs"])):
+                check("KeyValue", pair)
             for edge in node["incomingEdges"]:
                 check("IncomingEdge", edge)
                 assert edge["sourceNodeId"] in ids

@@ -107,11 +107,19 @@ def test_a_budget_is_kept_at_rising_cost_with_the_same_gradients(name):
 
 
 def gradients(module):
-    """Of a step with all random masks drawn alike."""
+    """Of a step with all random masks drawn alike; and the buffers after it."""
     torch.manual_seed(1)
     x, y = torch.randn(4, 3, 32, 32), torch.arange(4) % 3
     F.cross_entropy(module.train()(x), y).backward()
-    return {name: p.grad for name, p in module.named_parameters()}
+    return {name: p.grad for name, p in module.named_parameters()} | dict(module.named_buffers())
+
+
+@pytest.mark.parametrize("first", [Freeze(select=("stem", "blocks.0")), Freeze(select="blocks.1")])
+def test_a_budget_inside_blocks_composes(first):
+    plain, checkpointed = compiled(first, verify="off"), compiled([first, Checkpoint(budget=0.7)], verify="off")
+    assert checkpointed.report.passes[1].figures["segments"]
+    for one, other in zip(step(plain.module)[1:], step(checkpointed.module)[1:], strict=True):
+        assert same(one, other)
 
 
 def test_a_budget_that_is_met_already_changes_nothing():

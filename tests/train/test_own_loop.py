@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,10 @@ from torch import Tensor
 from graphopt import Phases
 from graphopt.errors import RunError
 from graphopt.passes.freeze import Freeze
-from tests.train.loops import freeze, plan, same, sgd, train
+from graphopt.spec import TrainSpec
+from graphopt.train.optimizer import Schedule, build_optimizer
+from graphopt.train.region_rates import RegionRates
+from tests.train.loops import BATCHES, freeze, plan, same, sgd, train
 
 
 def test_phases_begin_as_the_triggers_say_and_momentum_goes_on() -> None:
@@ -46,9 +52,55 @@ def test_a_phase_within_an_epoch_begins_before_its_step() -> None:
         Phases(made, sgd, epochs=2).begin(0)
 
 
-def test_learning_rates_that_passes_set_are_for_the_built_in_runner() -> None:
-    with pytest.raises(RunError, match=r"sets the learning rate of 1 freeze stem.*graphopt train"):
-        Phases(plan(freeze({"schedule": "freezeout", "t0": 0.5})), sgd, epochs=2)
+def cosine(time: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * time))
+
+
+@pytest.mark.parametrize("how", ["cubic", "linear"])
+def test_learning_rates_that_passes_set_are_those_of_the_runner(how: str) -> None:
+    made = plan(freeze({"schedule": "freezeout", "t0": 0.5, "how": how}))
+    spec = TrainSpec.model_validate({"epochs": 4, "optimizer": {"name": "momentum", "lr": 0.0625}, "scheduler": {"name": "cosine"}})
+    runners = build_optimizer(made.module, spec.optimizer, regions=made.learning_rates)
+    schedule = Schedule(runners, spec, len(BATCHES), made.learning_rates)
+    own = torch.optim.SGD(made.module.parameters(), lr=0.0625)
+    rates = RegionRates(own, made.module, made.learning_rates, schedule._share)
+    seen = set()
+    for step in range(4 * len(BATCHES)):
+        schedule.set_step(step)
+        rates.set(step / (4 * len(BATCHES)))
+        expected, found = ({p: g["lr"] for g in o.param_groups for p in g["params"]} for o in (runners, own))
+        assert found == expected
+        seen |= set(expected.values())
+    assert len(seen) > 2 * 4
+
+
+def test_they_are_followed_through_phases() -> None:
+    phases = Phases(plan(freeze({"schedule": "freezeout", "t0": 0.5, "scale": False})), sgd, epochs=4, schedule=cosine)
+    began, rates = [], []
+    for epoch in range(4):
+        for step in range(len(BATCHES)):
+            began.append(phases.begin(epoch, step, steps=len(BATCHES)))
+            assert phases.optimizer is not None
+            rates.append({name: group["lr"] for group in phases.optimizer.param_groups for name in names(phases, group)})
+    assert sum(began) == 2
+    # t_i of the two regions: (1/2)^3 and (3/4)^3 of the run, of eight steps.
+    for step, found in enumerate(rates):
+        for region, end in (("stem.weight", 1 / 8), ("blocks.0.conv1.weight", 27 / 64)):
+            assert found[region] == pytest.approx(0.05 * cosine(min(step / 8 / end, 1)), abs=1e-12)
+        assert found["fc.weight"] == 0.05 * cosine(step / 8)
+
+
+def names(phases: Phases, group: dict[str, Any]) -> list[str]:
+    held = {id(p) for p in group["params"]}
+    return [name for name, p in phases.module.named_parameters() if id(p) in held]
+
+
+def test_without_a_schedule_there_is_nothing_that_they_are_relative_to() -> None:
+    made = plan(freeze({"schedule": "freezeout", "t0": 0.5}))
+    with pytest.raises(RunError, match=r"sets the learning rate of 1 freeze stem.*schedule"):
+        Phases(made, sgd, epochs=2)
+    with pytest.raises(RunError, match="follows a schedule"):
+        Phases(made, sgd, epochs=2, schedule=cosine).begin(0)
 
 
 def test_a_stop_changes_nothing() -> None:
