@@ -257,7 +257,7 @@ class Modular(Strategy):
         work = time.perf_counter() - self._began - receiving - sending - back
         run, sent = self.runs[self.stage], sum(end.bytes for end in (self._outlet, self._followed) if end is not None)
         own: dict[str, Any] = {"modules": [run.start, run.stop], "work_seconds": work}
-        own |= {"receive_seconds": receiving + back, "send_seconds": sending, "bytes": sent}
+        own |= {"receive_seconds": receiving, "send_seconds": sending + back, "bytes": sent}
         return self.ranks.gather(own)
 
     def stopping(self) -> int:

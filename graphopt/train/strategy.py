@@ -1,6 +1,7 @@
 """How a step runs: ranks, device, precision, memory layout and compilation."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -80,9 +81,9 @@ class Strategy:
         """The device of this rank among `ranks`: on CUDA, that of its local number. Raises RunError where there are not as many."""
         if self.device.type != "cuda" or ranks.count == 1:
             return self.device
-        count = torch.cuda.device_count()
-        if ranks.local >= count and not self.shares_devices:
-            what = f"{ranks.local + 1} processes or more on this machine, which has {count} CUDA devices"
+        count, here = torch.cuda.device_count(), max(ranks.local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if here > count and not self.shares_devices:
+            what = f"{here} processes on this machine, which has {count} CUDA devices"
             raise RunError(what, where="train.device", fix=f"Start {count}, one per device")
         return torch.device("cuda", ranks.local % count)
 

@@ -132,7 +132,9 @@ def test_the_transport_is_chosen_by_the_devices(monkeypatch: pytest.MonkeyPatch,
 
 def test_only_a_chain_shares_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     ranks = Ranks(1, 2, local=1)
     assert Modular(torch.device("cuda")).device_of(ranks) == torch.device("cuda", 0)
-    with pytest.raises(RunError, match=r"2 processes or more on this machine, which has 1 CUDA devices.*Start 1"):
-        Strategy(torch.device("cuda")).device_of(ranks)
+    for local in (0, 1):  # each of them, so that none waits for the other
+        with pytest.raises(RunError, match=r"2 processes on this machine, which has 1 CUDA devices.*Start 1"):
+            Strategy(torch.device("cuda")).device_of(Ranks(local, 2, local=local))
