@@ -25,8 +25,6 @@ INDEX = "study.json"
 INDEX_VERSION = 1
 #: seconds that a run waits for another process to leave its folder
 PATIENCE = 30
-#: the status of a process that was interrupted before it handled signals
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class _Pool:
         code, done = item.process.exitcode, summary_of(item.folder)
         if code == 0 and done is not None:
             outcome = Outcome(item.member, item.folder, "done", _result(done))
-        elif self.signum() and code in (128 + self.signum(), -self.signum(), _INTERRUPTED):
+        elif self.signum() and (code in (128 + self.signum(), -self.signum()) or _error(item.folder) is None):
             outcome = Outcome(item.member, item.folder, "stopped", "stopped; the same command continues it")
         else:
             outcome = Outcome(item.member, item.folder, "failed", _why(item.folder, code))
@@ -196,11 +194,16 @@ def _why(folder: Path, code: int) -> str:
     """The error that a run's log ends with."""
     if code < 0:
         return f"ended by signal {-code} (no memory?); its log: {_log(folder)}"
+    return _error(folder) or f"ended with status {code}; its log: {_log(folder)}"
+
+
+def _error(folder: Path) -> str | None:
+    """The last error in a run's log. None: there is none, as of a process that was interrupted before it had begun."""
     try:
         lines = _log(folder).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    return next((line for line in reversed(lines) if line.startswith("error: ")), f"ended with status {code}; its log: {_log(folder)}")
+        return None
+    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool, alive: Connection) -> None:
@@ -231,8 +234,6 @@ def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool, a
         except GraphoptError as error:
             print(f"error: {error}", file=log)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:  # before the run has begun
-            sys.exit(_INTERRUPTED)
         except Exception as error:
             print(f"{traceback.format_exc()}\nerror: {type(error).__name__}: {error}", file=log)
             sys.exit(1)

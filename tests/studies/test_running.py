@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,19 @@ def test_when_a_study_is_killed_its_runs_stop_with_checkpoints(folder: Path) -> 
     run.process.join(60)
     assert run.process.exitcode == 128 + signal.SIGTERM
     assert (folder / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("log", "state"), [("", "stopped"), ("error: it broke\n", "failed")])
+def test_a_run_that_is_interrupted_before_it_has_begun_is_stopped(folder: Path, log: str, state: str) -> None:
+    """Python's own answer to Ctrl-C is status 1, as of a run that fails."""
+    said: list[str] = []
+    pool = running._Pool([], 1, (), False, said.append, lambda: signal.SIGINT)
+    (folder / "run.log").write_text(log)
+    item = running._Running(Member("row", 0, load("s.toml"), {}), folder / "run", 0, SimpleNamespace(exitcode=1), 0.0)
+    pool.running.append(item)
+    pool._end(item)
+    assert [outcome.state for outcome in pool.outcomes] == [state]
+    assert said[0].endswith("the same command continues it" if state == "stopped" else "error: it broke")
 
 
 def test_a_run_waits_for_the_one_that_leaves_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
