@@ -26,9 +26,9 @@ def _sample(out: Path) -> None:
     with crash_points.work_folder() as folder:
         (whole, *_) = crash_points.prepared(Path(folder), 1)
         points = whole.points()
-        chosen = [(0, point) for point in points[30 :: len(points) // 6]]
-        found = [f"{point}: {wrong}" for point, wrong in crash_points.check_points(Path(folder), chosen) if wrong]
-    out.write_text("\n".join([str(len(chosen)), *found]))
+        killed, *copied = points[30 :: len(points) // 6]
+        found = whole.visit(Path(folder) / "visited", copied) | {killed: whole.check(Path(folder) / "killed", killed)}
+    out.write_text("\n".join([str(len(found)), *(f"{point}: {wrong}" for point, wrong in found.items() if wrong)]))
 
 
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_was_not(tmp_path: Path) -> None:

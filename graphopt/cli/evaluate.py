@@ -53,6 +53,8 @@ def eval(
         graphopt eval my.toml --data ~/imagenette2-160 --split validation
     """
     options.check_choice("--weights", weights, ("auto", "model", "ema"))
+    if confusion is not None and str(confusion) != "-":
+        options.check_target(confusion, "confusion.csv")
     given = {"data.eval_split": split, "train.batch": batch, "train.device": device}
     overrides = [*options.data_overrides(data, spec or what, trust=trust), *set_]
     overrides += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]

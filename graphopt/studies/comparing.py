@@ -14,7 +14,7 @@ from graphopt.diff.render.run import Run, is_run, read_run
 from graphopt.errors import GraphoptError, RunError, did_you_mean
 from graphopt.files import read_text, unsealed
 from graphopt.spec import load
-from graphopt.studies.running import INDEX
+from graphopt.studies.running import INDEX, INDEX_VERSION
 from graphopt.studies.study import identity
 
 #: accuracies that a comparison can be of
@@ -198,10 +198,15 @@ def _index(path: Path) -> dict[str, Any] | None:
     """What a study's folder says of its runs; None for the folder of a run."""
     if not (path / INDEX).is_file():
         return None
+    where, fix = str(path / INDEX), "Run the study again: it writes it anew"
     try:
-        return unsealed(read_text(path / INDEX))
+        found = unsealed(read_text(path / INDEX))
     except (OSError, ValueError) as error:
-        raise RunError(f"is damaged: {error}", where=str(path / INDEX), fix="Run the study again: it writes it anew") from error
+        raise RunError(f"is damaged: {error}", where=where, fix=fix) from error
+    if found.get("study") != INDEX_VERSION:
+        what = f"has format {found.get('study')!r}, this version of graphopt reads format {INDEX_VERSION}"
+        raise RunError(what, where=where, fix=fix)
+    return found
 
 
 def _grouped(paths: Sequence[Path], trust: bool) -> dict[str, list[Path]]:

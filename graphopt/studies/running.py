@@ -9,8 +9,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from graphopt.units import show_time
 
 INDEX = "study.json"
 INDEX_VERSION = 1
+#: seconds that a run waits for another process to leave its folder
+PATIENCE = 30
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class _Pool:
         self.context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
             self.context.set_forkserver_preload(["graphopt.train", __name__])
+        # The system closes the writing end however this process ends, and no other process has it: runs learn of it at the other end.
+        self.alive, self._held = self.context.Pipe(duplex=False)
 
     def run(self) -> list[Outcome]:
         told = False
@@ -151,13 +156,15 @@ class _Pool:
         finally:
             for item in self.running:  # on a second signal, or an error
                 item.process.kill()
+            self.alive.close()
+            self._held.close()
         return self.outcomes + [Outcome(member, folder, "stopped", "not begun") for member, folder in self.pending]
 
     def _start(self, member: Member, folder: Path) -> None:
         used = {item.slot for item in self.running}
         slot = next(number for number in range(self.jobs) if number not in used)
         device = self.devices[slot % len(self.devices)] if self.devices else None
-        arguments = (dumps(member.spec), str(folder), device, self.jobs, self.trust)
+        arguments = (dumps(member.spec), str(folder), device, self.jobs, self.trust, self.alive)
         process = self.context.Process(target=_train, args=arguments)
         process.start()
         self.running.append(_Running(member, folder, slot, process, time.perf_counter()))
@@ -167,7 +174,7 @@ class _Pool:
         code, done = item.process.exitcode, summary_of(item.folder)
         if code == 0 and done is not None:
             outcome = Outcome(item.member, item.folder, "done", _result(done))
-        elif self.signum() and code in (128 + self.signum(), -self.signum()):
+        elif self.signum() and (code in (128 + self.signum(), -self.signum()) or _error(item.folder) is None):
             outcome = Outcome(item.member, item.folder, "stopped", "stopped; the same command continues it")
         else:
             outcome = Outcome(item.member, item.folder, "failed", _why(item.folder, code))
@@ -187,15 +194,23 @@ def _why(folder: Path, code: int) -> str:
     """The error that a run's log ends with."""
     if code < 0:
         return f"ended by signal {-code} (no memory?); its log: {_log(folder)}"
+    return _error(folder) or f"ended with status {code}; its log: {_log(folder)}"
+
+
+def _error(folder: Path) -> str | None:
+    """The last error in a run's log. None: there is none, as of a process that was interrupted before it had begun."""
     try:
         lines = _log(folder).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    return next((line for line in reversed(lines) if line.startswith("error: ")), f"ended with status {code}; its log: {_log(folder)}")
+        return None
+    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
-def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool) -> None:
-    """One run, in a process of its own; all that it says goes to its log. Its exit status is as that of `graphopt train`."""
+def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool, alive: Connection) -> None:
+    """One run, in a process of its own; all that it says goes to its log. Its exit status is as that of `graphopt train`.
+
+    It stops, after its step, when the other end of `alive` is closed: when the study has been killed.
+    """
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     if hasattr(os, "setsid"):
@@ -209,11 +224,12 @@ def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool) -
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
         sys.stdout = sys.stderr = log
-        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_stop_without, args=(alive,), daemon=True).start()
         if jobs > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         overrides = [f"train.device={json.dumps(device)}"] if device is not None else []
         try:
+            _await(Path(folder))
             train(loads(text, trust=trust, overrides=overrides), folder, resume=True, trust=trust, console=Console(file=log, width=140))
         except GraphoptError as error:
             print(f"error: {error}", file=log)
@@ -223,8 +239,19 @@ def _train(text: str, folder: str, device: str | None, jobs: int, trust: bool) -
             sys.exit(1)
 
 
-def _stop_without(parent: int) -> None:
-    """Stops this process, after its step, when the study has been killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _stop_without(alive: Connection) -> None:
+    """Stops this process, after its step, when the study is gone."""
+    with suppress(EOFError, OSError):
+        alive.recv()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _await(folder: Path) -> None:
+    """Waits while a run of a study that was killed writes its checkpoint; not for ever: somebody else may train there."""
+    end = time.monotonic() + PATIENCE
+    while folder.is_dir() and time.monotonic() < end:
+        try:
+            unlock_folder(lock_folder(folder))
+            return
+        except BlockingIOError:
+            time.sleep(0.05)

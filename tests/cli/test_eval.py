@@ -93,6 +93,7 @@ def test_a_plan_in_a_file_brings_its_spec(run: Path, capsys: pytest.CaptureFixtu
         (["runs/none"], "runs/none: no such run, weights file or spec"),
         (["w.safetensors"], "does not say which backbone and data it belongs to. Name the spec"),
         (["s.toml", "--spec", "s.toml"], "--spec: belongs to a weights file"),
+        (["s.toml", "--split", "night", "--confusion", "no/c.csv"], "no/c.csv: its folder does not exist"),
         (["s.toml", "--split", "night"], "digits has no split 'night'"),
         (["s.toml", "--data", "."], "folder (validation) is missing or damaged under"),
     ],

@@ -143,6 +143,20 @@ def test_what_cannot_be_compared(runs: Path, what: list[str], options: Mapping[s
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "study.json: is damaged"),
+        (sealed({"study": 9, "members": []}), "study.json: has format 9, this version of graphopt reads format 1"),
+    ],
+)
+def test_an_index_that_cannot_be_read_is_named(runs: Path, content: str, message: str) -> None:
+    (runs / "study.json").write_text(content)
+    for what in (runs, runs / "plain0"):  # the folder of a study, and of a run in it
+        with pytest.raises(RunError, match=message):
+            compare([str(what)])
+
+
 def test_no_run_has_finished(runs: Path) -> None:
     (runs / "plain0" / "summary.json").unlink()
     with pytest.raises(RunError, match="no run has finished yet"):

@@ -9,13 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from graphopt.cli import main
 from graphopt.files import lock_folder, unlock_folder
+from graphopt.spec import load
+from graphopt.studies import running
 from graphopt.studies.comparing import compare
+from graphopt.studies.study import Member
 from tests.cli.spec import SPEC
 from tests.support.ranks import serve
 
@@ -130,6 +134,51 @@ def _output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     out, err = capsys.readouterr()
     assert status == 0, err
     return out
+
+
+def test_when_a_study_is_killed_its_runs_stop_with_checkpoints(folder: Path) -> None:
+    member = Member("row", 0, load("s.toml", overrides=["train.epochs=100000"]), {})
+    pool = running._Pool([], 1, (), False, lambda _: None, lambda: 0)
+    pool._start(member, folder / "run")
+    while not (folder / "run" / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    pool._held.close()  # as the system does when this process is killed
+    (run,) = pool.running
+    run.process.join(60)
+    assert run.process.exitcode == 128 + signal.SIGTERM
+    assert (folder / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("log", "state"), [("", "stopped"), ("error: it broke\n", "failed")])
+def test_a_run_that_is_interrupted_before_it_has_begun_is_stopped(folder: Path, log: str, state: str) -> None:
+    """Python's own answer to Ctrl-C is status 1, as of a run that fails."""
+    said: list[str] = []
+    pool = running._Pool([], 1, (), False, said.append, lambda: signal.SIGINT)
+    (folder / "run.log").write_text(log)
+    item = running._Running(Member("row", 0, load("s.toml"), {}), folder / "run", 0, SimpleNamespace(exitcode=1), 0.0)
+    pool.running.append(item)
+    pool._end(item)
+    assert [outcome.state for outcome in pool.outcomes] == [state]
+    assert said[0].endswith("the same command continues it" if state == "stopped" else "error: it broke")
+
+
+def test_a_run_waits_for_the_one_that_leaves_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.toml").write_text('spec = "s.toml"\nset = { train = { epochs = 1 } }\n')
+    (row,) = json.loads(_output(["study", "t.toml", "--list", "--json"], capsys))
+    Path(row["folder"]).mkdir(parents=True)
+    lock = lock_folder(Path(row["folder"]))
+    # The log appears when the run's process has begun; a moment later it is at the lock.
+    thread = threading.Thread(target=_leave, args=(Path(f"{row['folder']}.log").absolute(), lock))
+    thread.start()
+    assert main(["study", "t.toml"]) == 0
+    thread.join()
+
+
+def _leave(log: Path, lock: int | None) -> None:
+    while not log.exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    unlock_folder(lock)
 
 
 def test_a_second_study_in_a_folder_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
