@@ -27,7 +27,7 @@ def known(words: list[str], extras: set[str]) -> bool:
         case ["python", "-m", "pytest", *arguments]:
             paths = [argument for argument in arguments if argument.startswith("tests/")]
             return bool(paths) and all((ROOT / path).exists() for path in paths)
-        case ["python", "-m", "venv", ".venv"] | ["sudo", "apt-get", *_]:
+        case ["python", "-m", "venv", ".venv"]:
             return True
         case ["python", "-m", "pip", "install", "-e", project]:
             return project.startswith(".[") and set(project[2:-1].split(",")) <= extras
