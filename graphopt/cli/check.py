@@ -1,6 +1,5 @@
 """`graphopt check`: the dry run."""
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,10 +81,8 @@ def check(
         doing("timing steps")
         rates = rates_for(here, loaded.train.amp, named if time else None)
         doing("building and tracing the backbone")
-        gc.freeze()  # the collector need not go through all that was imported again and again
         source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
         check_folders(source, trust=trust)
-        gc.freeze()
         plan = compile_phase(source, verify="fast", costs=False, weights=False)
         count = len({0, *(decision.epoch for decision in plan.foreseen(loaded.train.epochs))})
         phases = tuple(doing.each("compiling phase", plan.each_phase(loaded.train.epochs, verify="fast"), count))

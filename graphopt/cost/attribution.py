@@ -7,7 +7,8 @@ runs a node, the number tells the path. So backward work is attributed without h
 import inspect
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +97,9 @@ class Attribution:
         total[1 if not reads_weight and number in self._weighted else 2] += plain
 
 
-def instrument(module: nn.Module, attribution: Attribution) -> None:
-    """Makes every part of `module` (a private copy) report to `attribution`: graph modules node by node, others by module path."""
+@contextmanager
+def instrument(module: nn.Module, attribution: Attribution) -> Iterator[None]:
+    """Inside, every part of `module` (a private copy) reports to `attribution`: graph modules node by node, others by module path."""
     parts = [*module.named_modules()]
     names = {part: name for name, part in parts}
     parts += [(names.get(holder, ""), body) for holder, body in bodies(module)]
@@ -106,6 +108,12 @@ def instrument(module: nn.Module, attribution: Attribution) -> None:
             part.forward = _NodeRunner(part, name, attribution)
         elif not isinstance(part, torch.jit.ScriptModule):
             part.forward = _reporting(part.forward, name, attribution)
+    try:
+        yield
+    finally:
+        for _, part in parts:
+            # What reports holds the part: left there, it would keep the whole copy until the cyclic collector finds it.
+            vars(part).pop("forward", None)
 
 
 def _reporting(forward: Callable[..., Any], name: str, attribution: Attribution) -> Callable[..., Any]:

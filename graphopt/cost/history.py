@@ -47,7 +47,10 @@ def play(history: History, allocator: Allocator) -> None:
 def usage(history: History, capacity: int | None = None, *, expandable: bool = False) -> Usage:
     """The peaks of a history on a device that can give `capacity` bytes. Raises OutOfMemory."""
     allocator = Allocator(capacity, expandable=expandable)
-    play(history, allocator)
+    try:
+        play(history, allocator)
+    finally:
+        allocator.close()
     return Usage(allocator.peak_requested, allocator.peak_allocated, allocator.peak_reserved, allocator.retries)
 
 

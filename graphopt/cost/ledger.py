@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from graphopt.cost.attribution import Attribution
 from graphopt.cost.figures import Work
 from graphopt.cost.flops import CONVOLUTIONS, operator_flops
+from graphopt.ir.fakes import FakeMode
 from graphopt.ir.shapes import tensors_in
 
 aten = torch.ops.aten
@@ -117,6 +118,12 @@ class Ledger(TorchDispatchMode):
         self.inside: Callable[[OperatorCall], None] | None = None
         self._references: dict[int, _StorageRef] = {}
         self._open = True
+        self._below: FakeMode | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether each operator takes a detour to keep torch.compile away from this mode, as torch asks. Nothing is compiled under it."""
+        return False
 
     def index(self, tensor: Tensor) -> int:
         """The number of a tensor's storage, of a sharded one that of this rank's shard; an unknown storage gets one."""
@@ -147,6 +154,8 @@ class Ledger(TorchDispatchMode):
             return self._resized(storage, size)
 
         torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]  # sharded parameters are freed by it
+        below = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        self._below = below if isinstance(below, FakeMode) and len(_get_current_dispatch_mode_stack()) == 1 else None
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
@@ -216,7 +225,7 @@ class Ledger(TorchDispatchMode):
         facts = _facts(func)
         if facts.namespace == "prim":  # a fake tensor asked for its device
             return args[0].fake_device if func is torch.ops.prim.device.default else func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if self._below is None else self._below.call_below(func, types, args, kwargs)
         if facts.packet in _DIFFERENT:
             out = _as_real(facts.packet, args, out)
         inputs, outputs = _tensors_of(args, kwargs), tensors_in(out)

@@ -98,8 +98,8 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     with _explained():
         copied = fake_copy(module, mode, _arranged(options))
     attribution = Attribution()
-    instrument(copied, attribution)
     with fake_ranks(parallel.ranks) if parallel else nullcontext(), uncached(module), mode, ExitStack() as stack:
+        stack.enter_context(instrument(copied, attribution))
         # torch logs the traceback of a shape that does not fit; the error that we raise says it.
         log = logging.getLogger("torch._subclasses.fake_tensor")
         stack.callback(log.setLevel, log.level)
@@ -139,9 +139,7 @@ def measure(
     with _explained():
         copied = copy_with(module, lambda tensor: arranged(_own(tensor)))
     attribution = Attribution()
-    if attribute:
-        instrument(copied, attribution)
-    with uncached(module):
+    with uncached(module), instrument(copied, attribution) if attribute else nullcontext():
         return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
 
 

@@ -199,30 +199,40 @@ def forecast_run(
         found.append(phase)
         earlier = current if cached else None
     times = sorted({*range(train.eval_every - 1, train.epochs, train.eval_every), train.epochs - 1})
-    at_own_size = _evaluating(backbone, plan.sizes.full, len(times) * evaluated / micro, micro, options, rates)
-    evaluating = _evaluating_phases(compiled, times, evaluated / micro, micro, options, rates)
+    batch = _forward_cost(backbone, plan.sizes.full, micro, options)
+    at_own_size = _evaluating(batch, len(times) * evaluated / micro, rates)
+    evaluating = _evaluating_phases(compiled, times, evaluated / micro, {plan.sizes.full: batch}, micro, options, rates)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
     totals = _totals([before], *at_own_size), _totals(found, *evaluating)
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
 
 
-def _evaluating(
-    backbone: nn.Module, input: Input, batches: float, batch: int, options: Mapping[str, Any], rates: Rates | PeakRates | None
-) -> tuple[int, float | None]:
+def _evaluating(cost: Cost, batches: float, rates: Rates | PeakRates | None) -> tuple[int, float | None]:
     """FLOPs and seconds of so many batches of an evaluation. The last one of an epoch counts as the part that it is."""
-    cost = _forward_cost(backbone, input, batch, options)
     return int(batches * cost.forward_flops), _seconds(rates, cost, batches)
 
 
 def _evaluating_phases(
-    phases: Sequence[Phase], epochs: Sequence[int], batches: float, batch: int, options: Mapping[str, Any], rates: Rates | PeakRates | None
+    phases: Sequence[Phase],
+    epochs: Sequence[int],
+    batches: float,
+    known: Mapping[Input, Cost],
+    batch: int,
+    options: Mapping[str, Any],
+    rates: Rates | PeakRates | None,
 ) -> tuple[int, float | None]:
-    """The same over a run that is evaluated after `epochs`, each time at the size of the phase that the epoch ends in."""
+    """The same over a run that is evaluated after `epochs`, each time at the size of the phase that the epoch ends in.
+
+    `known` are costs of a batch at sizes that have been forecast.
+    """
     count: Counter[Input] = Counter()
     graphs = {phase.plan.base.input: phase.plan.base for phase in phases}
     for epoch in epochs:
         count[next(p.plan.base.input for p in phases if p.start < epoch + 1 <= p.end)] += 1
-    found = [_evaluating(emit(graphs[i]), i, n * batches, batch, options, rates) for i, n in count.items()]
+    found = []
+    for size, times in count.items():
+        cost = known[size] if size in known else _forward_cost(emit(graphs[size]), size, batch, options)
+        found.append(_evaluating(cost, times * batches, rates))
     seconds = [each for _, each in found if each is not None]
     return sum(flops for flops, _ in found), sum(seconds) if rates else None
 

@@ -1,12 +1,13 @@
 """The simulated caching allocator: its rules one by one, and what must hold after any sequence of allocations and releases."""
 
+import gc
 import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.cost.allocator import GRANULE, MIB, Allocator, OutOfMemory, rounded, segment_size
+from graphopt.cost.allocator import GRANULE, MIB, Allocator, Block, OutOfMemory, rounded, segment_size
 from graphopt.cost.history import History, play, smallest_capacity, usage
 
 KIB = 1024
@@ -208,3 +209,13 @@ def test_a_history_again_needs_as_much_once_segments_are_given_back(history):
     assert allocator.reserved == allocator.allocated == 0
     play(everything, allocator)
     assert allocator.peak_reserved == peak
+
+
+def test_what_a_simulation_allocates_goes_without_the_cyclic_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        usage(History([MIB] * 40, [*range(40), *(~i for i in range(0, 40, 2))]))
+        assert not [one for one in gc.get_objects() if type(one) is Block]
+    finally:
+        gc.enable()
