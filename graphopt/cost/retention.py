@@ -199,7 +199,7 @@ class _NodeByNode(fx.Interpreter):
 
     def found(self, always: Storages) -> Retention:
         """What was measured; live bytes are those above what was saved by then."""
-        operations, sizes = tuple(self.operations.values()), self.ledger.sizes
+        operations, sizes, events = tuple(self.operations.values()), self.ledger.sizes, self.ledger.events
         live = np.concatenate([[0], self.ledger.live(_COUNTED)])
         held, seen, total = dict[str, int](), set(always), sum(sizes[number] for number in always)
         for operation in operations:
@@ -209,13 +209,15 @@ class _NodeByNode(fx.Interpreter):
         begin, entered = 0, set[str]()
         for end, name in self.marks:
             if (known := self.operations.get(name)) is not None:
-                level = int(live[begin : end + 1].max()) - held[name]
+                # What is freed before the first allocation belonged to the operation before.
+                start = next((at for at in range(begin, end) if events[at] >= 0), end)
+                level = int(live[start : end + 1].max()) - held[name]
                 if end <= self.turn:
                     known.forward = max(known.forward, level)
                 else:
                     known.backward = max(known.backward, level)
                     if name not in entered:
-                        known.entry = max(0, int(live[begin]) - held[name])
+                        known.entry = max(0, int(live[start]) - held[name])
                         entered.add(name)
             begin = end
         return Retention(operations, sizes, always)
