@@ -52,6 +52,7 @@ lint: .venv/.installed-test
 	rm -rf build/types && mkdir -p build/types/graphopt
 	ln -s $(CURDIR)/graphopt/* $(CURDIR)/passes $(CURDIR)/specs build/types/graphopt/
 	MYPYPATH=build/types $(BIN)/mypy -p graphopt
+	MYPYPATH=build/types:tools $(BIN)/mypy --config-file tools/mypy.toml tools/*.py
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py
 
 # Every classification backbone of torchvision and one per timm file, at its own size: traced bit for bit.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.passes.supervise import Supervise
+from graphopt.spec import BackboneSpec
 from tests.support.ranks import run_process
 
 TOOLS = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))
@@ -18,6 +19,23 @@ def test_it_imports(tool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tool.parent)
     names = runpy.run_path(str(tool), run_name="imported")
     assert names["__doc__"]
+
+
+def test_the_runner_is_compared_with_a_loop_epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import runner_bench  # type: ignore[import-not-found]  # a script, found by the path above
+
+    found = runner_bench.measured("ResNet-20, 8 px, batch 64", 1, 1)
+    assert [len(found[what]) for what in ("runner", "loop")] == [1, 1]
+    assert min(found["runner"] + found["loop"]) > 0
+
+
+def test_kept_features_are_timed_in_ram_and_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import drop_cache  # type: ignore[import-not-found]  # a script, found by the path above
+
+    lines = drop_cache.table(BackboneSpec(source="cifar", name="resnet8", input=(3, 8, 8)), batch=2, rows=4, repeats=1, every=9)
+    assert [line.split(" | ")[1] for line in lines] == ["float32", "float16"]
 
 
 def test_the_gpu_s_table_runs_dry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

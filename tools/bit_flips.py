@@ -81,7 +81,7 @@ def targets(folder: Path) -> list[Target]:
     """The files of a finished run, what it exports, and cached features."""
     run = small_run.SmallRun()
     run.train(folder / "run")
-    found = [Target(path, lambda path=path: content_digest(load_checkpoint(path))) for path in sorted((folder / "run").glob("*.pt"))]
+    found = [Target(path, partial(_digest, load_checkpoint, path)) for path in sorted((folder / "run").glob("*.pt"))]
     table = folder / "run"
 
     def read() -> Any:
@@ -92,10 +92,14 @@ def targets(folder: Path) -> list[Target]:
     found.append(Target(table / "ledger.bin", lambda: _ledger(table / "ledger.bin", run)))
     for name in ("model.safetensors", "model.pt"):
         graphopt.train.export_run(table, folder / name, trust=True)
-        found.append(Target(folder / name, lambda path=folder / name: content_digest(read_weights(path))))
+        found.append(Target(folder / name, partial(_digest, read_weights, folder / name)))
     saved = graphopt.save(run.plan, folder / "plan.safetensors")
     found.append(Target(saved, lambda: content_digest(read_plan_file(saved, plan=run.plan).module.state_dict())))
     return [*found, *_parts(folder / "parts"), *_features(folder / "features"), *_begun(folder / "begun"), *_data(folder)]
+
+
+def _digest(read: Callable[[Path], Any], path: Path) -> str:
+    return content_digest(read(path))
 
 
 def _ledger(path: Path, run: small_run.SmallRun) -> list[str]:

@@ -49,7 +49,7 @@ def verified_over_step(name: str = "resnet152", batch: int = 32, part: int = 4) 
     import torchvision
 
     model = torchvision.models.get_model(name)
-    value = passes()["freeze"](select=[{"blocks": True, "first": 0.5}])
+    value = passes()["freeze"].model_validate({"select": [{"blocks": True, "first": 0.5}]})
     start = time.process_time()
     graphopt.compile(model, value, input=(3, 224, 224), batch=batch)
     compiled = time.process_time() - start

@@ -40,7 +40,8 @@ NETWORKS = (
 
 def build(name: str) -> nn.Module:
     """The network with all its random masks on, where it has them."""
-    for options in ({"drop_rate": 0.2, "drop_path_rate": 0.2}, {"drop_rate": 0.2}, {}):
+    masks: tuple[dict[str, Any], ...] = ({"drop_rate": 0.2, "drop_path_rate": 0.2}, {"drop_rate": 0.2}, {})
+    for options in masks:
         try:
             return timm.create_model(name, num_classes=10, **options)
         except TypeError:

@@ -58,7 +58,7 @@ class Variant:
 
     def step(self, number: int, x: Tensor, y: Tensor) -> None:
         self.module.zero_grad(set_to_none=True)
-        set_seeds(number, number)
+        set_seeds(lambda: number, number)
         output = self.call(x, y) if self.targets else self.call(x)
         output, local = output if self.targets else (output, 0.0)
         (F.cross_entropy(output, y) + local).backward()

@@ -56,13 +56,14 @@ def options_on_half(use: str, graph: Graph) -> dict[str, Any]:
     """Options that make a built-in pass change about half of the backbone."""
     names = [r.name for r in disjoint_parts(graph) if r.parameters]
     ends = [point.name for point in drop_points(graph)]
-    return {
+    options: dict[str, dict[str, Any]] = {
         "freeze": {"select": names[: max(1, len(names) // 2)]},
         "share": {"every": 2, "boundary": "nearest"},
         "drop": {"upto": ends[(len(ends) - 1) // 2] if ends else names[0]},
         "supervise": {"modules": 2},
         "checkpoint": {"segments": 2},
-    }[use]
+    }
+    return options[use]
 
 
 def compared(module: nn.Module, size: Input, targets: bool = False) -> tuple[Cost, str]:

@@ -37,7 +37,7 @@ def candidates(folder: Path | None = None) -> Iterator[Candidate]:
     """All backbones, the small and odd ones first. Names of timm's smallest models are stored in `folder`: finding them takes minutes."""
     for name, (build, shape) in ODDITIES.items():
         yield Candidate(f"own/{name}", build, shape)
-    yield from hugging_face()
+    yield from (Candidate(*made) for made in hugging_face())
     yield from _features()
     yield from _outside()
     # In turn, so that a run that ends early has some of both.
@@ -116,7 +116,7 @@ def _features() -> Iterator[Candidate]:
 
 
 def _checkpointing(name: str, **arguments: Any) -> nn.Module:
-    model = timm.create_model(name, **arguments)
+    model: Any = timm.create_model(name, **arguments)
     model.set_grad_checkpointing(True)
     return model
 

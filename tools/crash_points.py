@@ -69,7 +69,7 @@ class Scenario:
         self.prepare(self.start)
         root = copied(self.start, folder / "whole")
         self.calls = []
-        self.sit(root, lambda _, call: self.calls.append(str(call)) or 0)
+        self.sit(root, noting(self.calls))
         _resume(self.run, root)
         self.expected = small_run.result(root)
         shutil.rmtree(root)
@@ -151,6 +151,16 @@ class Scenario:
         for name in foreign:
             (root / name).unlink(missing_ok=True)
         return gone + small_run.differences(root, self.expected)
+
+
+def noting(calls: list[str]) -> Callable[[int, Call], int]:
+    """What to decide of each call, so that all are made, and noted."""
+
+    def decide(_: int, call: Call) -> int:
+        calls.append(str(call))
+        return 0
+
+    return decide
 
 
 def killing(point: Point) -> Callable[[int, Call], int]:

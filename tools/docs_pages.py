@@ -12,7 +12,7 @@ import inspect
 import posixpath
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def manual(use: str) -> str:
         value = "start" if name == "when" else None if field.is_required() else field.get_default(call_default_factory=True)
         default = "required" if field.is_required() else "" if value is None else f"`{toml_value(value)}`"
         rows.append((f"`{field.alias or name}`", default, meanings.get(name) or kind_of(cls, name)))
-    promises = [("preserves", sorted(cls.preserves)), ("its regions are", [cls.claim] if cls.claim else [])]
+    promises: list[tuple[str, list[str]]] = [("preserves", sorted(cls.preserves)), ("its regions are", [cls.claim] if cls.claim else [])]
     promises.append(("they must not also be", sorted(cls.conflicts_with)))
     lines = [f"- {what}: {', '.join(of)}" for what, of in promises if of]
     return "\n\n".join([*filter(None, texts), _grid(("option", "default", "meaning"), rows), "\n".join(lines)])
@@ -105,7 +105,7 @@ def timm_options() -> str:
     return "\n\n".join(f"## {title}\n\n{_grid(('option', 'default', 'in the spec'), _rows(group))}" for title, group in GROUPS.items())
 
 
-def _rows(group: tuple[Option, ...]) -> list[tuple[str, ...]]:
+def _rows(group: tuple[Option, ...]) -> list[tuple[str, str, str]]:
     rows = []
     for option in group:
         said = [f"`{option.keys}`" if option.keys.replace("_", "").replace(".", "").isalpha() else option.keys]
@@ -115,7 +115,7 @@ def _rows(group: tuple[Option, ...]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _grid(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _grid(head: tuple[str, ...], rows: Iterable[Sequence[str]]) -> str:
     cells = [" | ".join(text.replace("|", "\\|").replace("\n", " ") for text in row) for row in (head, ("---",) * len(head), *rows)]
     return "\n".join(f"| {row} |" for row in cells)
 
@@ -170,7 +170,12 @@ def _spec() -> str:
 
 
 def _sections(whole: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    tables = {"top level": whole, "[backbone]": "BackboneSpec", "[backbone.weights]": "WeightsSpec", "[data]": "DataSpec"}
+    tables: dict[str, str | Mapping[str, Any]] = {
+        "top level": whole,
+        "[backbone]": "BackboneSpec",
+        "[backbone.weights]": "WeightsSpec",
+        "[data]": "DataSpec",
+    }
     tables |= {"[data.augment]": "AugmentSpec", "[train]": "TrainSpec", "[train.optimizer]": "OptimizerSpec"}
     tables |= {"[train.scheduler]": "SchedulerSpec", "[train.loss]": "LossSpec", "[train.distill]": "DistillSpec"}
     tables |= {"[train.fsdp]": "FsdpSpec", "[backbone.head_init]": "HeadInitSpec"}

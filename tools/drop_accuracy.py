@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import heading
@@ -28,14 +29,14 @@ from graphopt.train import train
 SPECS = ("learn_and_drop/digits-resnet32", "learn_and_drop/digits-vgg11")
 
 
-def run(name: str, seed: int, whole: bool) -> dict:
+def run(name: str, seed: int, whole: bool) -> dict[str, Any]:
     """One training run; `whole` leaves the pass out."""
     spec = load(name, overrides=[f"train.seed={seed}", "train.device=cpu"])
     bare = spec.model_copy(update={"passes": ()}) if whole else spec
     with tempfile.TemporaryDirectory() as folder:
         wall, processor = time.perf_counter(), time.process_time()
         summary = train(bare, Path(folder) / "run")
-        found = {
+        found: dict[str, Any] = {
             "accuracy": summary.accuracy,
             "wall": time.perf_counter() - wall,
             "processor": time.process_time() - processor,

@@ -14,6 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from graphopt.driver import build_backbone as build
 from graphopt.ir.blocks import find_blocks
 from graphopt.planning.run_cost import drop_points
 from graphopt.spec import BackboneSpec
-from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, MemoryFill
+from graphopt.train.feature_cache.store import CacheDirectory, EntryLayout, Fill, MemoryFill
 from graphopt.units import show_size
 
 BACKBONES = {
@@ -44,10 +45,10 @@ def timed(function: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def reading(fill: object, layout: EntryLayout) -> float:
+def reading(fill: Fill, layout: EntryLayout) -> float:
     """Seconds to read every row once, in shuffled batches."""
     order = torch.randperm(layout.rows).split(layout.chunk)
-    return timed(lambda: [fill.read(part) for part in order], 3)  # type: ignore[attr-defined]
+    return timed(lambda: [fill.read(part) for part in order], 3)
 
 
 def table(spec: BackboneSpec, batch: int, rows: int, repeats: int, every: int) -> list[str]:
@@ -60,12 +61,13 @@ def table(spec: BackboneSpec, batch: int, rows: int, repeats: int, every: int) -
     for point in drop_points(graph)[::every]:
         prefix = emit(graph, stop=ends[point.name])
         with torch.no_grad():
-            computing = timed(lambda run=prefix: run(x), repeats) / batch
+            computing = timed(partial(prefix, x), repeats) / batch
         for dtype in (torch.float32, torch.float16):
             layout = EntryLayout("k" * 8, rows, point.shape, dtype, batch)
             seconds = {}
             memory = MemoryFill(layout)
             with tempfile.TemporaryDirectory() as folder, CacheDirectory(Path(folder) / "cache", "tool").filling(layout) as file:
+                assert isinstance(file, Fill)  # the folder was empty
                 for fill, name in ((memory, "RAM"), (file, "file")):
                     for number in range(layout.chunks):
                         first, end = layout.span(number)

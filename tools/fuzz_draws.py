@@ -29,6 +29,8 @@ class InPlace(nn.Module):
     """Residual blocks as torchvision writes them: one in-place ReLU for both of its calls, projections between stages."""
 
     class Block(nn.Module):
+        average: Tensor
+
         def __init__(self, inputs: int, width: int, stride: int) -> None:
             super().__init__()
             self.conv1, self.bn1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
@@ -82,6 +84,8 @@ class Buffers(nn.Module):
     """Blocks with a running average of their own, dropout, and norms whose momentum is None, without statistics, or over groups."""
 
     class Block(nn.Module):
+        average: Tensor
+
         def __init__(self, norm: nn.Module) -> None:
             super().__init__()
             self.conv, self.norm, self.drop = nn.Conv2d(8, 8, 3, 1, 1), norm, nn.Dropout(0.1)
@@ -133,7 +137,7 @@ class Vgg(nn.Module):
 
 
 def _vit() -> nn.Module:
-    options = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 10}
+    options: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 4, "num_classes": 10}
     return timm.create_model("vit_tiny_patch16_224", **options)
 
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from fuzz_draws import BACKBONES, EPOCHS, Draw, Table, traced
@@ -51,8 +52,9 @@ def run(case: Table) -> Outcome:
         about = {"source": "python", "name": f"fuzz:{case['backbone']}", "input": list(input)}
         spec = from_table({"backbone": about, "pass": copy.deepcopy(case["pass"]), "train": {"epochs": EPOCHS}})
         matched = match_all(graph, [settled(PassInstance(value, i), graph) for i, value in enumerate(spec.passes)])
-        own = {"backbone": model, "base": graph, "matched": matched, "sizes": Sizes(model, graph, matched, compare=True)}
-        source = Source(**own, name="", digest=spec.digest, spec=spec, batch=2, measure=measure_with(2))
+        sizes, costs_of = Sizes(model, graph, matched, compare=True), measure_with(2)
+        own: dict[str, Any] = {"backbone": model, "base": graph, "matched": matched, "sizes": sizes}
+        source = Source(**own, name="", digest=spec.digest, spec=spec, batch=2, measure=costs_of)
         torch.manual_seed(case["seed"])
         costs = case["seed"] % 8 == 0  # they take as long as all the rest
         plan = compile_phase(source, verify="full", costs=costs)

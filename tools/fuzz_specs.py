@@ -240,8 +240,8 @@ def main() -> int:
     columns = ("step", "specs", "accepted", "refused with a message", "not TOML", "tracebacks", "hangs", "slowest, CPU s")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for step, total, counts, slowest in rows:
-        found = (counts["accepted"] + counts["ok"], counts["refused"], counts["not TOML"], counts["fault"], counts["hang"])
-        lines.append(f"| {step} | {total:,} | " + " | ".join(f"{count:,}" for count in found) + f" | {slowest:.1f} |")
+        numbers_found = (counts["accepted"] + counts["ok"], counts["refused"], counts["not TOML"], counts["fault"], counts["hang"])
+        lines.append(f"| {step} | {total:,} | " + " | ".join(f"{count:,}" for count in numbers_found) + f" | {slowest:.1f} |")
     table = "\n".join(lines) + "\n"
     print(table)
     if options.out:

@@ -49,6 +49,6 @@ def write_table(options: argparse.Namespace, found: list[tuple[Table, Outcome]],
         draws = f"{first} to {int(first) + sum(run['counts']) - 1}"
         lines.append(f"| {seed} | {draws} | {run['on']} | {run['passes']} | {' | '.join(map(str, run['counts']))} |")
     lines += [f"| all | {sum(total)} | | | {' | '.join(map(str, total))} |", "", "| refused because | draws |", "|---|---|"]
-    merged = sum((Counter(run["reasons"]) for run in runs.values()), Counter())
+    merged = sum((Counter(run["reasons"]) for run in runs.values()), Counter[str]())
     lines += [f"| {reason} | {count} |" for reason, count in merged.most_common()]
     options.out.write_text("\n".join([*lines, "", f"{COMMENT}{json.dumps(runs)} -->"]) + "\n")

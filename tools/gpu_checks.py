@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -24,7 +25,7 @@ CASES = (
     ("resnet50", 64), ("resnet18", 128), ("swin_t", 64), ("vit_b_16", 64), ("densenet121", 64), ("efficientnet_b0", 128),
     ("convnext_tiny", 64), ("mobilenet_v3_large", 128), ("vgg11", 64), ("regnet_y_400mf", 128),
 )  # fmt: skip
-OPTIONS = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
 COLUMNS = ("backbone", "batch", "autocast", "allocated, MiB", "forecast", "reserved, MiB", "forecast", "replay differs")
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def measure(kind: str, size: int) -> tuple[int, dict[str, float]]:
         with suppress(GraphoptError):
             found[name], plan = timed(compiled)
             if name == "freeze":
-                found["diff"], _ = timed(lambda plan=plan: Diff.of(plan))
+                found["diff"], _ = timed(partial(Diff.of, plan))
     return len(source.base.nodes), found
 
 

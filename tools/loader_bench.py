@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from machine import heading
 from PIL import Image
-from timm.data import create_dataset, create_loader
+from timm.data import create_dataset, create_loader  # type: ignore[attr-defined]  # re-exported without saying so
 
 from graphopt.data.loader import ImageFeed, open_data
 from graphopt.spec import AugmentSpec, DataSpec

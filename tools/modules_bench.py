@@ -257,7 +257,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rates = measure_rates()
-    first, second = [], []
+    first, second = list[str](), list[str]()
     for name in options.models:
         cuts = cuts_of(MODELS[name], rates)
         found = measured(name, cuts, options.rounds, options.steps)

@@ -65,12 +65,19 @@ class Case(NamedTuple):
 
 
 def vit() -> nn.Module:
-    sizes = {"img_size": 16, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
     return timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=10, proj_drop_rate=0.1, drop_path_rate=0.2)
 
 
 def swin() -> nn.Module:
-    sizes = {"img_size": 16, "patch_size": 2, "window_size": 2, "embed_dim": 12, "depths": (1, 1, 1), "num_heads": (1, 2, 2)}
+    sizes: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 2,
+        "window_size": 2,
+        "embed_dim": 12,
+        "depths": (1, 1, 1),
+        "num_heads": (1, 2, 2),
+    }
     return timm.create_model("swin_tiny_patch4_window7_224", **sizes, num_classes=10, drop_path_rate=0.2)
 
 

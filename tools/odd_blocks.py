@@ -33,6 +33,8 @@ class BlocksAssertOnChannels(Net):
 
 
 class _Counting(Block):
+    steps: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("steps", torch.zeros(()))
@@ -48,6 +50,8 @@ class BlocksCountInBuffers(Net):
 
 
 class _Averaging(Block):
+    average: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("average", torch.zeros(8))
@@ -150,7 +154,7 @@ class SpectralNorms(Net):
     def __init__(self) -> None:
         super().__init__()
         for block in self.blocks:
-            nn.utils.parametrizations.spectral_norm(block.conv1)
+            nn.utils.parametrizations.spectral_norm(block.get_submodule("conv1"))
 
 
 @oddity()
@@ -158,7 +162,7 @@ class WeightNorms(Net):
     def __init__(self) -> None:
         super().__init__()
         for block in self.blocks:
-            nn.utils.parametrizations.weight_norm(block.conv1)
+            nn.utils.parametrizations.weight_norm(block.get_submodule("conv1"))
 
 
 class _Scaled(Block):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from oddity import Net, oddity
+from oddity import Block, Net, oddity
 from torch import Tensor, nn
 
 
@@ -22,7 +22,10 @@ class OneBlockTwice(Net):
 class TiedWeights(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks[3].conv1.weight = self.blocks[1].conv1.weight
+        last, earlier = self.blocks[3], self.blocks[1]
+        assert isinstance(last, Block)
+        assert isinstance(earlier, Block)
+        last.conv1.weight = earlier.conv1.weight
 
 
 @oddity()

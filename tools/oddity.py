@@ -39,8 +39,8 @@ class Block(nn.Module):
         return F.relu(x + self.branch(x))
 
 
-class Net(nn.Module):
-    """Stem, four blocks, pool, linear."""
+class Layers(nn.Module):
+    """Stem, four blocks, pool, linear; whoever extends it says what it takes."""
 
     block: Callable[[], nn.Module] = Block
 
@@ -54,6 +54,10 @@ class Net(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
+
+
+class Net(Layers):
+    """The layers, one after the other."""
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.features(x))

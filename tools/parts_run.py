@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graphopt.train.checkpoint import FORMAT_VERSION, load_checkpoint
 from graphopt.train.folder import RunFolder
@@ -34,8 +35,8 @@ class PartsRun:
 
     def _save(self, run: RunFolder, step: int) -> None:
         draw = torch.Generator().manual_seed(step)
-        tensors = {("phase", "model", f"layer{n}"): torch.rand(8 << n, 16, generator=draw) for n in range(4)}
-        rest: dict[str, Any] = {"model": {name: None for _, _, name in tensors}, "scale": torch.rand(3, generator=draw)}
+        tensors: dict[tuple[str, ...], Tensor] = {("phase", "model", f"layer{n}"): torch.rand(8 << n, 16, generator=draw) for n in range(4)}
+        rest: dict[str, Any] = {"model": {name: None for *_, name in tensors}, "scale": torch.rand(3, generator=draw)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
             parts = write(run.path, step, tensors, Ranks())

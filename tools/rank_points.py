@@ -52,7 +52,7 @@ class Ranks:
         self.run.plan = replace(self.run.plan, measure=None)  # forecasts would take most of a short run's time
         for watched in range(RANKS):
             root, seen = folder / f"whole-{watched}", list[str]()
-            statuses = self.sit(root, watched, lambda _, call, seen=seen: seen.append(str(call)) or 0)
+            statuses = self.sit(root, watched, crash_points.noting(seen))
             if any(statuses):
                 raise RuntimeError(f"the undisturbed ranks ended with {statuses}")
             self.calls.append(seen)

@@ -5,6 +5,7 @@ Writes tools/tables/ranks_cost.md; with `--append`, adds rows to it, those of `-
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def compare(rank: int, backbone: str, strategy: str, accumulate: int, forecasts:
             way = sharded(plan, train, ranks, "gloo")
         else:
             real = Replicated.of(train).with_ranks(Ranks(rank, ranks))
-            way = Parallel(ranks, lambda module, real=real, plan=plan: real.wrap(module, plan), real.without_reduction)
+            way = Parallel(ranks, partial(real.wrap, plan=plan), real.without_reduction)
         options = {**train.forecast_options(), "targets": plan.needs.targets, "parallel": way}
         # A thread of gloo may hold a message a moment longer than it is needed.
         costs = [measure(trained.module, trained.input, train.batch // ranks, **options) for _ in range(3)]
@@ -96,8 +97,8 @@ def main() -> None:
     parser.add_argument("--append", action="store_true")
     options = parser.parse_args()
     about = "bytes of one step on rank 0, batch 12 over all ranks and micro-batches, gloo; least of three steps"
-    figures = (f"{what}, {how}" for what in ("peak", "messages") for how in ("forecast", "measured"))
-    columns = ["backbone", "pass", "strategy", "ranks", "micro-batches", *figures]
+    named = (f"{what}, {how}" for what in ("peak", "messages") for how in ("forecast", "measured"))
+    columns = ["backbone", "pass", "strategy", "ranks", "micro-batches", *named]
     if not options.append:
         head = f"`PYTHONPATH=. python tools/ranks_cost.py`: {about}\n\n| {' | '.join(columns)} |\n"
         TABLE.write_text(head + "|---" * len(columns) + "|\n")

@@ -13,8 +13,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from epochs import trained_by
 from machine import heading
 from torch import nn
 
@@ -64,25 +65,20 @@ class Loop:
         torch.stack(losses).tolist()
 
 
-@contextmanager
-def in_turns(loop: Loop, seconds: dict[str, list[float]]) -> Iterator[None]:
+def in_turns(loop: Loop, seconds: dict[str, list[float]]) -> AbstractContextManager[None]:
     """Inside, every epoch of the runner is followed by one of the loop on the same images."""
-    train_epoch = Run._train_epoch
 
-    def timed(run: Run) -> None:
+    def timed(run: Run, train_on: Callable[[], bool]) -> bool:
         began = time.process_time()
-        train_epoch(run)
+        ended = train_on()
         seconds["runner"].append(time.process_time() - began)
         batches = [(batch.input, batch.target) for batch in run.state.phase.feed.batches(run.progress.epoch)]
         began = time.process_time()
         loop.epoch(batches)
         seconds["loop"].append(time.process_time() - began)
+        return ended
 
-    Run._train_epoch = timed  # type: ignore[method-assign]  # until this context ends
-    try:
-        yield
-    finally:
-        Run._train_epoch = train_epoch  # type: ignore[method-assign]  # its own again
+    return trained_by(timed)
 
 
 def measured(name: str, epochs: int, steps: int) -> dict[str, list[float]]:

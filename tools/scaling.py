@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from epochs import trained_by
 from machine import heading
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -47,7 +48,7 @@ from graphopt.train.run import Run
 from graphopt.train.strategy import Replicated
 
 SHAPE = (3, 32, 32)
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-110": lambda: CifarResNet(110),
     "ViT": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10),
 }
@@ -74,18 +75,13 @@ class Timed:
         self.seconds: dict[str, list[float]] = {"graphopt": [], "plain": []}
         self.bytes: list[float] = []  # per step and rank, on the loopback
 
-    def watch(self) -> None:
-        train_epoch = Run._train_epoch
-
-        def timed(run: Run) -> None:
-            run.state.phase.begin()
-            before = self._now(run), received()
-            train_epoch(run)
-            self.seconds["graphopt"].append(self._now(run) - before[0])
-            self.bytes.append((received() - before[1]) / self.steps / self.ranks)
-            self._plain(run)
-
-        Run._train_epoch = timed  # type: ignore[method-assign]  # this process measures, and ends
+    def epoch(self, run: Run, train_on: Callable[[], bool]) -> bool:
+        before = self._now(run), received()
+        ended = train_on()
+        self.seconds["graphopt"].append(self._now(run) - before[0])
+        self.bytes.append((received() - before[1]) / self.steps / self.ranks)
+        self._plain(run)
+        return ended
 
     @staticmethod
     def _now(run: Run) -> float:
@@ -116,9 +112,9 @@ def rank(name: str, options: argparse.Namespace) -> None:
     model, spec, count = MODELS[name](), settings(options), int(os.environ["WORLD_SIZE"])
     plan = graphopt.compile(deepcopy(model), [], input=SHAPE, verify="off", costs=False)
     timed = Timed(model, count, options.steps, spec)
-    timed.watch()
     data = DataSpec(name="digits", train_limit=options.batch * options.steps, eval_limit=options.batch)
-    train(plan, Path(options.folder, "run"), settings=spec, data=data)
+    with trained_by(timed.epoch):
+        train(plan, Path(options.folder, "run"), settings=spec, data=data)
     found: dict[str, Any] = {"seconds": timed.seconds, "loopback": timed.bytes}
     if os.environ["RANK"] == "0":
         Path(options.folder, "found.json").write_text(json.dumps(found))

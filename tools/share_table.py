@@ -85,10 +85,11 @@ def rows(name: str, case: Case, every: Iterable[int], rounds: int) -> list[tuple
         for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
             times[key].append(steps[key]())
     first = next(iter(made.values())).report.before
+    assert first is not None  # the report was asked for
     base = (f"{first.parameters:,}", f"{first.optimizer_bytes / 2**20:.1f} MiB", f"{first.forward_flops / 1e9:.1f} GF")
     peak = f"{first.peak_activation_bytes / 2**20:.0f} MiB"
     seconds = f"{statistics.median(times['']):.3f} s"
-    found = [(name, "-", "end-to-end", "-", *base, f"{first.backward_flops / 1e9:.1f} GF", peak, seconds, "")]
+    found: list[tuple[str, ...]] = [(name, "-", "end-to-end", "-", *base, f"{first.backward_flops / 1e9:.1f} GF", peak, seconds, "")]
     for (k, mode), plan in plans.items():
         if isinstance(plan, str):
             found.append((name, str(k), mode, "0", *("" for _ in range(7))))

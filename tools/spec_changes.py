@@ -105,7 +105,7 @@ def case(seed: int, number: int) -> str:
 
 
 # -- changes of the text ---------------------------------------------------------------------------------------------------
-def _lines(change: Callable[[random.Random, list[str]], None]) -> Callable[[random.Random, str], str]:
+def _lines(change: Callable[[random.Random, list[str]], object]) -> Callable[[random.Random, str], str]:
     def changed(draw: random.Random, text: str) -> str:
         lines = text.splitlines(keepends=True) or ["\n"]
         change(draw, lines)
