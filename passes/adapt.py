@@ -54,7 +54,8 @@ class Adapt(Pass):
         train: regions that train fully. Default: the last layer with parameters, which is the classifier.
         when: from which epoch.
 
-    Preserves: eval output at its start, state-dict keys at export. Refuses: a selection without such layers; to be taken back.
+    Preserves: eval output at its start, state-dict keys at export. Refuses: a selection without such layers; to be taken back; a second
+    adapt in the spec.
     """
 
     name: ClassVar[str] = "adapt"
@@ -62,6 +63,7 @@ class Adapt(Pass):
     conflicts_with: ClassVar[frozenset[str]] = frozenset({"frozen", "shared", "factorized", "adapted"})
     preserves: ClassVar[frozenset[Property]] = frozenset({"eval output"})
     once: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
     select: Selector = Filter(blocks=True)
     rank: Annotated[int, Field(ge=1, strict=True)] = 8

@@ -248,6 +248,7 @@ class Pass(pydantic.BaseModel):
         claim: what it does to its regions, as a participle ("frozen", "shared", "removed").
         conflicts_with: claims of other passes that its own regions must be free of.
         once: whether a plan can have only one of its kind, which the budget search then replaces instead of adding a second.
+        exclusive: whether it decides about the whole backbone, so that a second one of its kind would undo it, and is refused.
         position: where the budget search adds it: "first" if it splits the backbone, "last" if it reuses the splits of others.
         when: its trigger.
     """
@@ -259,6 +260,7 @@ class Pass(pydantic.BaseModel):
     claim: ClassVar[str | None] = None
     conflicts_with: ClassVar[frozenset[str]] = frozenset()
     once: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
     position: ClassVar[Literal["first", "anywhere", "last"]] = "anywhere"
 
     when: Trigger = Start()
@@ -266,6 +268,11 @@ class Pass(pydantic.BaseModel):
     def preserved_properties(self) -> frozenset[Property]:
         """What this value of the pass preserves: `preserves`, unless its options change that."""
         return self.preserves
+
+    @property
+    def lost_under(self) -> frozenset[str]:
+        """Claims of other passes under which a region would lose what it has learnt: such a pass, if it begins later, has to come after."""
+        return frozenset()
 
     @property
     def settled(self) -> bool:

@@ -73,6 +73,9 @@ def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched,
             found.append(Matched(instance, match))
     for one, other in itertools.permutations(found, 2):
         _check_no_conflict(one, other)
+    for one, other in itertools.combinations(found, 2):
+        _check_not_twice(one, other)
+        _check_order(one, other)
     return tuple(found)
 
 
@@ -160,14 +163,35 @@ def _check_no_conflict(one: Matched, other: Matched) -> None:
     mine, theirs = one.instance.value, other.instance.value
     if theirs.claim is None or theirs.claim not in mine.conflicts_with:
         return
+    if (spot := _shared_spot(one, other)) is not None:
+        claims = f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}"
+        what, fix = f"it cannot be {mine.claim} and {theirs.claim}", "Narrow one of the two selections (exclude = ...)"
+        raise PassError(f"{claims}: {what}", where=one.instance.location, fix=fix)
+
+
+def _check_order(one: Matched, other: Matched) -> None:
+    mine, theirs = one.instance.value, other.instance.value
+    if mine.claim in theirs.lost_under and mine.when != theirs.when and (spot := _shared_spot(one, other)) is not None:
+        first = f"{mine.name} (pass {one.instance.index + 1})"
+        what = f"{first} comes first in the spec and begins at another time: {spot} would lose what it learnt"
+        raise PassError(what, where=other.instance.label, fix=f"Put {theirs.name} before {mine.name}")
+
+
+def _shared_spot(one: Matched, other: Matched) -> str | None:
+    """A region of one pass that overlaps one of the other; None if they are apart."""
     owners = {node: rival for rival in reversed(other.match.regions) for node in rival.nodes}
     for region in one.match.regions:
         rival = next((owners[n] for n in region.nodes if n in owners), None)
         if rival is not None:
-            spot = region.name if rival.covers(region) else rival.name
-            claims = f"{mine.name} (pass {one.instance.index + 1}) and {theirs.name} (pass {other.instance.index + 1}) both claim {spot}"
-            what, fix = f"it cannot be {mine.claim} and {theirs.claim}", "Narrow one of the two selections (exclude = ...)"
-            raise PassError(f"{claims}: {what}", where=one.instance.location, fix=fix)
+            return region.name if rival.covers(region) else rival.name
+    return None
+
+
+def _check_not_twice(one: Matched, other: Matched) -> None:
+    name = other.instance.value.name
+    if type(one.instance.value) is type(other.instance.value) and other.instance.value.exclusive:
+        what = f"pass {one.instance.index + 1} is {name}, too, and each decides what the whole backbone trains"
+        raise PassError(what, where=other.instance.label, fix="Put both selections into one pass")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -208,17 +208,30 @@ class Plan(Source):
         return later
 
     def _take_weights_from(self, earlier: Plan, theirs: dict[str, Tensor]) -> None:
-        """Weights by name; what the other phase does not store, or in another shape, is derived through the backbone's own keys."""
+        """Weights by name; what does not go by name is derived through the backbone's own keys.
+
+        That is what the other phase does not store, or in another shape, and what has to take in tensors that this phase no longer has
+        (an addition to a weight, say).
+        """
         mine = self.module.state_dict()
         values = dict(theirs)
-        if missing := {k for k, v in mine.items() if k not in theirs or theirs[k].shape != v.shape}:
+        derived = {k for k, v in mine.items() if k not in theirs or theirs[k].shape != v.shape}
+        if gone := theirs.keys() - mine.keys():
+            derived |= earlier._depending_on(gone, theirs)
+        if derived:
             adopted = self.from_backbone(earlier.to_backbone(theirs, partial=True))
-            values |= {k: adopted[k] for k in missing if k in adopted}
+            values |= {k: adopted[k] for k in derived if k in adopted}
         # What has another shape even so (another pass's parts under the same names) starts anew.
         self.module.load_state_dict({k: v for k, v in values.items() if k in mine and v.shape == mine[k].shape}, strict=False)
         device = next((p.device for p in earlier.module.parameters()), torch.device("cpu"))
         self.module.to(device)
         self.module.train(earlier.module.training)
+
+    def _depending_on(self, names: Collection[str], state: dict[str, Tensor]) -> set[str]:
+        """Keys of the backbone whose tensors would be others, were these of the module's zero."""
+        without = state | {name: torch.zeros_like(state[name]) for name in names}
+        own, other = (self.to_backbone(given, partial=True) for given in (state, without))
+        return {name for name, value in own.items() if name not in names and not torch.equal(value, other[name])}
 
     @cached_property
     def scored(self) -> dict[str, tuple[str, ...]]:

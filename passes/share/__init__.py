@@ -80,6 +80,11 @@ class Share(Pass):
             return {**data, "every": 4}
         return data
 
+    @property
+    def lost_under(self) -> frozenset[str]:
+        """A frozen block keeps its own weights, which those of a surrogate cannot become."""
+        return frozenset({"frozen", "removed"}) if self.mode == "surrogate" else frozenset()
+
     def match(self, graph: Graph) -> Match[Decision]:
         from graphopt.ir.select import select
         from graphopt.passes.share.neighbours import match_neighbours

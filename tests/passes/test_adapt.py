@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.errors import PassError
 from graphopt.passes.adapt import Adapt
+from graphopt.passes.drop import Drop
 from tests.support.steps import BACKBONES, trained
 
 
@@ -69,6 +70,23 @@ def test_what_is_refused(options: dict[str, object], says: str) -> None:
     model, input = BACKBONES["resnet"]()
     with pytest.raises(PassError, match=says):
         graphopt.compile(model, Adapt(**options), input=input, costs=False)
+
+
+def test_a_second_one_is_refused() -> None:
+    model, input = BACKBONES["resnet"]()
+    with pytest.raises(PassError, match="pass 1 is adapt, too"):
+        graphopt.compile(model, [Adapt(select="layer1"), Adapt(select="layer2")], input=input, costs=False)
+
+
+def test_additions_under_a_prefix_that_is_dropped_later_stay() -> None:
+    model, input = BACKBONES["resnet"]()
+    late = Drop(upto="layer1", when={"epoch": 1})
+    for passes in ([late, Adapt(rank=2)], [Adapt(rank=2), late]):
+        plan = graphopt.compile(model, passes, input=input, verify="off", costs=False)
+        trained(plan, input)
+        later = plan.advance_to((*plan.decisions, *plan.due(1)))
+        x = torch.randn(3, *input)
+        torch.testing.assert_close(later.module.eval()(x), plan.module.eval()(x))
 
 
 def test_a_factor_beyond_reason_and_a_network_without_parameters_are_errors() -> None:

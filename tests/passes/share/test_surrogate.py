@@ -18,6 +18,7 @@ from graphopt import GraphoptError, PassError, Plan, RunError, Severity
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.regions import region_at
 from graphopt.models.cifar_resnet import CifarResNet
+from graphopt.passes.freeze import Freeze
 from graphopt.passes.share import Share
 from graphopt.spec import from_table
 from tests.passes.share.backbones import Units, compiled, family, shared_blocks
@@ -269,3 +270,13 @@ def test_a_checkpoint_of_the_backbone_gives_what_is_left_its_weights() -> None:
     for key in state.keys() & theirs.keys():
         part = theirs[key][: len(state[key])] if key in narrowed else theirs[key]
         assert torch.equal(state[key], part)
+
+
+def test_a_block_that_is_frozen_later_is_not_given_its_own_weights_back() -> None:
+    frozen, shared = Freeze(select="layer1", when={"epoch": 1}), Share(select="layer1.1", mode="surrogate")
+    with pytest.raises(PassError, match=r"layer1.1 would lose what it learnt.*Put share before freeze"):
+        graphopt.compile(CifarResNet(20), [frozen, shared], input=(3, 8, 8), verify="off", costs=False)
+    plan = graphopt.compile(CifarResNet(20), [shared, frozen], input=(3, 8, 8), verify="off", costs=False)
+    x = torch.rand(2, 3, 8, 8)
+    later = plan.advance_to((*plan.decisions, *plan.due(1)))
+    assert torch.equal(later.module.eval()(x), plan.module.eval()(x))
