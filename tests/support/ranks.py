@@ -66,7 +66,7 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2, en
 
 def _rank(function: Callable[..., None], rank: int, ranks: int, port: int, group: bool, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    rates.measure_rates = lambda device, amp=None: rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)  # it would take most of a test's time
+    rates.measure_rates = _rates  # it would take most of a test's time
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     if group:
         distributed.init_process_group("gloo", rank=rank, world_size=ranks)
@@ -75,3 +75,7 @@ def _rank(function: Callable[..., None], rank: int, ranks: int, port: int, group
     finally:
         if group:
             distributed.destroy_process_group()
+
+
+def _rates(device: str = "cpu", *, amp: str | None = None) -> rates.Rates:
+    return rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)
