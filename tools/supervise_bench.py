@@ -25,6 +25,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -137,13 +138,23 @@ class Timed:
         return torch.cuda.max_memory_allocated() - before
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How variants are timed on a CPU: threads, autocast, what is compared, and the batch (None: by backbone)."""
+
+    threads: int = 1
+    amp: bool = False
+    compare: str | None = None
+    batch: int | None = None
+
+
 class Apart:
     """One variant in a process of its own."""
 
-    def __init__(self, name: str, label: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, label: str, timing: Timing) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.line, end = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(end, name, label, options), daemon=True)
+        self.process = spawn.Process(target=_serve, args=(end, name, label, timing), daemon=True)
         self.process.start()
         end.close()  # so that a process that died is an end of file here
         self.line.recv()  # it has warmed up
@@ -157,13 +168,13 @@ class Apart:
         self.process.join()
 
 
-def _serve(line: Connection, name: str, label: str, options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
+def _serve(line: Connection, name: str, label: str, timing: Timing) -> None:
+    torch.set_num_threads(timing.threads)
     torch.manual_seed(0)
     make, input, _ = MODELS[name]
     backbone = make()
-    module, targets = made(backbone, trace(backbone, input, compare=False), variants(options.compare)[label])
-    variant, batch = Timed(module, targets, "cpu", options.amp), data(name, time_batch(name, options), "cpu")
+    module, targets = made(backbone, trace(backbone, input, compare=False), variants(timing.compare)[label])
+    variant, batch = Timed(module, targets, "cpu", timing.amp), data(name, time_batch(name, timing), "cpu")
     for _ in range(2):
         variant.step(*batch)
     line.send(None)
@@ -175,8 +186,8 @@ def data(name: str, count: int, device: str) -> tuple[torch.Tensor, torch.Tensor
     return torch.rand(count, *MODELS[name][1], device=device), torch.randint(0, 10, (count,), device=device)
 
 
-def time_batch(name: str, options: argparse.Namespace) -> int:
-    return int(options.time_batch or MODELS[name][2])
+def time_batch(name: str, timing: Timing) -> int:
+    return timing.batch or MODELS[name][2]
 
 
 def turns(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -204,17 +215,18 @@ def bench(name: str, options: argparse.Namespace) -> list[str]:
         costs[label] = forecast(copy.deepcopy(module), input, options.batch, targets=targets, amp="bfloat16" if options.amp else None)
         timed[label] = Timed(module, targets, options.device, options.amp)
         print(f"{name}, {label}: peak {costs[label].peak_activation_bytes / 2**20:.0f} MiB", flush=True)
+    timing = Timing(options.threads, options.amp, options.compare, options.time_batch)
     if options.launches and options.device == "cpu":
         timed.clear()
         seconds: dict[str, list[float]] = {label: [] for label in costs}
         for _ in range(options.launches):
-            apart = {label: Apart(name, label, options) for label in costs}
+            apart = {label: Apart(name, label, timing) for label in costs}
             for label, found in turns({label: one.step for label, one in apart.items()}, options.rounds).items():
                 seconds[label] += found
             for one in apart.values():
                 one.close()
     else:
-        batch = data(name, time_batch(name, options), options.device)
+        batch = data(name, time_batch(name, timing), options.device)
         for variant in timed.values():
             variant.step(*batch)
         seconds = turns({label: partial(variant.step, *batch) for label, variant in timed.items()}, options.rounds)
