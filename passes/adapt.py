@@ -109,13 +109,14 @@ class Adapt(Pass):
 
         from graphopt.ir.nodes import leaf
         from graphopt.ir.paths import is_below
-        from graphopt.passes.layers import beside, call_of, low_rank_pair, zero_pair
+        from graphopt.passes.layers import beside, calls_of, low_rank_pair, zero_pair
 
         effects, pairs = Effects(), dict[str, Pair]()
         backbone, base = {n for n, _ in edit.graph.module.named_parameters()}, edit.graph.nodes
+        calls = calls_of(edit, (path for name in match.names for path in match.decision.layers[name]), effects)
         for name in match.names:
             for path in match.decision.layers[name]:
-                if (node := call_of(edit, path, effects)) is None:
+                if (node := calls.pop(path, None)) is None:
                     continue
                 layer = cast("Dense", leaf(edit.graph, node))
                 # Other weights for another seed.

@@ -74,12 +74,13 @@ class Factorize(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[dict[str, Ranks]]) -> Effects:
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import beside, call_of, divide, low_rank_pair, multiply
+        from graphopt.passes.layers import beside, calls_of, divide, low_rank_pair, multiply
 
         effects, ranks, inners, kept, whole = Effects(), Ranks(), dict[str, str](), 0.0, 0.0
+        calls = calls_of(edit, (path for name in match.names for path in match.decision[name]), effects)
         for name in match.names:
             for path, rank in match.decision[name].items():
-                if (node := call_of(edit, path, effects)) is None:
+                if (node := calls.pop(path, None)) is None:
                     continue
                 layer = cast("Dense", leaf(edit.graph, node))
                 first, second = low_rank_pair(layer, *divide(layer.weight, rank))

@@ -57,13 +57,14 @@ class GhostNorm(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[dict[str, tuple[str, ...]]]) -> Effects:
         from graphopt.ir.nodes import leaf
-        from graphopt.passes.layers import call_of, ghost_norm
+        from graphopt.passes.layers import calls_of, ghost_norm
 
         effects, count = Effects(), 0
+        calls = calls_of(edit, (path for name in match.names for path in match.decision[name]), effects)
         for name in match.names:
             changed = 0
             for path in match.decision[name]:
-                if (node := call_of(edit, path, effects)) is None:
+                if (node := calls.pop(path, None)) is None:
                     continue
                 if (ghost := ghost_norm(leaf(edit.graph, node), self.samples)) is not None:
                     edit.replace_leaf(node, ghost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -48,18 +48,24 @@ def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None
         yield str(node.target), why
 
 
-def call_of(edit: Editor, path: str, effects: Effects) -> Node | None:
-    """The call of a leaf that `match` chose; None, and a note in `effects`, where earlier passes have removed, frozen or shared it."""
-    nodes, readers = edit.calls(path), parameter_readers(edit.graph)
-    if not nodes:
-        effects.skip(path, "an earlier pass has removed it")
-    elif not all(p.requires_grad for p in edit.graph.module.get_submodule(path).parameters()):
-        effects.skip(path, "an earlier pass has frozen it")
-    elif any(node not in nodes for p in edit.graph.module.get_submodule(path).parameters() for node in readers.get(id(p), ())):
-        effects.skip(path, "an earlier pass uses its weights elsewhere")
-    else:
-        return nodes[0]
-    return None
+def calls_of(edit: Editor, paths: Iterable[str], effects: Effects) -> dict[str, Node]:
+    """The call of each leaf that `match` chose; a note in `effects`, where earlier passes have removed, frozen or shared it.
+
+    Ask for all of them before the first edit: what reads a parameter is looked up anew in a graph that has changed.
+    """
+    readers, found = parameter_readers(edit.graph), {}
+    for path in dict.fromkeys(paths):
+        nodes = edit.calls(path)
+        parameters = tuple(edit.graph.module.get_submodule(path).parameters()) if nodes else ()
+        if not nodes:
+            effects.skip(path, "an earlier pass has removed it")
+        elif not all(p.requires_grad for p in parameters):
+            effects.skip(path, "an earlier pass has frozen it")
+        elif any(node not in nodes for p in parameters for node in readers.get(id(p), ())):
+            effects.skip(path, "an earlier pass uses its weights elsewhere")
+        else:
+            found[path] = nodes[0]
+    return found
 
 
 def beside(graph: Graph, path: str, word: str) -> str:

@@ -24,7 +24,9 @@ def owner(name: str) -> str:
 
 
 def is_below(name: str, paths: Iterable[str]) -> bool:
-    """Whether a path or a state-dict name is one of `paths`, or lies inside one of them."""
+    """Whether a path or a state-dict name is one of `paths`, or lies inside one of them; of a frozenset of many, that is looked up."""
+    if isinstance(paths, frozenset):
+        return not paths.isdisjoint(lineage(name))
     return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
 
 

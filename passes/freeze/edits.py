@@ -89,7 +89,7 @@ def uses_parameters(graph: Graph, nodes: Iterable[fx.Node]) -> bool:
 
 def _parameters(graph: Graph, regions: Sequence[Region], selected: set[fx.Node]) -> tuple[tuple[str, ...], Pairs, Pairs]:
     """Names to freeze, ties that leave the selection, and what is borrowed from parts that train."""
-    paths = [p for r in regions for p in r.paths]
+    paths = frozenset(p for r in regions for p in r.paths)
     aliases, readers = defaultdict[int, list[str]](list), defaultdict[int, set[fx.Node]](set)
     for name, parameter in graph.module.named_parameters(remove_duplicate=False):
         aliases[id(parameter)].append(name)

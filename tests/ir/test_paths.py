@@ -39,6 +39,7 @@ def test_what_holds_a_path(path: str, ancestors: list[str], inside: list[str], p
 )
 def test_below(name: str, paths: list[str], expected: bool) -> None:
     assert is_below(name, paths) is expected
+    assert is_below(name, frozenset(paths)) is expected
 
 
 paths = st.lists(st.sampled_from(["a", "b", "0", "conv1"]), max_size=4).map(".".join)
