@@ -190,19 +190,24 @@ class Checks:
         )
         return ""
 
-    def trains_on_features(self) -> None:
-        """Prefix and suffix, one after the other, are the whole."""
+    def trains_on_features(self) -> str:
+        """Prefix and suffix, one after the other, are the whole; a run of a plan without such a suffix is refused before its first step."""
+        other = self.plan.advance_to(self.plan.decisions, verify="off")
+        try:
+            suffix = other.suffix
+        except PassError as error:
+            return f"a run is refused: {error.what}"
         whole = copy.deepcopy(self.plan.module)
         loss = step(self.plan, whole, STEPS)
         expected = gradients(whole)
-        other = self.plan.advance_to(self.plan.decisions, verify="off")
         torch.manual_seed(STEPS)
         with torch.no_grad():
             features = other.prefix(*inputs(self.plan))
-        found = step(self.plan, other.suffix, STEPS, features if isinstance(features, tuple) else (features,))
+        found = step(self.plan, suffix, STEPS, features if isinstance(features, tuple) else (features,))
         require(found == loss, f"the loss behind cached features is {found}, not {loss}")
-        own = gradients(other.suffix)
+        own = gradients(suffix)
         require_equal(own, {name: expected[name] for name in own}, "behind cached features, another gradient")
+        return ""
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
