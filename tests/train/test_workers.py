@@ -113,7 +113,7 @@ def test_a_signal_to_the_whole_group_stops_with_a_checkpoint(
 ) -> None:
     status = disturb(tmp_path / "run", drop, part, image, KillGroup(number))
     assert ((tmp_path / "run.log").read_text(), status) == ("", 128 + number)
-    assert small.same(go(tmp_path / "run", drop, resume=True), whole[drop])
+    assert small.same(go(tmp_path / "run", drop, workers=0, resume=True), whole[drop])
 
 
 @pytest.mark.parametrize("end", ["well", "unreadable", "stopped"])
@@ -135,6 +135,7 @@ def test_no_loader_process_outlives_the_run(tmp_path: Path, monkeypatch: pytest.
 
 def leave_open(log: Path) -> None:
     """Takes one batch, and keeps the feed in a module."""
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's processes
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 2)
     feed = ImageFeed(open_data(DataSpec(name="digits"), (3, 8, 8), 0).train, 16, workers=1)
