@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt import Pass, PassError, Plan, RunError
+from graphopt.compiler.measure import measure_with
 from graphopt.compiler.pass_base import ImageNeeds
 from graphopt.data.loader import open_data
 from graphopt.data.transforms import LowFrequency
@@ -115,7 +117,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 )
 def test_a_run_trains_at_each_size_and_exports_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list[Pass]) -> None:
     seen = shapes(monkeypatch)
-    plan = small.plan([FIRST, SECOND, *others])
+    plan = replace(small.plan([FIRST, SECOND, *others]), measure=measure_with(16))
     before = {name: value.clone() for name, value in plan.backbone.state_dict().items()}
     summary = train(plan, tmp_path, settings=small.settings(ema=0.9), data=small.DATA)
     assert seen == [(3, 4, 4), (3, 6, 6), (3, 8, 8)]

@@ -135,6 +135,7 @@ def test_no_loader_process_outlives_the_run(tmp_path: Path, monkeypatch: pytest.
 
 def leave_open(log: Path) -> None:
     """Takes one batch, and keeps the feed in a module."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits for a loader's process; else 5
     multiprocessing.set_start_method("fork", force=True)  # of the loader's processes
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 2)
