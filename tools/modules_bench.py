@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet110", "vit"])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tables" / "modules.md")
+    parser.add_argument("--out", type=Path, help="also write the table here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rates = measure_rates()
@@ -266,7 +266,9 @@ def main() -> None:
         text = heading("A chain of two processes", __doc__) + FIRST + "".join(first) + SECOND + "".join(second)
         by = f"{rates.flop:.3g} s/FLOP of convolutions, {rates.product:.3g} of matrix products, "
         by += f"{rates.byte:.3g} s/byte, {rates.kernel:.3g} s/kernel"
-        options.out.write_text(f"{text}\nRates: {by}; error on the networks that they were fitted to: {rates.error:.0%}.\n")
+        text += f"\nRates: {by}; error on the networks that they were fitted to: {rates.error:.0%}.\n"
+        if options.out:
+            options.out.write_text(text)
         print("".join(first[-len(VARIANTS) :]))
 
 

@@ -1,6 +1,6 @@
 """Forecast next to measurement: live bytes and messages of a step on 2 and 3 gloo ranks. Run with PYTHONPATH=. from the repository's root.
 
-Writes tools/tables/ranks_cost.md; with `--append`, adds rows to it, those of `--accumulate` micro-batches per step, say.
+With `--append`, rows go behind those that are there, those of `--accumulate` micro-batches per step, say.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from graphopt.train.ranks import Ranks
 from graphopt.train.strategy import Replicated
 from tests.support.ranks import run_ranks
 
-TABLE = Path(__file__).parent / "tables" / "ranks_cost.md"
 PASSES = ("none", "freeze", "share", "supervise", "checkpoint", "drop")
 BACKBONES = {"resnet20": "layer1.0", "vit": "blocks.0"}
 
@@ -64,7 +63,7 @@ def figures(cost: Cost) -> dict[str, Any]:
     return {"peak": cost.peak_bytes, "messages": [(m.name, m.calls, m.bytes, m.sizes) for m in cost.collectives]}
 
 
-def compare(rank: int, backbone: str, strategy: str, accumulate: int, forecasts: Mapping[str, dict[str, Any]]) -> None:
+def compare(rank: int, backbone: str, strategy: str, accumulate: int, forecasts: Mapping[str, dict[str, Any]], out: Path) -> None:
     ranks, train, rows = distributed.get_world_size(), train_of(strategy, accumulate), []
     for name, expected in forecasts.items():
         plan = plan_of(backbone, name)
@@ -86,7 +85,7 @@ def compare(rank: int, backbone: str, strategy: str, accumulate: int, forecasts:
             same = "equal" if found["messages"] == expected["messages"] else f"forecast {expected['messages']}"
             peaks = f"{expected['peak']:,} | {found['peak']:,}"
             rows.append(f"| {backbone} | {name} | {strategy} | {ranks} | {accumulate} | {peaks} | {same} | {messages} |\n")
-    with TABLE.open("a") as file:
+    with out.open("a") as file:
         file.writelines(rows)
 
 
@@ -94,21 +93,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--append", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="where the table is written")
+    parser.add_argument("--append", action="store_true", help="behind the rows that are there")
     options = parser.parse_args()
     about = "bytes of one step on rank 0, batch 12 over all ranks and micro-batches, gloo; least of three steps"
     named = (f"{what}, {how}" for what in ("peak", "messages") for how in ("forecast", "measured"))
     columns = ["backbone", "pass", "strategy", "ranks", "micro-batches", *named]
     if not options.append:
-        head = f"`PYTHONPATH=. python tools/ranks_cost.py`: {about}\n\n| {' | '.join(columns)} |\n"
-        TABLE.write_text(head + "|---" * len(columns) + "|\n")
+        head = f"`PYTHONPATH=. python tools/ranks_cost.py --out tools/tables/ranks_cost.md`: {about}\n\n| {' | '.join(columns)} |\n"
+        options.out.write_text(head + "|---" * len(columns) + "|\n")
     for ranks in options.ranks:
         for backbone in BACKBONES:
             for strategy in ("ddp", "fsdp"):
                 train, plans = train_of(strategy, options.accumulate), {name: plan_of(backbone, name) for name in PASSES}
                 costs = {name: forecast_ranks(plan, train, ranks=ranks) for name, plan in plans.items()}
                 forecasts = {name: figures(cost.phases[0].step) for name, cost in costs.items()}
-                run_ranks(compare, backbone, strategy, options.accumulate, forecasts, ranks=ranks)
+                run_ranks(compare, backbone, strategy, options.accumulate, forecasts, options.out, ranks=ranks)
 
 
 if __name__ == "__main__":
