@@ -12,14 +12,12 @@ import copy
 import functools
 import inspect
 import math
-import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
@@ -27,24 +25,10 @@ from graphopt.errors import TraceError
 from graphopt.ir.inputs import Input, dtype_of, samples, tensors_of
 from graphopt.runtime.loaded import loaded
 from graphopt.tracing.autocast import Contexts, counted
+from graphopt.tracing.same_shape import keeps_shape, layer_keeps_shape
 
 #: containers of torch.nn that only call their children, so that blocks can be found inside
 _TRACED_CONTAINERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
-#: layers whose output has the shape and dtype of their input: nothing needs to run to know it
-_FORWARDS_THAT_KEEP_SHAPE = {
-    layer.forward
-    for layer in (
-        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.Dropout, nn.Dropout2d),
-        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
-    )
-}
-#: functions of which the same is true of their first argument
-_FUNCTIONS_THAT_KEEP_SHAPE = {
-    *(F.relu, F.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.dropout, F.dropout2d),
-    *(F.batch_norm, F.layer_norm, F.group_norm, torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
-}
-#: functions of which it is true where both arguments are alike
-_SUMS = {operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, torch.add, torch.mul}
 #: samples in the values that proxies carry; a size that is a multiple of this prime depends on the batch
 _BATCH = 1009
 _UNKNOWN = object()
@@ -316,7 +300,7 @@ class Tracer(fx.Tracer):
             return given[self.names.index(str(node.target))]
         if node.op == "call_module":
             module = self._meta().get_submodule(str(node.target))
-            return args[0] if type(module).forward in _FORWARDS_THAT_KEEP_SHAPE else module(*args, **kwargs)
+            return args[0] if layer_keeps_shape(module) else module(*args, **kwargs)
         if node.op == "get_attr":
             value = attrgetter(str(node.target))(self.root)
             return value.to("meta") if isinstance(value, Tensor) else value
@@ -326,16 +310,7 @@ class Tracer(fx.Tracer):
         if node.target is getattr and args[1] in _DEVICES - {"device"}:
             return getattr(self._here, args[1])
         function: Any = node.target
-        return args[0] if _keeps_shape(function, args) else function(*args, **kwargs)
-
-
-def _keeps_shape(function: Any, args: Any) -> bool:
-    """Whether the result of a function surely has the shape and the dtype of its first argument."""
-    if not args or not isinstance(args[0], Tensor):
-        return False
-    if function in _SUMS and len(args) == 2 and isinstance(args[1], Tensor):
-        return args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
-    return function in _FUNCTIONS_THAT_KEEP_SHAPE
+        return args[0] if keeps_shape(function, args) else function(*args, **kwargs)
 
 
 def meta_copy(root: nn.Module) -> nn.Module:

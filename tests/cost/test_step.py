@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 import json
 
 import pytest
@@ -395,17 +394,3 @@ def test_errors_say_what_is_wrong(call, says):
     with pytest.raises(CostError) as error:
         call()
     assert says in str(error.value)
-
-
-def test_what_a_forecast_copies_goes_without_the_cyclic_collector():
-    class Own(nn.Linear):
-        """Told from the modules of other tests."""
-
-    module = nn.Sequential(Own(4, 4), nn.ReLU())
-    gc.collect()
-    gc.disable()
-    try:
-        forecast(module, (4,), 2)
-        assert [one for one in gc.get_objects() if type(one) is Own] == [module[0]]
-    finally:
-        gc.enable()
