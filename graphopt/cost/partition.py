@@ -8,7 +8,8 @@ right after its forward (local supervision), or each part run again in the backw
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -87,28 +88,37 @@ def measure(
     Args:
         batch: samples. amp: dtype of autocast. isolated: no piece computes a gradient of its input, as the first one of a module.
     """
+    with on_fakes(graph, batch, fix="Compute shapes and branches from sizes, not from values, or divide the backbone by blocks") as step:
+        module, ledger, given = step
+        active = activations(graph) & descendants([graph.placeholder])
+        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in active}, isolated=isolated)
+        with ledger, autocast(amp), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
+            run.start(*given)
+    return run.pieces([*(c.has_parameters for c in candidates), True])
+
+
+@contextmanager
+def on_fakes(graph: Graph, batch: int, *, fix: str) -> Iterator[tuple[fx.GraphModule, Ledger, tuple[Tensor, ...]]]:
+    """Gives a copy of a graph on fake tensors, all of whose parameters train, with a ledger and the inputs of a step of `batch` samples.
+
+    Raises NeedsValuesError, with `fix`, if what is done with it needs values of tensors.
+    """
     mode = FakeMode()
     module = fake_copy(graph.module, mode)
     module.train()
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     ledger = Ledger(Attribution())
-    with uncached(graph.module), mode:
-        given = samples(graph.input, batch, partial(torch.empty, dtype=dtype_of(module)))
-        ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
-        ledger.set_kind(given, Kind.INPUT)
-        active = activations(graph) & descendants([graph.placeholder])
-        run = _PieceByPiece(module, ledger, {c.node.name for c in candidates}, {n.name for n in active}, isolated=isolated)
-        try:
-            with ledger, autocast(amp), torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
-                run.start(*given)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NeedsValuesError(
-                f"the backbone's Python looks at tensor values, which a forecast does not have: {first_line(error)}",
-                fix="Compute shapes and branches from sizes, not from values, or divide the backbone by blocks",
-            ) from error
-        ledger.close()
-    return run.pieces([*(c.has_parameters for c in candidates), True])
+    try:
+        with uncached(graph.module), mode:
+            given = samples(graph.input, batch, partial(torch.empty, dtype=dtype_of(module)))
+            ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
+            ledger.set_kind(given, Kind.INPUT)
+            yield module, ledger, given
+            ledger.close()
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        what = f"the backbone's Python looks at tensor values, which a forecast does not have: {first_line(error)}"
+        raise NeedsValuesError(what, fix=fix) from error
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,20 @@ From it follows, by addition, what is held while any choice of operations runs a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from graphopt.cost.attribution import Attribution
 from graphopt.cost.ledger import Kind, Ledger, OperatorCall
-from graphopt.cost.partition import BATCH, Seed
-from graphopt.errors import NeedsValuesError, first_line
-from graphopt.ir.copying import fake_copy
-from graphopt.ir.fakes import FakeMode
+from graphopt.cost.partition import BATCH, Seed, on_fakes
 from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph
-from graphopt.ir.inputs import dtype_of, samples
 from graphopt.ir.nodes import writes_in_place
-from graphopt.ir.shapes import tensors_in, uncached
+from graphopt.ir.shapes import tensors_in
 
 #: live bytes of these count
 _COUNTED = (Kind.ACTIVATION, Kind.INPUT)
@@ -107,27 +101,11 @@ class Retention:
 @recording()
 def retention(graph: Graph) -> Retention:
     """Measures a graph whose parameters all train. Raises NeedsValuesError if it cannot run on fake tensors."""
-    mode = FakeMode()
-    module = fake_copy(graph.module, mode)
-    module.train()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    ledger = Ledger(Attribution())
-    with uncached(graph.module), mode:
-        given = samples(graph.input, BATCH, partial(torch.empty, dtype=dtype_of(module)))
-        ledger.set_kind((*module.parameters(), *module.buffers()), Kind.PARAMETER)
-        ledger.set_kind(given, Kind.INPUT)
+    with on_fakes(graph, BATCH, fix="Compute shapes and branches from sizes, not from values") as (module, ledger, given):
         step = _NodeByNode(module, graph, ledger)
         always = frozenset(ledger.index(x) for x in given)
-        try:
-            with ledger:
-                step.take(*given)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NeedsValuesError(
-                f"the backbone's Python looks at tensor values, which a forecast does not have: {first_line(error)}",
-                fix="Compute shapes and branches from sizes, not from values",
-            ) from error
-        ledger.close()
+        with ledger:
+            step.take(*given)
     return step.found(always)
 
 
