@@ -103,29 +103,37 @@ class Wire:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
 
-class Outlet:
-    """The sending end of a link.
-
-    Args:
-        heads: a wire between the hosts. tensors: the wire of the tensors; `heads` itself where they pass through the hosts' memory.
+class _End:
+    """One end of a link.
 
     Attributes:
-        waited: seconds spent waiting for the receiver.
+        waited: seconds spent waiting for the other end.
     """
 
     def __init__(self, heads: Wire, tensors: Wire) -> None:
         self._heads, self._tensors = heads, tensors
-        self._under_way: deque[list[tuple[Wire, Any, Tensor]]] = deque()
         self.waited = 0.0
 
     @property
     def bytes(self) -> int:
-        """How many were sent since `reset`."""
-        return _bytes_over(self._heads, self._tensors)
+        """How many went over it since `reset`."""
+        return self._heads.bytes + (self._tensors.bytes if self._tensors is not self._heads else 0)
 
     def reset(self) -> None:
         """Begins to count seconds and bytes anew."""
         self.waited = self._heads.bytes = self._tensors.bytes = 0
+
+
+class Outlet(_End):
+    """The sending end of a link.
+
+    Args:
+        heads: a wire between the hosts. tensors: the wire of the tensors; `heads` itself where they pass through the hosts' memory.
+    """
+
+    def __init__(self, heads: Wire, tensors: Wire) -> None:
+        super().__init__(heads, tensors)
+        self._under_way: deque[list[tuple[Wire, Any, Tensor]]] = deque()
 
     def send(self, message: Message) -> None:
         """Sends a message; its tensors must not be written to afterwards."""
@@ -154,25 +162,12 @@ class Outlet:
         self._under_way.popleft()
 
 
-class Inlet:
-    """The receiving end of a link; arguments as for `Outlet`, and the device on which the tensors are wanted.
-
-    Attributes:
-        waited: seconds spent waiting for the sender.
-    """
+class Inlet(_End):
+    """The receiving end of a link; arguments as for `Outlet`, and the device on which the tensors are wanted."""
 
     def __init__(self, heads: Wire, tensors: Wire, device: torch.device) -> None:
-        self._heads, self._tensors, self._device = heads, tensors, device
-        self.waited = 0.0
-
-    @property
-    def bytes(self) -> int:
-        """How many were received since `reset`."""
-        return _bytes_over(self._heads, self._tensors)
-
-    def reset(self) -> None:
-        """Begins to count seconds and bytes anew."""
-        self.waited = self._heads.bytes = self._tensors.bytes = 0
+        super().__init__(heads, tensors)
+        self._device = device
 
     def messages(self) -> Iterator[Message]:
         """The messages up to the one that is the last of its epoch; a thread receives the next ones meanwhile.
@@ -217,10 +212,6 @@ class Inlet:
         small = self._tensors.receive(size) if inside is None and size else _tensor_of(inside or b"")
         values = unpack(layouts, small, self._tensors.receive)
         return Message(tuple(v.to(self._device) if isinstance(v, Tensor) else v for v in values), stop, last)
-
-
-def _bytes_over(heads: Wire, tensors: Wire) -> int:
-    return heads.bytes + (tensors.bytes if tensors is not heads else 0)
 
 
 class _Layout(NamedTuple):
