@@ -247,7 +247,7 @@ class Pass(pydantic.BaseModel):
         preserves: what it promises; the compiler checks each promise on the model at hand.
         claim: what it does to its regions, as a participle ("frozen", "shared", "removed").
         conflicts_with: claims of other passes that its own regions must be free of.
-        once: whether a plan can have only one of its kind, which the budget search then replaces instead of adding a second.
+        once: whether the budget search replaces one of its kind instead of adding a second.
         exclusive: whether it decides about the whole backbone, so that a second one of its kind would undo it, and is refused.
         position: where the budget search adds it: "first" if it splits the backbone, "last" if it reuses the splits of others.
         when: its trigger.

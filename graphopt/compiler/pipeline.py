@@ -14,7 +14,7 @@ from graphopt.compiler.measure import Measure
 from graphopt.compiler.pass_base import ActiveMatch, Effects, Match, PassInstance, Severity
 from graphopt.compiler.report import PassReport
 from graphopt.compiler.runs import Runs
-from graphopt.compiler.triggers import Decision, active_regions
+from graphopt.compiler.triggers import Decision, Start, active_regions
 from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
 from graphopt.cost.figures import Cost
 from graphopt.errors import GraphoptError, NeedsValuesError, PassError
@@ -171,7 +171,7 @@ def _check_no_conflict(one: Matched, other: Matched) -> None:
 
 def _check_order(one: Matched, other: Matched) -> None:
     mine, theirs = one.instance.value, other.instance.value
-    if mine.claim in theirs.lost_under and mine.when != theirs.when and (spot := _shared_spot(one, other)) is not None:
+    if mine.claim in theirs.lost_under and mine.when not in (Start(), theirs.when) and (spot := _shared_spot(one, other)) is not None:
         first = f"{mine.name} (pass {one.instance.index + 1})"
         what = f"{first} comes first in the spec and begins at another time: {spot} would lose what it learnt"
         raise PassError(what, where=other.instance.label, fix=f"Put {theirs.name} before {mine.name}")

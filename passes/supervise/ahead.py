@@ -139,11 +139,11 @@ class AheadHead(nn.Sequential):
 class LookaheadBlocks(nn.Module):
     """The next module's first blocks twice: with a running mean of their weights, `mean`, and as a copy that trains, `copied`.
 
-    Attributes:
-        later: after a step the means wait for `catch_up`: weights that they follow are on their way from another process.
-
     The output is `mean(h) + copied(h)` (MAN); with the bias "scale" `(2 - s) * mean(h) + s * copied(h)`, where the factor s trains (MAN++);
     with "none" `mean(h)`. The running means are buffers: saved with the state, and seen by no optimizer. Norms use the batch's statistics.
+
+    Attributes:
+        later: after a step the means wait for `catch_up`: weights that they follow are on their way from another process.
     """
 
     scale: Tensor | None

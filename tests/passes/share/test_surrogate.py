@@ -280,3 +280,5 @@ def test_a_block_that_is_frozen_later_is_not_given_its_own_weights_back() -> Non
     x = torch.rand(2, 3, 8, 8)
     later = plan.advance_to((*plan.decisions, *plan.due(1)))
     assert torch.equal(later.module.eval()(x), plan.module.eval()(x))
+    first = [Freeze(select="layer1"), Share(select="layer1.1", mode="surrogate", when={"epoch": 1})]
+    graphopt.compile(CifarResNet(20), first, input=(3, 8, 8), verify="off", costs=False)  # what is frozen from the start learns nothing
