@@ -22,6 +22,7 @@ from machine import heading
 
 import graphopt
 from graphopt.compiler.registry import passes
+from graphopt.spec.reading import installed
 
 
 def seconds_of_check(spec: str) -> float:
@@ -75,8 +76,7 @@ def main() -> None:
     if options.one:
         print(seconds_of_check(options.one))
         return
-    folder = Path(graphopt.__file__).parent / "specs"
-    names = options.specs or sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.toml") if "studies" not in p.parts)
+    names = options.specs or list(installed())
     lines = [heading("Time of check", __doc__), "| spec | processor seconds beyond imports |", "|---|---|"]
     for name in names:
         done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.device import gpu, is_here, show_phases
+from graphopt.cli.device import gpu, is_here, show_neediest, show_phases
 from graphopt.cli.options import DataOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, data_overrides
 from graphopt.cli.progress import Doing
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
@@ -93,7 +93,7 @@ def check(
         points = drop_points(source.base) if caches else ()
         samples, work = _forecast(loaded, phases, Path(spec), rates, doing)
         timed = RunTime(loaded, work, rates) if work is not None and rates is not None else None
-        needs = _forecast_memory(loaded, phases, Path(spec), named or gpu("A100"), doing)
+        needs = _forecast_memory(loaded, phases, work, Path(spec), named, doing)
         parallel: ChainCost | RanksCost | None = None
         doing("forecasting what each rank needs")
         if ranks and strategy == "modules":
@@ -115,8 +115,7 @@ def check(
         _show_run(work, published, "time, a forecast" if timed is None or timed.measured else "least time, at peak rates")
         if timed:
             timed.show()
-        if needs:
-            show_phases(needs)
+        _show_memory(needs, named, len(phases))
         _show_parallel(parallel, rate, (samples or 0) // loaded.train.batch)
     for error in refused[:-1]:
         show_error(str(error))
@@ -150,17 +149,22 @@ def _forecast(
         return None, None
 
 
-def _forecast_memory(spec: "Spec", phases: "tuple[Phase, ...]", path: Path, device: "Device", doing: Doing) -> "tuple[PhaseMemory, ...]":
-    """What each phase needs of a GPU; nothing where a step cannot be forecast."""
+def _forecast_memory(
+    spec: "Spec", phases: "tuple[Phase, ...]", work: "RunCost | None", path: Path, named: "Device | None", doing: Doing
+) -> "tuple[PhaseMemory, ...]":
+    """What each phase needs of the GPU that is named; of any other, the phase that needs most. Nothing where a step cannot be forecast."""
     from graphopt.errors import CostError
-    from graphopt.planning.device import forecast_phases
+    from graphopt.planning.device import forecast_phases, near_the_peak, neediest
 
     decisions = _decisions(path)
     try:
         known = phases if decisions is None else phases[0].plan.phases(spec.train.epochs, decisions)
-        return forecast_phases(doing.each("forecasting a GPU's memory in phase", known, len(known)), device)
+        if named is None and work is not None:
+            known = near_the_peak(known, [phase.step.peak_bytes for phase in work.phases])
+        found = forecast_phases(doing.each("forecasting a GPU's memory in phase", known, len(known)), named or gpu("A100"))
     except CostError:
         return ()
+    return found if named else (neediest(found),)
 
 
 def _forecast_ranks(spec: "Spec", plan: "Plan", path: Path, ranks: int, strategy: str) -> "RanksCost":
@@ -182,6 +186,13 @@ def _forecast_chain(spec: "Spec", plan: "Plan", path: Path, ranks: int, rates: "
 
     known = rates if isinstance(rates, Rates) else rates_of(spec.train.device, spec.train.amp)
     return forecast_chain(plan, spec.train, ranks=ranks, rates=known, decisions=_decisions(path))
+
+
+def _show_memory(needs: "tuple[PhaseMemory, ...]", named: "Device | None", phases: int) -> None:
+    if named and needs:
+        show_phases(needs)
+    elif needs:
+        show_neediest(needs[0], phases)
 
 
 def _show_parallel(cost: "ChainCost | RanksCost | None", rate: int | None, steps: int) -> None:

@@ -7,6 +7,8 @@ import typer
 from graphopt.cli.screen import grid, show
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from graphopt.cost.devices import Device
     from graphopt.cost.memory import Band, DeviceMemory
     from graphopt.planning.device import PhaseMemory
@@ -50,22 +52,44 @@ def show_memory(before: "DeviceMemory", after: "DeviceMemory") -> None:
     table = grid(f"on an NVIDIA {after.device.name}", "before", "after", right=(1, 2))
     for title, name in (("peak allocated", "allocated"), ("peak reserved", "reserved"), ("smallest capacity", "capacity")):
         table.add_row(title, band(getattr(before, name)), band(getattr(after, name)))
-    table.add_row(f"fits into {_usable(after)}", *("yes" if memory.fits() else "no" for memory in (before, after)))
+    table.add_row(_fits(after), *(_yes(memory.fits()) for memory in (before, after)))
     show(table)
     _show_terms(after)
 
 
 def show_phases(phases: "tuple[PhaseMemory, ...]") -> None:
     """Prints what a step of each phase needs of a GPU, and the terms of the phase that needs most."""
-    most = max(phases, key=lambda phase: phase.memory.reserved.high).memory
-    table = grid("from epoch", "peak allocated", "peak reserved", "smallest capacity", f"fits into {_usable(most)}", right=(1, 2, 3))
+    table = grid("from epoch", "peak allocated", "peak reserved", "smallest capacity", _fits(phases[0].memory), right=(1, 2, 3))
     for phase in phases:
         memory = phase.memory
-        sizes = (band(memory.allocated), band(memory.reserved), band(memory.capacity))
-        table.add_row(f"{phase.epoch:.4g}", *sizes, "yes" if memory.fits() else "no")
+        table.add_row(f"{phase.epoch:.4g}", *map(band, (memory.allocated, memory.reserved, memory.capacity)), _yes(memory.fits()))
+    from graphopt.planning.device import neediest
+
+    _show_simulated(table, neediest(phases).memory)
+
+
+def show_neediest(phase: "PhaseMemory", count: int) -> None:
+    """Prints what the phase that needs most, of so many, needs of a GPU. Without the smallest capacity, which is searched for longest."""
+    memory = phase.memory
+    table = grid("from epoch", "peak allocated", "peak reserved", _fits(memory), right=(1, 2))
+    table.add_row(f"{phase.epoch:.4g}", *map(band, (memory.allocated, memory.reserved)), _yes(memory.fits()))
+    _show_simulated(table, memory)
+    each = "each phase" if count > 1 else "the step"
+    show(f'  --device "{memory.device.name}" shows the smallest capacity at which {each} still runs')
+
+
+def _show_simulated(table: "Table", most: "DeviceMemory") -> None:
     show(f"memory of a step on an NVIDIA {most.device.name}, simulated; no GPU was used")
     show(table)
     _show_terms(most)
+
+
+def _fits(memory: "DeviceMemory") -> str:
+    return f"fits into {_usable(memory)}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _usable(memory: "DeviceMemory") -> str:

@@ -1,6 +1,6 @@
 """What a plan needs of a GPU, without one: a step before and after, and a step of each phase of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,9 @@ from graphopt.cost import StepOptions, forecast
 from graphopt.cost.devices import Device
 from graphopt.cost.memory import DeviceMemory
 from graphopt.ir.inputs import Input, input_of
+
+#: a phase comes near the highest peak from this share of it on: allocators add less than the rest to any of them
+NEAR = 0.9
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,23 @@ def with_memory(plan: Plan, device: Device) -> Plan:
     return replace(plan, report=report)
 
 
+def near_the_peak(phases: Sequence[Phase], peaks: Sequence[int]) -> tuple[Phase, ...]:
+    """The phases of which one needs most of a GPU: those whose `peaks`, the live bytes of a step on the CPU, come near the highest.
+
+    A simulation takes longer than the rest of a phase's forecast, and of most phases nobody asks what they need.
+    """
+    highest = max(peaks)
+    return tuple(phase for phase, peak in zip(phases, peaks, strict=True) if peak >= NEAR * highest)
+
+
 def forecast_phases(phases: Iterable[Phase], device: Device) -> tuple[PhaseMemory, ...]:
     """What a step of each phase of a run needs of a GPU. Raises CostError if one cannot be forecast."""
-    found = []
-    for start, end, _, plan in phases:
-        found.append(PhaseMemory(start, end - start, _memory(plan, device)))
-    return tuple(found)
+    return tuple(PhaseMemory(start, end - start, _memory(plan, device)) for start, end, _, plan in phases)
+
+
+def neediest(phases: Iterable[PhaseMemory]) -> PhaseMemory:
+    """The phase whose step needs most; of equal ones the first."""
+    return max(phases, key=lambda phase: phase.memory.reserved.high)
 
 
 def _memory(plan: Plan, device: Device) -> DeviceMemory:

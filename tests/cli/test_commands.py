@@ -97,8 +97,9 @@ def test_a_gpu_s_memory_is_forecast_without_one(capsys: pytest.CaptureFixture[st
         assert report[side]["cuda"]["device"] == "H100"
     out = output(capsys, "check", "s.toml")
     assert "memory of a step on an NVIDIA A100, simulated; no GPU was used" in out
-    assert "smallest capacity" in out
+    assert '--device "A100" shows the smallest capacity at which the step still runs' in out
     assert "band   cuDNN workspace" in out
+    assert "smallest capacity" in output(capsys, "check", "s.toml", "--device", "A100").partition("on an NVIDIA A100")[2].splitlines()[1]
     out = output(capsys, "fit", "s.toml", "--device", "RTX 4090", "--memory", "32 MiB")
     assert "budget: NVIDIA RTX 4090, memory 32.0 MiB" in out
     assert "peak reserved" in out

@@ -5,11 +5,12 @@ import json
 import pytest
 
 import graphopt
+from graphopt.cost import forecast
 from graphopt.cost.devices import DEVICES
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.planning import budget
 from graphopt.planning.budget import Budget, Search, Trial, largest_batch, peak
-from graphopt.planning.device import forecast_phases, with_memory
+from graphopt.planning.device import forecast_phases, near_the_peak, neediest, with_memory
 from graphopt.spec import loads
 
 L4 = DEVICES["L4"]
@@ -56,6 +57,15 @@ def test_each_phase_has_its_need():
     assert (first.epoch, second.epoch) == (0, 2)
     assert second.memory.capacity.high < first.memory.capacity.high
     assert first.to_dict()["peak_reserved_bytes"] == first.memory.reserved.low
+
+
+def test_the_phase_that_needs_most_is_among_those_near_the_peak():
+    phases = plan_of(SPEC + FREEZE).phases(4)
+    peaks = [forecast(phase.plan.module, phase.plan.graph.input, phase.plan.batch).peak_bytes for phase in phases]
+    assert near_the_peak(phases, peaks) == phases[:1]
+    assert near_the_peak(phases, [10, 9]) == phases
+    needs = forecast_phases(phases, L4)
+    assert neediest(needs) is needs[0]
 
 
 @pytest.fixture(scope="module")
