@@ -240,6 +240,11 @@ class Plan(Source):
         found = {region.name: region.parameters for m in measured for region in m.match.regions}
         return found | {name: region_at(self.base, name).parameters for name in self.needs.scores if name not in found}
 
+    @cached_property
+    def compared(self) -> tuple[str, ...]:
+        """Regions whose outputs the runner must compare from epoch to epoch, because a trigger decides by them."""
+        return tuple(dict.fromkeys(n for m in self.matched if m.instance.value.when.compares_outputs for n in m.match.names))
+
     def to_backbone(self, state: dict[str, Tensor], *, partial: bool = False) -> dict[str, Tensor]:
         """The emitted module's state dict under the backbone's keys (auxiliary parts gone, mixed weights worked out).
 

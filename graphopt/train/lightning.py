@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import RunSchedule
@@ -24,10 +24,14 @@ class PhaseCallback(lightning.Callback):
 
     phases: Phases
 
-    def __init__(self, plan: Plan, attribute: str = "net", *, schedule: RunSchedule | None = None) -> None:
-        """`attribute` of the LightningModule holds `plan.module`; `schedule` is as in `Phases`, in the place of the LightningModule's."""
+    def __init__(self, plan: Plan, attribute: str = "net", *, schedule: RunSchedule | None = None, images: Tensor | None = None) -> None:
+        """`schedule`, in the place of the LightningModule's, and `images` are as in `Phases`.
+
+        Args:
+            attribute: of the LightningModule; it holds `plan.module`.
+        """
         super().__init__()
-        self._plan, self._attribute, self._schedule = plan, attribute, schedule
+        self._plan, self._attribute, self._schedule, self._images = plan, attribute, schedule, images
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Checks the module and the trainer; raises RunError for what cannot work."""
@@ -39,7 +43,7 @@ class PhaseCallback(lightning.Callback):
         if getattr(pl_module, self._attribute, None) is not self._plan.module:
             fix = f"Set self.{self._attribute} = plan.module, or name the attribute: PhaseCallback(plan, attribute=...)"
             raise RunError(f"the LightningModule's {self._attribute!r} is not the plan's module", where="PhaseCallback", fix=fix)
-        self.phases = Phases(self._plan, epochs=epochs, schedule=self._schedule)
+        self.phases = Phases(self._plan, epochs=epochs, schedule=self._schedule, images=self._images)
         if trainer.world_size > 1 and (self._plan.moments(epochs) or self._plan.scored):
             what = "in several processes a phase cannot replace the module that Lightning has wrapped"
             raise RunError(what, where="PhaseCallback", fix="Call trainer.fit once per phase, or use `graphopt train`")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.compiler.pipeline import Verify
 from graphopt.compiler.plan import Plan
@@ -15,6 +15,7 @@ from graphopt.train.checks import check_frozen, fingerprints
 from graphopt.train.optimizer import load_optimizer_state, named_parameters, optimizer_state
 from graphopt.train.phase import advance
 from graphopt.train.region_rates import RegionRates
+from graphopt.train.similarity import similarities
 from graphopt.train.state import History
 
 
@@ -44,6 +45,7 @@ class Phases:
         verify: Verify = "fast",
         schedule: RunSchedule | None = None,
         sets_rates: bool = False,
+        images: Tensor | None = None,
     ) -> None:
         """Begins with the plan as it is.
 
@@ -54,15 +56,20 @@ class Phases:
             schedule: the run's learning rate after a share of the run (0 to 1), as a factor of what the optimizer was made with. `begin`
                 then sets the rates of all groups before every step, those that passes set for their regions, too.
             sets_rates: the loop itself sets the learning rates that passes ask for (`plan.learning_rates`).
+            images: a batch on which the outputs of regions are compared from epoch to epoch, for triggers that decide by them.
 
         Raises:
-            RunError: a pass sets learning rates, and neither `schedule`, which they are relative to, nor `sets_rates` is given.
+            RunError: a pass sets learning rates, and neither `schedule`, which they are relative to, nor `sets_rates` is given; or a
+                trigger compares outputs, and there are no `images`.
         """
+        if plan.compared and images is None:
+            what = f"a trigger compares the outputs of {plan.compared[0]} from epoch to epoch"
+            raise RunError(what, where="Phases", fix="Give images=..., a batch of the evaluation data")
         if plan.learning_rates.regions and schedule is None and not sets_rates:
             what = f"a pass sets the learning rate of {plan.learning_rates.regions[0].name}, relative to the run's own schedule"
             raise RunError(what, where="Phases", fix="Give schedule=..., a function of the share of the run that is over")
         self.plan, self.epochs, self.schedule = plan, epochs, schedule
-        self._make, self._seed, self._verify = make_optimizer, seed, verify
+        self._make, self._seed, self._verify, self._images = make_optimizer, seed, verify, images
         self.optimizer: torch.optim.Optimizer | None = None
         self._rates: list[RegionRates] = []
         if make_optimizer is not None:
@@ -135,7 +142,8 @@ class Phases:
         """Measures what triggers by score read, once for each epoch that has ended."""
         parameters, scored = named_parameters(self.module), self.plan.scored
         if epoch >= 0 and (not self._history.records or self._history.records[-1].epoch < epoch):
-            self._history.close(epoch, metrics, scored, parameters, str(self.plan.base.input))
+            similar = similarities(self.plan, self._images) if self._images is not None and self.plan.compared else None
+            self._history.close(epoch, metrics, scored, parameters, str(self.plan.base.input), similar)
         self._history.watch(scored, parameters)
 
     def _take(self, plan: Plan) -> None:

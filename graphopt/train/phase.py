@@ -14,7 +14,7 @@ from graphopt.compiler.parts import parameters_by_module
 from graphopt.compiler.pipeline import Verify
 from graphopt.compiler.plan import Plan
 from graphopt.compiler.triggers import Decision, step_at
-from graphopt.data.loader import Batch, Feed
+from graphopt.data.loader import Batch, Feed, ImageFeed
 from graphopt.data.mixing import Mixer
 from graphopt.data.randomness import mixed_seed, preserved, reseed
 from graphopt.hashing import content_digest
@@ -29,6 +29,7 @@ from graphopt.train.evaluation import Meter, check_output, count_correct
 from graphopt.train.feature_cache.cache import FeatureCache
 from graphopt.train.feeds import Feeds
 from graphopt.train.loss import Criterion
+from graphopt.train.similarity import IMAGES, similarities
 from graphopt.train.strategy import Strategy
 
 #: weight of an auxiliary classifier's loss where a backbone returns several outputs in training (GoogLeNet, Inception)
@@ -296,6 +297,15 @@ class Phase:
         names = sorted({name for region in self.plan.scored.values() for name in region})
         if names:
             self.strategy.share(self.owned, names)
+
+    def similarities(self) -> dict[str, Tensor]:
+        """What triggers compare of the outputs of regions: on the first images of the evaluation data, the same ones on all ranks."""
+        if not self.plan.compared:
+            return {}
+        images = ImageFeed(self.context.feeds.evaluation.samples, IMAGES, shuffle=False)
+        with preserved():
+            batch = self.strategy.move(next(iter(images.batches(0))))
+        return similarities(self.plan, batch.input)
 
     def average_buffers(self) -> None:
         """Gives all ranks the mean of what they have measured apart: running statistics of norms, and of a user's own buffers."""

@@ -114,6 +114,9 @@ def check_images(plan: Plan, settings: TrainSpec, feeds: Feeds) -> None:
 
 def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
     """Raises GraphoptError unless so many processes can train the plan by the strategy that the settings name."""
+    if plan.compared and settings.strategy in ("fsdp", "modules"):
+        what = f"a trigger compares the outputs of {plan.compared[0]}, of which each process has only a part"
+        raise RunError(what, where="train.strategy", fix='Use strategy = "ddp", or another score')
     if settings.strategy == "modules":
         check_modules(plan, settings, ranks)
 

@@ -318,7 +318,8 @@ class Run:
         figures |= self._evaluate() if (epoch + 1) % self.spec.eval_every == 0 or epoch + 1 == self.spec.epochs else {}
         # Triggers get only what a resumed run measures the same: no times.
         state.phase.share_scored()
-        change = state.history.close(epoch, figures, plan.scored, named_parameters(plan.module), str(plan.base.input)).change
+        measured = (plan.scored, named_parameters(plan.module), str(plan.base.input), state.phase.similarities())
+        change = state.history.close(epoch, figures, *measured).change
         self._update_clock()
         peak = self.log.epoch(figures, change, meter.samples, progress.seconds - progress.epoch_began, chain)
         progress.peak_bytes = max(progress.peak_bytes, peak)

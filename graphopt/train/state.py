@@ -14,6 +14,7 @@ from graphopt.runtime.shards import whole
 from graphopt.train.evaluation import Meter
 from graphopt.train.optimizer import named_parameters, parameter_counts
 from graphopt.train.phase import Phase, RunContext, advance
+from graphopt.train.similarity import moved
 
 Regions = Mapping[str, tuple[str, ...]]
 
@@ -27,21 +28,29 @@ class EpochRecord:
     #: of scored regions, `|w_e - w_(e-1)| / |w_(e-1)|` over all parameters, in float64; from zero, `inf` once they change, 0.0 before
     change: dict[str, float]
     size: str = ""  # of the network's input; accuracies at two sizes are not compared
+    #: of regions whose outputs are compared, how far they have moved since the epoch before, `inf` in the first one and where the size
+    #: of the input was another (`graphopt.train.similarity`)
+    plasticity: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class History:
-    """Epoch records in order, and the weights at the end of the last epoch, from which the next change is measured.
+    """Epoch records in order, and the weights and similarities at the end of the last epoch, from which the next change is measured.
 
     Everything a trigger reads is in `state_dict()`, so that a resumed run decides as the uninterrupted one would have.
     """
 
     records: list[EpochRecord] = field(default_factory=list)
     snapshot: dict[str, Tensor] = field(default_factory=dict)
+    similar: dict[str, Tensor] = field(default_factory=dict)
 
     def change(self, region: str) -> list[float]:
         """The region's change per epoch, oldest first; epochs in which it was not scored are left out."""
         return [record.change[region] for record in self.records if region in record.change]
+
+    def plasticity(self, region: str) -> list[float]:
+        """How far the region's outputs have moved per epoch, oldest first; epochs in which it was not compared are left out."""
+        return [record.plasticity[region] for record in self.records if region in record.plasticity]
 
     def figures(self, name: str) -> list[float]:
         """A figure per epoch at the present size, oldest first; `"loss"` is that of the evaluation data. Epochs without it are left out."""
@@ -72,24 +81,34 @@ class History:
         self.snapshot = {name: kept[name] if name in kept else copies[name] for name in wanted}
 
     def close(
-        self, epoch: int, metrics: Mapping[str, float], regions: Regions, parameters: Mapping[str, Tensor], size: str = ""
+        self,
+        epoch: int,
+        metrics: Mapping[str, float],
+        regions: Regions,
+        parameters: Mapping[str, Tensor],
+        size: str = "",
+        similar: Mapping[str, Tensor] | None = None,
     ) -> EpochRecord:
-        """Appends the record of `epoch`, measured from the last snapshot, and takes the next snapshot."""
+        """Appends the record of `epoch`, measured from the last snapshot, and takes the next snapshot.
+
+        `similar` are the similarities of regions whose outputs are compared; those of images of another size are not.
+        """
         known = self.snapshot.keys() & parameters.keys()
         pairs = {region: [(self.snapshot[name], parameters[name]) for name in names if name in known] for region, names in regions.items()}
         change = {region: _relative_change(found) for region, found in pairs.items() if found}
-        record = EpochRecord(epoch, dict(metrics), change, size)
+        same = bool(self.records) and self.records[-1].size == size
+        record = EpochRecord(epoch, dict(metrics), change, size, moved(self.similar if same else {}, similar or {}))
         self.records.append(record)
-        self.snapshot = {}
+        self.snapshot, self.similar = {}, dict(similar or {})
         self.watch(regions, parameters)
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        return {"records": [asdict(record) for record in self.records], "snapshot": self.snapshot}
+        return {"records": [asdict(record) for record in self.records], "snapshot": self.snapshot, "similar": self.similar}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
-        return cls([EpochRecord(**record) for record in state["records"]], dict(state["snapshot"]))
+        return cls([EpochRecord(**record) for record in state["records"]], dict(state["snapshot"]), dict(state.get("similar", {})))
 
 
 def _relative_change(pairs: list[tuple[Tensor, Tensor]]) -> float:

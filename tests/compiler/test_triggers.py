@@ -62,7 +62,7 @@ def test_spec_forms_read_and_write_back(written, kind):
         ([{"epoch": 3, "upto": "b"}, {"epoch": 3, "upto": "c"}], "epochs must rise"),
         ([], "at least 1"),
         ({"score": ["change", "slope"], "below": [0.1]}, "1 thresholds for 2 scores"),
-        ({"score": "changes"}, "'change', 'continuation', 'slope' or 'update'"),
+        ({"score": "changes"}, "'change', 'continuation', 'slope', 'update' or 'plasticity'"),
         ({"score": "update", "below": 0.1, "percentile": 50.0}, "one of below and percentile"),
         ({"schedule": "freezout"}, "'freezeout' or 'progressive'"),
         ({"schedule": "freezeout", "keep": 0.5}, "keep"),
@@ -211,3 +211,19 @@ def test_progressive_layer_dropping_follows_theta():
 def test_decisions_add_up():
     decisions = (Decision(index=1, epoch=2, regions=("a", "b")), Decision(index=0, epoch=3), Decision(index=1, epoch=4, regions=("c",)))
     assert active_regions(NAMES, Score(score="change"), 1, decisions) == ("a", "b", "c")
+
+
+def test_plasticity_is_the_slope_of_how_far_outputs_move_over_the_steepest():
+    assert triggers.plasticity([1.0, 0.5], 3) == math.inf
+    assert triggers.plasticity([math.inf, 1.0, 0.5, 0.4], 3) == 1.0
+    assert triggers.plasticity([math.inf, 1.0, 0.5, 0.4, 0.4], 3) == pytest.approx(0.05 / 0.3)
+    assert triggers.plasticity([1.0, 0.5, 0.4, math.inf, 0.4], 3) == math.inf
+    assert triggers.plasticity([0.0, 0.0, 0.0], 3) == 0.0
+
+
+def test_egeria_reads_outputs_and_not_weights():
+    moved = [math.inf, 1.0, 0.5, 0.4, 0.4, 0.4, 0.4]
+    records = [EpochRecord(e, {}, {"a": 1.0}, plasticity={"a": value}) for e, value in enumerate(moved)]
+    assert fired(Score(score="plasticity", patience=2), 7, History(records), ("a",)) == {6: ("a",)}
+    assert Score(score=["plasticity"]).compares_outputs
+    assert not Score(score="change").compares_outputs

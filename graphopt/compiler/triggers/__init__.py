@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from graphopt.compiler.triggers.base import BaseTrigger, Decision, Fired, LearningRate, RunSchedule, step_at
 from graphopt.compiler.triggers.epochs import AtEpoch, Start, Step, Steps, rising_steps
 from graphopt.compiler.triggers.schedules import SCHEDULES, FreezeOut, Progressive
-from graphopt.compiler.triggers.scores import MEASURES, Score, change, continuation, slope, update
+from graphopt.compiler.triggers.scores import MEASURES, Score, change, continuation, plasticity, slope, update
 
 __all__ = [
     "MEASURES",
@@ -30,6 +30,7 @@ __all__ = [
     "active_regions",
     "change",
     "continuation",
+    "plasticity",
     "rising_steps",
     "slope",
     "step_at",

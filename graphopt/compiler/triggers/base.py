@@ -90,6 +90,11 @@ class BaseTrigger(Frozen):
         """Whether it fires without measurements, as the spec alone determines."""
         return True
 
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether it reads how far the outputs of its regions have moved since the epoch before (`History.plasticity`)."""
+        return False
+
     def moments(self, names: tuple[str, ...], epochs: int) -> Iterable[float]:
         """When in a run it may fire, in epochs, if it is foreseeable; without asking every epoch of a long run."""
         return ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -10,8 +11,10 @@ from pydantic import Field
 
 from graphopt.compiler.triggers.base import BaseTrigger, Fired, From0, From1, Share, Threshold, apply_missing
 
-ScoreName = Literal["change", "continuation", "slope", "update"]
-_BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05, "update": 0.1}
+ScoreName = Literal["change", "continuation", "slope", "update", "plasticity"]
+_BELOW = {"change": 0.02, "continuation": 0.5, "slope": 0.05, "update": 0.1, "plasticity": 0.2}
+#: from a score's name to how far a region has moved in each epoch, oldest first
+Series = Mapping[str, list[float]]
 
 
 def change(series: Sequence[float], _window: int) -> float:
@@ -36,9 +39,7 @@ def slope(series: Sequence[float], window: int) -> float:
         return float("inf")
     if largest == 0:
         return 0.0
-    middle, mean = (window - 1) / 2, sum(recent) / window
-    rise = sum((i - middle) * (value - mean) for i, value in enumerate(recent))
-    return abs(rise / sum((i - middle) ** 2 for i in range(window))) / largest
+    return _slope(recent) / largest
 
 
 def update(series: Sequence[float], _window: int) -> float:
@@ -53,13 +54,35 @@ def update(series: Sequence[float], _window: int) -> float:
     return abs(last - before) / before if before > 0 else 0.0 if last == 0 else float("inf")
 
 
-#: scores of convergence, from a region's changes of weights per epoch (oldest first) and a window in epochs. Learn&Drop (arXiv
-#: 2604.23403) names the first three, but publishes neither formulas nor thresholds; those here are our own.
+def plasticity(series: Sequence[float], window: int) -> float:
+    """How fast the plasticity of the outputs still changes: its absolute slope over the last `window` epochs, over the steepest so far.
+
+    Infinite until there are `window` epochs that can be compared with those before them. Egeria (arXiv 2201.06227) freezes by this slope;
+    its tolerance goes by the slopes of the first evaluations, which are the steepest in most runs.
+    """
+    slopes = [_slope(series[end - window : end]) for end in range(window, len(series) + 1)]
+    known = [value for value in slopes if isfinite(value)]
+    if not known or not isfinite(slopes[-1]):
+        return float("inf")
+    return slopes[-1] / max(known) if max(known) > 0 else 0.0
+
+
+def _slope(values: Sequence[float]) -> float:
+    """The absolute least-squares slope; no number where a value is infinite."""
+    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
+    rise = sum((i - middle) * (value - mean) for i, value in enumerate(values))
+    return abs(rise / sum((i - middle) ** 2 for i in range(len(values))))
+
+
+#: scores of convergence, from a region's movements per epoch (oldest first) and a window in epochs: its changes of weights, for
+#: `plasticity` those of its outputs. Learn&Drop (arXiv 2604.23403) names the first three, but publishes neither formulas nor thresholds;
+#: those here are our own.
 MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {
     "change": change,
     "continuation": continuation,
     "slope": slope,
     "update": update,
+    "plasticity": plasticity,
 }
 
 
@@ -70,16 +93,17 @@ class Score(BaseTrigger):
     order from the input on. Weights are equal on all ranks, and so are the scores.
 
     With a `percentile` in the place of thresholds, a region is under it if its score is among the lowest of those that still train:
-    `{ score = "update", percentile = 50, patience = 1 }` is AutoFreeze's criterion.
+    `{ score = "update", percentile = 50, patience = 1 }` is AutoFreeze's criterion. `{ score = "plasticity" }` is Egeria's: it goes by what
+    regions give for the first images of the evaluation data, not by their weights.
 
     Attributes:
-        score: `"change"`, `"continuation"`, `"slope"`, `"update"`, or several, all of which must be under theirs.
-        below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05, update 0.1.
+        score: `"change"`, `"continuation"`, `"slope"`, `"update"`, `"plasticity"`, or several, all of which must be under theirs.
+        below: the threshold, or one for each score. Defaults: change 0.02, continuation 0.5, slope 0.05, update 0.1, plasticity 0.2.
         percentile: of the scores of all regions that still train; a region must be below it.
         patience: checks in a row.
         every: epochs between checks.
         warmup: epochs at the start without checks (they still count for the largest change).
-        window: epochs that a slope is computed over.
+        window: epochs that a slope is computed over, of changes or of plasticity.
         most: the largest number of regions that may ever fire: a count, or a share of all.
         by: the epoch (or share of the run) at which `most` may be reached; the limit grows linearly from `warmup` until then.
     """
@@ -119,23 +143,28 @@ class Score(BaseTrigger):
         """No: it waits for measurements."""
         return False
 
-    def converged(self, series: list[float]) -> bool:
-        """Whether a region whose change per epoch is `series` is under every threshold now."""
-        scores = (MEASURES[name](series, self.window) for name in self.scores)
-        return bool(series) and all(score < below for score, below in zip(scores, self.thresholds, strict=True))
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether one of its scores is of outputs."""
+        return "plasticity" in self.scores
 
-    def under(self, series: list[float], check: int, training: Sequence[list[float]]) -> bool:
-        """Whether a region was under every threshold before epoch `check`, or under the percentile of `training`, all that still train."""
-        if self.thaw is not None and series[check - 1 : check] == [0.0]:
+    def converged(self, series: Series) -> bool:
+        """Whether a region that has moved like that is under every threshold now."""
+        scores = [MEASURES[name](series[name], self.window) if series[name] else float("inf") for name in self.scores]
+        return all(score < below for score, below in zip(scores, self.thresholds, strict=True))
+
+    def under(self, series: Series, epochs: int, training: Sequence[Series]) -> bool:
+        """Whether a region was under every threshold after `epochs`, or under the percentile of `training`, all that still train."""
+        past = {name: values[:epochs] for name, values in series.items()}
+        if self.thaw is not None and any(values[-1:] == [0.0] for values in past.values()):
             return False  # it did not train then
         if self.percentile is None:
-            return self.converged(series[:check])
+            return self.converged(past)
         import numpy as np
 
-        measured = [MEASURES[name] for name in self.scores]
         with np.errstate(invalid="ignore"):  # scores are infinite at first
-            limits = [np.percentile([score(s[:check], self.window) for s in training], self.percentile) for score in measured]
-        return all(score(series[:check], self.window) < limit for score, limit in zip(measured, limits, strict=True))
+            limits = {n: np.percentile([MEASURES[n](s[n][:epochs], self.window) for s in training], self.percentile) for n in self.scores}
+        return all(MEASURES[name](past[name], self.window) < limit for name, limit in limits.items())
 
     def cap(self, count: int, epoch: float, epochs: int | None) -> int:
         """How many of `count` regions may have fired before `epoch`."""
@@ -154,12 +183,17 @@ class Score(BaseTrigger):
         if min(checks) <= self.warmup:
             return []
         found: list[str] = []
+        training = {name: self._series(history, name) for name in names if name not in active}
         # A region that has not been measured for that long cannot have converged.
-        training = [s for name in names if name not in active and len(s := history.change(name)) >= epoch]
+        training = {name: series for name, series in training.items() if len(series[self.scores[0]]) >= epoch}
         for name in names[: self.cap(len(names), epoch, epochs)]:
             if name not in active:
-                series = history.change(name)
-                if len(series) < epoch or not all(self.under(series, check, training) for check in checks):
+                series = training.get(name)
+                if series is None or not all(self.under(series, check, tuple(training.values())) for check in checks):
                     break
             found.append(name)
         return apply_missing(tuple(found), active)
+
+    def _series(self, history: Any, region: str) -> Series:
+        """How far the region has moved in each epoch, by the names of the scores."""
+        return {name: history.plasticity(region) if name == "plasticity" else history.change(region) for name in self.scores}
