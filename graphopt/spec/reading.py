@@ -54,6 +54,8 @@ def _find(source: str | Path) -> Path:
         if (path / "spec.toml").is_file():
             return path / "spec.toml"
         fix = "Name a spec file, or a folder that apply or train wrote"
+        if (path / "run.json").is_file():
+            fix = f"Restore it: `graphopt train SPEC -o {source} --resume` with the run's spec writes it anew"
         raise SpecError("a folder without a spec.toml", where=str(source), fix=fix)
     if os.path.exists(path):
         return path
