@@ -201,7 +201,10 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, shard: Shard | None = None
     try:
         return _loaded(path, ranks, shard)
     except RunError as error:  # on every rank
-        others = [other.name for other in RunFolder(path.parent).checkpoints() if not _same(other, path) and _is_whole(other)]
+        folder = RunFolder(path.parent)
+        if error.fix is None and not folder.has(path):
+            raise RunError(error.what, where=error.where, fix="Name the folder of a run, or a checkpoint in it") from error
+        others = [other.name for other in folder.checkpoints() if not _same(other, path) and _is_whole(other)]
         raise _advised(error, ranks.broadcast(others)) from error
 
 
