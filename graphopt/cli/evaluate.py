@@ -82,7 +82,7 @@ def _network(
     from graphopt.spec import installed, load
 
     path = options.expanded(what)
-    is_run = path.is_dir() and (path / "run.json").is_file()
+    is_run = path.is_dir() and _is_run(path)
     run = path if is_run else path.parent if path.suffix == ".pt" and (path.parent / "run.json").is_file() else None
     if epoch is not None and not is_run:
         raise RunError("only the folder of a run has epochs", where="--epoch", fix="Name the folder that `graphopt train` wrote")
@@ -99,6 +99,12 @@ def _network(
     if loaded.backbone.weights is None:
         show_error("no weights are named (backbone.weights): the network is as it was initialised", "note")
     return options.seeded_plan(loaded, trust=trust, costs=False).module, loaded
+
+
+def _is_run(path: Path) -> bool:
+    from graphopt.diff.render.run import is_run
+
+    return is_run(path)
 
 
 def _of_run(path: Path, epoch: int | None, weights: str, trust: bool) -> "nn.Module":

@@ -25,13 +25,18 @@ def is_weights(argument: str) -> bool:
 
 
 def is_backbone(argument: str) -> bool:
-    """Whether an argument is meant as `source/name`, as in `timm/resnet50`; a file or an installed spec of that name comes first."""
-    from graphopt.models.catalog import SOURCES
+    """Whether an argument is meant as `source/name`, as in `timm/resnet50`, or is the name alone, which `resolve` refuses with its sources.
+
+    A file or an installed spec of that name comes first.
+    """
+    from graphopt.models.catalog import SOURCES, having
     from graphopt.spec import installed
 
     source, slash, _ = argument.partition("/")
-    if not slash or os.path.exists(argument) or argument in installed() or argument.endswith(".toml"):
+    if os.path.exists(argument) or argument in installed() or argument.endswith(".toml"):
         return False
+    if not slash:
+        return bool(having(argument))
     return source in SOURCES or did_you_mean(source, SOURCES) is not None
 
 

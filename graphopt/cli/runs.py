@@ -67,6 +67,8 @@ def train(
     from graphopt.train.ranks import restarted
 
     folder, screen = out or _folder(spec, resume or restarted()), None if quiet or as_json else console()
+    if resume and screen is not None and "WORLD_SIZE" not in os.environ and not folder.exists():
+        show(f"there is no run in {folder} yet: it begins")
     if ranks > 1:
         from graphopt.train.launch import launch
 

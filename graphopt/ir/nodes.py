@@ -93,11 +93,12 @@ def writes_in_place(module: nn.Module, node: Node) -> bool:
         leaf = module.get_submodule(str(node.target))
         if not isinstance(leaf, ByMode):
             return bool(getattr(leaf, "inplace", False))
-        return any(_call_writes_in_place(leaf.function, *arguments) for arguments in (leaf.train_arguments, leaf.eval_arguments))
-    return node.op in ("call_function", "call_method") and _call_writes_in_place(node.target, node.args, node.kwargs)
+        return any(call_writes_in_place(leaf.function, *arguments) for arguments in (leaf.train_arguments, leaf.eval_arguments))
+    return node.op in ("call_function", "call_method") and call_writes_in_place(node.target, node.args, node.kwargs)
 
 
-def _call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
+def call_writes_in_place(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the call of a function, or of a method by its name, writes into one of its inputs."""
     if isinstance(function, str):
         return _named_in_place(function)
     if function in _WRITING_FUNCTIONS or _named_in_place(getattr(function, "__name__", "")):

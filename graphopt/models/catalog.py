@@ -23,6 +23,11 @@ def names(source: str) -> Sequence[str]:
     return [*(f"resnet{depth}" for depth in CIFAR_DEPTHS), *CIFAR_VGGS] if source == "cifar" else []
 
 
+def having(name: str) -> list[str]:
+    """The sources that have a backbone of this name."""
+    return [source for source in SOURCES if name in names(source)]
+
+
 def default_input(source: str, name: str, arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Default input shape of one sample, according to the library; None for `python`, whose code has not run."""
     check_name(source, name)
@@ -52,7 +57,7 @@ def check_name(source: str, name: str) -> None:
         message = f"{name!r} would be downloaded; graphopt never downloads"
         raise BackboneError(message, where="backbone, name", fix='Use timm\'s own name, and weights = "file"')
     if not _known(source, name):
-        other = next((other for other in SOURCES if other != source and name in names(other)), None)
+        other = next(iter(having(name)), None)
         fix = f'{other} has one: source = "{other}"' if other else did_you_mean(name, names(source))
         raise BackboneError(f"{source} has no model {name!r}", where="backbone, name", fix=fix)
 

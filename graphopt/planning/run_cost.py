@@ -198,13 +198,19 @@ def forecast_run(
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)
         earlier = current if cached else None
-    times = sorted({*range(train.eval_every - 1, train.epochs, train.eval_every), train.epochs - 1})
+    times = [_evaluations(train, phase.start, phase.end) for phase in compiled]
     batch = _forward_cost(backbone, plan.sizes.full, micro, options)
-    at_own_size = _evaluating(batch, len(times) * evaluated / micro, rates)
+    at_own_size = _evaluating(batch, sum(times) * evaluated / micro, rates)
     evaluating = _evaluating_phases(compiled, times, evaluated / micro, {plan.sizes.full: batch}, micro, options, rates)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
     totals = _totals([before], *at_own_size), _totals(found, *evaluating)
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
+
+
+def _evaluations(train: TrainSpec, start: float, end: float) -> int:
+    """How many evaluations there are from `start` to `end`, in epochs: after every so many epochs, and at the end of the run."""
+    last = end == train.epochs and train.epochs % train.eval_every > 0
+    return math.floor(end) // train.eval_every - math.floor(start) // train.eval_every + last
 
 
 def _evaluating(cost: Cost, batches: float, rates: Rates | PeakRates | None) -> tuple[int, float | None]:
@@ -214,25 +220,25 @@ def _evaluating(cost: Cost, batches: float, rates: Rates | PeakRates | None) -> 
 
 def _evaluating_phases(
     phases: Sequence[Phase],
-    epochs: Sequence[int],
+    times: Sequence[int],
     batches: float,
     known: Mapping[Input, Cost],
     batch: int,
     options: Mapping[str, Any],
     rates: Rates | PeakRates | None,
 ) -> tuple[int, float | None]:
-    """The same over a run that is evaluated after `epochs`, each time at the size of the phase that the epoch ends in.
+    """The same over a run that is evaluated so many `times` in each phase, at the size of that phase.
 
     `known` are costs of a batch at sizes that have been forecast.
     """
     count: Counter[Input] = Counter()
     graphs = {phase.plan.base.input: phase.plan.base for phase in phases}
-    for epoch in epochs:
-        count[next(p.plan.base.input for p in phases if p.start < epoch + 1 <= p.end)] += 1
+    for phase, number in zip(phases, times, strict=True):
+        count[phase.plan.base.input] += number
     found = []
-    for size, times in count.items():
+    for size, number in (+count).items():
         cost = known[size] if size in known else _forward_cost(emit(graphs[size]), size, batch, options)
-        found.append(_evaluating(cost, times * batches, rates))
+        found.append(_evaluating(cost, number * batches, rates))
     seconds = [each for _, each in found if each is not None]
     return sum(flops for flops, _ in found), sum(seconds) if rates else None
 

@@ -14,7 +14,7 @@ from graphopt.code import CodeError, located, named
 from graphopt.compiler import registry
 from graphopt.compiler.pass_base import Pass
 from graphopt.errors import BackboneError, GraphoptError, SpecError, did_you_mean
-from graphopt.models.catalog import SOURCES, default_input
+from graphopt.models.catalog import SOURCES, default_input, having
 from graphopt.spec.messages import Locate, joined, spec_errors
 from graphopt.spec.model import BackboneSpec, Source, Spec, locate
 from graphopt.spec.positions import KeyPath, key_lines
@@ -54,6 +54,8 @@ def _find(source: str | Path) -> Path:
         if (path / "spec.toml").is_file():
             return path / "spec.toml"
         fix = "Name a spec file, or a folder that apply or train wrote"
+        if (path / "run.json").is_file():
+            fix = f"Restore it: `graphopt train SPEC -o {source} --resume` with the run's spec writes it anew"
         raise SpecError("a folder without a spec.toml", where=str(source), fix=fix)
     if os.path.exists(path):
         return path
@@ -229,7 +231,8 @@ def resolve(text: str, input: tuple[int, ...] | None = None) -> BackboneSpec:
     """
     source, slash, name = text.partition("/")
     if not slash or source not in SOURCES:
-        fix = f"Write source/name, the source being one of {', '.join(SOURCES)}: timm/resnet50"
+        known = "" if slash else " or ".join(f"{source}/{text}" for source in having(text))
+        fix = f"Write source/name, the source being one of {', '.join(SOURCES)}: {known or 'timm/resnet50'}"
         raise BackboneError(f"{text!r} is not source/name", fix=(slash and did_you_mean(source, SOURCES)) or fix)
     shape = input or default_input(source, name, {})
     if shape is None:

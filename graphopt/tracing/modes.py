@@ -6,6 +6,7 @@ There is one exception: where the eval graph is a part of the train graph (the a
 the mode.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from graphopt.ir.nodes import call_writes_in_place
 from graphopt.runtime.by_mode import ByMode, OutputByMode, Slot
 
 
@@ -53,7 +55,10 @@ def merge_modes(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]
 
 
 def _matched(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -> dict[Node, Node]:
-    """Eval node -> train node, in execution order. Train nodes that compute only what eval mode does not need are skipped."""
+    """Eval node -> train node, in execution order. Train nodes that compute only what eval mode does not need are skipped.
+
+    Raises Difference if eval mode needs a node that train mode lacks, or if one that would be skipped moves a buffer.
+    """
     matched: dict[Node, Node] = {}
     train_nodes = list(train.nodes)
     position = 0
@@ -64,9 +69,29 @@ def _matched(train: fx.Graph, eval: fx.Graph, scope_of: Callable[[Node], str]) -
             found += 1
         if found == len(train_nodes):
             raise Difference(scope_of(train_nodes[position]))
+        if (moving := next(filter(_moves_state, train_nodes[position:found]), None)) is not None:
+            raise Difference(scope_of(moving))  # one graph would move it in eval mode, too
         matched[node] = train_nodes[found]
         position = found + 1
     return matched
+
+
+#: methods and functions whose value is memory of their first input
+_VIEWS = {operator.getitem, getattr, "detach", "view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "expand"}
+
+
+def _moves_state(node: Node) -> bool:
+    """Whether a node writes into a buffer or a parameter, or into a view of one."""
+    if not _writes(node):
+        return False
+    source = node.args[0]
+    while isinstance(source, Node) and source.op != "get_attr" and (source.target in _VIEWS or _writes(source)):
+        source = source.args[0]
+    return isinstance(source, Node) and source.op == "get_attr"
+
+
+def _writes(node: Node) -> bool:
+    return node.op in ("call_function", "call_method") and bool(node.args) and call_writes_in_place(node.target, node.args, node.kwargs)
 
 
 def _is_same_call(train_node: Node, eval_node: Node, matched: dict[Node, Node]) -> bool:

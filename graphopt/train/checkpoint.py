@@ -4,6 +4,7 @@ A checkpoint holds state dicts, the spec, its digest, the decisions so far, and 
 is ever pickled: structure comes from replaying (spec, decisions), and every file loads with `weights_only=True`.
 """
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -129,16 +130,9 @@ class Checkpointer:
         All ranks have to call it: rank 0 reads it for all ranks, and each rank some of its parts.
         Raises RunError if all are damaged, or if the run began with other settings on which steps depend.
         """
-        names = self.ranks.broadcast([path.name for path in self.folder.checkpoints()] if self.ranks.first else None)
-        if not names:
+        if not self.ranks.broadcast(bool(self.folder.checkpoints()) if self.ranks.first else None):
             return None, None
-        path, message = self.folder.last, None
-        try:
-            saved = self._read(path)
-        except RunError as error:
-            path, saved = self._newest_whole(names, digest, error)
-            progress = Progress(**saved["progress"])
-            message = f"{error.where}: {error.what}; continues from {path.name} (epoch {progress.epoch}, step {progress.step})"
+        path, saved, message = load_whole(self.folder, self.folder.last, digest, self.ranks, self._shard)
         check_digest(saved["digest"], digest, str(path), "Remove it, and continue with --resume")
         changed, allowed = self._changed(saved)
         if changed:
@@ -148,23 +142,6 @@ class Checkpointer:
         self.source = path
         self._epoch = saved["progress"]["epoch"] - 1 if not saved["progress"]["step"] else None
         return saved, "; ".join([*([message] if message else []), *allowed]) or None
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        """A checkpoint, on every rank. Raises RunError on all ranks."""
-        return load_checkpoint(path, self.ranks, self._shard)
-
-    def _newest_whole(self, names: Sequence[str], digest: str, error: RunError) -> tuple[Path, dict[str, Any]]:
-        """Of the run's checkpoints, the newest one that is not damaged; raises `error` where all are."""
-        found: list[tuple[int, str]] = []
-        for name in names if self.ranks.first else ():
-            with suppress(RunError):
-                content = _content(self.folder.path / name)
-                if content["digest"] == digest:
-                    found.append((-content["progress"]["total"], name))
-        for _, name in self.ranks.broadcast(sorted(found, key=lambda item: item[0])):
-            with suppress(RunError):
-                return self.folder.path / name, self._read(self.folder.path / name)
-        raise error
 
     def _changed(self, saved: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """What of the settings is not as it was in a checkpoint, in words: what steps depend on, and the rest of the spec."""
@@ -219,35 +196,93 @@ def load_checkpoint(path: Path, ranks: Ranks = ALONE, shard: Shard | None = None
     """Reads a checkpoint, onto the CPU. Raises RunError if it is missing, damaged, or of another format.
 
     All `ranks` have to call it: rank 0 reads the file for all, each rank some of its parts, as `graphopt.train.parts.read` says.
+    The error names the run's other checkpoints that are whole.
     """
+    try:
+        return _loaded(path, ranks, shard)
+    except RunError as error:  # on every rank
+        folder = RunFolder(path.parent)
+        if error.fix is None and not folder.has(path):
+            raise RunError(error.what, where=error.where, fix="Name the folder of a run, or a checkpoint in it") from error
+        others = [other.name for other in folder.checkpoints() if not _same(other, path) and _is_whole(other)]
+        raise _advised(error, ranks.broadcast(others)) from error
+
+
+def load_whole(
+    folder: RunFolder, path: Path, digest: str | None = None, ranks: Ranks = ALONE, shard: Shard | None = None
+) -> tuple[Path, dict[str, Any], str | None]:
+    """The checkpoint `path` of a run, or the newest whole one where that is lost or damaged: its path, its content, and a message then.
+
+    All `ranks` have to call it. Raises RunError if none is whole.
+
+    Args:
+        digest: of the run's plan; no checkpoint of another plan is taken in place of `path`.
+    """
+    try:
+        return path, _loaded(path, ranks, shard), None
+    except RunError as error:
+        for name in ranks.broadcast(_newest_first(folder, digest) if ranks.first else None):
+            with suppress(RunError):
+                state = _loaded(folder.path / name, ranks, shard)
+                progress = Progress(**state["progress"])
+                used = f"{name} (epoch {progress.epoch}, step {progress.step}) is used in its place"
+                return folder.path / name, state, f"{error.where}: {error.what}; {used}"
+        raise _advised(error, ()) from error
+
+
+def _newest_first(folder: RunFolder, digest: str | None) -> list[str]:
+    """The names of a run's legible checkpoints, those with the most steps first."""
+    found: list[tuple[int, str]] = []
+    for path in folder.checkpoints():
+        with suppress(RunError):
+            content = _content(path)
+            if digest in (None, content["digest"]):
+                found.append((-content["progress"]["total"], path.name))
+    return [name for _, name in sorted(found, key=lambda item: item[0])]
+
+
+def _advised(error: RunError, others: Sequence[str]) -> RunError:
+    """An error about a checkpoint, with what to do unless it says so itself; `others` of the run are whole."""
+    if error.fix:
+        return error
+    fix = f"Use {' or '.join(others)} in its place" if others else "There is no other checkpoint that is whole: start the run again"
+    return RunError(error.what, where=error.where, fix=fix)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
+
+
+def _is_whole(path: Path) -> bool:
+    with suppress(RunError):
+        return bool(_loaded(path))
+    return False
+
+
+def _loaded(path: Path, ranks: Ranks = ALONE, shard: Shard | None = None) -> dict[str, Any]:
+    """A checkpoint with the tensors in its parts. All `ranks` have to call it; raises RunError on all."""
     state: dict[str, Any] = ranks.broadcast(ranks.together(lambda: _content(path) if ranks.first else {}))
     if (parts := state.pop("parts")) is not None:
-        read_parts(state, path.parent, parts, ranks.broadcast(_advice(path) if ranks.first else ""), ranks, shard)
+        read_parts(state, path.parent, parts, ranks, shard)
     return state
-
-
-def _advice(path: Path) -> str:
-    """What to do where a checkpoint cannot be used."""
-    others = [other.name for other in RunFolder(path.parent).checkpoints() if not path.exists() or not other.samefile(path)]
-    return f"Use {' or '.join(others)} in its place" if others else "There is no other checkpoint: start the run again"
 
 
 def _content(path: Path) -> dict[str, Any]:
     """The file of a checkpoint, without the tensors in its parts."""
-    fix = _advice(path)
+    where = str(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise RunError("is a pipe or a device, not a checkpoint", where=str(path), fix=fix)
+        raise RunError("is a pipe or a device, not a checkpoint", where=where)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise RunError("there is no checkpoint here", where=str(path)) from error
-    except OSError as error:
-        raise RunError(f"cannot be read: {reason(error)}", where=str(path), fix=fix) from error
+        raise RunError("there is no checkpoint here", where=where) from error
     except Exception as error:  # unpickling a damaged file may raise anything, with advice to load it unsafely
-        raise RunError("is damaged or not a checkpoint", where=str(path), fix=fix) from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place before the start of a file that was cut
+            raise RunError(f"cannot be read: {reason(error)}", where=where) from error
+        raise RunError("is damaged or not a checkpoint", where=where) from error
     if not isinstance(state, dict) or "graphopt" not in state:
-        raise RunError("is not a checkpoint of graphopt", where=str(path), fix=fix)
-    check_version(state["graphopt"], FORMAT_VERSION, str(path))
+        raise RunError("is not a checkpoint of graphopt", where=where)
+    check_version(state["graphopt"], FORMAT_VERSION, where)
     if state.pop("checksum", None) != content_digest(state):
-        raise RunError("is damaged: its content is not what was written", where=str(path), fix=fix)
+        raise RunError("is damaged: its content is not what was written", where=where)
     return {"parts": None, **state}

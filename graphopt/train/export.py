@@ -1,9 +1,10 @@
 """What a run has trained: the ordinary checkpoint (the backbone's own keys, in safetensors), the plan, or the model."""
 
 import os
+import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from graphopt.compiler.plan import Plan
 from graphopt.errors import PassError, RunError
 from graphopt.models.weights import to_safetensors
 from graphopt.plan_file import TORCH, packed, read_plan_file, restore, write_model
-from graphopt.train.checkpoint import load_checkpoint
-from graphopt.train.folder import RunFolder
+from graphopt.train.checkpoint import load_checkpoint, load_whole
+from graphopt.train.folder import RunFolder, read_manifest
 
 StrPath = str | os.PathLike[str]
 Which = Literal["best", "last"]
@@ -35,6 +36,7 @@ def export_run(
     Args:
         run: the run's folder, or one of its checkpoints.
         which: the checkpoint with the highest accuracy, or the last; `best` takes the last where there is no best.
+            Where it is lost or damaged, the newest whole one is used, with a warning.
         weights: "model", "ema" (the averaged weights), or "auto": whichever were better when they were evaluated.
         plan: for a run of a plan compiled by hand, that plan.
         trust: let the run's spec run Python code that it names.
@@ -83,7 +85,7 @@ def load(path: StrPath, *, trust: bool = False, plan: Plan | None = None) -> nn.
 
 def _restored(run: Path, which: Which, weights: Weights, plan: Plan | None, trust: bool) -> tuple[Plan, dict[str, str]]:
     """The plan of a checkpoint, and what the metadata of its export say: finished epochs, and which weights."""
-    state = load_checkpoint(_checkpoint(run, which))
+    state = _state(run, which)
     if weights == "ema" and state["phase"]["ema"] is None:
         raise RunError("the run has no averaged weights", where=str(run), fix="Set train.ema, or export the model's own")
     chosen = state["progress"]["weights"] if weights == "auto" else weights
@@ -93,15 +95,20 @@ def _restored(run: Path, which: Which, weights: Weights, plan: Plan | None, trus
 
 def _at_end_of(run: Path, epoch: int) -> Path:
     """The checkpoint that was written at the end of an epoch."""
-    folder, kept = RunFolder(_existing(run)), set()
+    folder, kept, damaged = RunFolder(_existing(run)), set(), []
     for path in folder.checkpoints():
-        progress = load_checkpoint(path)["progress"]
+        try:
+            progress = load_checkpoint(path)["progress"]
+        except RunError:
+            damaged.append(path.name)
+            continue
         if not progress["step"]:
             kept.add(progress["epoch"] - 1)
             if progress["epoch"] == epoch + 1:
                 return path
     has = f"There are those of epoch {', '.join(map(str, sorted(kept)))}; train.keep keeps more" if kept else "The run has none yet"
-    raise RunError(f"the run keeps no checkpoint of the end of epoch {epoch}", where=str(run), fix=has)
+    also = f"; damaged: {', '.join(damaged)}" if damaged else ""
+    raise RunError(f"the run keeps no checkpoint of the end of epoch {epoch}", where=str(run), fix=has + also)
 
 
 def _existing(run: Path) -> Path:
@@ -110,11 +117,16 @@ def _existing(run: Path) -> Path:
     return run
 
 
-def _checkpoint(run: Path, which: Which) -> Path:
+def _state(run: Path, which: Which) -> dict[str, Any]:
+    """The content of a checkpoint; of a run's folder, with a warning where another one has to be used in place of the one asked for."""
     if run.is_file():
-        return run
-    _existing(run)
-    for name in ("best.pt", "last.pt") if which == "best" else ("last.pt",):
-        if (run / name).exists():
-            return run / name
-    raise RunError("the run has no checkpoint yet", where=str(run), fix="Train it first, or continue it with --resume")
+        return load_checkpoint(run)
+    folder = RunFolder(_existing(run))
+    if not folder.checkpoints():
+        raise RunError("the run has no checkpoint yet", where=str(run), fix="Train it first, or continue it with --resume")
+    manifest = read_manifest(run)
+    path = folder.best if which == "best" and folder.best.exists() else folder.last
+    _, state, message = load_whole(folder, path, manifest["digest"] if manifest is not None else None)
+    if message:
+        warnings.warn(message, stacklevel=4)
+    return state

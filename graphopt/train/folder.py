@@ -127,6 +127,10 @@ class RunFolder:
         known = (self.last, self.previous, self.best, *sorted(self.path.glob("epoch-*.pt"), reverse=True))
         return [path for path in known if path.is_file()]
 
+    def has(self, path: Path) -> bool:
+        """Whether a file has the name and the place of a checkpoint of this run."""
+        return path.parent == self.path and _CHECKPOINT.fullmatch(path.name) is not None
+
     def save(self, state: Mapping[str, Any], *, best: bool = False, keep: int = 2, epoch: int | None = None) -> None:
         """Replaces `last.pt` by `state`, atomically, and with `best` also `best.pt`; `epoch` is the one that ends here, if one does.
 
@@ -153,6 +157,8 @@ class RunFolder:
 #: temporary files of a process that was killed while it wrote
 _LEFTOVER = re.compile(r"\.(run\.json|spec\.toml|summary\.json|(last|previous|best|epoch-\d+)\.pt)\.(link|[a-z0-9_]{8})")
 
+
+_CHECKPOINT = re.compile(r"(last|previous|best|epoch-\d+)\.pt")
 
 #: the names under which a run has files, and those under which it has folders
 _FILE = re.compile(r"(run|summary)\.json|spec\.toml|metrics\.jsonl|ledger\.bin|(last|previous|best|epoch-\d+)\.pt")

@@ -123,21 +123,21 @@ def file_digest(path: Path) -> str:
 Shard = Callable[[Tensor, Sequence[int]], Tensor]
 
 
-def read(state: dict[str, Any], run: Path, record: Mapping[str, Any], fix: str, ranks: Ranks = ALONE, shard: Shard | None = None) -> None:
+def read(state: dict[str, Any], run: Path, record: Mapping[str, Any], ranks: Ranks = ALONE, shard: Shard | None = None) -> None:
     """Puts the tensors that `split` has taken out of `state` back, on the CPU; all ranks have to call it.
 
     Each part is read and checked by one rank, its own by a rank of as many. Tensors become whole on every rank, or sharded with `shard`:
     where as many ranks have written them, nothing but the parts' digests is exchanged then.
 
-    Raises RunError on every rank, which names the file, if a part is missing, damaged or one too many; `fix` is its advice.
+    Raises RunError on every rank, which names the file, if a part is missing, damaged or one too many.
     """
     folder, files = run / FOLDER / record["folder"], record["files"]
     mine = range(ranks.number, len(files), ranks.count)
     missing = ranks.gather(_missing(folder, [name for number in mine for name in files[number]]))
     if names := list(chain(*missing)):
         what = f"{len(names)} of the {sum(map(len, files))} parts that {len(files)} ranks wrote are missing: {listed(names)}"
-        raise RunError(what, where=str(folder), fix=fix)
-    rows = ranks.together(lambda: _own_rows(folder, files, mine, fix, others=ranks.first))
+        raise RunError(what, where=str(folder))
+    rows = ranks.together(lambda: _own_rows(folder, files, mine, others=ranks.first))
     if shard is not None and ranks.count == len(files):
         for keys, shape, dtype in record["tensors"]:
             none = torch.empty(0, *shape[1:], dtype=getattr(torch, dtype))
@@ -150,13 +150,11 @@ def read(state: dict[str, Any], run: Path, record: Mapping[str, Any], fix: str, 
             pieces = {number: piece for of in given for number, piece in of[name].items()}
             whole = torch.cat([pieces[number] for number in sorted(pieces)])
             if list(whole.shape) != shape:
-                raise RunError(f"the parts of {name} do not make up a tensor of shape {tuple(shape)}", where=str(folder), fix=fix)
+                raise RunError(f"the parts of {name} do not make up a tensor of shape {tuple(shape)}", where=str(folder))
             _put(state, keys, shard(_rows_of(whole, ranks), shape) if shard is not None else whole)
 
 
-def _own_rows(
-    folder: Path, files: Sequence[Mapping[str, str]], mine: Sequence[int], fix: str, *, others: bool
-) -> dict[int, dict[str, Tensor]]:
+def _own_rows(folder: Path, files: Sequence[Mapping[str, str]], mine: Sequence[int], *, others: bool) -> dict[int, dict[str, Tensor]]:
     """The tensors in the parts of the ranks `mine`, by the name in the file; with `others`, files that are no parts are looked for."""
     from safetensors.torch import load
 
@@ -168,9 +166,9 @@ def _own_rows(
             try:
                 content = (folder / name).read_bytes()
             except OSError as error:
-                raise RunError(f"cannot be read: {reason(error)}", where=str(folder / name), fix=fix) from error
+                raise RunError(f"cannot be read: {reason(error)}", where=str(folder / name)) from error
             if hashlib.blake2b(content, digest_size=16).hexdigest() != digest:
-                raise RunError("is damaged: its content is not what was written", where=str(folder / name), fix=fix)
+                raise RunError("is damaged: its content is not what was written", where=str(folder / name))
             found[number] |= load(content)
     return found
 

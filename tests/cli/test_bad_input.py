@@ -57,6 +57,13 @@ CASES = [
     ("unknown pass", None, ["passes", "freez"], ["Did you mean 'freeze'"]),
     ("unknown installed spec", None, ["specs", "quick"], ["quickstart"]),
     ("not source/name", None, ["inspect", "tim/resnet50"], ["Did you mean 'timm'"]),
+    ("no source", None, ["inspect", "resnet50"], ["'resnet50' is not source/name", "torchvision/resnet50 or timm/resnet50"]),
+    (
+        "no checkpoint",
+        None,
+        ["export", "s.toml", "-o", "m.safetensors"],
+        ["not a checkpoint. Name the folder of a run"],
+    ),
     ("unknown name to inspect", None, ["inspect", "timm/resnet5o"], ["'resnet50'"]),
     ("shape that is none", None, ["inspect", "cifar/resnet20", "--input", "3,a"], ["--input", "3,224,224"]),
     (

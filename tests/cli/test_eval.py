@@ -85,6 +85,21 @@ def test_a_plan_in_a_file_brings_its_spec(run: Path, capsys: pytest.CaptureFixtu
     assert scores(capsys, "plan.safetensors")["loss"] == pytest.approx(scores(capsys, "run")["loss"], rel=1e-5)
 
 
+def test_a_run_that_has_lost_files_is_still_that_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    loss = scores(capsys, "run")["loss"]
+    (run / "run.json").unlink()
+    assert scores(capsys, "run")["loss"] == loss, "not that of the backbone as it was initialised"
+    for command in ("diff", "check", "report", "compare"):
+        assert "run: the run has lost its run.json. Resume the run, which writes it anew" in said(command, "run")
+    (run / "run.json").touch()
+    (run / "spec.toml").unlink()
+    assert "run: a folder without a spec.toml. Restore it: `graphopt train SPEC -o run --resume`" in said("eval", "run")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -46,6 +46,15 @@ class InTraining(nn.Module):
         return (x - self.average.clone()[:, None, None]).relu() * self.weight
 
 
+class WithChildrenInTraining(Averaging):
+    """Has a child, moves its average in training only, and reads it nowhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3)))
+        return self.conv(x).relu() * self.weight
+
+
 class Reassigning(Averaging):
     """Puts another tensor in its place: cannot be traced."""
 
@@ -78,7 +87,9 @@ def stepped(module: nn.Module, targets: bool = False) -> tuple[dict[str, Tensor]
     return gradients, {n: b.clone() for n, b in module.named_buffers() if n.endswith("average")}
 
 
-BLOCKS = pytest.mark.parametrize("block", [Averaging, InTraining, Reassigning, WritingOnly], ids=lambda b: b.__name__)
+BLOCKS = pytest.mark.parametrize(
+    "block", [Averaging, InTraining, WithChildrenInTraining, Reassigning, WritingOnly], ids=lambda b: b.__name__
+)
 
 
 @BLOCKS

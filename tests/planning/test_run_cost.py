@@ -18,7 +18,7 @@ from graphopt.driver import build_backbone as build
 from graphopt.models import cifar_resnet as cifar
 from graphopt.passes.drop import Drop
 from graphopt.passes.supervise import Supervise
-from graphopt.planning.run_cost import counts, drop_points, forecast_run
+from graphopt.planning.run_cost import _evaluations, counts, drop_points, forecast_run
 from graphopt.spec import DataSpec, TrainSpec, load
 from graphopt.train import train
 from graphopt.train.phase import Phase, RunContext
@@ -36,6 +36,23 @@ def plan_of(*passes):
 
 def work_of(plan, train_spec=TRAIN, **more):
     return forecast_run(plan, train_spec, samples=105, evaluated=20, **more)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@pytest.mark.parametrize("ends", [[10], [3, 10], [0.5, 2, 5.25, 6, 10]], ids=str)
+def test_every_evaluation_is_counted_once_in_the_phase_that_its_epoch_ends_in(every, ends):
+    train = TrainSpec(epochs=10, eval_every=every)
+    expected = [0] * len(ends)
+    for epoch in {*range(every, 11, every), 10}:
+        expected[next(number for number, end in enumerate(ends) if epoch <= end)] += 1
+    assert [_evaluations(train, start, end) for start, end in zip([0, *ends], ends, strict=False)] == expected
+
+
+def test_a_billion_epochs_are_forecast_as_soon_as_ten():
+    long = TrainSpec(epochs=10**9, batch=10)
+    few, many = work_of(plan_of()), work_of(plan_of(), long)
+    assert many.run.evaluation_forward_flops == 10**8 * few.run.evaluation_forward_flops
+    assert many.run.backward_flops == 10**8 * few.run.backward_flops
 
 
 def test_without_passes_a_run_is_its_steps_and_evaluations():

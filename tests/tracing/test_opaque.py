@@ -73,6 +73,25 @@ class Averages(Counts):
         return self.conv(x)
 
 
+class MovesInTraining(Counts):
+    """Moves its buffer in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.training:
+            self.steps.mul_(0.9).add_(y.mean().detach())
+        return y
+
+
+class MovesAViewInTraining(Counts):
+    """The same, through a view, and before it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps.detach()[None].copy_(x.mean()[None])
+        return self.conv(x)
+
+
 class Casts(ByValue):
     """Keeps its own arithmetic out of autocast."""
 
@@ -86,6 +105,8 @@ class Casts(ByValue):
     [
         (ByValue, "control flow"),
         (Casts, "sets autocast"),
+        (MovesInTraining, "depends on the mode"),
+        (MovesAViewInTraining, "depends on the mode"),
         (AnyValue, "control flow"),
         (Drawing, "draws from Python's random generator"),
         (Counts, "assigns to its own buffers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ def freeze(when: Any, **options: Any) -> Freeze:
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+
+
+def cosine(time: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * time))
 
 
 def train(phases: Phases, epochs: range, steps: bool = False) -> list[bool]:

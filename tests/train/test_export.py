@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,64 @@ def test_a_run_of_code_is_exported_with_trust_only(tmp_path: Path) -> None:
     with pytest.raises(GraphoptError, match="trust"):
         export_run(tmp_path / "run", tmp_path / "m.safetensors")
     assert load_file(export_run(tmp_path / "run", tmp_path / "m.safetensors", trust=True)).keys() == Small().state_dict().keys()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run that has kept the checkpoints of all three epochs, and its plan."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    plan = run(folder, keep=5, log_every=100)
+    (folder / "epoch-0002.pt").unlink()  # a further name of the last one
+    return folder, plan
+
+
+@pytest.mark.parametrize(
+    ("lost", "damaged", "which", "used"),
+    [
+        ((), (), "last", "last"),
+        (("best", "last"), (), "best", "previous"),
+        (("best",), ("last",), "best", "previous"),
+        ((), ("best",), "best", "last"),
+        ((), ("last",), "last", "previous"),
+        (("last", "best"), ("previous", "epoch-0001"), "last", "epoch-0000"),
+        ((), ("last", "best", "previous", "epoch-0001", "epoch-0000"), "last", None),
+    ],
+    ids=str,
+)
+def test_the_newest_whole_checkpoint_is_used_where_one_is_lost_or_damaged(
+    kept: tuple[Path, Any], lost: tuple[str, ...], damaged: tuple[str, ...], which: Any, used: str | None, tmp_path: Path, recwarn: Any
+) -> None:
+    folder, plan = Path(shutil.copytree(kept[0], tmp_path / "run")), kept[1]
+    for name in lost:
+        (folder / f"{name}.pt").unlink()
+    for name in damaged:
+        (folder / f"{name}.pt").write_bytes((folder / f"{name}.pt").read_bytes()[:-100])
+    if used is None:
+        with pytest.raises(RunError, match=r"last\.pt: is damaged.*There is no other checkpoint that is whole"):
+            load_run(folder, which=which, plan=plan)
+        return
+    expected = small.weights(folder, f"{used}.pt")
+    assert small.same(load_run(folder, which=which, plan=plan).module.state_dict(), expected)
+    said = [str(warning.message) for warning in recwarn]
+    assert bool(said) == bool(lost or damaged)
+    assert all(f"; {used}.pt (epoch " in text and ("last.pt: " in text or "best.pt: " in text) for text in said), said
+
+
+def test_a_damaged_checkpoint_that_was_named_is_an_error_with_the_whole_ones(kept: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kept[0], tmp_path / "run"))
+    for name in ("last.pt", "best.pt"):
+        (folder / name).write_bytes(b"x")
+    with pytest.raises(RunError, match=r"best\.pt: is damaged or not a checkpoint\. Use previous\.pt or epoch-"):
+        load_run(folder / "best.pt", plan=kept[1])
+
+
+def test_the_end_of_an_epoch_is_found_beside_damaged_checkpoints(kept: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kept[0], tmp_path / "run"))
+    for name in ("last.pt", "best.pt", "previous.pt"):
+        (folder / name).write_bytes(b"x")
+    assert small.same(load_run(folder, epoch=0, plan=kept[1]).module.state_dict(), small.weights(folder, "epoch-0000.pt"))
+    with pytest.raises(RunError, match=r"no checkpoint of the end of epoch 2\. There are those of epoch 0, 1; .*damaged: .*last\.pt"):
+        load_run(folder, epoch=2, plan=kept[1])
 
 
 @pytest.mark.parametrize("decisions", [None, "{", "3", "null", '[{"a": 1}]', "[" * 100_000])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from graphopt.passes.freeze import Freeze
 from graphopt.spec import TrainSpec
 from graphopt.train.optimizer import Schedule, build_optimizer
 from graphopt.train.region_rates import RegionRates
-from tests.train.loops import BATCHES, freeze, plan, same, sgd, train
+from tests.train.loops import BATCHES, cosine, freeze, plan, same, sgd, train
 
 
 def test_phases_begin_as_the_triggers_say_and_momentum_goes_on() -> None:
@@ -50,10 +49,6 @@ def test_a_phase_within_an_epoch_begins_before_its_step() -> None:
     assert train(Phases(made, sgd, epochs=2), range(2), steps=True) == [False, True, False, True]
     with pytest.raises(RunError, match="within an epoch"):
         Phases(made, sgd, epochs=2).begin(0)
-
-
-def cosine(time: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * time))
 
 
 @pytest.mark.parametrize("how", ["cubic", "linear"])

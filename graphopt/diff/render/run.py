@@ -17,7 +17,7 @@ from graphopt.diff.render.settings import csv_links, settings_section
 from graphopt.errors import RunError, listed
 from graphopt.files import read_text, reason, unsealed
 from graphopt.hashing import hash_parts
-from graphopt.train.folder import MANIFEST, check_entries, read_manifest
+from graphopt.train.folder import MANIFEST, RunFolder, check_entries, read_manifest
 from graphopt.train.ledger import EpochCheck, check_ledger
 from graphopt.units import show_count, show_size, show_time
 
@@ -48,8 +48,8 @@ class Run:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is the folder of a run."""
-    return path.is_dir() and (path / "run.json").is_file()
+    """Whether a path is the folder of a run: it has a manifest, or checkpoints of one that has lost it."""
+    return path.is_dir() and ((path / MANIFEST).is_file() or bool(RunFolder(path).checkpoints()))
 
 
 def read_run(path: Path) -> Run:
@@ -63,8 +63,11 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise RunError("a file, not the folder of a run", where=str(path), fix=_FIX)
     check_entries(path, links=True)
-    if not (path / "run.json").is_file() or not (path / "spec.toml").is_file():
-        raise RunError("no run of graphopt: it has no run.json and spec.toml", where=str(path), fix=_FIX)
+    if not is_run(path):
+        raise RunError("no run of graphopt: it has no run.json and no checkpoint", where=str(path), fix=_FIX)
+    for name in (MANIFEST, "spec.toml"):
+        if not (path / name).is_file():
+            raise RunError(f"the run has lost its {name}", where=str(path), fix="Resume the run, which writes it anew")
     manifest = read_manifest(path)
     if manifest is None:
         raise RunError("is damaged", where=str(path / MANIFEST), fix="Resume the run, which writes it anew")
