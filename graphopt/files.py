@@ -32,6 +32,8 @@ def write_atomically(
     """
     if isinstance(content, str):
         content = content.encode()
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a file would take its place
+        raise RunError("is a pipe or a device, not a file", where=str(path), fix="Name a file")
     temporary = ""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

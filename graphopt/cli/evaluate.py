@@ -88,6 +88,7 @@ def _network(
         raise RunError("only the folder of a run has epochs", where="--epoch", fix="Name the folder that `graphopt train` wrote")
     if spec is None and run is not None:
         loaded = load(run, trust=trust, overrides=overrides)
+        _check_spec(run)
         return _of_run(path, epoch, weights, trust), loaded
     if is_weights(what):
         return _of_file(path, spec, overrides, trust)
@@ -105,6 +106,16 @@ def _is_run(path: Path) -> bool:
     from graphopt.diff.render.run import is_run
 
     return is_run(path)
+
+
+def _check_spec(run: Path) -> None:
+    """Refuses a spec that was changed since: its data may be others. What is scored is changed by `--set`."""
+    from graphopt.diff.render.run import check_spec
+    from graphopt.train.folder import read_manifest
+
+    manifest = read_manifest(run)
+    if manifest is not None:  # a run that has lost it is scored all the same
+        check_spec(run, manifest)
 
 
 def _of_run(path: Path, epoch: int | None, weights: str, trust: bool) -> "nn.Module":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli.device import gpu
-from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, out_option
+from graphopt.cli.options import JsonOption, SetOption, SpecArgument, TrustOption, check_new, out_option
 from graphopt.cli.screen import grid, show, show_json
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
@@ -63,8 +63,8 @@ def fit(
         size = None if memory is None else parse_size(memory)
     except ValueError as error:
         raise RunError(str(error), where="--memory") from error
-    if out is not None and out.exists():
-        raise RunError("the file exists", where=str(out), fix="Choose another name, or remove it")
+    if out is not None:
+        check_new(out, "spec.toml")
     loaded = load(spec, trust=trust, overrides=[*set_, *([f"train.batch={batch}"] if batch else [])])
 
     if time is not None or speedup is not None:
@@ -110,7 +110,7 @@ def _fit_time(
     from graphopt.units import parse_time
 
     if speedup is not None and not 1 < speedup < 1000:
-        raise RunError(f"a speed-up is a factor above 1, found {speedup:g}", where="--speedup")
+        raise RunError(f"a speed-up is a factor above 1 and below 1000, found {speedup:g}", where="--speedup")
     try:
         limit = parse_time(time) if time is not None else None
     except ValueError as error:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.options import check_target, expanded, out_option
+from graphopt.cli.options import check_new, expanded, out_option
 from graphopt.cli.screen import show, show_json, show_text
 from graphopt.files import write_atomically
 
@@ -33,7 +33,7 @@ def import_(
     from graphopt.timm_args import convert, read
 
     if out is not None:
-        check_target(out, "spec.toml")
+        check_new(out, "spec.toml")
     made = convert(read(arguments, set_), ranks=ranks, teacher=None if teacher is None else str(teacher))
     if out is not None:
         write_atomically(out, made.text)

@@ -126,6 +126,13 @@ def check_target(path: Path, name: str) -> None:
         raise RunError("its folder does not exist", where=str(path), fix="Make the folder first")
 
 
+def check_new(path: Path, name: str) -> None:
+    """Refuses what `check_target` does, and a file that is there: people write specs, and this one would be lost."""
+    check_target(path, name)
+    if path.exists():
+        raise RunError("the file exists", where=str(path), fix="Choose another name, or remove it")
+
+
 def check_run(path: Path) -> None:
     """Refuses a run, or a checkpoint of one, that is not there."""
     if not path.exists():

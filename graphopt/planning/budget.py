@@ -7,6 +7,7 @@ installed pass offers values of its own to try (`Pass.candidates`), mildest firs
 most exact on, each by bisection, until something fits.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -67,8 +68,8 @@ class Budget:
             raise CostError("no budget is given", fix='Give memory ("8 GiB"), or flops (0.5: half of the backbone\'s)')
         if self.flops is not None and not self.flops > 0:
             raise CostError(f"flops is a share of the backbone's FLOPs, above 0, found {self.flops}")
-        if self.allowance < 1:
-            raise CostError(f"an allowance is a factor of at least 1, found {self.allowance}")
+        if not 1 <= self.allowance < math.inf:
+            raise CostError(f"an allowance is a finite factor of at least 1, found {self.allowance}")
 
     def check_for_batch(self) -> None:
         """Raises CostError unless a batch can be found for it: FLOPs per sample are the same at any batch."""

@@ -75,7 +75,7 @@ class Arguments:
             # Newer versions of the script leave the default of decay_epochs to the schedule.
             left = value is None and (option.default is None or option.name == "decay_epochs")
             self._values[option.name] = None if left else _coerced(value, option)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last of an infinite whole number
             self.mistakes.append(SpecError(f"expected {_WORDS[option.kind]}, found {value!r}", where=option.name))
 
 

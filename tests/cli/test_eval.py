@@ -91,6 +91,9 @@ def test_a_run_that_has_lost_files_is_still_that_run(run: Path, capsys: pytest.C
         return capsys.readouterr().err
 
     loss = scores(capsys, "run")["loss"]
+    (run / "spec.toml").write_text((spec := (run / "spec.toml").read_text()) + "# changed\n")
+    assert "run/spec.toml: is not what the run was trained with" in said("eval", "run")
+    (run / "spec.toml").write_text(spec)
     (run / "run.json").unlink()
     assert scores(capsys, "run")["loss"] == loss, "not that of the backbone as it was initialised"
     for command in ("diff", "check", "report", "compare"):

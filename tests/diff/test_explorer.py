@@ -97,34 +97,48 @@ def test_the_mapping_is_between_nodes_of_both_and_has_each_once(name: str) -> No
     assert sync["type"] == "sync_navigation"
     for entry in sync["mappingEntries"]:
         check("SyncNavigationMappingEntry", entry)
-    ids = {graph["id"]: {node["id"] for node in graph["nodes"]} for graph in to_model_explorer(found)["graphs"]}
+    ids = nodes_and_layers(found)
     for side, graph in (("leftNodeIds", "before"), ("rightNodeIds", "after")):
         mapped = [name for entry in sync["mappingEntries"] for name in entry[side]]
         assert len(mapped) == len(set(mapped))
         assert set(mapped) <= ids[graph]
 
 
+def nodes_and_layers(found: Diff) -> dict[str, set[str]]:
+    """Per graph, the identifiers of its nodes, and those that Model Explorer gives its layers."""
+    spaces = {graph["id"]: {node["namespace"] for node in graph["nodes"]} for graph in to_model_explorer(found)["graphs"]}
+    layers = {name: {f"{space[:end]}___group___" for space in of for end in ends(space)} for name, of in spaces.items()}
+    return {graph["id"]: {node["id"] for node in graph["nodes"]} | layers[graph["id"]] for graph in to_model_explorer(found)["graphs"]}
+
+
+def ends(space: str) -> list[int]:
+    return [place for place, character in enumerate(f"{space}/") if character == "/"]
+
+
 def highlighted(found: Diff) -> tuple[set[str], set[str]]:
     """The nodes that get a border on the left and on the right: those without a match, as the mapping has no fallback."""
     entries = to_sync_navigation(found)["mappingEntries"]
-    ids = {graph["id"]: {node["id"] for node in graph["nodes"]} for graph in to_model_explorer(found)["graphs"]}
+    ids = nodes_and_layers(found)
     left, right = ({name for entry in entries for name in entry[side]} for side in ("leftNodeIds", "rightNodeIds"))
     return ids["before"] - left, ids["after"] - right
 
 
 def test_what_a_pass_took_out_and_put_in_is_highlighted() -> None:
     gone, new = highlighted(Diff.of(plan(Blend(select="blocks.1"))))
-    assert gone == {"blocks_1_conv1", "blocks_1_conv2"}
-    assert len(new) == 12
+    layers = {f"blocks/1/{name}___group___" for name in ("conv1", "conv2")}
+    assert gone - layers == {"blocks_1_conv1", "blocks_1_conv2"}
+    assert len({name for name in new if not name.endswith("___group___")}) == 12
+    assert not {"blocks___group___", "blocks/1___group___", "blocks/0/conv1___group___"} & (gone | new)
     gone, new = highlighted(Diff.of(plan(Skip(select="blocks.2")), plan(Ice(select="stem"))))
     assert not gone
-    assert {name[:9] for name in new if name.startswith("blocks")} == {"blocks_2_"}
+    assert {name[:9] for name in new if name.startswith("blocks_")} == {"blocks_2_"}
 
 
 def test_of_two_backbones_the_blocks_of_one_are_highlighted() -> None:
     gone, new = highlighted(Diff.of(plan(), plan(model=Small(blocks=6))))
     assert not gone
-    assert {name[:8] for name in new if name.startswith("blocks")} == {"blocks_4", "blocks_5"}
+    assert {name[:8] for name in new if name.startswith("blocks_")} == {"blocks_4", "blocks_5"}
+    assert {name[:8] for name in new if name.startswith("blocks/")} == {"blocks/4", "blocks/5"}
 
 
 def test_colours_are_those_of_the_diff_in_every_graph() -> None:

@@ -1,6 +1,7 @@
 """fit: a budget in, a batch or a spec out, by the cost model."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -183,7 +184,7 @@ def test_the_specs_own_passes_stay(frozen):
     assert "freeze" in [p.name for p in found.spec.passes]
 
 
-@pytest.mark.parametrize("budget", [{}, {"flops": 0.0}, {"memory": 1, "allowance": 0.5}])
+@pytest.mark.parametrize("budget", [{}, {"flops": 0.0}, {"memory": 1, "allowance": 0.5}, {"memory": 1, "allowance": math.nan}])
 def test_budgets_that_are_none(budget):
     with pytest.raises(CostError):
         Budget(**budget)

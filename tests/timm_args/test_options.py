@@ -262,6 +262,11 @@ def test_every_option_that_timms_helpers_read_is_known() -> None:
     assert args.names - {"names"} <= {*OPTIONS}
 
 
+def test_a_number_without_an_end_is_none() -> None:
+    with pytest.raises(SpecError, match="epochs: expected a whole number, found inf"):
+        convert(read(None, ["model=resnet18", "epochs=.inf"]))
+
+
 def test_the_command_writes_a_spec_with_its_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "args.yaml", tmp_path / "spec.toml"
     source.write_text("model: resnet18\npin_mem: true\nopt_betas: null\nwarmup_lr: 1e-6\n")
@@ -269,6 +274,8 @@ def test_the_command_writes_a_spec_with_its_notes(tmp_path: Path, capsys: pytest
     assert "pin_mem: no effect" in capsys.readouterr().out
     assert "# pin_mem: no effect" in out.read_text()
     assert (loads(out.read_text()).train.epochs, loads(out.read_text()).train.scheduler.warmup_lr) == (7, 1e-6)
+    assert main(["import", str(source), "-o", str(out)]) == 2, "a spec that is there stays"
+    assert f"{out}: the file exists" in capsys.readouterr().err
     assert main(["import", str(source)]) == 0
     assert loads(capsys.readouterr().out).backbone.name == "resnet18"
 

@@ -6,6 +6,7 @@ Formats: github.com/google-ai-edge/model-explorer, `input_graph.ts` (GraphCollec
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from graphopt.compiler.pass_base import Status
@@ -37,17 +38,14 @@ def to_node_data(diff: Diff) -> dict[str, Any]:
 def to_sync_navigation(diff: Diff) -> dict[str, Any]:
     """SyncNavigationData for "before" on the left and "after" on the right: what is selected on one side is found on the other.
 
-    A node is in one entry at most. One that is in none is only in one of the models, and gets a border there.
+    A node or a layer is in one entry at most. One that is in none is only in one of the models, and gets a border there.
     """
     old, new = ({row.name: row for row in view.rows} for view in (diff.before, diff.after))
-    entries = []
-    for name in new:
-        if name in old:
-            pairs = _pairs(old[name], new[name], diff.same_backbone)
-            entries += [{"leftNodeIds": [left], "rightNodeIds": [right]} for left, right in pairs]
+    pairs = [pair for name in new if name in old for pair in _pairs(old[name], new[name], diff.same_backbone)]
+    pairs += [(f"{left}{_LAYER}", f"{right}{_LAYER}") for left, right in _layers(diff, pairs).items()]
     return {
         "type": "sync_navigation",
-        "mappingEntries": entries,
+        "mappingEntries": [{"leftNodeIds": [left], "rightNodeIds": [right]} for left, right in pairs],
         "disableMappingFallback": True,
         "showDiffHighlights": True,
         "deletedNodesBorderColor": STYLES[REMOVED].light,
@@ -57,6 +55,31 @@ def to_sync_navigation(diff: Diff) -> dict[str, Any]:
         "relatedNodesBorderColor": STYLES[Status.ISOLATED].light,
         "relatedNodesBorderWidth": 2,
     }
+
+
+#: what Model Explorer adds to the namespace of a layer for its identifier
+_LAYER = "___group___"
+
+
+def _layers(diff: Diff, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The layers around nodes that are each other's, from the outside in: namespace on the left -> the one on the right, each once."""
+    rows = _rows(diff)
+    left, right = ({node.name: _namespace(row, node) for row in rows[side] for node in row.nodes} for side in ("before", "after"))
+    found: dict[str, str] = {}
+    for one, other in pairs:
+        for former, now in zip(_enclosing(left.get(one, "")), _enclosing(right.get(other, "")), strict=False):
+            if former not in found and now not in found.values():
+                found[former] = now
+    return found
+
+
+def _enclosing(namespace: str) -> Iterator[str]:
+    """`"a/b"` as `"a"`, `"a/b"`."""
+    return accumulate(namespace.split("/"), "{}/{}".format) if namespace else iter(())
+
+
+def _namespace(row: Row, node: NodeRow) -> str:
+    return (node.path or row.name).replace(".", "/")
 
 
 def _rows(diff: Diff) -> dict[str, list[Row]]:
@@ -108,7 +131,7 @@ def _node(diff: Diff, row: Row, node: NodeRow, known: set[str]) -> dict[str, Any
     return {
         "id": node.name,
         "label": node.what,
-        "namespace": (node.path or row.name).replace(".", "/"),
+        "namespace": _namespace(row, node),
         "incomingEdges": _edges(node.inputs, known),
         "attrs": [{"key": "status", "value": ", ".join(node.statuses)}, *_attributes(diff, row)],
         "outputsMetadata": [{"id": "0", "attrs": [{"key": "tensor_shape", "value": shape(node.shape)}]}],

@@ -71,9 +71,7 @@ def read_run(path: Path) -> Run:
     manifest = read_manifest(path)
     if manifest is None:
         raise RunError("is damaged", where=str(path / MANIFEST), fix="Resume the run, which writes it anew")
-    if hash_parts((path / "spec.toml").read_bytes()) != manifest.get("spec", ...):
-        what = "is not what the run was trained with: it was changed since"
-        raise RunError(what, where=str(path / "spec.toml"), fix="Restore it: every checkpoint of the run holds it")
+    check_spec(path, manifest)
     records = _records(path / "metrics.jsonl")
     summary = _text(path / "summary.json")
     try:
@@ -86,6 +84,13 @@ def read_run(path: Path) -> Run:
     book, steps = path / "ledger.bin", finished.get("steps") if finished else None
     ledger = check_ledger(book, steps) if book.exists() else ()
     return Run(path, tuple(records["epoch"]), tuple(records["step"]), tuple(records["phase"]), finished, ledger)
+
+
+def check_spec(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises RunError if the spec in a run's folder is not the one that it was trained with, as its manifest knows it."""
+    if hash_parts((path / "spec.toml").read_bytes()) != manifest.get("spec", ...):
+        what = "is not what the run was trained with: it was changed since"
+        raise RunError(what, where=str(path / "spec.toml"), fix="Restore it: every checkpoint of the run holds it")
 
 
 def _records(path: Path) -> dict[str, list[Mapping[str, Any]]]:
