@@ -38,7 +38,7 @@ import small_run
 from crash_points import work_folder
 from machine import heading
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from graphopt.train.ledger import check_ledger
@@ -47,8 +47,6 @@ from graphopt.train.ledger import check_ledger
 MOST_STEPS = 6
 STARTING = "before a step"
 _Agent: Any = LocalElasticAgent
-#: seconds that ranks have to end after one of them was killed: in a call that connects ranks, they cannot hear of a signal
-PATIENCE = 3
 
 
 @dataclass
@@ -124,8 +122,7 @@ def launch(folder: Path, killer: Killer, *, forked: bool) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch."):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # of each rank that has ended
-    patched: Any = PContext
-    start_workers, close_ranks = _Agent._start_workers, PContext.close
+    start_workers = _Agent._start_workers
 
     def started(agent: Any, group: Any) -> dict[int, Any]:
         found: dict[int, Any] = start_workers(agent, group)
@@ -145,10 +142,7 @@ def launch(folder: Path, killer: Killer, *, forked: bool) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
 
-    def close(ranks: PContext, signum: signal.Signals | None = None, timeout: int = 30) -> None:
-        close_ranks(ranks, signum, min(timeout, PATIENCE))
-
-    _Agent._start_workers, patched.close = started, close
+    _Agent._start_workers = started
     try:
         if forked:
             elastic_launch(config, chaos_run.rank)(str(folder / "run"), killer.kind)
@@ -158,7 +152,7 @@ def launch(folder: Path, killer: Killer, *, forked: bool) -> None:
             elastic_launch(config, sys.executable)(*command)
     finally:
         killer.started += 1
-        _Agent._start_workers, patched.close = start_workers, close_ranks
+        _Agent._start_workers = start_workers
 
 
 def disturb(folder: Path, killer: Killer, *, forked: bool) -> Iterator[tuple[int, list[str]]]:

@@ -88,7 +88,7 @@ def run_study(
     Args:
         devices: `train.device` of the runs, in turn; default: what their specs say.
     """
-    from graphopt.train.run import StopSignals
+    from graphopt.train.signals import StopSignals
 
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor, distributed
 from graphopt.data.loader import Rank
 from graphopt.errors import GraphoptError, RunError, first_line, listed, silenced
 from graphopt.train.meeting import elastic, meet, place
+from graphopt.train.signals import heard
 
 _distributed: Any = distributed  # torch does not declare all of its names
 
@@ -76,8 +77,10 @@ class Ranks(Rank):
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, store=self._store, rank=self.number, world_size=self.count)
-        ranks = replace(self, _group=distributed.new_group(backend="gloo"), _owner=owner)
+            with heard():
+                distributed.init_process_group(backend, store=self._store, rank=self.number, world_size=self.count)
+        with heard():
+            ranks = replace(self, _group=distributed.new_group(backend="gloo"), _owner=owner)
         ranks.expect(slow=True)
         return ranks
 
@@ -97,7 +100,8 @@ class Ranks(Rank):
     def new_group(self, backend: str | None = "gloo") -> Any:
         """A further group of these ranks, for a thread that communicates by itself, say; all of them have to call it."""
         wait, some = timedelta(seconds=self.timeout * SLOW), list(self.members) or None
-        return distributed.new_group(some, wait, backend, use_local_synchronization=some is not None)
+        with heard():
+            return distributed.new_group(some, wait, backend, use_local_synchronization=some is not None)
 
     def among(self, members: Sequence[int]) -> Self:
         """Some of the ranks, of which this is one; all of those have to call it."""

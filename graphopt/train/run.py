@@ -7,14 +7,12 @@ the run stops after the step, with a checkpoint.
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,6 +38,7 @@ from graphopt.train.phase import RunContext
 from graphopt.train.preflight import Inputs, check_images, check_optimizer, check_outputs, check_strategy, code, settled, versions
 from graphopt.train.ranks import Agreement
 from graphopt.train.run_log import MetricsLog, RunLog, Screen
+from graphopt.train.signals import StopSignals
 from graphopt.train.state import RunState, Summary
 from graphopt.train.strategies import choose
 
@@ -183,27 +182,6 @@ class Stopped(RunError):
     def __init__(self, what: str, *, signum: int = signal.SIGINT, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what, where=where, fix=fix)
         self.exit_code = 128 + signum
-
-
-class StopSignals:
-    """While open, the first Ctrl-C or SIGTERM sets `signum`, the second has its usual effect; does nothing outside the main thread."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.signum = number
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
 
 
 class Run:

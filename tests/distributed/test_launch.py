@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from graphopt.train import train
 from graphopt.train.launch import end_with_launcher, launch
 from graphopt.train.ledger import check_ledger
 from tests.distributed import cases
-from tests.support.ranks import run_process, run_ranks
+from tests.support.ranks import loaded, run_process, run_ranks
 from tests.train import small
 
 #: rank 0 sends the second signal when the launcher has passed the first one on
@@ -69,7 +68,7 @@ def _launch(folder: Path) -> None:
 
 
 def test_the_launcher_ends_as_the_ranks_did(tmp_path: Path) -> None:
-    process = get_context("forkserver").Process(target=_launch, args=(tmp_path,))
+    process = loaded().Process(target=_launch, args=(tmp_path,))
     process.start()
     process.join(120)
     assert process.exitcode == 0

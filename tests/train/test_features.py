@@ -60,7 +60,7 @@ class _Stop:
     """Asks a run to stop after its n-th step or so, as SIGTERM would."""
 
     def __init__(self, monkeypatch, after: int) -> None:
-        from graphopt.train.run import StopSignals
+        from graphopt.train.signals import StopSignals
 
         self.left, self.signals = after, None
         stop, step, enter = self, Phase.step, StopSignals.__enter__
