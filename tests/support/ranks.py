@@ -77,5 +77,18 @@ def _rank(function: Callable[..., None], rank: int, ranks: int, port: int, group
             distributed.destroy_process_group()
 
 
+def first_holds(found: Callable[[], bool], times: int = 3) -> bool:
+    """Whether `found` is true on rank 0, of so many times that all ranks call it: until it is.
+
+    For figures of memory: a thread of gloo may hold a message a moment longer than it is needed.
+    """
+    for _ in range(times):
+        holds = torch.tensor(found())
+        distributed.broadcast(holds, 0)
+        if holds:
+            return True
+    return False
+
+
 def _rates(device: str = "cpu", *, amp: str | None = None) -> rates.Rates:
     return rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)
