@@ -43,13 +43,19 @@ def shell(command: str, folder: Path, **environment: str) -> str:
 
 
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a line in the working directory: `graphopt ...` in this process, as loading torch takes longer than most commands."""
-    words = shlex.split(command)
-    if words[0] != "graphopt" or set(words) & {">", "|", "&&"}:
+    """Runs a line in the working directory: `graphopt` and `python -c` in this process, as loading torch takes longer than most commands."""
+    line, _, file = command.partition(" > ")
+    words = shlex.split(line)
+    if words[:2] == ["python", "-c"]:
+        exec(words[2], {})
+        return capsys.readouterr().out
+    if words[0] != "graphopt" or set(words) & {"|", "&&"}:
         return shell(command, Path.cwd())
     status = main(words[1:])
     out, err = capsys.readouterr()
     assert status == 0, f"{command}\n{out}\n{err}"
+    if file:
+        Path(file).write_text(out)
     return out
 
 
