@@ -43,7 +43,7 @@ def shell(command: str, folder: Path, **environment: str) -> str:
 
 
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a line in the working directory: `graphopt` and `python -c` in this process, as loading torch takes longer than most commands."""
+    """Runs a line in the working directory: `graphopt` and `python -c` in this process: loading torch takes longer than most commands."""
     line, _, file = command.partition(" > ")
     words = shlex.split(line)
     if words[:2] == ["python", "-c"]:
