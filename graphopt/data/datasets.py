@@ -70,6 +70,14 @@ class Source(NamedTuple):
 _DIGITS = tuple("0123456789")
 
 
+class _Digits(list[tuple[Image.Image, int]]):
+    """Images and classes; `data` are the pixels of all, (N, 8, 8) uint8."""
+
+    def __init__(self, data: np.ndarray, targets: Sequence[int]) -> None:
+        super().__init__((Image.fromarray(image), target) for image, target in zip(data, targets, strict=True))
+        self.data = data
+
+
 @cache  # for programs that open it again and again
 def _digits(split: str) -> Split:
     """1,797 handwritten digits, 8x8 grey (scikit-learn's copy of UCI's optdigits test set). Every fifth of a class is held out."""
@@ -82,7 +90,7 @@ def _digits(split: str) -> Split:
         rank[members] = np.arange(members.sum())
     chosen = (rank % 5 != 4) == (split == "train")
     targets = labels[chosen].tolist()
-    return Split([(Image.fromarray(image), target) for image, target in zip(pixels[chosen], targets, strict=True)], targets, _DIGITS)
+    return Split(_Digits(pixels[chosen], targets), targets, _DIGITS)
 
 
 def _digits_table() -> Any:

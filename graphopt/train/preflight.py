@@ -4,7 +4,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,6 +90,12 @@ def check_optimizer(plan: Plan, settings: TrainSpec, steps: int = 1) -> None:
     except Exception as error:
         what = f"{settings.optimizer.name} cannot step with these arguments: {error}"
         raise RunError(what, where="train.optimizer", fix="Check train.optimizer.arguments") from error
+
+
+@cache
+def version(name: str) -> str:
+    """The version of an installed package; to find it takes as long as a small step."""
+    return metadata.version(name)
 
 
 def versions(title: str = "{}") -> dict[str, str]:
