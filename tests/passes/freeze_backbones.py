@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import timm
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.passes.freeze import Freeze
+from tests.support import plans
 from tests.support.backbones import Small
 
 
-def resnet18() -> nn.Module:
-    return torchvision.models.resnet18(num_classes=10)
+def resnet10() -> nn.Module:
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
 
 
 class Functional(nn.Module):
@@ -134,7 +136,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mutating": (Mutating, (3, 8, 8)),
     "mixed": (Mixed, (3, 8, 8)),
     "table": (Table, (3, 16, 16)),
-    "resnet18": (resnet18, (3, 32, 32)),
+    "resnet10": (resnet10, (3, 32, 32)),
     "mobilenet_v3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10, dropout=0.0), (3, 32, 32)),
     "test_resnet": (lambda: timm.create_model("test_resnet"), (3, 32, 32)),
     "test_vit": (lambda: timm.create_model("test_vit", img_size=32), (3, 32, 32)),
@@ -156,8 +158,8 @@ CASES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("mixed", ["body.first", "body.last"], ("body.first", "body.last")),
     ("table", ["patch", "token", "place"], ("patch", "token", "place")),
     ("table", ["token", "mix"], ("token", "mix")),
-    ("resnet18", ["layer1", "layer2"], ("layer1", "layer2")),
-    ("resnet18", ["conv1", "bn1", "layer1", "layer3"], ("conv1", "bn1", "layer1", "layer3")),
+    ("resnet10", ["layer1", "layer2"], ("layer1", "layer2")),
+    ("resnet10", ["conv1", "bn1", "layer1", "layer3"], ("conv1", "bn1", "layer1", "layer3")),
     ("mobilenet_v3", ["features.1", "features.4", "features.5"], ("features.1", "features.4", "features.5")),
     ("test_resnet", ["layer1", "layer3"], ("layer1", "layer3")),
     (
@@ -220,5 +222,11 @@ def built(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return model, shape
 
 
+@cache
+def shared(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """The same, traced once: copy the backbone to change it."""
+    return built(name)
+
+
 def compiled(model: nn.Module, selection: Any, shape: tuple[int, ...], **options: Any) -> graphopt.Plan:
-    return graphopt.compile(model, [Freeze(select=selection, **options)], input=shape, verify="fast", costs=False)
+    return plans.compiled(model, [Freeze(select=selection, **options)], shape, verify="fast")

@@ -10,8 +10,10 @@ from torch import nn
 
 
 def _vgg() -> nn.Module:
-    model = torchvision.models.vgg11_bn(num_classes=10)
-    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 10))
+    """VGG-11 with an eighth of the channels."""
+    layers: list[str | int] = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]
+    model = torchvision.models.VGG(torchvision.models.vgg.make_layers(layers, batch_norm=True), num_classes=10, init_weights=False)
+    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(64, 10))
     return model
 
 
@@ -35,6 +37,6 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convnext": (lambda: timm.create_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=10), (3, 32, 32)),
     "mobilenet": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=10), (3, 32, 32)),
     "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=10), (3, 32, 32)),
-    "mixer": (lambda: timm.create_model("mixer_s32_224", img_size=64, num_classes=10), (3, 64, 64)),
+    "mixer": (lambda: timm.models.MlpMixer(10, img_size=64, patch_size=32, num_blocks=4, embed_dim=64), (3, 64, 64)),
     "pvt": (lambda: timm.create_model("pvt_v2_b0", num_classes=10, depths=(1, 1, 1, 1)), (3, 64, 64)),
 }

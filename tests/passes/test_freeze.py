@@ -17,13 +17,13 @@ from graphopt.errors import PassError
 from graphopt.ir.regions import region_at
 from graphopt.passes.freeze import Freeze
 from graphopt.runtime.body import NoGrad
-from tests.passes.freeze_backbones import CASES, below, built, compiled, gradients, plainly_frozen, saved_bytes
+from tests.passes.freeze_backbones import CASES, below, built, compiled, gradients, plainly_frozen, saved_bytes, shared
 
 
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "stock"])
 @pytest.mark.parametrize(("name", "selection", "paths"), CASES, ids=[f"{n}-{'+'.join(p[:2])}" for n, _, p in CASES])
 def test_trains_as_a_plainly_frozen_model_does(name: str, selection: Any, paths: tuple[str, ...], lean: bool) -> None:
-    model, shape = built(name)
+    model, shape = shared(name)
     reference = plainly_frozen(model, paths)
     module = compiled(model, selection, shape, lean=lean).module.double().train()
     before = copy.deepcopy(module.state_dict())
@@ -47,7 +47,7 @@ def test_trains_as_a_plainly_frozen_model_does(name: str, selection: Any, paths:
             assert torch.equal(value, before[key]), f"{key} moved"
 
 
-@pytest.mark.parametrize(("name", "selection"), [("resnet18", "layer1"), ("functional", "body"), ("test_convnext", "stages.0")])
+@pytest.mark.parametrize(("name", "selection"), [("resnet10", "layer1"), ("functional", "body"), ("test_convnext", "stages.0")])
 def test_every_promise_holds_in_numbers(name: str, selection: Any) -> None:
     model, shape = built(name)
     report = graphopt.compile(model, [Freeze(select=selection)], input=shape, costs=False).report.passes[0]
@@ -57,7 +57,7 @@ def test_every_promise_holds_in_numbers(name: str, selection: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "selection", "share"),
     [
-        ("resnet18", ["layer1", "layer2"], 0.55),
+        ("resnet10", ["layer1", "layer2"], 0.64),
         ("functional", "body", 0.5),
         ("mobilenet_v3", ["features.1", "features.2", "features.3"], 0.9),
         ("test_convnext", "stages.0", 0.97),
@@ -73,7 +73,7 @@ def test_saves_less_than_plain_freezing_behind_a_trainable_stem(name: str, selec
 
 # -- the prefix ---------------------------------------------------------------------------------------------------------------------
 def test_the_prefix_is_cut_off_even_from_an_input_that_wants_a_gradient() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     plan = compiled(model, ["conv1", "bn1", "layer1"], shape)
     prefix = plan.module.get_submodule("sections.frozen_prefix")
     assert isinstance(prefix, NoGrad)
@@ -85,7 +85,7 @@ def test_the_prefix_is_cut_off_even_from_an_input_that_wants_a_gradient() -> Non
 
 
 def test_parameter_free_nodes_after_the_prefix_belong_to_it() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     plan = compiled(model, ["conv1", "bn1"], shape)
     section = plan.graph.sections[0]
     assert [n.name for n in section.nodes] == ["conv1", "bn1", "relu", "maxpool"]
@@ -138,7 +138,7 @@ def test_the_prefix_divides_where_another_section_does(outlined: str) -> None:
 
 # -- thaw, triggers, the value ------------------------------------------------------------------------------------------------------
 def test_thawing_gives_the_stock_graph_back() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     plan = compiled(model, "layer1", shape, when={"epoch": 1, "until": 3})
     stock = [(n.op, n.target) for n in plan.module.graph.nodes]
     frozen = plan.advance_to((*plan.decisions, *plan.due(1)))
@@ -152,7 +152,7 @@ def test_thawing_gives_the_stock_graph_back() -> None:
 
 
 def test_export_gives_the_backbone_back() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     plan = compiled(model, ["layer1", "layer2"], shape)
     backbone = plan.export()
     assert type(backbone) is type(model)
@@ -172,7 +172,7 @@ def notes(model: nn.Module, selection: Any, shape: tuple[int, ...]) -> list[str]
 
 
 def test_says_what_an_open_prefix_costs_and_what_closes_it() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     (note,) = notes(model, ["layer1", "layer2"], shape)
     assert note.startswith("warning layer1: frozen, but conv1 and bn1 before it train")
     assert "Freeze conv1 and bn1 too" in note
@@ -180,7 +180,7 @@ def test_says_what_an_open_prefix_costs_and_what_closes_it() -> None:
 
 
 def test_says_which_regions_have_nothing_to_freeze() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     assert notes(model, ["conv1", "bn1", "maxpool"], shape) == ["skipped maxpool: it has no parameters: nothing to freeze"]
 
 
@@ -188,7 +188,7 @@ def test_says_which_regions_have_nothing_to_freeze() -> None:
     ("selection", "why"), [("**", "no trainable parameter would be left"), ("maxpool", "nothing that is selected has parameters")]
 )
 def test_refuses(selection: Any, why: str) -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     with pytest.raises(PassError, match=why):
         compiled(model, selection, shape)
     assert all(p.requires_grad for p in model.parameters())
@@ -212,7 +212,7 @@ def test_refuses_half_of_a_tied_parameter() -> None:
 # -- where it runs ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("selection", [["conv1", "bn1", "layer1"], ["layer1"]], ids=["prefix", "behind"])
 def test_compiles_whole_and_copies(selection: Any) -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     module = compiled(model, selection, shape).module.double().train()
     x = torch.randn(2, *shape, dtype=torch.float64)
     expected, gradient = gradients(module, x)
@@ -225,7 +225,7 @@ def test_compiles_whole_and_copies(selection: Any) -> None:
 
 
 def test_trains_under_ddp(tmp_path: Path) -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     module = compiled(model, ["layer1", "layer2"], shape).module.double().train()
     x = torch.randn(2, *shape, dtype=torch.float64)
     expected = {n: None if g is None else g.clone() for n, g in gradients(module, x)[1].items()}
@@ -242,7 +242,7 @@ def test_trains_under_ddp(tmp_path: Path) -> None:
 
 
 def test_autocast_and_channels_last_give_finite_gradients() -> None:
-    model, shape = built("resnet18")
+    model, shape = built("resnet10")
     module = compiled(model, ["layer1", "layer2"], shape).module.train().to(memory_format=torch.channels_last)
     x = torch.randn(2, *shape).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):

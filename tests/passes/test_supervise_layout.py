@@ -19,7 +19,7 @@ LAYOUTS = [
     ("swin, torchvision", "features.1.0", (3, 24, 64, (8, 8), 0)),
     ("convnext", "stages.1.blocks.0", (1, 16, 16, (4, 4), 0)),
     ("pvt", "stages.1.blocks.0", (2, 64, 64, (8, 8), 0)),
-    ("mixer", "blocks.1", (2, 512, 4, (2, 2), 0)),
+    ("mixer", "blocks.1", (2, 64, 4, (2, 2), 0)),
     ("resnet18", "layer1.0", (1, 64, 64, (8, 8), 0)),
 ]
 
