@@ -27,6 +27,7 @@ from graphopt.cli import main
 from graphopt.data.loader import Data
 from graphopt.passes.freeze import Freeze
 from graphopt.train import preflight, train
+from graphopt.train import ranks as rank_errors
 from graphopt.train.meeting import meet, place, reports_first
 from graphopt.train.ranks import Ranks
 from tests.distributed import cases
@@ -250,7 +251,7 @@ FAILURES: dict[str, tuple[int, Callable[[Data, Path], None], str]] = {
 
 def _failing(rank: int, folder: Path, name: str) -> None:
     which, spoil, _ = FAILURES[name]
-    data = cases.data(training=48)
+    data, rank_errors.NOTICE = cases.data(training=48), 1.0
     if rank == which:
         spoil(data, folder)
     settings = small.settings(batch=12, timeout=1, log_every=1)
