@@ -9,16 +9,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from hypothesis import settings
 
-from graphopt.cli import progress
 from tests.support.browser import browse, tab  # noqa: F401  # fixtures
 
-progress.FIRST = 3600.0  # however slow the machine is, commands print the same
-torch.set_num_threads(1)
-settings.register_profile("graphopt", deadline=None, max_examples=40)
-settings.load_profile("graphopt")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Loads torch, but not in a process that runs no tests itself and starts those that do: they would wait for it."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    from graphopt.cli import progress
+
+    progress.FIRST = 3600.0  # however slow the machine is, commands print the same
+    torch.set_num_threads(1)
+    settings.register_profile("graphopt", deadline=None, max_examples=40)
+    settings.load_profile("graphopt")
 
 
 def pytest_collection_finish() -> None:
@@ -30,6 +37,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
