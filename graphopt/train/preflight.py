@@ -107,8 +107,14 @@ def versions(title: str = "{}") -> dict[str, str]:
 def code(backbone: nn.Module) -> dict[str, str]:
     """Digests of the source files that compute a step, by the names of their modules: the backbone's, and what is loaded of graphopt."""
     names = {type(module).__module__ for module in backbone.modules()} | {name for name in sys.modules if name.startswith("graphopt.")}
-    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in sorted(names)}
-    return {f"the code of {name}": hash_parts(Path(file).read_bytes()) for name, file in files.items() if file and Path(file).is_file()}
+    found = {name: _file_digest(getattr(sys.modules.get(name), "__file__", None)) for name in sorted(names)}
+    return {f"the code of {name}": digest for name, digest in found.items() if digest is not None}
+
+
+@cache
+def _file_digest(file: str | None) -> str | None:
+    """Of a file whose code is loaded, if it is one: what is written to it later does not count."""
+    return hash_parts(Path(file).read_bytes()) if file and Path(file).is_file() else None
 
 
 def check_images(plan: Plan, settings: TrainSpec, feeds: Feeds) -> None:

@@ -115,11 +115,16 @@ class Double:
         return self.transform(image).double()
 
 
-def run(name: str, folder: Path, *, alone: bool = False) -> None:
-    """Trains one case into `folder / name`: 12 samples per step, 2 steps per epoch."""
+def plan_of(name: str) -> Plan:
+    """The plan of one case."""
+    return plan(CASES[name].passes, norm=CASES[name].norm)
+
+
+def run(name: str, folder: Path, *, alone: bool = False, made: Plan | None = None) -> None:
+    """Trains one case, of which the plan may be made already, into `folder / name`: 12 samples per step, 2 steps per epoch."""
     case = CASES[name]
     changes = {"epochs": 1, "batch": 12, "eval_every": 10, **case.settings, **(case.alone if alone else {})}
-    train(plan(case.passes, norm=case.norm), folder / name, settings=small.settings(**changes), data=data())
+    train(made or plan_of(name), folder / name, settings=small.settings(**changes), data=data())
 
 
 def content(folder: Path) -> dict[str, Any]:

@@ -78,9 +78,9 @@ def settings(**changes: Any) -> TrainSpec:
     return TrainSpec.model_validate(table)
 
 
-def run(folder: Path, passes: Sequence[Pass] = (), *, resume: bool = False, **changes: Any) -> None:
-    """Trains into `folder`, in every rank that calls it."""
-    train(plan(passes), folder, settings=settings(**changes), data=data(), resume=resume)
+def run(folder: Path, passes: Sequence[Pass] = (), *, resume: bool = False, made: Plan | None = None, **changes: Any) -> None:
+    """Trains into `folder`, in every rank that calls it; the plan may be made already."""
+    train(made or plan(passes), folder, settings=settings(**changes), data=data(), resume=resume)
 
 
 def on_rank(_rank: int, folder: str, passes: Sequence[Pass], changes: dict[str, Any]) -> None:

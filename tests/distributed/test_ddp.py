@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 import graphopt
+from graphopt import Plan
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.resize import Resize
 from graphopt.train import train
 from tests.distributed import cases
 from tests.support.backbones import Small
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_process, run_ranks
 from tests.train import small
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a case that one process has trained."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    @cache
-    def trained(name: str) -> Path:
-        cases.run(name, folder, alone=True)
-        return folder / name
-
-    return trained
-
-
-def _all(_rank: int, folder: Path, names: list[str]) -> None:
-    for name in names:
+def _in_ranks(_rank: int, folder: Path, plans: dict[str, Plan]) -> None:
+    for name, plan in plans.items():
         try:
-            cases.run(name, folder)
+            cases.run(name, folder, made=plan)
         except Exception as error:
             raise RuntimeError(name) from error
+
+
+def _train_all(folder: Path, names: list[str], ranks: int) -> None:
+    """By ranks, and then alone: all are forked from this process, which compiles each plan once."""
+    plans = {name: cases.plan_of(name) for name in names}
+    run_ranks(_in_ranks, folder / "many", plans, ranks=ranks, forked=True)
+    for name, plan in plans.items():
+        cases.run(name, folder / "one", alone=True, made=plan)
 
 
 #: of three ranks, what depends on their number: sums over ranks, decisions, running statistics, samples that do not divide
@@ -46,18 +40,18 @@ ON_THREE += ["frozen by score"]
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(cases.CASES)), (3, ON_THREE)], ids=["two", "three"])
-def test_ranks_train_what_one_process_trains(tmp_path: Path, alone: Callable[[str], Path], ranks: int, names: list[str]) -> None:
-    run_ranks(_all, tmp_path, names, ranks=ranks)
+def test_ranks_train_what_one_process_trains(tmp_path: Path, ranks: int, names: list[str]) -> None:
+    assert run_process(_train_all, tmp_path, names, ranks, timeout=300) == 0
     wrong = {}
     for name in names:
         case = cases.CASES[name]
-        one, other = cases.content(alone(name)), cases.content(tmp_path / name)
+        one, other = (cases.content(tmp_path / kind / name) for kind in ("one", "many"))
         assert one["decisions"] == other["decisions"], name
         found = max(cases.distance(one["phase"][part], other["phase"][part], part) for part in ("model", "ema", "optimizer"))
         if found[0] > case.within:
             wrong[name] = found
         # One image more than a step takes: some ranks have none of them in the last batch.
-        (*_, told), (*_, expected) = (small.records(folder, "epoch") for folder in (tmp_path / name, alone(name)))
+        (*_, told), (*_, expected) = (small.records(tmp_path / kind / name, "epoch") for kind in ("many", "one"))
         for figure in ("loss", "accuracy", "train_loss", "train_accuracy"):
             assert told[figure] == pytest.approx(expected[figure], rel=max(case.within, 1e-9)), (name, figure)
     assert not wrong

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 import graphopt
-from graphopt import Pass, RunError
+from graphopt import Pass, Plan, RunError
 from graphopt.passes.adapt import Adapt
 from graphopt.passes.checkpoint import Checkpoint
 from graphopt.passes.drop import Drop
@@ -27,7 +27,7 @@ from graphopt.train.phase import Phase
 from graphopt.train.preflight import problems
 from graphopt.train.ranks import Ranks
 from tests.distributed import runs
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_process, run_ranks
 
 FRONT = Freeze(select=("stem", "blocks.0", "blocks.1"))
 ADAMW = {"optimizer": {"name": "adamw", "lr": 0.002}}
@@ -60,17 +60,24 @@ SUPERVISED: dict[str, Case] = {
 ON_THREE = {"phases": PLAIN["phases"], "supervise": SUPERVISED["supervise"]}
 
 
-def train_all(_rank: int, folder: str, cases: dict[str, Case]) -> None:
-    for name, (passes, changes, _) in cases.items():
-        runs.run(Path(folder) / name, passes, **changes, strategy="fsdp")
+def train_in_ranks(_rank: int, folder: Path, cases: dict[str, Case], plans: dict[str, Plan]) -> None:
+    for name, (_, changes, _) in cases.items():
+        runs.run(folder / name, **changes, strategy="fsdp", made=plans[name])
+
+
+def train_all(folder: Path, cases: dict[str, Case], ranks: int) -> None:
+    """By ranks, and then alone: all are forked from this process, which compiles each plan once."""
+    plans = {name: runs.plan(passes) for name, (passes, *_) in cases.items()}
+    run_ranks(train_in_ranks, folder / "many", cases, plans, ranks=ranks, forked=True)
+    for name, (_, changes, _) in cases.items():
+        runs.run(folder / "one" / name, **changes, made=plans[name])
 
 
 @pytest.mark.parametrize(("cases", "ranks"), [(PLAIN, 2), (SUPERVISED, 2), (ON_THREE, 3)], ids=["passes", "supervise", "three ranks"])
 def test_ranks_compute_what_one_process_computes(tmp_path: Path, cases: dict[str, Case], ranks: int) -> None:
     """Every tensor of the checkpoint: weights, optimizer state and averages, through phase changes; no gradient is missing."""
-    run_ranks(train_all, str(tmp_path / "many"), cases, ranks=ranks)
-    for name, (passes, changes, within) in cases.items():
-        runs.run(tmp_path / "one" / name, passes, **changes)
+    assert run_process(train_all, tmp_path, cases, ranks, timeout=300) == 0
+    for name, (_, _, within) in cases.items():
         one, many = (runs.saved(tmp_path / kind / name) for kind in ("one", "many"))
         for part in ("model", "optimizer", "ema"):
             assert runs.distance(one[part], many[part]) <= within, (name, part)

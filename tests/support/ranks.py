@@ -45,15 +45,18 @@ def _alone(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     function(*arguments)
 
 
-def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2, ends: int = 0, group: bool = True) -> None:
+def run_ranks(
+    function: Callable[..., None], *arguments: Any, ranks: int = 2, ends: int = 0, group: bool = True, forked: bool = False
+) -> None:
     """Calls `function(rank, *arguments)` in `ranks` processes of one gloo group; unless all end with status `ends`, the test fails.
 
-    Without `group` they have to join by themselves, as those that torchrun starts.
+    Without `group` they have to join by themselves, as those that torchrun starts. `forked` takes them from this process, with what it has
+    compiled; it must not have computed gradients.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = loaded()
+    context: Any = get_context("fork") if forked else loaded()
     started = [context.Process(target=_rank, args=(function, rank, ranks, port, group, arguments), daemon=True) for rank in range(ranks)]
     for process in started:
         process.start()
