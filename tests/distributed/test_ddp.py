@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-import graphopt
 from graphopt import Plan
 from graphopt.passes.freeze import Freeze
 from graphopt.passes.resize import Resize
 from graphopt.train import train
 from tests.distributed import cases
 from tests.support.backbones import Small
+from tests.support.plans import compiled_anew
 from tests.support.ranks import run_process, run_ranks
 from tests.train import small
 
@@ -58,9 +58,8 @@ def test_ranks_train_what_one_process_trains(tmp_path: Path, ranks: int, names: 
 
 
 def _resized(_rank: int, folder: Path, strategy: str = "auto") -> None:
-    torch.manual_seed(0)
     passes = [Resize(size=4, when={"epoch": 0, "until": 1}), Freeze(select="blocks.0", when={"schedule": "freezeout", "t0": 0.8})]
-    made = graphopt.compile(Small(drop=0.0, norm=cases.GROUPS), passes, input=small.SHAPE, verify="off", costs=False)
+    made = compiled_anew(partial(Small, drop=0.0, norm=cases.GROUPS), passes, small.SHAPE)
     train(made, folder, settings=small.settings(epochs=2, strategy=strategy), data=small.DATA)
 
 

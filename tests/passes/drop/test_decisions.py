@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import graphopt
 from graphopt.errors import RunError
 from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.spec import DataSpec, TrainSpec
 from graphopt.train import train
 from graphopt.train.checkpoint import load_checkpoint
-from tests.support.backbones import Small
+from tests.train import small
 
 DATA = DataSpec(name="digits", train_limit=64, eval_limit=16)
 TRAIN = TrainSpec(epochs=6, batch=16, device="cpu", optimizer={"name": "sgd", "lr": 0.02})
@@ -23,9 +22,7 @@ BLOCKS = ["stem", "blocks.0", "blocks.1"]
 
 
 def run(folder: Path, value, resume: bool = False):
-    torch.manual_seed(0)
-    plan = graphopt.compile(Small(drop=0.1), [value], input=(3, 8, 8), verify="off", costs=False)
-    return train(plan, folder, settings=TRAIN, data=DATA, resume=resume)
+    return train(small.plan([value], drop=0.1), folder, settings=TRAIN, data=DATA, resume=resume)
 
 
 def state_of(folder: Path):
