@@ -138,17 +138,19 @@ def _show_speed(found: "SpeedPlan", own: float, where: str) -> None:
     from graphopt.units import show_time
 
     show(f"the run as it is: {show_time(own)} {where}, without loading; asked for: at most {show_time(found.limit)}")
-    table = grid("", "schedules", "run", "times as fast", "updates kept", "pixels kept", right=(2, 3, 4, 5))
+    table = grid("", "schedules", "run", "times as fast", "updates kept", "images kept", "pixels kept", right=(2, 3, 4, 5, 6))
     for trial in sorted(found.tried, key=lambda trial: trial.seconds or 0.0):
         if trial.seconds is not None and trial.refused is None:
             mark = ">" if trial is found.chosen else ""
-            kept = (f"{100 * share:.0f} %" for share in (trial.updates, trial.pixels))
+            kept = (f"{100 * share:.0f} %" for share in (trial.updates, trial.images, trial.pixels))
             table.add_row(mark, trial.name, show_time(trial.seconds), f"{own / trial.seconds:.2f}", *kept)
     show(table)
     for trial in found.tried:
         if trial.refused is not None:
             show(f"left out {trial.name}: {trial.refused}")
-    show("> chosen: of those that are quick enough, the least taken from training (squares of the shares of updates and pixels that go)")
+    show(
+        "> chosen: of those that are quick enough, the least taken from training (squares of the lost shares of updates, images and pixels)"
+    )
     if found.snippet:
         show(f"\nto paste into the spec:\n\n{found.snippet}")
 

@@ -43,9 +43,21 @@ def test_what_is_proposed_is_quick_enough_and_keeps_most(search, factor):
     found = search.suggest(search.own.seconds / factor)
     assert found.chosen.seconds <= found.limit
     assert found.spec.passes == found.chosen.added
+    assert found.spec.train.epochs == found.chosen.epochs
     fitting = [trial for trial in found.tried if trial.refused is None and trial.seconds <= found.limit]
     assert found.chosen.price == min(trial.price for trial in fitting)
     assert SpeedSearch(found.spec, RATES).own.seconds == pytest.approx(found.chosen.seconds)
+
+
+def test_fewer_epochs_are_a_way_too_and_the_passes_follow(search):
+    search.suggest(search.own.seconds / 2)
+    shorter = [trial for trial in search._tried.values() if trial.epochs < 4 and trial.refused is None]
+    assert any(not trial.added for trial in shorter)
+    for trial in shorter:
+        assert trial.name.startswith(f"{trial.epochs} epochs")
+        assert trial.images == trial.epochs / 4
+        assert trial.updates <= trial.images
+        assert all(moment < trial.epochs for value in trial.added for moment in value.when.moments(("stem",), trial.epochs))
 
 
 def test_a_spec_that_is_quick_enough_gets_nothing(search):
@@ -65,7 +77,8 @@ def test_the_command_writes_a_spec_that_trains(tmp_path, monkeypatch, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["chosen"] != "the spec as it is"
     train(load(tmp_path / "fast.toml"), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 4
+    chosen = next(trial for trial in answer["tried"] if trial["name"] == answer["chosen"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == chosen["epochs"]
 
 
 @pytest.mark.parametrize(
