@@ -38,8 +38,9 @@ docs: pyproject.toml | .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What CI runs: style, types and layers first, then every test.
+# Bytecode is written whatever the user has set: each of the many processes would compile the package again.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal --durations=25 $(PYTEST)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist worksteal --durations=25 $(PYTEST)
 
 # Without the slow tests.
 quick: .venv/.installed-test

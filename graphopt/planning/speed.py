@@ -228,8 +228,8 @@ class SpeedSearch:
 
     def _forecast(self, passes: Sequence[Pass], epochs: int) -> tuple[tuple[Phase, ...], RunCost]:
         phases, train = self._phases(passes, epochs), self.spec.train.model_copy(update={"epochs": epochs})
-        counted = {"samples": self.samples, "evaluated": self.evaluated}
-        return phases, forecast_run(phases[0].plan, train, phases=phases, rates=self.rates, **counted)
+        first, samples, evaluated = phases[0].plan, self.samples, self.evaluated
+        return phases, forecast_run(first, train, samples=samples, evaluated=evaluated, phases=phases, rates=self.rates)
 
     def _costed(self, trial: Quicker, cost: RunCost, phases: Sequence[Phase] = ()) -> Quicker:
         updates, whole = (sum(p.epochs * p.step.trainable_parameters for p in c.phases) for c in (cost, self._whole))
