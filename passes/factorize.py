@@ -59,14 +59,14 @@ class Factorize(Pass):
         for region in match.regions:
             ranks: Ranks = {}
             for path, why in dense_layers(graph, region):
-                weight = graph.module.get_parameter(f"{path}.weight")
-                rank = self.rank if isinstance(self.rank, int) else max(1, round(self.rank * full_rank(weight)))
-                if why is None and rank * (len(weight) + weight[0].numel()) >= weight.numel():
-                    why = f"two layers of rank {rank} have no fewer weights than its {weight.numel():,}"
                 if why is None:
-                    ranks[path] = rank
-                else:
-                    match.skip(path, why)
+                    weight = graph.module.get_parameter(f"{path}.weight")
+                    rank = self.rank if isinstance(self.rank, int) else max(1, round(self.rank * full_rank(weight)))
+                    if rank * (len(weight) + weight[0].numel()) < weight.numel():
+                        ranks[path] = rank
+                        continue
+                    why = f"two layers of rank {rank} have no fewer weights than its {weight.numel():,}"
+                match.skip(path, why)
             found[region.name] = ranks
         if not any(found.values()):
             match.refuse(match.regions[0].name, "no selected layer gets smaller", fix="Select others, or lower the rank")

@@ -5,7 +5,6 @@ Both are steps on the CPU. With a `device`, a forecast takes the step with the k
 """
 
 import gc
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_st
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
 from graphopt.ir.copying import copy_with, fake_copy
-from graphopt.ir.fakes import FakeMode
+from graphopt.ir.fakes import FakeMode, unlogged
 from graphopt.ir.grad_mode import recording
 from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.shapes import tensors_in, uncached
@@ -100,10 +99,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     attribution = Attribution()
     with fake_ranks(parallel.ranks) if parallel else nullcontext(), uncached(module), mode, ExitStack() as stack:
         stack.enter_context(instrument(copied, attribution))
-        # torch logs the traceback of a shape that does not fit; the error that we raise says it.
-        log = logging.getLogger("torch._subclasses.fake_tensor")
-        stack.callback(log.setLevel, log.level)
-        log.setLevel(logging.CRITICAL)
+        stack.enter_context(unlogged())
         ledger = Ledger(attribution)
         ledger.copies_scattered = parallel is not None and parallel.backend == "gloo"
         if device is None:

@@ -4,11 +4,13 @@ torch's own cache of results looks at every attribute that a tensor of any kind 
 shape, strides, offset and dtype tell what an operator makes of it; all others go torch's way.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from math import prod
 from operator import mul
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +32,42 @@ class _Undescribed(Exception):
     """A value that its description does not tell whole."""
 
 
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keeps torch from printing the traceback of an operator that does not take its fakes: the error that is raised says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 class FakeMode(FakeTensorMode):
-    """A `FakeTensorMode` that takes real tensors beside fakes, and remembers the results of operators."""
+    """A `FakeTensorMode` that takes real tensors beside fakes, remembers the results of operators, and prints nothing."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._entered: list[ExitStack] = []
         # What torch would remember is remembered here.
         self.cache_enabled = False
         with unset_fake_temporarily():
             #: what torch notes on a fake CPU tensor of this mode
             self.notes = dict(vars(FakeTensor(self, torch.empty(0, device="meta"), _CPU)))
+
+    def __enter__(self) -> Self:
+        stack = ExitStack()
+        stack.enter_context(unlogged())
+        self._entered.append(stack)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self._entered.pop().close()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

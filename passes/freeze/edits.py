@@ -32,7 +32,7 @@ class Scope:
         borrowed: (region, name) of parameters that a region reads and that another part of the backbone owns and trains.
         prefix: nodes without anything trainable at or before them, in execution order: the backward never comes here.
         behind: frozen nodes with something trainable before them, and parameter-free ones that only follow such.
-        blockers: of each frozen region that is not part of the prefix, the trainable paths before it.
+        blockers: of each frozen region with something trainable before it, the paths of that.
     """
 
     parameters: tuple[str, ...]
@@ -78,6 +78,8 @@ def freeze_scope(graph: Graph, regions: Sequence[Region]) -> Scope:
     for region in regions:
         if not (recorded & active).isdisjoint(region.nodes):
             before = trainable & ancestors(region.nodes) - set(region.nodes)
+            if not before:  # what trains is in the region itself: what it reads of other parts
+                continue
             blockers[region.name] = tuple(dict.fromkeys(_owner(graph, n, frozen) for n in graph.nodes if n in before))
     return Scope(names, tied, borrowed, _prefix(graph, recorded), tuple(behind), blockers)
 

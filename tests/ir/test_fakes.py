@@ -1,5 +1,7 @@
 """Remembered results of operators are those that torch's own mode works out."""
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,3 +72,18 @@ def test_gradients_flow():
             x = torch.empty(4, 4, requires_grad=True)
             (x.t() @ x).relu().sum().backward()
             assert x.grad.shape == (4, 4)
+
+
+def test_an_operator_that_does_not_take_its_fakes_is_an_error_and_no_line_on_the_terminal() -> None:
+    log, records = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    level = log.level
+    try:
+        with FakeMode() as mode, mode, pytest.raises(RuntimeError, match="same reduction dim"):
+            torch.mm(torch.empty(2, 3), torch.empty(4, 5))
+    finally:
+        log.removeHandler(handler)
+    assert not records
+    assert log.level == level

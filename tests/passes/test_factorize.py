@@ -74,6 +74,15 @@ def test_a_run_measures_weights_that_get_other_shapes(tmp_path: Path) -> None:
     assert [phase["epoch"] for phase in small.records(tmp_path, "phase")][:2] == [0, 1]
 
 
+def test_weights_that_are_computed_are_left_alone() -> None:
+    """A weight norm's own weight is none of the layer's parameters."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), normed, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4))
+    plan = graphopt.compile(model, Factorize(select=("1", "2"), rank=2), input=(3, 6, 6), costs=False)
+    assert plan.report.passes[0].figures["layers"] == 1
+    assert any(d.location == "1" and "computes something of its own" in d.message for d in plan.report.passes[0].diagnostics)
+
+
 def test_later_and_back() -> None:
     model, input = BACKBONES["resnet"]()
     plan = graphopt.compile(model, Factorize(select="layer3", rank=4, when={"epoch": 1, "until": 2}), input=input, costs=False)

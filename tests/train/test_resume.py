@@ -56,6 +56,16 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def test_a_second_interrupt_stops_at_once_and_costs_no_more_than_an_interval(whole: Path, tmp_path: Path) -> None:
+    data = small.interrupting(130, DATA, signal.SIGINT)
+    data.train.transform = small.Counting(data.train.transform, 131, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(small.plan(PASSES), tmp_path, settings=small.settings(**HARD), data=data)
+    assert len(small.records(tmp_path, "epoch")) == 1
+    assert go(tmp_path, NEVER)
+    assert equal(torch.load(tmp_path / "last.pt", weights_only=True)["phase"], torch.load(whole / "last.pt", weights_only=True)["phase"])
+
+
 # 96 images an epoch, 16 a step: the first of an epoch, its last, and both sides of the phase changes.
 @pytest.mark.parametrize("after", [1, 96, 97, 130, 193])
 def test_going_on_ends_where_the_uninterrupted_run_does(tmp_path: Path, whole: Path, after: int) -> None:

@@ -77,6 +77,15 @@ def test_a_shared_block_frozen_with_its_neighbours_does_not_move() -> None:
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("layer1."))
 
 
+def test_a_shared_block_frozen_with_all_before_it_says_what_moves() -> None:
+    """Nothing before it trains; what it reads of the block behind it does."""
+    plan = planned(Share(select="layer1.1"), Freeze(select=("conv1", "bn1", "layer1.0", "layer1.1")))
+    found = [d.message for d in plan.report.passes[1].diagnostics if d.severity == "warning" and d.location == "layer1.1"]
+    assert found
+    assert all("layer1.2." in message and "before it" not in message for message in found)
+    assert "layer1.2.conv1.weight" in gradients(plan.module.eval())
+
+
 @BOTH
 def test_a_block_that_is_frozen_before_keeps_its_weights(mode: str) -> None:
     plan = planned(Freeze(select="layer1.1"), Share(select="layer1.1", mode=mode))
