@@ -6,7 +6,7 @@ count; seconds need the machine's rates (`graphopt.cost.measure_rates`), or are 
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -160,6 +160,7 @@ def forecast_run(
     decisions: Sequence[Decision] | None = None,
     phases: Iterable[Phase] | None = None,
     rates: Rates | PeakRates | None = None,
+    known: dict[Hashable, Any] | None = None,
 ) -> RunCost:
     """The cost of a run that starts with `plan`, in its first phase.
 
@@ -167,6 +168,8 @@ def forecast_run(
         samples, evaluated: images per epoch and per evaluation (see `counts`).
         decisions: of a finished run; default: those that can be foreseen. phases: where they are compiled already.
         rates: the machine's, or the peak rates of a GPU, for seconds.
+        known: steps that were forecast before, for runs of the same backbone, data, settings (but for epochs) and rates; those of this run
+            are added.
 
     Raises:
         RunError: the training set has less than one batch.
@@ -177,14 +180,22 @@ def forecast_run(
     steps = samples // train.batch
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
-    backbone = emit(plan.sizes.whole)
-    whole = forecast(backbone, plan.sizes.full, train.batch, **options)
+    known = {} if known is None else known
+    if "whole" not in known:
+        backbone = emit(plan.sizes.whole)
+        known["whole"] = forecast(backbone, plan.sizes.full, train.batch, **options)
+        known[plan.sizes.full] = _forward_cost(backbone, plan.sizes.full, micro, options)
+    whole: Cost = known["whole"]
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
     compiled = tuple(plan.phases(train.epochs, decisions) if phases is None else phases)
     for start, end, due, current in compiled:
-        step, filling, cached = _phase_cost(current, earlier, train, samples, options) if any(current.effects) else (whole, None, 0)
+        step, filling, cached = whole, None, 0
+        if any(current.effects):
+            if (key := (_applied(current), _applied(earlier))) not in known:
+                known[key] = _phase_cost(current, earlier, train, samples, options)
+            step, filling, cached = known[key]
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
         seconds = _seconds(rates, step, steps * (forward + backward) / step.flops if step.flops else steps)
@@ -199,12 +210,20 @@ def forecast_run(
         found.append(phase)
         earlier = current if cached else None
     times = [_evaluations(train, phase.start, phase.end) for phase in compiled]
-    batch = _forward_cost(backbone, plan.sizes.full, micro, options)
-    at_own_size = _evaluating(batch, sum(times) * evaluated / micro, rates)
-    evaluating = _evaluating_phases(compiled, times, evaluated / micro, {plan.sizes.full: batch}, micro, options, rates)
+    at_own_size = _evaluating(known[plan.sizes.full], sum(times) * evaluated / micro, rates)
+    evaluating = _evaluating_phases(compiled, times, evaluated / micro, known, micro, options, rates)
     complete = decisions is not None or all(value.when.foreseeable for value in plan.passes)
     totals = _totals([before], *at_own_size), _totals(found, *evaluating)
     return RunCost(samples, evaluated, train.epochs, *totals, tuple(found), complete)
+
+
+def _applied(plan: Plan | None) -> Hashable:
+    """What a phase's step follows from: the size of its images, and its passes with the regions that each is applied to now."""
+    if plan is None:
+        return None
+    active = [item for item in plan.progress() if item.active]
+    values = [{k: v for k, v in item.instance.value.table().items() if k != "when"} for item in active]
+    return plan.base.input, repr([(value, item.active) for value, item in zip(values, active, strict=True)])
 
 
 def _evaluations(train: TrainSpec, start: float, end: float) -> int:
@@ -222,14 +241,14 @@ def _evaluating_phases(
     phases: Sequence[Phase],
     times: Sequence[int],
     batches: float,
-    known: Mapping[Input, Cost],
+    known: dict[Hashable, Any],
     batch: int,
     options: Mapping[str, Any],
     rates: Rates | PeakRates | None,
 ) -> tuple[int, float | None]:
     """The same over a run that is evaluated so many `times` in each phase, at the size of that phase.
 
-    `known` are costs of a batch at sizes that have been forecast.
+    `known` has costs of a batch by the sizes that have been forecast; others are added.
     """
     count: Counter[Input] = Counter()
     graphs = {phase.plan.base.input: phase.plan.base for phase in phases}
@@ -237,8 +256,9 @@ def _evaluating_phases(
         count[phase.plan.base.input] += number
     found = []
     for size, number in (+count).items():
-        cost = known[size] if size in known else _forward_cost(emit(graphs[size]), size, batch, options)
-        found.append(_evaluating(cost, number * batches, rates))
+        if size not in known:
+            known[size] = _forward_cost(emit(graphs[size]), size, batch, options)
+        found.append(_evaluating(known[size], number * batches, rates))
     seconds = [each for _, each in found if each is not None]
     return sum(flops for flops, _ in found), sum(seconds) if rates else None
 

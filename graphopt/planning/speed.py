@@ -6,7 +6,7 @@ enough with fewer epochs. Of all these, the one that takes least away from train
 as a spec. With `hold`, its triggers undo themselves in the run when held-out accuracy falls too far.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, zip_longest
 from typing import Any, NamedTuple
@@ -113,6 +113,7 @@ class SpeedSearch:
         self.plan = compile_phase(prepare(None, spec, compare=False, trust=trust), verify="off", costs=False)
         self.samples, self.evaluated = counts(spec.data)
         self._tried: dict[str, Quicker] = {}
+        self._steps: dict[Hashable, Any] = {}
         self._whole = self._forecast(self.plan.passes, spec.train.epochs)[1]
         self.own = self._costed(Quicker("the spec as it is", spec.train.epochs), self._whole)
         #: what a run of the spec as it is would be refused for, images that are elsewhere, say
@@ -228,8 +229,8 @@ class SpeedSearch:
 
     def _forecast(self, passes: Sequence[Pass], epochs: int) -> tuple[tuple[Phase, ...], RunCost]:
         phases, train = self._phases(passes, epochs), self.spec.train.model_copy(update={"epochs": epochs})
-        first, samples, evaluated = phases[0].plan, self.samples, self.evaluated
-        return phases, forecast_run(first, train, samples=samples, evaluated=evaluated, phases=phases, rates=self.rates)
+        first, samples, evaluated, known = phases[0].plan, self.samples, self.evaluated, self._steps
+        return phases, forecast_run(first, train, samples=samples, evaluated=evaluated, phases=phases, rates=self.rates, known=known)
 
     def _costed(self, trial: Quicker, cost: RunCost, phases: Sequence[Phase] = ()) -> Quicker:
         updates, whole = (sum(p.epochs * p.step.trainable_parameters for p in c.phases) for c in (cost, self._whole))

@@ -9,6 +9,8 @@ from graphopt.compiler.triggers import Steps, rising_steps
 from graphopt.cost.rates import Rates
 from graphopt.diff.render.run import read_run
 from graphopt.errors import SpecError
+from graphopt.planning.budget import in_order
+from graphopt.planning.run_cost import forecast_run
 from graphopt.planning.speed import SpeedSearch
 from graphopt.spec import load, loads
 from graphopt.train import train
@@ -58,6 +60,16 @@ def test_fewer_epochs_are_a_way_too_and_the_passes_follow(search):
         assert trial.images == trial.epochs / 4
         assert trial.updates <= trial.images
         assert all(moment < trial.epochs for value in trial.added for moment in value.when.moments(("stem",), trial.epochs))
+
+
+def test_what_is_remembered_of_steps_gives_the_same_runs(search):
+    search.suggest(search.own.seconds / 2)
+    for trial in [trial for trial in search._tried.values() if trial.refused is None][::5]:
+        passes = in_order(search.plan.passes, trial.added)
+        phases = search._phases(passes, trial.epochs)
+        train = search.spec.train.model_copy(update={"epochs": trial.epochs})
+        anew = forecast_run(phases[0].plan, train, samples=search.samples, evaluated=search.evaluated, phases=phases, rates=RATES)
+        assert anew.run.seconds == trial.seconds
 
 
 def test_a_spec_that_is_quick_enough_gets_nothing(search):
