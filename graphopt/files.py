@@ -202,6 +202,8 @@ def unsealed(text: str) -> dict[str, Any]:
 
 def reason(error: BaseException) -> str:
     """Why a file operation failed, in the system's words: `"no space left on device"`."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -86,6 +86,8 @@ def diff(
     for suffix, path in targets.items():
         if path != STDOUT:
             options.check_target(path, f"diff.{suffix}")
+        if path.suffix != f".{suffix}" and (named := path.suffix.removeprefix(".")) in asked:
+            raise RunError(f"{path.name} would hold {suffix.upper()}", where=f"--{suffix}", fix=f"Use --{named}, or another name")
 
     networks = Networks(shape=options.parse_shape(input), overrides=set_, batch=batch, costs=costs, ranks=ranks, trust=trust)
     networks.read([name for name in (what, other) if name is not None], spec)

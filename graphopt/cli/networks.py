@@ -64,6 +64,10 @@ class Networks:
         self._specs = {name: self._spec(name) for name in arguments if not is_weights(name)}
         if spec is not None and len(self._specs) == len(arguments):
             raise RunError("belongs to a weights file", where="--spec", fix="Leave it out: the other arguments have their own")
+        if self.shape is not None and self._specs and not any(map(is_backbone, self._specs)):
+            raise RunError(
+                "belongs to a backbone without a spec", where="--input", fix="A spec has its own: --set backbone.input=[3,64,64]"
+            )
         self._of_weights = self._spec(spec) if spec is not None else next(iter(self._specs.values()), None)
 
     def _spec(self, argument: str) -> "Spec":

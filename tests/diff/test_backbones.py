@@ -141,6 +141,8 @@ def test_two_files_of_weights_say_which_blocks_moved(files: tuple[str, str], cap
     [
         (["a.safetensors", "b.safetensors"], ["a.safetensors", "which backbone", "--spec"]),
         (["cifar/resnet8", "cifar/resnet14", "--spec", "cifar/resnet8"], ["--spec", "belongs to a weights file"]),
+        (["quickstart", "--input", "1,8,8"], ["--input", "belongs to a backbone without a spec"]),
+        (["cifar/resnet8", "cifar/resnet14", "--svg", "x.png"], ["--svg: x.png would hold SVG", "Use --png"]),
         (["cifar/resnet8", "cifar/resnet9"], ["resnet9"]),
         (["gone.safetensors", "a.safetensors"], ["gone.safetensors"]),
     ],

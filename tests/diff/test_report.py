@@ -139,6 +139,7 @@ def test_long_runs_are_thinned_and_strange_numbers_left_out(tmp_path: Path) -> N
         (lambda p: None, ["no such file or folder", "graphopt train"]),
         (lambda p: p.write_text("x"), ["a file, not the folder of a run"]),
         (lambda p: p.mkdir(), ["no run of graphopt", "graphopt train"]),
+        (lambda p: (write_run(p, [], finished=False) / "metrics.jsonl").write_bytes(b"\xff"), ["metrics.jsonl", "it is no UTF-8 text"]),
         (lambda p: write_run(p, ['{"no": "kind"}']), ["metrics.jsonl:1", "not a line of metrics"]),
         (lambda p: write_run(p, 2 * ["[" * 200_000]), ["metrics.jsonl:1", "not a line of metrics"]),
         (lambda p: os.mkfifo(write_run(p, [], finished=False) / "summary.json"), ["summary.json", "a pipe or a device"]),
