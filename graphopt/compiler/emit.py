@@ -13,6 +13,7 @@ from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphopt.errors import PassError
+from graphopt.ir.collector import uncollected
 from graphopt.ir.flow import reentry
 from graphopt.ir.graph import Graph, Origin
 from graphopt.ir.module import TrainingModule
@@ -23,6 +24,7 @@ from graphopt.runtime.body import WithLocalLoss
 Members = tuple[Node, ...]
 
 
+@uncollected()
 def emit(graph: Graph, *, start: Node | None = None, stop: Node | None = None) -> TrainingModule:
     """The module that trains. Leaves, parameters and buffers are shared with `graph`, which stays flat.
 

@@ -18,6 +18,7 @@ from graphopt.compiler.triggers import Decision, Start, active_regions
 from graphopt.compiler.verify import Checked, check_gradients_arrive, check_keys, check_property, check_structure
 from graphopt.cost.figures import Cost
 from graphopt.errors import GraphoptError, NeedsValuesError, PassError
+from graphopt.ir.collector import uncollected
 from graphopt.ir.editor import Editor, Edits
 from graphopt.ir.graph import Graph
 from graphopt.ir.module import TrainingModule
@@ -57,6 +58,7 @@ class Rewritten:
     no_costs: str | None = None
 
 
+@uncollected()
 def match_all(graph: Graph, instances: Sequence[PassInstance]) -> tuple[Matched, ...]:
     """Lets every pass decide on the untouched graph, and finds conflicts. Changes nothing.
 
@@ -123,9 +125,10 @@ def rewrite(
                 before.hold()
             editor = Editor(graph, Author(item.instance.index, value.name))
             paths = {r.name: r.paths for r in match.regions if r.name in active}
-            result = value.rewrite(editor, ActiveMatch(graph, active, match.decision, paths, match.names))
-            graph.refresh()
-            module = emit(graph)
+            with uncollected():
+                result = value.rewrite(editor, ActiveMatch(graph, active, match.decision, paths, match.names))
+                graph.refresh()
+                module = emit(graph)
             runs = Runs(module, graph.input, runs.smaller)
             checked: list[Checked] = []
             if verify != "off":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import fx
 from torch.fx import Node
 
+from graphopt.ir.collector import uncollected
 from graphopt.ir.copying import alias_copy, copy_with
 from graphopt.ir.inputs import Input
 from graphopt.ir.module import TrainingModule
@@ -113,6 +114,7 @@ class Graph:
         self._results.clear()
         self._stale.update(nodes)
 
+    @uncollected()
     def clone(self, *, weights: bool = True) -> Graph:
         """A deep copy, sections included; without `weights`, its tensors share the memory of this graph's."""
         copies: dict[Node, Node] = {}

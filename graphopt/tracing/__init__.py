@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from graphopt.errors import TraceError, first_line
+from graphopt.ir.collector import uncollected
 from graphopt.ir.grad_mode import recording
 from graphopt.ir.graph import Graph, Opaque, Origin
 from graphopt.ir.inputs import Input, as_input, show
@@ -109,6 +110,7 @@ class _Untraceable(Exception):
     """A module that has to stay whole: its path, and the reason."""
 
 
+@uncollected()
 def _trace_once(backbone: nn.Module, input: Input, meta: Callable[[], nn.Module], opaque: Sequence[Opaque]) -> Graph:
     both = (_trace_mode(backbone, training, Tracer(input, meta, (o.path for o in opaque))) for training in (True, False))
     (traced, constants, segments), (in_eval, eval_constants, _) = both

@@ -12,7 +12,7 @@ from graphopt.diff.render.data import Shown, as_script, page_data
 from graphopt.errors import printable
 
 #: layout library, then ours in the order they build on each other
-SCRIPTS = ("vendor/dagre.min.js", "layout.js", "scene.js")
+SCRIPTS = ("vendor/dagre.min.js", "layers.js", "layout.js", "scene.js")
 
 
 def to_html(shown: Shown) -> str:
