@@ -4,8 +4,8 @@
 
 Processor seconds, without comparing outputs and without costs: trace; emission alone; for each pass what it decides, a copy of the graph,
 the rewrite and the emission of that (`resize` traces the backbone again first); a diff, and the data of its page; the layout of the page at
-each level of detail, in V8; and the choice of 8 parts in 500 pieces. The graphs are chains of residual blocks, dense blocks (every layer reads
-all before it, 24 in a block) and wide ones (32 branches side by side). The last column is the time a node of the largest graph over that of
+each level of detail, in V8; and the choice of 8 parts in 500 pieces. The graphs are chains of residual blocks, dense blocks (each of 24
+layers reads all before it) and wide ones (32 branches side by side). The last column is the time a node of the largest graph over that of
 the smallest: 1.0 is linear.
 """
 

@@ -117,7 +117,8 @@ def _with_sisters(tree: _Tree, found: list[str]) -> tuple[tuple[str, ...], ...]:
     """The blocks found, and other modules of their classes: the first of a stage may have no shortcut, and still is a block."""
     kinds = {tree.graph.types[p] for p in found}
     sisters = [p for p in tree.nodes if tree.graph.types.get(p) in kinds and tree.closed(p)]
-    outer = [p for p in sisters if not any(p != q and p.startswith(f"{q}.") for q in sisters)]
+    known = set(sisters)
+    outer = [p for p in sisters if known.isdisjoint(containers(p))]
     return tuple((p,) for p in _in_order(tree, outer))
 
 

@@ -60,10 +60,11 @@ class Editor:
     def __init__(self, graph: Graph, author: Author) -> None:
         self.graph, self.author, self.edits = graph, author, Edits()
         self._held: dict[Node, list[tuple[int, Section]]] | None = None
-        #: by path of a leaf, the nodes that have called it
-        self._callers: dict[str, list[Node]] = {}
-        for node in graph.fx.find_nodes(op="call_module"):
-            self._called(node)
+        #: by operation and target, the nodes that have called a leaf or read a tensor
+        self._uses: dict[tuple[str, str], list[Node]] = {}
+        for op in ("call_module", "get_attr"):
+            for node in graph.fx.find_nodes(op=op):
+                self._used(node)
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, **place: Unpack[Place]) -> Node:
         """A new call of a function, or of a tensor method by name."""
@@ -91,7 +92,7 @@ class Editor:
         if self._sections_with((model,)):
             self._set_sections(replace(s, nodes=(*s.nodes, node)) if model in s.nodes else s for s in self.graph.sections)
         self._infer(node)
-        self._called(node)
+        self._used(node)
         self.edits.inserted[node.name] = None
         self.graph.changed([node] if op == "get_attr" else ())
         return node
@@ -116,7 +117,7 @@ class Editor:
             node.op, node.target = "call_function", target
         elif target is not None:
             node.op, node.target = "call_module" if node.op == "call_module" else "call_method", target
-        self._called(node)
+        self._used(node)
         node.args = node.args if args is None else args
         node.kwargs = node.kwargs if kwargs is None else kwargs
         self.touch(node)
@@ -157,12 +158,19 @@ class Editor:
 
     def calls(self, path: str) -> Nodes:
         """The nodes that call the leaf at `path`."""
-        calls = {n for n in self._callers.get(path, ()) if n.target == path and not n._erased}
-        return tuple(sorted(calls))
+        return self._users_of("call_module", path)
 
-    def _called(self, node: Node) -> None:
-        if node.op == "call_module":
-            self._callers.setdefault(str(node.target), []).append(node)
+    def reads(self, name: str) -> Nodes:
+        """The nodes that read a parameter or a buffer themselves."""
+        return self._users_of("get_attr", name)
+
+    def _users_of(self, op: str, target: str) -> Nodes:
+        known = self._uses.get((op, target), ())
+        return tuple(sorted({n for n in known if n.op == op and n.target == target and not n._erased}))
+
+    def _used(self, node: Node) -> None:
+        if node.op in ("call_module", "get_attr"):
+            self._uses.setdefault((node.op, str(node.target)), []).append(node)
 
     def add_module(self, path: str, module: nn.Module) -> None:
         """Registers a new module."""

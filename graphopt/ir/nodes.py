@@ -142,17 +142,36 @@ def overwriter(graph: Graph, node: Node) -> Node | None:
     return min((user for user in readers if writes_in_place(graph.module, user)), default=None)
 
 
-def can_leave_its_input(node: Node, order: Mapping[Node, int], memory: Mapping[Node, set[StorageWeakRef]]) -> bool:
+class Memory:
+    """Which nodes have values in the same memory, as it is when this is made.
+
+    Attributes:
+        of: the memory behind the value of each node (`storages`).
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.of = {node: storages(node) for node in nodes}
+        self._holders: dict[StorageWeakRef, list[Node]] = {}
+        for node, held in self.of.items():
+            for memory in held:
+                self._holders.setdefault(memory, []).append(node)
+
+    def sharing(self, node: Node) -> tuple[Node, ...]:
+        """The nodes whose memory meets that of one of them, itself included."""
+        return tuple(dict.fromkeys(holder for memory in self.of[node] for holder in self._holders[memory]))
+
+
+def can_leave_its_input(node: Node, order: Mapping[Node, int], memory: Memory) -> bool:
     """Whether nobody would see that a node no longer writes into its first input, once later readers of that read the node instead.
 
     Args:
-        order, memory: of all nodes, before any change: their positions, and `storages`.
+        order, memory: of all nodes, before any change.
     """
     source, here = node.all_input_nodes[0], order[node]
     if getattr(node.meta.get("val"), "shape", None) != source.meta["val"].shape:
         return False  # an assignment to a part of it: the node has no value to read instead
-    for other, held in memory.items():
-        if other is node or order[other] > here or memory[source].isdisjoint(held):
+    for other in memory.sharing(source):
+        if other is node or order[other] > here:
             continue
         if other.op in ("placeholder", "get_attr") or (other is not source and any(order[u] > here for u in other.users)):
             return False

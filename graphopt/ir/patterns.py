@@ -159,15 +159,23 @@ def attention_path(graph: Graph, region: Region) -> str | None:
     if len(region.paths) != 1:
         return None
     path = region.paths[0]
-    for child, kind in graph.types.items():
-        if owner(child) == path and re.search("Attention|Attn", kind) and "Pool" not in kind:
-            return child
+    if path in (named := graph.cached(_named_attention)):
+        return named[path]
     for node in region.nodes:
         if _is_attention(graph, node):
             origin = node.meta["origin"].path
             inside = origin != path and is_below(origin, [path])
             return f"{path}.{origin[len(path) + 1 :].split('.')[0]}" if inside else path
     return None
+
+
+def _named_attention(graph: Graph) -> dict[str, str]:
+    """Of each module, its first child whose class is named after attention."""
+    found: dict[str, str] = {}
+    for child, kind in graph.types.items():
+        if re.search("Attention|Attn", kind) and "Pool" not in kind:
+            found.setdefault(owner(child), child)
+    return found
 
 
 def _is_attention(graph: Graph, node: Node) -> bool:

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from graphopt.ir.editor import Editor
 from graphopt.ir.graph import Graph
-from graphopt.ir.nodes import can_leave_its_input, storages, writes_in_place
+from graphopt.ir.nodes import Memory, can_leave_its_input, storages, writes_in_place
 
 
 def repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
@@ -22,11 +22,11 @@ def repeatable(edit: Editor, nodes: Sequence[Node]) -> tuple[Node, ...] | None:
     if not found:
         return tuple(nodes)
     order = dict(graph.order)
-    memory = {n: storages(n) for n in order}
+    memory = Memory(order)
     first = min(order[n] for n in nodes)
     writers: list[Node] = []
     for node in sorted(w for w in found if order[w] >= first):
-        written = memory[node.all_input_nodes[0]] & held
+        written = memory.of[node.all_input_nodes[0]] & held
         if not written:
             continue
         if node not in inside or not can_leave_its_input(node, order, memory):

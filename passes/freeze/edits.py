@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from graphopt import Editor, Graph, Region
 from graphopt.ir.flow import ancestors, descendants
-from graphopt.ir.nodes import activations, can_leave_its_input, leaf, parameters_of, parameters_read, storages, trainable, writes_in_place
+from graphopt.ir.nodes import Memory, activations, can_leave_its_input, leaf, parameters_of, parameters_read, trainable, writes_in_place
 from graphopt.ir.paths import containers, is_below
 from graphopt.passes.freeze import activations as lean_activations
 from graphopt.passes.freeze.lean import FUNCTIONS, METHODS, NORM_FUNCTIONS, frozen_form, original_class
@@ -32,7 +32,8 @@ class Scope:
         borrowed: (region, name) of parameters that a region reads and that another part of the backbone owns and trains.
         prefix: nodes without anything trainable at or before them, in execution order: the backward never comes here.
         behind: frozen nodes with something trainable before them, and parameter-free ones that only follow such.
-        blockers: of each frozen region with something trainable before it, the paths of that.
+        passed: the frozen regions with something trainable before them: the backward passes through them.
+        blockers: the paths of what is trainable before the first of those.
     """
 
     parameters: tuple[str, ...]
@@ -40,7 +41,8 @@ class Scope:
     borrowed: Pairs
     prefix: tuple[fx.Node, ...]
     behind: tuple[fx.Node, ...]
-    blockers: dict[str, tuple[str, ...]]
+    passed: tuple[str, ...]
+    blockers: tuple[str, ...]
 
     def covers(self, region: Region) -> bool:
         """Whether anything of a region is frozen: what its nodes read, or what is registered there and never read."""
@@ -50,10 +52,9 @@ class Scope:
         """What the user should know, as (region, message): parameters that still train, and a backward pass that goes on."""
         for region, name in self.borrowed:
             yield region, f"it reads {name}, which another part owns and trains: {name} is not frozen"
-        if self.blockers:
-            first, *more = self.blockers
-            paths = self.blockers[first]
-            named, verb = _listed(paths), "train" if len(paths) > 1 else "trains"
+        if self.passed:
+            first, *more = self.passed
+            named, verb = _listed(self.blockers), "train" if len(self.blockers) > 1 else "trains"
             also = f"; so for {len(more)} more of its regions" if more else ""
             cost = "what its input gradient takes is still saved" if lean else "its activations are still saved"
             passes = f"the backward passes through and {cost}{also}"
@@ -74,14 +75,25 @@ def freeze_scope(graph: Graph, regions: Sequence[Region]) -> Scope:
         free = not parameters_of(graph, [node]) and follows and all(i in behind for i in follows)
         if node in recorded and node in active and node not in trainable and (node in selected or free):
             behind[node] = None
-    blockers = {}
+    passed, blockers = _passed(graph, regions, recorded, trainable)
+    paths = tuple(dict.fromkeys(_owner(graph, n, frozen) for n in graph.nodes if n in blockers))
+    return Scope(names, tied, borrowed, _prefix(graph, recorded), tuple(behind), passed, paths)
+
+
+def _passed(
+    graph: Graph, regions: Sequence[Region], recorded: set[fx.Node], trainable: set[fx.Node]
+) -> tuple[tuple[str, ...], set[fx.Node]]:
+    """The regions that a gradient leaves, and what trains before the first. What trains inside (what it reads of other parts) is none."""
+    active, found = activations(graph), list[Region]()
     for region in regions:
-        if not (recorded & active).isdisjoint(region.nodes):
-            before = trainable & ancestors(region.nodes) - set(region.nodes)
-            if not before:  # what trains is in the region itself: what it reads of other parts
-                continue
-            blockers[region.name] = tuple(dict.fromkeys(_owner(graph, n, frozen) for n in graph.nodes if n in before))
-    return Scope(names, tied, borrowed, _prefix(graph, recorded), tuple(behind), blockers)
+        inside = set(region.nodes)
+        inputs = {i for n in region.nodes if n in active for i in n.all_input_nodes}
+        if any(i in recorded and i not in inside for i in inputs):
+            found.append(region)
+    for number, region in enumerate(found):
+        if before := trainable & ancestors(region.nodes) - set(region.nodes):
+            return tuple(r.name for r in found[number:]), before
+    return (), set()
 
 
 def uses_parameters(graph: Graph, nodes: Iterable[fx.Node]) -> bool:
@@ -174,7 +186,7 @@ def use_lean_operators(edit: Editor, nodes: Sequence[Node]) -> dict[str, int]:
     """Puts lean operators in place of stock ones at `nodes`, all frozen. Returns how many nodes of each kind changed."""
     graph, done, members, seen = edit.graph, Counter[str](), set(nodes), set[Node]()
     order = dict(graph.order)
-    memory = {n: storages(n) for n in order}
+    memory = Memory(order)
     for node in nodes:
         if node in seen:
             continue

@@ -34,10 +34,12 @@ from graphopt.passes.share.options import Boundary, Mode, Part
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.fx import Node
 
-    from graphopt import Editor, Graph
+    from graphopt import Editor, Graph, Region
     from graphopt.passes.share.mix import Mixture
     from graphopt.passes.share.neighbours import Decision, SharedBlock
+    from graphopt.passes.share.surrogate import Surrogate
 
 
 class Share(Pass):
@@ -117,24 +119,26 @@ class Share(Pass):
 
     def rewrite(self, edit: Editor, match: ActiveMatch[Decision]) -> Effects:
         from graphopt.ir.paths import owner
-        from graphopt.ir.regions import region_of
         from graphopt.passes.share.mix import compute_mixtures, fit_mixtures, replace_weights
-        from graphopt.passes.share.surrogate import NotShareable, put_surrogate
+        from graphopt.passes.share.surrogate import put_surrogate
 
         module, effects, per_tensor = edit.graph.module, Effects(), self.scalars == "parameter"
         keys, before = set(module.state_dict()), sum(p.numel() for p in module.parameters())
         mixtures: list[Mixture] = []
         narrowed: dict[str, int | None] = {}
+        blocks = []
         for block in (match.decision[name] for name in match.names):
             if _is_frozen(edit.graph, block):
                 effects.warn(block.region, "it is frozen, so it keeps its own weights: a mix would move with its neighbours")
-                continue
+            else:
+                blocks.append(block)
+        # Found before the first edit: what is known of the whole graph would have to be found again after each.
+        surrogates = [self._surrogate(edit.graph, block) for block in blocks] if self.mode == "surrogate" else []
+        bypassed: dict[Node, Node] = {}
+        for number, block in enumerate(blocks):
             channels = None
-            if self.mode == "surrogate":
-                try:
-                    channels, names = put_surrogate(edit, region_of(edit.graph, block.paths), self.parts)
-                except NotShareable as reason:
-                    raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
+            if surrogates:
+                channels, names = put_surrogate(edit, *surrogates[number], bypassed)
                 narrowed |= dict.fromkeys(names, channels)
             mixtures += replace_weights(edit, block, init=self.init, per_tensor=per_tensor, detach=self.detach, channels=channels)
             for position, source in enumerate(block.sources):
@@ -154,6 +158,17 @@ class Share(Pass):
             effects.to_original_state = partial(_refuse_export, path=owner(owner(mixtures[0].scalars[0])))
             effects.from_original_state = partial(_without, gone=keys - set(module.state_dict()), narrowed=narrowed)
         return effects
+
+    def _surrogate(self, graph: Graph, block: SharedBlock) -> tuple[Region, Surrogate]:
+        """The block in the graph as earlier passes have left it, and what its surrogate would be."""
+        from graphopt.ir.regions import region_of
+        from graphopt.passes.share.surrogate import NotShareable, surrogate_of
+
+        region = region_of(graph, block.paths)
+        try:
+            return region, surrogate_of(graph, region, self.parts)
+        except NotShareable as reason:
+            raise PassError(f"an earlier pass has changed it: {reason}", where=block.region, fix="Put share first") from None
 
     @classmethod
     def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:

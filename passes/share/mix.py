@@ -88,9 +88,8 @@ def replace_weights(
         PassError: a source or the block's own tensors are no longer there, because an earlier pass replaced them.
     """
     graph, names = edit.graph, {t.name for t in block.tensors}
-    leaves = {path: graph.module.get_submodule(path) for path in leaves_of(graph, names)}
-    read = [("get_attr", name) for name in names] + [("call_module", path) for path in leaves]
-    readers = sorted(node for op, target in read for node in graph.fx.find_nodes(op=op, target=target, sort=False))
+    leaves = {path: graph.module.get_submodule(path) for path in leaves_of(names, edit.calls)}
+    readers = sorted(node for found in (*map(edit.reads, names), *map(edit.calls, leaves)) for node in found)
     _check_still_there(graph, block, readers)
     own = [graph.module.get_parameter(n) for n in names]
     parameters = {path: tuple(n for n, _ in leaf.named_parameters()) for path, leaf in leaves.items()}

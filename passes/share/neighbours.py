@@ -137,12 +137,13 @@ class _BlockSequence:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.blocks = find_blocks(graph)
+        self._holder = {node: index for index, block in reversed(tuple(enumerate(self.blocks))) for node in block.nodes}
 
     def index_of(self, region: Region) -> int:
         """Position of the block that a region is, or is part of."""
-        for index, block in enumerate(self.blocks):
-            if block.covers(region):
-                return index
+        index = self._holder.get(region.nodes[0]) if region.nodes else None
+        if index is not None and self.blocks[index].covers(region):
+            return index
         if held := sum(region.covers(b) for b in self.blocks):
             raise NotShareable(f"it holds {held} blocks: select them one by one, {{ path = {region.name!r}, blocks = true }}")
         raise NotShareable("it is neither a block nor part of one, so it has no neighbours")

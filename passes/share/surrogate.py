@@ -19,7 +19,7 @@ import copy
 import math
 import operator
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -68,11 +68,18 @@ def inside(name: str, paths: Iterable[str]) -> str:
     return next((name[len(p) + 1 :] for p in paths if name.startswith(f"{p}.")), name)
 
 
-def leaves_of(graph: Graph, names: Collection[str]) -> tuple[str, ...]:
-    """Paths of the leaf modules that own some of these parameters."""
+def leaves_of(names: Collection[str], calls: Callable[[str], Iterable[Node]]) -> tuple[str, ...]:
+    """Paths of the leaf modules that own some of these parameters; `calls` gives the nodes that call the leaf at a path."""
     holding = {path for name in names for path in lineage(owner(name))}
-    called = [node for path in holding for node in graph.fx.find_nodes(op="call_module", target=path, sort=False)]
-    return tuple(dict.fromkeys(str(node.target) for node in sorted(called)))
+    return tuple(dict.fromkeys(str(node.target) for node in sorted(node for path in holding for node in calls(path))))
+
+
+def _calls(graph: Graph) -> dict[str, list[Node]]:
+    """The nodes that call each leaf."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.fx.find_nodes(op="call_module"):
+        found.setdefault(str(node.target), []).append(node)
+    return found
 
 
 def check_mixable(graph: Graph, names: Collection[str]) -> None:
@@ -81,7 +88,8 @@ def check_mixable(graph: Graph, names: Collection[str]) -> None:
     Raises:
         NotShareable: one cannot, with the reason.
     """
-    for path in leaves_of(graph, names):
+    calls = graph.cached(_calls)
+    for path in leaves_of(names, lambda path: calls.get(path, ())):
         leaf = graph.module.get_submodule(path)
         kind = f"{path} ({type(leaf).__name__})"
         if any(f"{path}.{n}" not in names for n, _ in leaf.named_parameters()):
@@ -211,24 +219,24 @@ def _checked(bypassed: Mapping[Node, Node]) -> Mapping[Node, Node]:
     return bypassed
 
 
-def put_surrogate(edit: Editor, block: Region, part: Part | None) -> tuple[int | None, frozenset[str]]:
+def put_surrogate(edit: Editor, block: Region, surrogate: Surrogate, bypassed: dict[Node, Node]) -> tuple[int | None, frozenset[str]]:
     """Removes what a block's surrogate does not need: nodes, modules, parameters and buffers.
+
+    Args:
+        bypassed: what the surrogates that are in the graph have bypassed, which may have been the block's input; this one's is added.
 
     Returns:
         How many channels its convolution works on, where it is a partial one, and the names of its norm's tensors of that length.
-
-    Raises:
-        NotShareable: it has no surrogate any more.
     """
-    surrogate = surrogate_of(edit.graph, block, part)
+    bypassed |= surrogate.bypassed
     removed = _removed_nodes(block, surrogate.bypassed)
     groups = _names_read(edit.graph, removed)
     for last in surrogate.bypassed:
-        edit.redirect(last, _final(last, surrogate.bypassed))
+        edit.redirect(last, _final(last, bypassed))
     edit.erase(removed)
-    gone = {name for leaf_path, names in groups.items() for name in _unread(edit.graph, leaf_path, names)}
+    gone = {name for leaf_path, names in groups.items() for name in _unread(edit, leaf_path, names)}
     edit.remove(sorted(name for name in gone if is_below(name, block.paths)))
-    return (None, frozenset()) if surrogate.partial is None else _make_partial(edit, surrogate.partial)
+    return (None, frozenset()) if surrogate.partial is None else _make_partial(edit, surrogate.partial, bypassed)
 
 
 def _removed_nodes(block: Region, bypassed: Mapping[Node, Node]) -> set[Node]:
@@ -267,19 +275,15 @@ def _names_read(graph: Graph, nodes: Iterable[Node]) -> dict[str, tuple[str, ...
     return found
 
 
-def _unread(graph: Graph, name: str, tensors: tuple[str, ...]) -> tuple[str, ...]:
+def _unread(edit: Editor, name: str, tensors: tuple[str, ...]) -> tuple[str, ...]:
     """Of a leaf with its tensors, or of a tensor, what no node uses. A weight that a mix reads keeps the leaf that holds it."""
-
-    def used(op: str, target: str) -> bool:
-        return bool(graph.fx.find_nodes(op=op, target=target, sort=False))
-
-    if used("call_module", name) or used("get_attr", name) or any(used("call_module", path) for path in lineage(owner(name))):
+    if edit.calls(name) or edit.reads(name) or any(map(edit.calls, lineage(owner(name)))):
         return ()
-    unread = tuple(t for t in tensors if not used("get_attr", t))
+    unread = tuple(t for t in tensors if not edit.reads(t))
     return (name, *unread) if len(unread) == len(tensors) else unread
 
 
-def _make_partial(edit: Editor, conv: Node) -> tuple[int, frozenset[str]]:
+def _make_partial(edit: Editor, conv: Node, bypassed: dict[Node, Node]) -> tuple[int, frozenset[str]]:
     """Makes a plain unit's convolution work on its first channels only: `x + pad(norm(conv(x[:, :width])))`.
 
     The unit's norm, if any, is narrowed to these channels. The caller replaces the convolution's weights.
@@ -299,7 +303,8 @@ def _make_partial(edit: Editor, conv: Node) -> tuple[int, frozenset[str]]:
         node.meta["val"] = node.meta["val"][:, :width]
     readers = tuple(end.users)
     padded = edit.call(F.pad, (end, (0, 0) * (len(shape) - 2) + (0, shape[1] - width)), after=end, like=conv)
-    edit.redirect(end, edit.call(operator.add, (x, padded), after=padded), readers)
+    bypassed[end] = edit.call(operator.add, (x, padded), after=padded)
+    edit.redirect(end, bypassed[end], readers)
     return width, narrowed
 
 
