@@ -8,11 +8,13 @@ import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graphopt.cli import main
 from graphopt.diff import Diff
@@ -24,7 +26,7 @@ from graphopt.errors import RunError
 from graphopt.passes.supervise import Supervise
 from tests.diff.passes import Blend, Ice, Part, Say, Skip
 from tests.diff.plans import plan
-from tests.support.backbones import Residual
+from tests.support.backbones import Residual, Small
 
 EVIL = "</svg><script>1</script>&amp;\"'\x07"
 SPEC = """\
@@ -55,6 +57,34 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def picture() -> str:
     strange = Say(select="fc", status="frozen", detail={"why": EVIL})
     return to_svg(Diff.of(plan(Ice(select=("stem", "blocks.0")), Blend(select="blocks.1"), Part(select="blocks.2"), strange)))
+
+
+class Dense(nn.Module):
+    """Every layer reads what all before it gave."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(8 * (i + 1), 8, 1) for i in range(layers))
+        self.last = nn.Conv2d(8 * (layers + 1), 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.layers:
+            found.append(torch.relu(layer(torch.cat(found, 1))))
+        return self.last(torch.cat(found, 1))
+
+
+def test_edges_that_pass_by_many_operations_run_beside_them_in_a_lane_for_each_source() -> None:
+    model = Small(blocks=0)
+    model.blocks.extend(Dense(16) for _ in range(2))
+    svg = to_svg(Diff.of(plan(model=model)), level="operations")
+    lanes = set()
+    for path in re.findall(r'class="wire" d="([^"]+)"', svg):
+        points = [tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]
+        assert points[-1][1] > points[0][1]  # it leads down
+        lanes |= {x for (x, y), (other, end) in pairwise(points) if x == other and end - y > 100}
+    assert len(lanes) == 15  # the last layer's output is read by the next operation alone
+    assert max(lanes) < 400
 
 
 def test_local_modules_have_the_colour_and_the_number_of_their_rank() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -125,6 +126,18 @@ def test_a_basic_block_is_its_last_convolution_norm_and_shortcut() -> None:
     assert stored == {"layer1.1.share.a", "layer1.1.share.b"} | {
         f"layer1.1.bn2.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
+
+
+def test_halves_of_neighbouring_blocks_stand_one_behind_the_other() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, num_heads=2, depth=6, num_classes=10)
+    share = Share(select=["blocks.2", "blocks.3"], mode="surrogate", boundary="nearest")
+    plan = graphopt.compile(model, share, input=(3, 32, 32), batch=2)
+    plan.module.eval()
+    image = torch.rand(2, 3, 32, 32)
+    (x, first), (second, y) = (inside(plan, path, image) for path in ("blocks.2", "blocks.3"))
+    assert torch.equal(first, second)
+    assert len({float(value.sum()) for value in (x, first, y)}) == 3
+    assert not [key for key in plan.module.state_dict() if key.startswith(("blocks.2.mlp", "blocks.3.mlp"))]
 
 
 def test_a_bottleneck_is_its_pointwise_pair() -> None:
