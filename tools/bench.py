@@ -128,7 +128,7 @@ RATIOS = {
     "check": Ratio("`graphopt check learn_and_drop/resnet152` over importing torch", lambda: check("learn_and_drop/resnet152")),
     "check 2": Ratio("`graphopt check supervise/swin-t-k4` over importing torch", lambda: check("supervise/swin-t-k4")),
     "compile": Ratio("compile and full verification of ResNet-50, first half frozen, over its training step at batch 32", compiling),
-    "growth": Ratio("exponent of all passes' time by nodes, chains of 1,000 and 4,000", growth),
+    "growth": Ratio("exponent of the time of all steps by nodes (trace, passes, diff, layout), chains of 1,000 and 4,000", growth),
     "runner": Ratio("images/s of `graphopt train` over a loop written by hand, ResNet-20", running, less=False),
     "loader": Ratio("images/s of the loader over timm's, JPEGs of 500x375, random resized crops", loading, less=False),
     "compiled": Ratio("a compiled step over an eager one, ResNet-8", compiled),
