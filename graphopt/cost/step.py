@@ -4,7 +4,6 @@ Both are steps on the CPU. With a `device`, a forecast takes the step with the k
 (`graphopt.cost.kernels`), and says what the device must have (`graphopt.cost.cuda`).
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from graphopt.cost.loss import Loss, autocast, criterion
 from graphopt.cost.optimizer import Optimizer, make_optimizer, state_of, take_step
 from graphopt.cost.ranks import Parallel, collectives, fake_ranks
 from graphopt.errors import CostError, NeedsValuesError, first_line
+from graphopt.ir.collector import uncollected
 from graphopt.ir.copying import copy_with, fake_copy
 from graphopt.ir.fakes import FakeMode, unlogged
 from graphopt.ir.grad_mode import recording
@@ -164,10 +164,8 @@ def _train_once(
     parallel = options.get("parallel") or Parallel.alone()
     module.train()
     with ExitStack() as stack:
-        if gc.isenabled():
-            # The collector frees at moments of its own; what is live must depend on the step alone.
-            gc.disable()
-            stack.callback(gc.enable)
+        # The collector frees at moments of its own; what is live must depend on the step alone.
+        stack.enter_context(uncollected())
         given = options.get("inputs")
         labels = partial(torch.zeros, size, dtype=torch.long, device="cpu")
         arranged = _arranged(options)
