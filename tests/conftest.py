@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,9 +14,14 @@ import pytest
 
 from tests.support.browser import browse, tab  # noqa: F401  # fixtures
 
+#: a file system in memory: a run asks a dozen times for its files to be on the disk, which takes longer than its steps
+MEMORY = Path("/dev/shm")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Loads torch, but not in a process that runs no tests itself and starts those that do: they would wait for it."""
+    """Says where tests write, and loads torch, but not in a process that starts those that run tests: they would wait for it."""
+    if os.access(MEMORY, os.W_OK) and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC and shutil.disk_usage(MEMORY).free > 2**31:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     import torch

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CASES = sorted((ROOT / "tests" / "fuzz_cases").glob("*.json"))
 SEED = 20
-DRAWS = 16
+DRAWS = 10
 
 
 @pytest.fixture(scope="module")
