@@ -6,7 +6,7 @@ shape, strides, offset and dtype tell what an operator makes of it; all others g
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+_log = logging.getLogger("torch._subclasses.fake_tensor")
 _CPU = torch.device("cpu")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _DEVICE, _ITEM, _VIEW = torch.ops.prim.device.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.view.default
@@ -35,13 +36,11 @@ class _Undescribed(Exception):
 @contextmanager
 def unlogged() -> Iterator[None]:
     """Keeps torch from printing the traceback of an operator that does not take its fakes: the error that is raised says it."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    before, _log.disabled = _log.disabled, True  # another level would make every logger of the process forget which of them speak
     try:
         yield
     finally:
-        log.setLevel(level)
+        _log.disabled = before
 
 
 class FakeMode(FakeTensorMode):
@@ -49,7 +48,7 @@ class FakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._entered: list[ExitStack] = []
+        self._silenced: list[bool] = []
         # What torch would remember is remembered here.
         self.cache_enabled = False
         with unset_fake_temporarily():
@@ -57,9 +56,8 @@ class FakeMode(FakeTensorMode):
             self.notes = dict(vars(FakeTensor(self, torch.empty(0, device="meta"), _CPU)))
 
     def __enter__(self) -> Self:
-        stack = ExitStack()
-        stack.enter_context(unlogged())
-        self._entered.append(stack)
+        self._silenced.append(_log.disabled)
+        _log.disabled = True
         super().__enter__()
         return self
 
@@ -67,7 +65,7 @@ class FakeMode(FakeTensorMode):
         try:
             super().__exit__(*error)
         finally:
-            self._entered.pop().close()
+            _log.disabled = self._silenced.pop()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
