@@ -49,13 +49,13 @@ def _compare(folder: Path, ranks: tuple[int, ...], names: list[str], steps: int)
 
 
 def _backbones(folder: Path) -> None:
-    _compare(folder, (2, 3), [RESNET], 8)
+    _compare(folder, (2, 3), [RESNET], 4)
 
 
 def _device_transport(folder: Path) -> None:
     """Tensors travel in groups of their own, as by NCCL, but on the CPU."""
     Transport.of = lambda device, ranks: Transport(device, "gloo")  # type: ignore[method-assign]  # of this process, for one test
-    _compare(folder, (3,), [VIT, SWIN], 8)
+    _compare(folder, (3,), [VIT, SWIN], 4)
     assert "activations by gloo" in (folder / "(3,)" / "3" / VIT / "summary.json").read_text()
 
 
