@@ -120,22 +120,21 @@ def balance(pieces: int = 500, parts: int = 8) -> float:
 
 def passes_of(blocks: int) -> dict[str, Pass]:
     """Each pass, as it acts on much of a network of so many blocks."""
-    known = passes()
-    half: list[dict[str, Any]] = [{"blocks": True, "first": 0.5}]
-    return {
-        "freeze": known["freeze"](select=half),
-        "checkpoint": known["checkpoint"](select=[{"blocks": True}]),
-        "drop, prefix": known["drop"](upto=f"blocks.{blocks // 2}", cache="none"),
-        "drop, bypass": known["drop"](mode="bypass", probability=0.2),
-        "share, mix": known["share"](mode="mix"),
-        "share, surrogate": known["share"](mode="surrogate"),
-        "supervise": known["supervise"](modules=4),
-        "adapt": known["adapt"](rank=1),
-        "blurpool": known["blurpool"](),
-        "factorize": known["factorize"](),
-        "ghost_norm": known["ghost_norm"](),
-        "resize": known["resize"](size=SHAPE[1] // 2),
+    tables: dict[str, dict[str, Any]] = {
+        "freeze": {"select": [{"blocks": True, "first": 0.5}]},
+        "checkpoint": {"select": [{"blocks": True}]},
+        "drop, prefix": {"upto": f"blocks.{blocks // 2}", "cache": "none"},
+        "drop, bypass": {"mode": "bypass", "probability": 0.2},
+        "share, mix": {"mode": "mix"},
+        "share, surrogate": {"mode": "surrogate"},
+        "supervise": {"modules": 4},
+        "adapt": {"rank": 1},
+        "blurpool": {},
+        "factorize": {},
+        "ghost_norm": {},
+        "resize": {"size": SHAPE[1] // 2},
     }
+    return {name: passes()[name.partition(",")[0]].model_validate(table) for name, table in tables.items()}
 
 
 def layouts(data: dict[str, Any]) -> dict[str, float]:
