@@ -1,7 +1,7 @@
 """How alike images are to a region of the network, and how far that has changed since the epoch before.
 
 Egeria (Wang et al., EuroSys 2023, arXiv 2201.06227) freezes a layer once its outputs stop moving away from those of a reference, an earlier
-state of the same network, by the similarity-preserving loss of Tung and Mori (ICCV 2019, arXiv 1907.09682, equations 1 to 4). That loss
+state of the same network, by the similarity-preserving loss of Tung and Mori (ICCV 2019, arXiv 1907.09682). That loss
 compares two matrices of N x N similarities. With the same N images in every epoch, those of the epoch before are all that is kept of the
 reference: its weights are not, and it need not run again.
 """

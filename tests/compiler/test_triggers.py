@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pydantic
 import pytest
@@ -225,5 +226,8 @@ def test_egeria_reads_outputs_and_not_weights():
     moved = [math.inf, 1.0, 0.5, 0.4, 0.4, 0.4, 0.4]
     records = [EpochRecord(e, {}, {"a": 1.0}, plasticity={"a": value}) for e, value in enumerate(moved)]
     assert fired(Score(score="plasticity", patience=2), 7, History(records), ("a",)) == {6: ("a",)}
+    shorter = [replace(record, plasticity={} if record.epoch < 3 else record.plasticity) for record in records]
+    both = Score(score=["change", "plasticity"], below=[2.0, 1.1], patience=1)
+    assert fired(both, 7, History(shorter), ("a",)) == {}, "what was not compared for so long cannot have converged"
     assert Score(score=["plasticity"]).compares_outputs
     assert not Score(score="change").compares_outputs

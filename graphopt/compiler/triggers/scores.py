@@ -57,8 +57,8 @@ def update(series: Sequence[float], _window: int) -> float:
 def plasticity(series: Sequence[float], window: int) -> float:
     """How fast the plasticity of the outputs still changes: its absolute slope over the last `window` epochs, over the steepest so far.
 
-    Infinite until there are `window` epochs that can be compared with those before them. Egeria (arXiv 2201.06227) freezes by this slope;
-    its tolerance goes by the slopes of the first evaluations, which are the steepest in most runs.
+    Infinite until there are `window` epochs that can be compared with those before them. Egeria (arXiv 2201.06227) freezes by such a
+    slope; that it is taken relative to the steepest is our own.
     """
     slopes = [_slope(series[end - window : end]) for end in range(window, len(series) + 1)]
     known = [value for value in slopes if isfinite(value)]
@@ -185,7 +185,7 @@ class Score(BaseTrigger):
         found: list[str] = []
         training = {name: self._series(history, name) for name in names if name not in active}
         # A region that has not been measured for that long cannot have converged.
-        training = {name: series for name, series in training.items() if len(series[self.scores[0]]) >= epoch}
+        training = {name: series for name, series in training.items() if min(map(len, series.values())) >= epoch}
         for name in names[: self.cap(len(names), epoch, epochs)]:
             if name not in active:
                 series = training.get(name)
