@@ -134,7 +134,8 @@ class SpeedSearch:
     def _fitting(self, limit: float) -> list[Quicker]:
         """What is quick enough: a rung of each ladder, and the best of what becomes so with fewer epochs."""
         found = [trial for ladder in self.ladders() if (trial := self._climb(ladder, limit))]
-        slow = [self.own, *(trial for trial in self._tried.values() if trial.seconds is not None and trial.seconds > limit)]
+        whole = (trial for trial in self._tried.values() if trial.epochs == self.own.epochs)
+        slow = [self.own, *(trial for trial in whole if trial.seconds is not None and trial.seconds > limit)]
         shorter = sorted((self._shorter(trial, limit) for trial in slow), key=lambda trial: trial.price)
         tried = [self._trial(self._at(trial, trial.epochs)) for trial in shorter[:SHORTER] if trial.epochs]
         return [*found, *(trial for trial in tried if self._fits(trial, limit))]
