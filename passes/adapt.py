@@ -77,7 +77,7 @@ class Adapt(Pass):
         from graphopt.passes.layers import dense_layers, full_rank
 
         match = Match[Decision](select(self.select, graph))
-        last = [str(n.target) for n in graph.nodes if any(True for _ in parameters_read(graph.module, n))][-1:]
+        last = [str(n.target) for n in graph.nodes if any(name not in graph.unused for name, _ in parameters_read(graph.module, n))][-1:]
         trained = tuple(last) if self.train is None else tuple(p for r in select(self.train, graph) for p in r.paths)
         layers = {}
         for region in match.regions:

@@ -45,6 +45,8 @@ def dense_layers(graph: Graph, region: Region) -> Iterator[tuple[str, str | None
             why = "its weight is used more than once"
         elif not layer.weight.requires_grad:
             why = "it is frozen"
+        elif f"{node.target}.weight" in graph.unused:
+            why = "no gradient reaches it"
         yield str(node.target), why
 
 

@@ -35,6 +35,7 @@ from torch import nn
 
 from graphopt import trace
 from graphopt.compiler.registry import passes as installed
+from graphopt.compiler.runs import seeded
 from graphopt.cost import Cost, forecast, measure
 from graphopt.errors import CostError, GraphoptError, NeedsValuesError, VerifyError
 from graphopt.ir.blocks import disjoint_parts, find_blocks
@@ -164,8 +165,10 @@ def judge(row: Row, column: str, module: nn.Module, graph: Graph, *, targets: bo
 def _export(row: Row, cell: str, plan: Any, graph: Graph) -> None:
     """Puts whether the export computes what the plan does; the plan's own norms move no more."""
     given = samples(graph.input, 2, functools.partial(torch.rand, generator=torch.Generator().manual_seed(3)))
-    with torch.no_grad():
-        outputs = [[t.clone() for t in tensors_in(m.eval()(*given))] for m in (plan.module, plan.export())]
+    outputs = []
+    for module in (plan.module, plan.export()):
+        with torch.no_grad(), seeded():  # some draw in eval mode, too
+            outputs.append([t.clone() for t in tensors_in(module.eval()(*given))])
     pairs = list(itertools.zip_longest(*outputs))
     if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
         row.put(cell, "export unequal", "other outputs")

@@ -24,6 +24,8 @@ STAGES = {"depths": [2, 2], "hidden_sizes": [16, 32]}
 PYRAMID = {"num_encoder_blocks": 2, "depths": [2, 2], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3],
            "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}  # fmt: skip
 LEVIT = {"image_size": 64, "hidden_sizes": [16, 32, 48], "depths": [1, 1, 1]}
+MASKED = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
+DENSE = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 16, 16], "fusion_hidden_size": 16, "is_hybrid": False}
 MOBILEVIT = {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32]}
 
 #: options of a config, and the side of an image, per class of models
@@ -61,6 +63,13 @@ CLASSIFIERS: dict[str, tuple[dict[str, Any], int]] = {
     "HGNetV2": ({}, 64),
 }
 
+#: models as they are: blocks that nothing reads, hooks that collect states, noise in eval mode, a token of its own kind
+OTHERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("DPT", "ForDepthEstimation", DENSE),
+    ("ViTMAE", "Model", MASKED),
+    ("Yolos", "ForObjectDetection", {"image_size": [32, 32], "num_detection_tokens": 4}),
+)
+
 
 class OneOutput(nn.Module):
     """A model as a backbone: one part of what it returns, and a linear head where that is a sequence of tokens or a map."""
@@ -91,7 +100,7 @@ def hugging_face() -> Iterator[Made]:
     for name, (options, side) in CLASSIFIERS.items():
         make = partial(_build, f"{name}ForImageClassification", f"{name}Config", options, "logits")
         yield Made(f"huggingface/{name}", make, (3, side, side))
-    for name in ("CLIP", "Siglip"):
+    for name in ("CLIP", "Siglip", "MLCD", "Aimv2"):
         make = partial(_build, f"{name}VisionModel", f"{name}VisionConfig", TRANSFORMER, "pooler_output", 32)
         yield Made(f"huggingface/{name}Vision", make, square)
     for name, options, side in (("Segformer", {**PYRAMID, "decoder_hidden_size": 16}, 32), ("MobileViT", MOBILEVIT, 64)):
@@ -99,6 +108,8 @@ def hugging_face() -> Iterator[Made]:
         yield Made(f"huggingface/{name}_segmentation", make, (3, side, side))
     for name, options in (("DINOv3ViT", TRANSFORMER), ("DINOv3ConvNext", STAGES), ("VitDet", WITHOUT_INTERMEDIATE)):
         yield Made(f"huggingface/{name}_backbone", partial(_build, f"{name}Backbone", f"{name}Config", options, None), square)
+    for name, kind, more in OTHERS:
+        yield Made(f"huggingface/{name}", partial(_build, f"{name}{kind}", f"{name}Config", {**TRANSFORMER, **more}, None), square)
     vit = partial(_build, "ViTForImageClassification", "ViTConfig", TRANSFORMER)
     yield Made("huggingface/ViT_checkpointing", partial(vit, "logits", checkpointing=True), square)
     yield Made("huggingface/ViT_as_it_is", partial(vit, None), square)

@@ -3,6 +3,7 @@
 import copy
 import keyword
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -61,7 +62,7 @@ def trace(backbone: nn.Module, input: Input, *, compare: bool = True) -> Graph:
                     differing = compare_modes(backbone, graph)
                     if differing is not None:
                         raise _Untraceable(differing[0], f"its output in {differing[1]} mode differs from the backbone's when traced")
-                    if graph.opaque or any(n.target in ("detach", "detach_", Tensor.detach, Tensor.detach_) for n in graph.nodes):
+                    if graph.opaque or any(map(_hides_gradients, graph.nodes)):
                         graph.unused = tuple(dict.fromkeys((*graph.unused, *without_gradient(graph))))
                 break
             except _Untraceable as found:
@@ -73,6 +74,12 @@ def trace(backbone: nn.Module, input: Input, *, compare: bool = True) -> Graph:
     for path, module in graph.module.named_modules():
         module.training = modes.get(path, backbone.training)
     return graph
+
+
+def _hides_gradients(node: fx.Node) -> bool:
+    """Whether parameters that a graph reads may get no gradient because of this node: it detaches, or nothing reads what it computes."""
+    detaches = node.target in ("detach", "detach_", Tensor.detach, Tensor.detach_)
+    return detaches or (not node.users and node.op not in ("output", "placeholder"))
 
 
 def _checked_input(backbone: nn.Module, given: Input) -> Input:
@@ -193,7 +200,9 @@ def _restored(backbone: nn.Module) -> Iterator[Callable[[], list[str]]]:
     """
     python = ((path, m) for path, m in backbone.named_modules() if not isinstance(m, torch.jit.ScriptModule))
     before = [(path, m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for path, m in python]
-    containers = [(value, copy.copy(value)) for _, _, own, _, _ in before for value in own.values() if type(value) in (dict, list)]
+    containers = [
+        (value, copy.copy(value)) for _, _, own, _, _ in before for value in own.values() if type(value) in (dict, OrderedDict, list, set)
+    ]
 
     def reassigned() -> list[str]:
         return [
@@ -208,7 +217,7 @@ def _restored(backbone: nn.Module) -> Iterator[Callable[[], list[str]]]:
     finally:
         for container, value in containers:
             container.clear()
-            container.update(value) if isinstance(value, dict) else container.extend(value)
+            container.extend(value) if isinstance(value, list) else container.update(value)
         for _, module, own, buffers, parameters in before:
             own["training"] = module.training
             for current, former in ((module.__dict__, own), (module._buffers, buffers), (module._parameters, parameters)):

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import math
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
@@ -25,15 +26,16 @@ from graphopt.errors import TraceError
 from graphopt.ir.inputs import Input, dtype_of, samples, tensors_of
 from graphopt.runtime.loaded import loaded
 from graphopt.tracing.autocast import Contexts, counted
+from graphopt.tracing.batch import BATCH, Shape, depends_on_batch, same_for_any_batch
 from graphopt.tracing.same_shape import keeps_shape, layer_keeps_shape
 
 #: containers of torch.nn that only call their children, so that blocks can be found inside
 _TRACED_CONTAINERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
-#: samples in the values that proxies carry; a size that is a multiple of this prime depends on the batch
-_BATCH = 1009
 _UNKNOWN = object()
 #: functions that take sizes one by one, so that torch does not see that one of them is a node
 _FACTORIES: tuple[Any, ...] = (torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.arange, torch.eye)
+#: what a forward asks about a type, which is a node where it is a tensor's
+_TYPE_FACTS: tuple[Any, ...] = (torch.finfo, torch.iinfo)
 #: methods and functions that ask a tensor for a number: what they give is looked at at once, everything else when it is needed
 _QUERIES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size"})
 _QUERIES |= {"is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"}
@@ -42,6 +44,8 @@ _ATTRIBUTES = frozenset({"ndim", "is_nested", "is_sparse", "is_sparse_csr", "is_
 _DEVICES = frozenset({"device", "get_device", "is_cpu", "is_cuda", "is_hpu", "is_ipu", "is_maia"})
 _DEVICES |= {"is_meta", "is_mps", "is_mtia", "is_vulkan", "is_xla", "is_xpu"}
 _QUERY_FUNCTIONS: tuple[Any, ...] = (torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor)
+#: what nothing needs once a question about sizes is answered
+_ASKED: tuple[Any, ...] = ("size", "get_device", operator.mul, operator.floordiv)
 
 
 class ValueProxy(fx.Proxy):
@@ -94,21 +98,6 @@ class ValueProxy(fx.Proxy):
         return super().__len__() if length is None else length
 
 
-class Shape(tuple[Any, ...]):
-    """A tensor's shape while tracing: numbers, and nodes where a size depends on the batch."""
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        return Shape(found) if isinstance(index, slice) else found
-
-    def numel(self) -> Any:
-        """The number of elements."""
-        total: Any = 1
-        for size in self:
-            total = total * size
-        return total
-
-
 class Tracer(fx.Tracer):
     """Traces through containers and stops at leaves.
 
@@ -122,7 +111,7 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self, input: Input, meta: Callable[[], nn.Module], opaque: Iterable[str] = ()) -> None:
-        super().__init__(autowrap_modules=(math,), autowrap_functions=(*_library_functions(), *_FACTORIES))
+        super().__init__(autowrap_modules=(math,), autowrap_functions=(*_library_functions(), *_FACTORIES, *_TYPE_FACTS))
         self._autowrap_search.append(torch)
         with torch.device("meta"):
             torch.empty(0)  # torch lists its factories when a device is first set: that must not be while they are wrapped
@@ -190,7 +179,7 @@ class Tracer(fx.Tracer):
             # With this mark, the graph's code would change what fx does in every later trace.
             node.meta.pop("is_wrapped", None)
             # Sizes that nothing needed, questions about types and devices that were answered, and tensors that were read for those.
-            asked = node.target in ("size", "get_device") or isinstance(self.values.get(node), (bool, str, torch.dtype, torch.device))
+            asked = node.target in _ASKED or isinstance(self.values.get(node), (bool, str, torch.dtype, torch.device))
             if not node.users and (node.op == "get_attr" or (asked and node.op in ("call_function", "call_method"))):
                 graph.erase_node(node)
         return graph
@@ -227,7 +216,7 @@ class Tracer(fx.Tracer):
             source = node.all_input_nodes[0]
             self.graph.erase_node(node)
             return self.shape_of(self.proxy(source), self.value_of(source))
-        if isinstance(value, (bool, int, tuple)) and not _depends_on_batch(value):
+        if isinstance(value, (bool, int, tuple)) and not depends_on_batch(value):
             self.graph.erase_node(node)
             return value
         return proxy
@@ -240,8 +229,10 @@ class Tracer(fx.Tracer):
             asked = node.args[1] if node.target is getattr else node.target
             if asked == "dtype" or asked in _DEVICES:
                 continue
+            if same_for_any_batch(node.target, [self.values[a] if isinstance(a, Node) else a for a in node.args]):
+                continue
             known = self.values[node]
-            if not node.all_input_nodes or not isinstance(known, (bool, int, str, torch.dtype)) or _depends_on_batch(known):
+            if not node.all_input_nodes or not isinstance(known, (bool, int, str, torch.dtype)) or depends_on_batch(known):
                 return super().to_bool(obj)
             open_ += node.all_input_nodes
         return value if isinstance(value, bool) else super().to_bool(obj)
@@ -249,7 +240,7 @@ class Tracer(fx.Tracer):
     def shape_of(self, proxy: fx.Proxy, value: Tensor) -> Shape:
         """The shape of a tensor: numbers, and nodes where a size depends on the batch."""
         sizes = enumerate(value.shape)
-        return Shape(self.create_proxy("call_method", "size", (proxy, i), {}) if _depends_on_batch(s) else s for i, s in sizes)
+        return Shape(self.create_proxy("call_method", "size", (proxy, i), {}) if depends_on_batch(s) else s for i, s in sizes)
 
     def iter(self, obj: Any) -> Iterator[Any]:
         value = self.value_of(obj.node)
@@ -296,7 +287,7 @@ class Tracer(fx.Tracer):
 
     def _run(self, node: Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
-            given = samples(self.input, _BATCH, functools.partial(torch.empty, dtype=dtype_of(self.root)))
+            given = samples(self.input, BATCH, functools.partial(torch.empty, dtype=dtype_of(self.root)))
             return given[self.names.index(str(node.target))]
         if node.op == "call_module":
             module = self._meta().get_submodule(str(node.target))
@@ -324,14 +315,8 @@ def meta_copy(root: nn.Module) -> nn.Module:
 
 def _length(value: Any) -> int | None:
     """How many items a value has; None where that is not known, or depends on the batch."""
-    known = isinstance(value, (tuple, list, dict)) or (isinstance(value, Tensor) and value.dim() and not _depends_on_batch(value.shape[0]))
+    known = isinstance(value, (tuple, list, dict)) or (isinstance(value, Tensor) and value.dim() and not depends_on_batch(value.shape[0]))
     return len(value) if known else None
-
-
-def _depends_on_batch(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return any(map(_depends_on_batch, value))
-    return type(value) is int and value != 0 and value % _BATCH == 0
 
 
 def _library_functions() -> tuple[Callable[..., Any], ...]:

@@ -209,8 +209,6 @@ class Drop(Pass):
     def _bypass(self, edit: Editor, match: ActiveMatch[dict[str, float]]) -> Effects:
         import torch
 
-        from graphopt.ir.flow import ancestors
-        from graphopt.ir.nodes import parameters_read
         from graphopt.ir.patterns import residuals
         from graphopt.passes.drop.bypass import find_each, removal, remove, skip_at_random, skip_samples
 
@@ -227,18 +225,29 @@ class Drop(Pass):
                 effects.mark(name, Status.BYPASSED, skip_probability=saved, probability=round(probability, 4))
             return effects
         found = find_each(removal, match.regions, edit.graph, effects)
+        module, before = edit.graph.module, self._read(edit.graph)
         # From the last on: the shortcut of a later sum can be an earlier sum.
         for residual in reversed([r for item in found.values() for r in item.residuals]):
             remove(edit, residual)
-        alive = ancestors([edit.graph.output])
-        read = {id(p) for n in edit.graph.nodes if n in alive for _, p in parameters_read(edit.graph.module, n)}
+        read = self._read(edit.graph)
         names = dict.fromkeys(n for region in match.regions if region.name in found for n in region.parameters)
-        edit.freeze(n for n in names if id(edit.graph.module.get_parameter(n)) not in read)
+        # What only the branches read, such as a table of positions, is left out with them.
+        names |= dict.fromkeys(n for n, p in module.named_parameters() if id(p) in before)
+        edit.freeze(n for n in names if id(module.get_parameter(n)) not in read)
         for name in found:
             effects.mark(name, Status.BYPASSED)
         zeros = [name for item in found.values() for name in item.zeros]
         effects.to_original_state = lambda state: state | {name: torch.zeros_like(state[name]) for name in zeros}
         return effects
+
+    @staticmethod
+    def _read(graph: Graph) -> set[int]:
+        """Identities of the parameters that the output depends on."""
+        from graphopt.ir.flow import ancestors
+        from graphopt.ir.nodes import parameters_read
+
+        alive = ancestors([graph.output])
+        return {id(p) for n in graph.nodes if n in alive for _, p in parameters_read(graph.module, n)}
 
     @classmethod
     def schedules(cls, graph: Graph, epochs: int) -> Iterable[Candidate]:

@@ -127,6 +127,8 @@ def _candidate(graph: Graph, blocks: "_BlockSequence", region: Region, mode: Mod
         if not tensors:
             besides = "" if mix_norms else ' besides norms (norm = "mix" shares those too)'
             raise NotShareable(f"it has no parameters{besides}")
+    if not set(tensors).difference(graph.unused):
+        raise NotShareable("no gradient reaches its weights")
     check_mixable(graph, tensors)
     return _Candidate(region, index, part, tensors, compared)
 

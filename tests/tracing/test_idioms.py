@@ -96,7 +96,20 @@ def assignment(x: Tensor) -> Tensor:
     return y
 
 
+def comparisons_of_the_batch(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    y = x.flatten(2).repeat(2, 1, 1)
+    assert b > 0
+    assert y.size() == (2 * b, c, h * w)
+    assert x.shape != y.shape
+    assert b >= 0
+    if y.shape[0] != x.shape[0] * 2:
+        raise ValueError("another batch")
+    return x if x.shape == (x + 1).shape else x + 1
+
+
 LOOKS = (
+    comparisons_of_the_batch,
     devices,
     made_for_the_batch,
     mathematics,
@@ -121,6 +134,23 @@ def test_shapes_are_numbers_and_the_batch_stays_free(look: Callable[[Tensor], Te
     for batch in (1, 5):
         x = torch.rand(batch, *SHAPE)
         assert torch.equal(graph.module.eval()(x), model.eval()(x))
+
+
+def test_answered_comparisons_leave_nothing_in_the_graph() -> None:
+    def look(x: Tensor) -> Tensor:
+        assert (x.shape[0] * 2) // 2 == x.shape[0]
+        return x
+
+    assert [n.op for n in trace(Net(look=look), SHAPE).nodes] == [n.op for n in trace(Net(), SHAPE).nodes]
+
+
+def test_a_batch_that_must_be_of_one_size_is_refused() -> None:
+    def look(x: Tensor) -> Tensor:
+        assert x.shape[0] > 1
+        return x
+
+    with pytest.raises(TraceError, match="control flow"):
+        trace(Net(look=look), SHAPE)
 
 
 def test_a_tensor_is_made_where_the_input_lies_and_questions_about_that_leave_nothing() -> None:

@@ -95,6 +95,30 @@ def test_the_backbone_is_left_as_it_was() -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_hooks_that_a_forward_installs_once_are_there_once() -> None:
+    class Collecting(backbones.Small):
+        """Collects the outputs of its blocks by hooks, which its first forward installs."""
+
+        installed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.states: list[Tensor] = []
+            if not self.installed:
+                for block in self.blocks:
+                    block.register_forward_hook(lambda module, given, output: self.states.append(output))
+                self.installed = True
+            return super().forward(x) + self.states[1].mean()
+
+    model = Collecting()
+    expected = Collecting()
+    expected.load_state_dict(model.state_dict())
+    graph = trace(model, (3, 8, 8))
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), expected.eval()(x))
+    assert torch.equal(graph.module.eval()(x), expected(x))
+    assert [len(block._forward_hooks) for block in model.blocks] == [len(block._forward_hooks) for block in expected.blocks]
+
+
 class RootBranches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -175,3 +199,24 @@ def test_parameters_without_a_gradient_are_found_without_activations() -> None:
         assert set(trace(Detached(), (3, 8, 8)).unused) == {"one.weight", "one.bias"}
     assert saved
     assert all(isinstance(t, FakeTensor) for t in saved)
+
+
+def test_parameters_of_what_nothing_reads_are_found() -> None:
+    class Aside(nn.Module):
+        """An auxiliary head and a token whose outputs are thrown away, and a bias that is added in place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.aside = nn.Conv2d(3, 4, 1), nn.Linear(4, 5), nn.Linear(4, 3)
+            self.token, self.bias = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x).mean((2, 3))
+            y.add_(self.bias)
+            self.aside(y + self.token)
+            return self.head(y)
+
+    model = Aside()
+    assert set(trace(model, (3, 8, 8)).unused) == {"token", "aside.weight", "aside.bias"}
+    plan = graphopt.compile(model, [Freeze(select="stem")], input=(3, 8, 8), verify="full")
+    assert set(plan.report.unused) == {"token", "aside.weight", "aside.bias"}

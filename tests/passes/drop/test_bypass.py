@@ -178,6 +178,35 @@ def test_weights_that_are_used_elsewhere_are_neither_frozen_nor_set_to_zero():
     assert torch.allclose(plan.export()(x), plan.module.eval()(x), atol=1e-6)
 
 
+def test_what_only_bypassed_branches_read_is_left_out_with_them():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x, table):
+            return x + self.conv(x * table)
+
+    class Positions(nn.Module):
+        """Blocks that all read one table of the root."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.table = nn.Conv2d(3, 4, 1), nn.Linear(4, 5), nn.Parameter(torch.rand(4, 8, 8))
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x, self.table)
+            return self.head(x.mean((2, 3)))
+
+    for select, trains in (("blocks.1", True), (None, False)):
+        options = {} if select is None else {"select": select}
+        plan = graphopt.compile(Positions(), [Drop(mode="bypass", **options)], input=(3, 8, 8), verify="full", costs=False)
+        assert plan.module.get_parameter("table").requires_grad is trains
+
+
 def test_a_branch_that_an_earlier_pass_has_divided_cannot_be_skipped():
     class FromTheMiddle(Pass):
         name: ClassVar[str] = "from_the_middle"

@@ -1,0 +1,37 @@
+"""Sizes that depend on the batch, while a backbone is traced: which they are, and what is known of them all the same."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+#: samples in the values that proxies carry; a size that is a multiple of this prime depends on the batch
+BATCH = 1009
+_COMPARISONS: tuple[Any, ...] = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+
+
+class Shape(tuple[Any, ...]):
+    """A tensor's shape while tracing: numbers, and nodes where a size depends on the batch."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Shape(found) if isinstance(index, slice) else found
+
+    def numel(self) -> Any:
+        """The number of elements."""
+        total: Any = 1
+        for size in self:
+            total = total * size
+        return total
+
+
+def depends_on_batch(value: Any) -> bool:
+    """Whether a number, or one of several, grows with the batch."""
+    if isinstance(value, tuple):
+        return any(map(depends_on_batch, value))
+    return type(value) is int and value != 0 and value % BATCH == 0
+
+
+def same_for_any_batch(function: Any, values: Sequence[Any]) -> bool:
+    """Whether a comparison has one answer for all batches: of two sizes that grow with the batch, or of one with zero or less."""
+    grows = list(map(depends_on_batch, values))
+    return function in _COMPARISONS and any(grows) and all(g or (type(v) is int and v <= 0) for g, v in zip(grows, values, strict=True))
