@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -112,6 +113,7 @@ def cover(candidate: Candidate, cells: Sequence[str] = CELLS) -> Row:
     judge(row, "as it is", module, graph, targets=False)
     for cell in cells:
         _apply(row, cell, module, graph)
+        gc.collect()  # a plan refers to itself: large ones would be there until Python happens to look
     return row
 
 

@@ -5,9 +5,10 @@ One module is checked twice, after the pass that made it and before the next one
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class Computed:
     gradients: dict[str, Tensor | None] | None = None
 
 
+#: gets the name of a parameter, and the parameter with its gradient, which it may replace
+Arrived = Callable[[str, Tensor], None]
+
+
 class Runs:
     """Runs of one emitted module on random input, each done once.
 
@@ -44,21 +49,38 @@ class Runs:
         """Lets later runs use the values of now, whatever becomes of the module's. Gradients that a pass cannot reach stay with them."""
         self.module = copy_with(self.module)
 
-    def computed(self, shape: Input, dtype: torch.dtype, *, training: bool = False, gradients: bool = False) -> Computed:
-        """A run; gradients are those of `scalar` in eval mode, without them nothing is recorded. Raises what the module raises."""
+    def computed(
+        self, shape: Input, dtype: torch.dtype, *, training: bool = False, gradients: bool = False, arrived: Arrived | None = None
+    ) -> Computed:
+        """A run; gradients are those of `scalar` in eval mode, without them nothing is recorded. Raises what the module raises.
+
+        `arrived` is called in the backward pass of a run that was not made before, with each parameter that has got its gradient.
+        """
         key = (shape, dtype, training, gradients)
         if key not in self._found:
             with redirect_stderr(io.StringIO()) if shape != self.input else nullcontext():  # fx prints what a graph module raises
-                self._found[key] = _run(self.module, shape, dtype, training=training, gradients=gradients)
+                self._found[key] = _run(self.module, shape, dtype, training=training, gradients=gradients, arrived=arrived)
         return self._found[key]
 
     def known(self, shape: Input, dtype: torch.dtype, *, training: bool) -> Computed:
         """The same, of any run: one with gradients gives the outputs, too."""
         return self._found.get((shape, dtype, training, True)) or self.computed(shape, dtype, training=training)
 
+    def forget_gradients(self) -> None:
+        """Frees the gradients of all runs; outputs stay known."""
+        for shape, dtype, training, gradients in list(self._found):
+            if gradients:
+                self._found[shape, dtype, training, False] = Computed(self._found.pop((shape, dtype, training, True)).outputs)
 
-def _run(module: nn.Module, shape: Input, dtype: torch.dtype, *, training: bool, gradients: bool) -> Computed:
+
+def _run(
+    module: nn.Module, shape: Input, dtype: torch.dtype, *, training: bool, gradients: bool, arrived: Arrived | None = None
+) -> Computed:
     copied = real_copy(module, dtype).train(training)
+    if arrived is not None:
+        for name, parameter in copied.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(arrived, name))
     with seeded(), torch.set_grad_enabled(gradients):
         outputs = tensors_in(copied(*sample(shape, dtype)))
     found = None

@@ -149,7 +149,7 @@ def _largest(name: Property, before: Runs, after: Runs, shape: Input) -> _Larges
 def _difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     if a.shape != b.shape or not a.numel():
         return 0.0 if a.shape == b.shape else float("inf")
-    if torch.equal(a, b):
+    if a is b or torch.equal(a, b):
         return 0.0
     difference = ((a - b).abs().max() / a.abs().max().clamp_min(max(floor, 1e-30))).item()
     return difference if difference == difference else float("inf")
@@ -165,21 +165,53 @@ def _outputs(before: Runs, after: Runs, shape: Input, dtype: torch.dtype, *, tra
     return max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0), None
 
 
+class _Gradients:
+    """Compares gradients with expected ones as they arrive, so that two sets of all of them are never held where one does.
+
+    Attributes:
+        expected: by the name of the parameter. keep: whether a gradient that differs is kept after it was compared.
+        differences: what was found, by the same names.
+    """
+
+    def __init__(self, expected: dict[str, Tensor | None], keep: bool) -> None:
+        self.expected, self.keep = expected, keep
+        self.differences: dict[str, float] = {}
+        # A gradient that is zero by nature (that of a key's bias) is nothing but rounding: it is measured by the others.
+        largest = max((g.abs().max().item() for g in expected.values() if g is not None and g.numel()), default=0.0)
+        self._floor = NEGLIGIBLE * largest
+
+    def arrived(self, name: str, parameter: Tensor) -> None:
+        """Compares the gradient that a parameter has got; where both are equal, one serves for both."""
+        known, gradient = self.expected.get(name), parameter.grad
+        if known is not None and gradient is not None:
+            difference = self.differences[name] = _difference(known, gradient, self._floor)
+            parameter.grad = gradient if difference and self.keep else known if self.keep else None
+
+    def difference(self, name: str, gradient: Tensor | None) -> float:
+        """What was found for a parameter, or is by its gradient now. Raises VerifyError if there is one of two."""
+        known = self.expected[name]
+        if name not in self.differences:
+            if (gradient is None) != (known is None):
+                raise VerifyError(f"the gradient of {name} is {'gone' if gradient is None else 'new'} after the rewrite", where=name)
+            self.differences[name] = 0.0 if gradient is None or known is None else _difference(known, gradient, self._floor)
+        return self.differences[name]
+
+
 def _gradients(before: Runs, after: Runs, shape: Input, dtype: torch.dtype) -> _Largest:
-    both = [runs.computed(shape, dtype, gradients=True) for runs in (before, after)]
-    if shape != before.input and any(len(t) != BATCH for found in both for t in found.outputs if t.dim()):
+    keep = dtype == torch.float32
+    if not keep:  # those in float32 have told what they can
+        before.forget_gradients()
+        after.forget_gradients()
+    reference = before.computed(shape, dtype, gradients=True)
+    compared = _Gradients(reference.gradients or {}, keep)
+    found = after.computed(shape, dtype, gradients=True, arrived=compared.arrived)
+    if not keep:
+        before.forget_gradients()
+        after.forget_gradients()
+    if shape != before.input and any(len(t) != BATCH for run in (reference, found) for t in run.outputs if t.dim()):
         raise VerifyError("on this input, samples are mixed")
-    expected, got = (found.gradients or {} for found in both)
-    worst: _Largest = (0.0, None)
-    # A gradient that is zero by nature (that of a key's bias) is nothing but rounding: it is measured by the others.
-    floor = NEGLIGIBLE * max((g.abs().max().item() for g in expected.values() if g is not None and g.numel()), default=0.0)
-    for name in (n for n in got if n in expected):
-        reference, gradient = expected[name], got[name]
-        if (gradient is None) != (reference is None):
-            raise VerifyError(f"the gradient of {name} is {'gone' if gradient is None else 'new'} after the rewrite", where=name)
-        if gradient is not None and reference is not None and (difference := _difference(reference, gradient, floor)) > worst[0]:
-            worst = (difference, name)
-    return worst
+    names = ((n, g) for n, g in (found.gradients or {}).items() if n in compared.expected)
+    return max(((compared.difference(n, g), n) for n, g in names), key=lambda item: item[0], default=(0.0, None))
 
 
 def _values(before: nn.Module, after: nn.Module) -> Checked:
