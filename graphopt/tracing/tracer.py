@@ -26,7 +26,7 @@ from graphopt.errors import TraceError
 from graphopt.ir.inputs import Input, dtype_of, samples, tensors_of
 from graphopt.runtime.loaded import loaded
 from graphopt.tracing.autocast import Contexts, counted
-from graphopt.tracing.batch import BATCH, Shape, depends_on_batch, same_for_any_batch
+from graphopt.tracing.batch import BATCH, Shape, depends_on_batch, replaced_len, same_for_any_batch
 from graphopt.tracing.same_shape import keeps_shape, layer_keeps_shape
 
 #: containers of torch.nn that only call their children, so that blocks can be found inside
@@ -95,7 +95,9 @@ class ValueProxy(fx.Proxy):
 
     def __len__(self) -> int:
         length = _length(self.value)
-        return super().__len__() if length is None else length
+        if length is None:
+            raise fx.proxy.TraceError("it asks for the length of something that is not known before it runs: for a batch, use x.shape[0]")
+        return length
 
 
 class Tracer(fx.Tracer):
@@ -170,7 +172,7 @@ class Tracer(fx.Tracer):
         first = next((t for t in (*root.parameters(), *root.buffers()) if not t.is_meta), None)
         self._here = torch.empty(0, device=None if first is None else first.device)
         before = random.getstate()
-        with counted(self._autocasts):
+        with counted(self._autocasts), replaced_len(root, self._len):
             graph = super().trace(root, concrete_args)
         if random.getstate() != before and self.drew is None:
             self.drew = ""
@@ -183,6 +185,12 @@ class Tracer(fx.Tracer):
             if not node.users and (node.op == "get_attr" or (asked and node.op in ("call_function", "call_method"))):
                 graph.erase_node(node)
         return graph
+
+    def _len(self, value: Any) -> Any:
+        """What `len` gives a forward: of a batch its size, a node."""
+        if issubclass(type(value), fx.Proxy) and isinstance(known := self.value_of(value.node), Tensor) and known.dim():
+            return self.shape_of(value, known)[0]
+        return len(value)
 
     def _detach_what_has_no_gradient(self, graph: fx.Graph) -> None:
         """A graph has no `torch.no_grad()`: what left one is detached instead, wherever it is read outside."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,28 @@ def test_a_batch_that_must_be_of_one_size_is_refused() -> None:
 
     with pytest.raises(TraceError, match="control flow"):
         trace(Net(look=look), SHAPE)
+
+
+class ByLength(Net):
+    """Asks for the length of its input, with or without a function of another file in between."""
+
+    def __init__(self, length: Callable[[Tensor], int] | None = None) -> None:
+        super().__init__()
+        self.length, self.token = length, torch.nn.Parameter(torch.rand(1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x[0]) == 3
+        return super().forward(x + self.token.expand(self.length(x) if self.length else len(x), -1, -1, -1))
+
+
+def test_the_length_of_a_batch_is_its_size() -> None:
+    model = ByLength()
+    graph = trace(model, SHAPE)
+    for batch in (1, 5):
+        x = torch.rand(batch, *SHAPE)
+        assert torch.equal(graph.module.eval()(x), model.eval()(x))
+    with pytest.raises(TraceError, match=r"length .* use x.shape\[0\]"):
+        trace(ByLength(operator.length_hint), SHAPE)
 
 
 def test_a_tensor_is_made_where_the_input_lies_and_questions_about_that_leave_nothing() -> None:
