@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from graphopt.errors import VerifyError
 from graphopt.ir.copying import copy_with, real_copy
-from graphopt.ir.inputs import Input, samples
+from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.shapes import tensors_in
 
 #: samples in a numerical check
@@ -58,8 +59,16 @@ class Runs:
         """
         key = (shape, dtype, training, gradients)
         if key not in self._found:
-            with redirect_stderr(io.StringIO()) if shape != self.input else nullcontext():  # fx prints what a graph module raises
-                self._found[key] = _run(self.module, shape, dtype, training=training, gradients=gradients, arrived=arrived)
+            try:
+                with redirect_stderr(io.StringIO()) if shape != self.input else nullcontext():  # fx prints what a graph module raises
+                    self._found[key] = _run(self.module, shape, dtype, training=training, gradients=gradients, arrived=arrived)
+            except RuntimeError as error:
+                if dtype == dtype_of(self.module) or shape != self.input:
+                    raise
+                what = (
+                    f"it cannot be compared in {str(dtype).removeprefix('torch.')}, where its forward fails: {str(error).splitlines()[0]}"
+                )
+                raise VerifyError(what, fix='Take types from its parameters in forward, or set verify = "off"') from error
         return self._found[key]
 
     def known(self, shape: Input, dtype: torch.dtype, *, training: bool) -> Computed:
@@ -90,6 +99,12 @@ def _run(
             torch.autograd.backward(loss)
         found = {n: p.grad for n, p in copied.named_parameters() if p.requires_grad}
     return Computed([t.detach() for t in outputs], found)
+
+
+def first_dtype(module: nn.Module) -> torch.dtype:
+    """What runs are made in first: float32, or float64 for a module of that type, whose forward may ask for it."""
+    own = dtype_of(module)
+    return own if own == torch.float64 else torch.float32
 
 
 def sample(shape: Input, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.compiler.pass_base import Property
-from graphopt.compiler.runs import BATCH, Runs, sample, scalar, seeded
+from graphopt.compiler.runs import BATCH, Runs, first_dtype, sample, scalar, seeded
 from graphopt.errors import VerifyError
 from graphopt.ir.copying import real_copy
 from graphopt.ir.graph import Graph
@@ -96,15 +96,16 @@ def check_gradients_arrive(runs: Runs, targets: bool, unused: tuple[str, ...]) -
 
 
 def _arrive(module: nn.Module, shape: Input, targets: bool, unused: tuple[str, ...]) -> Checked:
-    module = real_copy(module, torch.float32)
-    x = sample(shape, torch.float32)
+    dtype = first_dtype(module)
+    module = real_copy(module, dtype)
+    x = sample(shape, dtype)
     with seeded():
         if targets:
             with torch.no_grad():
                 scores = first_tensor(module.eval()(*x))
             output, local = module.train()(*x, torch.arange(BATCH) % scores.shape[-1])
         else:
-            output, local = module.train()(*x), torch.zeros(())
+            output, local = module.train()(*x), torch.zeros((), dtype=dtype)
     torch.autograd.backward(scalar(tensors_in(output), local))
     for name, parameter in module.named_parameters():
         if parameter.grad is None:
@@ -142,7 +143,7 @@ def _least(name: Property, before: Runs, after: Runs) -> _Largest:
 def _largest(name: Property, before: Runs, after: Runs, shape: Input) -> _Largest:
     """The difference in float32 if it is none, else in float64."""
     measure = _MEASURES[name]
-    found = measure(before, after, shape, torch.float32)
+    found = measure(before, after, shape, first_dtype(before.module))
     return measure(before, after, shape, torch.float64) if found[0] else found
 
 
@@ -198,7 +199,7 @@ class _Gradients:
 
 
 def _gradients(before: Runs, after: Runs, shape: Input, dtype: torch.dtype) -> _Largest:
-    keep = dtype == torch.float32
+    keep = dtype == first_dtype(before.module)
     if not keep:  # those in float32 have told what they can
         before.forget_gradients()
         after.forget_gradients()

@@ -21,7 +21,7 @@ from graphopt.ir.inputs import Input, as_input, show
 from graphopt.ir.module import TrainingModule, skeleton
 from graphopt.ir.paths import owner
 from graphopt.ir.section import BACKBONE, Section
-from graphopt.ir.shapes import forward_bytes, propagate_shapes, uncached
+from graphopt.ir.shapes import forward_bytes, propagate_shapes, tensors_in, uncached
 from graphopt.runtime.body import Checkpointed
 from graphopt.tracing.checkpointing import noting_checkpoints
 from graphopt.tracing.equivalence import compare_modes, same, without_gradient
@@ -77,9 +77,12 @@ def trace(backbone: nn.Module, input: Input, *, compare: bool = True) -> Graph:
 
 
 def _hides_gradients(node: fx.Node) -> bool:
-    """Whether parameters that a graph reads may get no gradient because of this node: it detaches, or nothing reads what it computes."""
-    detaches = node.target in ("detach", "detach_", Tensor.detach, Tensor.detach_)
-    return detaches or (not node.users and node.op not in ("output", "placeholder"))
+    """Whether parameters may get no gradient because of this node: it detaches, makes whole numbers, or nothing reads what it computes."""
+    if node.target in ("detach", "detach_", Tensor.detach, Tensor.detach_) or (not node.users and node.op not in ("output", "placeholder")):
+        return True
+    made, *given = (tensors_in(n.meta.get("val")) for n in (node, *node.all_input_nodes))
+    whole = made and not any(t.is_floating_point() or t.is_complex() for t in made)
+    return bool(whole) and any(t.is_floating_point() for tensors in given for t in tensors)
 
 
 def _checked_input(backbone: nn.Module, given: Input) -> Input:

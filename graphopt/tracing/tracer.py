@@ -99,6 +99,13 @@ class ValueProxy(fx.Proxy):
             raise fx.proxy.TraceError("it asks for the length of something that is not known before it runs: for a batch, use x.shape[0]")
         return length
 
+    def __index__(self) -> int:
+        if type(self.value) is int and not depends_on_batch(self.value):
+            return int(self.value)
+        raise fx.proxy.TraceError("it needs a size that depends on the batch, or what a tensor holds, as a number: int(...), range(...)")
+
+    __int__ = __index__
+
 
 class Tracer(fx.Tracer):
     """Traces through containers and stops at leaves.

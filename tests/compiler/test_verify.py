@@ -15,6 +15,7 @@ from graphopt import Editor, VerifyError
 from graphopt.compiler.runs import Runs
 from graphopt.compiler.verify import Property
 from graphopt.ir.shapes import smaller_input
+from graphopt.passes.freeze import Freeze
 from tests.support.backbones import Small
 from tests.support.passes import Outline, Selecting
 
@@ -215,3 +216,26 @@ def test_held_values_are_those_of_before() -> None:
 def test_the_smaller_image_leaves_two_positions(input: tuple[int, ...], stride: int, smaller: tuple[int, ...] | None) -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=stride, padding=1), nn.AdaptiveAvgPool2d(1))
     assert smaller_input(graphopt.trace(model, input, compare=False).nodes, input) == smaller
+
+
+class Typed(nn.Sequential):
+    """Takes its input in a type that its forward names."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.dtype = dtype
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.dtype))
+
+
+def test_a_network_that_asks_for_float64_is_verified_in_it() -> None:
+    graphopt.compile(Typed(torch.float64), [Freeze(select="0")], input=(6,), verify="full")
+    with pytest.raises(VerifyError, match="gradient"):
+        graphopt.compile(Typed(torch.float64), [Wrong(select="1", deed="gradient", about=GRADIENTS)], input=(6,), verify="full")
+
+
+def test_a_network_that_asks_for_another_type_says_so() -> None:
+    with pytest.raises(VerifyError, match="compared in float32, where its forward fails"):
+        graphopt.compile(Typed(torch.bfloat16), [Freeze(select="0")], input=(6,), verify="full", costs=False)

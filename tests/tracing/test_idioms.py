@@ -145,12 +145,18 @@ def test_answered_comparisons_leave_nothing_in_the_graph() -> None:
     assert [n.op for n in trace(Net(look=look), SHAPE).nodes] == [n.op for n in trace(Net(), SHAPE).nodes]
 
 
-def test_a_batch_that_must_be_of_one_size_is_refused() -> None:
-    def look(x: Tensor) -> Tensor:
-        assert x.shape[0] > 1
-        return x
+def more_than_one(x: Tensor) -> Tensor:
+    assert x.shape[0] > 1
+    return x
 
-    with pytest.raises(TraceError, match="control flow"):
+
+def one_by_one(x: Tensor) -> Tensor:
+    return torch.stack([x[i] for i in range(x.shape[0])])
+
+
+@pytest.mark.parametrize(("look", "says"), [(more_than_one, "control flow"), (one_by_one, "as a number: int")])
+def test_a_batch_that_must_be_of_one_size_is_refused(look: Callable[[Tensor], Tensor], says: str) -> None:
+    with pytest.raises(TraceError, match=says):
         trace(Net(look=look), SHAPE)
 
 

@@ -203,20 +203,21 @@ def test_parameters_without_a_gradient_are_found_without_activations() -> None:
 
 def test_parameters_of_what_nothing_reads_are_found() -> None:
     class Aside(nn.Module):
-        """An auxiliary head and a token whose outputs are thrown away, and a bias that is added in place."""
+        """An auxiliary head and a token whose outputs are thrown away, a bias that is added in place, and one that orders only."""
 
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.head, self.aside = nn.Conv2d(3, 4, 1), nn.Linear(4, 5), nn.Linear(4, 3)
-            self.token, self.bias = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+            self.token, self.bias, self.order = (nn.Parameter(torch.zeros(4)) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.stem(x).mean((2, 3))
             y.add_(self.bias)
             self.aside(y + self.token)
+            y = y.gather(1, (y + self.order).argsort(1))
             return self.head(y)
 
     model = Aside()
-    assert set(trace(model, (3, 8, 8)).unused) == {"token", "aside.weight", "aside.bias"}
+    assert set(trace(model, (3, 8, 8)).unused) == {"token", "order", "aside.weight", "aside.bias"}
     plan = graphopt.compile(model, [Freeze(select="stem")], input=(3, 8, 8), verify="full")
-    assert set(plan.report.unused) == {"token", "aside.weight", "aside.bias"}
+    assert set(plan.report.unused) == {"token", "order", "aside.weight", "aside.bias"}
