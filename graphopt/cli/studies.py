@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli import options
-from graphopt.cli.screen import grid, show, show_json, show_text
+from graphopt.cli.screen import grid, show, show_columns, show_json, show_text
 from graphopt.errors import RunError
 from graphopt.files import write_atomically
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from graphopt.studies.comparing import Comparison
     from graphopt.studies.running import Outcome
     from graphopt.studies.study import Member
-    from graphopt.studies.tables import Table
 
 
 def complete_study(incomplete: str) -> list[str]:
@@ -108,6 +107,7 @@ def _show_members(runs: "list[Member]", folder: Path, as_json: bool) -> None:
 
 
 _HTML = "Write one page: curves, accuracy against memory and time, and the diffs side by side."
+_OUT = "Write a file of the form that its ending names: .md, .csv, .tex (booktabs) or .html; may be given several times."
 _RUNS = "Folders of runs and of studies, or globs."
 _BASELINE = "The row that the others are compared with; default: the study's, else the first."
 
@@ -118,6 +118,7 @@ def compare(
     metric: Annotated[
         str, typer.Option("--metric", help="accuracy (of the last epoch), best_accuracy, top5_accuracy or ema_accuracy.")
     ] = "accuracy",
+    out: Annotated[list[Path], options.out_option(_OUT)] = [],  # noqa: B006  # never changed
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", parser=options.expanded, help=_HTML)] = None,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with plain numbers.")] = False,
@@ -132,30 +133,48 @@ def compare(
 
         graphopt compare runs/first runs/second
 
-        graphopt compare runs/my-study --baseline end-to-end --html comparison.html
+        graphopt compare runs/my-study --baseline end-to-end -o comparison.html
 
-        graphopt compare "runs/*" --latex > table.tex
+        graphopt compare "runs/*" -o table.tex -o table.csv
     """
     from graphopt.studies.comparing import METRICS, compare
 
     options.check_choice("--metric", metric, METRICS)
     if sum((md, csv, latex, as_json)) > 1:
         raise RunError("one form at a time", where="--md, --csv, --latex, --json", fix="Call it again for another form")
-    if html is not None:
-        options.check_target(html, "comparison.html")
+    for path in (files := [*out, *([html] if html is not None else [])]):
+        options.check_target(path, "comparison.html")
+    _check_endings(out)
     found = compare(runs, baseline=baseline, metric=metric, trust=trust)
-    if html is not None:
-        from graphopt.studies.page import to_page
-
-        write_atomically(html, to_page(found, trust=trust, costs=costs))
+    for path in files:
+        write_atomically(path, _written(found, ".html" if path is html else path.suffix, trust, costs))
     if md or csv or latex:
         from graphopt.studies import tables
 
         show_text(tables.markdown(found) if md else tables.to_csv(found) if csv else tables.latex(found))
         return
     _show(found, as_json)
-    if html is not None and not as_json:
-        show(f"written: {html}")
+    if files and not as_json:
+        show(f"written: {', '.join(map(str, files))}")
+
+
+def _check_endings(files: list[Path]) -> None:
+    from graphopt.studies.tables import FORMS
+
+    for path in files:
+        if path.suffix not in FORMS and path.suffix != ".html":
+            what = f"no form of a comparison ends in {path.suffix!r}" if path.suffix else "its name has no ending, which says the form"
+            raise RunError(what, where=str(path), fix=f"End it in {', '.join(FORMS)} or .html")
+
+
+def _written(comparison: "Comparison", ending: str, trust: bool, costs: bool) -> str:
+    if ending == ".html":
+        from graphopt.studies.page import to_page
+
+        return to_page(comparison, trust=trust, costs=costs)
+    from graphopt.studies.tables import FORMS
+
+    return FORMS[ending](comparison)
 
 
 def _show(comparison: "Comparison", as_json: bool) -> None:
@@ -166,16 +185,9 @@ def _show(comparison: "Comparison", as_json: bool) -> None:
         show_json(comparison.to_dict())
         return
     show(f"{comparison.title}")
-    show(_grid(tables.table(comparison)))
+    show_columns(*tables.table(comparison))
     show(tables.note(comparison))
     beside = tables.published(comparison)
     if beside is not None:
         show()
-        show(_grid(beside))
-
-
-def _grid(found: "Table") -> object:
-    table = grid(*found.titles, right=tuple(range(1, len(found.titles))))
-    for row in found.rows:
-        table.add_row(*row)
-    return table
+        show_columns(*beside)

@@ -22,7 +22,7 @@ from graphopt.studies.study import Member, Study
 from graphopt.units import show_time
 
 INDEX = "study.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 #: seconds that a run waits for another process to leave its folder
 PATIENCE = 30
 
@@ -65,7 +65,7 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 def _write_index(study: Study, members: Sequence[Member], out: Path) -> None:
     """Writes which runs belong to the study, whose folder is locked: `graphopt compare` reads it."""
     runs = [{"folder": folder_of(m, out).name, "row": m.row, "seed": m.seed, "identity": m.identity, "set": m.changes} for m in members]
-    about = {"study": INDEX_VERSION, "name": study.name, "baseline": study.baseline}
+    about = {"study": INDEX_VERSION, "name": study.name, "baselines": {m.row: m.baseline or members[0].row for m in members}}
     record = {**about, "published": [item.model_dump() for item in study.published], "runs": runs}
     write_atomically(out / INDEX, sealed(json.loads(json.dumps(record)), indent=2) + "\n")
 

@@ -39,6 +39,18 @@ def test_variants_with_specs_of_their_own(tmp_path: Path) -> None:
     assert none.folder.startswith("none-seed0-")
 
 
+def test_each_row_of_a_grid_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    text = (
+        'spec = "s.toml"\nbaseline = "none"\n[grid]\ntrain.optimizer.lr = [1e-3, 0.05]\n[[variant]]\nname = "none"\nset = { pass = [] }\n'
+    )
+    text += '[[variant]]\nname = "cold"\n[[variant]]\nname = "colder"\nset.pass = []\nset.train.batch = 10\nbaseline = "cold, lr=0.05"\n'
+    found = {member.row: member.baseline for member in runs(tmp_path, text)}
+    assert found == {
+        **{f"{name}, lr={lr}": f"none, lr={lr}" for name in ("none", "cold") for lr in ("0.001", "0.05")},
+        **{f"colder, lr={lr}": "cold, lr=0.05" for lr in ("0.001", "0.05")},
+    }
+
+
 def test_what_a_run_computes_identifies_it() -> None:
     base = load("quickstart")
     same = ["name=x", "train.device=cpu", "data.root=/elsewhere", "data.workers=2", "train.keep=5"]
@@ -58,6 +70,11 @@ MISTAKES = [
     ('spec = "s.toml"\n[grid]\ntrain.batch = 3', ["grid.train.batch: expected an array of values"]),
     ('spec = "s.toml"\n[grid]\ntrain.batsh = [3]', ["batsh=3", "unknown key 'batsh'. Did you mean 'batch'"]),
     ('spec = "s.toml"\nbaseline = "whole"\n[[variant]]\nname = "hole"', ["baseline: there is no row 'whole'. Did you mean 'hole'?"]),
+    ('spec = "s.toml"\n[[variant]]\nname = "hole"\nbaseline = "whole"', ["baseline: there is no row 'whole'. Did you mean 'hole'?"]),
+    (
+        'spec = "s.toml"\n[[variant]]\nname = "a"\n[[published]]\nvariant = "a"\nagainst = "b"\nfigure = "time"\nvalue = ""\nsource = ""',
+        ["published: there is no row 'b'. There are a"],
+    ),
     ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', ["two variants are called 'a'"]),
     ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "b"', ["'a' and 'b' are the same run (seed 0)"]),
     ('spec = "s.toml"\nseeds = [1, 1]', ["are the same run (seed 1)"]),
