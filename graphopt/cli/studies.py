@@ -8,7 +8,7 @@ import typer
 
 from graphopt.cli import options
 from graphopt.cli.screen import grid, show, show_columns, show_json, show_text
-from graphopt.errors import RunError
+from graphopt.errors import RunError, did_you_mean
 from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def complete_study(incomplete: str) -> list[str]:
 
 
 _STUDY = "A TOML file with a base spec, what to vary, and seeds; or an installed study's name."
+_ROW = "Train only rows of this name, or of names like it: --row 'K = 4*'; may be given several times."
 _DEVICE = "train.device of the runs, in turn: --device cuda:0 --device cuda:1."
 
 
@@ -33,6 +34,7 @@ def study(
     out: Annotated[Path | None, options.out_option("The study's folder; default: runs/<study>.", "DIR")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time; default: one, or one for each device.")] = None,
     device: Annotated[list[str], typer.Option("--device", help=_DEVICE)] = [],  # noqa: B006  # never changed
+    row: Annotated[list[str], typer.Option("--row", metavar="ROW", help=_ROW)] = [],  # noqa: B006  # never changed
     only_list: Annotated[bool, typer.Option("--list", help="List the runs and what is done; train nothing.")] = False,
     data: options.DataOption = None,
     set_: options.SetOption = [],  # noqa: B006  # never changed
@@ -49,6 +51,8 @@ def study(
         graphopt study my-study.toml -o runs/my-study --jobs 2
 
         graphopt study my-study.toml --device cuda:0 --device cuda:1
+
+        graphopt study drop-cifar10 --data cifar10=~/cifar --row "VGG-11*"
     """
     from graphopt.studies.study import members, read_study
 
@@ -58,16 +62,29 @@ def study(
     overrides = [*(options.data_overrides(data, read.spec or "", trust=trust)), *set_]
     runs = members(read, path, overrides=overrides, trust=trust)
     folder = out or Path("runs", path.stem)
+    chosen = _chosen(runs, row)
     if only_list:
-        _show_members(runs, folder, as_json)
+        _show_members(chosen, folder, as_json)
         return
 
     from graphopt.studies.running import run_study
 
     outcomes = run_study(
-        read, runs, folder, jobs=jobs or max(1, len(device)), devices=device, trust=trust, say=(lambda _: None) if as_json else show
+        read, runs, folder, only=chosen, jobs=jobs or max(1, len(device)), devices=device, trust=trust, say=(lambda _: None) if as_json else show
     )
     _finish(outcomes, folder, as_json, trust)
+
+
+def _chosen(runs: "list[Member]", patterns: list[str]) -> "list[Member]":
+    """The runs of the rows that --row names; all without it."""
+    from fnmatch import fnmatchcase
+
+    names = list(dict.fromkeys(run.row for run in runs))
+    for pattern in patterns:
+        if pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
+            fix = did_you_mean(pattern, names) or f"There are {', '.join(names)}"
+            raise RunError(f"there is no row {pattern!r}", where="--row", fix=fix)
+    return [run for run in runs if not patterns or any(run.row == p or fnmatchcase(run.row, p) for p in patterns)]
 
 
 def _finish(outcomes: "list[Outcome]", folder: Path, as_json: bool, trust: bool) -> None:

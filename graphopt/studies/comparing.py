@@ -134,8 +134,8 @@ class Comparison:
         rows = {row.name: row for row in self.rows}
         return [
             {
-                **{"variant": item.row, "figure": item.figure, "against": item.against.name if item.against is not None else ""},
-                **{"value": item.value, "ours": _ours(rows.get(item.row), item.against, item.figure), "source": item.source},
+                "variant": item.row, "figure": item.figure, "against": item.against.name if item.against is not None else "",
+                "value": item.value, "ours": _ours(rows.get(item.row), item.against, item.figure), "source": item.source,
             }
             for item in self.published
         ]
@@ -186,7 +186,7 @@ def _ours(row: Row | None, against: Row | None, figure: str) -> str:
 
 
 def compare(what: Sequence[str], *, baseline: str | None = None, metric: str = "accuracy", trust: bool = False) -> Comparison:
-    """Compares runs: their folders, the folders of studies, or globs of both. A row of a study is compared with the row that the study says.
+    """Compares runs: their folders, the folders of studies, or globs of both. Rows of studies are compared with what their studies say.
 
     Raises RunError for what is neither, where no run has finished, and for a baseline that is no row; and as `read_run`.
 

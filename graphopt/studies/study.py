@@ -31,6 +31,7 @@ FREE = {
 }
 
 _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+_names = BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Figure: TypeAlias = Literal["accuracy", "error", "points", "memory", "parameters", "forward FLOPs", "FLOPs", "time"]
 
@@ -45,13 +46,15 @@ class Variant(_Table):
     name: str = Field(min_length=1, description="its name in tables")
     spec: str | None = Field(default=None, description="another base spec than the study's")
     set: dict[str, Any] = Field(default={}, description="keys of the spec and their values; tables merge, everything else replaces")
-    baseline: str | None = Field(default=None, description="the row that it is compared with; default: the study's baseline")
+    baseline: str | None = Field(
+        default=None, description="the row that it is compared with; default: the study's baseline; none for the baseline of another row"
+    )
 
 
 class Published(_Table):
     """`[[published]]`: a figure that somebody has published, shown beside ours."""
 
-    variant: str = Field(description="the row that it belongs to")
+    variant: Annotated[tuple[str, ...], _names] = Field(min_length=1, description="the row, or rows, that it belongs to")
     figure: Figure = Field(description="accuracy and error in %; the others against the baseline's")
     against: str | None = Field(default=None, description="the row that the figure is a change against; default: the row's baseline")
     value: str = Field(description='as it was published: "93.26 %", "-42.8 %"')
@@ -146,7 +149,10 @@ def members(study: Study, path: Path, *, overrides: Sequence[str] = (), trust: b
     rows with the same runs.
     """
     found: list[Member] = []
-    for row, source, changes, baseline in _rows(study, path):
+    rows = list(_rows(study, path))
+    baselines = {baseline for *_, baseline in rows}
+    for row, source, changes, other in rows:
+        baseline = row if other is None and row in baselines else other
         for seed in study.seeds:
             texts = [f"{key}={toml_value(value)}" for key, value in {**changes, "train.seed": seed}.items()]
             try:
@@ -163,7 +169,7 @@ def members(study: Study, path: Path, *, overrides: Sequence[str] = (), trust: b
 def _check(study: Study, path: Path, found: Sequence[Member]) -> None:
     rows = list(dict.fromkeys(member.row for member in found))
     named = {("baseline", member.baseline) for member in found}
-    named |= {("published", name) for item in study.published for name in (item.variant, item.against)}
+    named |= {("published", name) for item in study.published for name in (*item.variant, item.against)}
     for key, name in sorted(named, key=str):
         if name is not None and name not in rows:
             fix = did_you_mean(name, rows) or f"There are {', '.join(rows)}"

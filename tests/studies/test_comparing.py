@@ -211,7 +211,7 @@ def test_a_run_that_cannot_be_read_leaves_the_others(runs: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert "Left out: runs/plain1/run.json" in out
     assert "runs/plain2/summary.json: is damaged" in out
-    with pytest.raises(RunError, match="plain2/summary.json: is damaged"):
+    with pytest.raises(RunError, match=r"plain2/summary\.json: is damaged"):
         compare([str(runs / "plain*"), str(runs / "plain2")])
 
 

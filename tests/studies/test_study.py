@@ -95,8 +95,32 @@ def test_the_installed_studies_are_sound(name: str) -> None:
     study, path = read_study(name)
     found = members(study, path)
     assert study.name
-    assert study.baseline in {member.row for member in found}
+    assert all(member.baseline for member in found), "each row has a baseline, or is one"
     assert len(found) == len(study.variants) * len(study.seeds)
+
+
+DEPTHS = ["VGG-11", "VGG-13", "VGG-16", "VGG-19", "ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"]
+SWIN = {"cifar10": ["accuracy", "points", "memory"], "cifar100": ["accuracy", "points", "memory"], "stl10": ["accuracy", "points", "memory"]}
+#: what each of the four systems has published, by study: rows and figures
+PUBLISHED: dict[str, tuple[list[str], list[str]]] = {
+    "infopro-resnet110": (["end-to-end", "checkpointing", "K = 2", "K = 3", "K = 4"], ["error", "memory", "time", "FLOPs"]),
+    **{f"swin-{data}": (["end-to-end", "InfoPro", "features"], figures) for data, figures in SWIN.items()},
+    "swin-svhn": (["features"], ["points", "memory"]),
+    "replacement-resnet32": (["k = 2", "k = 4"], ["parameters"]),
+    "replacement-resnet110": (["k = 2", "k = 3", "k = 4"], ["parameters"]),
+    "replacement-vit-b": (["k = 2", "k = 4"], ["parameters"]),
+    "drop-cifar10": ([f"{depth}, dropped" for depth in DEPTHS], ["forward FLOPs", "points", "time"]),
+    "drop-mnist": ([f"{depth}, dropped" for depth in DEPTHS], ["points", "time"]),
+    "drop-imagenette": ([f"{depth}, dropped" for depth in DEPTHS], ["points", "time"]),
+}
+
+
+def test_every_published_row_is_in_an_installed_study() -> None:
+    for name, (rows, figures) in PUBLISHED.items():
+        study, _ = read_study(name)
+        assert {row for item in study.published for row in item.variant} >= set(rows), name
+        assert {item.figure for item in study.published} == set(figures), name
+    assert {name for name in installed() if read_study(name)[0].published} == {f"studies/{name}" for name in PUBLISHED}
 
 
 def test_a_study_that_is_not_there() -> None:
