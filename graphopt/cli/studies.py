@@ -69,9 +69,8 @@ def study(
 
     from graphopt.studies.running import run_study
 
-    outcomes = run_study(
-        read, runs, folder, only=chosen, jobs=jobs or max(1, len(device)), devices=device, trust=trust, say=(lambda _: None) if as_json else show
-    )
+    say = (lambda _: None) if as_json else show
+    outcomes = run_study(read, runs, folder, only=chosen, jobs=jobs or max(1, len(device)), devices=device, trust=trust, say=say)
     _finish(outcomes, folder, as_json, trust)
 
 

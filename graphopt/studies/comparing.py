@@ -134,8 +134,12 @@ class Comparison:
         rows = {row.name: row for row in self.rows}
         return [
             {
-                "variant": item.row, "figure": item.figure, "against": item.against.name if item.against is not None else "",
-                "value": item.value, "ours": _ours(rows.get(item.row), item.against, item.figure), "source": item.source,
+                "variant": item.row,
+                "figure": item.figure,
+                "against": item.against.name if item.against is not None else "",
+                "value": item.value,
+                "ours": _ours(rows.get(item.row), item.against, item.figure),
+                "source": item.source,
             }
             for item in self.published
         ]

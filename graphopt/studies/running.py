@@ -66,7 +66,8 @@ def _write_index(study: Study, members: Sequence[Member], out: Path) -> None:
     """Writes which runs belong to the study, whose folder is locked: `graphopt compare` reads it."""
     runs = [{"folder": folder_of(m, out).name, "row": m.row, "seed": m.seed, "identity": m.identity, "set": m.changes} for m in members]
     about = {"study": INDEX_VERSION, "name": study.name, "baselines": {m.row: m.baseline or members[0].row for m in members}}
-    record = {**about, "published": [{**item.model_dump(), "variant": row} for item in study.published for row in item.variant], "runs": runs}
+    published = [{**item.model_dump(), "variant": row} for item in study.published for row in item.variant]
+    record = {**about, "published": published, "runs": runs}
     write_atomically(out / INDEX, sealed(json.loads(json.dumps(record)), indent=2) + "\n")
 
 

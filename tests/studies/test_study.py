@@ -100,12 +100,17 @@ def test_the_installed_studies_are_sound(name: str) -> None:
 
 
 DEPTHS = ["VGG-11", "VGG-13", "VGG-16", "VGG-19", "ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"]
-SWIN = {"cifar10": ["accuracy", "points", "memory"], "cifar100": ["accuracy", "points", "memory"], "stl10": ["accuracy", "points", "memory"]}
+SWIN = {
+    "cifar10": ["accuracy", "points", "memory"],
+    "cifar100": ["accuracy", "points", "memory"],
+    "stl10": ["accuracy", "points", "memory"],
+}
 #: what each of the four systems has published, by study: rows and figures
 PUBLISHED: dict[str, tuple[list[str], list[str]]] = {
     "infopro-resnet110": (["end-to-end", "checkpointing", "K = 2", "K = 3", "K = 4"], ["error", "memory", "time", "FLOPs"]),
     **{f"swin-{data}": (["end-to-end", "InfoPro", "features"], figures) for data, figures in SWIN.items()},
     "swin-svhn": (["features"], ["points", "memory"]),
+    "swin-decoders": (["K = 2, features, linear", "K = 4, features, linear"], ["memory"]),
     "replacement-resnet32": (["k = 2", "k = 4"], ["parameters"]),
     "replacement-resnet110": (["k = 2", "k = 3", "k = 4"], ["parameters"]),
     "replacement-vit-b": (["k = 2", "k = 4"], ["parameters"]),
