@@ -73,7 +73,7 @@ SpecArgument = Annotated[
     str, typer.Argument(metavar="SPEC", help="A TOML file, or an installed spec's name.", autocompletion=complete_spec)
 ]
 SetOption = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the spec: train.epochs=1, pass.0.when.epoch=3.")
+    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one key of the spec: train.epochs=1, pass.0.when.epoch=3.")
 ]
 _DATA = "Folder of the images: DIR, or NAME=DIR with the data set's name (cifar10, folder, ...; default: the spec's)."
 DataOption = Annotated[str | None, typer.Option("--data", metavar="DIR", help=_DATA)]

@@ -26,6 +26,9 @@ def train(
     out: Annotated[Path | None, options.out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     data: options.DataOption = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="train.seed: of the initial weights, the order of images, and all chance.")
+    ] = None,
     set_: options.SetOption = [],  # noqa: B006  # never changed
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -53,7 +56,7 @@ def train(
 
     from graphopt.spec import load
 
-    set_ = [*options.data_overrides(data, spec, trust=trust), *set_]
+    set_ = [*options.data_overrides(data, spec, trust=trust), *([f"train.seed={seed}"] if seed is not None else []), *set_]
     with _said_once():
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1:

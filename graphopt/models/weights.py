@@ -59,7 +59,7 @@ def load_weights(module: nn.Module, path: str | Path, *, reset: Sequence[str] = 
 
 
 def _without_wrapper(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the names of modules that held the network: a Lightning module's `model.`, which no key of the network begins with."""
+    """The state without the names of modules that held the network (a Lightning module's `model.`), which begin no key of the network."""
     while len(first := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
         (name,) = first
         if any(_below(key, name) for key in own):

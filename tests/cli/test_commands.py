@@ -156,7 +156,7 @@ def test_check_says_where_the_time_on_a_gpu_comes_from(capsys: pytest.CaptureFix
 
 
 def test_train_resume_and_export(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = output_json(capsys, "train", "s.toml", "--set", "train.epochs=1")
+    summary = output_json(capsys, "train", "s.toml", "-s", "train.epochs=1", "--seed", "3")
     assert summary["folder"] == "runs/s"
     assert "there is no run in runs/s-2 yet: it begins" in output(capsys, "train", "s.toml", "-o", "runs/s-2", "--resume")
     assert Path("runs/s-2/summary.json").exists()
@@ -228,12 +228,15 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert output(capsys, "--version").startswith("graphopt 0.")
+    assert output(capsys, "-V") == output(capsys, "--version")
     out = output(capsys, "--help")
     names = [entry.name for entry in app.registered_commands if entry.name]
     assert len(names) == len(COMMANDS)
     for name in names:
         assert name in out
-        assert "graphopt " + name in output(capsys, name, "--help"), f"{name} --help has no example"
+        text = output(capsys, name, "-h")
+        assert "graphopt " + name in text, f"{name} --help has no example"
+        assert "<bool>" not in text, "a flag takes no value"
 
 
 @pytest.mark.parametrize("arguments", [["aply", "x"], ["apply"], ["apply", "s.toml", "--nope"], ["apply", "s.toml", "--batch", "0"]])
