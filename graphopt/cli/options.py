@@ -99,6 +99,11 @@ def data_overrides(data: str | None, spec: str, *, trust: bool) -> list[str]:
     return [*([f"data.name={json.dumps(name)}"] if name else []), f"data.root={root}"]
 
 
+def titled(spec: "Spec", source: str) -> "Spec":
+    """A spec for showing: one without a name has that of its file."""
+    return spec if spec.name else spec.model_copy(update={"name": Path(source).stem})
+
+
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
     """`"3,224,224"` as (3, 224, 224); raises RunError for a text that is no shape."""
     if text is None:

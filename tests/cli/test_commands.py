@@ -105,6 +105,16 @@ def test_a_gpu_s_memory_is_forecast_without_one(capsys: pytest.CaptureFixture[st
     assert "peak reserved" in out
 
 
+def test_check_of_no_passes_and_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("plain-net.toml").write_text(SPEC.replace('name = "small"\n', "").partition("[[pass]]")[0] + SPEC[SPEC.index("[data]") :])
+    out = output(capsys, "check", "plain-net.toml")
+    assert out.startswith("plain-net  (cifar/resnet8")
+    assert " -> " not in out
+    assert "0FLOP" not in out
+    assert output(capsys, "apply", "plain-net.toml").startswith("plain-net  (digest")
+    assert "filling 0 FLOP of these" in output(capsys, "check", "s.toml")
+
+
 def test_check_forecasts_each_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     out = output(capsys, "check", "s.toml", "--ranks", "2", "--link", "10 Gbit/s", "--set", "train.device=cpu")
     assert "each of 2 ranks (ddp): 10 images at once" in out
