@@ -105,7 +105,7 @@ def _finish(outcomes: "list[Outcome]", folder: Path, as_json: bool, trust: bool)
         error.exit_code = 1
         raise error
     if not as_json:
-        show(f"runs: {folder}   the page: graphopt compare {folder} --html comparison.html")
+        show(f"runs: {folder}   the page: graphopt compare {folder} -o comparison.html")
 
 
 def _show_members(runs: "list[Member]", folder: Path, as_json: bool) -> None:
