@@ -21,7 +21,8 @@ def complete_study(incomplete: str) -> list[str]:
     """Names of installed studies that begin so, for the shell."""
     from graphopt.studies.study import installed
 
-    return [name for name in installed() if name.startswith((incomplete, f"studies/{incomplete}"))]
+    whole = [name for name in installed() if name.startswith(incomplete)]
+    return whole or [short for name in installed() if (short := name.removeprefix("studies/")).startswith(incomplete)]
 
 
 _STUDY = "A TOML file with a base spec, what to vary, and seeds; or an installed study's name."
