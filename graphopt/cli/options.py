@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def expanded(text: str) -> Path:
-    """A path on the command line, with `~` expanded."""
+    """A path on the command line, with `~` expanded. Raises BadParameter for an option, which a forgotten path would swallow."""
+    if text.startswith("--"):
+        raise typer.BadParameter(f"expected a path, found the option {text}; a file of that name is ./{text}")
     return Path(os.path.expanduser(text))
 
 

@@ -249,7 +249,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "<bool>" not in text, "a flag takes no value"
 
 
-@pytest.mark.parametrize("arguments", [["aply", "x"], ["apply"], ["apply", "s.toml", "--nope"], ["apply", "s.toml", "--batch", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["aply", "x"], ["apply"], ["apply", "s.toml", "--nope"], ["apply", "s.toml", "--batch", "0"], ["diff", "s.toml", "--png", "--trust"]],
+)
 def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
