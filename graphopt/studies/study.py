@@ -54,7 +54,7 @@ class Variant(_Table):
 class Published(_Table):
     """`[[published]]`: a figure that somebody has published, shown beside ours."""
 
-    variant: Annotated[tuple[str, ...], _names] = Field(min_length=1, description="the row, or rows, that it belongs to")
+    variant: Annotated[tuple[str, ...], _names] = Field(min_length=1, description="the row that it belongs to, or several")
     figure: Figure = Field(description="accuracy and error in %; the others against the baseline's")
     against: str | None = Field(default=None, description="the row that the figure is a change against; default: the row's baseline")
     value: str = Field(description='as it was published: "93.26 %", "-42.8 %"')
