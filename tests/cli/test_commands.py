@@ -174,7 +174,9 @@ def test_train_resume_and_export(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("runs/s-3").train.seed == 3
     out = output(capsys, "train", "s.toml", "-o", "runs/s", "--resume")
     assert "epoch 1/1" in out
-    output(capsys, "export", "runs/s", "-o", "m.safetensors")
+    made = output_json(capsys, "export", "runs/s", "-o", "m.safetensors")
+    assert made == {"written": "m.safetensors", "bytes": Path("m.safetensors").stat().st_size, "form": "weights"}
+    assert output_json(capsys, "report", "runs/s", "--no-costs") == {"written": "runs/s/report.html", "ledger": []}
     state = load_file("m.safetensors")
     module = CifarResNet(8, in_chans=1)
     module.load_state_dict(state, strict=True)
