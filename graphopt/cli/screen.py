@@ -1,7 +1,9 @@
 """All output of the command line. No control character of a name or a message reaches the terminal."""
 
 import json
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -51,6 +53,22 @@ def show_warnings() -> None:
 def show(what: Any = "") -> None:
     """Prints text or a rich object."""
     console().print(what, markup=False, soft_wrap=isinstance(what, str))
+
+
+def show_prose(text: str) -> None:
+    """Prints paragraphs and lists that fill the screen's width, whatever the width of the lines of `text`; indented blocks as they are."""
+    width = console().width
+    for paragraph in text.strip("\n").split("\n\n"):
+        if paragraph.startswith((" ", "|")):
+            show(paragraph)
+        else:
+            for item in re.split(r"\n(?=- )", paragraph):
+                indent = "  " if item.startswith("- ") else ""
+                filled = textwrap.wrap(
+                    " ".join(item.split()), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+                )
+                show("\n".join(filled))
+        show()
 
 
 def show_json(value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,8 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("select", "required", '"start"', "preserves: ", "[[pass]]"):
         assert part in manual
     found = output_json(capsys, "passes")
+    for name in found:
+        assert not re.search(r"tools/|\w\.py`", output(capsys, "passes", name)), f"{name}: a user has no files of the repository"
     assert found["freeze"]["summary"]
     assert "select" in found["freeze"]["properties"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from graphopt.cli import main, screen
+from graphopt.cli import main
 from graphopt.errors import RunError
 from graphopt.files import sealed
 from graphopt.hashing import hash_parts
@@ -213,17 +213,6 @@ def test_a_run_that_cannot_be_read_leaves_the_others(runs: Path, capsys: pytest.
     assert "runs/plain2/summary.json: is damaged" in out
     with pytest.raises(RunError, match=r"plain2/summary\.json: is damaged"):
         compare([str(runs / "plain*"), str(runs / "plain2")])
-
-
-def test_a_narrow_terminal_gets_several_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(screen, "_PLAIN_WIDTH", 40)
-    name = "a name that is longer than a third of it"
-    screen.show_columns(["", "accuracy", "difference", "time"], [(name, "93.00 ± 3.61", "-1.50 ± 0.50", "2.00 h")])
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 40
-    for figure in ("93.00 ± 3.61", "-1.50 ± 0.50", "2.00 h"):
-        assert any(line.endswith(figure) or f"{figure} " in line for line in lines)
-    assert " ".join(line[:13].strip() for line in lines[1:5]) == name
 
 
 def test_latex_escapes_what_it_reads() -> None:
