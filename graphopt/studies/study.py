@@ -153,6 +153,8 @@ def members(study: Study, path: Path, *, overrides: Sequence[str] = (), trust: b
     baselines = {baseline for *_, baseline in rows}
     for row, source, changes, other in rows:
         baseline = row if other is None and row in baselines else other
+        if "train.seed" in {*changes, *(text.partition("=")[0].strip() for text in overrides)}:
+            raise SpecError("train.seed is of each run of a study", where=f"{path}, {row}", fix="Name the study's: seeds = [0, 1]")
         for seed in study.seeds:
             texts = [f"{key}={toml_value(value)}" for key, value in {**changes, "train.seed": seed}.items()]
             try:

@@ -77,6 +77,8 @@ MISTAKES = [
     ),
     ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', ["two variants are called 'a'"]),
     ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "b"', ["'a' and 'b' are the same run (seed 0)"]),
+    ('spec = "s.toml"\n[grid]\ntrain.seed = [0, 1]', ["seed=0: train.seed is of each run of a study", "seeds = [0, 1]"]),
+    ('spec = "s.toml"\nset.train.seed = 4', ["train.seed is of each run of a study"]),
     ('spec = "s.toml"\nseeds = [1, 1]', ["are the same run (seed 1)"]),
     ("spec = ", ["study.toml:1", "not TOML"]),
 ]
