@@ -103,6 +103,7 @@ def test_what_a_new_process_loads_and_keeps(tmp_path: Path, monkeypatch: pytest.
         ["inspect", "cif"],
         ["passes", "fr"],
         ["check", "quick"],
+        ["study", "share-d"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([HEAVY, calls, completions])],
@@ -120,7 +121,7 @@ def test_what_a_new_process_loads_and_keeps(tmp_path: Path, monkeypatch: pytest.
     assert all(status == (0 if number < 11 else 2) for number, (_, status, _) in enumerate(reports[: len(calls)]))
     for _, _, text in MISTAKES:
         assert text in done.stderr
-    for text in ("torchvision/swin_t", "timm/resnet50_gn", "cifar/", "freeze", "quickstart"):
+    for text in ("torchvision/swin_t", "timm/resnet50_gn", "cifar/", "freeze", "quickstart", "share-digits"):
         assert text in done.stdout[done.stdout.index("completion of") :].splitlines()
     assert "a trace,torch" in said, "a backbone that is graphopt's own needs no other library"
     assert "digits,torch,timm,torchvision" in said

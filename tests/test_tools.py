@@ -9,6 +9,7 @@ import pytest
 
 from graphopt.passes.supervise import Supervise
 from graphopt.spec import BackboneSpec
+from graphopt.studies.study import installed, read_study
 from tests.support.ranks import run_process
 
 TOOLS = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))
@@ -19,6 +20,19 @@ def test_it_imports(tool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tool.parent)
     names = runpy.run_path(str(tool), run_name="imported")
     assert names["__doc__"]
+
+
+def test_published_figures_are_those_of_the_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import replicate  # type: ignore[import-not-found]  # a script, found by the path above
+
+    rows = replicate.all_rows()
+    found = ((name, item) for name in installed() for item in read_study(name)[0].published)
+    published = {(name, row, item.figure, item.value) for name, item in found for row in item.variant}
+    assert {(row.study, row.member.row, row.figure, row.published) for row in rows if row.source} == published
+    (row,) = (row for row in rows if (row.study, row.member.row) == ("studies/replacement-resnet32", "k = 4"))
+    assert (row.published, row.ours()) == ("-4.9 %", "-4.9 %")
+    assert row.command == """apply replacement/resnet32 --set 'pass=[{ use = "share", every = 4 }]'"""
 
 
 def test_the_runner_is_compared_with_a_loop_epoch_by_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """What the documentation site shows besides docs/, made when it is built: references from schema and docstrings, manuals, tables.
 
-A hook of mkdocs (mkdocs.yml names it). In a page, `<!-- manual: freeze -->` stands for what `graphopt passes freeze` prints, and
+A hook of mkdocs (mkdocs.yml names it). In a page, `<!-- manual: freeze -->` stands for what `graphopt passes freeze` prints,
 `<!-- table: supervise.md -->` for a file of tools/tables with the command that made it, `<!-- options: timm -->` for what becomes of the
-options of timm's script. Links to files of the repository lead to the
-pages that are made from them.
+options of timm's script, and `<!-- options: study -->` for the keys of a study. Links to files of the repository lead to the pages that are
+made from them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import graphopt
 from graphopt.compiler.registry import passes
 from graphopt.spec import schema
 from graphopt.spec.writing import kind_of, option_texts, toml_value, without_attributes
+from graphopt.studies.study import Study
 from graphopt.timm_args import GROUPS, Option
 from graphopt.timm_args.arguments import shown
 
@@ -78,7 +79,7 @@ def _inserted(found: re.Match[str]) -> str:
     if kind == "manual":
         return manual(name)
     if kind == "options":
-        return timm_options()
+        return {"timm": timm_options, "study": study_keys}[name]()
     head, _, rest = (ROOT / "tools" / "tables" / name).read_text(encoding="utf-8").partition("\n")
     assert head.startswith("# "), name
     return rest.strip()
@@ -103,6 +104,22 @@ def manual(use: str) -> str:
 def timm_options() -> str:
     """What becomes of each option of timm's training script, by groups."""
     return "\n\n".join(f"## {title}\n\n{_grid(('option', 'default', 'in the spec'), _rows(group))}" for title, group in GROUPS.items())
+
+
+def study_keys() -> str:
+    """Every key of a study's file."""
+    whole = Study.model_json_schema()
+    tables = {"top level": whole, "[[variant]]": whole["$defs"]["Variant"], "[[published]]": whole["$defs"]["Published"]}
+    return "\n\n".join(f"### {title}\n\n{_keys(table)}" for title, table in tables.items())
+
+
+def _keys(table: Mapping[str, Any]) -> str:
+    required = set(table.get("required", ()))
+    rows = []
+    for key, item in table["properties"].items():
+        default = "required" if key in required else f"`{_toml(item['default'])}`" if item.get("default") is not None else ""
+        rows.append((f"`{key}`", _kind(item), default, item.get("description", "")))
+    return _grid(("key", "value", "default", "meaning"), rows)
 
 
 def _rows(group: tuple[Option, ...]) -> list[tuple[str, str, str]]:
@@ -160,12 +177,7 @@ def _spec() -> str:
     whole = schema()
     parts = ["# The spec", "Every key, with its default. `graphopt schema -o graphopt.schema.json` writes the same for editors."]
     for title, table in _sections(whole):
-        required = set(table.get("required", ()))
-        rows = []
-        for key, item in table["properties"].items():
-            default = "required" if key in required else f"`{_toml(item['default'])}`" if item.get("default") is not None else ""
-            rows.append((f"`{key}`", _kind(item), default, item.get("description", "")))
-        parts += [f"## {title}", _grid(("key", "value", "default", "meaning"), rows)]
+        parts += [f"## {title}", _keys(table)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,10 +1,11 @@
-"""Every figure of the published systems that we know, beside ours, each with the spec that makes it and the command that prints it.
+"""Every figure that a study's file says is published, beside ours, with the command that prints ours.
 
     python tools/replicate.py [--only TEXT] [--out tools/tables/replicate.md]
 
-Ours are forecasts of one training step or of one run (FLOPs, parameters, live bytes): exact, never a published number. Theirs come from the
-papers named; a paper's memory is what a GPU held, ours live bytes: ratios compare. Accuracies and times of the papers take
-their data and their devices: those rows name the study that measures them.
+The published figures are written in the studies alone (`specs/studies/`, `[[published]]`). Where a figure of one row is published, the
+other rows of that study are here too. Ours are forecasts of one training step or of one run (FLOPs, parameters, live bytes): exact, never a
+published number. A paper's memory is what a GPU held, ours live bytes: ratios compare. Accuracies and times take the papers' data and
+devices: `graphopt study` measures them, and shows them beside the same published figures.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,145 +25,102 @@ import torch
 from machine import heading
 
 from graphopt.cli import main as graphopt
+from graphopt.spec.writing import toml_value
+from graphopt.studies.study import Member, Study, installed, members, read_study
 
 NOT_PUBLISHED, NOT_MEASURED = "not published where we could read", "not measured here"
-INFOPRO = "InfoPro (ICLR 2021, Table 3)"
-FEATURES = "feature reconstruction (arXiv 2212.14215)"
-LATER = "feature reconstruction, as quoted by arXiv 2309.17357"
-SHARING = "Replacement Learning (arXiv 2410.01239)"
-SURROGATE = "RepL (arXiv 2605.19533)"
-DROPPING = "Learn&Drop (arXiv 2604.23403)"
-
-Answer = Mapping[str, Any]
+#: fields of a step's forecast, by the figures of studies
+STEP = {"memory": ("peak_bytes",), "parameters": ("parameters",), "FLOPs": ("forward_flops", "backward_flops")}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published figure; `read` takes ours from what `graphopt COMMAND --json` prints."""
+    """One figure of one row of a study, a change against another row if that is a change."""
 
-    system: str
+    study: str
+    member: Member
     figure: str
     published: str
-    command: str
-    read: Callable[[Answer], str] | None = None
+    source: str
+    against: Member
+
+    @property
+    def command(self) -> str:
+        """What prints ours."""
+        if self.figure in STEP:
+            return spec_command("apply", self.member)
+        return spec_command("check", self.member) if self.figure == "forward FLOPs" else f"study {self.study.removeprefix('studies/')}"
 
     def ours(self) -> str:
-        return NOT_MEASURED if self.read is None else self.read(answer(self.command))
+        """Ours, as a change in percent."""
+        if self.figure not in (*STEP, "forward FLOPs"):
+            return NOT_MEASURED
+        mine, other = (value(self.figure, member) for member in (self.member, self.against))
+        return f"{100 * (mine / other - 1):+.1f} %"
 
 
-def answer(command: str) -> Answer:
+def spec_command(name: str, member: Member) -> str:
+    """A command about a member's spec."""
+    settings = (f"--set {shlex.quote(f'{key}={toml_value(value)}')}" for key, value in member.changes.items())
+    return " ".join([name, member.source, *settings])
+
+
+def value(figure: str, member: Member) -> int:
+    """A figure of a step, or of the run: with evaluation and the filling of caches."""
+    if figure in STEP:
+        return sum(answer(spec_command("apply", member))["after"][field] for field in STEP[figure])
+    flops: int = answer(spec_command("check", member))["run"]["forward_flops"]
+    return flops
+
+
+@cache
+def answer(command: str) -> Mapping[str, Any]:
     """What a command prints as JSON; `check` prints it too where the data set is not here."""
     out = StringIO()
     with redirect_stdout(out):
         code = graphopt([*shlex.split(command), "--json"])
     try:
-        value: Answer = json.loads(out.getvalue())
+        found: Mapping[str, Any] = json.loads(out.getvalue())
     except ValueError:
         raise SystemExit(f"`graphopt {command} --json` ended with {code} and printed no JSON") from None
-    return value
+    return found
 
 
-def change(name: str) -> Callable[[Answer], str]:
-    """How much a field of the forecast of one step changes, in percent; `flops` are forward and backward."""
-
-    def read(report: Answer) -> str:
-        before, after = (
-            cost["forward_flops"] + cost["backward_flops"] if name == "flops" else cost[name]
-            for cost in (report["before"], report["after"])
-        )
-        return f"{100 * (after / before - 1):+.1f} %"
-
-    return read
-
-
-def forward_flops(report: Answer) -> str:
-    """Forward FLOPs of the whole run, evaluation and the filling of caches counted in, against the run without passes."""
-    return f"{100 * (report['run']['forward_flops'] / report['run_before']['forward_flops'] - 1):+.2f} %"
+def rows(name: str, study: Study, found: list[Member]) -> Iterator[Row]:
+    """The published figures of a study, and the same changes of its other rows."""
+    first = {member.row: member for member in reversed(found)}
+    order = list(dict.fromkeys(member.row for member in found))
+    published = {(row, item.figure, item.against): item for item in study.published for row in item.variant}
+    yield from (
+        Row(name, first[row], figure, item.value, item.source, first[against or first[row].baseline or order[0]])
+        for (row, figure, against), item in published.items()
+    )
+    for figure in dict.fromkeys(item.figure for item in study.published if item.figure in STEP):
+        for row in order:
+            baseline = first[row].baseline or order[0]
+            if row != baseline and (row, figure, None) not in published:
+                yield Row(name, first[row], figure, NOT_PUBLISHED, "", first[baseline])
 
 
-def apply(system: str, figure: str, published: str, spec: str, name: str = "peak_bytes", **settings: object) -> Row:
-    given = "".join(f" --set {shlex.quote(f'pass.0.{key}={json.dumps(value)}')}" for key, value in settings.items())
-    return Row(system, figure, published, f"apply {spec}{given}", change(name))
-
-
-def infopro() -> list[Row]:
-    memory = [
-        apply(INFOPRO, f"ResNet-110, memory, K={k}, balanced", theirs, f"infopro/resnet110-k{k}")
-        for k, theirs in ((2, "-42.8 %"), (3, "-55.1 %"), (4, "-62.6 %"))
-    ]
-    segments = """apply infopro/resnet110-k2 --set 'pass=[{ use = "checkpoint", segments = 7 }]'"""
-    return [
-        *memory,
-        Row(INFOPRO, "ResNet-110, memory, activation checkpointing", "-58.4 %", segments, change("peak_bytes")),
-        Row(INFOPRO, "ResNet-110, compute, activation checkpointing", "about +33 %", segments, change("flops")),
-        Row(INFOPRO, "ResNet-110, time, K=2 / 3 / 4 / checkpointing", "+1.3 / +3.3 / +5.9 / +32.8 %", "study infopro-resnet110"),
-        Row(INFOPRO, "CIFAR-10 error, end-to-end / K=2 / 3 / 4", "6.50 / 6.41 / 6.74 / 6.93 %", "study infopro-resnet110"),
-    ]
-
-
-def features() -> list[Row]:
-    theirs = {(2, "features, linear"): "-36 %", (4, "features, linear"): "-45 %"}
-    decoders = {f"features, {structure}": {"structure": structure} for structure in ("linear", "pointwise", "conv", "transformer")}
-    decoders |= {"image (InfoPro)": {"decoder": "image"}, "none (greedy)": {"decoder": "none"}}
-    memory = [
-        apply(FEATURES, f"Swin-T, memory, K={k}, {name}", theirs.get((k, name), NOT_PUBLISHED), "supervise/swin-t-k4", modules=k, **options)
-        for k in (2, 3, 4, 8)
-        for name, options in decoders.items()
-    ]
-    quoted = {"10": "91.37 / 83.38 / 86.28 %", "100": "75.03 / 68.36 / 73.00 %"}
-    return [
-        apply(FEATURES, "Swin-T, memory, K=4, cut by stage", "-45 %", "supervise/swin-t-by-stage"),
-        *memory,
-        *(
-            Row(LATER, f"Swin-T, CIFAR-{n}, K=4: end-to-end / InfoPro / features", figures, f"study swin-cifar{n}")
-            for n, figures in quoted.items()
-        ),
-        Row(LATER, "Swin-T, STL-10, K=4: end-to-end / InfoPro / features", "72.19 / 64.61 / 66.89 %", "study swin-stl10"),
-    ]
-
-
-def sharing() -> list[Row]:
-    published = {("resnet110", 2): "-39.4 %", ("resnet110", 3): "-28.0 %", ("resnet110", 4): "-21.3 %", ("resnet32", 2): "-21.7 %"}
-    published |= {("resnet32", 4): "-4.9 %", ("vit-b", 2): "-13.9 % of the blocks' 85.05 M", ("vit-b", 4): "-5.6 % of the blocks' 85.05 M"}
-    rows = []
-    for name in ("resnet32", "resnet110", "vit-b"):
-        for k in (2, 3, 4):
-            figure = f"{name}, parameters, k={k} (theirs: arithmetic of the method)"
-            theirs = published.get((name, k), NOT_PUBLISHED)
-            rows.append(apply(SHARING, figure, theirs, f"replacement/{name}", "parameters", every=k))
-    for name in ("resnet32", "resnet110", "vit-b"):
-        for field in ("parameters", "flops", "peak_bytes"):
-            rows += [
-                apply(SURROGATE, f"{name}, {field}, k={k}", NOT_PUBLISHED, f"replacement/repl-{name}", field, every=k) for k in (2, 3, 4)
-            ]
-    return rows
-
-
-def dropping() -> list[Row]:
-    published = {"vgg11": "-17.83 %", "resnet152": "-83.74 %"}
-    names = ("vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-    flops = [
-        Row(DROPPING, f"{name}, forward FLOPs of the run", published.get(name, "between the two that are named"),
-            f"check learn_and_drop/{name}", forward_flops)
-        for name in names
-    ]  # fmt: skip
-    return [
-        *flops,
-        Row(DROPPING, "training time, MNIST, CIFAR-10, Imagenette", "more than halved", "study drop-resnet152"),
-        Row(DROPPING, "points, VGGs / ResNets", "-0.26 to -2.38 / -0.4 to -3.2", "study drop-vgg11"),
-    ]
+def all_rows() -> list[Row]:
+    """The rows of every study that has published figures."""
+    studies = ((name, *read_study(name)) for name in installed())
+    return [row for name, study, path in studies if study.published for row in rows(name, study, members(study, path))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose system or figure has this text")
+    parser.add_argument("--only", default="", help="rows whose study, name or figure has this text")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [heading("Published figures beside ours", __doc__), "| system | figure | published | ours | command |", "|---|---|---|---|---|"]
-    for row in (*infopro(), *features(), *sharing(), *dropping()):
-        if options.only in row.system + row.figure:
-            lines.append(f"| {row.system} | {row.figure} | {row.published} | {row.ours()} | `graphopt {row.command}` |")
+    titles = "| study | row | figure | against | published | ours | source | command |"
+    lines = [heading("Published figures beside ours", __doc__), titles, "|---|---|---|---|---|---|---|---|"]
+    for row in all_rows():
+        if options.only in f"{row.study}: {row.member.row}, {row.figure}":
+            against = row.against.row if row.figure not in ("accuracy", "error") else ""
+            cells = (row.study, row.member.row, row.figure, against, row.published, row.ours(), row.source, f"`graphopt {row.command}`")
+            lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

@@ -7,7 +7,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,10 +56,20 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")] = False,
 ) -> None:
     """Options before the command; `main` reads --debug itself, so that it works after the command too."""
+
+
+def _command() -> Any:
+    """The commands as typer makes them; a flag is shown without the type `<bool>`, as if it took a value."""
+    made: Any = typer.main.get_command(app)
+    for command in (made, *made.commands.values()):
+        for parameter in command.get_params(typer.Context(command, **made.context_settings)):
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_warnings()
     gc.set_threshold(_COLLECT_AFTER)
     try:
-        typer.main.get_command(app)(args=[argument for argument in given if argument != "--debug"], prog_name="graphopt")
+        _command()(args=[argument for argument in given if argument != "--debug"], prog_name="graphopt")
         return 0
     except SystemExit as exit:
         if exit.code == 130:  # what typer makes of a Ctrl-C that nobody waited for

@@ -17,6 +17,7 @@ from graphopt.cli.options import (
     check_epoch,
     out_option,
     seeded_plan,
+    titled,
 )
 from graphopt.cli.screen import show, show_json
 from graphopt.errors import RunError
@@ -70,7 +71,7 @@ def apply(
     from graphopt.ir.printing import graph_text
     from graphopt.planning.device import with_memory
 
-    plan = with_memory(_plan_at(loaded, epoch, trust=trust, verify=verify or loaded.verify or "full", batch=batch), card)
+    plan = with_memory(_plan_at(titled(loaded, spec), epoch, trust=trust, verify=verify or loaded.verify or "full", batch=batch), card)
     report = plan.report.to_dict()
     if out is not None:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"

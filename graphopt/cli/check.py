@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.device import gpu, is_here, show_neediest, show_phases
-from graphopt.cli.options import DataOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, data_overrides
+from graphopt.cli.options import DataOption, JsonOption, SetOption, SpecArgument, TrustOption, check_choice, data_overrides, titled
 from graphopt.cli.progress import Doing
 from graphopt.cli.ranks import parse_link, show_chain, show_ranks
 from graphopt.cli.screen import grid, show, show_error, show_json
@@ -109,7 +109,7 @@ def check(
         head = {"name": loaded.name, "digest": loaded.digest, "refused": list(map(str, refused))}
         show_json({**head, "passes": rows, "opaque": opaque, **run})
     else:
-        _show_passes(loaded, rows)
+        _show_passes(titled(loaded, spec), rows)
         _show_points(samples, points)
         published = any((error.where or "").startswith("data") for error in refused)
         _show_run(work, published, "time, a forecast" if timed is None or timed.measured else "least time, at peak rates")
@@ -226,7 +226,7 @@ def _row(item: "Matched") -> dict[str, Any]:
 def _show_passes(spec: "Spec", rows: list[dict[str, Any]]) -> None:
     from graphopt.cli.report import some
 
-    show(f"{spec.name or 'unnamed spec'}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
+    show(f"{spec.name}  ({spec.backbone.source}/{spec.backbone.name}, digest {spec.digest})")
     for number, row in enumerate(rows, start=1):
         show(f"pass {number} {row['use']}" + (f", line {row['line']}" if row["line"] else ""))
         show(f"  would act on: {some(row['regions']) or 'nothing'}")
@@ -252,7 +252,7 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
 
 def _show_run(work: "RunCost | None", published: bool, time: str) -> None:
     """`published`: the data could not be opened, so that the number of its images is the one its authors give. `time` names the seconds."""
-    from graphopt.units import show_count, show_size, show_time
+    from graphopt.units import show_size, show_time
 
     if work is None:
         show("no costs of the run: its images cannot be counted here, or its step cannot be forecast")
@@ -261,15 +261,27 @@ def _show_run(work: "RunCost | None", published: bool, time: str) -> None:
     saved = f"{_less(work.forward_saved)}, averaged over the run; {_less(work.final_forward_saved)} in a step at its end"
     images = f"{work.samples:,} images{', as published' if published else ''}"
     show(f"run of {work.epochs} epochs of {images}:")
-    show(f"  forward {show_count(before.forward_flops)}FLOP -> {show_count(run.forward_flops)}FLOP ({saved})")
-    show(f"  evaluation {show_count(run.evaluation_forward_flops)}FLOP and filling {show_count(run.filling_forward_flops)}FLOP of these")
-    show(f"  backward {show_count(before.backward_flops)}FLOP -> {show_count(run.backward_flops)}FLOP")
-    show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")
+    if run == before:  # nothing to compare
+        show(f"  forward {_flops(run.forward_flops)}, {_flops(run.evaluation_forward_flops)} of it in evaluation")
+        show(f"  backward {_flops(run.backward_flops)}")
+        show(f"  peak {show_size(run.peak_bytes)}")
+    else:
+        show(f"  forward {_flops(before.forward_flops)} -> {_flops(run.forward_flops)} ({saved})")
+        show(f"  evaluation {_flops(run.evaluation_forward_flops)} and filling {_flops(run.filling_forward_flops)} of these")
+        show(f"  backward {_flops(before.backward_flops)} -> {_flops(run.backward_flops)}")
+        show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")
     if run.seconds is not None and before.seconds is not None:
-        ratio = run.seconds / before.seconds
-        show(f"  {time}: {show_time(before.seconds)} -> {show_time(run.seconds)} ({ratio:.2f} of it; without loading data)")
+        more = f" -> {show_time(run.seconds)} ({run.seconds / before.seconds:.2f} of it; without loading data)"
+        show(f"  {time}: {show_time(before.seconds)}{more if run != before else ' (without loading data)'}")
     if not work.complete:
         show("  a trigger waits for measurements and is left out; after training, check the run's folder")
+
+
+def _flops(count: int) -> str:
+    from graphopt.units import show_count
+
+    text = show_count(count)
+    return f"{text}FLOP" if text[-1].isalpha() else f"{text} FLOP"
 
 
 def _less(share: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.options import JsonOption, complete_pass, complete_spec, out_option
-from graphopt.cli.screen import grid, show, show_json, show_text
+from graphopt.cli.screen import grid, show, show_json, show_prose, show_text
 from graphopt.errors import PassError, SpecError, did_you_mean
 from graphopt.files import write_atomically
 
@@ -63,7 +63,7 @@ def _manual(cls: "type[Pass]") -> None:
 
     for text in dict.fromkeys((_module_text(cls), without_attributes(cls.__doc__ or ""))):
         if text:
-            show(f"{text}\n")
+            show_prose(text)
     meanings = option_texts(cls)
     table = grid("option", "default", "meaning")
     for name, field in cls.model_fields.items():

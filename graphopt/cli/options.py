@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def expanded(text: str) -> Path:
-    """A path on the command line, with `~` expanded."""
+    """A path on the command line, with `~` expanded. Raises BadParameter for an option, which a forgotten path would swallow."""
+    if text.startswith("--"):
+        raise typer.BadParameter(f"expected a path, found the option {text}; a file of that name is ./{text}")
     return Path(os.path.expanduser(text))
 
 
@@ -73,7 +75,7 @@ SpecArgument = Annotated[
     str, typer.Argument(metavar="SPEC", help="A TOML file, or an installed spec's name.", autocompletion=complete_spec)
 ]
 SetOption = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the spec: train.epochs=1, pass.0.when.epoch=3.")
+    list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one key of the spec: train.epochs=1, pass.0.when.epoch=3.")
 ]
 _DATA = "Folder of the images: DIR, or NAME=DIR with the data set's name (cifar10, folder, ...; default: the spec's)."
 DataOption = Annotated[str | None, typer.Option("--data", metavar="DIR", help=_DATA)]
@@ -97,6 +99,11 @@ def data_overrides(data: str | None, spec: str, *, trust: bool) -> list[str]:
             name = "folder" if load(spec, trust=trust).data.name == "digits" else ""
     root = json.dumps(str(expanded(folder).absolute()), ensure_ascii=False)
     return [*([f"data.name={json.dumps(name)}"] if name else []), f"data.root={root}"]
+
+
+def titled(spec: "Spec", source: str) -> "Spec":
+    """A spec for showing: one without a name has that of its file."""
+    return spec if spec.name else spec.model_copy(update={"name": Path(source).stem})
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:

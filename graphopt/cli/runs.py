@@ -26,6 +26,9 @@ def train(
     out: Annotated[Path | None, options.out_option("The run's folder; default: runs/<spec>.", "RUN")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     data: options.DataOption = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="train.seed: of the initial weights, the order of images, and all chance.")
+    ] = None,
     set_: options.SetOption = [],  # noqa: B006  # never changed
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files into RUN/tensorboard too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -53,7 +56,7 @@ def train(
 
     from graphopt.spec import load
 
-    set_ = [*options.data_overrides(data, spec, trust=trust), *set_]
+    set_ = [*options.data_overrides(data, spec, trust=trust), *([f"train.seed={seed}"] if seed is not None else []), *set_]
     with _said_once():
         loaded = load(spec, trust=trust, overrides=set_)
         if ranks > 1:
@@ -133,6 +136,7 @@ def report(
     out: Annotated[Path | None, options.out_option("The page; default: report.html in the folder.")] = None,
     costs: options.CostsOption = True,
     trust: options.TrustOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Write one HTML page about a run: curves, phases and decisions, memory and step time, and the diff.
 
@@ -152,9 +156,12 @@ def report(
     target = out or run / "report.html"
     options.check_target(target, "report.html")
     write_atomically(target, to_report(found, options.seeded_plan(load(run, trust=trust), trust=trust, costs=costs)))
-    show(f"written: {target}")
-    for epoch in found.ledger:
-        show(str(epoch))
+    if as_json:
+        show_json({"written": str(target), "ledger": [{"epoch": epoch.epoch, "right": epoch.right} for epoch in found.ledger]})
+    else:
+        show(f"written: {target}")
+        for epoch in found.ledger:
+            show(str(epoch))
     if not all(epoch.right for epoch in found.ledger):
         raise typer.Exit(1)
 
@@ -165,6 +172,7 @@ def export(
     which: Annotated[str, typer.Option("--which", help="best or last checkpoint.")] = "best",
     weights: Annotated[str, typer.Option("--weights", help="auto, model or ema (the averaged weights).")] = "auto",
     trust: options.TrustOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Write a run's weights under the backbone's own keys; they load strictly into the untouched backbone.
 
@@ -182,6 +190,10 @@ def export(
 
     chosen: dict[str, Any] = {"which": which, "weights": weights}
     written = export_run(run, out, **chosen, trust=trust)
-    show(f"written: {written} ({show_size(written.stat().st_size)})")
-    if is_plan_file(written):
+    size, whole = written.stat().st_size, is_plan_file(written)
+    if as_json:
+        show_json({"written": str(written), "bytes": size, "form": "plan" if whole else "weights"})
+        return
+    show(f"written: {written} ({show_size(size)})")
+    if whole:
         show("it holds the rewritten model and its spec: the backbone's architecture cannot express it. Load it with graphopt.load(file)")

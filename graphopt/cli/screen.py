@@ -1,9 +1,11 @@
 """All output of the command line. No control character of a name or a message reaches the terminal."""
 
 import json
+import re
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -53,6 +55,22 @@ def show(what: Any = "") -> None:
     console().print(what, markup=False, soft_wrap=isinstance(what, str))
 
 
+def show_prose(text: str) -> None:
+    """Prints paragraphs and lists that fill the screen's width, whatever the width of the lines of `text`; indented blocks as they are."""
+    width = console().width
+    for paragraph in text.strip("\n").split("\n\n"):
+        if paragraph.startswith((" ", "|")):
+            show(paragraph)
+        else:
+            for item in re.split(r"\n(?=- )", paragraph):
+                indent = "  " if item.startswith("- ") else ""
+                filled = textwrap.wrap(
+                    " ".join(item.split()), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+                )
+                show("\n".join(filled))
+        show()
+
+
 def show_json(value: Any) -> None:
     """Prints JSON, for programs."""
     show_text(json.dumps(value, indent=2, ensure_ascii=False, default=str))
@@ -70,3 +88,26 @@ def grid(*columns: str, right: tuple[int, ...] = ()) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number in right else "left", overflow="fold", no_wrap=number in right)
     return table
+
+
+#: space between columns of a table
+_GAP = 2
+
+
+def show_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table of names and figures; where the screen is too narrow, in several with the names in each. Figures are never cut."""
+    wide = [max(len(titles[n]), *(len(row[n]) for row in rows)) for n in range(len(titles))]
+    screen = console()
+    names = min(wide[0], max(screen.width // 3, screen.width - sum(wide[1:]) - _GAP * (len(wide) - 1)))
+    parts: list[list[int]] = [[]]
+    for n in range(1, len(titles)):
+        used = names + sum(_GAP + wide[column] for column in parts[-1])
+        if parts[-1] and used + _GAP + wide[n] > screen.width:
+            parts.append([])
+        parts[-1].append(n)
+    for columns in parts:
+        table = grid(titles[0], *(titles[n] for n in columns), right=tuple(range(1, len(columns) + 1)))
+        table.columns[0].width = names
+        for row in rows:
+            table.add_row(row[0], *(row[n] for n in columns))
+        screen.print(table, markup=False)

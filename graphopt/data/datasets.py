@@ -214,13 +214,18 @@ def source(name: str) -> Source:
     return SOURCES[known]
 
 
+def _corruption(name: str, root: str | None, split: str) -> tuple[Path, int] | None:
+    return corruption(Path(os.path.expanduser(root or "")), split, 100 if name == "cifar100" else 10)
+
+
 def open_split(name: str, root: str | None, split: str) -> Split:
     """One split of a data set. Raises RunError for an unknown split, no root, and files that are missing or damaged."""
     found = source(name)
     if found.splits:
         split = found.splits[1] if split in _SYNONYMS["validation"] and split not in found.splits else split
-        if split not in found.splits and not (found.corrupted and corruption(Path(os.path.expanduser(root or "")), split)):
-            raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}")
+        if split not in found.splits and not (found.corrupted and _corruption(name, root, split)):
+            more = ", and one for each .npy file of its corruptions in the folder" if found.corrupted else ""
+            raise RunError(f"{name} has no split {split!r}", where="data", fix=f"It has {', '.join(found.splits)}{more}")
     if found is SOURCES["digits"]:
         return found.open(Path(), split)
     wanted = f"It must hold {found.expects}; graphopt never downloads"

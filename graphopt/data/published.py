@@ -40,10 +40,10 @@ class ArrayImages:
 def open_cifar(root: Path, split: str, classes: int) -> Arrays:
     """A split of CIFAR-10 or CIFAR-100. Of the five files of CIFAR-10's training set, those that there are.
 
-    A split may also be a corruption of CIFAR-10-C or -100-C, whose .npy files are in `root` (see `corruption`).
+    A split may also be a corruption of CIFAR-10-C or -100-C, whose .npy files are in `root` or in its folder of that name.
     Raises OSError for missing files, RunError for one that is damaged or of another format.
     """
-    if (found := corruption(root, split)) is not None:
+    if (found := corruption(root, split, classes)) is not None:
         return _corrupted(*found, classes)
     base, train, test = ("cifar-100-python", ("train",), "test") if classes == 100 else ("cifar-10-batches-py", _BATCHES, "test_batch")
     folder = root / base if (root / base).is_dir() else root
@@ -56,8 +56,9 @@ def open_cifar(root: Path, split: str, classes: int) -> Arrays:
     return _arrays(data.transpose(0, 2, 3, 1), targets, list(map(str, titles)), folder)
 
 
-def corruption(root: Path, split: str) -> tuple[Path, int] | None:
+def corruption(root: Path, split: str, classes: int) -> tuple[Path, int] | None:
     """The file of a split of CIFAR-10-C or -100-C, and its severity: `"fog"` is all of it (0), `"fog-3"` its third fifth."""
+    root = own if (own := root / f"CIFAR-{classes}-C").is_dir() else root
     name, dash, severity = split.rpartition("-")
     if dash and severity in ("1", "2", "3", "4", "5") and (root / f"{name}.npy").is_file():
         return root / f"{name}.npy", int(severity)

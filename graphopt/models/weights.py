@@ -38,7 +38,8 @@ def load_weights(module: nn.Module, path: str | Path, *, reset: Sequence[str] = 
         WeightsError: with the number and the first few of missing keys, unexpected keys and other shapes, or for a path in `reset` that
             the module does not have; `module` is then unchanged.
     """
-    own, whole = module.state_dict(), read_weights(path, entry)
+    own = module.state_dict()
+    whole = _without_wrapper(read_weights(path, entry), own)
     for name in reset:
         if not any(_below(key, name) for key in own):
             fix = did_you_mean(name, [inner for inner, _ in module.named_modules() if inner])
@@ -55,6 +56,16 @@ def load_weights(module: nn.Module, path: str | Path, *, reset: Sequence[str] = 
         fix = _reset_instead(problems, path, reset) or "Check [backbone] name and arguments (num_classes?)"
         raise WeightsError(f"the weights do not fit the backbone ({len(own)} tensors): {found}", where=str(path), fix=fix)
     load_versioned(module, {**own, **state})
+
+
+def _without_wrapper(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the names of modules that held the network (a Lightning module's `model.`), which begin no key of the network."""
+    while len(first := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        (name,) = first
+        if any(_below(key, name) for key in own):
+            break
+        state = {key.removeprefix(f"{name}."): value for key, value in state.items()}
+    return state
 
 
 def _below(key: str, path: str) -> bool:

@@ -95,10 +95,17 @@ def parse(text: str, file: str) -> dict[str, Any]:
     try:
         return _parsed(text)
     except tomli.TOMLDecodeError as error:
-        message = f"not TOML (line {error.lineno}, column {error.colno}): {error.msg[:1].lower()}{error.msg[1:]}"
+        why = _twice(error) or f"{error.msg[:1].lower()}{error.msg[1:]}"
+        message = f"not TOML (line {error.lineno}, column {error.colno}): {why}"
         raise SpecError(message, where=f"{file}:{error.lineno}:{error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise SpecError(str(error), where=file) from None
+
+
+def _twice(error: tomli.TOMLDecodeError) -> str | None:
+    """Which key has two values, where that is what is wrong; tomli does not name it."""
+    key, equals, _ = error.doc.splitlines()[error.lineno - 1].partition("=")
+    return f"{key.strip()!r} has a value already" if error.msg == "Cannot overwrite a value" and equals else None
 
 
 def _parsed(text: str) -> dict[str, Any]:

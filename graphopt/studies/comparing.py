@@ -4,7 +4,9 @@ import glob
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,31 +93,66 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A published figure: its row, and the row that it is a change against (None: a figure by itself, or of a row that is not here)."""
+
+    row: str
+    figure: str
+    value: str
+    source: str
+    against: Row | None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Rows, the one that the others are compared with, and published figures beside ours."""
+    """Rows, the row that each is compared with, and published figures beside ours."""
 
     title: str
     metric: str
     rows: tuple[Row, ...]
-    baseline: Row
-    published: tuple[Mapping[str, str], ...] = ()
+    baselines: Mapping[str, Row]  # of each row, by its name
+    published: tuple[Published, ...] = ()
+    left_out: tuple[str, ...] = ()  # runs that cannot be read, and why
+
+    @cached_property
+    def common(self) -> Row | None:
+        """The row that all others are compared with; None if there are several."""
+        found = {row.name: row for row in self.baselines.values()}
+        return next(iter(found.values())) if len(found) == 1 else None
+
+    def is_baseline(self, row: Row) -> bool:
+        """Whether a row is compared with itself."""
+        return self.baselines[row.name].name == row.name
+
+    def difference(self, row: Row) -> Difference | None:
+        """A row less its baseline; None for a baseline, and where they have no seed in common."""
+        return None if self.is_baseline(row) else row.less(self.baselines[row.name])
 
     @cached_property
     def beside(self) -> list[dict[str, str]]:
         """The published figures, each with `ours`."""
         rows = {row.name: row for row in self.rows}
-        return [{**item, "ours": _ours(rows.get(item["variant"]), self.baseline, item["figure"])} for item in self.published]
+        return [
+            {
+                "variant": item.row,
+                "figure": item.figure,
+                "against": item.against.name if item.against is not None else "",
+                "value": item.value,
+                "ours": _ours(rows.get(item.row), item.against, item.figure),
+                "source": item.source,
+            }
+            for item in self.published
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         rows = []
         for row in self.rows:
-            less = row.less(self.baseline) if row is not self.baseline else None
+            less = self.difference(row)
             figures = {name: {"mean": row.mean(name), "deviation": row.deviation(name), "each": row.values(name)} for name in FIGURES}
-            about = {"name": row.name, "seeds": [r.seed for r in row.results], "missing": row.missing}
-            rows.append({**about, **figures, "difference": asdict(less) if less is not None else None})
-        head = {"title": self.title, "metric": self.metric, "baseline": self.baseline.name}
-        return {**head, "rows": rows, "published": self.beside}
+            about = {"name": row.name, "baseline": self.baselines[row.name].name, "seeds": [r.seed for r in row.results]}
+            rows.append({**about, "missing": row.missing, **figures, "difference": asdict(less) if less is not None else None})
+        return {"title": self.title, "metric": self.metric, "rows": rows, "published": self.beside, "left_out": list(self.left_out)}
 
 
 #: figures of a `Result` that have a mean
@@ -124,7 +161,7 @@ FIGURES = (
     *("forecast_bytes", "measured_bytes", "seconds"),
 )
 #: what a published figure is compared with, where it is a change against the baseline
-_CHANGES = {
+CHANGES = {
     "memory": "forecast_bytes",
     "parameters": "parameters",
     "forward FLOPs": "forward_flops",
@@ -133,65 +170,146 @@ _CHANGES = {
 }
 
 
-def _ours(row: Row | None, baseline: Row, figure: str) -> str:
+#: published figures that are no change against another row
+ABSOLUTE = ("accuracy", "error")
+
+
+def _ours(row: Row | None, against: Row | None, figure: str) -> str:
     if row is None or not row.results:
         return "not run"
-    if figure in ("accuracy", "error"):
+    if figure in ABSOLUTE:
         mean = row.mean("accuracy") or 0.0
         return f"{100 * (mean if figure == 'accuracy' else 1 - mean):.2f} %"
+    if against is None or not against.results:
+        return "not run"
     if figure == "points":
-        less = row.less(baseline)
+        less = row.less(against)
         return f"{100 * less.mean:+.2f}" if less is not None else "not known"
-    ratio = row.ratio(baseline, _CHANGES[figure])
+    ratio = row.ratio(against, CHANGES[figure])
     return f"{100 * (ratio - 1):+.1f} %" if ratio is not None else "not known"
 
 
 def compare(what: Sequence[str], *, baseline: str | None = None, metric: str = "accuracy", trust: bool = False) -> Comparison:
-    """Compares runs: their folders, the folders of studies, or globs of both.
+    """Compares runs: their folders, the folders of studies, or globs of both. Rows of studies are compared with what their studies say.
 
     Raises RunError for what is neither, where no run has finished, and for a baseline that is no row; and as `read_run`.
+
+    Args:
+        baseline: the row that all are compared with, instead of those that studies name, and of the first.
     """
-    groups: dict[str, list[Path]] = {}
-    titles: list[str] = []
-    published: list[Mapping[str, str]] = []
-    named, plain = baseline, []
-    for path in _paths(what):
-        index = _index(path)
-        if index is None:
-            plain.append(path)
-            continue
-        titles.append(index["name"] or path.name)
-        named = named or index["baseline"]
-        published += index["published"]
+    groups, titles, left_out = _Groups(trust), [], list[str]()
+    paths = _paths(what)
+    for path, by_name in paths.items():
+        with _tolerated(None if by_name else left_out):
+            index = _index(path)
+            if index is None:
+                groups.add_run(path)
+                continue
+            groups.add_study(path, index)
+            titles.append(index["name"] or path.name)
+    rows = {}
+    for key, name in groups.names().items():
+        runs = []
+        for path in groups.paths[key]:
+            with _tolerated(None if paths.get(path) else left_out):
+                runs.append(read_run(path) if is_run(path) else None)
+        rows[key] = _row(name, runs, len(groups.paths[key]), metric)
+    if not any(row.results for row in rows.values()):
+        why = f" ({left_out[0]})" if left_out else ""
+        raise RunError(f"no run has finished yet{why}", where=", ".join(what), fix="Finish them with --resume, or run the study again")
+    named = {row.name: row for row in rows.values()}
+    if baseline is not None and baseline not in named:
+        fix = did_you_mean(baseline, named) or f"There are {', '.join(named)}"
+        raise RunError(f"there is no row {baseline!r}", where="--baseline", fix=fix)
+    first = named[baseline] if baseline is not None else next(row for row in rows.values() if row.results)
+    chosen = {} if baseline is not None else groups.baselines
+    baselines = {row.name: rows[chosen[key]] if key in chosen else first for key, row in rows.items()}
+    published = tuple(_published(item, rows) for item in groups.published)
+    return Comparison(", ".join(titles) or "comparison", metric, tuple(rows.values()), baselines, published, tuple(left_out))
+
+
+def _published(item: Mapping[str, Any], rows: Mapping[str, Row]) -> Published:
+    against = None if item["figure"] in ABSOLUTE else rows[item["against"]]
+    return Published(rows[item["variant"]].name, item["figure"], item["value"], item["source"], against)
+
+
+class _Groups:
+    """Runs by all of their spec but the seed: those of a study's row are one group, and so is a row of another folder that is the same."""
+
+    def __init__(self, trust: bool) -> None:
+        self.trust = trust
+        self.paths: dict[str, list[Path]] = {}
+        self.baselines: dict[str, str] = {}  # of groups in studies
+        self.published: list[dict[str, Any]] = []  # as studies name them, but with groups in the place of rows
+        self._names: dict[str, tuple[str, str, str]] = {}  # names of a group, the shortest first; the last is its alone
+
+    def add_run(self, path: Path) -> None:
+        index = _index(path.parent)
+        row = next((run["row"] for run in index["runs"] if run["folder"] == path.name), None) if index is not None else None
+        if row is not None:
+            self._add([path], (row, f"{path.parent.name}: {row}", f"{path.parent}: {row}"))
+        else:  # runs of one spec with other settings have its name: their folders tell them apart
+            self._add([path], (self._spec(path)[1] or path.name, path.name, str(path)))
+
+    def add_study(self, path: Path, index: Mapping[str, Any]) -> None:
+        by_row: dict[str, list[Path]] = {}
         for run in index["runs"]:
-            groups.setdefault(run["row"], []).append(path / run["folder"])
-    for name, paths in _grouped(plain, trust).items():
-        groups.setdefault(name, []).extend(paths)
-    rows = tuple(_row(name, paths, metric) for name, paths in groups.items())
-    if not any(row.results for row in rows):
-        raise RunError("no run has finished yet", where=", ".join(what), fix="Finish them with --resume, or run the study again")
-    names = [row.name for row in rows]
-    if named is not None and named not in names:
-        fix = did_you_mean(named, names) or f"There are {', '.join(names)}"
-        raise RunError(f"there is no row {named!r}", where="--baseline", fix=fix)
-    chosen = rows[names.index(named)] if named is not None else next(row for row in rows if row.results)
-    return Comparison(", ".join(titles) or "comparison", metric, rows, chosen, tuple(published))
+            by_row.setdefault(run["row"], []).append(path / run["folder"])
+        keys = {row: self._add(paths, (row, f"{path.name}: {row}", f"{path}: {row}")) for row, paths in by_row.items()}
+        baselines = index["baselines"]
+        for row, key in keys.items():
+            self.baselines.setdefault(key, keys[baselines[row]])
+        for item in index["published"]:
+            against = item["against"] or baselines[item["variant"]]
+            self.published.append({**item, "variant": keys[item["variant"]], "against": keys[against]})
+
+    def names(self) -> dict[str, str]:
+        """The name of each group: the shortest that tells them apart."""
+        used = Counter(name for names in self._names.values() for name in dict.fromkeys(names))
+        return {key: next((name for name in names if used[name] == 1), names[-1]) for key, names in self._names.items()}
+
+    def _add(self, paths: Sequence[Path], names: tuple[str, str, str]) -> str:
+        key = next(filter(None, (self._spec(path)[0] for path in paths)), names[-1])
+        known = self.paths.setdefault(key, [])
+        known += [path for path in paths if path not in known]
+        self._names.setdefault(key, names)
+        return key
+
+    def _spec(self, path: Path) -> tuple[str, str]:
+        """What identifies a run's spec but for its seed, and its name; both empty where it cannot be read."""
+        try:
+            spec = load(path, trust=self.trust)
+        except GraphoptError:  # of a plan that was compiled by hand, of code that is not trusted, or not there yet
+            return "", ""
+        return identity(spec, seed=False), spec.name
 
 
-def _paths(what: Sequence[str]) -> list[Path]:
-    """The folders that arguments name, globs expanded, each once."""
-    found: dict[Path, None] = {}
+def _paths(what: Sequence[str]) -> dict[Path, bool]:
+    """The folders that arguments name, globs expanded, each once; and whether it was named itself."""
+    found: dict[Path, bool] = {}
     for text in what:
         text = os.path.expanduser(text)
-        hits = [text] if os.path.exists(text) else sorted(glob.glob(text))
+        by_name = os.path.exists(text)
+        hits = [text] if by_name else sorted(glob.glob(text))
         usable = [Path(hit) for hit in hits if is_run(Path(hit)) or Path(hit, INDEX).is_file()]
         if not hits or (not usable and len(hits) == 1):
             why = "is not the folder of a run or a study" if hits else "no such folder"
             raise RunError(why, where=text, fix="Name folders that `graphopt train` or `graphopt study` wrote")
-        found |= dict.fromkeys(usable)
+        found |= {path: by_name or found.get(path, False) for path in usable}
     if not found:
         raise RunError("no run and no study among them", where=", ".join(what), fix="Name folders that `graphopt train` or `study` wrote")
-    return list(found)
+    return found
+
+
+@contextmanager
+def _tolerated(left_out: list[str] | None) -> Iterator[None]:
+    """Notes an error about one run of many, so that the others are compared; None: raises it, as of a run that was named itself."""
+    try:
+        yield
+    except RunError as error:
+        if left_out is None:
+            raise
+        left_out.append(str(error))
 
 
 def _index(path: Path) -> dict[str, Any] | None:
@@ -209,35 +327,9 @@ def _index(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _grouped(paths: Sequence[Path], trust: bool) -> dict[str, list[Path]]:
-    """Runs by all of their spec but the seed, under the shortest name that tells them apart."""
-    groups: dict[str, tuple[str, list[Path]]] = {}
-    for path in paths:
-        index = _index(path.parent)
-        row = next((run["row"] for run in index["runs"] if run["folder"] == path.name), None) if index is not None else None
-        if row is not None:
-            groups.setdefault(f"{path.parent}: {row}", (row, []))[1].append(path)
-            continue
-        try:
-            spec = load(path, trust=trust)
-            key, name = identity(spec, seed=False), spec.name
-        except GraphoptError:  # of a plan that was compiled by hand, or of code that is not trusted: a row of its own
-            key, name = str(path), ""
-        groups.setdefault(key, (name or path.name, []))[1].append(path)
-    names = [name for name, _ in groups.values()]
-    # Runs of one spec with other settings have its name: their folders tell them apart.
-    return {name if names.count(name) == 1 else paths[0].name: paths for name, paths in groups.values()}
-
-
-def _row(name: str, paths: Sequence[Path], metric: str) -> Row:
-    results, missing = [], 0
-    for path in paths:
-        run = read_run(path) if is_run(path) else None
-        if run is None or run.summary is None:
-            missing += 1
-            continue
-        results.append(_result(run, metric))
-    return Row(name, tuple(sorted(results, key=lambda result: result.seed)), missing)
+def _row(name: str, runs: Sequence[Run | None], expected: int, metric: str) -> Row:
+    results = [_result(run, metric) for run in runs if run is not None and run.summary is not None]
+    return Row(name, tuple(sorted(results, key=lambda result: result.seed)), expected - len(results))
 
 
 def _result(run: Run, metric: str) -> Result:

@@ -2,7 +2,7 @@
 
 import html
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ def to_page(comparison: Comparison, *, trust: bool = False, costs: bool = True) 
     beside = published(comparison)
     values = {
         "TITLE": escaped(comparison.title),
-        "SUBTITLE": escaped(f"{len(rows)} rows, {count} runs, compared with {comparison.baseline.name}"),
+        "SUBTITLE": escaped(
+            f"{len(rows)} rows, {count} runs{f', compared with {comparison.common.name}' if comparison.common is not None else ''}"
+        ),
         "STYLE": for_page("vendor/uPlot.min.css", "report.css", "compare.css"),
-        "TABLE": _table(table(comparison), comparison.baseline.name),
+        "TABLE": _table(table(comparison), {row.name for row in comparison.baselines.values()}),
         "NOTE": escaped(note(comparison)),
         "PUBLISHED": f'<h2>Published figures</h2><div class="wide"><table class="figures published">{_table(beside)}</table></div>'
         if beside is not None
@@ -95,11 +97,11 @@ def _curve(row: int, by_epoch: Mapping[int, Sequence[float]], xs: Sequence[int])
     return curve
 
 
-def _table(found: Table, baseline: str | None = None) -> str:
+def _table(found: Table, baselines: Collection[str] = ()) -> str:
     head = "".join(f"<th>{escaped(title)}</th>" for title in found.titles)
     lines = []
     for row in found.rows:
-        kind = ' class="baseline"' if row[0] == baseline else ""
+        kind = ' class="baseline"' if row[0] in baselines else ""
         lines.append(f"<tr{kind}>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>")
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
 

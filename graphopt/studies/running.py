@@ -22,7 +22,7 @@ from graphopt.studies.study import Member, Study
 from graphopt.units import show_time
 
 INDEX = "study.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 #: seconds that a run waits for another process to leave its folder
 PATIENCE = 30
 
@@ -65,8 +65,9 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 def _write_index(study: Study, members: Sequence[Member], out: Path) -> None:
     """Writes which runs belong to the study, whose folder is locked: `graphopt compare` reads it."""
     runs = [{"folder": folder_of(m, out).name, "row": m.row, "seed": m.seed, "identity": m.identity, "set": m.changes} for m in members]
-    about = {"study": INDEX_VERSION, "name": study.name, "baseline": study.baseline}
-    record = {**about, "published": [item.model_dump() for item in study.published], "runs": runs}
+    about = {"study": INDEX_VERSION, "name": study.name, "baselines": {m.row: m.baseline or members[0].row for m in members}}
+    published = [{**item.model_dump(), "variant": row} for item in study.published for row in item.variant]
+    record = {**about, "published": published, "runs": runs}
     write_atomically(out / INDEX, sealed(json.loads(json.dumps(record)), indent=2) + "\n")
 
 
@@ -75,6 +76,7 @@ def run_study(
     members: Sequence[Member],
     out: Path,
     *,
+    only: Sequence[Member] | None = None,
     jobs: int = 1,
     devices: Sequence[str] = (),
     trust: bool = False,
@@ -86,6 +88,7 @@ def run_study(
     is at work in the folder, of which nothing changes then, or if there can be no such folder.
 
     Args:
+        only: those of the members that are trained now; default: all.
         devices: `train.device` of the runs, in turn; default: what their specs say.
     """
     from graphopt.train.signals import StopSignals
@@ -97,22 +100,23 @@ def run_study(
         raise RunError("another process is running a study in this folder", where=str(out)) from error
     except OSError as error:
         raise RunError(f"cannot be an output folder: {reason(error)}", where=str(out), fix="Choose another") from error
+    chosen = members if only is None else only
     outcomes, pending = [], []
-    for member in members:
+    for member in chosen:
         folder = folder_of(member, out)
         done = summary_of(folder)
         if done is not None:
             outcomes.append(Outcome(member, folder, "done", _result(done)))
         else:
             pending.append((member, folder))
-    say(f"{len(members)} runs: {len(outcomes)} done, {len(pending)} to train")
+    say(f"{len(chosen)} runs: {len(outcomes)} done, {len(pending)} to train")
     try:
         _write_index(study, members, out)
         with StopSignals() as signals:
             outcomes += _Pool(pending, jobs, devices, trust, say, lambda: signals.signum or 0).run()
     finally:
         unlock_folder(lock)
-    order = {member.identity: number for number, member in enumerate(members)}
+    order = {member.identity: number for number, member in enumerate(chosen)}
     return sorted(outcomes, key=lambda outcome: order[outcome.member.identity])
 
 

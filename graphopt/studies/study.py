@@ -31,6 +31,7 @@ FREE = {
 }
 
 _tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+_names = BeforeValidator(lambda value: (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Figure: TypeAlias = Literal["accuracy", "error", "points", "memory", "parameters", "forward FLOPs", "FLOPs", "time"]
 
@@ -45,13 +46,17 @@ class Variant(_Table):
     name: str = Field(min_length=1, description="its name in tables")
     spec: str | None = Field(default=None, description="another base spec than the study's")
     set: dict[str, Any] = Field(default={}, description="keys of the spec and their values; tables merge, everything else replaces")
+    baseline: str | None = Field(
+        default=None, description="the row that it is compared with; default: the study's baseline; none for the baseline of another row"
+    )
 
 
 class Published(_Table):
     """`[[published]]`: a figure that somebody has published, shown beside ours."""
 
-    variant: str = Field(description="the row that it belongs to")
+    variant: Annotated[tuple[str, ...], _names] = Field(min_length=1, description="the row that it belongs to, or several")
     figure: Figure = Field(description="accuracy and error in %; the others against the baseline's")
+    against: str | None = Field(default=None, description="the row that the figure is a change against; default: the row's baseline")
     value: str = Field(description='as it was published: "93.26 %", "-42.8 %"')
     source: str = Field(description="where")
 
@@ -62,7 +67,10 @@ class Study(_Table):
     name: str = Field(default="", description="human-readable; the comparison's title")
     spec: str | None = Field(default=None, description="the base: a file (found from the study's folder) or an installed spec")
     seeds: Annotated[tuple[Seed, ...], _tuple, Field(min_length=1)] = Field(default=(0,), description="train.seed of the runs")
-    baseline: str | None = Field(default=None, description="the row that the others are compared with; default: the first")
+    baseline: str | None = Field(
+        default=None,
+        description="the row that the others are compared with, or a variant: its row of the same grid values; default: the first",
+    )
     set: dict[str, Any] = Field(default={}, description="keys of the spec and their values, for all runs")
     grid: dict[str, Any] = Field(default={}, description="keys of the spec and arrays of values: every combination is a row")
     variants: Annotated[tuple[Variant, ...], _tuple] = Field(default=(), alias="variant", description="rows that differ in several keys")
@@ -71,12 +79,14 @@ class Study(_Table):
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a study: its row, its seed, its spec, and what was set for its row."""
+    """One run of a study: its row, its seed, its spec, what was set for its row, and the row that its row is compared with."""
 
     row: str
     seed: int
     spec: Spec
     changes: Mapping[str, Any]
+    baseline: str | None = None  # None: the first
+    source: str = ""  # the spec before anything was set in it
 
     @cached_property
     def identity(self) -> str:
@@ -139,14 +149,19 @@ def members(study: Study, path: Path, *, overrides: Sequence[str] = (), trust: b
     rows with the same runs.
     """
     found: list[Member] = []
-    for row, source, changes in _rows(study, path):
+    rows = list(_rows(study, path))
+    baselines = {baseline for *_, baseline in rows}
+    for row, source, changes, other in rows:
+        baseline = row if other is None and row in baselines else other
+        if "train.seed" in {*changes, *(text.partition("=")[0].strip() for text in overrides)}:
+            raise SpecError("train.seed is of each run of a study", where=f"{path}, {row}", fix="Name the study's: seeds = [0, 1]")
         for seed in study.seeds:
             texts = [f"{key}={toml_value(value)}" for key, value in {**changes, "train.seed": seed}.items()]
             try:
                 spec = load(source, trust=trust, overrides=[*texts, *overrides])
             except GraphoptError as error:
                 raise error.with_location(f"{path}, {row}") from error.__cause__
-            found.append(Member(row, seed, spec, changes))
+            found.append(Member(row, seed, spec, changes, baseline, source))
             if len(found) > MOST_RUNS:
                 raise SpecError(f"more than {MOST_RUNS:,} runs", where=str(path), fix="Make the grid smaller")
     _check(study, path, found)
@@ -155,8 +170,9 @@ def members(study: Study, path: Path, *, overrides: Sequence[str] = (), trust: b
 
 def _check(study: Study, path: Path, found: Sequence[Member]) -> None:
     rows = list(dict.fromkeys(member.row for member in found))
-    named = [("baseline", study.baseline), *(("published", item.variant) for item in study.published)]
-    for key, name in named:
+    named = {("baseline", member.baseline) for member in found}
+    named |= {("published", name) for item in study.published for name in (*item.variant, item.against)}
+    for key, name in sorted(named, key=str):
         if name is not None and name not in rows:
             fix = did_you_mean(name, rows) or f"There are {', '.join(rows)}"
             raise SpecError(f"there is no row {name!r}", where=f"{path}, {key}", fix=fix)
@@ -168,8 +184,8 @@ def _check(study: Study, path: Path, found: Sequence[Member]) -> None:
             raise SpecError(what, where=str(path), fix="Leave one of them out")
 
 
-def _rows(study: Study, path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The name of each row, its base spec, and what is set in it."""
+def _rows(study: Study, path: Path) -> Iterator[tuple[str, str, dict[str, Any], str | None]]:
+    """The name of each row, its base spec, what is set in it, and the row that it is compared with."""
     grid = dict(_leaves(study.grid))
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -177,13 +193,16 @@ def _rows(study: Study, path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]
     common = dict(_leaves(study.set))
     lasts = [key.rpartition(".")[2] for key in grid]
     short = {key: last if lasts.count(last) == 1 else key for key, last in zip(grid, lasts, strict=True)}
+    names = {variant.name for variant in study.variants}
     for variant in study.variants or (Variant(name=study.name or path.stem),):
         source = _base(variant.spec or study.spec or "", path)
+        baseline = variant.baseline or study.baseline
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             words = [f"{short[key]}={toml_value(value)}" for key, value in point.items()]
             name = ", ".join([*([variant.name] if study.variants or not words else []), *words])
-            yield name, source, {**common, **dict(_leaves(variant.set)), **point}
+            other = ", ".join([baseline, *words]) if baseline in names else baseline
+            yield name, source, {**common, **dict(_leaves(variant.set)), **point}, other
 
 
 def _base(spec: str, path: Path) -> str:

@@ -7,8 +7,7 @@ with them. What remains depends on where the region lies:
 - The frozen *prefix*, everything with nothing trainable before it, runs under `no_grad`: no backward, nothing saved.
 - A frozen region *behind* something that trains must still pass the gradient of its input on. Stock PyTorch saves a convolution's input
   for that although only the weight is needed, and a norm's and a ReLU's; the rewrite puts lean operators there, which save the weight, the
-  statistics, and one bit per element (`operators.py` and `activations.py` have the table). ResNet-50 with its front half frozen
-  behind a trainable stem: `tools/freeze_bench.py` prints what it comes to.
+  statistics, and one bit per element. `graphopt diff` shows what that comes to in a backbone.
 
 Attention, softmax, GELU and SiLU need what they save for their input's gradient: blocks made of them gain by the missing weight gradients
 only, which stock PyTorch already gives.

@@ -8,11 +8,11 @@ state; it saves neither FLOPs nor activations, because the same operations run: 
 written under the backbone's own keys, with the mixes computed, and loads into the untouched backbone.
 
 `mode = "surrogate"` removes the block, and puts one light operator with the block's shortcut and a norm of its own in its place, whose
-weights are such a mix. This saves FLOPs, activations and time as well (`surrogate.py` has the table). The backbone's architecture cannot
+weights are such a mix. This saves FLOPs, activations and time as well. The backbone's architecture cannot
 express the result: `export` reports that, and `graphopt.save` / `graphopt.load` store it with its spec.
 
 A block is shared when the blocks before and after it, in execution order, hold tensors of its shapes; every other selected block is left
-alone, with the reason in the report (`neighbours.py` has the rule, with its exceptions). Norms stay a block's own, with their statistics.
+alone, with the reason in the report. Norms stay a block's own, with their statistics.
 
     [[pass]]
     use = "share"

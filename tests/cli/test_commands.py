@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_a_gpu_s_memory_is_forecast_without_one(capsys: pytest.CaptureFixture[st
     assert "peak reserved" in out
 
 
+def test_check_of_no_passes_and_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("plain-net.toml").write_text(SPEC.replace('name = "small"\n', "").partition("[[pass]]")[0] + SPEC[SPEC.index("[data]") :])
+    out = output(capsys, "check", "plain-net.toml")
+    assert out.startswith("plain-net  (cifar/resnet8")
+    assert " -> " not in out
+    assert "0FLOP" not in out
+    assert output(capsys, "apply", "plain-net.toml").startswith("plain-net  (digest")
+    assert "filling 0 FLOP of these" in output(capsys, "check", "s.toml")
+
+
 def test_check_forecasts_each_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     out = output(capsys, "check", "s.toml", "--ranks", "2", "--link", "10 Gbit/s", "--set", "train.device=cpu")
     assert "each of 2 ranks (ddp): 10 images at once" in out
@@ -156,15 +167,17 @@ def test_check_says_where_the_time_on_a_gpu_comes_from(capsys: pytest.CaptureFix
 
 
 def test_train_resume_and_export(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = output_json(capsys, "train", "s.toml", "--set", "train.epochs=1")
+    summary = output_json(capsys, "train", "s.toml", "-s", "train.epochs=1")
     assert summary["folder"] == "runs/s"
     assert "there is no run in runs/s-2 yet: it begins" in output(capsys, "train", "s.toml", "-o", "runs/s-2", "--resume")
     assert Path("runs/s-2/summary.json").exists()
-    output(capsys, "train", "s.toml", "-q")
-    assert Path("runs/s-3/summary.json").exists()
+    output(capsys, "train", "s.toml", "-q", "--seed", "3")
+    assert load("runs/s-3").train.seed == 3
     out = output(capsys, "train", "s.toml", "-o", "runs/s", "--resume")
     assert "epoch 1/1" in out
-    output(capsys, "export", "runs/s", "-o", "m.safetensors")
+    made = output_json(capsys, "export", "runs/s", "-o", "m.safetensors")
+    assert made == {"written": "m.safetensors", "bytes": Path("m.safetensors").stat().st_size, "form": "weights"}
+    assert output_json(capsys, "report", "runs/s", "--no-costs") == {"written": "runs/s/report.html", "ledger": []}
     state = load_file("m.safetensors")
     module = CifarResNet(8, in_chans=1)
     module.load_state_dict(state, strict=True)
@@ -208,6 +221,8 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("select", "required", '"start"', "preserves: ", "[[pass]]"):
         assert part in manual
     found = output_json(capsys, "passes")
+    for name in found:
+        assert not re.search(r"tools/|\w\.py`", output(capsys, "passes", name)), f"{name}: a user has no files of the repository"
     assert found["freeze"]["summary"]
     assert "select" in found["freeze"]["properties"]
 
@@ -228,15 +243,21 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert output(capsys, "--version").startswith("graphopt 0.")
+    assert output(capsys, "-V") == output(capsys, "--version")
     out = output(capsys, "--help")
     names = [entry.name for entry in app.registered_commands if entry.name]
     assert len(names) == len(COMMANDS)
     for name in names:
         assert name in out
-        assert "graphopt " + name in output(capsys, name, "--help"), f"{name} --help has no example"
+        text = output(capsys, name, "-h")
+        assert "graphopt " + name in text, f"{name} --help has no example"
+        assert "<bool>" not in text, "a flag takes no value"
 
 
-@pytest.mark.parametrize("arguments", [["aply", "x"], ["apply"], ["apply", "s.toml", "--nope"], ["apply", "s.toml", "--batch", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["aply", "x"], ["apply"], ["apply", "s.toml", "--nope"], ["apply", "s.toml", "--batch", "0"], ["diff", "s.toml", "--png", "--trust"]],
+)
 def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "Traceback" not in capsys.readouterr().err

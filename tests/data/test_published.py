@@ -122,6 +122,15 @@ def test_the_corruptions_of_cifar_10_c(tmp_path: Path) -> None:
         open_split("cifar10", str(tmp_path), "snow")
 
 
+def test_the_corruptions_in_their_own_folder(tmp_path: Path) -> None:
+    for classes in (10, 100):
+        (folder := tmp_path / f"CIFAR-{classes}-C").mkdir()
+        np.save(folder / "fog.npy", formats.pixels(5, 32, 32, 3))
+        np.save(folder / "labels.npy", formats.labels(5) + classes - 10)
+    assert open_split("cifar10", str(tmp_path), "fog").targets[0] == 0
+    assert open_split("cifar100", str(tmp_path), "fog").targets[0] == 90
+
+
 def zipped(root: Path, into: Path, dot: bool) -> None:
     into.mkdir(parents=True)
     for file in (root / "FashionMNIST" / "raw").iterdir():

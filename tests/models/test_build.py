@@ -172,7 +172,7 @@ def other() -> CifarResNet:
     return CifarResNet(8)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pt", "nested", "state_dict", "ddp", "compiled"])
+@pytest.mark.parametrize("form", ["safetensors", "pt", "nested", "state_dict", "ddp", "compiled", "lightning"])
 def test_weights_in_every_form(form: str, tmp_path: Path) -> None:
     state = other().state_dict()
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
@@ -184,6 +184,7 @@ def test_weights_in_every_form(form: str, tmp_path: Path) -> None:
             "nested": {"model": state, "epoch": 3},
             "state_dict": {"state_dict": state},
             "ddp": {f"module.{key}": value for key, value in state.items()},
+            "lightning": {"state_dict": {f"model.{key}": value for key, value in state.items()}, "pytorch-lightning_version": "2.5"},
             "compiled": {f"module._orig_mod.{key}": value for key, value in state.items()},
         }
         torch.save(forms[form], path)

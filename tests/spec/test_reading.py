@@ -15,6 +15,7 @@ BACKBONE = '[backbone]\nsource = "cifar"\nname = "resnet20"\n'
 MISTAKES = [
     ("no backbone", "", ["'backbone' is missing"]),
     ("not TOML", '[backbone]\nname = "a\n', ["s.toml:2:10", "line 2, column 10", "not TOML"]),
+    ("a key twice", BACKBONE + "[train]\nbatch = 2\nepochs = 1\nbatch = 3\n", ["'batch' has a value already"]),
     ("not TOML at its end", BACKBONE + "a = [1,\n2", ["s.toml:5:2", "line 5, column 2"]),
     ("unknown table", BACKBONE + "[trian]\nepochs = 1\n", ["s.toml:4, trian", "unknown key 'trian'", "Did you mean 'train'"]),
     ("unknown key", BACKBONE + "[train]\n\nepoch = 3\n", ["s.toml:6, train.epoch", "unknown key 'epoch'", "Did you mean 'epochs'"]),

@@ -76,7 +76,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_figures(runs: Path) -> None:
     found = compare([str(runs / "plain*"), str(runs / "frozen*")])
     plain, frozen = found.rows
-    assert (plain.name, frozen.name, found.baseline.name) == ("plain", "frozen", "plain")
+    assert (plain.name, frozen.name, found.common) == ("plain", "frozen", plain)
     assert [result.seed for result in frozen.results] == [1, 2, 3]
     assert plain.mean("accuracy") == pytest.approx(statistics.fmean(PLAIN.values()))
     assert plain.deviation("accuracy") == pytest.approx(statistics.stdev(PLAIN.values()))
@@ -123,6 +123,98 @@ def test_every_form(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[1]["difference"] is None
 
 
+def test_files_of_every_form(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["t.md", "t.csv", "t.tex", "t.html"]
+    assert main(["compare", "runs/plain*", "--no-costs", *(part for name in names for part in ("-o", name))]) == 0
+    assert "written: t.md, t.csv, t.tex, t.html" in capsys.readouterr().out
+    starts = ["|  | seeds |", "row,baseline,seeds,", "\\begin{tabular}{lrrr", "<!doctype html>"]
+    assert [Path(name).read_text()[: len(start)] for name, start in zip(names, starts, strict=True)] == starts
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("t.pdf", "t.pdf: no form of a comparison ends in '.pdf'. End it in .md, .csv, .tex or .html"),
+        ("table", "table: its name has no ending, which says the form. End it in .md"),
+        ("runs", "runs: is a folder"),
+        ("gone/t.md", "gone/t.md: its folder does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is(
+    name: str, message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "runs/plain*", "-o", "first.md", "-o", name]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("first.md").exists()
+
+
+def study(folder: Path, name: str, rows: Mapping[str, Mapping[int, str]], baseline: Mapping[str, str], **published: str) -> None:
+    """The index of a study over runs that are in its folder."""
+    runs = [{"folder": run, "row": row, "seed": seed} for row, by_seed in rows.items() for seed, run in by_seed.items()]
+    figures = [{"variant": row, "figure": "memory", "against": None, "value": v, "source": "a paper"} for row, v in published.items()]
+    index = {"study": 2, "name": name, "baselines": baseline, "published": figures, "runs": runs}
+    (folder / "study.json").write_text(sealed(index))
+
+
+def two_studies(runs: Path) -> None:
+    """Both have a row `whole`, of other networks."""
+    for name, network, accuracy in (("a", "resnet8", 0.9), ("b", "resnet14", 0.5)):
+        folder = runs / name
+        for seed in (0, 1):
+            given = (f"backbone.name={network}",)
+            write(folder / f"whole{seed}", seed, accuracy, "pass=[]", *given)
+            write(folder / f"cold{seed}", seed, accuracy - 0.1, *given)
+        rows = {row: {seed: f"{row}{seed}" for seed in (0, 1)} for row in ("whole", "cold")}
+        study(folder, name, rows, {"whole": "whole", "cold": "whole"}, cold="-9 %")
+
+
+def test_rows_of_one_name_in_two_studies_are_not_mixed(runs: Path) -> None:
+    two_studies(runs)
+    found = compare([str(runs / "a"), str(runs / "b")])
+    assert [(row.name, row.mean("accuracy")) for row in found.rows] == [
+        ("a: whole", 0.9),
+        ("a: cold", pytest.approx(0.8)),
+        ("b: whole", 0.5),
+        ("b: cold", pytest.approx(0.4)),
+    ]
+    assert [found.baselines[row.name].name for row in found.rows] == ["a: whole"] * 2 + ["b: whole"] * 2
+    assert found.common is None
+    text = tables.markdown(found)
+    assert "| b: cold | b: whole | 2 | 40.00 ± 0.00 | -10.00 ± 0.00 |" in text
+    assert "| b: cold | memory | b: whole | -9 % | +0.0 % | a paper |" in text
+    lines = list(csv.DictReader(tables.to_csv(found).splitlines()))
+    assert [(line["row"], line["baseline"], line["published memory"]) for line in lines[2:]] == [
+        ("b: whole", "b: whole", ""),
+        ("b: cold", "b: whole", "-9 %"),
+    ]
+    assert tables.latex(found).count(r"\begin{tabular}") == 2
+    other = compare([str(runs / "a"), str(runs / "b")], baseline="a: cold")
+    assert other.common is not None
+    assert other.common.name == "a: cold"
+    assert other.beside == found.beside, "a published figure stays one against the study's own baseline"
+
+
+def test_runs_of_a_study_and_the_same_spec_elsewhere_are_one_row(runs: Path) -> None:
+    two_studies(runs)
+    write(runs / "elsewhere", 2, 0.6, "pass=[]", "backbone.name=resnet14")
+    (whole, cold) = compare([str(runs / "b"), str(runs / "elsewhere"), str(runs / "b" / "whole0")]).rows
+    assert [result.seed for result in whole.results] == [0, 1, 2]
+    assert cold.name == "cold"
+
+
+def test_a_run_that_cannot_be_read_leaves_the_others(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "plain1" / "run.json").write_text(sealed({"graphopt": 99}))
+    (runs / "plain2" / "summary.json").write_text("{")
+    found = compare([str(runs / "plain*")])
+    assert (len(found.rows[0].results), found.rows[0].missing) == (1, 2)
+    assert main(["compare", "runs/plain*"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out: runs/plain1/run.json" in out
+    assert "runs/plain2/summary.json: is damaged" in out
+    with pytest.raises(RunError, match=r"plain2/summary\.json: is damaged"):
+        compare([str(runs / "plain*"), str(runs / "plain2")])
+
+
 def test_latex_escapes_what_it_reads() -> None:
     table = tables.Table(("a",), (("50 % of x_1 & {y}", "-0.5"),))
     assert tables._tex(table.rows[0]) == r"50 \% of x\_1 \& \{y\} & $-$0.5 \\"
@@ -147,7 +239,7 @@ def test_what_cannot_be_compared(runs: Path, what: list[str], options: Mapping[s
     ("content", "message"),
     [
         ("{", "study.json: is damaged"),
-        (sealed({"study": 9, "members": []}), "study.json: has format 9, this version of graphopt reads format 1"),
+        (sealed({"study": 9, "members": []}), "study.json: has format 9, this version of graphopt reads format 2"),
     ],
 )
 def test_an_index_that_cannot_be_read_is_named(runs: Path, content: str, message: str) -> None:

@@ -56,9 +56,14 @@ def times() -> dict[Path, int]:
 
 
 def test_it_trains_what_is_missing_and_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "t.toml", "--row", "frozn"]) == 2
+    assert "--row: there is no row 'frozn'. Did you mean 'frozen'?" in capsys.readouterr().err
+    assert main(["study", "t.toml", "--jobs", "2", "--row", "fro*"]) == 0
+    out = capsys.readouterr().out
+    assert "2 runs: 0 done, 2 to train" in out
     assert main(["study", "t.toml", "--jobs", "2"]) == 0
     out = capsys.readouterr().out
-    assert "4 runs: 0 done, 4 to train" in out
+    assert "4 runs: 2 done, 2 to train" in out
     assert "small study" in out
     before = times()
     assert len(before) == 4
@@ -74,7 +79,8 @@ def test_it_trains_what_is_missing_and_nothing_twice(capsys: pytest.CaptureFixtu
 
     found = compare(["runs/t"])
     assert [(row.name, len(row.results), row.missing) for row in found.rows] == [("whole", 3, 0), ("cold", 3, 0)]
-    assert found.baseline.name == "whole"
+    assert found.common is not None
+    assert found.common.name == "whole"
     assert found.beside[0]["ours"].endswith(" %")
     log = next(Path("runs/t").glob("*.log")).read_text()
     assert "epoch 0/0" in log

@@ -39,6 +39,18 @@ def test_variants_with_specs_of_their_own(tmp_path: Path) -> None:
     assert none.folder.startswith("none-seed0-")
 
 
+def test_each_row_of_a_grid_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
+    text = (
+        'spec = "s.toml"\nbaseline = "none"\n[grid]\ntrain.optimizer.lr = [1e-3, 0.05]\n[[variant]]\nname = "none"\nset = { pass = [] }\n'
+    )
+    text += '[[variant]]\nname = "cold"\n[[variant]]\nname = "colder"\nset.pass = []\nset.train.batch = 10\nbaseline = "cold, lr=0.05"\n'
+    found = {member.row: member.baseline for member in runs(tmp_path, text)}
+    assert found == {
+        **{f"{name}, lr={lr}": f"none, lr={lr}" for name in ("none", "cold") for lr in ("0.001", "0.05")},
+        **{f"colder, lr={lr}": "cold, lr=0.05" for lr in ("0.001", "0.05")},
+    }
+
+
 def test_what_a_run_computes_identifies_it() -> None:
     base = load("quickstart")
     same = ["name=x", "train.device=cpu", "data.root=/elsewhere", "data.workers=2", "train.keep=5"]
@@ -58,8 +70,15 @@ MISTAKES = [
     ('spec = "s.toml"\n[grid]\ntrain.batch = 3', ["grid.train.batch: expected an array of values"]),
     ('spec = "s.toml"\n[grid]\ntrain.batsh = [3]', ["batsh=3", "unknown key 'batsh'. Did you mean 'batch'"]),
     ('spec = "s.toml"\nbaseline = "whole"\n[[variant]]\nname = "hole"', ["baseline: there is no row 'whole'. Did you mean 'hole'?"]),
+    ('spec = "s.toml"\n[[variant]]\nname = "hole"\nbaseline = "whole"', ["baseline: there is no row 'whole'. Did you mean 'hole'?"]),
+    (
+        'spec = "s.toml"\n[[variant]]\nname = "a"\n[[published]]\nvariant = "a"\nagainst = "b"\nfigure = "time"\nvalue = ""\nsource = ""',
+        ["published: there is no row 'b'. There are a"],
+    ),
     ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', ["two variants are called 'a'"]),
     ('spec = "s.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "b"', ["'a' and 'b' are the same run (seed 0)"]),
+    ('spec = "s.toml"\n[grid]\ntrain.seed = [0, 1]', ["seed=0: train.seed is of each run of a study", "seeds = [0, 1]"]),
+    ('spec = "s.toml"\nset.train.seed = 4', ["train.seed is of each run of a study"]),
     ('spec = "s.toml"\nseeds = [1, 1]', ["are the same run (seed 1)"]),
     ("spec = ", ["study.toml:1", "not TOML"]),
 ]
@@ -78,8 +97,37 @@ def test_the_installed_studies_are_sound(name: str) -> None:
     study, path = read_study(name)
     found = members(study, path)
     assert study.name
-    assert study.baseline in {member.row for member in found}
+    assert all(member.baseline for member in found), "each row has a baseline, or is one"
     assert len(found) == len(study.variants) * len(study.seeds)
+
+
+DEPTHS = ["VGG-11", "VGG-13", "VGG-16", "VGG-19", "ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"]
+SWIN = {
+    "cifar10": ["accuracy", "points", "memory"],
+    "cifar100": ["accuracy", "points", "memory"],
+    "stl10": ["accuracy", "points", "memory"],
+}
+#: what each of the four systems has published, by study: rows and figures
+PUBLISHED: dict[str, tuple[list[str], list[str]]] = {
+    "infopro-resnet110": (["end-to-end", "checkpointing", "K = 2", "K = 3", "K = 4"], ["error", "memory", "time", "FLOPs"]),
+    **{f"swin-{data}": (["end-to-end", "InfoPro", "features"], figures) for data, figures in SWIN.items()},
+    "swin-svhn": (["features"], ["points", "memory"]),
+    "swin-decoders": (["K = 2, features, linear", "K = 4, features, linear"], ["memory"]),
+    "replacement-resnet32": (["k = 2", "k = 4"], ["parameters"]),
+    "replacement-resnet110": (["k = 2", "k = 3", "k = 4"], ["parameters"]),
+    "replacement-vit-b": (["k = 2", "k = 4"], ["parameters"]),
+    "drop-cifar10": ([f"{depth}, dropped" for depth in DEPTHS], ["forward FLOPs", "points", "time"]),
+    "drop-mnist": ([f"{depth}, dropped" for depth in DEPTHS], ["points", "time"]),
+    "drop-imagenette": ([f"{depth}, dropped" for depth in DEPTHS], ["points", "time"]),
+}
+
+
+def test_every_published_row_is_in_an_installed_study() -> None:
+    for name, (rows, figures) in PUBLISHED.items():
+        study, _ = read_study(name)
+        assert {row for item in study.published for row in item.variant} >= set(rows), name
+        assert {item.figure for item in study.published} == set(figures), name
+    assert {name for name in installed() if read_study(name)[0].published} == {f"studies/{name}" for name in PUBLISHED}
 
 
 def test_a_study_that_is_not_there() -> None:
