@@ -1,0 +1,101 @@
+"""Short trainings on Fashion-MNIST with random crops and flips, and their comparison with plain ones of the same seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.spec import from_table
+from graphopt.train import train
+from graphopt.train.run import Run
+
+#: test images of the evaluation, which is made once, at the end
+EVALUATED = 3_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one run: accuracy in percent, processor seconds of each epoch with whatever comes before it, and the records of its features."""
+
+    accuracy: float
+    seconds: tuple[float, ...]
+    features: tuple[dict[str, Any], ...]
+
+
+def run(passes: Sequence[Mapping[str, Any]], seed: int, root: str, images: int, epochs: int) -> Result:
+    """Trains ResNet-20 at 28 px on so many images, on one thread."""
+    torch.set_num_threads(1)
+    table: dict[str, Any] = {
+        "backbone": {"source": "cifar", "name": "resnet20", "arguments": {"num_classes": 10, "in_chans": 1}, "input": [1, 28, 28]},
+        "data": {"name": "fashion_mnist", "root": root, "train_limit": images, "eval_limit": EVALUATED},
+        "train": {"epochs": epochs, "batch": 32, "seed": seed, "device": "cpu", "eval_every": epochs, "optimizer": {"lr": 0.1}},
+        "pass": list(passes),
+    }
+    table["data"]["augment"] = {"crop": "pad", "hflip": 0.5}
+    with tempfile.TemporaryDirectory() as folder:
+        stamps, close = [time.process_time()], Run._close_epoch
+
+        def noted(self: Run) -> None:
+            stamps.append(time.process_time())  # before the evaluation, which all methods have
+            close(self)
+
+        Run._close_epoch = noted  # type: ignore[method-assign]  # watched for this tool
+        try:
+            summary = train(from_table(table), Path(folder) / "run")
+        finally:
+            Run._close_epoch = close  # type: ignore[method-assign]  # watched for this tool
+        lines = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+        features = tuple(line for line in lines if line["kind"] == "features")
+    assert summary.accuracy is not None
+    return Result(100 * summary.accuracy, tuple(b - a for a, b in pairwise(stamps)), features)
+
+
+def points(mine: Sequence[Result], plain: Sequence[Result]) -> str:
+    """Mean difference of accuracy over the seeds, in points, and its standard deviation."""
+    found = [a.accuracy - b.accuracy for a, b in zip(mine, plain, strict=False)]
+    return f"{statistics.mean(found):+.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
+
+
+def ratio(mine: Sequence[Result], plain: Sequence[Result], first: int = 0) -> str:
+    """Processor time from epoch `first` on, over that of plain training, averaged over the seeds."""
+    return f"{statistics.mean(sum(a.seconds[first:]) / sum(b.seconds[first:]) for a, b in zip(mine, plain, strict=False)):.2f}"
+
+
+def compare(
+    methods: Mapping[str, Sequence[Mapping[str, Any]]],
+    about: str | None,
+    epochs: int,
+    show: Callable[[Mapping[str, list[Result]]], str],
+) -> None:
+    """Runs each method with each seed; `show` makes a page of what there is so far, so that a run that is stopped has not been for nothing."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of the published files")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=1000, help="for training")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    found: dict[str, list[Result]] = {name: [] for name in methods}
+    for seed in range(options.seeds):
+        for name, passes in methods.items():
+            result = run(passes, seed, options.root, options.images, epochs)
+            found[name].append(result)
+            print(seed, name, f"{result.accuracy:.2f} %", f"{sum(result.seconds):.1f} s", *result.features, flush=True)
+            page = show({name: runs for name, runs in found.items() if runs})
+            if options.out:
+                options.out.write_text(page, encoding="utf-8")
+    print(page)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]) + "\n"
