@@ -19,7 +19,7 @@ from graphopt.ir.copying import fake_copy
 from graphopt.ir.fakes import FakeMode
 from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
-from graphopt.ir.inputs import dtype_of, image_of, show
+from graphopt.ir.inputs import crop_padding, dtype_of, image_of, show
 from graphopt.ir.shapes import SHAPE_BATCH, tensors_in, uncached
 
 aten = torch.ops.aten
@@ -68,6 +68,40 @@ def moving(graph: Graph, node: Node, image: Image | None = None) -> Moving:
     if found is None or [_names(dim) for dim in found.dims] != ["n", "", "y", "x"]:
         raise PassError("what is computed here is no map (N, C, H, W)", where=_place(node))
     return Moving(found.stride, tuple(value.shape[1:]))
+
+
+class Croppable(NamedTuple):
+    """The map from which random crops are taken in the place of an activation: that of a larger image.
+
+    Attributes:
+        shape: (C, H, W) of the larger map. pixels: by how many rows and columns the image is larger, on both sides together.
+    """
+
+    shape: tuple[int, int, int]
+    pixels: tuple[int, int]
+
+
+def croppable(graph: Graph, node: Node) -> Croppable:
+    """What has to be cached of an activation (N, C, H, W) so that its crops are those of images which are padded and cropped at random.
+
+    A crop of the image by a multiple of the stride is a crop of the map, exact up to what layers read beyond the borders of the crop: there
+    they read the image, and its padding, instead of their own padding. Raises PassError where the activation does not move with the image,
+    or by fewer pixels than one position of the map.
+    """
+    found = moving(graph, node)
+    image = image_of(graph.input)
+    assert image is not None
+    padding = crop_padding(image)
+    rows, columns = (2 * (padding // stride * stride) for stride in found.stride)
+    if not rows and not columns:
+        what = f"crops move an image by {padding} pixels at most, and one position of the map is {min(found.stride)} pixels"
+        raise PassError(what, where=_place(node))
+    larger = moving(graph, node, (image[0], image[1] + rows, image[2] + columns))
+    grown = tuple((large - small) * stride for large, small, stride in zip(larger.shape[1:], found.shape[1:], found.stride, strict=True))
+    if larger.stride != found.stride or grown != (rows, columns):
+        raise PassError("a larger image has no map of which the image's own is a crop", where=_place(node))
+    channels, height, width = larger.shape
+    return Croppable((channels, height, width), (rows, columns))
 
 
 def _place(node: Node) -> str:
