@@ -1,4 +1,4 @@
-"""What cached features cost in accuracy under random crops and flips: Fashion-MNIST, ResNet-20 at 28 px, layer2 dropped after 4 of 12 epochs.
+"""What cached features cost in accuracy under random crops and flips: Fashion-MNIST, ResNet-20, layer2 dropped after 4 of 12 epochs.
 
     nice python tools/drop_augmented.py --root /usr/share/datasets/fashion-mnist --out tools/tables/drop_augmented.md
 

@@ -77,7 +77,7 @@ def compare(
     epochs: int,
     show: Callable[[Mapping[str, list[Result]]], str],
 ) -> None:
-    """Runs each method with each seed; `show` makes a page of what there is so far, so that a run that is stopped has not been for nothing."""
+    """Runs each method with each seed; `show` makes a page of what there is so far, of use if the tool is stopped."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of the published files")
     parser.add_argument("--seeds", type=int, default=3)

@@ -31,7 +31,11 @@ def show(found: Mapping[str, list[Result]]) -> str:
         own = name == "plain"
         mean = statistics.mean(run.accuracy for run in runs)
         rows.append((name, f"{mean:.2f}", "" if own else points(runs, found["plain"]), ratio(runs, found["plain"])))
-    return heading("resize: plain resizing and low frequencies", __doc__) + "\n" + table(("first epochs", "accuracy, %", "points", "time"), rows)
+    return (
+        heading("resize: plain resizing and low frequencies", __doc__)
+        + "\n"
+        + table(("first epochs", "accuracy, %", "points", "time"), rows)
+    )
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _place(node: Node) -> str:
 
 
 class _Fixed(Exception):
-    """An operation treats positions differently; `why` says which and how. (A graph's interpreter adds to an exception's own text.)"""
+    """An operation treats positions differently; `why` says which and how: a graph's interpreter adds to an exception's own text."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
@@ -224,7 +224,7 @@ def _together(call: _Call, given: Sequence[Tensor]) -> _Map:
         if len(found) > 1:
             raise _Fixed(f"{call.name} joins activations whose dimensions count different things")
         dim = next(iter(found)) if found else _plain(call.result.shape[-back])
-        if own and ("y" in _names(dim) or "x" in _names(dim) or not found and back <= 2):
+        if own and ("y" in _names(dim) or "x" in _names(dim) or (not found and back <= 2)):
             raise _Fixed(f"{call.name} brings values of its own to each position")
         dims.append(dim)
     return _Map(tuple(dims), maps[0][1].stride)
@@ -366,7 +366,7 @@ def _softmax(call: _Call) -> _Map:
 
 
 #: elementwise operators that torch does not tag so
-_ELEMENTWISE = frozenset((aten.hardswish, aten.hardswish_, aten._prelu_kernel, aten.log_sigmoid_forward, aten.copy_))
+_ELEMENTWISE = frozenset((aten.hardswish, aten.hardswish_, aten._prelu_kernel, aten.log_sigmoid_forward))
 _RULES: dict[Any, Callable[[_Call], _Map]] = {
     aten.convolution: _convolution,
     **dict.fromkeys((aten.max_pool2d_with_indices, aten.avg_pool2d), _pool),

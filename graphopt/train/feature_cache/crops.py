@@ -5,7 +5,7 @@ map of an image that is larger by the padding is cached, and each epoch takes an
 (kernels are not symmetric): views of a sample hold both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +31,19 @@ class Crops:
     samples: int
     seed: int
 
-    def drawn(self, epoch: int) -> Tensor:
-        """(samples, 2) int64: where the crop of each sample begins in an epoch."""
+    def of(self, epoch: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of maps (N, C, H, W) and the numbers of their samples (N,): the crops (N, C, height, width) that an epoch takes."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch, _STREAM))
-        return torch.stack([torch.randint(room + 1, (self.samples,), generator=generator) for room in self.room], dim=1)
-
-    def take(self, maps: Tensor, begin: Tensor) -> Tensor:
-        """Crops (N, C, height, width) of maps (N, C, H, W)."""
+        begin = torch.stack([torch.randint(room + 1, (self.samples,), generator=generator) for room in self.room], dim=1)
         height, width = self.size
-        crops = maps.new_empty(*maps.shape[:2], height, width)
-        for crop, whole, (y, x) in zip(crops, maps, begin.tolist(), strict=True):
-            crop.copy_(whole[:, y : y + height, x : x + width])
-        return crops
+
+        def crop(maps: Tensor, samples: Tensor) -> Tensor:
+            found = maps.new_empty(*maps.shape[:2], height, width)
+            for part, whole, (y, x) in zip(found, maps, begin[samples].tolist(), strict=True):
+                part.copy_(whole[:, y : y + height, x : x + width])
+            return found
+
+        return crop
 
 
 def check_crops(samples: Samples, options: Mapping[str, Any]) -> None:

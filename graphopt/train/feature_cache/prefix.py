@@ -168,7 +168,7 @@ class FeatureFeed:
         images = self._images
         rank, size, own = images.rank, images.batch, self.entry.layout.rows // self._views
         order = torch.tensor(epoch_order(len(images.samples), images.seed, epoch))
-        begin = self._crops.drawn(epoch) if self._crops else None
+        crop = self._crops.of(epoch) if self._crops else lambda features, _: features
         failed: list[Exception] = []
 
         def load(number: int) -> Batch:
@@ -190,8 +190,7 @@ class FeatureFeed:
                 features, targets = self._exchange.batch(wanted, features, targets)
             if self._packed is not None:
                 features = unpack(features, self._packed)
-            if self._crops is not None and begin is not None:
-                features = self._crops.take(features, begin[wanted[rank.number]])
+            features = crop(features, wanted[rank.number])
             return Batch(wanted[rank.number], features.pin_memory() if images.pin else features, targets)
 
         with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
