@@ -94,7 +94,7 @@ def croppable(graph: Graph, node: Node) -> Croppable:
     padding = crop_padding(image)
     rows, columns = (2 * (padding // stride * stride) for stride in found.stride)
     if not rows and not columns:
-        what = f"crops move an image by {padding} pixels at most, and one position of the map is {min(found.stride)} pixels"
+        what = f"crops move an image of {image[1]}x{image[2]} by {padding} pixels at most, and the map has a stride of {min(found.stride)}"
         raise PassError(what, where=_place(node))
     larger = moving(graph, node, (image[0], image[1] + rows, image[2] + columns))
     grown = tuple((large - small) * stride for large, small, stride in zip(larger.shape[1:], found.shape[1:], found.stride, strict=True))

@@ -14,8 +14,10 @@ import graphopt
 from graphopt.data.transforms import eval_transform
 from graphopt.errors import PassError, RunError
 from graphopt.passes.drop import Drop
+from graphopt.passes.resize import Resize
 from graphopt.planning.run_cost import forecast_run
 from graphopt.spec import AugmentSpec, DataSpec
+from graphopt.train import train
 from graphopt.train.phase import Phase
 from tests.support.backbones import Small
 from tests.train.features import DATA, TRAIN, cache_of, equal, features_of, plan_of, run, weights
@@ -103,8 +105,8 @@ def test_storage_is_forecast_to_the_byte(tmp_path: Path, options: dict[str, Any]
 
 
 def test_a_stopped_run_goes_on_with_the_crops_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = partial(run, tmp_path, data=FLIPPED, crops=True, refresh=2)
-    whole, step = weights(train("whole")), Phase.step
+    cropped = partial(run, tmp_path, data=FLIPPED, crops=True, refresh=2)
+    whole, step = weights(cropped("whole")), Phase.step
 
     def stopping(phase, batches, done):
         if done == 12:
@@ -114,8 +116,8 @@ def test_a_stopped_run_goes_on_with_the_crops_that_it_had(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Phase, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
-            train("stopped")
-    assert equal(weights(train("stopped", resume=True)), whole)
+            cropped("stopped")
+    assert equal(weights(cropped("stopped", resume=True)), whole)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +159,25 @@ def test_a_prefix_that_does_not_move_with_the_image_is_refused_or_left_out() -> 
 def test_crops_need_a_cache() -> None:
     with pytest.raises(ValueError, match="they need a cache"):
         Drop(upto="blocks.0", crops=True, cache="none")
+
+
+LOW = Resize(size=8, how="low-frequency", when={"epoch": 1, "until": 2})
+FLIPS_LATER = Resize(size=8, augment={"hflip": 0.5}, when={"epoch": 1, "until": 2})
+
+
+@pytest.mark.parametrize(
+    ("resize", "data", "options", "says"),
+    [
+        (LOW, PADDED, {"crops": True}, "another size after they are cropped"),
+        (FLIPS_LATER, DATA, {}, "random augmentation"),
+        (FLIPS_LATER, PADDED, {"crops": True}, "no flipped features"),
+    ],
+)
+def test_what_a_later_phase_makes_of_the_images_is_refused_before_the_first_step(
+    tmp_path: Path, resize: Resize, data: DataSpec, options: dict[str, Any], says: str
+) -> None:
+    passes = [resize, Drop(upto="blocks.0", when={"epoch": 1}, force=True, **options)]
+    plan = graphopt.compile(Small(drop=0.0), passes, input=(3, 16, 16), verify="off", costs=False)
+    with pytest.raises(RunError, match=says):
+        train(plan, tmp_path / "run", settings=TRAIN, data=data)
+    assert not (tmp_path / "run" / "last.pt").exists()

@@ -26,8 +26,9 @@ from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.hashing import hash_parts, raw_bytes
 from graphopt.runtime.quantized import stored, stored_bytes, unpack
-from graphopt.train.feature_cache.crops import Crops, check_crops, surrounded
+from graphopt.train.feature_cache.crops import Crops, surrounded
 from graphopt.train.feature_cache.exchange import Deal, Exchange, owned
+from graphopt.train.feature_cache.inputs import check_inputs
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import (
     CacheDirectory,
@@ -97,32 +98,13 @@ class FeatureCache:
             options = item.match.feature_options
             if options is None:
                 continue
-            self._check_inputs(options)
+            check_inputs(self.samples, options, mixed=self.mixed)
             limit = options.get("limit")
             rows = [stored_bytes(tuple(region.exits[0].meta["val"].shape[1:]), options["dtype"]) for region in item.match.regions]
             least = self.images.batch * min(rows, default=0)
             if limit is not None and limit < least:
                 what = f"limit = {show_size(limit)} is smaller than one batch of features ({show_size(least)} at least)"
                 raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
-
-    def _check_inputs(self, options: Mapping[str, Any]) -> None:
-        if self.mixed:
-            what = "mixup and CutMix make new inputs from every batch, so features of them cannot be cached"
-            raise RunError(what, where="data.augment", fix='Leave them out, or run the prefix in every step (cache = "none")')
-        if self.samples.repeats > 1:
-            fix = 'Leave repeats out, or run the prefix in every step (cache = "none")'
-            raise RunError("images that an epoch repeats have no features that could be cached", where="data.augment.repeats", fix=fix)
-        if options.get("crops"):
-            check_crops(self.samples, options)
-        elif not self.samples.deterministic and not options.get("views") and not options.get("refresh"):
-            what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
-            fix = 'Compute a part of them anew in each epoch (refresh = 4), or run the prefix in every step (cache = "none")'
-            raise RunError(what, where="data.augment", fix=fix)
-        for view in range(_views(options)):
-            once, again = (self.samples[(view, 0)][1] for _ in range(2))
-            if not torch.equal(once, again):
-                what = "the transform gives another input each time for the same view of a sample"
-                raise RunError(what, where="data", fix="Let it draw from torch's, numpy's or Python's own generators only")
 
     def prepare(self, plan: Plan, record: Mapping[str, Any], epoch: int = 0) -> tuple[Feed, nn.Module, dict[str, Any]]:
         """The feed and the module that a phase trains with from `epoch` on, and a record of that for its checkpoints.
@@ -201,7 +183,7 @@ class FeatureCache:
         """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
         assert plan.needs.features is not None
         options = plan.needs.features.options
-        self._check_inputs(options)
+        check_inputs(self.samples, options, mixed=self.mixed)
         try:
             cuts = self._cuts(plan, route, options)
             size, limit = int(self.ranks.sum([cuts[-1].layout.bytes])[0]), options.get("limit")

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from graphopt.data.loader import Samples
 from graphopt.data.randomness import mixed_seed
-from graphopt.data.transforms import Transform
-from graphopt.errors import RunError
 from graphopt.ir.shifts import Croppable
 
 #: keeps its draws apart from the order of an epoch
@@ -46,20 +44,8 @@ class Crops:
         return crop
 
 
-def check_crops(samples: Samples, options: Mapping[str, Any]) -> None:
-    """Raises RunError where crops of features cannot stand for the augmentation of images."""
-    transform = samples.transform
-    if not isinstance(transform, Transform) or transform.padded_crop is None:
-        what = "features are cropped in the place of images that are padded and cropped, and these are not"
-        raise RunError(what, where="data.augment.crop", fix='Set it to "pad", or leave crops out of the pass')
-    needed = 2 ** len(transform.flips)
-    if needed > 1 and not options.get("refresh") and (options.get("views") or 1) % needed:
-        what = "the features of a flipped image are no flipped features of the image, so both have to be cached"
-        raise RunError(what, where="data.augment", fix=f"Set views = {needed} in the pass, or refresh = 4")
-
-
 def surrounded(samples: Samples, crops: Croppable, options: Mapping[str, Any]) -> Samples:
-    """The samples as larger images, of which crops are taken later; of fixed views the first half are flipped, or a quarter in each way."""
+    """The samples as larger images, of which crops are taken later; of fixed views every second one is flipped, or three of every four."""
     transform, refreshed = samples.transform, bool(options.get("refresh"))
     larger = transform.surrounded(*crops.pixels, flipped=refreshed)
     return samples.prepared(larger, deterministic=False, mirrors=() if refreshed else transform.flips)
