@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ class Result:
     """Of one run: accuracy in percent, processor seconds of each epoch with whatever comes before it, and the records of its features."""
 
     accuracy: float
-    seconds: tuple[float, ...]
-    features: tuple[dict[str, Any], ...]
+    seconds: Sequence[float]
+    features: Sequence[Mapping[str, Any]]
 
 
 def run(passes: Sequence[Mapping[str, Any]], seed: int, root: str, images: int, epochs: int) -> Result:
@@ -77,23 +77,32 @@ def compare(
     epochs: int,
     show: Callable[[Mapping[str, list[Result]]], str],
 ) -> None:
-    """Runs each method with each seed; `show` makes a page of what there is so far, of use if the tool is stopped."""
+    """Runs each method with each seed, and prints what `show` makes of the results; runs that a file has already are not made again."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of the published files")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=1000, help="for training")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="a file of runs, to which others are added; several processes may share it"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[Result]] = {name: [] for name in methods}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name, passes in methods.items():
-            result = run(passes, seed, options.root, options.images, epochs)
-            found[name].append(result)
-            print(seed, name, f"{result.accuracy:.2f} %", f"{sum(result.seconds):.1f} s", *result.features, flush=True)
-            page = show({name: runs for name, runs in found.items() if runs})
-            if options.out:
-                options.out.write_text(page, encoding="utf-8")
+            if (seed, name) not in _known(options.results):
+                result = run(passes, seed, options.root, options.images, epochs)
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([seed, name, asdict(result)]) + "\n")
+    known = _known(options.results)
+    page = show({name: [known[seed, name] for seed in options.seeds] for name in methods})
+    if options.out:
+        options.out.write_text(page, encoding="utf-8")
     print(page)
+
+
+def _known(file: Path) -> dict[tuple[int, str], Result]:
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
+    return {(seed, name): Result(**values) for seed, name, values in lines}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

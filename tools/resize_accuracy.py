@@ -1,6 +1,7 @@
 """Low frequencies of the first images beside plain resizing to the same size: Fashion-MNIST, ResNet-20 at 28 px, six epochs.
 
-    nice python tools/resize_accuracy.py --root /usr/share/datasets/fashion-mnist --out tools/tables/resize_accuracy.md
+    nice python tools/resize_accuracy.py --root /usr/share/datasets/fashion-mnist --results build/resize.jsonl \
+        --out tools/tables/resize_accuracy.md
 
 The first four epochs are on smaller images, made by `how = "scale"` or by `how = "low-frequency"`, all others at 28 px, with random crops
 and flips throughout. Points are against plain training with the same seed; processor time is of all epochs, loading included.

@@ -181,6 +181,7 @@ def forecast_run(
     steps = samples // train.batch
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
+    redrawn = plan.spec is not None and plan.spec.data.augment.redraws  # else no features are computed anew
     known = {} if known is None else known
     if "whole" not in known:
         backbone = emit(plan.sizes.whole)
@@ -205,7 +206,7 @@ def forecast_run(
         phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
             cost, batches = filling
-            if every := current.needs.features and current.needs.features.options.get("refresh"):
+            if redrawn and (every := current.needs.features and current.needs.features.options.get("refresh")):
                 batches += samples / cost.batch * max(0, math.ceil(end) - math.ceil(start) - 1) / every
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)

@@ -17,9 +17,10 @@ parts it names; with a score, the ends of the backbone's blocks. What has been d
 norms use their running statistics, and its dropout is off, whatever `module.train()` says. In `plan.module` the prefix runs under
 `no_grad`; `plan.suffix` is the remaining network, with the features as its input.
 
-The runner caches the features in RAM or on disk, and only where that is correct: every sample's input must be the same each time. Random
-augmentation is refused, unless `views = n` fixed views of each sample are cached. Where the features do not fit, or take longer to read
-than to compute, the prefix runs under `no_grad` instead, which is slower but gives the same result.
+The runner caches the features in RAM or on disk. Where images are the same in every epoch, training on cached features is training on the
+images. Under random augmentation it is not: then a quarter of the features is computed anew in each epoch (`refresh = 4`), in RAM; `views`
+and `crops` are other ways. Where the features do not fit, or take longer to read than to compute, the prefix runs under `no_grad` instead,
+which is slower and trains on images as they are augmented.
 
 `mode = "bypass"` is the other way to leave blocks out: residual blocks that keep their input's shape are replaced by their shortcut,
 for good, or in each training step with a probability (stochastic depth, arXiv 1603.09382: it grows linearly with depth, up to the full
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
     from graphopt import Editor, Graph
 
+#: epochs after which all features are new again, where nothing else is said
+REFRESH = 4
 _CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "refresh", "crops", "folder", "force")
 #: options that are valid in one mode only
 _OPTIONS = {"prefix": ("upto", *_CACHE_OPTIONS), "bypass": ("select", "probability", "distribution", "per")}
@@ -68,7 +71,8 @@ class Drop(Pass):
             what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
         refresh: with random augmentation: cached features are computed anew every so many epochs, a part of them in each epoch (4: a
-            quarter), from an image augmented as in that epoch. The cache is no larger than without augmentation. In RAM only.
+            quarter), from an image augmented as in that epoch. The cache is no larger than without augmentation. In RAM only; 4 is the
+            default there, without views.
         crops: with random crops (`crop = "pad"`): maps of the padded images are cached, and each epoch takes other crops of them, by
             multiples of the prefix's stride. A flipped image has other features, so flips need views = 2 (half of them are flipped) or
             refresh. For prefixes that compute alike at every position, as convolutions do.
@@ -166,7 +170,12 @@ class Drop(Pass):
         return match
 
     def _cache_options(self) -> dict[str, Any] | None:
-        return None if self.cache == "none" else {name: getattr(self, name) for name in _CACHE_OPTIONS}
+        if self.cache == "none":
+            return None
+        options = {name: getattr(self, name) for name in _CACHE_OPTIONS}
+        if self.cache == "ram" and not self.views and not self.refresh:
+            options["refresh"] = REFRESH
+        return options
 
     def _cuts(self, graph: Graph) -> dict[str, Node]:
         """Where this pass can cut, by name."""

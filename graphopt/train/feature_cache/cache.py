@@ -160,6 +160,7 @@ class FeatureCache:
         if (every := cut.options.get("refresh")) and not self.samples.deterministic:
             whole = Prefix(plan, [Cut(cut.node, self._held.layout, shape)], self.strategy)
             feed.refresh = partial(self._refresh, self._held, whole, every)
+            self.on_message(f"features of {cut.region} are computed anew every {every} epochs, a part of them in each")
         return feed, OnFeatures(plan.suffix), {"cut": cut.node.name, "kept": True, "route": route}
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ def check_inputs(samples: Samples, options: Mapping[str, Any], *, mixed: bool) -
         _check_crops(samples, options)
     elif not samples.deterministic and not options.get("views") and not options.get("refresh"):
         what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
-        fix = 'Compute a part of them anew in each epoch (refresh = 4), or run the prefix in every step (cache = "none")'
+        fix = 'Cache them in RAM, where a part is computed anew in each epoch; or cache some views (views = 4), or nothing (cache = "none")'
         raise RunError(what, where="data.augment", fix=fix)
     for view in range(options.get("views") or 1):
         once, again = (samples[(view, 0)][1] for _ in range(2))
