@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from fashion import Result, compare, points, ratio, table
+from fashion import Runs, compare, points, ratio, table
 from machine import heading
 
 from graphopt.units import show_size
@@ -30,22 +30,22 @@ def _drop(**options: Any) -> list[dict[str, Any]]:
 METHODS: dict[str, list[dict[str, Any]]] = {
     "plain": [],
     "prefix without gradients": _drop(cache="none"),
-    "1 fixed view": _drop(views=1),
-    "4 fixed views": _drop(views=4),
     "refresh = 4": _drop(refresh=4),
     "crops, views = 2": _drop(crops=True, views=2),
+    "1 fixed view": _drop(views=1),
+    "4 fixed views": _drop(views=4),
     "crops, refresh = 4": _drop(crops=True, refresh=4),
 }
 
 
-def show(found: Mapping[str, list[Result]]) -> str:
+def show(found: Mapping[str, Runs]) -> str:
     rows = []
     for name, runs in found.items():
-        own, size = name == "plain", sum(record.get("bytes", 0) for record in runs[0].features)
-        mean = f"{statistics.mean(run.accuracy for run in runs):.2f}"
+        own, size = name == "plain", sum(record.get("bytes", 0) for record in next(iter(runs.values())).features)
+        mean = f"{statistics.mean(run.accuracy for run in runs.values()):.2f}"
         shown = "" if own else points(runs, found["plain"])
-        rows.append((name, mean, shown, ratio(runs, found["plain"], CUT), show_size(size) if size else ""))
-    columns = ("method", "accuracy, %", "points", "time behind the cut", "cache")
+        rows.append((name, str(len(runs)), mean, shown, ratio(runs, found["plain"], CUT), show_size(size) if size else ""))
+    columns = ("method", "seeds", "accuracy, %", "points", "time behind the cut", "cache")
     return heading("drop under random crops and flips", __doc__) + "\n" + table(columns, rows)
 
 

@@ -32,6 +32,10 @@ class Result:
     features: Sequence[Mapping[str, Any]]
 
 
+#: results by seed
+Runs = Mapping[int, Result]
+
+
 def run(passes: Sequence[Mapping[str, Any]], seed: int, root: str, images: int, epochs: int) -> Result:
     """Trains ResNet-20 at 28 px on so many images, on one thread."""
     torch.set_num_threads(1)
@@ -60,24 +64,27 @@ def run(passes: Sequence[Mapping[str, Any]], seed: int, root: str, images: int, 
     return Result(100 * summary.accuracy, tuple(b - a for a, b in pairwise(stamps)), features)
 
 
-def points(mine: Sequence[Result], plain: Sequence[Result]) -> str:
+def points(mine: Runs, plain: Runs) -> str:
     """Mean difference of accuracy over the seeds, in points, and its standard deviation."""
-    found = [a.accuracy - b.accuracy for a, b in zip(mine, plain, strict=False)]
+    found = [run.accuracy - plain[seed].accuracy for seed, run in mine.items()]
     return f"{statistics.mean(found):+.2f}" + (f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else "")
 
 
-def ratio(mine: Sequence[Result], plain: Sequence[Result], first: int = 0) -> str:
+def ratio(mine: Runs, plain: Runs, first: int = 0) -> str:
     """Processor time from epoch `first` on, over that of plain training, averaged over the seeds."""
-    return f"{statistics.mean(sum(a.seconds[first:]) / sum(b.seconds[first:]) for a, b in zip(mine, plain, strict=False)):.2f}"
+    return f"{statistics.mean(sum(run.seconds[first:]) / sum(plain[seed].seconds[first:]) for seed, run in mine.items()):.2f}"
 
 
 def compare(
     methods: Mapping[str, Sequence[Mapping[str, Any]]],
     about: str | None,
     epochs: int,
-    show: Callable[[Mapping[str, list[Result]]], str],
+    show: Callable[[Mapping[str, Runs]], str],
 ) -> None:
-    """Runs each method with each seed, and prints what `show` makes of the results; runs that a file has already are not made again."""
+    """Runs each method with each seed, and prints what `show` makes of the results.
+
+    Runs that a file has already are not made again; with `--no-runs`, none is, and methods without any are left out.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of the published files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -85,24 +92,27 @@ def compare(
     parser.add_argument(
         "--results", type=Path, required=True, help="a file of runs, to which others are added; several processes may share it"
     )
+    parser.add_argument("--no-runs", action="store_true", help="only the table of what there is")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     for seed in options.seeds:
         for name, passes in methods.items():
-            if (seed, name) not in _known(options.results):
+            if not options.no_runs and seed not in _known(options.results).get(name, {}):
                 result = run(passes, seed, options.root, options.images, epochs)
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([seed, name, asdict(result)]) + "\n")
     known = _known(options.results)
-    page = show({name: [known[seed, name] for seed in options.seeds] for name in methods})
+    page = show({name: known[name] for name in methods if name in known})
     if options.out:
         options.out.write_text(page, encoding="utf-8")
     print(page)
 
 
-def _known(file: Path) -> dict[tuple[int, str], Result]:
-    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
-    return {(seed, name): Result(**values) for seed, name, values in lines}
+def _known(file: Path) -> dict[str, Runs]:
+    found: dict[str, dict[int, Result]] = {}
+    for seed, name, values in map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else ()):
+        found.setdefault(name, {})[seed] = Result(**values)
+    return dict(found)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from fashion import Result, compare, points, ratio, table
+from fashion import Runs, compare, points, ratio, table
 from machine import heading
 
 EPOCHS, SMALL = 6, 4
@@ -26,16 +26,16 @@ def _small(side: int, how: str) -> list[dict[str, Any]]:
 METHODS = {"plain": [], **{f"{side} px, {how}": _small(side, how) for side in (20, 14) for how in ("scale", "low-frequency")}}
 
 
-def show(found: Mapping[str, list[Result]]) -> str:
+def show(found: Mapping[str, Runs]) -> str:
     rows = []
     for name, runs in found.items():
         own = name == "plain"
-        mean = statistics.mean(run.accuracy for run in runs)
-        rows.append((name, f"{mean:.2f}", "" if own else points(runs, found["plain"]), ratio(runs, found["plain"])))
+        mean = statistics.mean(run.accuracy for run in runs.values())
+        rows.append((name, str(len(runs)), f"{mean:.2f}", "" if own else points(runs, found["plain"]), ratio(runs, found["plain"])))
     return (
         heading("resize: plain resizing and low frequencies", __doc__)
         + "\n"
-        + table(("first epochs", "accuracy, %", "points", "time"), rows)
+        + table(("first epochs", "seeds", "accuracy, %", "points", "time"), rows)
     )
 
 
