@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.ir.graph import Graph
     from graphopt.ir.inputs import Input
     from graphopt.ir.regions import Region
+    from graphopt.ir.shifts import Croppable
 
 #: the properties that a pass can declare and the compiler can check
 Property = Literal["eval output", "training output", "state-dict keys", "gradients of unselected parameters"]
@@ -128,11 +129,18 @@ class FeatureCut:
     Attributes:
         node: the activation that is cached; in the flat graph. region: name of the last region before the cut.
         options: the pass's options for caching it (where, dtype, limit, views).
+        crops: of which larger map training takes random crops, if it does.
     """
 
     node: Node
     region: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    crops: Croppable | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is cached for one sample."""
+        return self.crops.shape if self.crops else tuple(self.node.meta["val"].shape[1:])
 
 
 @dataclass(frozen=True)

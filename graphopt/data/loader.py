@@ -72,6 +72,7 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         transform: of this package, or any other from an RGB image to a tensor.
         repeats: how often an epoch takes a sample in a row, on neighbouring ranks; it is as long as with 1, and takes that part of the
             samples (Hoffer et al., arXiv 1901.09335).
+        mirrors: dimensions of the image along which numbers of views flip it: the first one for every odd number, and so on by bits.
         kept: whether an `ImageFeed` keeps their pixels in memory; for deterministic ones with a transform of this package.
     """
 
@@ -82,11 +83,12 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
         self.fingerprint, self.outline = partial(split.fingerprint, self.chosen), partial(split.outline, self.chosen)
         self.transform: Any = transform
         self.deterministic, self.seed, self.kept, self.repeats = deterministic, seed, kept, repeats
+        self.mirrors: tuple[int, ...] = ()
 
-    def prepared(self, transform: Step, *, deterministic: bool) -> "Samples":
+    def prepared(self, transform: Step, *, deterministic: bool, mirrors: tuple[int, ...] = ()) -> "Samples":
         """The same samples, prepared by another transform."""
         other = copy.copy(self)
-        other.transform, other.deterministic, other.kept = transform, deterministic, False
+        other.transform, other.deterministic, other.mirrors, other.kept = transform, deterministic, mirrors, False
         return other
 
     def __len__(self) -> int:
@@ -118,7 +120,8 @@ class Samples(Dataset[tuple[int, Tensor, int]]):
             image = decode(image)  # some files are only opened before
         except Exception as error:  # Pillow raises anything, by format
             return Unreadable(self._name(number), first_line(error))
-        return index, convert(image), int(target)
+        mirrored = [dim for bit, dim in enumerate(self.mirrors) if key[0] >> bit & 1]
+        return index, convert(image).flip(mirrored) if mirrored else convert(image), int(target)
 
     def _name(self, number: int) -> str:
         if hasattr(self.images, "name"):

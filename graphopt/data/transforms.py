@@ -1,5 +1,6 @@
 """From a PIL image to the tensor that the backbone takes, by timm's transforms on any shape and with current Pillow."""
 
+import copy
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torchvision.transforms import functional
 
 from graphopt.data.datasets import source
 from graphopt.errors import RunError
+from graphopt.ir.inputs import crop_padding
 from graphopt.spec import AugmentSpec, DataSpec
 
 Step = Callable[[Any], Any]
@@ -46,6 +48,26 @@ class Transform:
         """Applies a further step to the tensor, after all others."""
         before = self.erase
         self.erase = step if before is None else transforms.Compose([before, step])
+
+    @property
+    def padded_crop(self) -> transforms.RandomCrop | None:
+        """The step that pads an image and takes a random crop of its size, if there is one."""
+        return next((step for step in self.steps if isinstance(step, transforms.RandomCrop) and step.padding), None)
+
+    @property
+    def flips(self) -> tuple[int, ...]:
+        """The dimensions along which images are flipped at random: -1 from left to right, -2 from top to bottom."""
+        kinds = {-1: transforms.RandomHorizontalFlip, -2: transforms.RandomVerticalFlip}
+        return tuple(dim for dim, kind in kinds.items() if any(isinstance(step, kind) for step in self.steps))
+
+    def surrounded(self, rows: int, columns: int, *, flipped: bool) -> "Transform":
+        """The same with random crops that have so many more rows and columns; without flips, unless `flipped`."""
+        other, crop = copy.copy(self), self.padded_crop
+        assert crop is not None
+        wider = transforms.RandomCrop((crop.size[0] + rows, crop.size[1] + columns), padding=crop.padding)
+        left_out = () if flipped else (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
+        other.steps = [wider if step is crop else step for step in self.steps if not isinstance(step, left_out)]
+        return other
 
     def pixels(self, image: Any) -> Tensor:
         """(C, H, W) uint8 of a decoded image: all but normalisation."""
@@ -124,7 +146,7 @@ def train_transform(spec: DataSpec, input: tuple[int, ...]) -> Transform:
         steps = _geometry(spec, input)
         decode = _decoder(spec, input, decode)
         if augment.crop == "pad":
-            steps.append(transforms.RandomCrop(input[1:], padding=max(input[1:]) // 8))
+            steps.append(transforms.RandomCrop(input[1:], padding=crop_padding(input)))
     erase = next((step for step in last.transforms if isinstance(step, RandomErasing)), None)
     return Transform(decode, [*steps, *flips, *colors], mean, std, erase)
 

@@ -35,6 +35,11 @@ def image_of(input: Input) -> tuple[int, int, int] | None:
     return (shape[0], shape[1], shape[2]) if len(shape) == 3 and dtype is None and not others else None
 
 
+def crop_padding(image: Shape) -> int:
+    """Pixels on each side by which the augmentation `crop = "pad"` pads an image (C, H, W) before it takes a random crop of its size."""
+    return max(image[1:]) // 8
+
+
 def samples(input: Input, batch: int, make: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """A batch of each tensor. `make(*sizes)` gives those in the backbone's dtype; whole numbers and booleans alternate between 0 and 1.
 

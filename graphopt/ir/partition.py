@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.errors import PassError, listed
+from graphopt.errors import PassError, SelectError, did_you_mean, listed
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
@@ -139,7 +139,11 @@ def _candidate_after(graph: Graph, candidates: Sequence[CutCandidate], name: str
     for candidate in candidates:
         if candidate.label == name:
             return candidate
-    region = named_region(graph, name)
+    try:
+        region = named_region(graph, name)
+    except SelectError as error:
+        near = did_you_mean(name, (*(c.label for c in candidates), *graph.paths))
+        raise SelectError(error.what, where=error.where, fix=near) from error
     exits = region.exits or region.nodes[-1:]
     found = next((c for c in candidates if exits == (c.node,)), None)
     if found is None:

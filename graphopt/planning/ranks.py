@@ -188,14 +188,14 @@ class TrainedPart:
 def trained_part(plan: Plan, samples: int | None) -> TrainedPart:
     """What the steps of a plan's phase run; a cache over its limit is none."""
     cut = plan.needs.features
-    if cut is None or not cache_bytes(cut.node, cut.options, samples or 1):
+    if cut is None or not cache_bytes(cut, samples or 1):
         return TrainedPart(plan.module, plan.graph.input)
     from graphopt.train.feature_cache.prefix import OnFeatures
 
     suffix, value = OnFeatures(emit(plan.graph, start=cut.node)), cut.node.meta["val"]
     behind = {id(tensor) for tensor in _tensors(suffix)}
     left_out = sum(tensor.nbytes for tensor in _tensors(plan.module) if id(tensor) not in behind)
-    row_bytes = stored_bytes(tuple(value.shape[1:]), cut.options["dtype"])
+    row_bytes = stored_bytes(cut.shape, cut.options["dtype"])
     return TrainedPart(suffix, tuple(value.shape[1:]), row_bytes, cut.options.get("views") or 1, left_out)
 
 

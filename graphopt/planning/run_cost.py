@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.compiler.emit import emit
+from graphopt.compiler.pass_base import FeatureCut
 from graphopt.compiler.plan import Phase, Plan
 from graphopt.compiler.triggers import Decision, step_at
 from graphopt.cost import Cost, Rates, StepOptions, forecast
@@ -24,7 +25,7 @@ from graphopt.errors import RunError
 from graphopt.ir.blocks import find_blocks
 from graphopt.ir.flow import cut_points
 from graphopt.ir.graph import Graph
-from graphopt.ir.inputs import Input, input_of
+from graphopt.ir.inputs import Input, image_of, input_of
 from graphopt.ir.shapes import SHAPE_BATCH, tensors_in
 from graphopt.runtime.quantized import stored_bytes
 from graphopt.spec import DataSpec, TrainSpec
@@ -180,6 +181,7 @@ def forecast_run(
     steps = samples // train.batch
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
+    redrawn = plan.spec is not None and plan.spec.data.augment.redraws  # else no features are computed anew
     known = {} if known is None else known
     if "whole" not in known:
         backbone = emit(plan.sizes.whole)
@@ -204,7 +206,7 @@ def forecast_run(
         phase = PhaseCost(start, epochs, due, steps * forward, steps * backward, seconds, step, feature_bytes=cached)
         if filling is not None:
             cost, batches = filling
-            if every := current.needs.features and current.needs.features.options.get("refresh"):
+            if redrawn and (every := current.needs.features and current.needs.features.options.get("refresh")):
                 batches += samples / cost.batch * max(0, math.ceil(end) - math.ceil(start) - 1) / every
             phase = replace(phase, filling_flops=int(batches * cost.forward_flops), filling_seconds=_seconds(rates, cost, batches))
         found.append(phase)
@@ -295,17 +297,20 @@ def _phase_cost(
     """One training step; one batch of filling the feature cache (from that of the phase before), and the number of batches; its size."""
     options = {**options, "targets": plan.needs.targets}
     cut = plan.needs.features
-    if cut is None or not (cached := cache_bytes(cut.node, cut.options, samples)):
+    if cut is None or not (cached := cache_bytes(cut, samples)):
         return forecast(plan.module, plan.graph.input, train.batch, **options), None, 0
     step = forecast(plan.suffix, input_of(plan.suffix), train.batch, **options)
     old = earlier.needs.features if earlier is not None else None
-    if earlier is not None and earlier.base is not plan.base:
+    if (earlier is not None and earlier.base is not plan.base) or cut.crops:
         old = None  # features of images of another size
     start = next((n for n in plan.graph.nodes if old is not None and n.name == old.node.name), None)
     if start is cut.node:
         return step, None, cached
     prefix = emit(plan.graph, start=start, stop=cut.node)
-    fill = _forward_cost(prefix, input_of(prefix), train.micro_batch(), options)
+    given = input_of(prefix)
+    if cut.crops and (image := image_of(given)):
+        given = (image[0], image[1] + cut.crops.pixels[0], image[2] + cut.crops.pixels[1])
+    fill = _forward_cost(prefix, given, train.micro_batch(), options)
     return step, (fill, samples * (cut.options.get("views") or 1) / fill.batch), cached
 
 
@@ -314,10 +319,10 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape[1:])
 
 
-def cache_bytes(cut: fx.Node, options: Mapping[str, Any], samples: int) -> int:
-    """Size of a feature cache at `cut`; 0 if that is over its limit, so that the prefix runs in every step instead."""
-    size = stored_bytes(_shape(cut), options.get("dtype") or "float32") * samples * (options.get("views") or 1)
-    limit = options.get("limit")
+def cache_bytes(cut: FeatureCut, samples: int) -> int:
+    """Size of a feature cache; 0 if that is over its limit, so that the prefix runs in every step instead."""
+    size = stored_bytes(cut.shape, cut.options.get("dtype") or "float32") * samples * (cut.options.get("views") or 1)
+    limit = cut.options.get("limit")
     return size if limit is None or size <= limit else 0
 
 

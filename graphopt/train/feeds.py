@@ -41,15 +41,15 @@ class Feeds:
         wanted = input, needs or ImageNeeds()
         if wanted == self._is:
             return
-        data = self.data if wanted == (self.own, ImageNeeds()) else self._prepared(*wanted)
+        data = self.prepared(*wanted)
         self.close()
         self._is = wanted
         self.images, self.evaluation = self._feeds(data)
 
-    def check(self, input: Input, needs: ImageNeeds | None) -> None:
-        """Raises RunError if images cannot be prepared so."""
-        if (input, needs or ImageNeeds()) != (self.own, ImageNeeds()):
-            self._prepared(input, needs or ImageNeeds())
+    def prepared(self, input: Input, needs: ImageNeeds | None) -> Data:
+        """The data, prepared so. Raises RunError if it cannot be."""
+        wanted = input, needs or ImageNeeds()
+        return self.data if wanted == (self.own, ImageNeeds()) else self._prepared(*wanted)
 
     def _prepared(self, input: Input, needs: ImageNeeds) -> Data:
         image = image_of(input)

@@ -24,6 +24,7 @@ from graphopt.train import optimizer as optimizers
 from graphopt.train.distillation import open_teacher
 from graphopt.train.evaluation import check_output, traced_output
 from graphopt.train.feature_cache.cache import FeatureCache
+from graphopt.train.feature_cache.inputs import check_inputs
 from graphopt.train.feeds import Feeds
 from graphopt.train.modules import check_modules
 from graphopt.train.ranks import Ranks
@@ -117,12 +118,14 @@ def _file_digest(file: str | None) -> str | None:
     return hash_parts(Path(file).read_bytes()) if file and Path(file).is_file() else None
 
 
-def check_images(plan: Plan, settings: TrainSpec, feeds: Feeds) -> None:
-    """Raises RunError unless images can be prepared as every phase that is foreseen needs them."""
+def check_images(plan: Plan, settings: TrainSpec, inputs: Inputs) -> None:
+    """Raises RunError unless images can be prepared as every phase that is foreseen needs them, and features of them cached."""
     asked = [item for item in plan.matched if item.instance.value.input(plan.sizes.full) != plan.sizes.full]
     if asked:
         for phase in plan.phases(settings.epochs):
-            feeds.check(phase.plan.base.input, phase.plan.needs.images)
+            data, cut = inputs.feeds.prepared(phase.plan.base.input, phase.plan.needs.images), phase.plan.needs.features
+            if cut is not None:
+                check_inputs(data.train, cut.options, mixed=inputs.mixer is not None)
 
 
 def check_strategy(plan: Plan, settings: TrainSpec, ranks: int = 1) -> None:
@@ -142,7 +145,7 @@ def problems(plan: Plan, settings: TrainSpec, data: DataSpec | Data, *, trust: b
         steps = len(inputs.feeds.images) // settings.accumulate
         check_outputs(plan, inputs.data.classes)
         inputs.features(Path(), "", {}).check(plan)
-        check_images(plan, settings, inputs.feeds)
+        check_images(plan, settings, inputs)
         open_teacher(settings, plan, inputs.data, trust=trust)
     except GraphoptError as error:
         yield error

@@ -156,7 +156,7 @@ class Starting:
         plan.check_phases(settings.epochs)
         check_outputs(plan, self.inputs.data.classes)
         check_optimizer(plan, settings, len(self.inputs.feeds.images) // settings.accumulate)
-        check_images(plan, settings, self.inputs.feeds)
+        check_images(plan, settings, self.inputs)
         check_strategy(plan, settings, self.inputs.strategy.ranks.count)
         self.inputs.strategy.check(plan)
         if self.inputs.strategy.ranks.count > 1:  # else there is nothing to compare it with

@@ -17,9 +17,10 @@ parts it names; with a score, the ends of the backbone's blocks. What has been d
 norms use their running statistics, and its dropout is off, whatever `module.train()` says. In `plan.module` the prefix runs under
 `no_grad`; `plan.suffix` is the remaining network, with the features as its input.
 
-The runner caches the features in RAM or on disk, and only where that is correct: every sample's input must be the same each time. Random
-augmentation is refused, unless `views = n` fixed views of each sample are cached. Where the features do not fit, or take longer to read
-than to compute, the prefix runs under `no_grad` instead, which is slower but gives the same result.
+The runner caches the features in RAM or on disk. Where images are the same in every epoch, training on cached features is training on the
+images. Under random augmentation it is not: then a quarter of the features is computed anew in each epoch (`refresh = 4`), in RAM; `views`
+and `crops` are other ways. Where the features do not fit, or take longer to read than to compute, the prefix runs under `no_grad` instead,
+which is slower and trains on images as they are augmented.
 
 `mode = "bypass"` is the other way to leave blocks out: residual blocks that keep their input's shape are replaced by their shortcut,
 for good, or in each training step with a probability (stochastic depth, arXiv 1603.09382: it grows linearly with depth, up to the full
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
 
     from graphopt import Editor, Graph
 
-_CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "refresh", "folder", "force")
+#: epochs after which all features are new again, where nothing else is said
+REFRESH = 4
+_CACHE_OPTIONS = ("cache", "dtype", "limit", "views", "refresh", "crops", "folder", "force")
 #: options that are valid in one mode only
 _OPTIONS = {"prefix": ("upto", *_CACHE_OPTIONS), "bypass": ("select", "probability", "distribution", "per")}
 
@@ -68,7 +71,11 @@ class Drop(Pass):
             what there is.
         views: with random augmentation: how many fixed views of each sample are cached; epochs use them in rotation.
         refresh: with random augmentation: cached features are computed anew every so many epochs, a part of them in each epoch (4: a
-            quarter), from an image augmented as in that epoch. The cache is no larger than without augmentation. In RAM only.
+            quarter), from an image augmented as in that epoch. The cache is no larger than without augmentation. In RAM only; 4 is the
+            default there, without views.
+        crops: with random crops (`crop = "pad"`): maps of the padded images are cached, and each epoch takes other crops of them, by
+            multiples of the prefix's stride. A flipped image has other features, so flips need views = 2 (half of them are flipped) or
+            refresh. For prefixes that compute alike at every position, as convolutions do.
         folder: of a cache on disk, to keep it after the run or to put it on another disk; a spec that names one needs --trust.
         force: cache the features even if reading them is slower than computing them.
         select: bypass: the blocks; default: all of them.
@@ -89,6 +96,7 @@ class Drop(Pass):
     limit: Size | None = None
     views: Annotated[int, Field(ge=1, strict=True)] | None = None
     refresh: Annotated[int, Field(ge=1, strict=True)] | None = None
+    crops: StrictBool = False
     folder: str | None = None
     force: StrictBool = False
     select: Selector | None = None
@@ -104,6 +112,8 @@ class Drop(Pass):
             raise ValueError(f"{' and '.join(wrong)}: only valid with mode = {other!r}")
         if self.folder is not None and self.cache != "disk":
             raise ValueError('folder: only valid with cache = "disk"')
+        if self.crops and self.cache == "none":
+            raise ValueError("crops are taken of cached features: they need a cache")
         if self.refresh is not None and (self.views is not None or self.cache != "ram"):
             raise ValueError('refresh: only valid with cache = "ram", and without views')
         if self.mode == "prefix" and isinstance(self.when, Steps) and self.upto is not None:
@@ -133,26 +143,39 @@ class Drop(Pass):
 
     def _match_prefix(self, graph: Graph) -> Match[dict[str, str]]:
         """Decides the node at which the prefix ends, for each part that a trigger can drop."""
-        from graphopt.passes.drop.prefix import bytes_per_sample, parts_between
+        from graphopt.passes.drop.prefix import crops_of, parts_between
+        from graphopt.runtime.quantized import stored_bytes
 
         cuts = self._cuts(graph)
+        shapes = {name: tuple(cut.meta["val"].shape[1:]) for name, cut in cuts.items()}
+        left_out: Mapping[str, str] = {}
+        if self.crops:
+            larger, left_out = crops_of(graph, cuts, named=self.upto is not None or isinstance(self.when, Steps))
+            cuts, shapes = {name: cuts[name] for name in larger}, {name: found.shape for name, found in larger.items()}
         regions = parts_between(graph, cuts)
         match = Match(regions, {r.name: cuts[r.name].name for r in regions}, self._cache_options())
+        for name, why in left_out.items():
+            match.skip(name, why)
         if self.cache == "none":
             return match
-        sizes = {r.name: bytes_per_sample(cuts[r.name], self.dtype) for r in regions}
+        sizes = {r.name: stored_bytes(shapes[r.name], self.dtype) for r in regions}
         smallest = min(sizes.values())
         if self.limit is not None and self.limit < smallest:
             why = f"limit = {show_size(self.limit)} is smaller than one sample's features ({show_size(smallest)} at least)"
             match.refuse("limit", why, fix="Raise it, or end the prefix later")
         views = f" for each of {self.views} views" if self.views else ""
         for name, size in sizes.items():
-            shape = "x".join(map(str, cuts[name].meta["val"].shape[1:]))
+            shape = "x".join(map(str, shapes[name]))
             match.note(name, f"a drop here caches {shape} features: {show_size(size)} per sample in {self.dtype}{views}")
         return match
 
     def _cache_options(self) -> dict[str, Any] | None:
-        return None if self.cache == "none" else {name: getattr(self, name) for name in _CACHE_OPTIONS}
+        if self.cache == "none":
+            return None
+        options = {name: getattr(self, name) for name in _CACHE_OPTIONS}
+        if self.cache == "ram" and not self.views and not self.refresh:
+            options["refresh"] = REFRESH
+        return options
 
     def _cuts(self, graph: Graph) -> dict[str, Node]:
         """Where this pass can cut, by name."""
@@ -173,7 +196,9 @@ class Drop(Pass):
         return cuts
 
     def _drop_prefix(self, edit: Editor, match: ActiveMatch[dict[str, str]]) -> Effects:
-        from graphopt.passes.drop.prefix import bytes_per_sample, check_cut, drop_prefix
+        from graphopt.ir.shifts import croppable
+        from graphopt.passes.drop.prefix import check_cut, drop_prefix
+        from graphopt.runtime.quantized import stored_bytes
 
         nodes = {n.name: n for n in edit.graph.nodes}
         cuts = [check_cut(edit.graph, nodes.get(match.decision[name]), name) for name in match.names]
@@ -183,8 +208,9 @@ class Drop(Pass):
             effects.mark(name, Status.DROPPED, upto=last)
         options = self._cache_options()
         if options is not None:
-            effects.figures |= {"cut": last, "feature_bytes_per_sample": bytes_per_sample(cuts[-1], self.dtype)}
-            effects.needs = RuntimeNeeds(features=FeatureCut(cuts[-1], last, options))
+            features = FeatureCut(cuts[-1], last, options, croppable(edit.graph, cuts[-1]) if self.crops else None)
+            effects.figures |= {"cut": last, "feature_bytes_per_sample": stored_bytes(features.shape, self.dtype)}
+            effects.needs = RuntimeNeeds(features=features)
         return effects
 
     def _match_bypass(self, graph: Graph) -> Match[dict[str, float]]:

@@ -19,9 +19,9 @@ from graphopt.ir.nodes import activations, parameters_of, parameters_read, stora
 from graphopt.ir.paths import is_below, lineage
 from graphopt.ir.regions import region_at
 from graphopt.ir.shapes import SHAPE_BATCH, propagate_shapes
+from graphopt.ir.shifts import Croppable, croppable
 from graphopt.runtime.body import NoGrad
 from graphopt.runtime.by_mode import always_eval, depends_on_mode, is_random
-from graphopt.runtime.quantized import stored_bytes
 
 
 def possible_cuts(graph: Graph) -> tuple[Node, ...]:
@@ -98,9 +98,25 @@ def parts_between(graph: Graph, cuts: Mapping[str, Node]) -> tuple[Region, ...]:
     return tuple(found)
 
 
-def bytes_per_sample(cut: Node, dtype: str) -> int:
-    """Bytes of one sample's features in a dtype of torch, by its name."""
-    return stored_bytes(tuple(cut.meta["val"].shape[1:]), dtype)
+def crops_of(graph: Graph, cuts: Mapping[str, Node], *, named: bool) -> tuple[dict[str, Croppable], dict[str, str]]:
+    """What is cached of the cuts whose activations can be cropped in the place of the images, and why the others cannot.
+
+    Raises PassError if there is none, or if one cannot that was `named`.
+    """
+    found, left_out = dict[str, Croppable](), dict[str, str]()
+    for name, cut in cuts.items():
+        try:
+            found[name] = croppable(graph, cut)
+        except PassError as error:
+            if named:
+                raise PassError(f"{error.what} ({error.where})", where="crops", fix=_FIX_CROPS) from error
+            left_out[name] = f"{error.what} ({error.where})"
+    if not found:
+        raise PassError(next(iter(left_out.values())), where="crops", fix=_FIX_CROPS)
+    return found, left_out
+
+
+_FIX_CROPS = "End the prefix earlier, or compute a part of the features anew in each epoch (refresh = 4)"
 
 
 def _end_of(graph: Graph, region: Region) -> Node | None:

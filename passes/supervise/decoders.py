@@ -31,6 +31,7 @@ LINEAR_RANK = 64
 
 #: how far a reverted image may lie outside [0, 1]: normalised in bfloat16, by rounded statistics
 ROUNDING = 0.01
+_FIX_RANGE = "Give mean and std as the data is normalised ([data] mean, std); erasing by random values (erase_mode) leaves that range, too"
 
 
 def position_at(step_index: int, count: int) -> int:
@@ -239,7 +240,7 @@ class ImageDecoder(nn.Module):
         low, high = (image * self.std + self.mean).aminmax()
         if low < -ROUNDING or high > 1 + ROUNDING:
             what = f"with mean and std reverted, the image has values from {low:.3g} to {high:.3g}, and the decoder rebuilds [0, 1]"
-            raise RunError(what, where="supervise", fix="Give mean and std as the data is normalised ([data] mean, std)")
+            raise RunError(what, where="supervise", fix=_FIX_RANGE)
 
     def forward(self, state: tuple[Tensor, int], x: Tensor) -> tuple[Tensor, Tensor]:
         return self.decoder(state, (x * self.std + self.mean).clamp(0, 1))

@@ -241,7 +241,10 @@ def test_check_and_train_refuse_a_later_phase_alike(capsys: pytest.CaptureFixtur
 
 
 def test_check_and_train_refuse_features_that_cannot_be_cached_alike(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    augmented = SPEC.replace('use = "freeze"\nselect = ["conv1", "bn1"]', 'use = "drop"\nupto = "layer1"') + "[data.augment]\nhflip = 0.5\n"
+    augmented = (
+        SPEC.replace('use = "freeze"\nselect = ["conv1", "bn1"]', 'use = "drop"\nupto = "layer1"\ncache = "disk"')
+        + "[data.augment]\nhflip = 0.5\n"
+    )
     Path("s.toml").write_text(augmented)
     messages = [refused(capsys, *command) for command in (["check", "s.toml"], ["train", "s.toml", "-o", "run"])]
     assert messages[0] == messages[1]

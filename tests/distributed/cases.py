@@ -70,12 +70,16 @@ _CHANGES: tuple[Pass, ...] = (
     Drop(upto="blocks.0", when={"epoch": 3}, cache="none"),
 )
 _SCORED = Freeze(select=["stem", "blocks.0", "blocks.1"], when={"score": "change", "below": 10.0})
+_COMPARED = Freeze(select=["stem", "blocks.0"], when={"score": "plasticity", "window": 2, "patience": 1, "below": 0.9})
 PHASES = {
     "freeze, thaw, drop with adamw": Case(_CHANGES, {"epochs": 4, "optimizer": ADAMW, "ema": 0.9}),
     "supervise, then not": Case((Supervise(modules=2, when={"epoch": 0, "until": 1}),), {"epochs": 2}),
     "freezeout": Case((Freeze(select=["stem", "blocks.0", "blocks.1"], when={"schedule": "freezeout"}),), {"epochs": 2, "ema": 0.9}),
     "frozen by score": Case((_SCORED,), {"epochs": 3}),
+    "frozen by outputs": Case((_COMPARED,), {"epochs": 5}),
 }
+#: cases of which a score decides something
+DECIDED = ("frozen by score", "frozen by outputs")
 #: a head's own norms, norms in sections, those that freeze and thaw, and timm's with an activation
 SYNC = {
     name: Case(passes, {"sync_norm": True, **settings}, norm=nn.BatchNorm2d, within=within)

@@ -18,7 +18,7 @@ import graphopt
 from graphopt import RunError
 from graphopt.data.loader import ImageFeed, open_data
 from graphopt.passes.drop import Drop
-from graphopt.spec import DataSpec, TrainSpec
+from graphopt.spec import AugmentSpec, DataSpec, TrainSpec
 from graphopt.train import Stopped, train
 from graphopt.train.checkpoint import load_checkpoint
 from graphopt.train.feature_cache import cache as cache_module
@@ -262,3 +262,26 @@ def test_a_file_that_is_cut_short_under_one_rank(tmp_path):
 @pytest.mark.parametrize(("ranks", "views"), [(2, 1), (3, 2)])
 def test_features_and_order_are_those_of_the_images(tmp_path, ranks, views):
     run_ranks(_feeds, str(tmp_path), views, ranks=ranks)
+
+
+def _crops(rank: int, folder: str) -> None:
+    """Each sample's features, cropped after they were exchanged, are those of one process."""
+    torch.set_num_threads(1)
+    ranks = Ranks.join(60).connected(torch.device("cpu"))
+    plan = _plan(when="start", upto="blocks.0", crops=True, views=2)
+    opened = open_data(DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5)}), (3, 8, 8), 0).train
+
+    def feed_of(strategy: Strategy, images: ImageFeed, name: str) -> FeatureFeed:
+        cache = FeatureCache(images, strategy, folder=Path(folder) / name, digest=plan.digest, identity={})
+        return cache.prepare(plan, {})[0]
+
+    several = feed_of(Strategy(torch.device("cpu"), ranks=ranks), ImageFeed(opened, 12, rank=ranks), f"{rank}")
+    alone = feed_of(Strategy(torch.device("cpu")), ImageFeed(opened, 12), f"alone-{rank}")
+    for epoch in range(2):
+        expected = {int(i): features for batch in alone.batches(epoch) for i, features in zip(batch.sample, batch.input, strict=True)}
+        for batch in several.batches(epoch):
+            assert torch.allclose(batch.input, torch.stack([expected[int(i)] for i in batch.sample]), atol=1e-5)
+
+
+def test_crops_do_not_depend_on_the_number_of_ranks(tmp_path):
+    run_ranks(_crops, str(tmp_path))

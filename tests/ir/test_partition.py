@@ -45,6 +45,8 @@ def test_explicit_cuts_are_sorted_and_checked(graph: graphopt.Graph) -> None:
         explicit(graph, candidates, ["blocks.1.conv1"])
     with pytest.raises(SelectError, match="Did you mean"):
         explicit(graph, candidates, ["blocks.7"])
+    with pytest.raises(SelectError, match=r"Did you mean 'blocks.0 \(add\)'"):
+        explicit(graph, candidates, ["blocks.0.(add)"])
 
 
 def test_the_samples_must_be_in_the_first_dimension() -> None:

@@ -244,10 +244,16 @@ def test_every_sample_once_per_epoch_in_the_images_order(tmp_path):
 AUGMENTED = DATA.model_copy(update={"augment": AugmentSpec(crop="pad", hflip=0.5)})
 
 
-def test_random_augmentation_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(RunError, match="refresh = 4"):
-        run(tmp_path, data=AUGMENTED)
+def test_random_augmentation_is_refused_on_disk_before_the_first_step(tmp_path):
+    with pytest.raises(RunError, match=r"Cache them in RAM.*views = 4"):
+        run(tmp_path, data=AUGMENTED, cache="disk")
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_by_default_a_part_of_the_features_is_computed_anew_in_each_epoch(tmp_path):
+    found = run(tmp_path, "default", data=AUGMENTED)
+    assert equal(weights(found), weights(run(tmp_path, "four", data=AUGMENTED, refresh=4)))
+    assert not equal(weights(found), weights(run(tmp_path, "fixed", data=AUGMENTED, views=1)))
 
 
 def test_fixed_views_come_in_turn(tmp_path):

@@ -34,7 +34,7 @@ def test_a_run_trains_on_them_and_says_how_far_off_they_are(tmp_path, cache):
     reference = weights(run(tmp_path, "reference"))
     records = features_of(folder)
     plan = plan_of(dtype="int8").phase_at(1, 5)
-    size = cache_bytes(plan.needs.features.node, plan.needs.features.options, 80)
+    size = cache_bytes(plan.needs.features, 80)
     assert records[0]["bytes"] == size == 80 * (8 * 8 * 8 + 4 * 8), "as forecast, to the byte"
     assert [r["filled_from"] for r in records] == ["images", "features"]
     assert all(0 < r["error"] < 0.02 for r in records)

@@ -26,7 +26,9 @@ from graphopt.errors import RunError
 from graphopt.files import reason
 from graphopt.hashing import hash_parts, raw_bytes
 from graphopt.runtime.quantized import stored, stored_bytes, unpack
+from graphopt.train.feature_cache.crops import Crops, surrounded
 from graphopt.train.feature_cache.exchange import Deal, Exchange, owned
+from graphopt.train.feature_cache.inputs import check_inputs
 from graphopt.train.feature_cache.prefix import Cut, Declined, FeatureFeed, OnFeatures, Prefix, key_of
 from graphopt.train.feature_cache.store import (
     CacheDirectory,
@@ -80,6 +82,7 @@ class FeatureCache:
         self.on_progress: Callable[[int, int, int], None] = lambda done, rows, signum: None  # noqa: ARG005 (names say what it gets)
         self.on_message: Callable[[str], None] = lambda text: None  # noqa: ARG005
         self.last_decision: dict[str, Any] = {}
+        self._inputs = self.samples  # from which features are computed: of a sample its image, or a larger one
         self._held: CacheEntry | None = None
         self._epoch = 0  # of which the held entry has the views, where they are refreshed
         self._exchange: Exchange | None = None
@@ -95,30 +98,13 @@ class FeatureCache:
             options = item.match.feature_options
             if options is None:
                 continue
-            self._check_inputs(options)
+            check_inputs(self.samples, options, mixed=self.mixed)
             limit = options.get("limit")
             rows = [stored_bytes(tuple(region.exits[0].meta["val"].shape[1:]), options["dtype"]) for region in item.match.regions]
             least = self.images.batch * min(rows, default=0)
             if limit is not None and limit < least:
                 what = f"limit = {show_size(limit)} is smaller than one batch of features ({show_size(least)} at least)"
                 raise RunError(what, where=item.instance.label, fix="Raise it, or drop the prefix without a cache")
-
-    def _check_inputs(self, options: Mapping[str, Any]) -> None:
-        if self.mixed:
-            what = "mixup and CutMix make new inputs from every batch, so features of them cannot be cached"
-            raise RunError(what, where="data.augment", fix='Leave them out, or run the prefix in every step (cache = "none")')
-        if self.samples.repeats > 1:
-            fix = 'Leave repeats out, or run the prefix in every step (cache = "none")'
-            raise RunError("images that an epoch repeats have no features that could be cached", where="data.augment.repeats", fix=fix)
-        if not self.samples.deterministic and not options.get("views") and not options.get("refresh"):
-            what = "random augmentation gives a sample another input in every epoch, so features of it cannot be cached"
-            fix = 'Compute a part of them anew in each epoch (refresh = 4), or run the prefix in every step (cache = "none")'
-            raise RunError(what, where="data.augment", fix=fix)
-        for view in range(_views(options)):
-            once, again = (self.samples[(view, 0)][1] for _ in range(2))
-            if not torch.equal(once, again):
-                what = "the transform gives another input each time for the same view of a sample"
-                raise RunError(what, where="data", fix="Let it draw from torch's, numpy's or Python's own generators only")
 
     def prepare(self, plan: Plan, record: Mapping[str, Any], epoch: int = 0) -> tuple[Feed, nn.Module, dict[str, Any]]:
         """The feed and the module that a phase trains with from `epoch` on, and a record of that for its checkpoints.
@@ -149,7 +135,9 @@ class FeatureCache:
         assert cut is not None
         self.last_decision["cut"] = cut.region
         resumed = record.get("cut") == cut.node.name
-        route = [*record.get("route", []), *([] if resumed else [cut.node.name])]
+        # Crops of an earlier cut's features are of images of another size.
+        route = [cut.node.name] if cut.crops else [*record.get("route", []), *([] if resumed else [cut.node.name])]
+        self._inputs = surrounded(self.samples, cut.crops, cut.options) if cut.crops else self.samples
         declined = "it was decided so before" if resumed and not record["kept"] else None
         if self._exchange is None and self.ranks.count > 1:
             self._exchange = Exchange(self.ranks)
@@ -163,11 +151,16 @@ class FeatureCache:
             # The next cut starts from the images again.
             return self.images, plan.module, {"cut": cut.node.name, "kept": False, "route": []}
         self.last_decision |= {"kept": True, "bytes": int(self.ranks.sum([self._held.layout.bytes])[0])}
-        shape = tuple(cut.node.meta["val"].shape[1:])
-        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange, shape if cut.options["dtype"] == "int8" else None)
+        shape, crops = cut.shape, None
+        if cut.crops:
+            height, width = cut.node.meta["val"].shape[2:]
+            crops = Crops((height, width), (shape[1] - height, shape[2] - width), len(self.samples), self.images.seed)
+        packed = shape if cut.options["dtype"] == "int8" else None
+        feed = FeatureFeed(self._held, self.images, _views(cut.options), self._exchange, packed, crops)
         if (every := cut.options.get("refresh")) and not self.samples.deterministic:
             whole = Prefix(plan, [Cut(cut.node, self._held.layout, shape)], self.strategy)
             feed.refresh = partial(self._refresh, self._held, whole, every)
+            self.on_message(f"features of {cut.region} are computed anew every {every} epochs, a part of them in each")
         return feed, OnFeatures(plan.suffix), {"cut": cut.node.name, "kept": True, "route": route}
 
     def close(self) -> None:
@@ -182,7 +175,7 @@ class FeatureCache:
         # Whole chunks, so that what is computed anew has the bits that it has in an entry that is filled in that epoch.
         due = [c for c in range(layout.chunks) if view_of(c, epoch, every) != view_of(c, self._epoch, every)]
         keys = ([(view_of(c, epoch, every), own[row]) for row in range(*layout.span(c))] for c in due)
-        for chunk, batch in zip(due, load(self.samples, keys, self.images.workers), strict=True):
+        for chunk, batch in zip(due, load(self._inputs, keys, self.images.workers), strict=True):
             first, end = layout.span(chunk)
             entry.features[first:end] = prefix.stored(batch.input, first=False)
         self._epoch = epoch
@@ -191,7 +184,7 @@ class FeatureCache:
         """Finds or fills the entry at the end of a route of cuts, by node name; or says why it will not be cached."""
         assert plan.needs.features is not None
         options = plan.needs.features.options
-        self._check_inputs(options)
+        check_inputs(self.samples, options, mixed=self.mixed)
         try:
             cuts = self._cuts(plan, route, options)
             size, limit = int(self.ranks.sum([cuts[-1].layout.bytes])[0]), options.get("limit")
@@ -215,6 +208,7 @@ class FeatureCache:
 
     def _cuts(self, plan: Plan, route: Sequence[str], options: Mapping[str, Any]) -> list[Cut]:
         """The cuts of a route, each with the layout of its features. A cut on the way is filled only if the next one needs it."""
+        assert plan.needs.features is not None
         nodes = {n.name: n for n in plan.graph.nodes}
         views, dtype, count, batch = _views(options), options["dtype"], len(self.samples), self.images.batch
         self._fingerprint = self._fingerprint or self._attempt(self.samples.fingerprint)
@@ -229,7 +223,7 @@ class FeatureCache:
             whole = key_of(plan.graph, start, node, whole, (dtype, views, self.strategy.precision, count))
             # Kernels may round differently for another batch size: a rank's own features are those that it computed in its own batches.
             key = hash_parts(whole.encode(), f"{batch} {part}{refreshed}".encode())
-            shape = tuple(node.meta["val"].shape[1:])
+            shape = plan.needs.features.shape if node is plan.needs.features.node else tuple(node.meta["val"].shape[1:])
             row, kind = stored(shape, dtype)
             cuts.append(Cut(node, EntryLayout(key, own * views, row, kind, batch, whole, part), shape))
         return cuts
@@ -237,7 +231,7 @@ class FeatureCache:
     def _probe(self, views: int) -> list[bytes]:
         """The inputs of a few samples, which change with the transform."""
         count = len(self.samples)
-        return [bytes(raw_bytes(self.samples[(v, i)][1])) for v in range(views) for i in sorted({0, count // 3, 2 * count // 3, count - 1})]
+        return [bytes(raw_bytes(self._inputs[(v, i)][1])) for v in range(views) for i in sorted({0, count // 3, 2 * count // 3, count - 1})]
 
     def _load_or_fill(self, plan: Plan, cuts: Sequence[Cut], options: Mapping[str, Any], trial: bool) -> CacheEntry:
         """The entry of the last of `cuts`: held, found on disk, or filled from that of the cut before."""
@@ -350,7 +344,7 @@ class FeatureCache:
             packed = source.features[0:0].dtype == torch.uint8
             found = ((source.features[first:end], source.targets[first:end]) for first, end in fill.missing)
             return ((unpack(rows, before) if packed else rows, targets) for rows, targets in found)
-        return ((batch.input, batch.target) for batch in load(self.samples, keys, self.images.workers))
+        return ((batch.input, batch.target) for batch in load(self._inputs, keys, self.images.workers))
 
     def _check_faster(self, fill: Fill, last: int, computing: float) -> None:
         """Reads back, in random order, the chunks from 1 to `last`, which took `computing` seconds to compute."""

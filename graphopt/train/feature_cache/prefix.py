@@ -20,6 +20,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, parameters_read
 from graphopt.runtime.dtypes import dtype_name
 from graphopt.runtime.quantized import pack, unpack
+from graphopt.train.feature_cache.crops import Crops
 from graphopt.train.feature_cache.exchange import Exchange
 from graphopt.train.feature_cache.store import CacheEntry, EntryLayout
 from graphopt.train.strategy import Strategy
@@ -151,9 +152,10 @@ class FeatureFeed:
         views: int = 1,
         exchange: Exchange | None = None,
         packed: tuple[int, ...] | None = None,
+        crops: Crops | None = None,
     ) -> None:
-        """`packed` is the shape of one sample's features where the entry has them in eight bits."""
-        self._packed = packed
+        """`packed` is the shape of one sample's features where the entry has them in eight bits; `crops` are taken of each."""
+        self._packed, self._crops = packed, crops
         self.entry, self._images, self._views, self._exchange = entry, images, views, exchange
         self.refresh: Callable[[int], None] = lambda epoch: None  # noqa: ARG005 (brings the entry to the views of an epoch)
 
@@ -166,7 +168,7 @@ class FeatureFeed:
         images = self._images
         rank, size, own = images.rank, images.batch, self.entry.layout.rows // self._views
         order = torch.tensor(epoch_order(len(images.samples), images.seed, epoch))
-
+        crop = self._crops.of(epoch) if self._crops else lambda features, _: features
         failed: list[Exception] = []
 
         def load(number: int) -> Batch:
@@ -188,6 +190,7 @@ class FeatureFeed:
                 features, targets = self._exchange.batch(wanted, features, targets)
             if self._packed is not None:
                 features = unpack(features, self._packed)
+            features = crop(features, wanted[rank.number])
             return Batch(wanted[rank.number], features.pin_memory() if images.pin else features, targets)
 
         with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
