@@ -63,12 +63,13 @@ class _Facts(NamedTuple):
 
     namespace: str
     packet: Any
-    is_view: bool
+    computes: bool
 
 
 @cache
 def _facts(func: Any) -> _Facts:
-    return _Facts(func.namespace, func.overloadpacket, func.is_view)
+    # A view is no work; an optimizer's step marks its beginning and its end for the profiler.
+    return _Facts(func.namespace, func.overloadpacket, not func.is_view and func.namespace != "profiler")
 
 
 def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -189,6 +190,10 @@ class Ledger(TorchDispatchMode):
             if kind == Kind.PARAMETER:
                 self.weights[number] = True
 
+    def alive(self) -> frozenset[int]:
+        """The storages that are there now."""
+        return frozenset(reference.index for reference in self._references.values())
+
     def start_phase(self, name: str, times: int = 1) -> None:
         """A phase of the step starts here, whose work counts so many times."""
         self.times = times
@@ -229,7 +234,7 @@ class Ledger(TorchDispatchMode):
         if facts.packet in _DIFFERENT:
             out = _as_real(facts.packet, args, out)
         inputs, outputs = _tensors_of(args, kwargs), tensors_in(out)
-        if self._open and not facts.is_view:
+        if self._open and facts.computes:
             self.kernels += self.times
             self.moved += self.times * sum([t.numel() * t.element_size() for t in (*inputs, *outputs)])
         registered = [self._register(t.untyped_storage()) for t in outputs]

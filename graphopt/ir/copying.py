@@ -7,7 +7,7 @@ module anew. What has a way of its own to be copied still goes that way.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -164,3 +164,40 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
         for item in items:
             if isinstance(item, Tensor):
                 yield item
+
+
+class LooseTensor(Exception):
+    """A module holds a tensor that is neither a parameter nor a buffer."""
+
+
+def outline(value: Any) -> Any:
+    """A hashable description of a module or of what one holds: equal ones run alike, values of tensors aside.
+
+    An object of a kind that is not known is equal to no other. Raises LooseTensor.
+    """
+    kind = type(value)
+    if kind in _FIXED:
+        return kind, value
+    if isinstance(value, Tensor):
+        return kind, value.shape, value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, nn.Module):
+        return kind, tuple([(name, _registered(held) if name in _TENSORS else outline(held)) for name, held in vars(value).items() if held != {}])
+    if kind in (list, tuple, set, frozenset):
+        return kind, tuple(map(_apart_from_tensors, value))
+    if kind in (dict, OrderedDict):
+        return kind, tuple((k, _apart_from_tensors(v)) for k, v in value.items())
+    return object()
+
+
+#: where a module registers tensors
+_TENSORS = ("_parameters", "_buffers")
+
+
+def _registered(tensors: Mapping[str, Tensor | None]) -> Any:
+    return tuple([(name, outline(tensor)) for name, tensor in tensors.items()])
+
+
+def _apart_from_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        raise LooseTensor
+    return outline(value)
