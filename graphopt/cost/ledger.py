@@ -316,7 +316,15 @@ class Ledger(TorchDispatchMode):
 
     def live_at(self, event: int) -> dict[str, int]:
         """Bytes by kind after `event`."""
-        return {kind.name.lower(): int(self.live((kind,))[event]) for kind in Kind}
+        events = np.asarray(self.events[: event + 1], dtype=np.int64)
+        number = np.where(events < 0, ~events, events)
+        changes = np.where(events < 0, -1, 1) * np.asarray(self.sizes, dtype=np.int64)[number]
+        kinds = np.asarray(self.kinds, dtype=np.int64)[number]
+        return {kind.name.lower(): int(changes[kinds == kind].sum()) for kind in Kind}
+
+    def total(self, kind: Kind) -> int:
+        """Bytes of all storages of a kind, whenever they were there."""
+        return int(np.asarray(self.sizes, dtype=np.int64)[np.asarray(self.kinds, dtype=np.int64) == kind].sum())
 
     def phase_of(self, event: int) -> str:
         """Name of the phase that an event belongs to."""

@@ -68,10 +68,7 @@ def parts_of(module: nn.Module) -> tuple[Part, ...] | None:
     if not isinstance(module, fx.GraphModule):
         return None
     flat = _Flat(module)
-    names = {part: name for name, part in module.named_modules()}
-    called = {str(node.target) for node in flat.nodes if node.op == "call_module"}
-    # What is attributed to a module goes by the name under which it is registered first.
-    if not flat.complete or any("origin" not in n.meta for n in flat.nodes) or any(names[module.get_submodule(n)] != n for n in called):
+    if not flat.complete or any("origin" not in node.meta for node in flat.nodes):
         return None
     bounds = [0, *flat.cuts(), len(flat.nodes)]
     if len(bounds) == 2:
@@ -91,7 +88,7 @@ class _Flat:
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+        self.module, self.modules = module, dict(module.named_modules())
         self.nodes: list[Node] = []
         self.sources: dict[Node, Node] = {}
         self.unrecorded: set[Node] = set()
@@ -100,19 +97,19 @@ class _Flat:
         self.complete = len(inputs) == 1
         self.input, self.output = next(iter(inputs)), module.graph.output_node()
         for node in module.graph.nodes:
-            wrapper = module.get_submodule(str(node.target)) if node.op == "call_module" and sections else None
+            wrapper = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            # What is attributed to a module goes by the name under which it is registered first.
+            self.complete &= wrapper is not None or node.op != "call_module"
             if isinstance(wrapper, NoGrad) and not node.kwargs and all(i.op in ("placeholder", "get_attr") for i in node.all_input_nodes):
                 self._expand(node, wrapper)
                 sections -= 1
             elif node.op in _CALLS and node not in self.sources:
                 self.nodes.append(node)
         self.complete &= sections == 0
-        #: position of each call, and of the last that uses its value
-        self.position = {node: number for number, node in enumerate(self.nodes)}
-        self.last_use: dict[Node, int] = {}
-        for number, node in enumerate(self.nodes):
-            self.last_use |= dict.fromkeys(self.inputs(node), number)
-        self.last_use |= {self.source(i): len(self.nodes) for i in self.output.all_input_nodes}
+        #: what each call takes, and the number of the last call that uses a value
+        self.inputs = {node: [self.source(i) for i in node.all_input_nodes] for node in (*self.nodes, self.output)}
+        self.last_use = {value: number for number, node in enumerate((*self.nodes, self.output)) for value in self.inputs[node]}
+        self._registered: dict[str, tuple[Tensor, ...]] = {}
 
     def _expand(self, call: Node, wrapper: NoGrad) -> None:
         graph: fx.Graph = wrapper.body.module.graph  # type: ignore[assignment]  # a body is a graph module
@@ -122,6 +119,7 @@ class _Flat:
         inner = [node for node in graph.nodes if node.op in _CALLS]
         self.nodes += inner
         self.unrecorded.update(inner)
+        self.complete &= all(str(node.target) in self.modules for node in inner if node.op == "call_module")
         result = graph.output_node().args[0]
         if isinstance(result, Node):
             self.sources[call] = result
@@ -138,9 +136,6 @@ class _Flat:
         while node in self.sources:
             node = self.sources[node]
         return node
-
-    def inputs(self, node: Node) -> list[Node]:
-        return [self.source(i) for i in node.all_input_nodes]
 
     def cuts(self) -> list[int]:
         """The numbers of calls before which a single tensor is all that is used from there on, and nothing else of what was used before."""
@@ -171,18 +166,22 @@ class _Flat:
         if not isinstance(value, Tensor) or node is self.input:
             return False
         memory = value.untyped_storage()._cdata
-        given = [i.meta.get("val") for i in self.inputs(node)]
+        given = [i.meta.get("val") for i in self.inputs[node]]
         return all(g.shape == value.shape for g in given if isinstance(g, Tensor) and g.untyped_storage()._cdata == memory)
 
     def tensors_of(self, node: Node) -> Iterator[Tensor]:
         """Parameters and buffers that a call reads."""
         if node.op == "call_module":
-            leaf = self.module.get_submodule(str(node.target))
-            yield from leaf.parameters()
-            yield from leaf.buffers()
-        for given in self.inputs(node):
+            yield from self._of_leaf(str(node.target))
+        for given in self.inputs[node]:
             if given.op == "get_attr":
                 yield _tensor(self.module, str(given.target))
+
+    def _of_leaf(self, target: str) -> tuple[Tensor, ...]:
+        if target not in self._registered:
+            leaf = self.modules[target]
+            self._registered[target] = (*leaf.parameters(), *leaf.buffers())
+        return self._registered[target]
 
     def parts(self, bounds: Sequence[int]) -> Iterator[Part]:
         entry = self.input
@@ -190,9 +189,9 @@ class _Flat:
             nodes, last = tuple(self.nodes[start:end]), end == len(self.nodes)
             # The one value that later parts use.
             leaving = self.output if last else next(n for n in (*reversed(nodes), entry) if self.last_use.get(n, -1) >= end)
-            leaves = {str(n.target): self.module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+            leaves = {str(n.target): self.modules[str(n.target)] for n in nodes if n.op == "call_module"}
             users = (*nodes, self.output) if last else nodes
-            targets = dict.fromkeys(str(i.target) for n in users for i in self.inputs(n) if i.op == "get_attr")
+            targets = dict.fromkeys(str(i.target) for n in users for i in self.inputs[n] if i.op == "get_attr")
             read = {target: _tensor(self.module, target) for target in targets}
             used = [t for n in nodes for t in self.tensors_of(n)] + [*read.values()]
             tensors = {id(t): t for t in used}
@@ -224,7 +223,7 @@ class _Flat:
         found: dict[Node, list[Node]] = {}
         for number in range(start, end):
             node = self.nodes[number]
-            gone = dict.fromkeys(i for i in self.inputs(node) if i.op != "get_attr" and self.last_use[i] == number)
+            gone = dict.fromkeys(i for i in self.inputs[node] if i.op != "get_attr" and self.last_use[i] == number)
             found[node] = [*gone] if node in self.last_use else [node, *gone]
         return found
 

@@ -294,14 +294,13 @@ def cost_of(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_b
     rows = _rows(module, ledger.attribution, saved)
     sums = sum(rows, BlockCost("")).to_dict()
     del sums["path"]
-    sizes = {kind: sum(s for s, k in zip(ledger.sizes, ledger.kinds, strict=True) if k == kind) for kind in Kind}
     peak, at = ledger.peak()
     return Cost(
         batch=batch,
-        parameter_bytes=sizes[Kind.PARAMETER],
-        buffer_bytes=sizes[Kind.BUFFER],
+        parameter_bytes=ledger.total(Kind.PARAMETER),
+        buffer_bytes=ledger.total(Kind.BUFFER),
         gradient_bytes=gradient_bytes,
-        optimizer_bytes=sizes[Kind.OPTIMIZER],
+        optimizer_bytes=ledger.total(Kind.OPTIMIZER),
         input_bytes=ledger.peak((Kind.INPUT,))[0],
         peak_bytes=peak,
         peak_activation_bytes=ledger.peak((Kind.ACTIVATION, Kind.INPUT))[0],
