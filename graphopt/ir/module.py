@@ -25,6 +25,13 @@ class LateModule(fx.GraphModule):
         self.late = False
         self.recompile()
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's, which asks every module on the way for an attribute of any kind."""
+        found: nn.Module | None = self
+        for name in target.split(".") if target else ():
+            found = found._modules.get(name) if found is not None else None
+        return found if found is not None else super().get_submodule(target)
+
     @property
     def code(self) -> str:
         """The source of its forward."""
