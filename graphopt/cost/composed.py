@@ -35,13 +35,22 @@ _ACROSS = {"targets": False, "amp": None, "accumulate": 1, "parallel": None, "in
 
 
 class Forecasts:
-    """Forecasts of training steps that remember the parts of the networks. All are of one batch, with the same options."""
+    """Forecasts of training steps that remember the parts of the networks. All are of one batch, with the same options.
+
+    Attributes:
+        composed: how many steps were put together. ran: how many parts were run for them, forward and backward each.
+    """
 
     def __init__(self, batch: int, **options: Unpack[StepOptions]) -> None:
         self.batch, self.options = batch, options
+        self.composed = 0
         self._forwards: dict[Any, Forward] = {}
         self._backwards: dict[Any, Backward] = {}
         self._updates: dict[Any, Update | None] = {}
+
+    @property
+    def ran(self) -> int:
+        return len(self._forwards) + len(self._backwards)
 
     @recording()
     def of(self, module: nn.Module, input: Input, *, targets: bool = False) -> Cost:
@@ -50,6 +59,7 @@ class Forecasts:
         if all(whole.get(name, usual) == usual for name, usual in _ACROSS.items()) and (parts := parts_of(module)) is not None:
             with suppress(Exception):  # what a part raises, the whole step raises, too, and says why
                 if (cost := self._composed(module, input, parts)) is not None:
+                    self.composed += 1
                     return cost
         return forecast(module, input, self.batch, **whole)
 

@@ -181,7 +181,9 @@ def outline(value: Any) -> Any:
     if isinstance(value, Tensor):
         return kind, value.shape, value.stride(), value.dtype, value.requires_grad
     if isinstance(value, nn.Module):
-        return kind, tuple([(name, _registered(held) if name in _TENSORS else outline(held)) for name, held in vars(value).items() if held != {}])
+        return kind, tuple(
+            [(name, _registered(held) if name in _TENSORS else outline(held)) for name, held in vars(value).items() if held != {}]
+        )
     if kind in (list, tuple, set, frozenset):
         return kind, tuple(map(_apart_from_tensors, value))
     if kind in (dict, OrderedDict):
