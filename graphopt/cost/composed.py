@@ -86,9 +86,7 @@ class Forecasts:
                     return None
                 key = (step.key, gradient)
                 if key not in self._backwards:
-                    if step.run is None:
-                        step.run_forward(loss, labels)
-                    self._backwards[key] = step.run.backward(gradient)
+                    self._backwards[key] = step.run_backward(gradient, loss, labels)
                 step.backward = self._backwards[key]
                 gradient = step.backward.layout
             return self._sum(module, steps, (batch, labels), mode) if trained else None
@@ -136,22 +134,32 @@ class Forecasts:
 
 
 class _Step:
-    """A part in one step: its recordings, and the numbers that their storages have in the step."""
+    """A part in one step: its recordings, and the numbers that their storages have in the step.
 
-    forward: Forward
+    Attributes:
+        key: what the recording of its forward follows from: the part, the layout of what enters, and whether that has a gradient.
+    """
+
     key: tuple[Any, Layout, bool]
+    forward: Forward
 
     def __init__(self, part: Part, begin: Callable[[], PartRun]) -> None:
-        self.part, self.backward, self.place = part, None, list[int]()
-        self.begin, self.run = begin, None
-
-    backward: Backward | None
-    run: PartRun | None
+        self.part, self.begin = part, begin
+        self.run: PartRun | None = None
+        self.backward: Backward | None = None
+        self.place: list[int] = []
 
     def run_forward(self, loss: Loss, labels: Tensor) -> Forward:
-        """Runs it anew."""
+        """Runs it."""
         self.run = self.begin()
         return self.run.forward(*self.key[1:], loss, labels)
+
+    def run_backward(self, gradient: Layout | None, loss: Loss, labels: Tensor) -> Backward:
+        """Runs it; its forward, too, if that has been recorded in another step."""
+        if self.run is None:
+            self.run_forward(loss, labels)
+        assert self.run is not None
+        return self.run.backward(gradient)
 
 
 class _Whole:

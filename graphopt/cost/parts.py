@@ -4,6 +4,7 @@ Phases of a run differ in few parts. What a step does in a part follows from the
 `graphopt.cost.composed` runs equal parts once.
 """
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -120,13 +121,13 @@ class _Flat:
         self.nodes += inner
         self.unrecorded.update(inner)
         self.complete &= all(str(node.target) in self.modules for node in inner if node.op == "call_module")
-        result = graph.output_node().args[0]
+        result: Any = graph.output_node().args[0]
         if isinstance(result, Node):
             self.sources[call] = result
             return
-        assert isinstance(result, (tuple, list))
-        for user in call.users:
-            if user.target is operator.getitem and isinstance(given := result[user.args[1]], Node):
+        for user in call.users:  # several values leave it, and are taken out one by one
+            given = result[user.args[1]] if user.target is operator.getitem else None
+            if isinstance(given, Node):
                 self.sources[user] = given
             else:
                 self.complete = False
@@ -185,7 +186,7 @@ class _Flat:
 
     def parts(self, bounds: Sequence[int]) -> Iterator[Part]:
         entry = self.input
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             nodes, last = tuple(self.nodes[start:end]), end == len(self.nodes)
             # The one value that later parts use.
             leaving = self.output if last else next(n for n in (*reversed(nodes), entry) if self.last_use.get(n, -1) >= end)

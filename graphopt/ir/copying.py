@@ -7,7 +7,7 @@ module anew. What has a way of its own to be copied still goes that way.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -181,22 +181,22 @@ def outline(value: Any) -> Any:
     if isinstance(value, Tensor):
         return kind, value.shape, value.stride(), value.dtype, value.requires_grad
     if isinstance(value, nn.Module):
-        return kind, tuple(
-            [(name, _registered(held) if name in _TENSORS else outline(held)) for name, held in vars(value).items() if held != {}]
-        )
+        return kind, tuple([(name, _held(name, held)) for name, held in vars(value).items() if type(held) not in _MAPPINGS or held])
     if kind in (list, tuple, set, frozenset):
         return kind, tuple(map(_apart_from_tensors, value))
-    if kind in (dict, OrderedDict):
+    if kind in _MAPPINGS:
         return kind, tuple((k, _apart_from_tensors(v)) for k, v in value.items())
     return object()
 
 
-#: where a module registers tensors
-_TENSORS = ("_parameters", "_buffers")
+#: most of what a module holds are empty dictionaries of hooks
+_MAPPINGS = (dict, OrderedDict)
 
 
-def _registered(tensors: Mapping[str, Tensor | None]) -> Any:
-    return tuple([(name, outline(tensor)) for name, tensor in tensors.items()])
+def _held(name: str, value: Any) -> Any:
+    if name in ("_parameters", "_buffers"):
+        return tuple([(key, outline(tensor)) for key, tensor in value.items()])
+    return _apart_from_tensors(value)
 
 
 def _apart_from_tensors(value: Any) -> Any:

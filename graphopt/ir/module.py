@@ -17,7 +17,7 @@ class LateModule(fx.GraphModule):
         if not self.late:
             return super().recompile()
         self.__dict__.pop("_code", None)
-        type(self).forward = _generated_first  # type: ignore[method-assign]  # each graph module has a class of its own
+        type(self).forward = _generated_first  # each graph module has a class of its own
         return None
 
     def generate(self) -> None:

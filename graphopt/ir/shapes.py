@@ -121,7 +121,7 @@ def _value_of_leaf(leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     key = None
     with suppress(LooseTensor, TypeError):  # TypeError: no hash
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
-            key = (outline(leaf), outline(args[0]), args[0].storage_offset())
+            key = (torch.get_default_dtype(), outline(leaf), outline(args[0]), args[0].storage_offset())
             if (known := _results.get(key)) is not None:
                 with unset_fake_temporarily():
                     return new_fake(mode, *known)
@@ -137,7 +137,7 @@ def _is_new(value: Any, given: torch.Tensor) -> bool:
     """Whether a value is a tensor that has memory of its own, all of it."""
     if not isinstance(value, torch.Tensor) or value.untyped_storage()._cdata == given.untyped_storage()._cdata:
         return False
-    return value.storage_offset() == 0 and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return bool(value.storage_offset() == 0 and value.untyped_storage().nbytes() == value.numel() * value.element_size())
 
 
 def _looks_like(new: Any, old: Any, taken: set[int]) -> bool:

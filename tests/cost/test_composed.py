@@ -42,11 +42,8 @@ def backbone(name: str) -> tuple[nn.Module, Input]:
         made = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=5)
         return made, (3, 16, 16)
     family, _, model = name.partition("/")
-    return (timm.create_model(model, num_classes=5) if family == "timm" else torchvision.models.get_model(model, num_classes=5)), (
-        3,
-        32,
-        32,
-    )
+    make = timm.create_model if family == "timm" else torchvision.models.get_model
+    return make(model, num_classes=5), (3, 32, 32)
 
 
 def phases(name: str, given: list[dict[str, Any]], epochs: int = 4) -> Iterator[tuple[nn.Module, Input, bool]]:
@@ -79,7 +76,7 @@ CASES: list[tuple[str, list[dict[str, Any]], int]] = [
     ("cifar", [{"use": "resize", "size": 6, "when": {"epoch": 0, "until": 2}}, freeze(BLOCKS, when=STEPS)], 4),
     ("cifar", [freeze(["conv1", "bn1", "layer1"], when={"epoch": 1}), {"use": "checkpoint", "select": "layer2"}], 0),
     ("cifar", [{"use": "supervise", "modules": 2}], 0),
-    ("cifar", [{"use": "share", "select": {"path": "layer2", "blocks": True}}], 1),
+    ("cifar", [{"use": "share", "select": ["layer2.1", "layer2.2"]}], 1),
     ("vgg", [freeze(["0", "1", "3", "4"], when={"epoch": 1})], 2),
     ("vit", [freeze(["patch_embed", "cls_token", "pos_embed", "blocks.0"], when={"epoch": 1})], 2),
     ("small", [], 1),
