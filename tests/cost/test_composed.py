@@ -76,7 +76,7 @@ CASES: list[tuple[str, list[dict[str, Any]], int]] = [
     ("cifar", [{"use": "resize", "size": 6, "when": {"epoch": 0, "until": 2}}, freeze(BLOCKS, when=STEPS)], 4),
     ("cifar", [freeze(["conv1", "bn1", "layer1"], when={"epoch": 1}), {"use": "checkpoint", "select": "layer2"}], 0),
     ("cifar", [{"use": "supervise", "modules": 2}], 0),
-    ("cifar", [{"use": "share", "select": ["layer2.1", "layer2.2"]}], 1),
+    ("cifar", [{"use": "share", "select": ["layer1.1"]}], 1),
     ("vgg", [freeze(["0", "1", "3", "4"], when={"epoch": 1})], 2),
     ("vit", [freeze(["patch_embed", "cls_token", "pos_embed", "blocks.0"], when={"epoch": 1})], 2),
     ("small", [], 1),
