@@ -106,9 +106,10 @@ class _Outliner:
         leaving = [m for m in ordered if any(u not in inside for u in m.users)]
         # Activations first, then tensors that the root reads for the body.
         inputs = sorted({i for m in ordered for i in m.all_input_nodes if i not in inside}, key=lambda n: (n.op == "get_attr", n))
-        self._register(section, ordered, inputs, leaving)
+        written = self._written_by(ordered, inputs)
+        self._register(section, ordered, inputs, leaving, written)
         call = self._call(section, inputs, ordered[-1], leaving)
-        self._written[call] = self._written_by(ordered, inputs)
+        self._written[call] = written
         taken_apart = self._read_instead(section, call, leaving, inside)
         for node in reversed(ordered):
             self.graph.erase_node(node)
@@ -122,10 +123,11 @@ class _Outliner:
             member = self._caller[member]
         return self._parts.get(member, (member,))
 
-    def _register(self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node]) -> None:
+    def _register(
+        self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node], written: set[Node]
+    ) -> None:
         body = fx.Graph()
         copies: dict[Node, Node] = {}
-        written = self._written_by(ordered, inputs)
         for node in inputs:
             copies[node] = body.placeholder(node.name)
             copies[node].meta = {**node.meta, "written": node in written}

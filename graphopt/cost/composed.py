@@ -94,12 +94,13 @@ class Forecasts:
     def _sum(self, module: nn.Module, steps: Sequence["_Step"], batch: Sequence[Tensor], mode: FakeMode) -> Cost:
         """The cost of the whole step."""
         whole, arrange = _Whole(), arranged(self.options) if self.options.get("channels_last") else None
-        layouts = {id(t): _layout(t, mode, arrange) for t in (*module.parameters(), *module.buffers(), *batch)}
-        for kind, tensors in ((Kind.PARAMETER, module.parameters()), (Kind.BUFFER, module.buffers()), (Kind.INPUT, batch)):
+        parameters, buffers = tuple(module.parameters()), tuple(module.buffers())
+        layouts = {id(t): _layout(t, mode, arrange) for t in (*parameters, *buffers, *batch)}
+        for kind, tensors in ((Kind.PARAMETER, parameters), (Kind.BUFFER, buffers), (Kind.INPUT, batch)):
             for tensor in tensors:
                 whole.place[id(tensor)] = whole.add(_bytes(layouts[id(tensor)]), kind)
         got = {id(step.part.tensors[n]) for step in steps if step.backward is not None for n in step.backward.gradients}
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = [p for p in parameters if p.requires_grad]
         updates = self._updating([(layouts[id(p)], id(p) in got) for p in trained], mode)
         states = [[whole.add(size, Kind.OPTIMIZER) for size in update.state] for update in updates]
         saved, gradients = whole.forward_and_backward(steps, batch)
@@ -107,9 +108,9 @@ class Forecasts:
         if updates:
             whole.ledger.start_phase("optimizer")
             each = [[p] for p in trained] if len(updates) == len(trained) else [trained]
-            for update, parameters, state in zip(updates, each, states, strict=True):
-                held = [gradients[id(p)] for p in parameters if id(p) in got]
-                whole.record(update.did, [*(whole.place[id(p)] for p in parameters), *held, *state])
+            for update, own, state in zip(updates, each, states, strict=True):
+                held = [gradients[id(p)] for p in own if id(p) in got]
+                whole.record(update.did, [*(whole.place[id(p)] for p in own), *held, *state])
         cost = cost_of(module, whole.ledger, saved, gradient_bytes, self.batch)
         return replace(cost, collectives=collectives(()))
 
