@@ -111,6 +111,7 @@ class Forecasts:
             for update, own, state in zip(updates, each, states, strict=True):
                 held = [gradients[id(p)] for p in own if id(p) in got]
                 whole.record(update.did, [*(whole.place[id(p)] for p in own), *held, *state])
+        whole.ledger.close()
         cost = cost_of(module, whole.ledger, saved, gradient_bytes, self.batch)
         return replace(cost, collectives=collectives(()))
 

@@ -181,7 +181,10 @@ class _Flat:
     def _of_leaf(self, target: str) -> tuple[Tensor, ...]:
         if target not in self._registered:
             leaf = self.modules[target]
-            self._registered[target] = (*leaf.parameters(), *leaf.buffers())
+            if leaf._modules:
+                self._registered[target] = (*leaf.parameters(), *leaf.buffers())
+            else:  # most of them: what they hold is at hand
+                self._registered[target] = tuple(t for held in (leaf._parameters, leaf._buffers) for t in held.values() if t is not None)
         return self._registered[target]
 
     def parts(self, bounds: Sequence[int]) -> Iterator[Part]:

@@ -8,6 +8,8 @@ from torch import fx, nn
 class LateModule(fx.GraphModule):
     """A `GraphModule` that may generate its code when it first runs, or is asked for it: `late`, for networks that are only looked at."""
 
+    late: bool = False
+
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule", *, late: bool = False) -> None:
         self.__dict__["late"] = late
         super().__init__(root, graph, class_name)
