@@ -16,7 +16,7 @@ from graphopt.errors import PassError
 from graphopt.ir.collector import uncollected
 from graphopt.ir.flow import reentry
 from graphopt.ir.graph import Graph, Origin
-from graphopt.ir.module import TrainingModule
+from graphopt.ir.module import LateModule, TrainingModule
 from graphopt.ir.nodes import storages, writes_in_place
 from graphopt.ir.section import Section
 from graphopt.runtime.body import WithLocalLoss
@@ -43,14 +43,14 @@ def emit(graph: Graph, *, start: Node | None = None, stop: Node | None = None) -
             sections.append((section, members))
     _check_nesting(sections)
     with_loss = next((s for s in graph.sections if s.target), None) if stop is None else None
-    outliner = _Outliner(flat, _root_of(graph.module, bool(sections or with_loss)))
+    outliner = _Outliner(flat, _root_of(graph.module, bool(sections or with_loss)), late=graph.module.late)
     # Inner before outer; of two that hold the same nodes, the one with a local loss is the outer.
     for section, members in sorted(sections, key=lambda s: (len(s[1]), s[0].target)):
         outliner.outline(section, members)
     if with_loss is not None:
         outliner.add_losses(with_loss)
     flat.lint()
-    return TrainingModule(outliner.root, flat, type(graph.module).__name__)
+    return TrainingModule(outliner.root, flat, type(graph.module).__name__, late=graph.module.late)
 
 
 def _copied(graph: Graph, start: Node | None, stop: Node | None) -> tuple[fx.Graph, dict[Node, Node]]:
@@ -84,8 +84,8 @@ def _root_of(module: fx.GraphModule, sections: bool) -> nn.Module:
 class _Outliner:
     """Replaces the nodes of sections in `graph` by calls of modules that run them, registered on `root`; inner sections first."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.graph, self.root = graph, root
+    def __init__(self, graph: fx.Graph, root: nn.Module, *, late: bool) -> None:
+        self.graph, self.root, self.late = graph, root, late
         self._losses: list[Node] = []
         self._target: Node | None = None
         #: the call that a node has become part of, and the nodes that such a call consists of (itself, and what takes its output apart)
@@ -106,9 +106,10 @@ class _Outliner:
         leaving = [m for m in ordered if any(u not in inside for u in m.users)]
         # Activations first, then tensors that the root reads for the body.
         inputs = sorted({i for m in ordered for i in m.all_input_nodes if i not in inside}, key=lambda n: (n.op == "get_attr", n))
-        self._register(section, ordered, inputs, leaving)
+        written = self._written_by(ordered, inputs)
+        self._register(section, ordered, inputs, leaving, written)
         call = self._call(section, inputs, ordered[-1], leaving)
-        self._written[call] = self._written_by(ordered, inputs)
+        self._written[call] = written
         taken_apart = self._read_instead(section, call, leaving, inside)
         for node in reversed(ordered):
             self.graph.erase_node(node)
@@ -122,10 +123,11 @@ class _Outliner:
             member = self._caller[member]
         return self._parts.get(member, (member,))
 
-    def _register(self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node]) -> None:
+    def _register(
+        self, section: Section, ordered: Sequence[Node], inputs: Sequence[Node], leaving: Sequence[Node], written: set[Node]
+    ) -> None:
         body = fx.Graph()
         copies: dict[Node, Node] = {}
-        written = self._written_by(ordered, inputs)
         for node in inputs:
             copies[node] = body.placeholder(node.name)
             copies[node].meta = {**node.meta, "written": node in written}
@@ -134,7 +136,7 @@ class _Outliner:
         out = tuple(copies[n] for n in leaving)
         body.output(out[0] if len(out) == 1 else out)
         body.lint()
-        wrapper = section.wrap(fx.GraphModule(self.root, body, f"Section_{section.name}"))
+        wrapper = section.wrap(LateModule(self.root, body, f"Section_{section.name}", late=self.late))
         wrapper.train(self.root.training)
         self.root.get_submodule("sections").add_module(section.name, wrapper)
 

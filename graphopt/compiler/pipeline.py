@@ -119,7 +119,7 @@ def rewrite(
         with located(item.instance):
             value, match = item.instance.value, item.match
             properties = value.preserved_properties()
-            keys = tuple(module.state_dict())
+            keys = untouched.cached(_keys) if module is graph.module else tuple(module.state_dict())
             before = runs if verify == "full" and properties else None
             if before is not None:
                 before.hold()
@@ -145,6 +145,11 @@ def rewrite(
     if verify == "full":
         _check_gradients(runs, graph, matched, effects, reports)
     return Rewritten(graph, module, tuple(effects), tuple(edits), tuple(reports), first, cost, no_costs)
+
+
+def _keys(graph: Graph) -> tuple[str, ...]:
+    """Those of the state dict; a clone has the same."""
+    return tuple(graph.module.state_dict())
 
 
 def _check_gradients(

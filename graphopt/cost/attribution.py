@@ -133,7 +133,7 @@ class _NodeRunner(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, path: str, attribution: Attribution) -> None:
         super().__init__(module)
         self.extra_traceback = False
-        self.attribution, self.signature = attribution, inspect.signature(module.forward)
+        self.attribution, self.signature = attribution, _signature(module.graph)
         self.paths = {node: _path_of(node, path) for node in module.graph.nodes}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +155,13 @@ class _NodeRunner(fx.Interpreter):
         finally:
             self.attribution.pop()
         return value if n.users else None
+
+
+def _signature(graph: fx.Graph) -> inspect.Signature:
+    """That of the code which fx generates, without generating it."""
+    kind, none = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    inputs = graph.find_nodes(op="placeholder")
+    return inspect.Signature([inspect.Parameter(str(n.target), kind, default=n.args[0] if n.args else none) for n in inputs])
 
 
 def _path_of(node: fx.Node, path: str) -> str:

@@ -63,12 +63,13 @@ class _Facts(NamedTuple):
 
     namespace: str
     packet: Any
-    is_view: bool
+    computes: bool
 
 
 @cache
 def _facts(func: Any) -> _Facts:
-    return _Facts(func.namespace, func.overloadpacket, func.is_view)
+    # A view is no work; an optimizer's step marks its beginning and its end for the profiler.
+    return _Facts(func.namespace, func.overloadpacket, not func.is_view and func.namespace != "profiler")
 
 
 def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -118,6 +119,7 @@ class Ledger(TorchDispatchMode):
         self.inside: Callable[[OperatorCall], None] | None = None
         self._references: dict[int, _StorageRef] = {}
         self._open = True
+        self._closed: tuple[np.ndarray, ...] | None = None
         self._below: FakeMode | None = None
 
     @classmethod
@@ -189,6 +191,10 @@ class Ledger(TorchDispatchMode):
             if kind == Kind.PARAMETER:
                 self.weights[number] = True
 
+    def alive(self) -> frozenset[int]:
+        """The storages that are there now."""
+        return frozenset(reference.index for reference in self._references.values())
+
     def start_phase(self, name: str, times: int = 1) -> None:
         """A phase of the step starts here, whose work counts so many times."""
         self.times = times
@@ -212,6 +218,7 @@ class Ledger(TorchDispatchMode):
         """Records no more."""
         self._open = False
         self._references.clear()
+        self._closed = self._arrays()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         # What is read of tensors here, and what a fake kernel calls, is not the step's: no function mode has to see it.
@@ -229,7 +236,7 @@ class Ledger(TorchDispatchMode):
         if facts.packet in _DIFFERENT:
             out = _as_real(facts.packet, args, out)
         inputs, outputs = _tensors_of(args, kwargs), tensors_in(out)
-        if self._open and not facts.is_view:
+        if self._open and facts.computes:
             self.kernels += self.times
             self.moved += self.times * sum([t.numel() * t.element_size() for t in (*inputs, *outputs)])
         registered = [self._register(t.untyped_storage()) for t in outputs]
@@ -304,14 +311,30 @@ class Ledger(TorchDispatchMode):
 
     def live(self, kinds: Iterable[Kind] = tuple(Kind), *, block: int = 1) -> np.ndarray:
         """Bytes of `kinds` that are live after each event."""
-        events = np.asarray(self.events, dtype=np.int64)
-        counted = np.isin(np.asarray(self.kinds, dtype=np.int64), [int(k) for k in kinds])
-        sizes = -(-np.asarray(self.sizes, dtype=np.int64) // block) * block * counted
-        return np.cumsum(np.where(events < 0, -1, 1) * sizes[np.where(events < 0, ~events, events)])
+        sizes, found, numbers, signs = self._arrays()
+        sizes = -(-sizes // block) * block if block > 1 else sizes
+        counted = sizes if len(asked := [int(kind) for kind in kinds]) == len(Kind) else sizes * np.isin(found, asked)
+        return np.cumsum(signs * counted[numbers])
 
     def live_at(self, event: int) -> dict[str, int]:
         """Bytes by kind after `event`."""
-        return {kind.name.lower(): int(self.live((kind,))[event]) for kind in Kind}
+        sizes, kinds, numbers, signs = self._arrays()
+        numbers = numbers[: event + 1]
+        changes, kinds = signs[: event + 1] * sizes[numbers], kinds[numbers]
+        return {kind.name.lower(): int(changes[kinds == kind].sum()) for kind in Kind}
+
+    def total(self, kind: Kind) -> int:
+        """Bytes of all storages of a kind, whenever they were there."""
+        sizes, kinds, _, _ = self._arrays()
+        return int(sizes[kinds == kind].sum())
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        """Sizes and kinds of storages; of each event the number of its storage, and 1, or -1 where that is freed. Kept from `close` on."""
+        if self._closed is not None:
+            return self._closed
+        sizes, kinds, events = (np.asarray(values, dtype=np.int64) for values in (self.sizes, self.kinds, self.events))
+        freed = events < 0
+        return sizes, kinds, np.where(freed, ~events, events), np.where(freed, -1, 1)
 
     def phase_of(self, event: int) -> str:
         """Name of the phase that an event belongs to."""

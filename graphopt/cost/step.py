@@ -95,7 +95,7 @@ def forecast(module: nn.Module, input: Input, batch: int, *, per_block: Sequence
     # Remembered results would leave out what collectives do.
     mode = FakeTensorMode(allow_non_fake_inputs=True) if parallel else FakeMode()
     with _explained():
-        copied = fake_copy(module, mode, _arranged(options))
+        copied = fake_copy(module, mode, arranged(options))
     attribution = Attribution()
     with fake_ranks(parallel.ranks) if parallel else nullcontext(), uncached(module), mode, ExitStack() as stack:
         stack.enter_context(instrument(copied, attribution))
@@ -131,15 +131,15 @@ def measure(
     """
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise CostError("a module on the meta device has no values to run", fix="Build it on the CPU to measure it")
-    arranged = _arranged(options)
+    arrange = arranged(options)
     with _explained():
-        copied = copy_with(module, lambda tensor: arranged(_own(tensor)))
+        copied = copy_with(module, lambda tensor: arrange(_own(tensor)))
     attribution = Attribution()
     with uncached(module), instrument(copied, attribution) if attribute else nullcontext():
         return _train_once(copied, input, batch, per_block, Ledger(attribution), options)
 
 
-def _arranged(options: StepOptions) -> Callable[[Any], Any]:
+def arranged(options: StepOptions) -> Callable[[Any], Any]:
     """What puts an input or a parameter into the memory format of a step."""
     if not options.get("channels_last"):
         return lambda value: value
@@ -168,8 +168,8 @@ def _train_once(
         stack.enter_context(uncollected())
         given = options.get("inputs")
         labels = partial(torch.zeros, size, dtype=torch.long, device="cpu")
-        arranged = _arranged(options)
-        batches = [(tuple(map(arranged, _inputs(module, size, input, given))), labels()) for _ in range(min(count, _RUN))]
+        arrange = arranged(options)
+        batches = [(tuple(map(arrange, _inputs(module, size, input, given))), labels()) for _ in range(min(count, _RUN))]
         wrapped = parallel.wrap(module)
         step = _Step(ledger, module, wrapped, loss, amp, parallel, options.get("targets", False), count)
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -186,7 +186,7 @@ def _train_once(
         stack.enter_context(ledger)
         saved, gradient_bytes = step.run(batches, optimizer)
         ledger.close()
-    cost = _cost(module, ledger, saved, gradient_bytes, batch)
+    cost = cost_of(module, ledger, saved, gradient_bytes, batch)
     cost = replace(cost, collectives=collectives(ledger.messages))
     return replace(cost, blocks=cost.by(per_block)) if per_block else cost
 
@@ -289,19 +289,18 @@ class _Step:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
-def _cost(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int) -> Cost:
+def cost_of(module: nn.Module, ledger: Ledger, saved: dict[str, int], gradient_bytes: int, batch: int) -> Cost:
     """The figures of a finished step; `saved` is what each path had saved at the end of the forward."""
     rows = _rows(module, ledger.attribution, saved)
     sums = sum(rows, BlockCost("")).to_dict()
     del sums["path"]
-    sizes = {kind: sum(s for s, k in zip(ledger.sizes, ledger.kinds, strict=True) if k == kind) for kind in Kind}
     peak, at = ledger.peak()
     return Cost(
         batch=batch,
-        parameter_bytes=sizes[Kind.PARAMETER],
-        buffer_bytes=sizes[Kind.BUFFER],
+        parameter_bytes=ledger.total(Kind.PARAMETER),
+        buffer_bytes=ledger.total(Kind.BUFFER),
         gradient_bytes=gradient_bytes,
-        optimizer_bytes=sizes[Kind.OPTIMIZER],
+        optimizer_bytes=ledger.total(Kind.OPTIMIZER),
         input_bytes=ledger.peak((Kind.INPUT,))[0],
         peak_bytes=peak,
         peak_activation_bytes=ledger.peak((Kind.ACTIVATION, Kind.INPUT))[0],

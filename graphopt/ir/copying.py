@@ -164,3 +164,42 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
         for item in items:
             if isinstance(item, Tensor):
                 yield item
+
+
+class LooseTensor(Exception):
+    """A module holds a tensor that is neither a parameter nor a buffer."""
+
+
+def outline(value: Any) -> Any:
+    """A hashable description of a module or of what one holds: equal ones run alike, values of tensors aside.
+
+    An object of a kind that is not known is equal to no other. Raises LooseTensor.
+    """
+    kind = type(value)
+    if kind in _FIXED:
+        return kind, value
+    if isinstance(value, Tensor):
+        return kind, value.shape, value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, nn.Module):
+        return kind, tuple([(name, _held(name, held)) for name, held in vars(value).items() if type(held) not in _MAPPINGS or held])
+    if kind in (list, tuple, set, frozenset):
+        return kind, tuple(map(_apart_from_tensors, value))
+    if kind in _MAPPINGS:
+        return kind, tuple((k, _apart_from_tensors(v)) for k, v in value.items())
+    return object()
+
+
+#: most of what a module holds are empty dictionaries of hooks
+_MAPPINGS = (dict, OrderedDict)
+
+
+def _held(name: str, value: Any) -> Any:
+    if name in ("_parameters", "_buffers"):
+        return tuple([(key, outline(tensor)) for key, tensor in value.items()])
+    return _apart_from_tensors(value)
+
+
+def _apart_from_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        raise LooseTensor
+    return outline(value)

@@ -121,7 +121,9 @@ class Graph:
         nodes = fx.Graph()
         for node in self.nodes:
             copies[node] = nodes.node_copy(node, lambda n: copies[n])
-        module = TrainingModule(copy_with(self.module) if weights else alias_copy(self.module), nodes, type(self.module).__name__)
+        copied = copy_with(self.module) if weights else alias_copy(self.module)
+        # Without weights of its own it is not trained, and hardly ever run.
+        module = TrainingModule(copied, nodes, type(self.module).__name__, late=not weights)
         other = Graph(module, self.input, self.types, self.groups, self.opaque, self.unused, self.aliases, self.untouched)
         other.sections = [replace(s, nodes=tuple(copies[n] for n in s.nodes)) for s in self.sections]
         return other

@@ -49,7 +49,11 @@ def attribute(module: nn.Module, target: str) -> Any:
 def parameters_read(module: fx.GraphModule, node: Node) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and values of the parameters that a node itself reads: those of the leaf it calls, or the one it gets."""
     if node.op == "call_module":
-        for name, parameter in module.get_submodule(str(node.target)).named_parameters():
+        leaf = module.get_submodule(str(node.target))
+        if not leaf._modules:  # most leaves: their parameters are theirs alone
+            yield from [(f"{node.target}.{name}", p) for name, p in leaf._parameters.items() if p is not None]
+            return
+        for name, parameter in leaf.named_parameters():
             yield f"{node.target}.{name}", parameter
     elif node.op == "get_attr":
         value = attribute(module, str(node.target))

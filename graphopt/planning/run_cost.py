@@ -19,6 +19,7 @@ from graphopt.compiler.pass_base import FeatureCut
 from graphopt.compiler.plan import Phase, Plan
 from graphopt.compiler.triggers import Decision, step_at
 from graphopt.cost import Cost, Rates, StepOptions, forecast
+from graphopt.cost.composed import Forecasts
 from graphopt.cost.roofline import PeakRates
 from graphopt.data.datasets import open_split
 from graphopt.errors import RunError
@@ -183,9 +184,10 @@ def forecast_run(
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
     redrawn = plan.spec is not None and plan.spec.data.augment.redraws  # else no features are computed anew
     known = {} if known is None else known
+    forecasts: Forecasts = known.setdefault("steps", Forecasts(train.batch, **options))
     if "whole" not in known:
         backbone = emit(plan.sizes.whole)
-        known["whole"] = forecast(backbone, plan.sizes.full, train.batch, **options)
+        known["whole"] = forecasts.of(backbone, plan.sizes.full)
         known[plan.sizes.full] = _forward_cost(backbone, plan.sizes.full, micro, options)
     whole: Cost = known["whole"]
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
@@ -196,7 +198,7 @@ def forecast_run(
         step, filling, cached = whole, None, 0
         if any(current.effects):
             if (key := (_applied(current), _applied(earlier))) not in known:
-                known[key] = _phase_cost(current, earlier, train, samples, options)
+                known[key] = _phase_cost(current, earlier, train, samples, forecasts)
             step, filling, cached = known[key]
         forward, backward = _expected_flops(current, step)
         # Blocks that are skipped at random save time in proportion to their FLOPs.
@@ -292,14 +294,13 @@ def _totals(phases: Sequence[PhaseCost], evaluation: int, evaluation_seconds: fl
 
 
 def _phase_cost(
-    plan: Plan, earlier: Plan | None, train: TrainSpec, samples: int, options: Mapping[str, Any]
+    plan: Plan, earlier: Plan | None, train: TrainSpec, samples: int, forecasts: Forecasts
 ) -> tuple[Cost, tuple[Cost, float] | None, int]:
     """One training step; one batch of filling the feature cache (from that of the phase before), and the number of batches; its size."""
-    options = {**options, "targets": plan.needs.targets}
-    cut = plan.needs.features
+    targets, cut = plan.needs.targets, plan.needs.features
     if cut is None or not (cached := cache_bytes(cut, samples)):
-        return forecast(plan.module, plan.graph.input, train.batch, **options), None, 0
-    step = forecast(plan.suffix, input_of(plan.suffix), train.batch, **options)
+        return forecasts.of(plan.module, plan.graph.input, targets=targets), None, 0
+    step = forecasts.of(plan.suffix, input_of(plan.suffix), targets=targets)
     old = earlier.needs.features if earlier is not None else None
     if (earlier is not None and earlier.base is not plan.base) or cut.crops:
         old = None  # features of images of another size
@@ -310,7 +311,7 @@ def _phase_cost(
     given = input_of(prefix)
     if cut.crops and (image := image_of(given)):
         given = (image[0], image[1] + cut.crops.pixels[0], image[2] + cut.crops.pixels[1])
-    fill = _forward_cost(prefix, given, train.micro_batch(), options)
+    fill = _forward_cost(prefix, given, train.micro_batch(), forecasts.options)
     return step, (fill, samples * (cut.options.get("views") or 1) / fill.batch), cached
 
 
