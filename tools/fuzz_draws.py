@@ -261,7 +261,15 @@ class Draw:
         if self.chance(0.5):
             selected = {"select": self.selector()} if self.chance(0.6) else {}
             return {"mode": "bypass", **selected, **({"probability": self.random.choice((0.2, 0.9))} if self.chance(0.5) else {})}
-        options = self.some(cache=("disk", "none"), dtype=("float16", "bfloat16"), limit=("1 KiB", "1 GiB"), views=(1, 2), force=(True,))
+        options = self.some(
+            cache=("disk", "none"),
+            dtype=("float16", "bfloat16"),
+            limit=("1 KiB", "1 GiB"),
+            views=(1, 2),
+            refresh=(2,),
+            crops=(True,),
+            force=(True,),
+        )
         return {"upto": self.random.choice((self.path(), self.random.choice(self.labels))), **options}
 
     def _resize(self) -> Table:
