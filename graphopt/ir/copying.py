@@ -125,7 +125,7 @@ class _Copier:
         self._states.append(state)
         copied = self.memo[id(value)] = object.__new__(type(value))
         # Most of a module are numbers and empty dictionaries of hooks.
-        own = {k: v if type(v) in _FIXED else self.value(v) if type(v) is not OrderedDict or v else OrderedDict() for k, v in state.items()}
+        own = {k: v if (kind := type(v)) in _FIXED else kind() if kind in _MAPPINGS and not v else self.value(v) for k, v in state.items()}
         if isinstance(value, fx.GraphModule) or not hasattr(value, "__setstate__"):
             vars(copied).update(own)
         else:
