@@ -71,13 +71,14 @@ def check(
 
     from graphopt.compiler.plan import compile_phase
     from graphopt.driver import check_folders, prepare
+    from graphopt.ir.collector import uncollected
     from graphopt.planning.run_cost import drop_points
     from graphopt.train.preflight import problems
 
     named = gpu(device) if device is not None and not here_named else None
     here = device if here_named else "cpu" if time and named is None else None
     _check_before_timing(loaded)
-    with Doing() as doing:
+    with Doing() as doing, uncollected():
         doing("timing steps")
         rates = rates_for(here, loaded.train.amp, named if time else None)
         doing("building and tracing the backbone")
