@@ -37,12 +37,15 @@ _ACROSS = {"targets": False, "amp": None, "accumulate": 1, "parallel": None, "in
 class Forecasts:
     """Forecasts of training steps that remember the parts of the networks. All are of one batch, with the same options.
 
+    Args:
+        compose: put steps together from parts; without, each is run as a whole, which takes less for one or two.
+
     Attributes:
         composed: how many steps were put together. ran: how many parts were run for them, forward and backward each.
     """
 
-    def __init__(self, batch: int, **options: Unpack[StepOptions]) -> None:
-        self.batch, self.options = batch, options
+    def __init__(self, batch: int, *, compose: bool = True, **options: Unpack[StepOptions]) -> None:
+        self.batch, self.compose, self.options = batch, compose, options
         self.composed = 0
         self._forwards: dict[Any, Forward] = {}
         self._backwards: dict[Any, Backward] = {}
@@ -56,7 +59,8 @@ class Forecasts:
     def of(self, module: nn.Module, input: Input, *, targets: bool = False) -> Cost:
         """What `forecast` gives and raises for the module with these options; `targets` as there."""
         whole: StepOptions = {**self.options, "targets": targets}
-        if all(whole.get(name, usual) == usual for name, usual in _ACROSS.items()) and (parts := parts_of(module)) is not None:
+        alone = self.compose and all(whole.get(name, usual) == usual for name, usual in _ACROSS.items())
+        if alone and (parts := parts_of(module)) is not None:
             with suppress(Exception):  # what a part raises, the whole step raises, too, and says why
                 if (cost := self._composed(module, input, parts)) is not None:
                     self.composed += 1

@@ -45,6 +45,9 @@ KNOWN = {
     "imagenet": (1_281_167, 50_000),
 }
 
+#: so many phases are forecast sooner one by one than put together from parts, each of which is run by itself first
+FEW = 2
+
 
 @dataclass(frozen=True)
 class RunTotals:
@@ -183,8 +186,10 @@ def forecast_run(
     if not steps:
         raise RunError(f"one training step takes {train.batch} images, the training set has {samples}", where="train.batch")
     redrawn = plan.spec is not None and plan.spec.data.augment.redraws  # else no features are computed anew
+    compiled = tuple(plan.phases(train.epochs, decisions) if phases is None else phases)
+    compose = known is not None or len(compiled) > FEW
     known = {} if known is None else known
-    forecasts: Forecasts = known.setdefault("steps", Forecasts(train.batch, **options))
+    forecasts: Forecasts = known.setdefault("steps", Forecasts(train.batch, compose=compose, **options))
     if "whole" not in known:
         backbone = emit(plan.sizes.whole)
         known["whole"] = forecasts.of(backbone, plan.sizes.full)
@@ -193,7 +198,6 @@ def forecast_run(
     before = PhaseCost(0, train.epochs, (), steps * whole.forward_flops, steps * whole.backward_flops, _seconds(rates, whole, steps), whole)
     found: list[PhaseCost] = []
     earlier: Plan | None = None
-    compiled = tuple(plan.phases(train.epochs, decisions) if phases is None else phases)
     for start, end, due, current in compiled:
         step, filling, cached = whole, None, 0
         if any(current.effects):
