@@ -21,6 +21,7 @@ from graphopt.train.run import Run
 
 #: test images of the evaluation, which is made once, at the end
 EVALUATED = 3_000
+CAPTION = "\nTrained on 1,000 images (or `--images`) of Fashion-MNIST, evaluated on 3,000: a sampling error of 0.8 points.\n\n"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from fashion import Runs, compare, points, ratio, table
+from fashion import CAPTION, Runs, compare, points, ratio, table
 from machine import heading
 
 EPOCHS, SMALL = 6, 4
@@ -32,11 +32,8 @@ def show(found: Mapping[str, Runs]) -> str:
         own = name == "plain"
         mean = statistics.mean(run.accuracy for run in runs.values())
         rows.append((name, str(len(runs)), f"{mean:.2f}", "" if own else points(runs, found["plain"]), ratio(runs, found["plain"])))
-    return (
-        heading("resize: plain resizing and low frequencies", __doc__)
-        + "\n"
-        + table(("first epochs", "seeds", "accuracy, %", "points", "time"), rows)
-    )
+    columns = ("first epochs", "seeds", "accuracy, %", "points", "time")
+    return heading("resize: plain resizing and low frequencies", __doc__) + CAPTION + table(columns, rows)
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def _show_points(samples: int | None, points: "tuple[DropPoint, ...]") -> None:
         all_of = (show_size(size * samples), show_size(size * samples // 2)) if samples else ("?", "?")
         table.add_row(point.name, "x".join(map(str, point.shape)), show_size(size), *all_of)
     if points:
-        show(f"features that a drop would cache for {samples or 'an unknown number of'} samples")
+        show(f"features that a drop would cache for {samples or 'an unknown number of'} samples, of one view and without crops")
         show(table)
 
 
@@ -271,6 +271,8 @@ def _show_run(work: "RunCost | None", published: bool, time: str) -> None:
         show(f"  evaluation {_flops(run.evaluation_forward_flops)} and filling {_flops(run.filling_forward_flops)} of these")
         show(f"  backward {_flops(before.backward_flops)} -> {_flops(run.backward_flops)}")
         show(f"  peak {show_size(before.peak_bytes)} -> {show_size(run.peak_bytes)}, in the largest phase")
+    if run.feature_bytes:
+        show(f"  features {show_size(run.feature_bytes)} ({run.feature_bytes:,} bytes), in the phase that caches most")
     if run.seconds is not None and before.seconds is not None:
         more = f" -> {show_time(run.seconds)} ({run.seconds / before.seconds:.2f} of it; without loading data)"
         show(f"  {time}: {show_time(before.seconds)}{more if run != before else ' (without loading data)'}")

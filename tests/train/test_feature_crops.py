@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.cli import main
 from graphopt.data.transforms import eval_transform
 from graphopt.errors import PassError, RunError
 from graphopt.passes.drop import Drop
@@ -102,6 +103,18 @@ def test_storage_is_forecast_to_the_byte(tmp_path: Path, options: dict[str, Any]
     assert found == [80 * row] * 2, "maps of images that are larger by two pixels"
     cost = forecast_run(plan_of(**options), TRAIN, samples=80, evaluated=20)
     assert [phase.feature_bytes for phase in cost.phases[1:]] == found
+
+
+def test_the_forecast_of_a_run_shows_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = '[backbone]\nsource = "cifar"\nname = "resnet8"\ninput = [3, 16, 16]\n'
+    drop = '[[pass]]\nuse = "drop"\nupto = "layer1"\ncrops = true\nviews = 2\nwhen = { epoch = 1 }\n'
+    data = '[data]\nname = "digits"\ntrain_limit = 100\naugment = { crop = "pad", hflip = 0.5 }\n[train]\nepochs = 2\nbatch = 20\n'
+    Path("s.toml").write_text(backbone + drop + data)
+    assert main(["check", "s.toml"]) == 0
+    said = capsys.readouterr().out
+    assert f"({100 * 2 * 16 * 20 * 20 * 4:,} bytes)" in said
+    assert "caches 16x20x20 features: 25.0 KiB per sample in float32 for each of 2 views" in said
 
 
 def test_a_stopped_run_goes_on_with_the_crops_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
