@@ -104,8 +104,10 @@ def parse(text: str, file: str) -> dict[str, Any]:
 
 def _twice(error: tomli.TOMLDecodeError) -> str | None:
     """Which key has two values, where that is what is wrong; tomli does not name it."""
-    key, equals, _ = error.doc.splitlines()[error.lineno - 1].partition("=")
-    return f"{key.strip()!r} has a value already" if error.msg == "Cannot overwrite a value" and equals else None
+    if error.msg != "Cannot overwrite a value":
+        return None
+    key, equals, _ = error.doc.split("\n")[error.lineno - 1].partition("=")
+    return f"{key.strip()!r} has a value already" if equals else None
 
 
 def _parsed(text: str) -> dict[str, Any]:
