@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graphopt.errors import VerifyError
+from graphopt.errors import VerifyError, first_line
 from graphopt.ir.copying import copy_with, real_copy
 from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.ir.shapes import tensors_in
@@ -65,9 +65,7 @@ class Runs:
             except RuntimeError as error:
                 if dtype == dtype_of(self.module) or shape != self.input:
                     raise
-                what = (
-                    f"it cannot be compared in {str(dtype).removeprefix('torch.')}, where its forward fails: {str(error).splitlines()[0]}"
-                )
+                what = f"it cannot be compared in {str(dtype).removeprefix('torch.')}, where its forward fails: {first_line(error)}"
                 raise VerifyError(what, fix='Take types from its parameters in forward, or set verify = "off"') from error
         return self._found[key]
 

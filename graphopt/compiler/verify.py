@@ -186,7 +186,10 @@ class _Gradients:
         known, gradient = self.expected.get(name), parameter.grad
         if known is not None and gradient is not None:
             difference = self.differences[name] = _difference(known, gradient, self._floor)
-            parameter.grad = gradient if difference and self.keep else known if self.keep else None
+            if not self.keep:
+                parameter.grad = None
+            elif not difference:
+                parameter.grad = known
 
     def difference(self, name: str, gradient: Tensor | None) -> float:
         """What was found for a parameter, or is by its gradient now. Raises VerifyError if there is one of two."""

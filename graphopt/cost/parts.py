@@ -6,7 +6,7 @@ Phases of a run differ in few parts. What a step does in a part follows from the
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +51,7 @@ class Part:
 
     def source(self, node: Node) -> Node:
         """The node whose value this one has."""
-        while node in self.sources:
-            node = self.sources[node]
-        return node
+        return _source(self.sources, node)
 
     def path(self, place: str) -> str:
         """What a place in a recording of the part, the number of a node and what is inside of it, is called in the network."""
@@ -78,6 +76,12 @@ def parts_of(module: nn.Module) -> tuple[Part, ...] | None:
         return tuple(flat.parts(bounds))
     except LooseTensor:
         return None
+
+
+def _source(sources: Mapping[Node, Node], node: Node) -> Node:
+    while node in sources:
+        node = sources[node]
+    return node
 
 
 class _Flat:
@@ -134,9 +138,7 @@ class _Flat:
 
     def source(self, node: Node) -> Node:
         """The node whose value this one has."""
-        while node in self.sources:
-            node = self.sources[node]
-        return node
+        return _source(self.sources, node)
 
     def cuts(self) -> list[int]:
         """The numbers of calls before which a single tensor is all that is used from there on, and nothing else of what was used before."""

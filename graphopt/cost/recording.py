@@ -39,7 +39,7 @@ def fresh(mode: FakeMode, layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a stretch of a step did.
+    """What one part of a step did.
 
     Attributes:
         before: how many storages were there before it. sizes, kinds: of all, in bytes. events: storage i allocated: i; freed: ~i.

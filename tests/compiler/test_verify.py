@@ -239,3 +239,14 @@ def test_a_network_that_asks_for_float64_is_verified_in_it() -> None:
 def test_a_network_that_asks_for_another_type_says_so() -> None:
     with pytest.raises(VerifyError, match="compared in float32, where its forward fails"):
         graphopt.compile(Typed(torch.bfloat16), [Freeze(select="0")], input=(6,), verify="full", costs=False)
+
+
+def test_an_error_without_a_message_is_named_by_its_kind() -> None:
+    class Silent(Typed):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float32:
+                raise RuntimeError
+            return super().forward(x)
+
+    with pytest.raises(VerifyError, match="where its forward fails"):
+        Runs(Silent(torch.bfloat16), (6,), None).computed((6,), torch.float32)
