@@ -37,8 +37,10 @@ def depends_on_batch(value: Any) -> bool:
 
 def same_for_any_batch(function: Any, values: Sequence[Any]) -> bool:
     """Whether a comparison has one answer for all batches: of two sizes that grow with the batch, or of one with zero or less."""
-    grows = list(map(depends_on_batch, values))
-    return function in _COMPARISONS and any(grows) and all(g or (type(v) is int and v <= 0) for g, v in zip(grows, values, strict=True))
+    if function not in _COMPARISONS or not all(type(value) is int for value in values):
+        return False
+    grows = [value > 0 and depends_on_batch(value) for value in values]
+    return any(grows) and all(g or (value <= 0 and not depends_on_batch(value)) for g, value in zip(grows, values, strict=True))
 
 
 @contextmanager

@@ -150,11 +150,18 @@ def more_than_one(x: Tensor) -> Tensor:
     return x
 
 
+def fewer_than_five(x: Tensor) -> Tensor:
+    assert -x.shape[0] < 0 or -x.shape[0] > -5
+    return x
+
+
 def one_by_one(x: Tensor) -> Tensor:
     return torch.stack([x[i] for i in range(x.shape[0])])
 
 
-@pytest.mark.parametrize(("look", "says"), [(more_than_one, "control flow"), (one_by_one, "as a number: int")])
+@pytest.mark.parametrize(
+    ("look", "says"), [(more_than_one, "control flow"), (fewer_than_five, "control flow"), (one_by_one, "as a number: int")]
+)
 def test_a_batch_that_must_be_of_one_size_is_refused(look: Callable[[Tensor], Tensor], says: str) -> None:
     with pytest.raises(TraceError, match=says):
         trace(Net(look=look), SHAPE)
