@@ -153,15 +153,16 @@ def _forecast(
 def _forecast_memory(
     spec: "Spec", phases: "tuple[Phase, ...]", work: "RunCost | None", path: Path, named: "Device | None", doing: Doing
 ) -> "tuple[PhaseMemory, ...]":
-    """What each phase needs of the GPU that is named; of any other, the phase that needs most. Nothing where a step cannot be forecast."""
+    """What each phase needs of the GPU that is named; of any other, one phase (`forecast_neediest`). Nothing without a forecast."""
     from graphopt.errors import CostError
-    from graphopt.planning.device import forecast_phases, near_the_peak, neediest
+    from graphopt.planning.device import forecast_neediest, forecast_phases, neediest
 
     decisions = _decisions(path)
     try:
         known = phases if decisions is None else phases[0].plan.phases(spec.train.epochs, decisions)
         if named is None and work is not None:
-            known = near_the_peak(known, [phase.step.peak_bytes for phase in work.phases])
+            doing("forecasting a GPU's memory")
+            return (forecast_neediest(known, [phase.step.peak_bytes for phase in work.phases], gpu("A100")),)
         found = forecast_phases(doing.each("forecasting a GPU's memory in phase", known, len(known)), named or gpu("A100"))
     except CostError:
         return ()

@@ -69,7 +69,7 @@ def show_phases(phases: "tuple[PhaseMemory, ...]") -> None:
 
 
 def show_neediest(phase: "PhaseMemory", count: int) -> None:
-    """Prints what the phase that needs most, of so many, needs of a GPU. Without the smallest capacity, which is searched for longest."""
+    """Prints what one phase of so many needs of a GPU (`forecast_neediest`). Without the smallest capacity, which takes longest to find."""
     memory = phase.memory
     table = grid("from epoch", "peak allocated", "peak reserved", _fits(memory), right=(1, 2))
     table.add_row(f"{phase.epoch:.4g}", *map(band, (memory.allocated, memory.reserved)), _yes(memory.fits()))

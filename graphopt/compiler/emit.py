@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphopt.errors import PassError
 from graphopt.ir.collector import uncollected
+from graphopt.ir.copying import copy_node
 from graphopt.ir.flow import reentry
 from graphopt.ir.graph import Graph, Origin
 from graphopt.ir.module import LateModule, TrainingModule
@@ -64,7 +65,7 @@ def _copied(graph: Graph, start: Node | None, stop: Node | None) -> tuple[fx.Gra
             features.meta = dict(node.meta)
             copies[node] = features
         else:
-            copies[node] = flat.node_copy(node, lambda n: copies[n])
+            copies[node] = copy_node(flat, node, copies)
     if stop is not None:
         flat.output(copies[stop])
     return flat, copies
@@ -132,7 +133,7 @@ class _Outliner:
             copies[node] = body.placeholder(node.name)
             copies[node].meta = {**node.meta, "written": node in written}
         for node in ordered:
-            copies[node] = body.node_copy(node, lambda n: copies[n])
+            copies[node] = copy_node(body, node, copies)
         out = tuple(copies[n] for n in leaving)
         body.output(out[0] if len(out) == 1 else out)
         body.lint()

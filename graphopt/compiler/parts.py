@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from graphopt.errors import PassError
+from graphopt.ir.copying import copy_node
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.nodes import attribute, writes_in_place
 from graphopt.runtime.body import Body, LocalBackward, bodies
@@ -140,7 +141,7 @@ class _Splitter:
         if self.target is not None:
             copies[self.target] = target
         for node in inside:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = copy_node(graph, node, copies)
         if index + 1 < len(self.runs):
             self._check_crossing(outgoing, index)
             graph.output(tuple(copies[n] for n in outgoing))

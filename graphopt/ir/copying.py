@@ -1,4 +1,4 @@
-"""Copies of modules, without the detours of `copy.deepcopy`.
+"""Copies of modules and nodes, without the detours of `copy.deepcopy` and `torch.fx`.
 
 What a module holds is copied value by value: numbers, names, types and functions as they are, dictionaries, lists and tensors as new ones.
 `copy.deepcopy` takes every module and every dictionary of hooks through the protocol of pickling, and generates the code of a graph
@@ -7,13 +7,15 @@ module anew. What has a way of its own to be copied still goes that way.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.node import map_arg
 
 from graphopt.ir.fakes import as_fake
 from graphopt.runtime.body import Body, bodies
@@ -77,6 +79,19 @@ def alias_copy(module: nn.Module) -> Any:
         return tensor.detach().requires_grad_(tensor.requires_grad)
 
     return copy_with(module, aliased)
+
+
+def copy_node(graph: fx.Graph, node: Node, copies: Mapping[Node, Node]) -> Node:
+    """A copy of `node` at the end of `graph`, which reads the `copies` of what `node` reads.
+
+    `Graph.node_copy` gives the same, but searches all arguments for symbolic numbers, which takes as long as the rest.
+    """
+    copied = graph.create_node(node.op, node.target, (), {}, node.name, node.type)
+    copied.args = map_arg(node.args, copies.__getitem__)
+    if node.kwargs:
+        copied.kwargs = map_arg(node.kwargs, copies.__getitem__)
+    copied.meta.update(node.meta)
+    return copied
 
 
 def copy_with(module: nn.Module, replace: Replace | None = None) -> Any:

@@ -4,7 +4,7 @@ from torch import fx
 from torch.fx import Node
 
 from graphopt.errors import PassError
-from graphopt.ir.copying import Replace, copy_with
+from graphopt.ir.copying import Replace, copy_node, copy_with
 from graphopt.ir.flow import ancestors
 from graphopt.ir.graph import Graph
 from graphopt.ir.nodes import attribute, storages, writes_in_place
@@ -31,7 +31,7 @@ def extracted(graph: Graph, region: Region, replace: Replace | None = None) -> f
     if any(writes_in_place(graph.module, n) and storages(n) & memory for n in nodes):
         copies[entry] = body.call_method("clone", (copies[entry],))
     for node in nodes:
-        copies[node] = body.node_copy(node, copies.__getitem__)
+        copies[node] = copy_node(body, node, copies)
         copies[node].meta = {}
     body.output(copies[region.exits[0]])
     used = {str(n.target): attribute(graph.module, str(n.target)) for n in nodes if n.op in ("call_module", "get_attr")}

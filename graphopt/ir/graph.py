@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx import Node
 
 from graphopt.ir.collector import uncollected
-from graphopt.ir.copying import alias_copy, copy_with
+from graphopt.ir.copying import alias_copy, copy_node, copy_with
 from graphopt.ir.inputs import Input
 from graphopt.ir.module import TrainingModule
 from graphopt.ir.paths import lineage
@@ -120,7 +120,7 @@ class Graph:
         copies: dict[Node, Node] = {}
         nodes = fx.Graph()
         for node in self.nodes:
-            copies[node] = nodes.node_copy(node, lambda n: copies[n])
+            copies[node] = copy_node(nodes, node, copies)
         copied = copy_with(self.module) if weights else alias_copy(self.module)
         # Without weights of its own it is not trained, and hardly ever run.
         module = TrainingModule(copied, nodes, type(self.module).__name__, late=not weights)

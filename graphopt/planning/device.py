@@ -13,7 +13,7 @@ from graphopt.cost.devices import Device
 from graphopt.cost.memory import DeviceMemory
 from graphopt.ir.inputs import Input, input_of
 
-#: a phase comes near the highest peak from this share of it on: allocators add less than the rest to any of them
+#: what is within this share of a figure comes near it: allocators add less than the rest to a phase's live bytes
 NEAR = 0.9
 
 
@@ -44,13 +44,19 @@ def with_memory(plan: Plan, device: Device) -> Plan:
     return replace(plan, report=report)
 
 
-def near_the_peak(phases: Sequence[Phase], peaks: Sequence[int]) -> tuple[Phase, ...]:
-    """The phases of which one needs most of a GPU: those whose `peaks`, the live bytes of a step on the CPU, come near the highest.
+def forecast_neediest(phases: Sequence[Phase], peaks: Sequence[int], device: Device) -> PhaseMemory:
+    """What the phase with the highest of `peaks`, the live bytes of a step on the CPU, needs of a GPU; of equal ones the first.
 
-    A simulation takes longer than the rest of a phase's forecast, and of most phases nobody asks what they need.
+    A simulation takes longer than the rest of a phase's forecast. Where that phase comes near what the device can give, and there alone,
+    the other phases that come near its peak are simulated, too, and the one that needs most is given. Raises CostError if a step cannot
+    be forecast.
     """
     highest = max(peaks)
-    return tuple(phase for phase, peak in zip(phases, peaks, strict=True) if peak >= NEAR * highest)
+    ((_, first), *rest) = sorted(zip(peaks, phases, strict=True), key=lambda item: -item[0])
+    (found,) = forecast_phases([first], device)
+    if found.memory.reserved.high < NEAR * device.usable:
+        return found
+    return neediest([found, *forecast_phases([phase for peak, phase in rest if peak >= NEAR * highest], device)])
 
 
 def forecast_phases(phases: Iterable[Phase], device: Device) -> tuple[PhaseMemory, ...]:

@@ -1,16 +1,17 @@
 """What a plan and its phases need of a GPU, and budgets that mean one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import graphopt
 from graphopt.cost import forecast
-from graphopt.cost.devices import DEVICES
+from graphopt.cost.devices import CONTEXT, DEVICES
 from graphopt.passes.checkpoint import Checkpoint
-from graphopt.planning import budget
+from graphopt.planning import budget, device
 from graphopt.planning.budget import Budget, Search, Trial, largest_batch, peak
-from graphopt.planning.device import forecast_phases, near_the_peak, neediest, with_memory
+from graphopt.planning.device import forecast_neediest, forecast_phases, neediest, with_memory
 from graphopt.spec import loads
 
 L4 = DEVICES["L4"]
@@ -59,13 +60,19 @@ def test_each_phase_has_its_need():
     assert first.to_dict()["peak_reserved_bytes"] == first.memory.reserved.low
 
 
-def test_the_phase_that_needs_most_is_among_those_near_the_peak():
+def test_the_phase_that_needs_most_has_the_highest_peak_or_comes_near_it_where_memory_is_short(monkeypatch):
     phases = plan_of(SPEC + FREEZE).phases(4)
     peaks = [forecast(phase.plan.module, phase.plan.graph.input, phase.plan.batch).peak_bytes for phase in phases]
-    assert near_the_peak(phases, peaks) == phases[:1]
-    assert near_the_peak(phases, [10, 9]) == phases
     needs = forecast_phases(phases, L4)
     assert neediest(needs) is needs[0]
+    simulated: list[int] = []
+    monkeypatch.setattr(device, "forecast_phases", lambda p, d: simulated.append(len(tuple(p))) or forecast_phases(p, d))
+    short = replace(L4, memory=needs[1].memory.reserved.high + CONTEXT)
+    assert forecast_neediest(phases, peaks, L4).epoch == 0
+    assert forecast_neediest(phases, [9, 10], L4).epoch == 2
+    assert forecast_neediest(phases, [9, 10], short).epoch == 0
+    assert forecast_neediest(phases, [9, 11], short).epoch == 2
+    assert simulated == [1, 1, 1, 1, 1, 0]
 
 
 @pytest.fixture(scope="module")
