@@ -58,14 +58,21 @@ class History:
         return [record.metrics[name] for record in same if name in record.metrics][::-1]
 
     def fell(self, by: float, since: float) -> bool:
-        """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it at that size."""
-        best, size = -math.inf, ""
+        """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it at that size.
+
+        Also where two in a row were lower than the best, and the next one would be so by more than `by`, if it falls as the second did.
+        """
+        best, size, last = -math.inf, "", -math.inf
         for record in self.records:
-            best, size = best if record.size == size else -math.inf, record.size
-            found = [record.metrics[name] for name in ("accuracy", "ema_accuracy") if name in record.metrics]
-            if found and record.epoch >= since and max(found) < best - by:
+            if record.size != size:
+                best, size, last = -math.inf, record.size, -math.inf
+            found = max((record.metrics[name] for name in ("accuracy", "ema_accuracy") if name in record.metrics), default=None)
+            if found is None:
+                continue
+            expected = found - max(0.0, last - found) if last < best else found
+            if record.epoch >= since and expected < best - by:
                 return True
-            best = max([best, *found])
+            best, last = max(best, found), found
         return False
 
     def watch(self, regions: Regions, parameters: Mapping[str, Tensor]) -> None:

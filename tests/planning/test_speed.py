@@ -137,9 +137,19 @@ def _accuracies(values, sizes=""):
 
 @pytest.mark.parametrize(
     ("accuracies", "undone"),
-    [([0.5, 0.6], False), ([0.6, 0.55], True), ([0.6, 0.585], False), ([0.6, 0.7, 0.65], True), ([0.6, 0.5, 0.9], True)],
+    [
+        ([0.5, 0.6], False),
+        ([0.6, 0.55], True),
+        ([0.6, 0.585], False),
+        ([0.6, 0.7, 0.65], True),
+        ([0.6, 0.5, 0.9], True),
+        ([0.6, 0.595, 0.587], True),
+        ([0.6, 0.595, 0.592], False),
+        ([0.6, 0.585, 0.59], False),
+        ([0.5, 0.6, 0.585], False),
+    ],
 )
-def test_a_pass_is_undone_once_it_costs_too_much_and_stays_so(accuracies, undone):
+def test_a_pass_is_undone_once_it_costs_too_much_or_is_about_to_and_stays_so(accuracies, undone):
     steps = Steps.model_validate({"steps": ({"epoch": 1, "upto": "a"},), "hold": 2.0})
     history = _accuracies(accuracies)
     fired = steps.decide(("a", "b"), ("a",), len(accuracies), 9, history, since=1)

@@ -47,7 +47,7 @@ class BaseTrigger(Frozen):
 
     Attributes:
         hold: percentage points of held-out accuracy that the pass may cost. Once an evaluation with the pass applied is further below the
-            best one before it, the pass is undone, and stays so.
+            best one before it, or after two that fall below that the next one would be, the pass is undone, and stays so.
         thaw: once the held-out loss is above its lowest so far by more than this share (0.05: 5 %), the pass is undone on all regions, and
             applied to none until the loss is back below that bound.
 
