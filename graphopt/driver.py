@@ -123,7 +123,8 @@ def _settled_instances(instances: list[PassInstance], graph: Graph, batch: int, 
         value = instance.value
         with located(instance):
             if not value.settled:
-                value = value.settle(graph, TimedStep(batch, partial(rates_of, device, options.get("amp")), **options))
+                measured = partial(rates_of, device, options.get("amp"), options.get("channels_last", False))
+                value = value.settle(graph, TimedStep(batch, measured, **options))
         found.append(replace(instance, value=value))
     return found
 

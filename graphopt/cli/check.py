@@ -80,7 +80,7 @@ def check(
     _check_before_timing(loaded)
     with Doing() as doing, uncollected():
         doing("timing steps")
-        rates = rates_for(here, loaded.train.amp, named if time else None)
+        rates = rates_for(here, loaded.train, named if time else None)
         doing("building and tracing the backbone")
         source = prepare(None, loaded, compare=loaded.verify != "off", trust=trust)
         check_folders(source, trust=trust)
@@ -186,7 +186,7 @@ def _forecast_chain(spec: "Spec", plan: "Plan", path: Path, ranks: int, rates: "
     from graphopt.cost.rates import Rates, rates_of
     from graphopt.planning.modules import forecast_chain
 
-    known = rates if isinstance(rates, Rates) else rates_of(spec.train.device, spec.train.amp)
+    known = rates if isinstance(rates, Rates) else rates_of(spec.train.device, spec.train.amp, spec.train.channels_last)
     return forecast_chain(plan, spec.train, ranks=ranks, rates=known, decisions=_decisions(path))
 
 

@@ -12,15 +12,18 @@ from graphopt.errors import RunError
 from graphopt.files import write_atomically
 
 if TYPE_CHECKING:
+    from graphopt.compiler.plan import Plan
+    from graphopt.cost import Rates
     from graphopt.planning.budget import Budget, Fit
     from graphopt.planning.speed import SpeedPlan
-    from graphopt.spec import Spec
+    from graphopt.spec import Spec, TrainSpec
 
 _ALLOWANCE = "Memory of a process per byte that is forecast: 1.09 to 1.35 in measured CPU processes, so 1.45 is safe there."
 _DEVICE = "Fit the memory of this GPU as its allocator needs it: A100, H100, H200, RTX 4090 or L4; none is needed."
-_TIME = 'Time of the whole run, without loading: "30 min". Schedules of passes are searched.'
+_TIME = 'Time of the whole run: "30 min". Settings and schedules of passes are searched.'
 _SPEEDUP = "As --time: the run as it is, divided by this."
 _HOLD = "Points of held-out accuracy that the passes of --time or --speedup may cost (default: 1); in the run, they are undone beyond it."
+_KEEP = "With --time or --speedup: leave the memory format (channels_last) and the precision (amp) as they are."
 _FLOPS = "FLOPs of a step, as a fraction of the backbone's; with --suggest."
 
 
@@ -32,6 +35,7 @@ def fit(
     time: Annotated[str | None, typer.Option("--time", metavar="TIME", help=_TIME)] = None,
     speedup: Annotated[float | None, typer.Option("--speedup", metavar="FACTOR", help=_SPEEDUP)] = None,
     hold: Annotated[float | None, typer.Option("--hold", metavar="POINTS", min=0.01, max=100, help=_HOLD)] = None,
+    keep_settings: Annotated[bool, typer.Option("--keep-settings", help=_KEEP)] = False,
     suggest: Annotated[bool, typer.Option("--suggest", help="Find passes that fit at the spec's batch, instead of a batch.")] = False,
     allowance: Annotated[float, typer.Option("--allowance", help=_ALLOWANCE)] = 1.0,
     everything: Annotated[bool, typer.Option("--all", help="With --suggest: try all candidates, not only what the choice takes.")] = False,
@@ -70,9 +74,9 @@ def fit(
     if time is not None or speedup is not None:
         others = {"--memory": memory, "--flops": flops, "--suggest": suggest, "--all": everything, "--allowance": allowance != 1.0}
         _refuse({**others, "--time": time is not None and speedup is not None}, "a search for time has no use for it")
-        _fit_time(loaded, time, speedup, 1.0 if hold is None else hold, device, trust, out, as_json)
+        _fit_time(loaded, time, speedup, 1.0 if hold is None else hold, keep_settings, device, trust, out, as_json)
         return
-    _refuse({"--hold": hold}, "it belongs to a search for time (--time, --speedup)")
+    _refuse({"--hold": hold, "--keep-settings": keep_settings}, "it belongs to a search for time (--time, --speedup)")
 
     from graphopt.planning.budget import Budget, Search
 
@@ -101,10 +105,21 @@ def _refuse(options: dict[str, object], why: str) -> None:
 
 
 def _fit_time(
-    spec: "Spec", time: str | None, speedup: float | None, hold: float, device: str | None, trust: bool, out: Path | None, as_json: bool
+    spec: "Spec",
+    time: str | None,
+    speedup: float | None,
+    hold: float,
+    keep_settings: bool,
+    device: str | None,
+    trust: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     from graphopt.cli.device import is_here
-    from graphopt.cli.timing import rates_for
+    from graphopt.cli.timing import measured_loader, rates_for
+    from graphopt.compiler.emit import emit
+    from graphopt.cost.rates import calibrated
+    from graphopt.cost.roofline import PeakRates
     from graphopt.planning.speed import SpeedSearch
     from graphopt.spec import dumps
     from graphopt.units import parse_time
@@ -116,9 +131,18 @@ def _fit_time(
     except ValueError as error:
         raise RunError(str(error), where="--time") from error
     here = device is None or is_here(device)
-    rates = rates_for(device or "cpu" if here else None, spec.train.amp, None if here else gpu(str(device)))
-    assert rates is not None
-    search = SpeedSearch(spec, rates, hold=hold, trust=trust)
+    card = None if here else gpu(str(device))
+
+    def rates_of(plan: "Plan", train: "TrainSpec") -> "Rates | PeakRates":
+        rates = rates_for(device or "cpu" if here else None, train, card)
+        assert rates is not None
+        if isinstance(rates, PeakRates):
+            return rates
+        whole, batch = plan.sizes.whole, train.micro_batch()
+        return calibrated(rates, emit(whole), whole.input, batch, amp=train.amp, channels_last=train.channels_last)
+
+    loader = measured_loader(spec) if here else None
+    search = SpeedSearch(spec, rates_of, hold=hold, keep_settings=keep_settings, loader=loader, trust=trust)
     own = search.own.seconds
     assert own is not None
     found = search.suggest(limit if limit is not None else own / (speedup or 1))
@@ -127,7 +151,9 @@ def _fit_time(
     if as_json:
         show_json(found.to_dict())
     else:
-        _show_speed(found, own, f"on {rates.device}" if here else f"at the peak rates of an NVIDIA {rates.device}")
+        name = search.rates.device
+        loading = "without loading" if loader is None else "with loading its images"
+        _show_speed(found, own, f"on {name}, {loading}" if here else f"at the peak rates of an NVIDIA {name}, {loading}")
         if out is not None and found.spec is not None:
             show(f"\nwritten: {out}")
     if found.chosen is None:
@@ -137,8 +163,8 @@ def _fit_time(
 def _show_speed(found: "SpeedPlan", own: float, where: str) -> None:
     from graphopt.units import show_time
 
-    show(f"the run as it is: {show_time(own)} {where}, without loading; asked for: at most {show_time(found.limit)}")
-    table = grid("", "schedules", "run", "times as fast", "updates kept", "images kept", "pixels kept", right=(2, 3, 4, 5, 6))
+    show(f"the run as it is: {show_time(own)} {where}; asked for: at most {show_time(found.limit)}")
+    table = grid("", "changes", "run", "times as fast", "updates kept", "images kept", "pixels kept", right=(2, 3, 4, 5, 6))
     for trial in sorted(found.tried, key=lambda trial: trial.seconds or 0.0):
         if trial.seconds is not None and trial.refused is None:
             mark = ">" if trial is found.chosen else ""
@@ -147,10 +173,10 @@ def _show_speed(found: "SpeedPlan", own: float, where: str) -> None:
     show(table)
     for trial in found.tried:
         if trial.refused is not None:
-            show(f"left out {trial.name}: {trial.refused}")
-    show(
-        "> chosen: of those that are quick enough, the least taken from training (squares of the lost shares of updates, images and pixels)"
-    )
+            show(f"left out {trial.title}: {trial.refused}")
+    if found.base.settings:
+        show(f"schedules and fewer epochs are with {found.base.name}")
+    show("> chosen: the mildest settings if they are quick enough; else what takes least from training, with the quickest settings")
     if found.snippet:
         show(f"\nto paste into the spec:\n\n{found.snippet}")
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from graphopt.cost.roofline import PeakRates
     from graphopt.planning.loading import LoaderRate, PhaseTime
     from graphopt.planning.run_cost import RunCost
-    from graphopt.spec import Spec
+    from graphopt.spec import Spec, TrainSpec
 
 
-def rates_for(here: str | None, amp: str | None, card: "Device | None") -> "Rates | PeakRates | None":
-    """Measured on the device `here`, or the peak rates of a GPU that is not here. Raises RunError if no steps can be timed."""
+def rates_for(here: str | None, train: "TrainSpec", card: "Device | None") -> "Rates | PeakRates | None":
+    """Measured on the device `here` for such a run, or a GPU's peak rates. Raises RunError if no steps can be timed."""
     from graphopt.cost.rates import rates_of
     from graphopt.cost.roofline import PeakRates
     from graphopt.errors import RunError
@@ -23,7 +23,7 @@ def rates_for(here: str | None, amp: str | None, card: "Device | None") -> "Rate
     if here is None:
         return PeakRates(card) if card is not None else None
     try:
-        return rates_of(here, amp)
+        return rates_of(here, train.amp, train.channels_last)
     except RunError as error:
         raise error.with_location("--device") from error.__cause__
 

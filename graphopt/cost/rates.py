@@ -10,19 +10,21 @@ included, nor what other processes take of the machine.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.cost.figures import Cost, Work
+from graphopt.cost.loss import criterion
 from graphopt.cost.optimizer import Optimizer, Update, update_of
 from graphopt.cost.step import StepOptions, forecast
 from graphopt.errors import RunError, first_line
+from graphopt.ir.copying import copy_with
+from graphopt.ir.inputs import Input, dtype_of, samples
 from graphopt.runtime.dtypes import AUTOCAST_DTYPES
 
 #: timed steps, of which the fastest counts, after one step of warm-up
@@ -101,31 +103,53 @@ class TimedStep:
         return update_of(parameters, self.optimizer, self.optimizer_options)
 
 
-def rates_of(device: str, amp: str | None = None) -> Rates:
+def rates_of(device: str, amp: str | None = None, channels_last: bool = False) -> Rates:
     """What `measure_rates` finds, measured once in a process: everything here that goes by time goes by the same rates.
 
     `device` may be "auto", as in a spec. Raises RunError if it is not there.
     """
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return _rates_of(name, amp)
+    return _rates_of(name, amp, channels_last)
 
 
 @cache
-def _rates_of(device: str, amp: str | None) -> Rates:
+def _rates_of(device: str, amp: str | None, channels_last: bool) -> Rates:
     try:
-        return measure_rates(device, amp=amp)
+        return measure_rates(device, amp=amp, channels_last=channels_last)
     except (RuntimeError, AssertionError) as error:
         what, fix = f"no steps can be timed on {device}: {first_line(error)}", "Use cpu, or cuda if there is a GPU"
         raise RunError(what, fix=fix) from error
 
 
-def measure_rates(device: str = "cpu", *, amp: str | None = None) -> Rates:
-    """Times a few steps of six small networks on `device`, a few seconds in all. Weights and data are random."""
+def measure_rates(device: str = "cpu", *, amp: str | None = None, channels_last: bool = False) -> Rates:
+    """Times a few steps of six small networks on `device`, a few seconds in all. Weights and data are random.
+
+    `amp` and `channels_last` are as in `StepOptions`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        costs = [forecast(make(), input, batch, amp=amp) for make, input, batch in _networks()]
-        found = np.array([_time(make(), input, batch, device, amp) for make, input, batch in _networks()])
+        costs = [forecast(make(), input, batch, amp=amp, channels_last=channels_last) for make, input, batch in _networks()]
+        found = np.array([_time(make(), input, batch, device, amp, channels_last) for make, input, batch in _networks()])
     return fitted(costs, found, device)
+
+
+def calibrated(rates: Rates, module: nn.Module, input: Input, batch: int, *, amp: str | None = None, channels_last: bool = False) -> Rates:
+    """The same rates, all times what a timed step of `module` takes over its forecast: to compare runs of that network, or of parts of it.
+
+    The step has as many samples as take a second by forecast, two at least and `batch` at most. `module` stays as it is.
+
+    Raises RunError if the step fails.
+    """
+    taken = rates.seconds(forecast(module, input, batch, amp=amp, channels_last=channels_last))
+    size = min(batch, max(2, int(batch / taken))) if taken > 1 else batch
+    cost = forecast(module, input, size, amp=amp, channels_last=channels_last)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            factor = _time(copy_with(module), input, size, rates.device, amp, channels_last) / rates.seconds(cost)
+        except RuntimeError as error:
+            raise RunError(f"a step of {size} samples cannot be timed on {rates.device}: {first_line(error)}") from error
+    product = rates.product and factor * rates.product
+    return replace(rates, flop=factor * rates.flop, byte=factor * rates.byte, kernel=factor * rates.kernel, product=product)
 
 
 def fitted(costs: Sequence[Cost], seconds: np.ndarray[Any, Any], device: str) -> Rates:
@@ -159,17 +183,19 @@ def _networks() -> list[tuple[Callable[[], nn.Module], tuple[int, ...], int]]:
     ]
 
 
-def _time(module: nn.Module, input: tuple[int, ...], batch: int, device: str, amp: str | None) -> float:
-    module.to(device).train()
+def _time(module: nn.Module, input: Input, batch: int, device: str, amp: str | None, last: bool) -> float:
+    layout = torch.channels_last if last else torch.contiguous_format
+    module.to(device).to(memory_format=layout).train()
     optimizer = torch.optim.SGD(module.parameters(), 1e-3, momentum=0.9)
     # Drawn on the CPU, whose random state the caller restores.
-    x, y = torch.randn(batch, *input).to(device), torch.zeros(batch, dtype=torch.long, device=device)
-    taken = []
+    images = samples(input, batch, partial(torch.randn, dtype=dtype_of(module)))
+    x = [each.to(device, memory_format=layout) if each.dim() == 4 else each.to(device) for each in images]
+    y, loss_of, taken = torch.zeros(batch, dtype=torch.long, device=device), criterion("cross_entropy"), []
     for _ in range(STEPS + 1):
         start = _now(device)
         optimizer.zero_grad()
         with torch.autocast(torch.device(device).type, AUTOCAST_DTYPES[amp]) if amp else nullcontext():
-            loss = F.cross_entropy(module(x), y)
+            loss = loss_of(module(*x), y)
         torch.autograd.backward(loss)
         optimizer.step()
         taken.append(_now(device) - start)

@@ -1,32 +1,44 @@
 """Planning for time: the schedules of passes with which a run takes as little time as asked, by the forecast of the whole run.
 
-Every installed pass offers schedules of its own (`Pass.schedules`), mildest first: a ladder. So do passes that go together, rung by rung.
+What leaves training as it is comes first: another memory format, and 16-bit arithmetic, as far as they are quicker. If that is not enough,
+every installed pass offers schedules of its own (`Pass.schedules`), mildest first: a ladder. So do passes that go together, rung by rung.
 Of each ladder the mildest rung that is fast enough is found by bisection; the rungs that were too slow, and the spec as it is, become fast
 enough with fewer epochs. Of all these, the one that takes least away from training is chosen (see `Quicker.price`), verified, and written
 as a spec. With `hold`, its triggers undo themselves in the run when held-out accuracy falls too far.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, zip_longest
 from typing import Any, NamedTuple
 
+import torch
+
 from graphopt.compiler.pass_base import Pass
 from graphopt.compiler.plan import Phase, Plan, compile_phase
 from graphopt.compiler.registry import passes as installed
-from graphopt.compiler.triggers import Start
+from graphopt.compiler.triggers import Start, step_at
 from graphopt.cost import Rates
 from graphopt.cost.roofline import PeakRates
 from graphopt.driver import prepare
 from graphopt.errors import GraphoptError
 from graphopt.ir.inputs import image_of
 from graphopt.planning.budget import in_order, snippet
-from graphopt.planning.run_cost import RunCost, counts, forecast_run
-from graphopt.spec import Spec, from_table
+from graphopt.planning.loading import LoaderRate, phase_times
+from graphopt.planning.run_cost import PhaseCost, RunCost, counts, forecast_run
+from graphopt.spec import Spec, TrainSpec, from_table
+from graphopt.spec.writing import toml_value
+from graphopt.train.optimizer import Schedule
 from graphopt.train.preflight import problems
 
 #: how many of the ways that become quick enough with fewer epochs are forecast: those that take least, by estimate
 SHORTER = 6
+#: moments of each epoch at which the learning rate is read
+SLICES = 10
+#: gives what makes seconds of the steps of such a run of a plan: the machine's rates in its memory format and precision, or a GPU's
+RatesOf = Callable[[Plan, TrainSpec], Rates | PeakRates]
 
 
 class Rung(NamedTuple):
@@ -38,14 +50,17 @@ class Rung(NamedTuple):
 
 @dataclass(frozen=True)
 class Quicker:
-    """One way to make a run quicker: passes added to the spec's own, and fewer epochs.
+    """One way to make a run quicker: other settings, passes added to the spec's own, and fewer epochs.
 
     Attributes:
         rungs: the schedules that its passes are.
+        settings: of `[train]`, which leave training as it is: another memory format, and 16-bit arithmetic.
         epochs: length of the run.
-        seconds: of the whole run, without loading; None before it is forecast.
-        updates, images: shares of the spec's own parameter updates that are still made, and of its images that are still seen.
-        pixels: share of the pixels of an image that is seen, on average.
+        seconds: of the whole run, with loading where that was measured; None before it is forecast.
+        updates: share of the spec's own updates that are still made: of the FLOPs of its backward passes at the same size of images, each
+            step counted by the run's own learning rate then, as late steps move the weights little.
+        images: share of its images that are still seen as they are drawn anew; features from a cache are not.
+        pixels: share of the pixels of an image that is seen, on average over the same learning rates.
         refused: why it is impossible, if it is.
     """
 
@@ -53,6 +68,7 @@ class Quicker:
     epochs: int
     added: tuple[Pass, ...] = ()
     rungs: tuple[Rung, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     updates: float = 1.0
     images: float = 1.0
@@ -60,18 +76,23 @@ class Quicker:
     refused: str | None = None
 
     @property
+    def title(self) -> str:
+        """Its settings, and its name."""
+        return "; ".join(dict.fromkeys([*([_text(self.settings)] if self.settings else []), self.name]))
+
+    @property
     def price(self) -> float:
         """What training loses: the squares of the lost shares, as a little of each costs less than much of one; pixels count twice.
 
         That orders what was measured on ResNet-20 and Fashion-MNIST (tools/tables/speedup_fashion.md): at half of the time, smaller images
-        cost more accuracy there than fewer epochs.
+        cost more accuracy there than fewer epochs, and those more than freezing from the middle of the run on.
         """
         return (1 - self.updates) ** 2 + (1 - self.images) ** 2 + (2 * (1 - self.pixels)) ** 2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         plain = {key: getattr(self, key) for key in ("name", "epochs", "seconds", "updates", "images", "pixels", "refused")}
-        return {**plain, "added": [value.table() for value in self.added]}
+        return {**plain, "settings": dict(self.settings), "added": [value.table() for value in self.added]}
 
 
 @dataclass(frozen=True)
@@ -80,10 +101,12 @@ class SpeedPlan:
 
     Attributes:
         limit: seconds that the run may take. own: the spec as it is.
+        base: the spec with the settings that schedules and fewer epochs have, too; `own` where none is quicker or needed.
     """
 
     limit: float
     own: Quicker
+    base: Quicker
     tried: tuple[Quicker, ...]
     chosen: Quicker | None
     spec: Spec | None = field(repr=False)
@@ -95,6 +118,7 @@ class SpeedPlan:
         return {
             "limit_seconds": self.limit,
             "own": self.own.to_dict(),
+            "settings": dict(self.base.settings),
             "tried": tried,
             "chosen": self.chosen and self.chosen.name,
             "snippet": self.snippet,
@@ -105,37 +129,95 @@ class SpeedSearch:
     """A spec's backbone, traced once, and the forecast of its run with passes added.
 
     Args:
-        rates: the machine's, or the peak rates of a GPU. hold: points of held-out accuracy that added passes may cost (see `BaseTrigger`).
+        hold: points of held-out accuracy that added passes may cost (see `BaseTrigger`).
+        keep_settings: leave memory format and precision as they are.
+        loader: how fast images come; None leaves loading them out.
     """
 
-    def __init__(self, spec: Spec, rates: Rates | PeakRates, *, hold: float | None = None, trust: bool = False) -> None:
-        self.spec, self.rates, self.hold, self.trust = spec, rates, hold, trust
+    def __init__(
+        self,
+        spec: Spec,
+        rates_of: RatesOf,
+        *,
+        hold: float | None = None,
+        keep_settings: bool = False,
+        loader: LoaderRate | None = None,
+        trust: bool = False,
+    ) -> None:
+        self.loader = loader
+        self.spec, self.rates_of, self.hold, self.keep_settings, self.trust = spec, rates_of, hold, keep_settings, trust
         self.plan = compile_phase(prepare(None, spec, compare=False, trust=trust), verify="off", costs=False)
+        self._train, self.rates = spec.train, rates_of(self.plan, spec.train)
         self.samples, self.evaluated = counts(spec.data)
         self._tried: dict[str, Quicker] = {}
+        #: FLOPs of the backward of a step of the spec as it is, on average over its learning rates
+        self._work = 0.0
         self._steps: dict[Hashable, Any] = {}
         self._whole = self._forecast(self.plan.passes, spec.train.epochs)[1]
-        self.own = self._costed(Quicker("the spec as it is", spec.train.epochs), self._whole)
+        #: what ladders and fewer epochs start from, too: the spec as it is, later with the quickest settings
+        self.base = self.own = self._costed(Quicker("the spec as it is", spec.train.epochs), self._whole)
         #: what a run of the spec as it is would be refused for, images that are elsewhere, say
         self._refused = {str(problem) for problem in problems(self.plan, spec.train, spec.data)}
 
     def suggest(self, limit: float) -> SpeedPlan:
         """What takes at most `limit` seconds and takes least away from training."""
-        found = [self.own] if self._fits(self.own, limit) else self._fitting(limit)
+        self._tried.clear()
+        self._take(self.own)
+        found = [self.own] if self._fits(self.own, limit) else self._settled(limit) or self._fitting(limit)
         for trial in sorted(found, key=lambda trial: trial.price):
             checked = self._checked(trial)
             self._tried[checked.name] = checked
             if checked.refused is None:
-                text = snippet(self.plan.passes, checked.added)
-                text += f"[train]\nepochs = {checked.epochs}\n" if checked.epochs < self.own.epochs else ""
-                return SpeedPlan(limit, self.own, tuple(self._tried.values()), checked, self._with(checked), text)
-        return SpeedPlan(limit, self.own, tuple(self._tried.values()), None, None)
+                changes = self._changes(checked)
+                text = snippet(self.plan.passes, checked.added) if checked.added else ""
+                text += "".join(["[train]\n", *(f"{key} = {toml_value(value)}\n" for key, value in changes.items())]) if changes else ""
+                return SpeedPlan(limit, self.own, self.base, tuple(self._tried.values()), checked, self._with(checked), text)
+        return SpeedPlan(limit, self.own, self.base, tuple(self._tried.values()), None, None)
+
+    def _settled(self, limit: float) -> list[Quicker]:
+        """The mildest settings that are quick enough by themselves. If there are none, the quickest ones become the base of all else."""
+        for trial in self._settings():
+            if self._fits(trial, limit):
+                return [trial]
+        self._take(min((self.own, *self._tried.values()), key=lambda trial: trial.seconds or math.inf))
+        return []
+
+    def _settings(self) -> Iterator[Quicker]:
+        """Settings that the spec does not have, mildest first, with the seconds of the run."""
+        if self.keep_settings:
+            return
+        quickest, given = self.own, self.spec.resolved(defaults=False).get("train", {})
+        for key, value in self._possible().items():
+            if key not in given:
+                settings = {**quickest.settings, key: value}
+                trial = Quicker(_text(settings), self.own.epochs, settings=settings)
+                try:
+                    self._take(trial)
+                    self._check_starts([self.plan], self.spec.model_copy(update={"train": self._train}))
+                except GraphoptError as error:
+                    self._tried[trial.name] = replace(trial, refused=str(error))
+                yield (found := self._trial(trial))
+                quickest = found if found.seconds is not None and self._fits(found, quickest.seconds or math.inf) else quickest
+
+    def _possible(self) -> dict[str, Any]:
+        """The memory format for images and convolutions, where its speed can be measured; 16-bit arithmetic for a network in float32."""
+        parameters = tuple(self.plan.module.parameters())
+        images = image_of(self.plan.graph.input) is not None and any(p.dim() == 4 for p in parameters)
+        found: dict[str, Any] = {"channels_last": True} if images and not isinstance(self.rates, PeakRates) else {}
+        return {**found, "amp": "bfloat16"} if parameters and all(p.dtype == torch.float32 for p in parameters) else found
+
+    def _take(self, base: Quicker) -> None:
+        """From now on, runs have these settings."""
+        train = self.spec.train.model_copy(update=dict(base.settings))
+        if train != self._train:
+            self._train, self.rates, self._steps = train, self.rates_of(self.plan, train), {}
+        self.base = base
 
     def _fitting(self, limit: float) -> list[Quicker]:
         """What is quick enough: a rung of each ladder, and the best of what becomes so with fewer epochs."""
         found = [trial for ladder in self.ladders() if (trial := self._climb(ladder, limit))]
-        whole = (trial for trial in self._tried.values() if trial.epochs == self.own.epochs)
-        slow = [self.own, *(trial for trial in whole if trial.seconds is not None and trial.seconds > limit)]
+        whole = (trial for trial in self._tried.values() if trial.epochs == self.own.epochs and trial.added)
+        slow = [self.base, *(trial for trial in whole if trial.seconds is not None and trial.seconds > limit)]
         shorter = sorted((self._shorter(trial, limit) for trial in slow), key=lambda trial: trial.price)
         tried = [self._trial(self._at(trial, trial.epochs)) for trial in shorter[:SHORTER] if trial.epochs]
         return [*found, *(trial for trial in tried if self._fits(trial, limit))]
@@ -145,7 +227,7 @@ class SpeedSearch:
         assert trial.seconds is not None
         epochs = int(self.own.epochs * limit / trial.seconds)
         share = epochs / self.own.epochs
-        return replace(trial, epochs=epochs, seconds=None, updates=trial.updates * share, images=share)
+        return replace(trial, epochs=epochs, seconds=None, updates=trial.updates * share, images=trial.images * share)
 
     def _at(self, trial: Quicker, epochs: int) -> Quicker:
         """The same rungs in a run of so many epochs; where its ladder is shorter then, the last one."""
@@ -153,13 +235,14 @@ class SpeedSearch:
         if not all(offers):
             return replace(trial, refused=f"{epochs} epochs are too few for its schedule")
         chosen = [offer[min(rung.number, len(offer) - 1)] for offer, rung in zip(offers, trial.rungs, strict=True)]
-        shorter = _together([Quicker(f"{epochs} epochs", epochs), *chosen])
+        shorter = _together([Quicker(f"{epochs} epochs", epochs, settings=self.base.settings), *chosen])
         return replace(shorter, rungs=trial.rungs)
 
     def _offer(self, kind: type[Pass], epochs: int) -> tuple[Quicker, ...]:
         """The schedules of a pass for a run of so many epochs."""
         offer = enumerate(kind.schedules(self.plan.base, epochs))
-        return tuple(Quicker(c.label, epochs, (self._held(c.value),), (Rung(kind, number),)) for number, c in offer)
+        settings = self.base.settings
+        return tuple(Quicker(c.label, epochs, (self._held(c.value),), (Rung(kind, number),), settings) for number, c in offer)
 
     def ladders(self) -> Iterator[tuple[Quicker, ...]]:
         """Schedules of each pass that the spec does not have yet; then those of passes that go together, rung by rung."""
@@ -186,7 +269,7 @@ class SpeedSearch:
         """Whether a run with these passes would start, as far as its data and settings go; what is refused is not tried again."""
         try:
             phases = self._phases(in_order(self.plan.passes, trial.added), trial.epochs)
-            self._check_starts([phase.plan for phase in phases], self.spec)
+            self._check_starts([phase.plan for phase in phases], self.spec.model_copy(update={"train": self._train}))
         except GraphoptError as error:
             self._tried[trial.name] = replace(trial, refused=str(error))
             return False
@@ -229,16 +312,39 @@ class SpeedSearch:
         return plan.phases(epochs, **options)
 
     def _forecast(self, passes: Sequence[Pass], epochs: int) -> tuple[tuple[Phase, ...], RunCost]:
-        phases, train = self._phases(passes, epochs), self.spec.train.model_copy(update={"epochs": epochs})
+        phases, train = self._phases(passes, epochs), self._train.model_copy(update={"epochs": epochs})
         first, samples, evaluated, known = phases[0].plan, self.samples, self.evaluated, self._steps
         return phases, forecast_run(first, train, samples=samples, evaluated=evaluated, phases=phases, rates=self.rates, known=known)
 
     def _costed(self, trial: Quicker, cost: RunCost, phases: Sequence[Phase] = ()) -> Quicker:
-        updates, whole = (sum(p.epochs * p.step.trainable_parameters for p in c.phases) for c in (cost, self._whole))
-        pixels = [(phase.end - phase.start) * _pixels(phase.plan) for phase in phases]
-        seen = sum(pixels) / (cost.epochs * _pixels(self.plan)) if phases else 1.0
-        images = trial.epochs / self.spec.train.epochs
-        return replace(trial, seconds=cost.run.seconds, updates=min(1.0, updates / whole), images=images, pixels=min(1.0, seen))
+        weights = self._weights(cost)
+        pixels = [min(1.0, _pixels(phase.plan) / _pixels(self.plan)) for phase in phases] or [1.0] * len(weights)
+        work = [p.backward_flops / size for p, size in zip(cost.phases, pixels, strict=True)]
+        share, length = sum(map(operator.mul, weights, work)), trial.epochs / self.spec.train.epochs
+        if not self._work:
+            self._work = share
+        fresh = [p.epochs * self._fresh(p, phase.plan) for p, phase in zip(cost.phases, phases, strict=False)] or [cost.epochs]
+        seconds = cost.run.seconds
+        if self.loader is not None and seconds is not None:
+            times = phase_times(cost, self.spec.train.batch, self.loader)
+            seconds += sum(time.epochs * (time.length - time.step) for time in times)
+        shares = {"updates": min(length, length * share / self._work), "images": length * sum(fresh) / cost.epochs}
+        return replace(trial, seconds=seconds, **shares, pixels=sum(map(operator.mul, weights, pixels)))
+
+    def _weights(self, cost: RunCost) -> list[float]:
+        """The share of each phase in the sum of the run's learning rates."""
+        train = self._train.model_copy(update={"epochs": cost.epochs})
+        schedule = Schedule(torch.optim.SGD([torch.zeros(())], lr=1.0), train, SLICES)
+        rates = [schedule.set_step(step) for step in range(cost.epochs * SLICES)]
+        ends = [(step_at(p.epoch, SLICES), step_at(p.epoch + p.epochs, SLICES)) for p in cost.phases]
+        return [sum(rates[start:end]) / sum(rates) for start, end in ends]
+
+    def _fresh(self, phase: PhaseCost, plan: Plan) -> float:
+        """The share of a phase's images that are drawn anew: all, but for features from a cache of random views."""
+        if not phase.feature_bytes or plan.needs.features is None or not self.spec.data.augment.redraws:
+            return 1.0
+        options = plan.needs.features.options
+        return 1 / options["refresh"] if options.get("refresh") else min(1.0, (options.get("views") or 1) / phase.epochs)
 
     def _checked(self, trial: Quicker) -> Quicker:
         """Verified in every phase, and asked whether its run would start."""
@@ -252,14 +358,21 @@ class SpeedSearch:
     def _with(self, trial: Quicker) -> Spec:
         table = self.spec.resolved(defaults=False)
         table["pass"] = [value.table() for value in in_order(self.plan.passes, trial.added)]
-        if trial.epochs < self.own.epochs:
-            table["train"] = {**table.get("train", {}), "epochs": trial.epochs}
+        table["train"] = {**table.get("train", {}), **self._changes(trial)}
         return from_table(table, trust=self.trust)
+
+    def _changes(self, trial: Quicker) -> dict[str, Any]:
+        """Of `[train]`."""
+        return {**trial.settings, **({"epochs": trial.epochs} if trial.epochs < self.own.epochs else {})}
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {toml_value(value)}" for key, value in settings.items())
 
 
 def _together(trials: Sequence[Quicker]) -> Quicker:
     added, rungs = (tuple(value for trial in trials for value in getattr(trial, name)) for name in ("added", "rungs"))
-    return Quicker("; ".join(trial.name for trial in trials), trials[0].epochs, added, rungs)
+    return Quicker("; ".join(trial.name for trial in trials), trials[0].epochs, added, rungs, trials[0].settings)
 
 
 def _conflict(passes: Sequence[Pass]) -> bool:

@@ -29,7 +29,7 @@ def seconds_of(plan: Plan, train: TrainSpec, rates: Rates | None = None) -> list
     """
     runs = every_module(plan)
     try:
-        rates, found = rates or rates_of(train.device, train.amp), stages(plan, runs, train.micro_batch(), train.amp)
+        rates, found = rates or rates_of(train.device, train.amp, train.channels_last), stages(plan, runs, train.micro_batch(), train.amp)
         return [rates.seconds(step_of(stage, train)) for stage in found]
     except CostError:
         return [1.0] * len(runs)

@@ -19,6 +19,10 @@ from graphopt.train.similarity import moved
 Regions = Mapping[str, tuple[str, ...]]
 
 
+#: evaluations before a pass is applied whose falls of accuracy are usual
+USUAL = 5
+
+
 @dataclass(frozen=True)
 class EpochRecord:
     """One finished epoch, counted from 0."""
@@ -60,17 +64,22 @@ class History:
     def fell(self, by: float, since: float) -> bool:
         """Whether an evaluation from epoch `since` on was lower, by more than `by` (0 to 1), than the best before it at that size.
 
-        Also where two in a row were lower than the best, and the next one would be so by more than `by`, if it falls as the second did.
+        Accuracy goes up and down by itself while the learning rate is high: `by` is on top of the most that it fell in the `USUAL`
+        evaluations before `since`, or in the first ones of a pass that has been there from the start. A fall also counts where two
+        evaluations in a row were lower than the best, and the next one would be too low if it falls as the second did.
         """
-        best, size, last = -math.inf, "", -math.inf
+        best, size, last, falls = -math.inf, "", -math.inf, list[float]()
         for record in self.records:
             if record.size != size:
-                best, size, last = -math.inf, record.size, -math.inf
+                best, size, last, falls = -math.inf, record.size, -math.inf, []
             found = max((record.metrics[name] for name in ("accuracy", "ema_accuracy") if name in record.metrics), default=None)
             if found is None:
                 continue
-            expected = found - max(0.0, last - found) if last < best else found
-            if record.epoch >= since and expected < best - by:
+            fall = best - found
+            expected = fall + max(0.0, last - found) if last < best else fall
+            if record.epoch < since or (since == 0 and len(falls) < USUAL):
+                falls.append(fall)
+            elif expected > by + max([0.0, *falls[-USUAL:]]):
                 return True
             best, last = max(best, found), found
         return False

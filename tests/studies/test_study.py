@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.compiler.plan import compile_phase
+from graphopt.driver import prepare
 from graphopt.errors import SpecError
 from graphopt.spec import load
 from graphopt.studies.study import Member, identity, installed, members, read_study
@@ -99,6 +101,10 @@ def test_the_installed_studies_are_sound(name: str) -> None:
     assert study.name
     assert all(member.baseline for member in found), "each row has a baseline, or is one"
     assert len(found) == len(study.variants) * len(study.seeds)
+    for member in found:
+        if len(member.spec.passes) > 1 and member.seed == found[0].seed:
+            plan = compile_phase(prepare(None, member.spec, compare=False), verify="fast", costs=False, weights=False)
+            plan.check_phases(member.spec.train.epochs)  # passes that do not go together
 
 
 DEPTHS = ["VGG-11", "VGG-13", "VGG-16", "VGG-19", "ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"]

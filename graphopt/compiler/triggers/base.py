@@ -46,8 +46,9 @@ class BaseTrigger(Frozen):
     """A rule that decides, before each epoch, to which regions a pass is applied, or undone.
 
     Attributes:
-        hold: percentage points of held-out accuracy that the pass may cost. Once an evaluation with the pass applied is further below the
-            best one before it, or after two that fall below that the next one would be, the pass is undone, and stays so.
+        hold: percentage points of held-out accuracy that the pass may cost, on top of the most that accuracy fell in the five evaluations
+            before the pass. Once an evaluation with the pass applied is further below the best one before it, or after two that fall below
+            that the next one would be, the pass is undone, and stays so.
         thaw: once the held-out loss is above its lowest so far by more than this share (0.05: 5 %), the pass is undone on all regions, and
             applied to none until the loss is back below that bound.
 
