@@ -5,7 +5,8 @@
 A CIFAR ResNet at 32 pixels, one thread, torch.compile with its default backend. "Graphs" are those compiled in the first steps, and
 "again" those compiled in the rounds that are measured. "Whole" says whether the network is one graph (fullgraph=True); local modules and
 branches that a step leaves out at random are graphs of their own. "Difference" is the largest of any gradient after one step, over the
-largest gradient in eager mode; float32 rounds at 1e-7.
+largest gradient in eager mode; float32 rounds at 1e-7. A ReLU whose input rounds to the other side of zero passes its gradient on or not:
+with GELU in the place of ReLU, the network without passes differs by 5e-6, not by 3e-3 (batch 16).
 """
 
 from __future__ import annotations

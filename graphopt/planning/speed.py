@@ -148,6 +148,7 @@ class SpeedSearch:
         self.spec, self.rates_of, self.hold, self.keep_settings, self.trust = spec, rates_of, hold, keep_settings, trust
         self.plan = compile_phase(prepare(None, spec, compare=False, trust=trust), verify="off", costs=False)
         self._train, self.rates = spec.train, rates_of(self.plan, spec.train)
+        self._rates = {"": self.rates}
         self.samples, self.evaluated = counts(spec.data)
         self._tried: dict[str, Quicker] = {}
         #: FLOPs of the backward of a step of the spec as it is, on average over its learning rates
@@ -207,10 +208,13 @@ class SpeedSearch:
         return {**found, "amp": "bfloat16"} if parameters and all(p.dtype == torch.float32 for p in parameters) else found
 
     def _take(self, base: Quicker) -> None:
-        """From now on, runs have these settings."""
+        """From now on, runs have these settings, whose rates are measured once."""
         train = self.spec.train.model_copy(update=dict(base.settings))
         if train != self._train:
-            self._train, self.rates, self._steps = train, self.rates_of(self.plan, train), {}
+            name = _text(base.settings)
+            if name not in self._rates:
+                self._rates[name] = self.rates_of(self.plan, train)
+            self._train, self.rates, self._steps = train, self._rates[name], {}
         self.base = base
 
     def _fitting(self, limit: float) -> list[Quicker]:
