@@ -61,7 +61,7 @@ class Modular(Strategy):
     _features: bool = field(default=False, init=False, repr=False)  # the first stage trains on cached features
     _peers: Ranks = field(default=ALONE, init=False, repr=False)  # those with the same modules
     _gradients: Any = field(default=None, init=False, repr=False)  # the group in which they average gradients
-    _stop: Agreement = field(default_factory=lambda: Agreement(ALONE, lambda _: None), init=False, repr=False)  # of the first stages
+    _stop: Agreement = field(default_factory=lambda: Agreement(ALONE), init=False, repr=False)  # of the first stages
     _began: float = field(default=0.0, init=False, repr=False)  # this epoch's training
 
     @classmethod
@@ -98,7 +98,7 @@ class Modular(Strategy):
         strategy._peers = ranks.among(range(first, first + replicas))
         shared = strategy.device.type == "cuda" and strategy._transport.backend is None  # by ranks that NCCL does not connect
         strategy._gradients = strategy._peers.new_group("gloo" if shared else None) if replicas > 1 else None
-        strategy._stop = Agreement(strategy._peers, lambda _: None)
+        strategy._stop = Agreement(strategy._peers)
         return strategy
 
     def _join_links(self) -> None:

@@ -275,18 +275,19 @@ class Agreement:
     More numbers may travel with it, as many on each rank; `receive` gets them of all ranks, (ranks, numbers) int64, step by step.
     """
 
-    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None] = lambda _: None) -> None:
+    def __init__(self, ranks: Ranks, receive: Callable[[Tensor], None] | None = None) -> None:
         self._ranks, self._receive = ranks, receive
         self._pending: tuple[Any, list[Tensor]] | None = None
         self._known = 0
 
     def __call__(self, value: int, *more: int) -> int:
         """Gives this step's numbers, and returns the largest value of the step before; alone, the value itself."""
-        row = torch.tensor([value, *more])
         if self._ranks.count == 1:
-            self._receive(row[None, 1:])
+            if self._receive is not None:
+                self._receive(torch.tensor([more]))
             return value
         self.finish()
+        row = torch.tensor([value, *more])
         rows = [torch.empty_like(row) for _ in range(self._ranks.count)]
         self._pending = distributed.all_gather(rows, row, group=self._ranks._group, async_op=True), rows
         known, self._known = self._known, 0
@@ -300,7 +301,8 @@ class Agreement:
             work.wait()
             found = torch.stack(rows)
             self._known = max(self._known, int(found[:, 0].max()))
-            self._receive(found[:, 1:])
+            if self._receive is not None:
+                self._receive(found[:, 1:])
 
 
 def restarted() -> bool:

@@ -200,7 +200,7 @@ class Run:
         context.features.on_progress, context.features.on_message = self._after_filling, log.screen.say
         self.ledger = ledger
         self._taken: list[int] = []  # samples of the step, on this rank; collected only for the ledger
-        self._agreed = Agreement(self.strategy.peers, self._record)
+        self._agreed = Agreement(self.strategy.peers, self._record if self.spec.ledger else None)
         self.strategy.signal = lambda: self.signals.signum or 0
 
     def run(self) -> Summary:
