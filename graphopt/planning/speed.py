@@ -223,8 +223,19 @@ class SpeedSearch:
         whole = (trial for trial in self._tried.values() if trial.epochs == self.own.epochs and trial.added)
         slow = [self.base, *(trial for trial in whole if trial.seconds is not None and trial.seconds > limit)]
         shorter = sorted((self._shorter(trial, limit) for trial in slow), key=lambda trial: trial.price)
-        tried = [self._trial(self._at(trial, trial.epochs)) for trial in shorter[:SHORTER] if trial.epochs]
-        return [*found, *(trial for trial in tried if self._fits(trial, limit))]
+        return [*found, *(quick for trial in shorter[:SHORTER] if (quick := self._shortened(trial, limit)))]
+
+    def _shortened(self, trial: Quicker, limit: float) -> Quicker | None:
+        """The trial in as many epochs as are quick enough, at most its own: what a run takes besides its epochs is not in proportion."""
+        epochs = trial.epochs
+        while epochs > 0:
+            found = self._trial(self._at(trial, epochs))
+            if found.seconds is None:
+                return None
+            if self._fits(found, limit):
+                return found
+            epochs = min(epochs - 1, int(epochs * limit / found.seconds))
+        return None
 
     def _shorter(self, trial: Quicker, limit: float) -> Quicker:
         """A way that is too slow, in fewer epochs; its time and what it keeps are estimated, in proportion."""

@@ -144,6 +144,12 @@ def test_cached_features_are_no_images_drawn_anew():
     assert seen == [pytest.approx((2 + 2 / 4) / 4), 1.0]
 
 
+def test_fewer_epochs_are_found_where_time_is_not_in_proportion(monkeypatch):
+    monkeypatch.setattr(SpeedSearch, "ladders", lambda _: iter(()))
+    search = SpeedSearch(loads(SPEC.format(passes="") + "eval_every = 4"), lambda *_: RATES, keep_settings=True)
+    assert search.suggest(search.own.seconds / 2).chosen.epochs == 1, "two epochs have an evaluation, too, as four have"
+
+
 def test_loading_takes_its_time(search):
     slow = SpeedSearch(loads(SPEC.format(passes="")), lambda *_: RATES, loader=LoaderRate(96.0, 0))
     assert slow.own.seconds == pytest.approx(search.own.seconds + 4)
