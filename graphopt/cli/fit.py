@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from graphopt.compiler.plan import Plan
     from graphopt.cost import Rates
     from graphopt.planning.budget import Budget, Fit
-    from graphopt.planning.speed import SpeedPlan
+    from graphopt.planning.quicker import SpeedPlan
     from graphopt.spec import Spec, TrainSpec
 
 _ALLOWANCE = "Memory of a process per byte that is forecast: 1.09 to 1.35 in measured CPU processes, so 1.45 is safe there."

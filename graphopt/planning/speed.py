@@ -9,10 +9,10 @@ as a spec. With `hold`, its triggers undo themselves in the run when held-out ac
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, permutations, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,6 +27,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.inputs import image_of
 from graphopt.planning.budget import in_order, snippet
 from graphopt.planning.loading import LoaderRate, phase_times
+from graphopt.planning.quicker import Quicker, Rung, SpeedPlan, settings_text, together
 from graphopt.planning.run_cost import PhaseCost, RunCost, counts, forecast_run
 from graphopt.spec import Spec, TrainSpec, from_table
 from graphopt.spec.writing import toml_value
@@ -39,90 +40,6 @@ SHORTER = 6
 SLICES = 10
 #: gives what makes seconds of the steps of such a run of a plan: the machine's rates in its memory format and precision, or a GPU's
 RatesOf = Callable[[Plan, TrainSpec], Rates | PeakRates]
-
-
-class Rung(NamedTuple):
-    """A schedule that a pass offers: the pass, and its place on the ladder, which the length of the run does not change."""
-
-    kind: type[Pass]
-    number: int
-
-
-@dataclass(frozen=True)
-class Quicker:
-    """One way to make a run quicker: other settings, passes added to the spec's own, and fewer epochs.
-
-    Attributes:
-        rungs: the schedules that its passes are.
-        settings: of `[train]`, which leave training as it is: another memory format, and 16-bit arithmetic.
-        epochs: length of the run.
-        seconds: of the whole run, with loading where that was measured; None before it is forecast.
-        updates: share of the spec's own updates that are still made: of the FLOPs of its backward passes at the same size of images, each
-            step counted by the run's own learning rate then, as late steps move the weights little.
-        images: share of its images that are still seen as they are drawn anew; features from a cache are not.
-        pixels: share of the pixels of an image that is seen, on average over the same learning rates.
-        refused: why it is impossible, if it is.
-    """
-
-    name: str
-    epochs: int
-    added: tuple[Pass, ...] = ()
-    rungs: tuple[Rung, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    updates: float = 1.0
-    images: float = 1.0
-    pixels: float = 1.0
-    refused: str | None = None
-
-    @property
-    def title(self) -> str:
-        """Its settings, and its name."""
-        return "; ".join(dict.fromkeys([*([_text(self.settings)] if self.settings else []), self.name]))
-
-    @property
-    def price(self) -> float:
-        """What training loses: the squares of the lost shares, as a little of each costs less than much of one; pixels count twice.
-
-        That orders what was measured on ResNet-20 and Fashion-MNIST (tools/tables/speedup_fashion.md): at half of the time, smaller images
-        cost more accuracy there than fewer epochs, and those more than freezing from the middle of the run on.
-        """
-        return (1 - self.updates) ** 2 + (1 - self.images) ** 2 + (2 * (1 - self.pixels)) ** 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        plain = {key: getattr(self, key) for key in ("name", "epochs", "seconds", "updates", "images", "pixels", "refused")}
-        return {**plain, "settings": dict(self.settings), "added": [value.table() for value in self.added]}
-
-
-@dataclass(frozen=True)
-class SpeedPlan:
-    """The result of a search. `chosen` and `spec`, the spec to write, are None if nothing is quick enough.
-
-    Attributes:
-        limit: seconds that the run may take. own: the spec as it is.
-        base: the spec with the settings that schedules and fewer epochs have, too; `own` where none is quicker or needed.
-    """
-
-    limit: float
-    own: Quicker
-    base: Quicker
-    tried: tuple[Quicker, ...]
-    chosen: Quicker | None
-    spec: Spec | None = field(repr=False)
-    snippet: str = field(default="", repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        tried = [trial.to_dict() for trial in self.tried]
-        return {
-            "limit_seconds": self.limit,
-            "own": self.own.to_dict(),
-            "settings": dict(self.base.settings),
-            "tried": tried,
-            "chosen": self.chosen and self.chosen.name,
-            "snippet": self.snippet,
-        }
 
 
 class SpeedSearch:
@@ -191,7 +108,7 @@ class SpeedSearch:
         for key, value in self._possible().items():
             if key not in given:
                 settings = {**quickest.settings, key: value}
-                trial = Quicker(_text(settings), self.own.epochs, settings=settings)
+                trial = Quicker(settings_text(settings), self.own.epochs, settings=settings)
                 try:
                     self._take(trial)
                     self._check_starts([self.plan], self.spec.model_copy(update={"train": self._train}))
@@ -211,7 +128,7 @@ class SpeedSearch:
         """From now on, runs have these settings, whose rates are measured once."""
         train = self.spec.train.model_copy(update=dict(base.settings))
         if train != self._train:
-            name = _text(base.settings)
+            name = settings_text(base.settings)
             if name not in self._rates:
                 self._rates[name] = self.rates_of(self.plan, train)
             self._train, self.rates, self._steps = train, self._rates[name], {}
@@ -250,7 +167,7 @@ class SpeedSearch:
         if not all(offers):
             return replace(trial, refused=f"{epochs} epochs are too few for its schedule")
         chosen = [offer[min(rung.number, len(offer) - 1)] for offer, rung in zip(offers, trial.rungs, strict=True)]
-        shorter = _together([Quicker(f"{epochs} epochs", epochs, settings=self.base.settings), *chosen])
+        shorter = together([Quicker(f"{epochs} epochs", epochs, settings=self.base.settings), *chosen])
         return replace(shorter, rungs=trial.rungs)
 
     def _offer(self, kind: type[Pass], epochs: int) -> tuple[Quicker, ...]:
@@ -270,7 +187,7 @@ class SpeedSearch:
                 if not _conflict([ladder[0].added[0] for ladder in several]):
                     # A shorter ladder stays on its strongest rung.
                     rungs = zip_longest(*several)
-                    yield tuple(_together([rung or ladder[-1] for rung, ladder in zip(row, several, strict=True)]) for row in rungs)
+                    yield tuple(together([rung or ladder[-1] for rung, ladder in zip(row, several, strict=True)]) for row in rungs)
 
     def _held(self, value: Pass) -> Pass:
         if self.hold is None or isinstance(value.when, Start):
@@ -379,15 +296,6 @@ class SpeedSearch:
     def _changes(self, trial: Quicker) -> dict[str, Any]:
         """Of `[train]`."""
         return {**trial.settings, **({"epochs": trial.epochs} if trial.epochs < self.own.epochs else {})}
-
-
-def _text(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} = {toml_value(value)}" for key, value in settings.items())
-
-
-def _together(trials: Sequence[Quicker]) -> Quicker:
-    added, rungs = (tuple(value for trial in trials for value in getattr(trial, name)) for name in ("added", "rungs"))
-    return Quicker("; ".join(trial.name for trial in trials), trials[0].epochs, added, rungs, trials[0].settings)
 
 
 def _conflict(passes: Sequence[Pass]) -> bool:

@@ -17,8 +17,9 @@ from graphopt.passes.drop import Drop
 from graphopt.passes.freeze import Freeze
 from graphopt.planning.budget import in_order
 from graphopt.planning.loading import LoaderRate
+from graphopt.planning.quicker import Quicker
 from graphopt.planning.run_cost import forecast_run
-from graphopt.planning.speed import Quicker, SpeedSearch
+from graphopt.planning.speed import SpeedSearch
 from graphopt.spec import load, loads
 from graphopt.train import train
 
