@@ -88,7 +88,8 @@ class Supervise(Pass):
         taper: of "ahead": the depth falls linearly, in the last auxiliary module to `depth * (1 - taper) + taper`.
         lookahead: `{ blocks = 1, ema = 0.995, bias = "scale" }`: before head and decoder, the next module's first blocks, with a running
             mean of their weights, beside a copy that trains: bias = "block" (MAN), "scale" (default, MAN++), "none".
-        weights: of the two losses, from the first to the last auxiliary module, linear between.
+        weights: of the two losses, from the first to the last auxiliary module, linear between: `{ reconstruct = [1.0, 0.1],
+            classify = [0.1, 1.0] }`. Default: classify 1, reconstruct 0.1 for features and 1 for the image.
         mean, std: the data's normalisation per channel, which the image decoder reverts. Default: ImageNet's for 3 channels, else 0.5.
         classes: number of classes of the targets. Default: the width of the network's output.
         when: from which epoch, until which.

@@ -19,6 +19,8 @@ from graphopt.passes.supervise.options import Parts
 #: a row in eight: all of them take time, and gained nothing on one backbone and 0.9 points on the other, about the deviation between
 #: seeds (tools/tables/supervise_accuracy.md)
 FRACTION = 0.125
+#: weight of each decoder's loss. Of 1, 0.3, 0.1 and 0.03 for features, 0.1 was best on Fashion-MNIST (tools/tables/supervise_fashion.md)
+RECONSTRUCT = {"features": (0.1, 0.1), "image": (1.0, 1.0), "none": (0.0, 0.0)}
 
 #: the blocks that a look-ahead is made of, and those that a head is
 Copied = tuple[tuple[Region, ...], tuple[Region, ...]]
@@ -88,9 +90,9 @@ class Builder:
     def initialized(self, index: int, count: int, end: str, source: ActivationLayout, goal: ActivationLayout) -> Auxiliary:
         """The part of module `index` of `count` with initial weights, on the device and in the dtype of the backbone."""
         # A single auxiliary module takes the first's weights, as InfoPro's code does.
-        ends = (self.value.weights.reconstruct, self.value.weights.classify)
+        ends = (self.value.weights.reconstruct or RECONSTRUCT[self.value.decoder], self.value.weights.classify)
         reconstruct, classify = (first + (last - first) * index / max(1, count - 1) for first, last in ends)
-        weights = Weights(0.0 if self.value.decoder == "none" else reconstruct, classify)
+        weights = Weights(0.0 if self.value.decoder == "none" else reconstruct, classify)  # its weights are of no use without a decoder
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Other weights for another seed, without drawing from the stream that the backbone's own randomness comes from.
             torch.default_generator.manual_seed(torch.initial_seed() + index + 1)

@@ -19,11 +19,11 @@ class Weighting(_Table):
     """`weights = { reconstruct = [1.0, 0.1], classify = [0.1, 1.0] }`: first and last auxiliary module, linear between.
 
     Attributes:
-        reconstruct: of the decoder's loss.
+        reconstruct: of the decoder's loss. Default: 0.1 for features, by measurement (tools/tables/supervise_fashion.md), 1 for the image.
         classify: of the auxiliary classifier's.
     """
 
-    reconstruct: Ends = (1.0, 1.0)
+    reconstruct: Ends | None = None
     classify: Ends = (1.0, 1.0)
 
 
