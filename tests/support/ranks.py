@@ -93,5 +93,5 @@ def first_holds(found: Callable[[], bool], times: int = 3) -> bool:
     return False
 
 
-def _rates(device: str = "cpu", *, amp: str | None = None) -> rates.Rates:
+def _rates(device: str = "cpu", *, amp: str | None = None, channels_last: bool = False) -> rates.Rates:
     return rates.Rates(1e-11, 1e-10, 1e-5, 0.0, device)
