@@ -32,7 +32,7 @@ DATA: dict[str, dict[str, Any]] = {
         "data": {"name": "fashion_mnist", "train_limit": 10_000, "eval_limit": 10_000},
         "train": {"epochs": 20, "batch": 128},
     },
-    "digits": {"input": [1, 8, 8], "data": {"name": "digits"}, "train": {"epochs": 100, "batch": 64, "eval_every": 5}},
+    "digits": {"input": [1, 8, 8], "data": {"name": "digits"}, "train": {"epochs": 200, "batch": 64, "eval_every": 5}},
 }
 PLAIN, HALF = "plain training", "half of the epochs"
 
